@@ -1,0 +1,58 @@
+"""Shared fixtures: 8 forced CPU devices, the golden case and the checkpoint that its weights were drawn for."""
+
+import importlib.util
+import json
+import os
+import pathlib
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import pytest
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+def golden_json(name: str):
+    return json.loads((GOLDEN / name).read_text())
+
+
+def golden_npz(name: str) -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / name) as data:
+        return dict(data)
+
+
+def reference_weights(part: str) -> dict[str, np.ndarray]:
+    """The golden case's state dict of `part` ("vq" or "lm"), under upstream's PyTorch names."""
+    spec = importlib.util.spec_from_file_location("reference_weights", GOLDEN / "reference_weights.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    shapes = golden_json("state_dict_shapes.json")[part]
+    seed = golden_json("prompts.json")["seed"]
+    return {name: module.reference_weight(name, tuple(shape), seed) for name, shape in shapes.items()}
+
+
+@pytest.fixture(scope="session")
+def vocabulary() -> pathlib.Path:
+    """The public 151,643-rank vocabulary file; the `dashscope` wheel carries it."""
+    spec = importlib.util.find_spec("dashscope")
+    assert spec is not None, "the test extra installs dashscope"
+    return pathlib.Path(spec.submodule_search_locations[0]) / "resources" / "qwen.tiktoken"
+
+
+@pytest.fixture(scope="session")
+def golden_checkpoint(tmp_path_factory, vocabulary) -> pathlib.Path:
+    """Two directories in upstream's layout, `lm` and `vq`, holding the golden case's weights, configs and vocabulary."""
+    from safetensors.numpy import save_file
+
+    root = tmp_path_factory.mktemp("golden")
+    configs = golden_json("hf_configs.json")
+    for part in ("lm", "vq"):
+        (root / part).mkdir()
+        (root / part / "config.json").write_text(json.dumps(configs[part]))
+        save_file(reference_weights(part), root / part / "model.safetensors", metadata={"format": "pt"})
+    (root / "vq" / "preprocessor_config.json").write_text(json.dumps(configs["image_processor"]))
+    (root / "lm" / "emu3.tiktoken").write_bytes(vocabulary.read_bytes())
+    return root
