@@ -1,0 +1,183 @@
+"""Prefill and the jitted decode loop: prompts and schedules in, token ids out.
+
+B rows as asked for; R rows as computed: B, or with guidance 2B (conditional rows, then unconditional rows).
+T steps of the schedule, P prompt slots.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from emu3_jax.config import DecoderConfig
+from emu3_jax.errors import Emu3Error
+from emu3_jax.generation import sampling
+from emu3_jax.generation.schedule import SAMPLED, TokenClass, forced_ids, sampled_steps, stack_schedules
+from emu3_jax.models.cache import KVCache
+from emu3_jax.models.decoder import Decoder
+
+# Steps per call of the loop. Between calls the host reports progress and notices that all rows have ended.
+STEPS_PER_CALL = 128
+
+
+@flax.struct.dataclass
+class Plan:
+    """What the loop obeys: constant while it runs."""
+
+    forced: jax.Array  # int32 [B, T]: the id of each step, SAMPLED where there is a choice
+    settings: sampling.RowSettings
+
+
+@flax.struct.dataclass
+class DecodeState:
+    """What the loop carries."""
+
+    cache: KVCache
+    tokens: jax.Array  # int32 [B, T], the ids so far
+    step: jax.Array  # int32 scalar: the steps taken
+    ended: jax.Array  # bool [B]: rows of free text that have emitted EOS
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """What the loop is compiled for, besides shapes."""
+
+    visual_only: bool
+    guided: bool
+    use_top_k: bool
+    use_top_p: bool
+
+
+def bucket(length: int) -> int:
+    """The padded length that `length` is compiled for: few shapes, and little waste."""
+    size = 64 if length <= 512 else 512
+    return -(-length // size) * size
+
+
+@functools.partial(jax.jit, static_argnames=("config", "variant", "slots"))
+def prefill(params, prompts, start, plan: Plan, config: DecoderConfig, variant: Variant, slots: int) -> DecodeState:
+    """Runs the prompts (int32 [R, P], right-aligned, row r from slot start[r] on) and takes step 0."""
+    cache = KVCache.create(config, start, slots)
+    logits, cache = Decoder(config).apply(
+        {"params": params}, prompts, cache, last_only=True, visual_only=variant.visual_only
+    )
+    rows = plan.forced.shape[0]
+    state = DecodeState(
+        cache=cache,
+        tokens=jnp.full_like(plan.forced, config.tokens.pad),
+        step=jnp.zeros((), jnp.int32),
+        ended=jnp.zeros((rows,), bool),
+    )
+    return _emit(logits[:, 0], state, plan, config, variant)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "variant"), donate_argnames=("state",))
+def decode(params, state: DecodeState, plan: Plan, until, config: DecoderConfig, variant: Variant) -> DecodeState:
+    """Takes steps up to `until` (int32 scalar), or until every row has ended."""
+    decoder = Decoder(config)
+
+    def proceed(state: DecodeState):
+        return (state.step < until) & ~state.ended.all()
+
+    def step(state: DecodeState) -> DecodeState:
+        last = jax.lax.dynamic_slice_in_dim(state.tokens, state.step - 1, 1, axis=1)
+        rows = jnp.concatenate([last, last]) if variant.guided else last
+        logits, cache = decoder.apply({"params": params}, rows, state.cache, visual_only=variant.visual_only)
+        return _emit(logits[:, 0], state.replace(cache=cache), plan, config, variant)
+
+    return jax.lax.while_loop(proceed, step, state)
+
+
+def _emit(logits, state: DecodeState, plan: Plan, config: DecoderConfig, variant: Variant) -> DecodeState:
+    """Turns logits (float32 [R, V]) into the tokens of this step."""
+    if variant.guided:
+        rows = plan.forced.shape[0]
+        logits = sampling.guide(logits[:rows], logits[rows:], plan.settings.guidance)
+    chosen = sampling.sample(
+        logits, state.step, plan.settings, use_top_k=variant.use_top_k, use_top_p=variant.use_top_p
+    )
+    special = config.tokens
+    forced = jax.lax.dynamic_slice_in_dim(plan.forced, state.step, 1, axis=1)[:, 0]
+    free = forced == SAMPLED
+    token = jnp.where(free, chosen + (special.visual_start if variant.visual_only else 0), forced)
+    token = jnp.where(state.ended, special.pad, token)
+    tokens = jax.lax.dynamic_update_slice_in_dim(state.tokens, token[:, None], state.step, axis=1)
+    return state.replace(tokens=tokens, step=state.step + 1, ended=state.ended | (free & (token == special.eos)))
+
+
+def run(
+    params,
+    config: DecoderConfig,
+    prompts: Sequence[Sequence[int]],
+    schedules: Sequence[np.ndarray],
+    settings: sampling.RowSettings,
+    negatives: Sequence[Sequence[int]] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+    """Generates one sequence per row; a row's result does not depend on its batch mates.
+
+    Args:
+        params: the decoder's parameters.
+        config: the decoder's config.
+        prompts: one list of ids per row.
+        schedules: one array of `TokenClass` per row; all of pictures, or all of text.
+        settings: how each row samples.
+        negatives: the unconditional prompt of each row; None for no guidance.
+        on_progress: called with (steps taken, steps in all) now and then.
+
+    Returns:
+        int32 [B, longest schedule]: the generated ids; rows that end earlier are padded.
+
+    Raises:
+        Emu3Error: if a prompt with its schedule is longer than the model's positions.
+    """
+    check_positions(config, prompts, schedules, negatives)
+    length = max(len(s) for s in schedules)
+    stacked = stack_schedules(list(schedules), bucket(length))
+    steps = sampled_steps(stacked)
+    rows = [*prompts, *(negatives or ())]
+    width = bucket(max(len(row) for row in rows))
+    start = np.asarray([width - len(row) for row in rows], np.int32)
+    padded = np.asarray([[config.tokens.pad] * (width - len(row)) + list(row) for row in rows], np.int32)
+
+    visual_only = not (stacked == TokenClass.FREE).any()
+    candidates = config.tokens.visual_count if visual_only else config.vocab_size
+    variant = Variant(
+        visual_only=visual_only,
+        guided=negatives is not None,
+        use_top_k=bool((np.asarray(settings.top_k) < candidates).any()),
+        use_top_p=bool((np.asarray(settings.top_p) < 1).any()),
+    )
+    plan = Plan(forced=jnp.asarray(forced_ids(stacked, config.tokens)), settings=jax.tree.map(jnp.asarray, settings))
+    state = prefill(params, padded, start, plan, config, variant, width + stacked.shape[1])
+    taken = 1
+    while taken < steps:
+        until = min(taken + STEPS_PER_CALL, steps)
+        state = decode(params, state, plan, np.int32(until), config, variant)
+        taken = until
+        if on_progress is not None:
+            jax.block_until_ready(state.step)
+            on_progress(taken, steps)
+        if not visual_only and bool(state.ended.all()):
+            break
+    tokens = np.array(state.tokens[:, :length])
+    # What follows the last choice is forced and needs no forward pass.
+    tail = forced_ids(stacked[:, steps:length], config.tokens)
+    if visual_only:
+        tokens[:, steps:] = tail
+    return tokens
+
+
+def check_positions(config: DecoderConfig, prompts, schedules, negatives=None) -> None:
+    """Raises `Emu3Error` if a row does not fit the positions that the model was trained for."""
+    for index, (prompt, schedule) in enumerate(zip(prompts, schedules, strict=True)):
+        longest = max(len(prompt), len(negatives[index]) if negatives else 0)
+        if longest + len(schedule) > config.max_positions:
+            raise Emu3Error(
+                f"row {index}: a prompt of {longest} tokens and {len(schedule)} to generate exceed the model's "
+                f"{config.max_positions} positions: shorten the prompt, or ask for a smaller picture or answer"
+            )

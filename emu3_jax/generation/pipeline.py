@@ -1,0 +1,332 @@
+"""`Emu3`: a loaded model that generates pictures, answers about them, and turns them into codes and back."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from emu3_jax.config import DecoderConfig, ImageConfig, VisionConfig
+from emu3_jax.errors import Emu3Error
+from emu3_jax.generation import engine
+from emu3_jax.generation.sampling import RowSettings
+from emu3_jax.generation.schedule import image_schedule, text_schedule
+from emu3_jax.media.clips import Clip, preprocess_clip
+from emu3_jax.media.images import postprocess, preprocess
+from emu3_jax.media.inputs import Media, as_media
+from emu3_jax.media.sizes import generate_size
+from emu3_jax.models.vision import VisionTokenizer, check_codes
+from emu3_jax.text.prompts import PromptTemplates, generation_prompt, understanding_prompt
+from emu3_jax.text.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Vision:
+    """The vision tokenizer in memory; several models may hold the same one."""
+
+    config: VisionConfig
+    image: ImageConfig
+    params: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Language:
+    """The decoder in memory, with the tokenizer and prompt templates that it was trained with."""
+
+    config: DecoderConfig
+    params: Any
+    tokenizer: Tokenizer
+    templates: PromptTemplates
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """One generated picture.
+
+    Attributes:
+        ids: int32 [prompt + generated], from BOS to EOS.
+        prompt_length: how many of `ids` are the prompt.
+        codes: int32 [h, w], the picture's codes.
+        image: the picture; `image.info` says how it was made.
+    """
+
+    ids: np.ndarray
+    prompt_length: int
+    codes: np.ndarray
+    image: Image.Image
+
+
+class Emu3:
+    """A model in memory. Made by `emu3_jax.load`; either part may be absent.
+
+    Every argument of `generate` and `chat` that describes one row takes one value for all rows or a sequence with one
+    value per row. A row's result does not depend on the rows beside it.
+    """
+
+    def __init__(self, name: str, language: Language | None = None, vision: Vision | None = None):
+        self.name = name
+        self._language = language
+        self._vision = vision
+
+    @property
+    def language(self) -> Language:
+        """The decoder. Raises `Emu3Error` if the bundle has none."""
+        if self._language is None:
+            raise Emu3Error(f"model {self.name} has no decoder: convert one into the bundle (emu3-jax convert)")
+        return self._language
+
+    @property
+    def vision(self) -> Vision:
+        """The vision tokenizer. Raises `Emu3Error` if the bundle has none."""
+        if self._vision is None:
+            raise Emu3Error(
+                f"model {self.name} has no vision tokenizer: convert one into the bundle (emu3-jax convert), or load "
+                "with vision=..."
+            )
+        return self._vision
+
+    def tokenize(self, media: Sequence[Media]) -> list[np.ndarray]:
+        """Encodes pictures to int32 codes [h, w] and clips to [t, h, w].
+
+        Args:
+            media: pictures (PIL images or files) and clips (`Clip`, animated files or folders of frames). A clip whose
+                frame count is not a multiple of the temporal factor is filled up with its last frame.
+        """
+        vision = self.vision
+        return [_encode(vision, as_media(item)) for item in media]
+
+    def detokenize(self, codes: Sequence[np.ndarray]) -> list[Image.Image | Clip]:
+        """Decodes int codes: [h, w] to a picture, [t, h, w] to a clip of t times the temporal factor frames."""
+        vision = self.vision
+        return [_decode(vision, np.asarray(item)) for item in codes]
+
+    def generate(self, prompts: str | Sequence[str], **options) -> list[Image.Image]:
+        """Pictures for the prompts; see `generate_sequences` for the options. `image.info` says how each was made."""
+        return [generation.image for generation in self.generate_sequences(prompts, **options)]
+
+    def generate_sequences(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        ratio: str | Sequence[str] = "1:1",
+        area: int | None = None,
+        negative: str | Sequence[str] = "",
+        guidance: float | Sequence[float] = 3.0,
+        temperature: float | Sequence[float] = 1.0,
+        top_k: int | Sequence[int] = 2048,
+        top_p: float | Sequence[float] = 1.0,
+        seed: int | Sequence[int] = 0,
+        greedy: bool = False,
+        allow_special: bool = False,
+        batch_size: int = 8,
+        progress: bool | None = None,
+    ) -> list[Generation]:
+        """Generates one picture per prompt, with tokens (upstream `image_generation.py`).
+
+        Args:
+            prompts: what to draw.
+            ratio: width:height.
+            area: pixels; by default the area that the model was trained for.
+            negative: the unconditional branch of guidance.
+            guidance: classifier-free guidance scale; 1 is none, and saves half of the work if it is so for all rows.
+            temperature: 0 is greedy.
+            top_k: candidates kept.
+            top_p: probability mass kept.
+            seed: one number counts up over the prompts; a sequence gives each prompt its own.
+            greedy: the same as temperature 0.
+            allow_special: lets control tokens in prompts act as such.
+            batch_size: rows per batch.
+            progress: a bar on stderr; by default if that is a terminal.
+
+        Raises:
+            Emu3Error: on bad input; the message says which and what to do.
+        """
+        language, vision = self.language, self.vision
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not prompts:
+            raise Emu3Error("there is no prompt: give at least one")
+        if batch_size < 1:
+            raise Emu3Error(f"batch_size is {batch_size}: it must be at least 1")
+        count = len(prompts)
+        area = language.config.image_area if area is None else area
+        ratios = _per_row("ratio", ratio, count)
+        negatives = _per_row("negative", negative, count)
+        sizes = [generate_size(r, area, vision.config.spatial_factor) for r in ratios]
+        settings = _row_settings(count, 0.0 if greedy else temperature, top_k, top_p, guidance, seed)
+
+        def rows_of(texts):
+            return [
+                generation_prompt(language.tokenizer, language.config.tokens, text, *size, allow_special=allow_special)
+                for text, size in zip(texts, sizes, strict=True)
+            ]
+
+        conditional, unconditional = rows_of(prompts), rows_of(negatives)
+        schedules = [image_schedule(*size) for size in sizes]
+        engine.check_positions(language.config, conditional, schedules, unconditional)
+
+        generated = _run_batches(language, conditional, schedules, settings, unconditional, batch_size, progress, "tokens")
+        special = language.config.tokens
+        results = []
+        for index, ids in enumerate(generated):
+            height, width = sizes[index]
+            grid = ids[: height * (width + 1)].reshape(height, width + 1)
+            codes = (grid[:, :width] - special.visual_start).astype(np.int32)
+            image = _decode(vision, codes)
+            image.info = {
+                "prompt": prompts[index],
+                "negative": negatives[index],
+                "size": f"{image.width}x{image.height}",
+                "ratio": ratios[index],
+                **_describe(settings, index),
+                "model": self.name,
+                "software": "emu3-jax",
+            }
+            full = np.concatenate([np.asarray(conditional[index], np.int32), ids])
+            results.append(Generation(full, len(conditional[index]), codes, image))
+        return results
+
+    def chat(
+        self,
+        images: Media | Sequence[Media | Sequence[Media]],
+        prompts: str | Sequence[str],
+        *,
+        max_new_tokens: int = 1024,
+        temperature: float | Sequence[float] = 0.0,
+        top_k: int | Sequence[int] = 2048,
+        top_p: float | Sequence[float] = 1.0,
+        seed: int | Sequence[int] = 0,
+        allow_special: bool = False,
+        batch_size: int = 8,
+        progress: bool | None = None,
+    ) -> list[str]:
+        """Answers one prompt per picture (upstream `multimodal_understanding.py`).
+
+        Args:
+            images: one picture, or one per row; a row may be a sequence of pictures, shown in order, or empty.
+            prompts: one for all rows, or one per row.
+            max_new_tokens: an answer's longest length; answers also end where the model's positions do.
+            temperature: 0, the default, is greedy as in the reference.
+            top_k: candidates kept.
+            top_p: probability mass kept.
+            seed: one number counts up over the rows; a sequence gives each row its own.
+            allow_special: lets control tokens in prompts act as such.
+            batch_size: rows per batch.
+            progress: a bar on stderr; by default if that is a terminal.
+
+        Raises:
+            Emu3Error: on bad input; the message says which and what to do.
+        """
+        language = self.language
+        rows = list(images) if isinstance(images, list | tuple) else [images]
+        if not rows:
+            raise Emu3Error("there is no picture: give at least one")
+        if max_new_tokens < 1 or batch_size < 1:
+            raise Emu3Error(f"max_new_tokens is {max_new_tokens} and batch_size {batch_size}: both must be at least 1")
+        texts = _per_row("prompts", prompts, len(rows))
+        settings = _row_settings(len(rows), temperature, top_k, top_p, 1.0, seed)
+        inputs, schedules = [], []
+        for index, (row, text) in enumerate(zip(rows, texts, strict=True)):
+            codes = self.tokenize(row if isinstance(row, list | tuple) else [row])
+            ids = understanding_prompt(
+                language.tokenizer, language.config.tokens, language.templates, text, codes, allow_special=allow_special
+            )
+            room = language.config.max_positions - len(ids)
+            if room < 1:
+                raise Emu3Error(
+                    f"row {index}: the picture and its prompt take {len(ids)} tokens, the model has "
+                    f"{language.config.max_positions} positions: shorten the prompt or use a smaller picture"
+                )
+            inputs.append(ids)
+            schedules.append(text_schedule(min(max_new_tokens, room)))
+        generated = _run_batches(language, inputs, schedules, settings, None, batch_size, progress, "tokens")
+        return [language.tokenizer.decode(ids.tolist(), skip_special=True) for ids in generated]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "method"))
+def _apply_vision(params, x, config: VisionConfig, method: str):
+    return VisionTokenizer(config).apply({"params": params}, x, method=method)
+
+
+def _encode(vision: Vision, item: Image.Image | Clip) -> np.ndarray:
+    factor = vision.config.spatial_factor
+    if isinstance(item, Clip):
+        pixels = preprocess_clip(item, vision.image, factor)
+        missing = -len(pixels) % vision.config.temporal_factor
+        pixels = np.concatenate([pixels, np.repeat(pixels[-1:], missing, axis=0)])
+    else:
+        pixels = preprocess(item, vision.image, factor)
+    return np.asarray(_apply_vision(vision.params, pixels[None], vision.config, "encode"))[0]
+
+
+def _decode(vision: Vision, codes: np.ndarray) -> Image.Image | Clip:
+    check_codes(codes, vision.config)
+    pixels = np.asarray(_apply_vision(vision.params, codes[None].astype(np.int32), vision.config, "decode"))[0]
+    frames = postprocess(pixels, vision.image)
+    return Image.fromarray(frames) if codes.ndim == 2 else Clip(frames)
+
+
+def _run_batches(language, prompts, schedules, settings, negatives, batch_size, progress, unit) -> list[np.ndarray]:
+    """Runs the engine over batches; returns each row's generated ids, cut to its own schedule."""
+    guided = negatives is not None and bool((settings.guidance != 1.0).any())
+    rows: list[np.ndarray] = []
+    total = sum(max(len(s) for s in schedules[i : i + batch_size]) for i in range(0, len(prompts), batch_size))
+    bar = tqdm(total=total, unit=f" {unit}", disable=None if progress is None else not progress, leave=False)
+    with bar:
+        for first in range(0, len(prompts), batch_size):
+            batch = slice(first, first + batch_size)
+            base = bar.n
+            ids = engine.run(
+                language.params,
+                language.config,
+                prompts[batch],
+                schedules[batch],
+                jax.tree.map(lambda leaf, batch=batch: leaf[batch], settings),
+                negatives[batch] if guided else None,
+                on_progress=lambda taken, _, base=base: bar.update(base + taken - bar.n),
+            )
+            rows.extend(row[: len(schedule)] for row, schedule in zip(ids, schedules[batch], strict=True))
+            bar.update(base + max(len(s) for s in schedules[batch]) - bar.n)
+    return rows
+
+
+def _per_row(name: str, value: Any, count: int) -> list[Any]:
+    """One value per row from a single value or a sequence."""
+    if isinstance(value, str) or not isinstance(value, Sequence | np.ndarray):
+        return [value] * count
+    if len(value) != count:
+        raise Emu3Error(f"{name} has {len(value)} values for {count} rows: give one for all, or one for each")
+    return list(value)
+
+
+def _row_settings(count: int, temperature, top_k, top_p, guidance, seed) -> RowSettings:
+    """Validated settings, one per row; a single seed counts up."""
+    if not isinstance(seed, Sequence | np.ndarray):
+        seed = [seed + index for index in range(count)]
+    limits = {
+        "temperature": (temperature, np.float32, lambda v: 0 <= v < np.inf, "a number >= 0"),
+        "top_k": (top_k, np.int32, lambda v: 1 <= v < 2**31 and v == int(v), "a whole number >= 1"),
+        "top_p": (top_p, np.float32, lambda v: 0 < v <= 1, "above 0 and at most 1"),
+        "guidance": (guidance, np.float32, lambda v: 0 <= v < np.inf, "a number >= 0"),
+        "seed": (seed, np.uint32, lambda v: 0 <= v < 2**32 and v == int(v), "a whole number from 0 to 2**32 - 1"),
+    }
+    columns = {}
+    for name, (value, dtype, legal, words) in limits.items():
+        values = _per_row(name, value, count)
+        for found in values:
+            if not (isinstance(found, int | float | np.number) and legal(found)):
+                raise Emu3Error(f"{name} is {found!r}: it must be {words}")
+        columns[name] = np.asarray(values, dtype)
+    return RowSettings(**columns)
+
+
+def _describe(settings: RowSettings, index: int) -> dict[str, str]:
+    return {
+        name.replace("_", "-"): f"{getattr(settings, name)[index]:g}"
+        if name != "seed"
+        else str(int(settings.seed[index]))
+        for name in ("seed", "guidance", "temperature", "top_k", "top_p")
+    }

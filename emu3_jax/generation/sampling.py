@@ -1,0 +1,110 @@
+"""Samplers: logits and one key per row to token ids, every row with its own settings.
+
+B rows, V candidates.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Bits settled per pass of the threshold search.
+_DIGIT = 4
+
+
+@flax.struct.dataclass
+class RowSettings:
+    """How each row samples; every leaf has one entry per row, so a row never depends on its batch mates.
+
+    Attributes:
+        temperature: float32 [B]; 0 takes the likeliest token (greedy).
+        top_k: int32 [B]; candidates kept, ties with the last one included. V or more keeps all.
+        top_p: float32 [B] in (0, 1]; the smallest set of likeliest candidates whose mass reaches it is kept.
+        guidance: float32 [B]; 1 leaves the conditional distribution as it is.
+        seed: uint32 [B]; step i of row b draws with fold_in(key(seed[b]), i).
+    """
+
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    guidance: jax.Array
+    seed: jax.Array
+
+
+def guide(conditional: jax.Array, unconditional: jax.Array, scale: jax.Array) -> jax.Array:
+    """Classifier-free guidance on log-probabilities, as the reference computes it.
+
+    Args:
+        conditional: float32 [B, V] logits.
+        unconditional: float32 [B, V] logits.
+        scale: float32 [B].
+
+    Returns:
+        u + scale * (c - u) of the normalised rows; rows of scale 1 are the conditional ones bit for bit.
+    """
+    c, u = jax.nn.log_softmax(conditional, axis=-1), jax.nn.log_softmax(unconditional, axis=-1)
+    scale = scale[:, None]
+    return jnp.where(scale == 1.0, c, u + scale * (c - u))
+
+
+def sample(logits: jax.Array, step: jax.Array, settings: RowSettings, *, use_top_k: bool, use_top_p: bool) -> jax.Array:
+    """Draws one candidate per row: temperature, then top-k, then top-p, in the reference's order.
+
+    Args:
+        logits: float32 [B, V].
+        step: int32 scalar, folded into each row's key.
+        settings: how each row samples.
+        use_top_k: whether any row's `top_k` is below V; False saves the search.
+        use_top_p: whether any row's `top_p` is below 1.
+
+    Returns:
+        int32 [B].
+    """
+    greedy = settings.temperature == 0.0
+    scaled = logits / jnp.where(greedy, 1.0, settings.temperature)[:, None]
+    if use_top_k:
+        scaled = keep_top_k(scaled, settings.top_k)
+    if use_top_p:
+        scaled = keep_top_p(scaled, settings.top_p)
+    keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), step))(settings.seed)
+    drawn = jax.vmap(jax.random.categorical)(keys, scaled)
+    return jnp.where(greedy, jnp.argmax(logits, axis=-1), drawn).astype(jnp.int32)
+
+
+def keep_top_k(logits: jax.Array, top_k: jax.Array) -> jax.Array:
+    """float32 [B, V] with all but the `top_k` (int32 [B]) largest at -inf; ties with the last one stay, as in the reference."""
+    keys = _sortable(logits)
+    threshold = _largest_threshold(keys, jnp.ones_like(logits), jnp.minimum(top_k, logits.shape[-1]).astype(jnp.float32))
+    return jnp.where(keys >= threshold[:, None], logits, -jnp.inf)
+
+
+def keep_top_p(logits: jax.Array, top_p: jax.Array) -> jax.Array:
+    """float32 [B, V] with candidates at -inf when those above them hold a mass of `top_p` (float32 [B]) or more."""
+    keys = _sortable(logits)
+    kept = keys >= _largest_threshold(keys, jax.nn.softmax(logits, axis=-1), top_p)[:, None]
+    return jnp.where(kept | (top_p[:, None] >= 1.0), logits, -jnp.inf)
+
+
+def _sortable(x: jax.Array) -> jax.Array:
+    """uint32 keys in the order of float32 `x`."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _largest_threshold(keys: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
+    """uint32 [B]: the largest t for which the weights of the candidates with key >= t sum to at least `target`.
+
+    A search over the digits of t, most significant first: exact, without sorting, and with a `target` per row.
+    """
+    digits = jnp.arange(1, 2**_DIGIT, dtype=jnp.uint32)
+
+    def settle(prefix, shift):
+        candidates = prefix[:, None] | (digits << shift)  # [B, 15], rising: their weights fall
+        above = jnp.sum(jnp.where(keys[:, None] >= candidates[..., None], weights[:, None], 0.0), axis=-1)
+        digit = jnp.sum(above >= target[:, None], axis=-1, dtype=jnp.uint32)
+        return prefix | (digit << shift)
+
+    prefix = jnp.zeros(keys.shape[:1], jnp.uint32)
+    for shift in np.arange(32 - _DIGIT, -1, -_DIGIT, dtype=np.uint32):
+        prefix = settle(prefix, shift)
+    return prefix

@@ -1,0 +1,63 @@
+"""The static token schedule: which kind of token is legal at each step of a generated sequence.
+
+It replaces the reference's stateful logits processor (upstream `Emu3PrefixConstrainedLogitsHelper`): the grid is known
+before the first step, so the decode loop only looks a step up.
+"""
+
+import enum
+
+import numpy as np
+
+from emu3_jax.config import SpecialTokens
+
+
+class TokenClass(enum.IntEnum):
+    """What a step may emit. Every class but `VISUAL` and `FREE` stands for exactly one id."""
+
+    PAD = 0
+    VISUAL = 1  # any of the visual ids
+    FREE = 2  # any id of the vocabulary; the row ends with EOS
+    EOL = 3
+    EOF = 4
+    EOI = 5
+    EOS = 6
+
+
+# In an array of ids: a step that samples instead of emitting one legal id.
+SAMPLED = -1
+
+
+def image_schedule(rows: int, columns: int) -> np.ndarray:
+    """Token classes, int8 [rows * (columns + 1) + 3], of a picture of `rows` x `columns` visual tokens.
+
+    Each row of visual tokens is followed by EOL; after the last one come EOF, EOI and EOS.
+    """
+    line = [TokenClass.VISUAL] * columns + [TokenClass.EOL]
+    return np.asarray(line * rows + [TokenClass.EOF, TokenClass.EOI, TokenClass.EOS], np.int8)
+
+
+def text_schedule(count: int) -> np.ndarray:
+    """Token classes, int8 [count], of at most `count` tokens of an answer."""
+    return np.full(count, TokenClass.FREE, np.int8)
+
+
+def stack_schedules(schedules: list[np.ndarray], length: int) -> np.ndarray:
+    """One int8 [B, length] array; rows that end earlier emit padding."""
+    stacked = np.full((len(schedules), length), TokenClass.PAD, np.int8)
+    for row, schedule in zip(stacked, schedules, strict=True):
+        row[: len(schedule)] = schedule
+    return stacked
+
+
+def forced_ids(schedule: np.ndarray, special: SpecialTokens) -> np.ndarray:
+    """int32 ids of the schedule's steps, `SAMPLED` where the step has a choice."""
+    table = np.full(len(TokenClass), SAMPLED, np.int32)
+    for token_class in (TokenClass.PAD, TokenClass.EOL, TokenClass.EOF, TokenClass.EOI, TokenClass.EOS):
+        table[token_class] = getattr(special, token_class.name.lower())
+    return table[schedule]
+
+
+def sampled_steps(schedule: np.ndarray) -> int:
+    """Steps up to and including the last one with a choice: no forward pass is needed past it."""
+    choice = np.isin(schedule, (TokenClass.VISUAL, TokenClass.FREE)).any(axis=0)
+    return int(np.flatnonzero(choice)[-1]) + 1 if choice.any() else 0
