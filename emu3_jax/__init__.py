@@ -1,0 +1,30 @@
+"""Emu3 in JAX: one decoder over discrete tokens writes and reads pictures, clips and text."""
+
+import importlib
+
+# Loaded on first use, so that `emu3-jax --help` need not wait for JAX.
+_PUBLIC = {
+    "Clip": "emu3_jax.media.clips",
+    "DecoderConfig": "emu3_jax.config",
+    "Emu3": "emu3_jax.generation.pipeline",
+    "Emu3Error": "emu3_jax.errors",
+    "Generation": "emu3_jax.generation.pipeline",
+    "ImageConfig": "emu3_jax.config",
+    "SpecialTokens": "emu3_jax.config",
+    "VisionConfig": "emu3_jax.config",
+    "convert": "emu3_jax.checkpoints.convert",
+    "export": "emu3_jax.checkpoints.export",
+    "load": "emu3_jax.loading",
+}
+
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

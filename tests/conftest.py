@@ -44,7 +44,7 @@ def vocabulary() -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def golden_checkpoint(tmp_path_factory, vocabulary) -> pathlib.Path:
-    """Two directories in upstream's layout, `lm` and `vq`, holding the golden case's weights, configs and vocabulary."""
+    """Directories `lm` and `vq` in upstream's layout with the golden case's weights, configs and vocabulary."""
     from safetensors.numpy import save_file
 
     root = tmp_path_factory.mktemp("golden")

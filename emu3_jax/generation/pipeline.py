@@ -168,7 +168,7 @@ class Emu3:
         schedules = [image_schedule(*size) for size in sizes]
         engine.check_positions(language.config, conditional, schedules, unconditional)
 
-        generated = _run_batches(language, conditional, schedules, settings, unconditional, batch_size, progress, "tokens")
+        generated = _run_batches(language, conditional, schedules, settings, unconditional, batch_size, progress)
         special = language.config.tokens
         results = []
         for index, ids in enumerate(generated):
@@ -242,7 +242,7 @@ class Emu3:
                 )
             inputs.append(ids)
             schedules.append(text_schedule(min(max_new_tokens, room)))
-        generated = _run_batches(language, inputs, schedules, settings, None, batch_size, progress, "tokens")
+        generated = _run_batches(language, inputs, schedules, settings, None, batch_size, progress)
         return [language.tokenizer.decode(ids.tolist(), skip_special=True) for ids in generated]
 
 
@@ -269,12 +269,12 @@ def _decode(vision: Vision, codes: np.ndarray) -> Image.Image | Clip:
     return Image.fromarray(frames) if codes.ndim == 2 else Clip(frames)
 
 
-def _run_batches(language, prompts, schedules, settings, negatives, batch_size, progress, unit) -> list[np.ndarray]:
+def _run_batches(language, prompts, schedules, settings, negatives, batch_size, progress) -> list[np.ndarray]:
     """Runs the engine over batches; returns each row's generated ids, cut to its own schedule."""
     guided = negatives is not None and bool((settings.guidance != 1.0).any())
     rows: list[np.ndarray] = []
     total = sum(max(len(s) for s in schedules[i : i + batch_size]) for i in range(0, len(prompts), batch_size))
-    bar = tqdm(total=total, unit=f" {unit}", disable=None if progress is None else not progress, leave=False)
+    bar = tqdm(total=total, unit=" tokens", disable=None if progress is None else not progress, leave=False)
     with bar:
         for first in range(0, len(prompts), batch_size):
             batch = slice(first, first + batch_size)

@@ -72,9 +72,10 @@ def sample(logits: jax.Array, step: jax.Array, settings: RowSettings, *, use_top
 
 
 def keep_top_k(logits: jax.Array, top_k: jax.Array) -> jax.Array:
-    """float32 [B, V] with all but the `top_k` (int32 [B]) largest at -inf; ties with the last one stay, as in the reference."""
+    """float32 [B, V] with all but the `top_k` (int32 [B]) largest at -inf; ties with the last one stay."""
     keys = _sortable(logits)
-    threshold = _largest_threshold(keys, jnp.ones_like(logits), jnp.minimum(top_k, logits.shape[-1]).astype(jnp.float32))
+    target = jnp.minimum(top_k, logits.shape[-1]).astype(jnp.float32)
+    threshold = _largest_threshold(keys, jnp.ones_like(logits), target)
     return jnp.where(keys >= threshold[:, None], logits, -jnp.inf)
 
 

@@ -17,7 +17,7 @@ from emu3_jax.models.attention import attend, matmul_precision
 from emu3_jax.models.cache import KVCache
 
 
-def _weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], fan_in: int) -> jax.Array:
+def _weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], fan_in: int):
     """A float32 master weight, drawn with variance 1 / fan_in, that knows its logical axes."""
     init = nn.initializers.normal(fan_in**-0.5)
     return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)

@@ -1,0 +1,28 @@
+"""Measure: figures as JSON lines, both sides of a comparison in one run."""
+
+import argparse
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    kinds = command.add_subparsers(dest="kind", required=True, metavar="{decode,vision}")
+    decode = kinds.add_parser("decode", help="the decode loop, random weights: ms per token, share of bandwidth")
+    decode.add_argument("--preset", choices=("8b", "small"), default="8b", help="decoder shapes (default: %(default)s)")
+    decode.add_argument("--rows", type=int, nargs="+", default=[1], help="pictures at once (default: 1)")
+    decode.add_argument("--area", type=int, default=720 * 720, help="pixels of the picture (default: %(default)s)")
+    decode.add_argument("--steps", type=int, default=256, help="steps timed per cache length (default: %(default)s)")
+    decode.add_argument("--whole", action="store_true", help="also time one whole picture, prompt to last token")
+    decode.add_argument("--compare", choices=("transformers",), help="also run this peer, same shapes, same device")
+    vision = kinds.add_parser("vision", help="the vision tokenizer with random weights: seconds per picture")
+    vision.add_argument("--size", type=int, default=256, help="picture's height and width (default: %(default)s)")
+    vision.add_argument("--preset", choices=("270m", "small"), default="270m", help="shapes (default: %(default)s)")
+    vision.add_argument("--repeat", type=int, default=5, help="timed runs; the median counts (default: %(default)s)")
+    vision.add_argument("--compare", choices=("transformers",), help="also run this peer, same shapes, same device")
+
+
+def run(options: argparse.Namespace) -> None:
+    import importlib
+    import json
+
+    arguments = {k: v for k, v in vars(options).items() if k not in ("command", "kind", "run")}
+    for figures in importlib.import_module(f"emu3_jax.benchmarks.{options.kind}").run(**arguments):
+        print(json.dumps(figures), flush=True)

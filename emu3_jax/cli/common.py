@@ -1,0 +1,46 @@
+"""Arguments that several commands share."""
+
+import argparse
+
+
+def add_model(command: argparse.ArgumentParser) -> None:
+    """`--model`, `--vision`, `--dtype`, `--quiet`."""
+    command.add_argument("--model", metavar="BUNDLE", help="bundle to use (emu3-jax convert makes one)")
+    command.add_argument("--vision", metavar="BUNDLE", help="take the vision tokenizer from this bundle")
+    add_dtype(command)
+    add_quiet(command)
+
+
+def add_dtype(command: argparse.ArgumentParser) -> None:
+    """`--dtype`."""
+    command.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), help="the decoder's dtype (default: the bundle's)"
+    )
+
+
+def add_quiet(command: argparse.ArgumentParser) -> None:
+    """`--quiet`."""
+    command.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def add_sampling(command: argparse.ArgumentParser, temperature: float) -> None:
+    """How tokens are drawn."""
+    command.add_argument("--temperature", type=float, default=temperature, help="0 is greedy (default: %(default)s)")
+    command.add_argument("--top-k", type=int, default=2048, help="candidates kept (default: %(default)s)")
+    command.add_argument("--top-p", type=float, default=1.0, help="probability mass kept (default: %(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="seed of the first row; each next row adds 1 (default: 0)")
+    command.add_argument("--greedy", action="store_true", help="always take the likeliest token")
+    command.add_argument("--batch-size", type=int, default=8, help="rows computed at once (default: %(default)s)")
+    command.add_argument("--allow-special", action="store_true", help="let control tokens in prompts act as such")
+
+
+def load_model(options: argparse.Namespace):
+    """The model that the options name."""
+    import emu3_jax
+
+    return emu3_jax.load(options.model, vision=options.vision, dtype=options.dtype)
+
+
+def progress(options: argparse.Namespace) -> bool | None:
+    """False silences the bar; None shows it on terminals."""
+    return False if options.quiet else None

@@ -1,0 +1,38 @@
+"""Decode codes: DIR/NAME.png per [h, w] array, an animated DIR/NAME.webp or .gif per [t, h, w] array."""
+
+import argparse
+import pathlib
+
+from emu3_jax.cli import common
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("codes", type=pathlib.Path, metavar="CODES.npz")
+    common.add_model(command)
+    command.add_argument("--clip-format", choices=("webp", "gif"), default="webp", help="of clips (default: webp)")
+    command.add_argument("--fps", type=float, default=12.0, help="frame rate of clips (default: %(default)s)")
+    command.add_argument("-o", "--output", type=pathlib.Path, required=True, metavar="DIR")
+
+
+def run(options: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from emu3_jax.files import files_into
+    from emu3_jax.media.clips import Clip, save_clip
+    from emu3_jax.media.codes import load_codes
+    from emu3_jax.media.images import save_png
+
+    arrays = load_codes(options.codes)
+    written = []
+    with files_into(options.output) as directory:
+        model = common.load_model(options)
+        for name, codes in tqdm(arrays.items(), unit=" files", disable=True if options.quiet else None, leave=False):
+            (media,) = model.detokenize([codes])
+            if isinstance(media, Clip):
+                written.append(f"{name}.{options.clip_format}")
+                save_clip(media.frames, directory / written[-1], options.fps)
+            else:
+                written.append(f"{name}.png")
+                save_png(media, directory / written[-1], {"model": model.name, "software": "emu3-jax"})
+    for name in written:
+        print(options.output / name)

@@ -1,0 +1,51 @@
+"""Generate one picture per prompt: DIR/000.png ..., each carrying how it was made in its PNG text fields."""
+
+import argparse
+import pathlib
+
+from emu3_jax.cli import common
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("prompts", nargs="+", metavar="PROMPT", help="what to draw")
+    common.add_model(command)
+    command.add_argument("--ratio", nargs="+", default=["1:1"], metavar="W:H", help="one for all prompts, or one each")
+    command.add_argument("--area", type=int, help="pixels (default: what the model was trained for)")
+    command.add_argument("--negative", nargs="+", default=[""], metavar="TEXT", help="what to avoid, or one each")
+    command.add_argument("--guidance", type=float, nargs="+", default=[3.0], help="scale, or one each (default: 3.0)")
+    common.add_sampling(command, temperature=1.0)
+    command.add_argument("--save-tokens", action="store_true", help="also write DIR/tokens.npz: row i, the full ids")
+    command.add_argument("-o", "--output", type=pathlib.Path, required=True, metavar="DIR")
+
+
+def run(options: argparse.Namespace) -> None:
+    import numpy as np
+
+    from emu3_jax.files import files_into
+    from emu3_jax.media.images import save_png
+
+    def one_or_each(values: list):
+        return values[0] if len(values) == 1 else values
+
+    with files_into(options.output) as directory:
+        generations = common.load_model(options).generate_sequences(
+            options.prompts,
+            ratio=one_or_each(options.ratio),
+            area=options.area,
+            negative=one_or_each(options.negative),
+            guidance=one_or_each(options.guidance),
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            seed=options.seed,
+            greedy=options.greedy,
+            allow_special=options.allow_special,
+            batch_size=options.batch_size,
+            progress=common.progress(options),
+        )
+        for index, generation in enumerate(generations):
+            save_png(generation.image, directory / f"{index:03d}.png", generation.image.info)
+        if options.save_tokens:
+            np.savez(directory / "tokens.npz", **{str(i): generation.ids for i, generation in enumerate(generations)})
+    for index in range(len(generations)):
+        print(options.output / f"{index:03d}.png")

@@ -1,0 +1,89 @@
+"""Writing all or nothing: everything goes to a temporary name and is renamed at the end."""
+
+import contextlib
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+from emu3_jax.errors import Emu3Error
+
+
+@contextlib.contextmanager
+def _explained(path: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise Emu3Error(
+            f"cannot write {path}: {error.strerror or error}: free space or choose another place (nothing was left)"
+        ) from error
+
+
+@contextlib.contextmanager
+def new_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """Yields a temporary sibling of `path` that takes its name when the block ends well, and vanishes otherwise.
+
+    Raises:
+        Emu3Error: if the place cannot be written (no such directory, a full disk, ...).
+    """
+    path = pathlib.Path(path)
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+        temporary = pathlib.Path(name)
+        try:
+            yield temporary
+            temporary.chmod(0o666 & ~_umask())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def files_into(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """Yields a temporary directory whose files move into `directory` when the block ends well.
+
+    Files of the same names are replaced; nothing moves unless everything was written.
+    """
+    directory = pathlib.Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise Emu3Error(f"{directory} is a file: choose a directory to write to")
+    with _explained(directory):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+        try:
+            yield temporary
+            directory.mkdir(exist_ok=True)
+            for item in sorted(temporary.iterdir()):
+                item.replace(directory / item.name)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_directory(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """Yields a temporary sibling of `path` that takes its name when the block ends well, and vanishes otherwise.
+
+    Raises:
+        Emu3Error: if `path` exists already, or cannot be written.
+    """
+    path = pathlib.Path(path)
+    if path.exists():
+        raise Emu3Error(f"{path} exists already: choose another name, or delete it first")
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        try:
+            yield temporary
+            temporary.chmod(0o777 & ~_umask())
+            temporary.rename(path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
