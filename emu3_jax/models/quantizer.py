@@ -1,0 +1,99 @@
+"""The codebook of the VQ: codes to vectors, and the nearest code of a vector, searched in blocks.
+
+Axes: P positions, K codes (in blocks), C embedding width.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from emu3_jax.config import VisionConfig
+from emu3_jax.errors import Emu3Error
+
+# One step holds POSITION_BLOCK x CODE_BLOCK vectors, whatever the picture and the codebook.
+POSITION_BLOCK = 64
+CODE_BLOCK = 256
+
+
+class Quantizer(nn.Module):
+    """`codebook_size` vectors of width `embed_dim` (upstream `Emu3VisionVQVectorQuantizer`)."""
+
+    codebook_size: int
+    embed_dim: int
+
+    def setup(self):
+        def uniform(key, shape, dtype):
+            return jax.random.uniform(key, shape, dtype, -1 / shape[0], 1 / shape[0])
+
+        init = nn.with_logical_partitioning(uniform, ("codes", "code_width"))
+        self.embedding = self.param("embedding", init, (self.codebook_size, self.embed_dim), jnp.float32)
+
+    def lookup(self, codes: jax.Array) -> jax.Array:
+        """Codes [...] to vectors [..., C]."""
+        return self.embedding[codes]
+
+    def __call__(self, latents: jax.Array) -> jax.Array:
+        """Latents [..., C] to the nearest codes, int32 [...]."""
+        return nearest_codes(latents, self.embedding)
+
+
+def nearest_codes(latents: jax.Array, codebook: jax.Array) -> jax.Array:
+    """The index of the codebook row nearest to each latent; of equally near rows the first.
+
+    The search is exact and has two levels: the smallest distance to each block of codes, then the nearest code of
+    the best block. Only a minimum runs over the whole codebook, which compilers vectorise where they do not an argmin,
+    and no positions x codes array exists.
+
+    Args:
+        latents: float32 [..., C].
+        codebook: float32 [K, C].
+
+    Returns:
+        int32 [...].
+    """
+    shape, width = latents.shape[:-1], latents.shape[-1]
+    # Rows at infinity fill the last block and are never the nearest.
+    filled = jnp.pad(codebook, ((0, -len(codebook) % CODE_BLOCK), (0, 0)), constant_values=jnp.inf)
+    blocks_nkc = filled.reshape(-1, CODE_BLOCK, width)
+
+    def search(latents_pc: jax.Array) -> jax.Array:
+        nearest_pn = _squared_distance(latents_pc[:, None, None], blocks_nkc).min(-1)
+        block_p = nearest_pn.argmin(-1)
+        code_p = _squared_distance(latents_pc[:, None], blocks_nkc[block_p]).argmin(-1)
+        return (block_p * CODE_BLOCK + code_p).astype(jnp.int32)
+
+    flat = latents.reshape(-1, width)
+    count = len(flat)
+    flat = jnp.pad(flat, ((0, -count % POSITION_BLOCK), (0, 0)))
+    codes = jax.lax.map(search, flat.reshape(-1, POSITION_BLOCK, width))
+    return codes.reshape(-1)[:count].reshape(shape)
+
+
+def _squared_distance(a: jax.Array, b: jax.Array) -> jax.Array:
+    """|a - b|^2 over the last axis, from differences: |a|^2 + |b|^2 - 2ab would cancel."""
+    return sum((a[..., i] - b[..., i]) ** 2 for i in range(a.shape[-1]))
+
+
+def check_codes(codes: np.ndarray, config: VisionConfig) -> None:
+    """Refuses what the decoder cannot draw: host-side, before the device would clamp it in silence.
+
+    Args:
+        codes: integers [..., h, w].
+        config: of the tokenizer that will decode them.
+
+    Raises:
+        Emu3Error: the array is empty, not of whole numbers, or has a code outside the codebook.
+    """
+    codes = np.asarray(codes)
+    if not np.issubdtype(codes.dtype, np.integer):
+        raise Emu3Error(f"codes have dtype {codes.dtype}: they must be whole numbers; pass what `tokenize` returned")
+    if codes.ndim < 2 or codes.size == 0:
+        raise Emu3Error(f"codes have shape {codes.shape}: they must be [..., rows, columns] with at least one code")
+    outside = (codes < 0) | (codes >= config.codebook_size)
+    if outside.any():
+        place = tuple(int(i) for i in np.argwhere(outside)[0])
+        raise Emu3Error(
+            f"code {codes[place]} at {list(place)} is outside the codebook: codes must be "
+            f"0 to {config.codebook_size - 1}; subtract the first visual id if these are token ids"
+        )

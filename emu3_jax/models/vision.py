@@ -1,0 +1,288 @@
+"""The causal 3D VQ: pictures and clips to codes of a 32,768-entry codebook, and back.
+
+Axes: B batch, T frames, H W rows and columns of pixels, t h w the same of codes, C channels, N frames of all clips.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from emu3_jax.config import VisionConfig
+from emu3_jax.errors import Emu3Error
+from emu3_jax.models.quantizer import Quantizer
+from emu3_jax.models.vision_layers import (
+    AttentionBlock,
+    CausalConv3d,
+    Downsample,
+    GroupNorm,
+    ResnetBlock,
+    SpatialNorm,
+    TemporalDownsample,
+    TemporalResnetBlock,
+    TemporalUpsample,
+    Upsample,
+    conv3x3,
+)
+
+# Frames go through the spatial network together up to this many pixels: small ones fill the device, and neither a long
+# clip nor a large batch needs more memory than one 512x512 picture.
+PIXELS_PER_STEP = 512 * 512
+
+
+class Stage(nn.Module):
+    """The blocks of one resolution, then the change to the next. `resample` is "downsample", "upsample" or None."""
+
+    features: int
+    num_blocks: int
+    attention: bool
+    resample: str | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, zq: jax.Array | None = None) -> jax.Array:
+        for i in range(self.num_blocks):
+            x = ResnetBlock(self.features, name=f"block_{i}")(x, zq)
+            if self.attention:
+                x = AttentionBlock(name=f"attn_{i}")(x, zq)
+        if self.resample == "downsample":
+            x = Downsample(name="downsample")(x)
+        elif self.resample == "upsample":
+            x = Upsample(name="upsample")(x)
+        return x
+
+
+class Middle(nn.Module):
+    """Residual, attention, residual at the lowest resolution. [B, h, w, C] to the same."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, zq: jax.Array | None = None) -> jax.Array:
+        x = ResnetBlock(x.shape[-1], name="block_1")(x, zq)
+        x = AttentionBlock(name="attn_1")(x, zq)
+        return ResnetBlock(x.shape[-1], name="block_2")(x, zq)
+
+
+class Encoder(nn.Module):
+    """Frames to latents of the codebook's width."""
+
+    config: VisionConfig
+
+    def setup(self):
+        c = self.config
+        last = len(c.channel_multipliers) - 1
+        self.conv_in = conv3x3(c.base_channels)
+        self.down = [
+            Stage(
+                c.base_channels * multiplier,
+                c.num_res_blocks,
+                attention=i in c.attention_stages,
+                resample="downsample" if i < last else None,
+            )
+            for i, multiplier in enumerate(c.channel_multipliers)
+        ]
+        self.mid = Middle()
+        self.norm_out = GroupNorm()
+        self.conv_out = conv3x3(c.latent_channels)
+        self.time_conv = [TemporalDownsample() for _ in range(_doublings(c.temporal_factor))]
+        self.time_res_stack = [TemporalResnetBlock() for _ in range(c.num_res_blocks)]
+
+    def spatial(self, frames: jax.Array) -> jax.Array:
+        """Every frame by itself. [N, H, W, in_channels] to [N, h, w, latent_channels]."""
+        x = self.conv_in(frames)
+        for stage in self.down:
+            x = stage(x)
+        x = self.mid(x)
+        return self.conv_out(nn.silu(self.norm_out(x)))
+
+    def temporal(self, latents: jax.Array) -> jax.Array:
+        """Along time, causally. [B, T, h, w, C] to [B, T / temporal_factor, h, w, C]."""
+        for conv in self.time_conv:
+            latents = nn.silu(conv(latents))
+        for block in self.time_res_stack:
+            latents = block(latents)
+        return latents
+
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        """[B, T, H, W, in_channels], or [B, H, W, in_channels] for stills, to [B, t, h, w, latent_channels]."""
+        height, width, channels = pixels.shape[-3:]
+        frames = pixels.reshape(-1, height, width, channels)
+        latents = _over_frames(Encoder.spatial, self, height * width, frames)
+        if pixels.ndim == 5:
+            return self.temporal(latents.reshape(*pixels.shape[:2], *latents.shape[1:]))
+        # A still is a clip that repeats it; its frames are equal up to here, so one was enough.
+        return self.temporal(latents[:, None].repeat(self.config.temporal_factor, axis=1))
+
+
+class Decoder(nn.Module):
+    """Latents to frames, every norm steered by the codebook vectors."""
+
+    config: VisionConfig
+
+    def setup(self):
+        c = self.config
+        self.time_res_stack = [TemporalResnetBlock() for _ in range(c.num_res_blocks)]
+        self.time_conv = [TemporalUpsample() for _ in range(_doublings(c.temporal_factor))]
+        self.conv_in = conv3x3(c.base_channels * c.channel_multipliers[-1])
+        self.mid = Middle()
+        self.up = [
+            Stage(
+                c.base_channels * multiplier,
+                c.num_res_blocks + 1,
+                attention=i in c.attention_stages,
+                resample="upsample" if i > 0 else None,
+            )
+            for i, multiplier in enumerate(c.channel_multipliers)
+        ]
+        self.norm_out = SpatialNorm()
+        self.conv_out = conv3x3(c.out_channels)
+
+    def temporal(self, latents: jax.Array) -> jax.Array:
+        """Along time, causally. [B, t, h, w, C] to [B, t * temporal_factor, h, w, C]."""
+        for block in self.time_res_stack:
+            latents = block(latents)
+        for conv in self.time_conv:
+            latents = nn.silu(conv(latents))
+        return latents
+
+    def spatial(self, z: jax.Array, zq: jax.Array) -> jax.Array:
+        """Every frame by itself. Latents and codebook vectors, both [N, h, w, C], to [N, H, W, out_channels]."""
+        x = self.mid(self.conv_in(z), zq)
+        for stage in reversed(self.up):
+            x = stage(x, zq)
+        return self.conv_out(nn.silu(self.norm_out(x, zq)))
+
+    def __call__(self, z: jax.Array, zq: jax.Array, still: bool) -> jax.Array:
+        """Latents and codebook vectors, both [B, t, h, w, C], to frames [B, T, H, W, out_channels].
+
+        A still's pixels are the first of the frames that its one latent stands for: only that one is drawn, T is 1.
+        """
+        both = self.temporal(jnp.concatenate([z, zq]))
+        if still:
+            both = both[:, :1]
+        b, frames, height, width, channels = both.shape
+        z, zq = both.reshape(2, -1, height, width, channels)
+        pixels = _over_frames(Decoder.spatial, self, height * width * self.config.spatial_factor**2, z, zq)
+        return pixels.reshape(b // 2, frames, *pixels.shape[1:])
+
+
+class VisionTokenizer(nn.Module):
+    """The whole tokenizer (upstream `Emu3VisionVQModel`): `encode`, `latents` and `decode` are its methods for `apply`.
+
+    Frames pass the spatial network one group after another, so sharding a batch over devices wants `jax.shard_map`
+    around `apply`, each device with rows of its own.
+    """
+
+    config: VisionConfig
+
+    def setup(self):
+        c = self.config
+        self.encoder = Encoder(c)
+        self.decoder = Decoder(c)
+        self.quantize = Quantizer(c.codebook_size, c.embed_dim)
+        self.quant_conv = CausalConv3d(c.embed_dim)
+        self.post_quant_conv = CausalConv3d(c.latent_channels)
+
+    def latents(self, pixels: jax.Array) -> jax.Array:
+        """What is quantised.
+
+        Args:
+            pixels: in -1..1, stills [B, H, W, in_channels] or clips [B, T, H, W, in_channels]; H and W multiples of
+                `spatial_factor`, T of `temporal_factor`.
+
+        Returns:
+            float32 [B, t, h, w, embed_dim]; t is 1 for stills.
+
+        Raises:
+            Emu3Error: the shape is none of these.
+        """
+        self._check_pixels(pixels)
+        return self.quant_conv(self.encoder(pixels.astype(jnp.float32)))
+
+    def encode(self, pixels: jax.Array) -> jax.Array:
+        """Codes of pictures or clips; `pixels` and errors as for `latents`.
+
+        Returns:
+            int32 [B, h, w] for stills, [B, t, h, w] for clips.
+        """
+        codes = self.quantize(self.latents(pixels))
+        return codes[:, 0] if pixels.ndim == 4 else codes
+
+    def decode(self, codes: jax.Array) -> jax.Array:
+        """Pictures or clips of codes.
+
+        Args:
+            codes: integers [B, h, w] for stills, [B, t, h, w] for clips. `check_codes` refuses those outside the codebook.
+
+        Returns:
+            float32 pixels, -1..1 but not clipped: [B, H, W, out_channels] or [B, t * temporal_factor, H, W, out_channels].
+
+        Raises:
+            Emu3Error: `codes` has another rank.
+        """
+        if codes.ndim not in (3, 4):
+            raise Emu3Error(
+                f"codes have shape {codes.shape}: they must be [B, h, w] for stills or [B, t, h, w] for clips"
+            )
+        still = codes.ndim == 3
+        zq = self.quantize.lookup(codes[:, None] if still else codes)
+        pixels = self.decoder(self.post_quant_conv(zq), zq, still)
+        return pixels[:, 0] if still else pixels
+
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        """The reconstruction of `pixels`: touches every parameter, for `init`."""
+        return self.decode(self.encode(pixels))
+
+    def _check_pixels(self, pixels: jax.Array) -> None:
+        c, shape = self.config, pixels.shape
+        if len(shape) not in (4, 5) or shape[-1] != c.in_channels:
+            raise Emu3Error(
+                f"pixels have shape {shape}: they must be [B, H, W, {c.in_channels}] for stills or "
+                f"[B, T, H, W, {c.in_channels}] for clips"
+            )
+        height, width = shape[-3:-1]
+        if height % c.spatial_factor or width % c.spatial_factor or 0 in shape:
+            raise Emu3Error(
+                f"pixels have {height} rows and {width} columns: both must be multiples of {c.spatial_factor} and none empty; "
+                "resize the picture"
+            )
+        if len(shape) == 5 and shape[1] % c.temporal_factor:
+            missing = -shape[1] % c.temporal_factor
+            raise Emu3Error(
+                f"the clip has {shape[1]} frames: it must have a multiple of {c.temporal_factor}; repeat the last frame "
+                f"{missing} times, or drop {c.temporal_factor - missing}"
+            )
+
+
+@functools.cache
+def make_encoder(config: VisionConfig) -> Callable[[Any, jax.Array], jax.Array]:
+    """The jitted `(params, pixels) -> codes` of `VisionTokenizer.encode`; compiles once per shape, however often asked for."""
+    return jax.jit(lambda params, pixels: VisionTokenizer(config).apply({"params": params}, pixels, method="encode"))
+
+
+@functools.cache
+def make_decoder(config: VisionConfig) -> Callable[[Any, jax.Array], jax.Array]:
+    """The jitted `(params, codes) -> pixels` of `VisionTokenizer.decode`; compiles once per shape, however often asked for."""
+    return jax.jit(lambda params, codes: VisionTokenizer(config).apply({"params": params}, codes, method="decode"))
+
+
+def _doublings(factor: int) -> int:
+    """log2 of a power of two."""
+    return factor.bit_length() - 1
+
+
+def _over_frames(network: Callable, module: nn.Module, pixels: int, *frames: jax.Array) -> jax.Array:
+    """`network(module, *frames)` over frames [N, ...] of `pixels` pixels each, in equal groups of bounded size."""
+    count = len(frames[0])
+    limit = max(1, PIXELS_PER_STEP // pixels)
+    group = max(d for d in range(1, min(limit, count) + 1) if count % d == 0)
+    if group == count:
+        return network(module, *frames)
+    loop = nn.scan(
+        lambda module, carry, group: (carry, network(module, *group)),
+        variable_broadcast="params",
+        split_rngs={"params": False},
+    )
+    _, out = loop(module, (), tuple(f.reshape(count // group, group, *f.shape[1:]) for f in frames))
+    return out.reshape(count, *out.shape[2:])

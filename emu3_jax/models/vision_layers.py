@@ -1,0 +1,224 @@
+"""Building blocks of the causal 3D VQ: convolutions, norms, residual and attention blocks.
+
+Axes: B batch (the spatial blocks see the frames of clips here), T frames, H W rows and columns, C channels, S positions
+(H times W), Q the queries of one block. Layout is channels-last. Everything is float32 at the highest matmul precision:
+TF32 and bfloat16 passes change codes.
+
+Parameter names follow upstream's PyTorch modules segment by segment. Logical axes of the weights: "conv_time", "conv_rows",
+"conv_columns", "conv_in", "conv_out", and "channels" for what is per channel.
+"""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+HIGHEST = jax.lax.Precision.HIGHEST
+GROUPS = 32
+GROUP_NORM_EPS = 1e-6
+BATCH_NORM_EPS = 1e-5
+# Attention scores held at once: 64 MiB of float32. Up to 512x512 pixels one picture is one block.
+MAX_SCORES = 2**24
+
+_CONV_AXES = ("conv_time", "conv_rows", "conv_columns", "conv_in", "conv_out")
+_conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # upstream's Kaiming initialisation
+_channels_init = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("channels",))
+_ones_init = nn.with_logical_partitioning(nn.initializers.ones_init(), ("channels",))
+
+
+def conv(
+    features: int, kernel: Sequence[int], padding: Sequence[tuple[int, int]], stride: Sequence[int] = (), **kwargs
+):
+    """A 2D or 3D convolution with bias: `kernel`, `padding` and `stride` per axis ([T,] H, W)."""
+    return nn.Conv(
+        features,
+        tuple(kernel),
+        strides=tuple(stride) or None,
+        padding=tuple(padding),
+        precision=HIGHEST,
+        kernel_init=nn.with_logical_partitioning(_conv_init, _CONV_AXES[3 - len(kernel) :]),
+        bias_init=_channels_init,
+        **kwargs,
+    )
+
+
+def conv3x3(features: int, **kwargs) -> nn.Conv:
+    return conv(features, (3, 3), ((1, 1), (1, 1)), **kwargs)
+
+
+def conv1x1(features: int, **kwargs) -> nn.Conv:
+    return conv(features, (1, 1), ((0, 0), (0, 0)), **kwargs)
+
+
+def dense(features: int, **kwargs) -> nn.Dense:
+    return nn.Dense(
+        features,
+        precision=HIGHEST,
+        kernel_init=nn.with_logical_partitioning(_conv_init, ("conv_in", "conv_out")),
+        bias_init=_channels_init,
+        **kwargs,
+    )
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation over rows, columns and the channels of each of 32 groups. [B, H, W, C] to the same."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels = x.shape[-1]
+        scale = self.param("scale", _ones_init, (channels,), jnp.float32)
+        bias = self.param("bias", _channels_init, (channels,), jnp.float32)
+
+        def group_mean(values):  # [B, H, W, C] -> [B, 1, 1, C]; per channel first, a fast reduction on every backend
+            per_channel = values.mean((1, 2))
+            per_group = per_channel.reshape(len(values), GROUPS, -1).mean(-1)
+            return jnp.repeat(per_group, channels // GROUPS, axis=-1)[:, None, None]
+
+        centred = x - group_mean(x)
+        variance = group_mean(centred**2)  # of the centred values: E[x^2] - E[x]^2 cancels
+        return centred * jax.lax.rsqrt(variance + GROUP_NORM_EPS) * scale + bias
+
+
+class SpatialNorm(nn.Module):
+    """Group normalisation, then a gain and a shift per position from the codebook vectors (MoVQ, arXiv 2209.09002)."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, zq: jax.Array) -> jax.Array:
+        """x [B, H, W, C], zq [B, h, w, embed] with H a multiple of h and W the same multiple of w."""
+        b, height, width, channels = x.shape
+        rows, columns = zq.shape[1:3]
+        # Nearest up-sampling commutes with a 1x1 convolution, so both run on the small grid and are broadcast.
+        gain = conv1x1(channels, name="conv_y")(zq)[:, :, None, :, None]
+        shift = conv1x1(channels, name="conv_b")(zq)[:, :, None, :, None]
+        x = GroupNorm(name="norm_layer")(x)
+        cells = x.reshape(b, rows, height // rows, columns, width // columns, channels)
+        return (cells * gain + shift).reshape(x.shape)
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation by stored statistics, as at inference: they are parameters like any other."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (x.shape[-1],)
+        scale = self.param("scale", _ones_init, shape, jnp.float32)
+        bias = self.param("bias", _channels_init, shape, jnp.float32)
+        mean = self.param("mean", _channels_init, shape, jnp.float32)
+        var = self.param("var", _ones_init, shape, jnp.float32)
+        return (x - mean) * jax.lax.rsqrt(var + BATCH_NORM_EPS) * scale + bias
+
+
+def norm(name: str, x: jax.Array, zq: jax.Array | None) -> jax.Array:
+    """The encoder normalises by groups; the decoder, which has codebook vectors `zq`, by groups and position."""
+    return GroupNorm(name=name)(x) if zq is None else SpatialNorm(name=name)(x, zq)
+
+
+class ResnetBlock(nn.Module):
+    """Two 3x3 convolutions around a shortcut. [B, H, W, C] to [B, H, W, features]."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, zq: jax.Array | None = None) -> jax.Array:
+        h = conv3x3(self.features, name="conv1")(nn.silu(norm("norm1", x, zq)))
+        h = conv3x3(self.features, name="conv2")(nn.silu(norm("norm2", h, zq)))
+        if x.shape[-1] != self.features:
+            x = conv1x1(self.features, name="nin_shortcut")(x)
+        return x + h
+
+
+class AttentionBlock(nn.Module):
+    """One head of attention over all positions of a picture, around a shortcut. [B, H, W, C] to the same."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, zq: jax.Array | None = None) -> jax.Array:
+        b, height, width, channels = x.shape
+        x_bsc = norm("norm", x, zq).reshape(b, height * width, channels)
+        q, k, v = (dense(channels, name=name)(x_bsc) for name in ("q", "k", "v"))
+        out = dense(channels, name="proj_out")(attend(q, k, v))
+        return x + out.reshape(x.shape)
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Softmax attention, exact, over blocks of queries: the [S, S] scores of a large picture never exist whole.
+
+    Args:
+        q, k, v: [B, S, C].
+
+    Returns:
+        [B, S, C].
+    """
+    b, positions, channels = q.shape
+
+    def attend_block(q_bqc: jax.Array) -> jax.Array:
+        scores_bqs = jnp.einsum("bqc,bsc->bqs", q_bqc, k, precision=HIGHEST) * channels**-0.5
+        return jnp.einsum("bqs,bsc->bqc", nn.softmax(scores_bqs), v, precision=HIGHEST)
+
+    blocks = -(-b * positions**2 // MAX_SCORES)
+    if blocks == 1:
+        return attend_block(q)
+    size = -(-positions // blocks)
+    q = jnp.pad(q, ((0, 0), (0, blocks * size - positions), (0, 0)))
+    q_nbqc = q.reshape(b, blocks, size, channels).swapaxes(0, 1)
+    out = jax.lax.map(attend_block, q_nbqc).swapaxes(0, 1)
+    return out.reshape(b, blocks * size, channels)[:, :positions]
+
+
+class Downsample(nn.Module):
+    """A strided 3x3 convolution, padded right and bottom only. [B, H, W, C] to [B, H/2, W/2, C]."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return conv(x.shape[-1], (3, 3), ((0, 1), (0, 1)), stride=(2, 2), name="conv")(x)
+
+
+class Upsample(nn.Module):
+    """Nearest up-sampling and a 3x3 convolution. [B, H, W, C] to [B, 2H, 2W, C]."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.repeat(2, axis=1).repeat(2, axis=2)
+        return conv3x3(x.shape[-1], name="conv")(x)
+
+
+class CausalConv3d(nn.Module):
+    """A 3D convolution that sees no later frame. [B, T, H, W, C] to [B, T', H, W, features].
+
+    Two frames of zeros go before the first, also where the kernel is four long, as in upstream.
+    """
+
+    features: int
+    kernel: tuple[int, int, int] = (3, 1, 1)
+    stride: int = 1  # in time
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        padding = ((2, 0), *((k // 2, k // 2) for k in self.kernel[1:]))
+        return conv(self.features, self.kernel, padding, stride=(self.stride, 1, 1), name="conv")(x)
+
+
+class TemporalDownsample(nn.Module):
+    """Halves the frames. [B, T, H, W, C] to [B, T/2, H, W, C]."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return CausalConv3d(x.shape[-1], (4, 3, 3), stride=2, name="conv")(x)
+
+
+class TemporalUpsample(nn.Module):
+    """Repeats each frame, then a causal convolution. [B, T, H, W, C] to [B, 2T, H, W, C]."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return CausalConv3d(x.shape[-1], (3, 3, 3), name="conv")(x.repeat(2, axis=1))
+
+
+class TemporalResnetBlock(nn.Module):
+    """Two causal 3x3x3 convolutions around a shortcut. [B, T, H, W, C] to the same."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        h = CausalConv3d(x.shape[-1], (3, 3, 3), name="conv1")(nn.silu(BatchNorm(name="norm1")(x)))
+        h = CausalConv3d(x.shape[-1], (3, 3, 3), name="conv2")(nn.silu(BatchNorm(name="norm2")(h)))
+        return x + h
