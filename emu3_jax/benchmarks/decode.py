@@ -1,0 +1,165 @@
+"""`bench decode`: the decode loop at full shapes with random weights, guidance, sampler and schedule as in use."""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from emu3_jax.benchmarks.machine import describe_machine
+from emu3_jax.compilation import enable_persistent_cache
+from emu3_jax.config import DecoderConfig
+from emu3_jax.generation import engine
+from emu3_jax.generation.sampling import RowSettings
+from emu3_jax.generation.schedule import forced_ids, image_schedule
+from emu3_jax.models.decoder import Decoder
+
+PRESETS = {
+    "8b": DecoderConfig(),
+    "small": DecoderConfig(hidden_size=256, intermediate_size=512, num_layers=2, num_heads=4, num_kv_heads=2),
+}
+PROMPT_TOKENS = 64
+GUIDANCE, TOP_K = 3.0, 2048
+
+
+def run(
+    preset: str = "8b",
+    rows: tuple[int, ...] = (1,),
+    area: int = 720 * 720,
+    steps: int = 256,
+    whole: bool = False,
+    compare: str | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Yields figures as dicts: the machine and its bandwidths, then one per batch size and cache length.
+
+    Times are the shortest of three runs of `steps` steps, each after a run of the same program; `bytes_per_step` is what
+    a step must move: the layers, the visual rows of the head and the live part of the cache.
+    """
+    enable_persistent_cache()
+    config = PRESETS[preset]
+    yield {"bench": "decode", "preset": preset, **describe_machine(), **bandwidths(large=preset == "8b")}
+    params = random_params(config)
+    weight_bytes = step_weight_bytes(config)
+    side = round(math.sqrt(area) / 8)
+    for count in rows:
+        schedule = np.tile(image_schedule(side, side), (count, 1))
+        total = schedule.shape[1] - 3
+        variant = engine.Variant(visual_only=True, guided=True, use_top_k=True, use_top_p=False)
+        plan = engine.Plan(jnp.asarray(forced_ids(schedule, config.tokens)), _settings(count))
+        prompts = np.full((2 * count, PROMPT_TOKENS), 1, np.int32)
+        start = np.zeros(2 * count, np.int32)
+        slots = PROMPT_TOKENS + engine.bucket(schedule.shape[1])
+        began = time.perf_counter()
+        state = engine.prefill(params, prompts, start, plan, config, variant, slots)
+        state = engine.decode(params, state, plan, np.int32(2), config, variant)
+        jax.block_until_ready(state)
+        first_call = time.perf_counter() - began
+        cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((state.cache.keys, state.cache.values)))
+        times = []
+        for position in (steps, total // 2, total - steps):
+            best = math.inf
+            for _ in range(3):
+                state = _place(state, position, PROMPT_TOKENS)
+                jax.block_until_ready(state)
+                began = time.perf_counter()
+                state = engine.decode(params, state, plan, np.int32(position + steps), config, variant)
+                jax.block_until_ready(state)
+                best = min(best, (time.perf_counter() - began) / steps)
+            live = cache_bytes * (position + PROMPT_TOKENS) / slots
+            times.append(best)
+            yield {
+                "pictures": count,
+                "cache_length": position + PROMPT_TOKENS,
+                "ms_per_step": round(best * 1e3, 3),
+                "bytes_per_step": int(weight_bytes + live),
+                "gb_per_s": round((weight_bytes + live) / best / 1e9, 1),
+            }
+        average = float(np.mean(times))
+        summary = {
+            "pictures": count,
+            "picture": f"{side * 8}x{side * 8}",
+            "tokens": total,
+            "ms_per_token_average": round(average * 1e3, 3),
+            "seconds_per_picture": round(average * total / count, 2),
+            "first_call_s": round(first_call, 1),
+            **_memory(),
+        }
+        del state
+        if whole:
+            began = time.perf_counter()
+            row = [1] * PROMPT_TOKENS
+            settings = jax.tree.map(np.asarray, _settings(count))
+            engine.run(params, config, [row] * count, list(schedule), settings, [row] * count)
+            summary["whole_run_s"] = round(time.perf_counter() - began, 2)
+        yield summary
+    if compare:
+        del params
+        from emu3_jax.benchmarks import decode_transformers
+
+        yield from decode_transformers.run(config, area)
+
+
+def bandwidths(large: bool) -> dict[str, float]:
+    """Copy (bytes read plus written) and read-only bandwidth of the device in GB/s."""
+    x = jnp.ones((2**31 if large else 2**24,), jnp.bfloat16)
+    copy, read = jax.jit(lambda x: x + 1), jax.jit(lambda x: jnp.max(x.reshape(-1, 4096), axis=1))
+    figures = {}
+    for name, function, factor in (("copy_gb_per_s", copy, 2), ("read_gb_per_s", read, 1)):
+        jax.block_until_ready(function(x))
+        best = math.inf
+        for _ in range(5):
+            began = time.perf_counter()
+            jax.block_until_ready(function(x))
+            best = min(best, time.perf_counter() - began)
+        figures[name] = round(factor * x.nbytes / best / 1e9, 1)
+    return figures
+
+
+def step_weight_bytes(config: DecoderConfig) -> int:
+    """Bytes of weights that one step reads: every layer, the last norm and the visual rows of the head."""
+    shapes = nn.unbox(jax.eval_shape(Decoder(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
+    counted = {k: v for k, v in shapes.items() if k not in ("embed", "head")}
+    elements = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(counted))
+    return (elements + config.tokens.visual_count * config.hidden_size) * jnp.dtype(config.dtype).itemsize
+
+
+def random_params(config: DecoderConfig) -> Any:
+    """Parameters of standard deviation 0.02 in the compute dtype, one leaf at a time so that no float32 copy exists."""
+    shapes = nn.unbox(jax.eval_shape(Decoder(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
+    leaves, tree = jax.tree.flatten(shapes)
+
+    @functools.partial(jax.jit, static_argnames="shape")
+    def draw(key, shape):
+        if len(shape) == 1:
+            return jnp.ones(shape, config.dtype)
+        return jax.random.normal(key, shape, config.dtype) * jnp.asarray(0.02, config.dtype)
+
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    return jax.tree.unflatten(tree, [draw(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)])
+
+
+def _settings(count: int) -> RowSettings:
+    return RowSettings(
+        temperature=jnp.ones(count, jnp.float32),
+        top_k=jnp.full(count, TOP_K, jnp.int32),
+        top_p=jnp.ones(count, jnp.float32),
+        guidance=jnp.full(count, GUIDANCE, jnp.float32),
+        seed=jnp.arange(count, dtype=jnp.uint32),
+    )
+
+
+def _place(state: engine.DecodeState, step: int, prompt: int) -> engine.DecodeState:
+    """The state as if `step` steps had been taken: same shapes, so the same program."""
+    cache = dataclasses.replace(state.cache, length=jnp.asarray(prompt + step - 1, jnp.int32))
+    return dataclasses.replace(state, cache=cache, step=jnp.asarray(step, jnp.int32))
+
+
+def _memory() -> dict[str, float]:
+    stats = jax.devices()[0].memory_stats() or {}
+    return {"peak_gb": round(stats["peak_bytes_in_use"] / 1e9, 2)} if "peak_bytes_in_use" in stats else {}

@@ -1,0 +1,122 @@
+"""The peer of `bench decode`: the two ways in which transformers decodes Emu3 with guidance, on the same GPU."""
+
+import gc
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from emu3_jax.config import DecoderConfig
+from emu3_jax.errors import Emu3Error
+
+PROMPT_TOKENS = 64
+GUIDANCE, TOP_K = 3.0, 2048
+
+
+def run(config: DecoderConfig, area: int) -> Iterator[dict[str, Any]]:
+    """Yields ms per image token of `generate()` as the reference's README shows it, and of a compiled static-cache step."""
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise Emu3Error(f"--compare transformers needs {error.name}: pip install 'emu3-jax[test]'") from error
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    published = config.to_published("transformers")
+    published.pop("model_type")
+    peer = transformers.Emu3TextConfig(**published)
+    peer._attn_implementation = "sdpa"
+    dtype = getattr(torch, config.dtype)
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = transformers.Emu3ForCausalLM(peer).eval()
+    finally:
+        torch.set_default_dtype(previous)
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    length = round(area / 64)
+    for context in (PROMPT_TOKENS, length // 2):
+        seconds = _generate(model, config, context, device)
+        yield {"peer": "transformers generate()", "cache_length": context, "ms_per_token": round(seconds * 1e3, 2), **versions}
+    for context in (PROMPT_TOKENS, length // 2):
+        seconds = _compiled(model, config, context, PROMPT_TOKENS + length + 512, device)
+        yield {
+            "peer": "transformers, static cache, torch.compile, doubled batch",
+            "cache_length": context,
+            "ms_per_token": round(seconds * 1e3, 2),
+            **versions,
+        }
+    del model
+    gc.collect()
+
+
+def _generate(model, config: DecoderConfig, context: int, device: str) -> float:
+    """Seconds per token of `generate()` with guidance as a second pass, top-k and a constraint on visual tokens."""
+    import torch
+    from transformers import GenerationConfig
+
+    special = config.tokens
+    visual = list(range(special.visual_start, special.visual_end))
+    ids = torch.randint(special.visual_start, special.visual_end, (1, context), device=device)
+    negative = torch.randint(0, special.pad, (1, PROMPT_TOKENS), device=device)
+
+    def timed(count: int) -> float:
+        options = GenerationConfig(
+            do_sample=True, top_k=TOP_K, max_new_tokens=count, min_new_tokens=count, eos_token_id=special.eos,
+            pad_token_id=special.pad, guidance_scale=GUIDANCE,
+        )  # fmt: skip
+        _synchronize(device)
+        began = time.perf_counter()
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=options,
+            negative_prompt_ids=negative,
+            negative_prompt_attention_mask=torch.ones_like(negative),
+            prefix_allowed_tokens_fn=lambda *_: visual,
+        )
+        _synchronize(device)
+        return time.perf_counter() - began
+
+    few, many = 4, 36
+    timed(few)
+    return (timed(many) - timed(few)) / (many - few)
+
+
+def _compiled(model, config: DecoderConfig, context: int, slots: int, device: str, steps: int = 100) -> float:
+    """Seconds per token of the best a torch user can write: doubled batch, static cache, compiled step."""
+    import torch
+    from transformers import StaticCache
+
+    special = config.tokens
+    cache = StaticCache(config=model.config, max_cache_len=slots)
+    ids = torch.randint(special.visual_start, special.visual_end, (2, context), device=device)
+
+    @torch.no_grad()
+    def step(token, position):
+        logits = model(token, past_key_values=cache, use_cache=True, position_ids=position[None].expand(2, -1)).logits
+        c, u = torch.log_softmax(logits[:, -1].float(), -1).split(1)
+        guided = (u + GUIDANCE * (c - u))[:, special.visual_start : special.visual_end]
+        values, indices = torch.topk(guided, TOP_K)
+        chosen = indices.gather(1, torch.multinomial(torch.softmax(values, -1), 1)) + special.visual_start
+        return chosen.expand(2, 1).clone()
+
+    with torch.no_grad():
+        positions = torch.arange(context, device=device)[None].expand(2, -1)
+        model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1, position_ids=positions)
+    compiled = torch.compile(step, mode="reduce-overhead") if device == "cuda" else step
+    token, position = ids[:, -1:].clone(), torch.tensor([context], device=device)
+    for index in range(8 + steps):
+        if index == 8:
+            _synchronize(device)
+            began = time.perf_counter()
+        token = compiled(token, position).clone()
+        position = position + 1
+    _synchronize(device)
+    return (time.perf_counter() - began) / steps
+
+
+def _synchronize(device: str) -> None:
+    import torch
+
+    if device == "cuda":
+        torch.cuda.synchronize()
