@@ -6,10 +6,6 @@ Axes: P positions, K codes (in blocks), C embedding width.
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-
-from emu3_jax.config import VisionConfig
-from emu3_jax.errors import Emu3Error
 
 # One step holds POSITION_BLOCK x CODE_BLOCK vectors, whatever the picture and the codebook.
 POSITION_BLOCK = 64
@@ -73,27 +69,3 @@ def nearest_codes(latents: jax.Array, codebook: jax.Array) -> jax.Array:
 def _squared_distance(a: jax.Array, b: jax.Array) -> jax.Array:
     """|a - b|^2 over the last axis, from differences: |a|^2 + |b|^2 - 2ab would cancel."""
     return sum((a[..., i] - b[..., i]) ** 2 for i in range(a.shape[-1]))
-
-
-def check_codes(codes: np.ndarray, config: VisionConfig) -> None:
-    """Refuses what the decoder cannot draw: host-side, before the device would clamp it in silence.
-
-    Args:
-        codes: integers [..., h, w].
-        config: of the tokenizer that will decode them.
-
-    Raises:
-        Emu3Error: the array is empty, not of whole numbers, or has a code outside the codebook.
-    """
-    codes = np.asarray(codes)
-    if not np.issubdtype(codes.dtype, np.integer):
-        raise Emu3Error(f"codes have dtype {codes.dtype}: they must be whole numbers; pass what `tokenize` returned")
-    if codes.ndim < 2 or codes.size == 0:
-        raise Emu3Error(f"codes have shape {codes.shape}: they must be [..., rows, columns] with at least one code")
-    outside = (codes < 0) | (codes >= config.codebook_size)
-    if outside.any():
-        place = tuple(int(i) for i in np.argwhere(outside)[0])
-        raise Emu3Error(
-            f"code {codes[place]} at {list(place)} is outside the codebook: codes must be "
-            f"0 to {config.codebook_size - 1}; subtract the first visual id if these are token ids"
-        )

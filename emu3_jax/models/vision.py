@@ -10,6 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from emu3_jax.config import VisionConfig
 from emu3_jax.errors import Emu3Error
@@ -213,10 +214,11 @@ class VisionTokenizer(nn.Module):
         """Pictures or clips of codes.
 
         Args:
-            codes: integers [B, h, w] for stills, [B, t, h, w] for clips. `check_codes` refuses those outside the codebook.
+            codes: integers [B, h, w] for stills, [B, t, h, w] for clips; inside the codebook, as `check_codes` assures.
 
         Returns:
-            float32 pixels, -1..1 but not clipped: [B, H, W, out_channels] or [B, t * temporal_factor, H, W, out_channels].
+            float32 pixels, in -1..1 but not clipped: [B, H, W, out_channels], or for clips
+            [B, t * temporal_factor, H, W, out_channels].
 
         Raises:
             Emu3Error: `codes` has another rank.
@@ -244,26 +246,50 @@ class VisionTokenizer(nn.Module):
         height, width = shape[-3:-1]
         if height % c.spatial_factor or width % c.spatial_factor or 0 in shape:
             raise Emu3Error(
-                f"pixels have {height} rows and {width} columns: both must be multiples of {c.spatial_factor} and none empty; "
-                "resize the picture"
+                f"pixels have {height} rows and {width} columns: both must be multiples of "
+                f"{c.spatial_factor} and none empty; resize the picture"
             )
         if len(shape) == 5 and shape[1] % c.temporal_factor:
             missing = -shape[1] % c.temporal_factor
             raise Emu3Error(
-                f"the clip has {shape[1]} frames: it must have a multiple of {c.temporal_factor}; repeat the last frame "
-                f"{missing} times, or drop {c.temporal_factor - missing}"
+                f"the clip has {shape[1]} frames: it must have a multiple of {c.temporal_factor}; repeat the last "
+                f"frame {missing} times, or drop {c.temporal_factor - missing}"
             )
+
+
+def check_codes(codes: np.ndarray, config: VisionConfig) -> None:
+    """Refuses what the decoder cannot draw: host-side, before the device would clamp it in silence.
+
+    Args:
+        codes: integers [..., h, w].
+        config: of the tokenizer that will decode them.
+
+    Raises:
+        Emu3Error: the array is empty, not of whole numbers, or has a code outside the codebook.
+    """
+    codes = np.asarray(codes)
+    if not np.issubdtype(codes.dtype, np.integer):
+        raise Emu3Error(f"codes have dtype {codes.dtype}: they must be whole numbers; pass what `tokenize` returned")
+    if codes.ndim < 2 or codes.size == 0:
+        raise Emu3Error(f"codes have shape {codes.shape}: they must be [..., rows, columns] with at least one code")
+    outside = (codes < 0) | (codes >= config.codebook_size)
+    if outside.any():
+        place = tuple(int(i) for i in np.argwhere(outside)[0])
+        raise Emu3Error(
+            f"code {codes[place]} at {list(place)} is outside the codebook: codes must be "
+            f"0 to {config.codebook_size - 1}; subtract the first visual id if these are token ids"
+        )
 
 
 @functools.cache
 def make_encoder(config: VisionConfig) -> Callable[[Any, jax.Array], jax.Array]:
-    """The jitted `(params, pixels) -> codes` of `VisionTokenizer.encode`; compiles once per shape, however often asked for."""
+    """The jitted `(params, pixels) -> codes` of `VisionTokenizer.encode`, compiled once per shape."""
     return jax.jit(lambda params, pixels: VisionTokenizer(config).apply({"params": params}, pixels, method="encode"))
 
 
 @functools.cache
 def make_decoder(config: VisionConfig) -> Callable[[Any, jax.Array], jax.Array]:
-    """The jitted `(params, codes) -> pixels` of `VisionTokenizer.decode`; compiles once per shape, however often asked for."""
+    """The jitted `(params, codes) -> pixels` of `VisionTokenizer.decode`, compiled once per shape."""
     return jax.jit(lambda params, codes: VisionTokenizer(config).apply({"params": params}, codes, method="decode"))
 
 

@@ -4,8 +4,8 @@ Axes: B batch (the spatial blocks see the frames of clips here), T frames, H W r
 (H times W), Q the queries of one block. Layout is channels-last. Everything is float32 at the highest matmul precision:
 TF32 and bfloat16 passes change codes.
 
-Parameter names follow upstream's PyTorch modules segment by segment. Logical axes of the weights: "conv_time", "conv_rows",
-"conv_columns", "conv_in", "conv_out", and "channels" for what is per channel.
+Parameter names follow upstream's PyTorch modules segment by segment. Logical axes of the weights: "conv_time",
+"conv_rows", "conv_columns", "conv_in", "conv_out", and "channels" for what is per channel.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ _ones_init = nn.with_logical_partitioning(nn.initializers.ones_init(), ("channel
 
 def conv(
     features: int, kernel: Sequence[int], padding: Sequence[tuple[int, int]], stride: Sequence[int] = (), **kwargs
-):
+) -> nn.Conv:
     """A 2D or 3D convolution with bias: `kernel`, `padding` and `stride` per axis ([T,] H, W)."""
     return nn.Conv(
         features,
