@@ -1,0 +1,1 @@
+"""Model bundles, and the way between them and the published PyTorch checkpoints."""

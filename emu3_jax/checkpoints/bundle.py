@@ -1,0 +1,325 @@
+"""The model bundle: a directory with `decoder/`, `vision/` and `tokenizer/`, any subset, that a model lives in.
+
+Each part has a `config.json`; weights are one ordinary Orbax checkpoint, `weights/`, that Orbax alone can read.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import errno
+import functools
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import traverse_util
+
+from emu3_jax.checkpoints.layouts import Param, decoder_params, vision_params
+from emu3_jax.checkpoints.tensors import read_json
+from emu3_jax.config import DecoderConfig, ImageConfig, SpecialTokens, VisionConfig
+from emu3_jax.errors import Emu3Error
+from emu3_jax.text.tokenizer import Tokenizer
+
+FORMAT = 1
+PARTS = ("decoder", "vision", "tokenizer")
+TEMPLATES = ("chat", "stage1")
+VOCABULARY = "emu3.tiktoken"
+_CHUNK_BYTES = 64 << 20  # a device that restores a slice of an array reads no more than its chunks
+_GROUP_BYTES = 256 << 20  # arrays read together when a whole part is walked through on the host
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyArray:
+    """An array of a bundle that exists only while it is being written."""
+
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    load: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+class _LazyArrayHandler(ocp.type_handlers.NumpyHandler):
+    """Saves leaves one after the other, each loaded, committed and freed before the next.
+
+    Orbax's own handlers hold every array of a tree at once. On disk there is no difference to NumPy leaves.
+    """
+
+    def __init__(self, written: Callable[[int], Any]):
+        super().__init__(deepcopy_host_arrays=False)
+        self._written = written
+
+    async def serialize(self, values, infos, args=None):
+        for value, info, arg in zip(values, infos, args, strict=True):
+            for commit in await super().serialize([value.load()], [info], [arg]):
+                await asyncio.to_thread(commit.result)
+            self._written(value.nbytes)
+        return []
+
+
+@contextlib.contextmanager
+def atomic_directory(target: Path, nbytes: int) -> Iterator[Path]:
+    """A temporary sibling that becomes `target` when the block succeeds, and vanishes when it does not.
+
+    Raises:
+      Emu3Error: `target` exists, its parent cannot be written, or the disk has less than `nbytes` left.
+    """
+    if target.exists():
+        raise Emu3Error(f"{target} exists already: choose another name or delete it first")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(target.parent).free
+        if free < nbytes:
+            raise Emu3Error(
+                f"{target.parent} has {_gigabytes(free)} free, {target.name} needs {_gigabytes(nbytes)}: "
+                "free space or choose another disk"
+            )
+        temporary.mkdir()
+        try:
+            yield temporary
+            temporary.rename(target)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    except Emu3Error:
+        raise
+    except (OSError, ValueError) as error:  # TensorStore reports a full disk as a ValueError
+        full = getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
+        if full:
+            raise Emu3Error(
+                f"{target}: the disk is full; nothing was kept; free space or choose another disk"
+            ) from error
+        if isinstance(error, OSError):
+            raise Emu3Error(f"{target}: cannot be written ({error}); choose another place") from error
+        raise
+
+
+def _gigabytes(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB"
+
+
+def write_config(directory: Path, config: Mapping[str, Any]) -> None:
+    """Makes the part's directory and writes its `config.json`."""
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps({"format": FORMAT, **config}, indent=2) + "\n")
+
+
+def write_part(
+    directory: Path, config: Mapping[str, Any], arrays: Iterable[LazyArray], written: Callable[[int], Any] = int
+) -> None:
+    """Writes one part with weights, holding one array at a time; `written` is told the bytes of each."""
+    write_config(directory, config)
+    tree = traverse_util.unflatten_dict({a.path: a for a in arrays})
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (LazyArray, _LazyArrayHandler(written)), (jax.Array, ocp.type_handlers.ArrayHandler())
+    )
+    # Weights do not compress; trying costs more time than writing them.
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
+    save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(directory.absolute() / "weights", args=ocp.args.PyTreeSave(tree, save_args=save_args))
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+class Bundle:
+    """An open bundle: configs read and checked, weights still on disk. Made by `Bundle.open`."""
+
+    def __init__(self, path: Path, configs: Mapping[str, Mapping[str, Any]]):
+        self.path = path
+        self._configs = configs
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Bundle":
+        """Opens the bundle at `path`.
+
+        Raises:
+          Emu3Error: no bundle there, a newer format, or a config that is not valid.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise Emu3Error(f"{path} is not a directory: give a bundle, made by `emu3-jax convert SRC -o {path}`")
+        configs = {part: read_json(path / part / "config.json") for part in PARTS if (path / part).is_dir()}
+        if not any("format" in config for config in configs.values()):
+            raise Emu3Error(
+                f"{path} is not a bundle (no decoder/, vision/ or tokenizer/ with a bundle's config.json): "
+                f"convert a checkpoint with `emu3-jax convert SRC -o BUNDLE`"
+            )
+        for part, config in configs.items():
+            version = config.pop("format", None)
+            if version != FORMAT:
+                file = path / part / "config.json"
+                raise Emu3Error(f"{file}: format is {version!r}, this version reads {FORMAT}: convert the model again")
+        bundle = cls(path, configs)
+        for part, properties in {
+            "decoder": ("decoder_config",),
+            "vision": ("vision_config", "image_config", "num_batches_tracked"),
+            "tokenizer": ("template",),
+        }.items():
+            for name in properties if bundle.has(part) else ():
+                getattr(bundle, name)
+        return bundle
+
+    def has(self, part: str) -> bool:
+        """Whether the bundle holds `part`: "decoder", "vision" or "tokenizer"."""
+        return part in self._configs
+
+    def require(self, part: str) -> None:
+        """Raises an `Emu3Error` that says how to get `part` when the bundle lacks it."""
+        if not self.has(part):
+            source = {
+                "decoder": "a decoder such as BAAI/Emu3-Gen or BAAI/Emu3-Chat",
+                "vision": "the vision tokenizer BAAI/Emu3-VisionTokenizer",
+                "tokenizer": "a decoder directory with its emu3.tiktoken or tokenizer.json",
+            }[part]
+            raise Emu3Error(
+                f"{self.path} has no {part} part: make a bundle with it, adding {source} as another SRC of "
+                "`emu3-jax convert SRC SRC -o BUNDLE`"
+            )
+
+    @functools.cached_property
+    def decoder_config(self) -> DecoderConfig:
+        return self._config("decoder", DecoderConfig.from_dict)
+
+    @functools.cached_property
+    def vision_config(self) -> VisionConfig:
+        return self._config("vision", lambda config: VisionConfig.from_dict(config["vision"]))
+
+    @functools.cached_property
+    def image_config(self) -> ImageConfig:
+        return self._config("vision", lambda config: ImageConfig.from_dict(config["image"]))
+
+    @functools.cached_property
+    def num_batches_tracked(self) -> dict[str, int]:
+        """The counters of PyTorch's batch norms by upstream's names, kept for `export` alone."""
+        return self._config("vision", lambda config: dict(config["num_batches_tracked"]))
+
+    @functools.cached_property
+    def template(self) -> str:
+        """The prompt template's name: "chat" or "stage1"."""
+        template = self._config("tokenizer", lambda config: config["template"])
+        if template not in TEMPLATES:
+            file = self.path / "tokenizer" / "config.json"
+            raise Emu3Error(f"{file}: template is {template!r}; legal are {' and '.join(TEMPLATES)}; correct it")
+        return template
+
+    def _config(self, part: str, parse: Callable[[Mapping[str, Any]], Any]) -> Any:
+        self.require(part)
+        file = self.path / part / "config.json"
+        try:
+            return parse(self._configs[part])
+        except KeyError as error:
+            raise Emu3Error(f"{file}: has no field {error}: convert the model again") from error
+        except Emu3Error as error:
+            raise Emu3Error(f"{file}: {error}") from error
+
+    def tokenizer(self) -> Tokenizer:
+        """The text tokenizer, its ids checked against the decoder's config where the bundle holds both."""
+        self.require("tokenizer")
+        special = self.decoder_config.tokens if self.has("decoder") else SpecialTokens()
+        return Tokenizer.from_files(self.path / "tokenizer" / VOCABULARY, special)
+
+    def params(self, part: str) -> list[Param]:
+        """The arrays that the part's config calls for. `part` is "decoder" or "vision"."""
+        return decoder_params(self.decoder_config) if part == "decoder" else vision_params(self.vision_config)
+
+    def load_decoder(self, shardings: Any = None, dtype: Any = None) -> dict[str, Any]:
+        """Restores the decoder's parameters, a nested dict, each array straight into its sharding.
+
+        `shardings` is a tree of `jax.sharding.Sharding` like the parameters, or one for all; by default everything
+        lies on the first device. `dtype` casts on the fly; by default arrays keep the dtype they are stored in.
+
+        Raises:
+          Emu3Error: no decoder in the bundle, or weights that are damaged or do not fit the config.
+        """
+        return self._restore("decoder", shardings, dtype)
+
+    def load_vision(self, shardings: Any = None) -> dict[str, Any]:
+        """Restores the vision tokenizer's parameters like `load_decoder`, always in float32."""
+        return self._restore("vision", shardings, np.float32)
+
+    def _restore(self, part: str, shardings: Any, dtype: Any) -> dict[str, Any]:
+        stored = self.stored(part)
+        if shardings is None:
+            shardings = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        if isinstance(shardings, jax.sharding.Sharding):
+            flat = dict.fromkeys(stored, shardings)
+        else:
+            flat = traverse_util.flatten_dict(shardings)
+        targets = {
+            path: ocp.ArrayRestoreArgs(sharding=flat[path], global_shape=array.shape, dtype=dtype or array.dtype)
+            for path, array in stored.items()
+        }
+        return self._read(part, traverse_util.unflatten_dict(targets))
+
+    def arrays(self, part: str, names: Iterable[str] | None = None) -> Iterator[tuple[Param, np.ndarray]]:
+        """Walks through a part's arrays as NumPy arrays, with a few hundred MB on the host at a time."""
+        stored = self.stored(part)
+        wanted = None if names is None else set(names)
+        group: list[Param] = []
+        size = 0
+        for param in self.params(part):
+            if wanted is not None and param.name not in wanted:
+                continue
+            nbytes = int(np.prod(param.shape, dtype=np.int64)) * stored[param.path].dtype.itemsize
+            if group and size + nbytes > _GROUP_BYTES:
+                yield from self._read_group(part, group)
+                group, size = [], 0
+            group.append(param)
+            size += nbytes
+        if group:
+            yield from self._read_group(part, group)
+
+    def _read_group(self, part: str, group: Sequence[Param]) -> Iterator[tuple[Param, np.ndarray]]:
+        targets = {param.path: ocp.RestoreArgs(restore_type=np.ndarray) for param in group}
+        arrays = traverse_util.flatten_dict(self._read(part, traverse_util.unflatten_dict(targets)))
+        for param in group:
+            yield param, arrays.pop(param.path)
+
+    def stored(self, part: str) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of a part's arrays on disk, when they are exactly those that its config calls for."""
+        self.require(part)
+        with self._checkpointer(part) as (checkpointer, directory):
+            leaves = traverse_util.flatten_dict(checkpointer.metadata(directory).item_metadata.tree)
+            stored = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
+        expected = {param.path: param.shape for param in self.params(part)}
+        found = {path: array.shape for path, array in stored.items()}
+        wrong = sorted("/".join(p) for p in expected.keys() | found.keys() if expected.get(p) != found.get(p))
+        if wrong:
+            raise Emu3Error(
+                f"{self.path / part}: {len(wrong)} of its arrays are missing, unknown or of another shape than "
+                f"config.json says, first {wrong[0]}: convert the model again"
+            )
+        return stored
+
+    def _read(self, part: str, restore_args: Any) -> Any:
+        item = jax.tree.map(lambda _: 0, restore_args)
+        args = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True)
+        with self._checkpointer(part) as (checkpointer, directory):
+            return checkpointer.restore(directory, args=args)
+
+    @contextlib.contextmanager
+    def _checkpointer(self, part: str) -> Iterator[tuple[ocp.Checkpointer, Path]]:
+        directory = self.path.absolute() / part / "weights"
+        try:
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+                yield checkpointer, directory
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = str(error).split("\n", 1)[0][:200]
+            raise Emu3Error(
+                f"{directory}: damaged or incomplete weights ({reason}); convert the model again"
+            ) from error

@@ -1,0 +1,194 @@
+"""Published PyTorch checkpoints into a bundle: each byte is read once, and one array at a time is in memory."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from tqdm import tqdm
+
+from emu3_jax.checkpoints.bundle import (
+    TEMPLATES,
+    VOCABULARY,
+    Bundle,
+    LazyArray,
+    atomic_directory,
+    write_config,
+    write_part,
+)
+from emu3_jax.checkpoints.layouts import FLOAT_DTYPES, Param, decoder_params, vision_counters, vision_params
+from emu3_jax.checkpoints.published import Published
+from emu3_jax.checkpoints.tensors import Tensor
+from emu3_jax.config import DecoderConfig, VisionConfig
+from emu3_jax.errors import Emu3Error
+from emu3_jax.text.tokenizer import Tokenizer
+
+_DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in FLOAT_DTYPES}
+
+
+@dataclasses.dataclass
+class _Plan:
+    """What will be written; everything that can be wrong is found while making it."""
+
+    decoder: DecoderConfig | None = None
+    vision: VisionConfig | None = None
+    vision_extras: Mapping | None = None
+    tokenizer: Tokenizer | None = None
+    template: str = "chat"
+    arrays: dict[str, list[LazyArray]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for arrays in self.arrays.values() for array in arrays)
+
+
+def convert(
+    sources: Sequence[str | Path],
+    output: str | Path,
+    dtype: str | None = None,
+    template: str | None = None,
+    progress: bool = True,
+) -> Bundle:
+    """Converts checkpoints into a new bundle at `output`, and opens it.
+
+    Args:
+      sources: directories or Hugging Face hub ids, in any published layout; together at most one decoder and one
+        vision tokenizer.
+      output: the bundle's directory; must not exist.
+      dtype: casts the decoder's weights ("bfloat16", "float16", "float32"); by default they stay as stored. The
+        vision tokenizer always stays as stored.
+      template: the prompt template, "chat" or "stage1"; by default "stage1" where a source's name says so.
+      progress: shows a bar on a terminal.
+
+    Raises:
+      Emu3Error: bad arguments, damaged files, weights that do not fit their config. Nothing is left behind.
+    """
+    if not sources:
+        raise Emu3Error("no SRC given: name at least one checkpoint directory or hub id")
+    if dtype is not None and dtype not in _DTYPES:
+        raise Emu3Error(f"dtype is {dtype!r}: it must be {', '.join(FLOAT_DTYPES)}")
+    if template is not None and template not in TEMPLATES:
+        raise Emu3Error(f"template is {template!r}: it must be {' or '.join(TEMPLATES)}")
+    output = Path(output)
+    if output.exists():
+        raise Emu3Error(f"{output} exists already: choose another name or delete it first")
+    names = [str(source) for source in sources]
+    plan = _plan([Published.open(_local(name)) for name in names], dtype)
+    plan.template = template or ("stage1" if any("stage1" in Path(n).name.lower() for n in names) else "chat")
+    with (
+        atomic_directory(output, plan.nbytes) as directory,
+        tqdm(total=plan.nbytes, unit="B", unit_scale=True, desc="convert", disable=None if progress else True) as bar,
+    ):
+        if plan.decoder is not None:
+            write_part(directory / "decoder", plan.decoder.to_dict(), plan.arrays["decoder"], bar.update)
+        if plan.vision is not None:
+            config = {"vision": plan.vision.to_dict(), **plan.vision_extras}
+            write_part(directory / "vision", config, plan.arrays["vision"], bar.update)
+        if plan.tokenizer is not None:
+            write_config(directory / "tokenizer", {"template": plan.template})
+            plan.tokenizer.to_file(directory / "tokenizer" / VOCABULARY)
+    return Bundle.open(output)
+
+
+def _local(source: str) -> Path:
+    """The directory of a source; a hub id's files are downloaded to the hub's cache first."""
+    path = Path(source)
+    if path.is_dir():
+        return path
+    parts = source.split("/")
+    if path.exists() or len(parts) != 2 or not all(parts) or source.startswith((".", "~")):
+        raise Emu3Error(f"{source}: no such directory; give a checkpoint directory or a hub id like BAAI/Emu3-Gen")
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise Emu3Error(
+            f"{source}: no such directory; to download it from the hub, pip install 'emu3-jax[convert]'"
+        ) from error
+    fetch = functools.partial(huggingface_hub.snapshot_download, source)
+    try:
+        directory = Path(fetch(allow_patterns=["*.json", "*.safetensors", "*.tiktoken", "*.txt"]))
+        if not any(directory.glob("*.safetensors")):
+            directory = Path(fetch(allow_patterns=["*.json", "*.bin", "*.tiktoken", "*.txt"]))
+    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+        reason = str(error).strip().split("\n", 1)[0][:200]
+        raise Emu3Error(
+            f"{source}: no such directory, and not fetched from the hub ({reason}); check the name and the connection"
+        ) from error
+    return directory
+
+
+def _plan(sources: Sequence[Published], dtype: str | None) -> _Plan:
+    plan = _Plan()
+    owners: dict[str, Published] = {}
+    for source in sources:
+        for part in source.layout.parts:
+            if part in owners:
+                raise Emu3Error(
+                    f"{source.path} and {owners[part].path} both hold a {part}: make one bundle for each, "
+                    "with the other part beside it"
+                )
+            owners[part] = source
+    if vision := owners.get("vision"):
+        plan.vision = vision.vision_config()
+    if decoder := owners.get("decoder"):
+        plan.decoder = decoder.decoder_config(plan.vision.codebook_size if plan.vision else None)
+    faults = [
+        f"{source.path}: {'; '.join(found)}"
+        for source in sources
+        if (
+            found := source.misfits(
+                plan.decoder if owners.get("decoder") is source else None,
+                plan.vision if owners.get("vision") is source else None,
+            )
+        )
+    ]
+    if faults:
+        raise Emu3Error(
+            f"the weights do not fit config.json: {' | '.join(faults)}; "
+            "check that config.json belongs to these weights and that all files are there"
+        )
+    if decoder:
+        arrays = _lazy_arrays(decoder, "decoder", decoder_params(plan.decoder), _DTYPES.get(dtype))
+        plan.arrays["decoder"] = arrays
+        # Computing in the dtype of the weights is what loading them in PyTorch does.
+        plan.decoder = dataclasses.replace(plan.decoder, dtype=_main_dtype(arrays))
+        plan.tokenizer = decoder.tokenizer(plan.decoder.tokens)
+    if vision:
+        plan.arrays["vision"] = _lazy_arrays(vision, "vision", vision_params(plan.vision), None)
+        counters = {
+            weight.name: int(tensor.read())
+            for weight in vision_counters(plan.vision)
+            for tensor in vision.tensors_of([weight], "vision")
+        }
+        plan.vision_extras = {"image": vision.image_config().to_dict(), "num_batches_tracked": counters}
+    return plan
+
+
+def _lazy_arrays(source: Published, part: str, params: Sequence[Param], dtype: np.dtype | None) -> list[LazyArray]:
+    arrays = []
+    for param in params:
+        tensors = source.tensors_of(param.weights, part)
+        stored = {tensor.dtype for tensor in tensors}
+        if dtype is None and len(stored) > 1:
+            raise Emu3Error(
+                f"{source.path}: {' and '.join(t.name for t in tensors)} become one array but have different dtypes "
+                f"({', '.join(sorted(str(d) for d in stored))}): choose one with --dtype"
+            )
+        target = dtype or tensors[0].dtype
+        load = functools.partial(_load, param, tensors, target)
+        arrays.append(LazyArray(param.path, param.shape, target, load))
+    return arrays
+
+
+def _load(param: Param, tensors: Sequence[Tensor], dtype: np.dtype) -> np.ndarray:
+    return param.pack([tensor.read().astype(dtype, copy=False) for tensor in tensors])
+
+
+def _main_dtype(arrays: Sequence[LazyArray]) -> str:
+    """The dtype of most bytes."""
+    sizes: dict[str, int] = {}
+    for array in arrays:
+        sizes[array.dtype.name] = sizes.get(array.dtype.name, 0) + array.nbytes
+    return max(sizes, key=sizes.__getitem__)

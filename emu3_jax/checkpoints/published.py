@@ -1,0 +1,135 @@
+"""A published checkpoint directory, upstream's or transformers': what it holds, found out from its files."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from emu3_jax.checkpoints import layouts
+from emu3_jax.checkpoints.layouts import Layout, Weight
+from emu3_jax.checkpoints.tensors import Tensor, read_json, read_safetensors_header
+from emu3_jax.checkpoints.torch_pickle import read_torch_file
+from emu3_jax.config import DecoderConfig, ImageConfig, SpecialTokens, VisionConfig
+from emu3_jax.errors import Emu3Error
+from emu3_jax.text.tokenizer import Tokenizer
+
+UPSTREAM_VOCABULARY = "emu3.tiktoken"
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """An open checkpoint directory: config and tensor headers read, weights still on disk."""
+
+    path: Path
+    config: dict[str, Any]
+    layout: Layout
+    tensors: Sequence[Tensor]
+
+    @classmethod
+    def open(cls, path: Path) -> "Published":
+        """Reads `config.json` and the headers of the weight files.
+
+        Raises:
+          Emu3Error: a file is missing or damaged, or the tensors are of no Emu3 checkpoint.
+        """
+        config = read_json(path / "config.json")
+        tensors = _read_directory(path)
+        layout = layouts.detect_layout(t.name for t in tensors)
+        if layout is None:
+            example = tensors[0].name if tensors else "no tensors"
+            raise Emu3Error(
+                f"{path}: not an Emu3 checkpoint (its weights are named like {example!r}): give a directory of "
+                "BAAI/Emu3-*, or one that transformers saved from an Emu3 model"
+            )
+        return cls(path, config, layout, tensors)
+
+    def vision_config(self) -> VisionConfig:
+        return self._configured(lambda: VisionConfig.from_published(self._section("vq_config")))
+
+    def decoder_config(self, codebook_size: int | None = None) -> DecoderConfig:
+        """`codebook_size` is the vision tokenizer's, where upstream's decoder directory does not say it."""
+        return self._configured(lambda: DecoderConfig.from_published(self.config, codebook_size))
+
+    def _section(self, name: str) -> dict[str, Any]:
+        if "vision" in self.layout.parts and "decoder" not in self.layout.parts:
+            return self.config
+        section = self.config.get(name)
+        if not isinstance(section, dict):
+            raise Emu3Error(f"has no {name}, which the {self.layout.title} layout needs: use the file of these weights")
+        return section
+
+    def _configured(self, parse: Callable[[], Any]) -> Any:
+        try:
+            return parse()
+        except Emu3Error as error:
+            raise Emu3Error(f"{self.path / 'config.json'}: {error}") from error
+
+    def image_config(self) -> ImageConfig:
+        """From `preprocessor_config.json`, or the newer `processor_config.json`; the published values without both."""
+        for name in ("preprocessor_config.json", "processor_config.json"):
+            file = self.path / name
+            data = read_json(file) if file.is_file() else {}
+            data = data.get("image_processor", data)
+            if "image_mean" in data:
+                try:
+                    return ImageConfig.from_published(data)
+                except Emu3Error as error:
+                    raise Emu3Error(f"{file}: {error}") from error
+        return ImageConfig()
+
+    def tokenizer(self, special: SpecialTokens) -> Tokenizer | None:
+        """From `emu3.tiktoken`, `tokenizer.json` or `vocab.json`, the first that is there; None without."""
+        upstream = self.path / UPSTREAM_VOCABULARY
+        if upstream.is_file():
+            return Tokenizer.from_files(upstream, special)
+        for name in ("tokenizer.json", "vocab.json"):
+            if (self.path / name).is_file():
+                return Tokenizer.from_transformers(self.path / name, special)
+        return None
+
+    def misfits(self, decoder: DecoderConfig | None, vision: VisionConfig | None) -> list[str]:
+        """What keeps the tensors from being exactly the weights of these configs; see `layouts.misfits`."""
+        expected: list[Weight] = []
+        counters: list[Weight] = []
+        if decoder is not None:
+            weights = (w for p in layouts.decoder_params(decoder) for w in p.weights)
+            expected += [self.layout.rename(w, "decoder") for w in weights]
+        if vision is not None:
+            weights = (w for p in layouts.vision_params(vision) for w in p.weights)
+            expected += [self.layout.rename(w, "vision") for w in weights]
+            counters += [self.layout.rename(w, "vision") for w in layouts.vision_counters(vision)]
+        return layouts.misfits(expected, counters, self.tensors)
+
+    def tensors_of(self, weights: Sequence[Weight], part: str) -> list[Tensor]:
+        """The tensors that hold upstream's `weights`; those that are not there are left out."""
+        found = {t.name: t for t in self.tensors}
+        names = (self.layout.rename(w, part).name for w in weights)
+        return [found[name] for name in names if name in found]
+
+
+def _read_directory(directory: Path) -> list[Tensor]:
+    """Lists a directory's tensors from headers; of several forms the first that transformers would take."""
+    for stem, suffix, reader in (
+        ("model", "safetensors", read_safetensors_header),
+        ("pytorch_model", "bin", read_torch_file),
+    ):
+        single, index = directory / f"{stem}.{suffix}", directory / f"{stem}.{suffix}.index.json"
+        if single.is_file():
+            return reader(single)
+        if index.is_file():
+            return [tensor for shard in _shards(index) for tensor in reader(shard)]
+    raise Emu3Error(
+        f"{directory}: no weights found; expected model.safetensors, model.safetensors.index.json, "
+        "pytorch_model.bin or pytorch_model.bin.index.json"
+    )
+
+
+def _shards(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+        raise Emu3Error(f"{index}: has no weight_map of tensor names to shard files; download or copy it again")
+    names = sorted(set(weight_map.values()))
+    absent = [name for name in names if Path(name).name != name or not (index.parent / name).is_file()]
+    if absent:
+        raise Emu3Error(f"{index}: {len(absent)} of its shards are not beside it, first {absent[0]}: download them")
+    return [index.parent / name for name in names]
