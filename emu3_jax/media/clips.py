@@ -1,0 +1,159 @@
+"""Clips to arrays and back: animated GIF, WebP and PNG files, and folders of frames."""
+
+import dataclasses
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from emu3_jax.config import ImageConfig
+from emu3_jax.errors import Emu3Error
+from emu3_jax.media.images import atomic_write, load_image, open_picture, preprocess, to_rgb
+
+DEFAULT_FPS = 24.0  # where nothing tells the rate; Emu3 was trained on clips of 24 frames per second
+MAX_CLIP_BYTES = 4 * 2**30  # a few kilobytes of GIF can stand for more frames than memory holds
+
+# Other formats hold several pictures too, but as pages (TIFF) or previews (MPO, which phones write as .jpg).
+_ANIMATED_FORMATS = ("GIF", "WEBP", "PNG", "AVIF")
+_UNTIMED_MS = 100  # how long browsers show a frame that says 0
+_SHORTEST_MS = {".gif": 20, ".webp": 1}  # GIF counts hundredths of a second, and players slow down below two
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """Frames at a constant rate: uint8 `[T, H, W, 3]`, at least one; `fps` frames per second."""
+
+    frames: np.ndarray
+    fps: float = DEFAULT_FPS
+
+    def __post_init__(self):
+        shape, dtype = self.frames.shape, self.frames.dtype
+        if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
+            raise Emu3Error(f"a clip's frames are {dtype} {list(shape)}: they must be uint8 [T, H, W, 3]")
+        if not (math.isfinite(self.fps) and self.fps > 0):
+            raise Emu3Error(f"a clip's fps is {self.fps}: it must be a finite number > 0")
+
+
+def is_animated(path: Path) -> bool:
+    """Whether `path` is a clip: a folder, or a GIF, WebP, PNG or AVIF file of more than one frame.
+
+    Raises:
+        Emu3Error: the file is missing or no picture.
+    """
+    if Path(path).is_dir():
+        return True
+    with open_picture(path) as image:
+        return image.format in _ANIMATED_FORMATS and len(_frame_numbers(image)) > 1
+
+
+def load_clip(path: Path) -> Clip:
+    """Reads an animated file, or a folder of pictures in natural order (`frame2` before `frame10`).
+
+    An animated file plays at the rate of its shortest frame; a frame that is shown k times as long stands k times in
+    the clip, since encoders merge equal frames. Transparent parts become white. A folder's frames are read like
+    single pictures, at 24 frames per second.
+
+    Raises:
+        Emu3Error: a file is missing, damaged or too large, a folder holds no pictures, or frames differ in size.
+    """
+    return _load_folder(Path(path)) if Path(path).is_dir() else _load_animation(path)
+
+
+def preprocess_clip(clip: Clip, config: ImageConfig, factor: int) -> np.ndarray:
+    """Pixels for the vision tokenizer, float32 `[T, H, W, 3]`: each frame as `preprocess` does a picture.
+
+    Raises:
+        Emu3Error: the clip is smaller than `factor` or more elongated than 5:1.
+    """
+    return np.stack([preprocess(Image.fromarray(frame), config, factor) for frame in clip.frames])
+
+
+def save_clip(frames: np.ndarray, path: Path, fps: float) -> None:
+    """Writes uint8 frames `[T, H, W, 3]` as animated WebP (lossless) or GIF (256 colours), whole or not at all.
+
+    Every frame is shown equally long: a whole number of milliseconds in WebP, of hundredths of a second in GIF.
+
+    Raises:
+        Emu3Error: the ending is neither .webp nor .gif, the rate is out of range, or the file cannot be written.
+    """
+    clip, path = Clip(frames, fps), Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in _SHORTEST_MS:
+        raise Emu3Error(f"cannot write a clip to {path}: the name must end in .webp or .gif")
+    shortest = _SHORTEST_MS[suffix]
+    if fps > 1000 / shortest:
+        raise Emu3Error(f"fps is {fps}: a {suffix} clip shows at most {1000 // shortest} frames per second; lower it")
+    step = 10 if suffix == ".gif" else 1
+    options = {"duration": step * round(1000 / fps / step), "loop": 0, "save_all": True}
+    if suffix == ".webp":
+        options |= {"lossless": True}
+    first, *rest = (Image.fromarray(frame) for frame in clip.frames)
+    with atomic_write(path) as file:
+        first.save(file, format=suffix[1:].upper(), append_images=rest, **options)
+
+
+def _load_animation(path: Path) -> Clip:
+    with open_picture(path) as image:
+        numbers = _frame_numbers(image)
+        _check_memory("the clip", len(numbers), image.size)
+        frames, durations = [], []
+        for number in numbers:
+            image.seek(number)
+            image.load()  # WebP tells a frame's duration only after it
+            durations.append(image.info.get("duration") or _UNTIMED_MS)
+            frames.append(np.asarray(_flatten(image)))
+        shortest = min(durations)
+        repeats = [round(duration / shortest) for duration in durations]
+        _check_memory("the clip", sum(repeats), image.size)
+    return Clip(np.repeat(np.stack(frames), repeats, axis=0), 1000 * sum(repeats) / sum(durations))
+
+
+def _load_folder(folder: Path) -> Clip:
+    endings = Image.registered_extensions()
+    try:
+        names = [p.name for p in folder.iterdir() if p.suffix.lower() in endings and not p.name.startswith(".")]
+    except OSError as error:
+        raise Emu3Error(f"cannot read the folder {folder}: {error.strerror}; give a folder of pictures") from error
+    if not names:
+        raise Emu3Error(f"the folder {folder} holds no pictures: give one with a clip's frames (PNG, JPEG, ...)")
+    frames = []
+    for name in sorted(names, key=_natural_order):
+        frame = np.asarray(load_image(folder / name))
+        if frames and frame.shape != frames[0].shape:
+            (height, width, _), (rows, columns, _) = frame.shape, frames[0].shape
+            raise Emu3Error(
+                f"{folder / name} is {width}x{height} pixels, but the clip's first frame is {columns}x{rows}: "
+                "all frames need one size"
+            )
+        frames.append(frame)
+        _check_memory(f"the clip {folder}", len(names), (frame.shape[1], frame.shape[0]))
+    return Clip(np.stack(frames), DEFAULT_FPS)
+
+
+def _frame_numbers(image: Image.Image) -> range:
+    """Numbers of the frames that play; a PNG may begin with a still for viewers that know no animation."""
+    return range(1 if getattr(image, "default_image", False) else 0, getattr(image, "n_frames", 1))
+
+
+def _flatten(image: Image.Image) -> Image.Image:
+    """The frame in RGB and upright, on white: what lies under transparent parts of an animation is arbitrary."""
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return to_rgb(image)
+
+
+def _check_memory(clip: str, frames: int, size: tuple[int, int]) -> None:
+    if frames * size[0] * size[1] * 3 > MAX_CLIP_BYTES:
+        raise Emu3Error(
+            f"{clip} is {frames} frames of {size[0]}x{size[1]} pixels, more than {MAX_CLIP_BYTES // 2**30} GiB: "
+            "cut it or scale it down"
+        )
+
+
+def _natural_order(name: str) -> list[tuple[int, str]]:
+    """Sort key in which runs of digits count as numbers."""
+    return [(int(part), part) if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]

@@ -1,0 +1,1 @@
+"""Text to token ids and back: the byte-pair tokenizer and the prompt templates around it."""

@@ -1,0 +1,155 @@
+"""Prompt templates: text and pictures' codes to one row of token ids, and rows of ids back to text and codes."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from emu3_jax.config import SpecialTokens
+from emu3_jax.errors import Emu3Error
+from emu3_jax.text.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptTemplates:
+    """How a model was trained to be asked about pictures; `{image}` and `{text}` stand in the template once each."""
+
+    understanding: str
+
+    def __post_init__(self):
+        template = self.understanding
+        if not isinstance(template, str) or template.count("{image}") != 1 or template.count("{text}") != 1:
+            raise Emu3Error(f"prompt template {template!r} must hold {{image}} and {{text}} once each: correct it")
+
+
+CHAT = PromptTemplates("You are a helpful assistant. USER: {image}{text}. ASSISTANT:")  # Emu3-Chat
+STAGE1 = PromptTemplates("{image}{text}")  # Emu3-Stage1
+PRESETS = {"chat": CHAT, "stage1": STAGE1}
+
+
+def generation_prompt(
+    tokenizer: Tokenizer, special: SpecialTokens, text: str, height: int, width: int, allow_special: bool = False
+) -> list[int]:
+    """BOS, the text, BOI, the size as text and IMG; `height` and `width` are in tokens.
+
+    Raises:
+        Emu3Error: the text holds a special token and `allow_special` is false.
+    """
+    body = tokenizer.encode(text, allow_special=allow_special)
+    return [special.bos, *body, *_image_head(tokenizer, special, height, width)]
+
+
+def understanding_prompt(
+    tokenizer: Tokenizer,
+    special: SpecialTokens,
+    templates: PromptTemplates,
+    text: str,
+    codes: np.ndarray | Sequence[np.ndarray] | None,
+    allow_special: bool = False,
+) -> list[int]:
+    """BOS and the filled-in template; pictures stand one after the other in the place of `{image}`.
+
+    Args:
+        templates: the model's, for example `CHAT` or `STAGE1`.
+        codes: one picture's codes `[h, w]`, a list of such, or None.
+
+    Raises:
+        Emu3Error: codes outside the codebook, or a special token in the text and `allow_special` is false.
+    """
+    images = [] if codes is None else list(codes) if isinstance(codes, list | tuple) else [codes]
+    # The text and the words around it are encoded as one piece: byte pairs merge across the seam, as in training.
+    pieces = [piece.replace("{text}", text) for piece in templates.understanding.split("{image}")]
+    if not images:
+        return [special.bos, *tokenizer.encode("".join(pieces), allow_special=allow_special)]
+    before, after = (tokenizer.encode(piece, allow_special=allow_special) for piece in pieces)
+    return [special.bos, *before, *(i for image in images for i in image_ids(tokenizer, special, image)), *after]
+
+
+def image_ids(tokenizer: Tokenizer, special: SpecialTokens, codes: np.ndarray) -> list[int]:
+    """BOI, the size as text, IMG, the rows of `codes` (int `[h, w]`) each followed by EOL, EOF, EOI.
+
+    Raises:
+        Emu3Error: the codes are not a grid of whole numbers within the codebook.
+    """
+    codes = np.asarray(codes)
+    if codes.ndim != 2 or codes.size == 0 or not np.issubdtype(codes.dtype, np.integer):
+        raise Emu3Error(f"a picture's codes must be integers [h, w], not {codes.dtype} {list(codes.shape)}")
+    low, high = int(codes.min()), int(codes.max())
+    if low < 0 or high >= special.visual_count:
+        raise Emu3Error(
+            f"code {low if low < 0 else high} is outside the codebook: legal codes are 0 to "
+            f"{special.visual_count - 1}; tokenize the picture with this model's vision tokenizer"
+        )
+    rows = np.pad(codes.astype(np.int64) + special.visual_start, ((0, 0), (0, 1)), constant_values=special.eol)
+    return [*_image_head(tokenizer, special, *codes.shape), *rows.ravel().tolist(), special.eof, special.eoi]
+
+
+def left_pad(rows: Sequence[Sequence[int]], pad: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of ids as one batch: ids int32 `[B, S]`, padded on the left with `pad`, and mask bool `[B, S]`.
+
+    Raises:
+        Emu3Error: there are no rows.
+    """
+    if not rows:
+        raise Emu3Error("the list of prompts is empty: give at least one prompt")
+    length = max(map(len, rows))
+    ids = np.full((len(rows), length), pad, np.int32)
+    for row, values in zip(ids, rows, strict=True):
+        row[length - len(values) :] = values
+    mask = np.arange(length) >= length - np.array([[len(row)] for row in rows])
+    return ids, mask
+
+
+def split_multimodal(ids: Iterable[int], special: SpecialTokens) -> list[list[int] | np.ndarray]:
+    """Cuts a sequence into runs of text ids (lists) and pictures (codes, int32 `[h, w]`), in their order.
+
+    Raises:
+        Emu3Error: a picture does not end, holds other than visual tokens in rows, or its rows differ in length.
+    """
+    ids = [int(i) for i in ids]
+    parts: list[list[int] | np.ndarray] = []
+    start, pictures = 0, 0
+    while special.boi in ids[start:]:
+        begin = ids.index(special.boi, start)
+        if special.eoi not in ids[begin:]:
+            raise Emu3Error(f"picture {pictures} begins at token {begin} and does not end: generate more tokens")
+        end = ids.index(special.eoi, begin)
+        if begin > start:
+            parts.append(ids[start:begin])
+        parts.append(_parse_image(ids[begin + 1 : end], special, pictures))
+        start, pictures = end + 1, pictures + 1
+    return parts + ([ids[start:]] if start < len(ids) else [])
+
+
+def parse_images(ids: Iterable[int], special: SpecialTokens) -> list[np.ndarray]:
+    """The codes (int32 `[h, w]`) of every picture in a sequence; the errors are those of `split_multimodal`."""
+    return [part for part in split_multimodal(ids, special) if isinstance(part, np.ndarray)]
+
+
+def _image_head(tokenizer: Tokenizer, special: SpecialTokens, height: int, width: int) -> list[int]:
+    return [special.boi, *tokenizer.encode(f"{height}*{width}"), special.img]
+
+
+def _parse_image(ids: list[int], special: SpecialTokens, picture: int) -> np.ndarray:
+    """Codes of what stands between BOI and EOI; the rows decide the size, the size text before IMG does not."""
+    body = ids[ids.index(special.img) + 1 :] if special.img in ids else ids
+    rows: list[list[int]] = [[]]
+    for i in body:
+        if i in (special.eol, special.eof):
+            rows.append([])
+        elif special.visual_start <= i < special.visual_end:
+            rows[-1].append(i - special.visual_start)
+        else:
+            raise Emu3Error(
+                f"picture {picture} holds token {i} in row {len(rows) - 1}: only visual tokens belong there"
+            )
+    rows = [row for row in rows if row]
+    if not rows:
+        raise Emu3Error(f"picture {picture} has no visual tokens: generate with the size's token schedule")
+    for number, row in enumerate(rows):
+        if len(row) != len(rows[0]):
+            raise Emu3Error(
+                f"row {number} of picture {picture} has {len(row)} tokens, but row 0 has {len(rows[0])}: "
+                "every row needs the same length; generate with the size's token schedule"
+            )
+    return np.array(rows, np.int32)
