@@ -13,7 +13,7 @@ GUIDANCE, TOP_K = 3.0, 2048
 
 
 def run(config: DecoderConfig, area: int) -> Iterator[dict[str, Any]]:
-    """Yields ms per image token of `generate()` as the reference's README shows it, and of a compiled static-cache step."""
+    """Yields ms per image token of `generate()` as upstream's README calls it, and of a compiled static-cache step."""
     try:
         import torch
         import transformers
@@ -36,7 +36,12 @@ def run(config: DecoderConfig, area: int) -> Iterator[dict[str, Any]]:
     length = round(area / 64)
     for context in (PROMPT_TOKENS, length // 2):
         seconds = _generate(model, config, context, device)
-        yield {"peer": "transformers generate()", "cache_length": context, "ms_per_token": round(seconds * 1e3, 2), **versions}
+        yield {
+            "peer": "transformers generate()",
+            "cache_length": context,
+            "ms_per_token": round(seconds * 1e3, 2),
+            **versions,
+        }
     for context in (PROMPT_TOKENS, length // 2):
         seconds = _compiled(model, config, context, PROMPT_TOKENS + length + 512, device)
         yield {

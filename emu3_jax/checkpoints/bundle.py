@@ -3,12 +3,12 @@
 Each part has a `config.json`; weights are one ordinary Orbax checkpoint, `weights/`, that Orbax alone can read.
 """
 
-import asyncio
 import contextlib
 import dataclasses
 import errno
 import functools
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -63,8 +63,8 @@ class _LazyArrayHandler(ocp.type_handlers.NumpyHandler):
 
     async def serialize(self, values, infos, args=None):
         for value, info, arg in zip(values, infos, args, strict=True):
-            for commit in await super().serialize([value.load()], [info], [arg]):
-                await asyncio.to_thread(commit.result)
+            # What the base class leaves to a thread, whose failure would print a traceback besides raising it.
+            await self._background_serialize([value.load()], [info], [arg])
             self._written(value.nbytes)
         return []
 
@@ -112,8 +112,8 @@ def _gigabytes(nbytes: int) -> str:
 
 
 def write_config(directory: Path, config: Mapping[str, Any]) -> None:
-    """Makes the part's directory and writes its `config.json`."""
-    directory.mkdir()
+    """Writes a part's `config.json`, in a directory that is made if need be."""
+    directory.mkdir(exist_ok=True)
     (directory / "config.json").write_text(json.dumps({"format": FORMAT, **config}, indent=2) + "\n")
 
 
@@ -121,7 +121,7 @@ def write_part(
     directory: Path, config: Mapping[str, Any], arrays: Iterable[LazyArray], written: Callable[[int], Any] = int
 ) -> None:
     """Writes one part with weights, holding one array at a time; `written` is told the bytes of each."""
-    write_config(directory, config)
+    directory.mkdir()
     tree = traverse_util.unflatten_dict({a.path: a for a in arrays})
     registry = ocp.type_handlers.create_type_handler_registry(
         (LazyArray, _LazyArrayHandler(written)), (jax.Array, ocp.type_handlers.ArrayHandler())
@@ -131,6 +131,11 @@ def write_part(
     save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
     with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(directory.absolute() / "weights", args=ocp.args.PyTreeSave(tree, save_args=save_args))
+    write_config(directory, {"weights_bytes": _size_on_disk(directory / "weights"), **config})
+
+
+def _size_on_disk(directory: Path) -> int:
+    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -139,8 +144,9 @@ def write_part(
 class Bundle:
     """An open bundle: configs read and checked, weights still on disk. Made by `Bundle.open`."""
 
-    def __init__(self, path: Path, configs: Mapping[str, Mapping[str, Any]]):
+    def __init__(self, path: Path, configs: Mapping[str, dict[str, Any]]):
         self.path = path
+        self._weights_bytes = {part: config.pop("weights_bytes", None) for part, config in configs.items()}
         self._configs = configs
 
     @classmethod
@@ -264,17 +270,17 @@ class Bundle:
             path: ocp.ArrayRestoreArgs(sharding=flat[path], global_shape=array.shape, dtype=dtype or array.dtype)
             for path, array in stored.items()
         }
-        return self._read(part, traverse_util.unflatten_dict(targets))
+        # Room for two of the largest arrays between disk and device, never for all of them.
+        itemsize = max(np.dtype(dt).itemsize for dt in (dtype, *(a.dtype for a in stored.values())) if dt is not None)
+        largest = max(array.size for array in stored.values()) * itemsize
+        return self._read(part, traverse_util.unflatten_dict(targets), host_gb=math.ceil(2 * largest / 1e9) + 1)
 
-    def arrays(self, part: str, names: Iterable[str] | None = None) -> Iterator[tuple[Param, np.ndarray]]:
+    def arrays(self, part: str) -> Iterator[tuple[Param, np.ndarray]]:
         """Walks through a part's arrays as NumPy arrays, with a few hundred MB on the host at a time."""
         stored = self.stored(part)
-        wanted = None if names is None else set(names)
         group: list[Param] = []
         size = 0
         for param in self.params(part):
-            if wanted is not None and param.name not in wanted:
-                continue
             nbytes = int(np.prod(param.shape, dtype=np.int64)) * stored[param.path].dtype.itemsize
             if group and size + nbytes > _GROUP_BYTES:
                 yield from self._read_group(part, group)
@@ -293,6 +299,7 @@ class Bundle:
     def stored(self, part: str) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
         """Shapes and dtypes of a part's arrays on disk, when they are exactly those that its config calls for."""
         self.require(part)
+        self._check_complete(part)
         with self._checkpointer(part) as (checkpointer, directory):
             leaves = traverse_util.flatten_dict(checkpointer.metadata(directory).item_metadata.tree)
             stored = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
@@ -306,20 +313,32 @@ class Bundle:
             )
         return stored
 
-    def _read(self, part: str, restore_args: Any) -> Any:
+    def _check_complete(self, part: str) -> None:
+        """An interrupted copy is the usual damage; Orbax would find it after a while, in the middle of its threads."""
+        directory = self.path / part / "weights"
+        expected, found = self._weights_bytes.get(part), _size_on_disk(directory)
+        if expected is not None and found != expected:
+            raise Emu3Error(
+                f"{directory} holds {found} bytes, its config.json says {expected}: copy the bundle again; "
+                "if you replaced the weights yourself, take weights_bytes out of config.json"
+            )
+
+    def _read(self, part: str, restore_args: Any, host_gb: int | None = None) -> Any:
         item = jax.tree.map(lambda _: 0, restore_args)
         args = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True)
-        with self._checkpointer(part) as (checkpointer, directory):
+        with self._checkpointer(part, host_gb) as (checkpointer, directory):
             return checkpointer.restore(directory, args=args)
 
     @contextlib.contextmanager
-    def _checkpointer(self, part: str) -> Iterator[tuple[ocp.Checkpointer, Path]]:
+    def _checkpointer(self, part: str, host_gb: int | None = None) -> Iterator[tuple[ocp.Checkpointer, Path]]:
         directory = self.path.absolute() / part / "weights"
         try:
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=host_gb)) as checkpointer:
                 yield checkpointer, directory
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = str(error).split("\n", 1)[0][:200]
+        except (MemoryError, jax.errors.JaxRuntimeError):  # a device too small for the weights says so itself
+            raise
+        except Exception as error:  # Orbax raises anything, down to plain Exception
+            reason = str(error.__cause__ or error).split("\n", 1)[0][:200]
             raise Emu3Error(
-                f"{directory}: damaged or incomplete weights ({reason}); convert the model again"
+                f"{directory}: cannot be restored ({reason}); if the files are damaged, convert the model again"
             ) from error

@@ -18,7 +18,7 @@ from emu3_jax.errors import Emu3Error
 from emu3_jax.generation import sampling
 from emu3_jax.generation.schedule import SAMPLED, TokenClass, forced_ids, sampled_steps, stack_schedules
 from emu3_jax.models.cache import KVCache
-from emu3_jax.models.decoder import Decoder
+from emu3_jax.models.decoder import Decoder, visual_head_params
 
 # Steps per call of the loop. Between calls the host reports progress and notices that all rows have ended.
 STEPS_PER_CALL = 128
@@ -52,19 +52,27 @@ class Variant:
     use_top_p: bool
 
 
+# The cache grows by this many slots, so that attention reads about half of a long picture's cache on average. Each
+# size is a program of its own: more of them cost more compilation than they save.
+CACHE_GROWTH = 2048
+
+
 def bucket(length: int) -> int:
     """The padded length that `length` is compiled for: few shapes, and little waste."""
     size = 64 if length <= 512 else 512
     return -(-length // size) * size
 
 
+def cache_slots(needed: int, final: int) -> int:
+    """Slots of the cache while `needed` of them are in use, `final` at the end."""
+    return min(-(-needed // CACHE_GROWTH) * CACHE_GROWTH, final)
+
+
 @functools.partial(jax.jit, static_argnames=("config", "variant", "slots"))
 def prefill(params, prompts, start, plan: Plan, config: DecoderConfig, variant: Variant, slots: int) -> DecodeState:
     """Runs the prompts (int32 [R, P], right-aligned, row r from slot start[r] on) and takes step 0."""
-    cache = KVCache.create(config, start, slots)
-    logits, cache = Decoder(config).apply(
-        {"params": params}, prompts, cache, last_only=True, visual_only=variant.visual_only
-    )
+    forward = _forward(params, config, variant)
+    logits, cache = forward(prompts, KVCache.create(config, start, slots), last_only=True)
     rows = plan.forced.shape[0]
     state = DecodeState(
         cache=cache,
@@ -78,7 +86,7 @@ def prefill(params, prompts, start, plan: Plan, config: DecoderConfig, variant: 
 @functools.partial(jax.jit, static_argnames=("config", "variant"), donate_argnames=("state",))
 def decode(params, state: DecodeState, plan: Plan, until, config: DecoderConfig, variant: Variant) -> DecodeState:
     """Takes steps up to `until` (int32 scalar), or until every row has ended."""
-    decoder = Decoder(config)
+    forward = _forward(params, config, variant)
 
     def proceed(state: DecodeState):
         return (state.step < until) & ~state.ended.all()
@@ -86,10 +94,18 @@ def decode(params, state: DecodeState, plan: Plan, until, config: DecoderConfig,
     def step(state: DecodeState) -> DecodeState:
         last = jax.lax.dynamic_slice_in_dim(state.tokens, state.step - 1, 1, axis=1)
         rows = jnp.concatenate([last, last]) if variant.guided else last
-        logits, cache = decoder.apply({"params": params}, rows, state.cache, visual_only=variant.visual_only)
+        logits, cache = forward(rows, state.cache)
         return _emit(logits[:, 0], state.replace(cache=cache), plan, config, variant)
 
     return jax.lax.while_loop(proceed, step, state)
+
+
+def _forward(params, config: DecoderConfig, variant: Variant) -> Callable:
+    """The decoder with the head that the variant needs; to be made outside the loop, where cutting the head costs."""
+    if variant.visual_only:
+        # The barrier keeps XLA from sinking the slice into the loop, where it would copy 0.27 GB every step.
+        params = jax.lax.optimization_barrier(visual_head_params(params, config))
+    return functools.partial(Decoder(config, visual_head=variant.visual_only).apply, {"params": params})
 
 
 def _emit(logits, state: DecodeState, plan: Plan, config: DecoderConfig, variant: Variant) -> DecodeState:
@@ -153,10 +169,14 @@ def run(
         use_top_p=bool((np.asarray(settings.top_p) < 1).any()),
     )
     plan = Plan(forced=jnp.asarray(forced_ids(stacked, config.tokens)), settings=jax.tree.map(jnp.asarray, settings))
-    state = prefill(params, padded, start, plan, config, variant, width + stacked.shape[1])
+    final = bucket(width + stacked.shape[1])
+    state = prefill(params, padded, start, plan, config, variant, cache_slots(width + 1, final))
     taken = 1
     while taken < steps:
-        until = min(taken + STEPS_PER_CALL, steps)
+        slots = cache_slots(width + taken + 1, final)
+        if slots > state.cache.slots:
+            state = state.replace(cache=state.cache.grow(slots))
+        until = min(taken + STEPS_PER_CALL, steps, slots - width)
         state = decode(params, state, plan, np.int32(until), config, variant)
         taken = until
         if on_progress is not None:

@@ -83,8 +83,8 @@ def save_clip(frames: np.ndarray, path: Path, fps: float) -> None:
     if suffix not in _SHORTEST_MS:
         raise Emu3Error(f"cannot write a clip to {path}: the name must end in .webp or .gif")
     shortest = _SHORTEST_MS[suffix]
-    if fps > 1000 / shortest:
-        raise Emu3Error(f"fps is {fps}: a {suffix} clip shows at most {1000 // shortest} frames per second; lower it")
+    if not 0.1 <= fps <= 1000 / shortest:
+        raise Emu3Error(f"fps is {fps}: a {suffix} clip shows from 0.1 to {1000 // shortest} frames per second")
     step = 10 if suffix == ".gif" else 1
     options = {"duration": step * round(1000 / fps / step), "loop": 0, "save_all": True}
     if suffix == ".webp":

@@ -1,5 +1,7 @@
 """The KV cache: a plain pytree, argument and result of the decoder, donated by the decode loop."""
 
+import functools
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -35,6 +37,15 @@ class KVCache:
         # Strongly typed scalars: a weakly typed carry would recompile the decode loop on its second call.
         return cls(zeros[: config.num_layers], zeros[config.num_layers :], start, jnp.zeros((), jnp.int32))
 
+    @property
+    def slots(self) -> int:
+        """T."""
+        return self.keys[0].shape[2]
+
+    def grow(self, slots: int) -> "KVCache":
+        """The same cache with room for `slots` slots."""
+        return self.replace(keys=_pad_slots(self.keys, slots), values=_pad_slots(self.values, slots))
+
     def write(self, layer: int, keys: jax.Array, values: jax.Array) -> "KVCache":
         """Puts [B, K, S, H] new keys and values into the slots from `length` on; `length` itself stays."""
         at = (0, 0, self.length, 0)
@@ -47,3 +58,8 @@ class KVCache:
     def positions(self, count: int) -> jax.Array:
         """int32 [B, count]: positions of the next `count` tokens, counted from each row's own start."""
         return self.length + jnp.arange(count, dtype=jnp.int32)[None] - self.start[:, None]
+
+
+@functools.partial(jax.jit, static_argnames="slots")
+def _pad_slots(arrays: tuple[jax.Array, ...], slots: int) -> tuple[jax.Array, ...]:
+    return tuple(jnp.pad(a, ((0, 0), (0, 0), (0, slots - a.shape[2]), (0, 0))) for a in arrays)

@@ -78,7 +78,10 @@ class Attention(nn.Module):
             keys, values = cache.keys[layer], cache.values[layer]
             first, start = cache.length, cache.start
         mixed = attend(queries_keys[:, :, :, :g], keys, values, first, start)
-        return jnp.einsum("bskgh,kghd->bsd", mixed, w_out.astype(x_bsd.dtype), precision=precision), cache
+        # One contracted axis: with three, XLA may choose another order of them and transpose the weight every step.
+        mixed = mixed.reshape(*x_bsd.shape[:2], c.num_heads * h)
+        w_out = w_out.reshape(c.num_heads * h, d).astype(x_bsd.dtype)
+        return jnp.einsum("bsn,nd->bsd", mixed, w_out, precision=precision), cache
 
 
 class MLP(nn.Module):
@@ -116,16 +119,17 @@ class Embedding(nn.Module):
 
     config: DecoderConfig
     weight_name: str
+    rows: int
 
     def setup(self):
-        c = self.config
-        self.table = _weight(self, self.weight_name, (c.vocab_size, c.hidden_size), ("vocab", "embed"), c.hidden_size)
+        width = self.config.hidden_size
+        self.table = _weight(self, self.weight_name, (self.rows, width), ("vocab", "embed"), width)
 
     def lookup(self, tokens_bs: jax.Array) -> jax.Array:
         return self.table[tokens_bs].astype(self.config.dtype)
 
-    def logits(self, x_bsd: jax.Array, rows: slice) -> jax.Array:
-        table = self.table[rows].astype(x_bsd.dtype)
+    def logits(self, x_bsd: jax.Array) -> jax.Array:
+        table = self.table.astype(x_bsd.dtype)
         precision = matmul_precision(x_bsd.dtype)
         return jnp.einsum("bsd,vd->bsv", x_bsd, table, precision=precision, preferred_element_type=jnp.float32)
 
@@ -134,18 +138,24 @@ class Decoder(nn.Module):
     """The whole decoder. Computes in `config.dtype`; logits are float32.
 
     `params` holds one subtree per layer (`layers_0`, ...), the form that bundles store and decoding unrolls.
+
+    Attributes:
+        config: shapes and numerics.
+        visual_head: the head has only the visual rows (`visual_head_params` cuts them out), which is exact wherever
+            only visual tokens are legal; column 0 of the logits is then token id `config.tokens.visual_start`.
     """
 
     config: DecoderConfig
+    visual_head: bool = False
 
     def setup(self):
         c = self.config
-        self.embed = Embedding(c, "embedding")
+        self.embed = Embedding(c, "embedding", c.vocab_size)
         self.layers = [Block(c) for _ in range(c.num_layers)]
         self.norm = RMSNorm(c.rms_norm_eps)
-        self.head = Embedding(c, "kernel")
+        self.head = Embedding(c, "kernel", c.tokens.visual_count if self.visual_head else c.vocab_size)
 
-    def __call__(self, tokens_bs, cache: KVCache | None = None, *, last_only: bool = False, visual_only: bool = False):
+    def __call__(self, tokens_bs, cache: KVCache | None = None, *, last_only: bool = False):
         """Logits of the next token after each token of `tokens_bs`.
 
         Args:
@@ -153,7 +163,6 @@ class Decoder(nn.Module):
                 for the next S slots; slots before a row's `cache.start` hold padding, whose results mean nothing.
             cache: what came before; None means nothing did and nothing need be kept.
             last_only: logits of the last token alone (S becomes 1).
-            visual_only: only the visual rows of the head; column 0 is token id `config.tokens.visual_start`.
 
         Returns:
             (logits float32 [B, S, V], the cache with S more slots filled).
@@ -170,6 +179,10 @@ class Decoder(nn.Module):
             cache = cache.replace(length=cache.length + count)
         if last_only:
             x_bsd = x_bsd[:, -1:]
-        special = self.config.tokens
-        rows = slice(special.visual_start, special.visual_end) if visual_only else slice(None)
-        return self.head.logits(self.norm(x_bsd), rows), cache
+        return self.head.logits(self.norm(x_bsd)), cache
+
+
+def visual_head_params(params, config: DecoderConfig):
+    """`params` with the head cut to its visual rows, for `Decoder(config, visual_head=True)`."""
+    special = config.tokens
+    return {**params, "head": {"kernel": params["head"]["kernel"][special.visual_start : special.visual_end]}}

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 HIGHEST = jax.lax.Precision.HIGHEST
 GROUPS = 32
@@ -20,6 +21,9 @@ GROUP_NORM_EPS = 1e-6
 BATCH_NORM_EPS = 1e-5
 # Attention scores held at once: 64 MiB of float32. Up to 512x512 pixels one picture is one block.
 MAX_SCORES = 2**24
+
+# [phase, pixel, tap]: which taps of a 3-kernel fall on which of two neighbours, for an even and an odd output row.
+_PHASES = np.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], np.float32)
 
 _CONV_AXES = ("conv_time", "conv_rows", "conv_columns", "conv_in", "conv_out")
 _conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # upstream's Kaiming initialisation
@@ -178,8 +182,34 @@ class Upsample(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = x.repeat(2, axis=1).repeat(2, axis=2)
-        return conv3x3(x.shape[-1], name="conv")(x)
+        return UpsampleConv(name="conv")(x)
+
+
+class UpsampleConv(nn.Module):
+    """The 3x3 convolution of a picture whose every pixel is repeated 2x2, without making that picture.
+
+    Along each axis the three taps fall on two different pixels, so the four output phases are 2x2 convolutions of the
+    small picture by sums of taps: 16 multiplications in place of 36.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        b, height, width, channels = x.shape
+        like = conv3x3(channels)
+        kernel = self.param("kernel", like.kernel_init, (3, 3, channels, channels), jnp.float32)
+        bias = self.param("bias", like.bias_init, (channels,), jnp.float32)
+        taps = jnp.einsum("prk,qsl,klio->rsipqo", _PHASES, _PHASES, kernel, precision=HIGHEST)
+        out = jax.lax.conv_general_dilated(
+            x,
+            taps.reshape(2, 2, channels, 4 * channels),
+            window_strides=(1, 1),
+            padding=((1, 1), (1, 1)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision=HIGHEST,
+        ).reshape(b, height + 1, width + 1, 2, 2, channels)
+        # Output (i, j) saw pixels i - 1 and i: where phase 0 of i looks, and phase 1 of i - 1.
+        rows = [jnp.stack([out[:, p : p + height, q : q + width, p, q] for q in (0, 1)], axis=3) for p in (0, 1)]
+        return jnp.stack(rows, axis=2).reshape(b, 2 * height, 2 * width, channels) + bias
 
 
 class CausalConv3d(nn.Module):

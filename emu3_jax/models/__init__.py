@@ -1,0 +1,1 @@
+"""Flax Linen modules: the vision tokenizer and the decoder."""
