@@ -1,0 +1,228 @@
+"""Clips: animated files and folders of frames, their rates, and damaged input."""
+
+import os
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from emu3_jax.config import ImageConfig
+from emu3_jax.errors import Emu3Error
+from emu3_jax.media import clips
+from emu3_jax.media.clips import Clip, is_animated, load_clip, preprocess_clip, save_clip
+from emu3_jax.media.images import preprocess
+
+GREYS = (10, 60, 110, 160)
+
+
+def _frames(levels=GREYS, height=16, width=24):
+    frames = np.zeros((len(levels), height, width, 3), np.uint8)
+    frames[:] = np.array(levels, np.uint8)[:, None, None, None]
+    frames[:, :4, :4] = (200, 0, 0)
+    return frames
+
+
+def _save(path, frames, **options):
+    first, *rest = (f if isinstance(f, Image.Image) else Image.fromarray(f) for f in frames)
+    first.save(path, save_all=True, append_images=rest, **options)
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
+def test_animated_files(tmp_path, suffix):
+    options = {"lossless": True} if suffix == "webp" else {}
+    path = _save(tmp_path / f"x.{suffix}", _frames(), duration=40, loop=0, **options)
+    clip = load_clip(path)
+    assert is_animated(path)
+    assert clip.frames.dtype == np.uint8 and clip.fps == 25.0
+    np.testing.assert_array_equal(clip.frames, _frames())
+
+
+@pytest.mark.parametrize("suffix", [".webp", ".gif", ".GIF"])
+@pytest.mark.parametrize("levels", [GREYS, (10,), (10, 10, 60, 60, 60, 110), (10, 60, 60), (10, 10)])
+def test_saved_clips_come_back(tmp_path, suffix, levels):
+    """Also where encoders merge equal frames, unless all are equal: a single frame has no rate to compare with."""
+    frames = _frames(levels)
+    save_clip(frames, tmp_path / f"x{suffix}", 25.0)
+    clip = load_clip(tmp_path / f"x{suffix}")
+    np.testing.assert_array_equal(clip.frames, frames if len(set(levels)) > 1 else frames[:1])
+    if len(set(levels)) > 1:
+        assert clip.fps == 25.0
+    assert os.listdir(tmp_path) == [f"x{suffix}"]
+
+
+@pytest.mark.parametrize(
+    "suffix, fps, expected", [("webp", 24, 1000 / 42), ("gif", 24, 25), ("gif", 50, 50), ("webp", 0.5, 0.5)]
+)
+def test_rates_are_whole_milliseconds_or_hundredths(tmp_path, suffix, fps, expected):
+    save_clip(_frames(), tmp_path / f"x.{suffix}", fps)
+    assert load_clip(tmp_path / f"x.{suffix}").fps == pytest.approx(expected, rel=1e-12)
+
+
+def test_webp_is_lossless(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, (3, 16, 24, 3), np.uint8)
+    save_clip(frames, tmp_path / "x.webp", 24.0)
+    np.testing.assert_array_equal(load_clip(tmp_path / "x.webp").frames, frames)
+
+
+def test_longer_frames_are_repeated(tmp_path):
+    path = _save(tmp_path / "x.png", _frames(), duration=[40, 80, 40, 200])
+    clip = load_clip(path)
+    np.testing.assert_array_equal(clip.frames, _frames((10, 60, 60, 110, 160, 160, 160, 160, 160)))
+    assert clip.fps == 25.0
+
+
+def test_frames_without_duration_last_a_tenth(tmp_path):
+    assert load_clip(_save(tmp_path / "x.gif", _frames())).fps == 10.0
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
+def test_transparency_becomes_white(tmp_path, suffix):
+    frames = []
+    for level in GREYS:
+        frame = Image.new("RGBA", (24, 16), (level, level, level, 255))
+        frame.paste((0, 200, 0, 0), (8, 8, 24, 16))
+        frames.append(frame)
+    options = {"webp": {"lossless": True, "exact": True}, "gif": {"disposal": 2}, "png": {"disposal": 1}}[suffix]
+    clip = load_clip(_save(tmp_path / f"x.{suffix}", frames, duration=40, **options))
+    assert clip.frames[:, 0, 0, 0].tolist() == list(GREYS)
+    assert (clip.frames[:, 8:, 8:] == 255).all()
+
+
+def test_png_that_begins_with_a_still_for_other_viewers(tmp_path):
+    path = _save(tmp_path / "x.png", _frames(), default_image=True, duration=40)
+    np.testing.assert_array_equal(load_clip(path).frames, _frames()[1:])
+    path = _save(tmp_path / "y.png", _frames()[:2], default_image=True, duration=40)
+    assert not is_animated(path)
+
+
+def test_stills_pages_and_previews_are_not_animated(tmp_path):
+    for suffix in ("png", "jpg", "gif", "webp", "tif"):
+        Image.fromarray(_frames()[0]).save(tmp_path / f"x.{suffix}")
+        assert not is_animated(tmp_path / f"x.{suffix}")
+    for name, form in (("pages.tif", "TIFF"), ("preview.jpg", "MPO")):
+        assert not is_animated(_save(tmp_path / name, _frames(), format=form))
+        with Image.open(tmp_path / name) as image:
+            assert image.n_frames == 4
+
+
+def test_a_still_is_a_clip_of_one_frame(tmp_path):
+    Image.fromarray(_frames()[0]).save(tmp_path / "x.png")
+    np.testing.assert_array_equal(load_clip(tmp_path / "x.png").frames, _frames()[:1])
+
+
+def test_folder_in_natural_order(tmp_path):
+    names = ["frame1.png", "frame2.png", "frame10.png", "frame11b.png"]
+    for name, frame in zip(names, _frames(), strict=True):
+        Image.fromarray(frame).save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("not a frame")
+    (tmp_path / ".hidden.png").write_text("not a frame")
+    assert is_animated(tmp_path)
+    clip = load_clip(tmp_path)
+    np.testing.assert_array_equal(clip.frames, _frames())
+    assert clip.fps == 24.0
+
+
+def test_folder_of_different_sizes(tmp_path):
+    Image.new("RGB", (24, 16)).save(tmp_path / "a.png")
+    Image.new("RGB", (24, 17)).save(tmp_path / "b.png")
+    with pytest.raises(Emu3Error, match=r"b\.png is 24x17 pixels, but the clip's first frame is 24x16"):
+        load_clip(tmp_path)
+
+
+def test_bad_folders(tmp_path):
+    with pytest.raises(Emu3Error, match="holds no pictures"):
+        load_clip(tmp_path)
+    (tmp_path / "a.png").write_bytes(b"broken")
+    with pytest.raises(Emu3Error, match=r"a\.png is not a picture"):
+        load_clip(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.9])
+def test_truncated_files(tmp_path, suffix, share):
+    frames = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
+    path = _save(tmp_path / f"x.{suffix}", frames, duration=40)
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    with pytest.raises(Emu3Error, match=rf"x\.{suffix}"):
+        load_clip(path)
+
+
+def test_missing_files(tmp_path):
+    for read in (is_animated, load_clip):
+        with pytest.raises(Emu3Error, match=r"cannot read .*absent\.gif: No such file"):
+            read(tmp_path / "absent.gif")
+
+
+def test_clips_too_large_for_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(clips, "MAX_CLIP_BYTES", 5 * 16 * 24 * 3)
+    assert len(load_clip(_save(tmp_path / "a.gif", _frames(), duration=40)).frames) == 4
+    with pytest.raises(Emu3Error, match=r"b\.gif: the clip is 7 frames of 24x16 pixels"):
+        load_clip(_save(tmp_path / "b.gif", _frames(), duration=[40, 40, 40, 160]))
+    with pytest.raises(Emu3Error, match=r"c\.gif: the clip is 8 frames"):
+        load_clip(_save(tmp_path / "c.gif", _frames(range(0, 160, 20)), duration=40))
+    (tmp_path / "d").mkdir()
+    for number, frame in enumerate(_frames(range(6))):
+        Image.fromarray(frame).save(tmp_path / "d" / f"{number}.png")
+    with pytest.raises(Emu3Error, match=r"the clip .*d is 6 frames"):
+        load_clip(tmp_path / "d")
+
+
+def test_preprocess_is_that_of_each_frame():
+    config = ImageConfig(min_pixels=1024, max_pixels=4096)
+    frames = np.random.default_rng(0).integers(0, 256, (3, 20, 30, 3), np.uint8)
+    pixels = preprocess_clip(Clip(frames), config, 8)
+    assert (pixels.dtype, pixels.shape) == (np.float32, (3, 32, 40, 3))
+    for frame, expected in zip(frames, pixels, strict=True):
+        np.testing.assert_array_equal(preprocess(Image.fromarray(frame), config, 8), expected)
+
+
+@pytest.mark.parametrize(
+    "frames, fps, message",
+    [
+        (np.zeros((0, 8, 8, 3), np.uint8), 24.0, r"frames are uint8 \[0, 8, 8, 3\]"),
+        (np.zeros((2, 8, 8), np.uint8), 24.0, r"frames are uint8 \[2, 8, 8\]"),
+        (np.zeros((2, 8, 8, 4), np.uint8), 24.0, r"must be uint8 \[T, H, W, 3\]"),
+        (np.zeros((2, 8, 8, 3), np.float32), 24.0, "frames are float32"),
+        (np.zeros((2, 8, 8, 3), np.uint8), 0, "fps is 0"),
+        (np.zeros((2, 8, 8, 3), np.uint8), float("nan"), "fps is nan"),
+        (np.zeros((2, 8, 8, 3), np.uint8), float("inf"), "fps is inf"),
+    ],
+)
+def test_bad_clips(frames, fps, message, tmp_path):
+    with pytest.raises(Emu3Error, match=message):
+        Clip(frames, fps)
+    with pytest.raises(Emu3Error, match=message):
+        save_clip(frames, tmp_path / "x.webp", fps)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "name, fps, message",
+    [
+        ("x.mp4", 24, r"x\.mp4: the name must end in \.webp or \.gif"),
+        ("x", 24, "the name must end in"),
+        ("x.gif", 51, r"fps is 51: a \.gif clip shows from 0.1 to 50 frames per second"),
+        ("x.webp", 1001, "from 0.1 to 1000"),
+        ("x.gif", 0.01, "from 0.1 to 50"),
+        ("missing/x.gif", 24, "cannot write .*: No such file"),
+    ],
+)
+def test_clips_that_cannot_be_saved(tmp_path, name, fps, message):
+    with pytest.raises(Emu3Error, match=message):
+        save_clip(_frames(), tmp_path / name, fps)
+    assert os.listdir(tmp_path) == []
+
+
+@settings(max_examples=25)
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=8), st.integers(1, 50))
+def test_round_trip_of_any_levels_and_rate(tmp_path_factory, levels, fps):
+    """Held frames come back as often as they were, where one frame is not held and so tells the rate."""
+    frames = _frames([60 * level for level in levels] + [255])
+    path = tmp_path_factory.getbasetemp() / "clip.webp"
+    save_clip(frames, path, fps)
+    clip = load_clip(path)
+    np.testing.assert_array_equal(clip.frames, frames)
+    assert 1000 / clip.fps == pytest.approx(round(1000 / fps))

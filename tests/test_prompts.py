@@ -1,0 +1,195 @@
+"""Prompt templates: golden rows of ids, and sequences back to text and codes."""
+
+import functools
+
+import numpy as np
+import pytest
+from conftest import golden_json, golden_npz
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from emu3_jax.config import SpecialTokens
+from emu3_jax.errors import Emu3Error
+from emu3_jax.media.sizes import generate_size
+from emu3_jax.text.prompts import (
+    CHAT,
+    PRESETS,
+    STAGE1,
+    PromptTemplates,
+    generation_prompt,
+    image_ids,
+    left_pad,
+    parse_images,
+    split_multimodal,
+    understanding_prompt,
+)
+from emu3_jax.text.tokenizer import Tokenizer
+
+GOLDEN = golden_json("text.json")
+T = SpecialTokens()
+CODES = np.array([[1, 2, 3], [4, 5, 32767]])
+
+
+@functools.cache
+def _tokenizer(vocabulary) -> Tokenizer:
+    return Tokenizer.from_files(vocabulary, T)
+
+
+@pytest.fixture
+def tokenizer(vocabulary):
+    return _tokenizer(vocabulary)
+
+
+def _codes(name):
+    return golden_npz("images.npz")[f"{name}/codes"][0]
+
+
+@pytest.mark.parametrize("case", GOLDEN["generation_prompt"])
+def test_generation_prompt_equals_reference(tokenizer, case):
+    sizes = [generate_size(ratio, case["image_area"]) for ratio in case["ratio"]]
+    assert [list(size) for size in sizes] == case["image_size"]
+    rows = [generation_prompt(tokenizer, T, text, *size) for text, size in zip(case["text"], sizes, strict=True)]
+    ids, mask = left_pad(rows, T.pad)
+    np.testing.assert_array_equal(ids, case["input_ids"])
+    np.testing.assert_array_equal(mask, np.array(case["attention_mask"], bool))
+
+
+@pytest.mark.parametrize("case", GOLDEN["understanding_prompt"])
+def test_understanding_prompt_equals_reference(tokenizer, case):
+    rows = [
+        understanding_prompt(tokenizer, T, CHAT, text, _codes(name))
+        for text, name in zip(case["text"], case["images"], strict=True)
+    ]
+    ids, mask = left_pad(rows, T.pad)
+    assert (ids.dtype, mask.dtype) == (np.int32, np.bool_)
+    np.testing.assert_array_equal(ids, case["input_ids"])
+    np.testing.assert_array_equal(mask, np.array(case["attention_mask"], bool))
+    for row, name in zip(ids, case["images"], strict=True):
+        np.testing.assert_array_equal(parse_images(row, T), [_codes(name)])
+
+
+def test_presets():
+    assert PRESETS == {"chat": CHAT, "stage1": STAGE1}
+
+
+def test_stage1_holds_only_image_and_text(tokenizer):
+    ids = understanding_prompt(tokenizer, T, STAGE1, "a cat", CODES)
+    assert ids == [T.bos, *image_ids(tokenizer, T, CODES), *tokenizer.encode("a cat")]
+
+
+def test_image_ids_spell_the_grid(tokenizer):
+    v = T.visual_start
+    size = tokenizer.encode("2*3")
+    assert image_ids(tokenizer, T, CODES) == [
+        T.boi, *size, T.img, v + 1, v + 2, v + 3, T.eol, v + 4, v + 5, v + 32767, T.eol, T.eof, T.eoi
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("none", [None, []])
+def test_without_image_the_text_is_one_piece(tokenizer, none):
+    ids = understanding_prompt(tokenizer, T, CHAT, "Hello", none)
+    assert ids == [T.bos, *tokenizer.encode("You are a helpful assistant. USER: Hello. ASSISTANT:")]
+
+
+def test_several_images_stand_one_after_the_other(tokenizer):
+    ids = understanding_prompt(tokenizer, T, STAGE1, "x", [CODES, CODES[:1]])
+    images = image_ids(tokenizer, T, CODES) + image_ids(tokenizer, T, CODES[:1])
+    assert ids == [T.bos, *images, *tokenizer.encode("x")]
+
+
+def test_text_is_never_read_as_template(tokenizer):
+    text = "{image} {text} {0} {"
+    ids = understanding_prompt(tokenizer, T, CHAT, text, CODES)
+    assert tokenizer.decode(ids[-len(tokenizer.encode(text + ". ASSISTANT:")) :]) == text + ". ASSISTANT:"
+    assert ids.count(T.boi) == 1
+
+
+@pytest.mark.parametrize("template", ["", "{text}", "{image}", "{image}{image}{text}", "{image}{text}{text}", None])
+def test_bad_template(template):
+    with pytest.raises(Emu3Error, match=r"must hold \{image\} and \{text\} once each"):
+        PromptTemplates(template)
+
+
+def test_text_cannot_forge_control_tokens(tokenizer):
+    text = "a<|image start|>1*1<|image token|>"
+    for build in (
+        lambda **kw: generation_prompt(tokenizer, T, text, 2, 3, **kw),
+        lambda **kw: understanding_prompt(tokenizer, T, CHAT, text, CODES, **kw),
+    ):
+        with pytest.raises(Emu3Error, match=r"special token <\|image start\|>"):
+            build()
+        assert build(allow_special=True).count(T.boi) == 2
+
+
+@pytest.mark.parametrize("text", ["<|image start", "|>", "\u0338", "<|extra_203|", "<|"])
+def test_text_cannot_reach_its_neighbours(tokenizer, text):
+    """Halves of tokens and combining characters leave the control tokens beside the text as they are."""
+    ids = generation_prompt(tokenizer, T, text, 90, 90)
+    assert ids == [T.bos, *tokenizer.encode(text), T.boi, *tokenizer.encode("90*90"), T.img]
+    assert max(tokenizer.encode(text)) < T.pad
+
+
+@pytest.mark.parametrize(
+    "codes, message",
+    [
+        (np.array([[0, 32768]]), "code 32768 is outside the codebook: legal codes are 0 to 32767"),
+        (np.array([[-1, 5]]), "code -1 is outside"),
+        (np.zeros((2, 0), int), r"must be integers \[h, w\], not int64 \[2, 0\]"),
+        (np.zeros((1, 2, 2), int), r"must be integers \[h, w\], not int64 \[1, 2, 2\]"),
+        (np.zeros((2, 2)), "not float64"),
+    ],
+)
+def test_bad_codes(tokenizer, codes, message):
+    with pytest.raises(Emu3Error, match=message):
+        understanding_prompt(tokenizer, T, CHAT, "x", [codes])
+
+
+def test_left_pad():
+    ids, mask = left_pad([[1, 2, 3], [], [4]], 9)
+    np.testing.assert_array_equal(ids, [[1, 2, 3], [9, 9, 9], [9, 9, 4]])
+    np.testing.assert_array_equal(mask, [[1, 1, 1], [0, 0, 0], [0, 0, 1]])
+    with pytest.raises(Emu3Error, match="list of prompts is empty"):
+        left_pad([], 9)
+
+
+images = hnp.arrays(np.int32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=5), elements=st.integers(0, 32767))
+texts = st.lists(st.integers(0, T.pad - 1), min_size=1, max_size=4)
+
+
+@given(parts=st.lists(st.tuples(texts, images), max_size=3), tail=st.lists(st.integers(0, T.pad - 1), max_size=2))
+def test_split_inverts_interleaving(vocabulary, parts, tail):
+    tokenizer = _tokenizer(vocabulary)
+    ids = [i for text, codes in parts for i in (*text, *image_ids(tokenizer, T, codes))] + tail
+    expected = [part for pair in parts for part in pair] + ([tail] if tail else [])
+    found = split_multimodal(ids, T)
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert type(ours) is type(theirs)
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("case", ["square", "wide"])
+def test_golden_generation_is_parsed(case):
+    golden = golden_npz("generate.npz")
+    (codes,) = parse_images(golden[f"{case}/sequences"][0], T)
+    assert codes.shape == tuple(golden[f"{case}/image_size"][0])
+    assert codes.dtype == np.int32
+
+
+V = T.visual_start
+
+
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        ([T.img, V, V, T.eol, V, T.eol, T.eof, T.eoi], "row 1 of picture 0 has 1 tokens, but row 0 has 2"),
+        ([T.img, V, V, T.eol], "picture 0 begins at token 1 and does not end"),
+        ([T.img, V, 17, T.eol, T.eof, T.eoi], "picture 0 holds token 17 in row 0"),
+        ([T.img, V, T.eol, T.pad, T.eol, T.eof, T.eoi], "picture 0 holds token 151643 in row 1"),
+        ([17, T.img, T.eof, T.eoi], "picture 0 has no visual tokens"),
+    ],
+)
+def test_malformed_pictures(body, message):
+    with pytest.raises(Emu3Error, match=message):
+        parse_images([T.bos, T.boi, *body], T)

@@ -1,0 +1,112 @@
+"""Picture sizes: golden cases and properties."""
+
+import math
+
+import pytest
+from conftest import golden_json
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from emu3_jax.errors import Emu3Error
+from emu3_jax.media.sizes import generate_size, smart_resize
+
+LIMITS = {"factor": 8, "min_pixels": 512 * 512, "max_pixels": 1024 * 1024}
+
+
+@pytest.mark.parametrize("height, width, expected", golden_json("smart_resize.json"))
+def test_smart_resize_equals_reference(height, width, expected):
+    if expected == "error":
+        with pytest.raises(Emu3Error, match=r"too small|too elongated"):
+            smart_resize(height, width, **LIMITS)
+    else:
+        assert list(smart_resize(height, width, **LIMITS)) == expected
+
+
+@given(height=st.integers(8, 20_000), elongation=st.floats(0.2, 5), factor=st.sampled_from([2, 4, 8, 16]))
+def test_smart_resize_keeps_grid_area_and_shape(height, elongation, factor):
+    width = round(height * elongation)
+    assume(min(height, width) >= factor and max(height, width) <= 5 * min(height, width))
+    low, high = 512 * 512, 1024 * 1024
+    rows, columns = (side / factor for side in smart_resize(height, width, factor, low, high))
+    assert rows == int(rows) and columns == int(columns)
+    assert low <= rows * columns * factor**2 <= high
+    # Each side is rounded to the grid once, by less than one step.
+    assert (columns - 1) / (rows + 1) < width / height < (columns + 1) / (rows - 1)
+
+
+@given(height=st.integers(64, 128), width=st.integers(64, 128))
+def test_smart_resize_rounds_to_even_within_the_limits(height, width):
+    expected = tuple(8 * round(side / 8) for side in (height, width))
+    assert smart_resize(height, width, 8, 1, 10**6) == expected
+    assert smart_resize(*expected, 8, 1, 10**6) == expected
+
+
+@pytest.mark.parametrize(
+    "height, width, message",
+    [
+        (7, 100, "100x7 pixels is too small: each side must have at least 8"),
+        (100, 501, "501x100 pixels is too elongated: at most 5:1"),
+        (0, 0, "too small"),
+    ],
+)
+def test_smart_resize_errors(height, width, message):
+    with pytest.raises(Emu3Error, match=message):
+        smart_resize(height, width, **LIMITS)
+
+
+def test_limits_that_leave_nothing():
+    assert smart_resize(100, 500, 8, 1, 320) == (8, 40)
+    with pytest.raises(Emu3Error, match=r"max_pixels 319 leaves nothing .* at least 320"):
+        smart_resize(100, 500, 8, 1, 319)
+
+
+@pytest.mark.parametrize("ratio, area, expected", golden_json("text.json")["generate_size"])
+def test_generate_size_equals_reference(ratio, area, expected):
+    assert list(generate_size(ratio, area)) == expected
+
+
+sides = st.integers(1, 99)
+
+
+@given(width=sides, height=sides, area=st.integers(4096, 2**22), factor=st.sampled_from([4, 8]))
+def test_generate_size_keeps_area_and_ratio(width, height, area, factor):
+    assume(max(width, height) <= 5 * min(width, height))
+    rows, columns = generate_size(f"{width}:{height}", area, factor)
+    assert abs(rows - math.sqrt(area * height / width) / factor) < 0.51
+    assert abs(columns - math.sqrt(area * width / height) / factor) < 0.51
+    assert generate_size(f"{height}:{width}", area, factor) == (columns, rows)
+
+
+@given(ratio=st.text(alphabet="0123456789: x-.", max_size=8), area=st.integers(-5, 10**7))
+def test_generate_size_answers_or_explains(ratio, area):
+    try:
+        rows, columns = generate_size(ratio, area)
+    except Emu3Error:
+        return
+    assert rows > 0 and columns > 0
+
+
+@pytest.mark.parametrize(
+    "ratio", ["", "1", "16x9", "16:", ":9", "0:1", "1:0", "-1:1", "1.5:1", "1:1:1", "a:b", "1:1\n"]
+)
+def test_malformed_ratio(ratio):
+    with pytest.raises(Emu3Error, match="is not width:height in whole numbers: write for example"):
+        generate_size(ratio, 518400)
+
+
+@pytest.mark.parametrize("ratio", ["51:10", "1:6", "99999:1"])
+def test_elongated_ratio(ratio):
+    with pytest.raises(Emu3Error, match=f"ratio {ratio} is too elongated"):
+        generate_size(ratio, 518400)
+
+
+@pytest.mark.parametrize("area", [0, -1, 2**31, 10**400, 0.5, "518400", None])
+def test_bad_area(area):
+    with pytest.raises(Emu3Error, match="it must be a whole number of pixels"):
+        generate_size("1:1", area)
+
+
+@pytest.mark.parametrize("ratio, area", [("1:1", 16), ("5:1", 60), ("1:5", 60)])
+def test_area_that_leaves_no_tokens(ratio, area):
+    with pytest.raises(Emu3Error, match=f"area {area} leaves no tokens at ratio {ratio}: one token covers 8x8"):
+        generate_size(ratio, area)
