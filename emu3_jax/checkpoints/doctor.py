@@ -1,0 +1,265 @@
+"""What is wrong with a bundle or a published checkpoint, and what to do: above all the faults that raise no error."""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from emu3_jax.checkpoints.bundle import PARTS, Bundle
+from emu3_jax.checkpoints.layouts import FLOAT_DTYPES
+from emu3_jax.checkpoints.published import Published
+from emu3_jax.config import DecoderConfig, SpecialTokens
+from emu3_jax.errors import Emu3Error
+from emu3_jax.text.tokenizer import Tokenizer
+
+OK, WARN, ERROR = "ok", "warn", "error"
+_BLOCK = 1 << 24  # elements looked at together
+_EXPONENTS = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}
+# Versions of transformers that silently drop the pictures of a prompt; 4.51.3 and 5.23.0 are good.
+_DROPS_IMAGES = ((4, 52), (5, 23))
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One plain sentence about a model. `level` is "ok", "warn" or "error"; `remedy` is empty where all is well."""
+
+    level: str
+    what: str
+    remedy: str = ""
+
+
+def doctor(path: str | Path, progress: bool = True) -> list[Finding]:
+    """Examines a bundle or a published directory, every weight of it; reads each byte once, writes nothing.
+
+    Raises:
+      Emu3Error: `path` is no directory. Everything else that is wrong is a finding.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise Emu3Error(f"{path} is not a directory: give a bundle or a checkpoint directory")
+    is_bundle = any((path / part / "config.json").is_file() for part in PARTS)
+    findings = list(_examine(_bundle(path) if is_bundle else _published(path), progress))
+    return findings + list(_oracle())
+
+
+@dataclasses.dataclass
+class _Patient:
+    """What both kinds of directory have in common. `arrays` yields part, name, array."""
+
+    findings: list[Finding]
+    decoder: DecoderConfig | None = None
+    tokenizer: Callable[[], Tokenizer | None] | None = None
+    arrays: Callable[[], Iterable[tuple[str, str, np.ndarray]]] | None = None
+    dtypes: dict[str, set[str]] = dataclasses.field(default_factory=dict)
+    nbytes: int = 0
+
+
+def _attempt(findings: list[Finding], action: Callable[[], Any]) -> Any:
+    """The action's result; an `Emu3Error` becomes a finding and the result is None."""
+    try:
+        return action()
+    except Emu3Error as error:
+        findings.append(Finding(ERROR, str(error)))
+        return None
+
+
+# ------------------------------------------------------------------------------------------------ the two kinds
+
+
+def _bundle(path: Path) -> _Patient:
+    patient = _Patient([])
+    bundle = _attempt(patient.findings, lambda: Bundle.open(path))
+    if bundle is None:
+        return patient
+    held = [part for part in PARTS if bundle.has(part)]
+    patient.findings.append(Finding(OK, f"a bundle with {', '.join(held)}"))
+    for part in PARTS:
+        if part not in held:
+            what = f"the bundle has no {part} part"
+            patient.findings.append(Finding(WARN, what, "fine when another bundle has it; else convert it in as well"))
+    patient.decoder = bundle.decoder_config if bundle.has("decoder") else None
+    if bundle.has("tokenizer"):
+        patient.tokenizer = bundle.tokenizer
+        patient.findings.append(_template(bundle.template, path.name))
+    sound = []
+    for part in ("decoder", "vision"):
+        stored = _attempt(patient.findings, lambda part=part: bundle.stored(part)) if bundle.has(part) else None
+        if stored:
+            sound.append(part)
+            patient.dtypes[part] = {np.dtype(array.dtype).name for array in stored.values()}
+            patient.nbytes += sum(array.size * array.dtype.itemsize for array in stored.values())
+    patient.arrays = lambda: ((part, param.name, a) for part in sound for param, a in bundle.arrays(part))
+    return patient
+
+
+def _published(path: Path) -> _Patient:
+    patient = _Patient([])
+    findings = patient.findings
+    source = _attempt(findings, lambda: Published.open(path))
+    if source is None:
+        return patient
+    parts = source.layout.parts
+    findings.append(Finding(OK, f"a published checkpoint of the {source.layout.title} layout: {' and '.join(parts)}"))
+    vision = _attempt(findings, source.vision_config) if "vision" in parts else None
+    if "vision" in parts:
+        _attempt(findings, source.image_config)
+        if not any((path / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+            what = f"{path} has no preprocessor_config.json: the published picture sizes and means are assumed"
+            findings.append(Finding(WARN, what, "copy preprocessor_config.json from where the weights came from"))
+    if "decoder" in parts:
+        codes = vision.codebook_size if vision else None
+        patient.decoder = _attempt(findings, lambda: source.decoder_config(codes))
+        findings += _config_gaps(source)
+    if patient.decoder:
+        patient.tokenizer = lambda: source.tokenizer(patient.decoder.tokens)
+    complete = all(c is not None for c in ([vision] * ("vision" in parts) + [patient.decoder] * ("decoder" in parts)))
+    if complete:
+        remedy = "use the config.json that belongs to these weights, and fetch what is missing"
+        findings += [Finding(ERROR, f"weights: {line}", remedy) for line in source.misfits(patient.decoder, vision)]
+    floats = [t for t in source.tensors if t.dtype.name in FLOAT_DTYPES]
+    prefix = source.layout.vision if "vision" in parts else None
+    part_of = {t.name: "decoder" if prefix is None or not t.name.startswith(prefix) else "vision" for t in floats}
+    for tensor in floats:
+        patient.dtypes.setdefault(part_of[tensor.name], set()).add(tensor.dtype.name)
+    patient.nbytes = sum(t.nbytes for t in floats)
+    patient.arrays = lambda: ((part_of[t.name], t.name, t.read()) for t in floats)
+    return patient
+
+
+def _config_gaps(source: Published) -> Iterator[Finding]:
+    """Fields that default silently."""
+    text = {**source.config, **(source.config.get("text_config") or {})}
+    rope = text.get("rope_parameters") or {}
+    if "rope_theta" not in text and "rope_theta" not in rope:
+        what = f"config.json has no rope_theta: the published {DecoderConfig.rope_theta:.0f} is assumed"
+        yield Finding(WARN, what, "add rope_theta if the model was trained with another base")
+    if "image_area" not in text:
+        what = f"config.json has no image_area: pictures default to {DecoderConfig.image_area} pixels, as Emu3-Gen's do"
+        yield Finding(WARN, what, "pass --area 262144 for Stage1, which was trained on 512x512")
+
+
+# ------------------------------------------------------------------------------------------------ examinations
+
+
+def _examine(patient: _Patient, progress: bool) -> Iterator[Finding]:
+    yield from patient.findings
+    if patient.decoder is not None:
+        yield from _special_tokens(patient.decoder)
+    if patient.tokenizer is not None:
+        yield from _vocabulary(patient.tokenizer, patient.decoder)
+    yield from _dtypes(patient.dtypes)
+    if patient.arrays is not None:
+        yield from _values(patient, progress)
+
+
+def _template(template: str, name: str) -> Finding:
+    if "stage1" in name.lower() and template != "stage1":
+        what = f"the prompt template is {template!r}, but the name {name} says Stage1, which was trained without it"
+        return Finding(WARN, what, "convert again with --template stage1 if this is Emu3-Stage1")
+    return Finding(OK, f"the prompt template is {template!r}")
+
+
+def _special_tokens(config: DecoderConfig) -> Iterator[Finding]:
+    end = config.tokens.visual_end
+    if end != config.vocab_size:
+        what = f"the visual tokens end at id {end}, the vocabulary at {config.vocab_size}; in Emu3 both end together"
+        yield Finding(WARN, what, "check vocab_size and the codebook size in config.json")
+    if config.vocab_size == DecoderConfig.vocab_size and config.tokens != SpecialTokens():
+        names = [field.name for field in dataclasses.fields(SpecialTokens)]
+        wrong = [name for name in names if getattr(config.tokens, name) != getattr(SpecialTokens, name)]
+        what = f"the ids of {', '.join(wrong)} differ from Emu3's though the vocabulary has its size"
+        yield Finding(WARN, what, "take the ids from the published config.json, unless you changed them")
+
+
+def _vocabulary(read: Callable[[], Tokenizer | None], config: DecoderConfig | None) -> Iterator[Finding]:
+    findings: list[Finding] = []
+    tokenizer = _attempt(findings, read)
+    yield from findings
+    if findings:
+        return
+    if tokenizer is None:
+        remedy = "copy emu3.tiktoken (or tokenizer.json) beside config.json and convert again"
+        yield Finding(WARN, "there is no vocabulary file: a bundle made of this can neither generate nor chat", remedy)
+    elif config is not None and tokenizer.vocab_size != config.vocab_size:
+        what = f"the tokenizer has {tokenizer.vocab_size} tokens, the decoder's embedding {config.vocab_size} rows"
+        yield Finding(ERROR, what, "use the vocabulary and the weights of one and the same model")
+    else:
+        yield Finding(OK, f"the vocabulary has {tokenizer.vocab_size} tokens")
+
+
+def _dtypes(dtypes: dict[str, set[str]]) -> Iterator[Finding]:
+    for part, found in dtypes.items():
+        names = ", ".join(sorted(found))
+        if part == "vision" and found != {"float32"}:
+            what = f"the vision tokenizer is stored in {names}: rounding changes codes"
+            yield Finding(WARN, what, "convert BAAI/Emu3-VisionTokenizer's own float32 files")
+        elif len(found) > 1:
+            what = f"the {part}'s weights mix {names}"
+            yield Finding(WARN, what, "convert with --dtype bfloat16, unless the mixture is meant")
+        elif "float16" in found:
+            what = f"the {part} is stored in float16, which overflows above 65,504; Emu3 was trained in bfloat16"
+            yield Finding(WARN, what, "convert the bfloat16 original")
+        else:
+            yield Finding(OK, f"the {part} is stored in {names}")
+
+
+def _values(patient: _Patient, progress: bool) -> Iterator[Finding]:
+    """Walks through all weights once."""
+    not_finite, zero, digests = [], [], {}
+    statistics: list[bool] = []
+    bar = tqdm(total=patient.nbytes, unit="B", unit_scale=True, desc="doctor", disable=None if progress else True)
+    with bar:
+        try:
+            for _, name, array in patient.arrays():
+                bits = array.reshape(-1).view(np.dtype(f"u{array.dtype.itemsize}"))
+                blocks = [bits[i : i + _BLOCK] for i in range(0, bits.size, _BLOCK)]
+                exponents = bits.dtype.type(_EXPONENTS[array.dtype.name])
+                if any(((block & exponents) == exponents).any() for block in blocks):
+                    not_finite.append(name)
+                elif array.ndim > 1 and not any(block.any() for block in blocks):
+                    zero.append(name)
+                if re.search(r"(embed_tokens\.weight|embed/embedding|lm_head\.weight|head/kernel)$", name):
+                    digests[name] = hashlib.blake2b(bits.data).digest()
+                if re.search(r"norm[12][./](running_mean|mean)$", name):
+                    statistics.append(bool(array.any()))
+                if re.search(r"norm[12][./](running_var|var)$", name):
+                    statistics.append(bool((array != 1).any()))
+                bar.update(array.nbytes)
+        except Emu3Error as error:
+            yield Finding(ERROR, str(error))
+            return
+    again = "download or convert the weights again; a training run that diverged writes such weights, too"
+    if not_finite:
+        yield Finding(ERROR, f"{len(not_finite)} weights hold NaN or infinity, first {not_finite[0]}", again)
+    if zero:
+        what = f"{len(zero)} weights are zero throughout, first {zero[0]}: they were never loaded"
+        yield Finding(ERROR, what, again)
+    if statistics and not any(statistics):
+        what = "the vision tokenizer's batch norms have mean 0 and variance 1 everywhere: never loaded"
+        yield Finding(WARN, what, "convert a checkpoint saved with its buffers (running_mean, running_var)")
+    if len(digests) == 2 and len(set(digests.values())) == 1:
+        what = f"{' and '.join(sorted(digests))} are identical: the head was tied to the embedding by mistake"
+        yield Finding(ERROR, what, "save the checkpoint with tie_word_embeddings false; Emu3's head is its own")
+    if not (not_finite or zero):
+        yield Finding(OK, "all weights are finite and none is zero throughout")
+
+
+def _oracle() -> Iterator[Finding]:
+    try:
+        version = importlib.metadata.version("transformers")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
+    low, high = _DROPS_IMAGES
+    if low <= numbers < high:
+        what = (
+            f"transformers {version} is installed: versions from 4.52 up to some before 5.23 silently drop "
+            "the pictures of a prompt, so do not compare answers with it"
+        )
+        yield Finding(WARN, what, "compare with transformers 4.51.3 or 5.23.0")
