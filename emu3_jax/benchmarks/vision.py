@@ -1,0 +1,153 @@
+"""`bench vision`: seconds to encode and decode one still picture, beside transformers on the same processor."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from emu3_jax.benchmarks.machine import describe_machine
+from emu3_jax.checkpoints.layouts import TRANSFORMERS_VISION, vision_counters, vision_params
+from emu3_jax.compilation import enable_persistent_cache
+from emu3_jax.config import VisionConfig
+from emu3_jax.errors import Emu3Error
+from emu3_jax.models.vision import make_decoder, make_encoder
+
+PRESETS = {
+    "270m": VisionConfig(),
+    "small": VisionConfig(base_channels=32, num_res_blocks=1, codebook_size=1024),
+}
+Operations = dict[str, Callable[[np.ndarray], np.ndarray]]  # "encode": pixels to codes, "decode": codes to pixels
+
+
+def run(size: int = 256, preset: str = "270m", repeat: int = 5, compare: str | None = None) -> Iterator[dict[str, Any]]:
+    """Yields figures as dicts: the machine, each side, and with `compare` their ratios and how far the results differ.
+
+    Times are medians over `repeat` rounds after one warm round; a round times every side, so that a busy machine slows
+    all of them. Both sides hold the same random weights and see the same pixels and codes. `temporary_mb` is what XLA
+    allocates beyond weights, input and output.
+
+    Raises:
+        Emu3Error: `size` fits no codes, or `compare` is asked for on an accelerator.
+    """
+    config = PRESETS[preset]
+    if size <= 0 or size % config.spatial_factor:
+        raise Emu3Error(f"--size is {size}: it must be a positive multiple of {config.spatial_factor}")
+    if repeat < 1:
+        raise Emu3Error(f"--repeat is {repeat}: it must be at least 1")
+    if compare and jax.default_backend() != "cpu":
+        raise Emu3Error(
+            f"--compare {compare} runs on the processor, JAX on {jax.default_backend()}: set JAX_PLATFORMS=cpu"
+        )
+    enable_persistent_cache()
+    weights = random_weights(config)
+    yield {
+        "bench": "vision",
+        "preset": preset,
+        "picture": f"{size}x{size}",
+        "parameters": sum(array.size for array in weights.values()),
+        **describe_machine(),
+    }
+    pixels = np.random.default_rng(1).uniform(-1, 1, (1, size, size, config.in_channels)).astype(np.float32)
+    ours, compiled = compile_operations(weights, pixels, config)
+    sides = {"emu3_jax": (ours, compiled)}
+    if compare:
+        sides["transformers"] = transformers_operations(weights, config)
+    codes = ours["encode"](pixels)
+    inputs = {"encode": pixels, "decode": codes}
+    results = {side: {name: call(inputs[name]) for name, call in calls.items()} for side, (calls, _) in sides.items()}
+    times: dict[tuple[str, str], list[float]] = {}
+    for _ in range(repeat):
+        for name, value in inputs.items():
+            for side, (calls, _) in sides.items():
+                began = time.perf_counter()
+                calls[name](value)
+                times.setdefault((side, name), []).append(time.perf_counter() - began)
+    seconds = {key: statistics.median(values) for key, values in times.items()}
+    for side, (_, figures) in sides.items():
+        yield {"side": side, **{f"{name}_s": round(seconds[side, name], 3) for name in inputs}, **figures}
+    if compare:
+        peer = results["transformers"]
+        yield {
+            **{f"{name}_ratio": round(seconds["transformers", name] / seconds["emu3_jax", name], 2) for name in inputs},
+            "codes_equal": f"{int((peer['encode'] == codes).sum())}/{codes.size}",
+            "pixels_max_difference": float(np.abs(peer["decode"] - results["emu3_jax"]["decode"]).max()),
+        }
+
+
+def random_weights(config: VisionConfig) -> dict[tuple[str, ...], np.ndarray]:
+    """Float32 parameters by path: kernels of variance 1 / fan-in, a standard normal codebook, norms that do nothing."""
+    rng = np.random.default_rng(0)
+    weights = {}
+    for param in vision_params(config):
+        if len(param.shape) == 1:
+            value = np.full(param.shape, 1 if param.path[-1] in ("scale", "var") else 0, np.float32)
+        else:
+            fan_in = 1 if param.path[-1] == "embedding" else math.prod(param.shape[:-1])
+            value = rng.standard_normal(param.shape, np.float32) / np.float32(math.sqrt(fan_in))
+        weights[param.path] = value
+    return weights
+
+
+def compile_operations(
+    weights: dict[tuple[str, ...], np.ndarray], pixels: np.ndarray, config: VisionConfig
+) -> tuple[Operations, dict[str, Any]]:
+    """Our encode and decode for the shape of `pixels`, and what compiling them said."""
+    params: dict[str, Any] = {}
+    for path, value in weights.items():
+        node = params
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = jax.device_put(value)
+    codes = jax.eval_shape(make_encoder(config), params, pixels)
+    operations, figures = {}, {}
+    for name, function, example in (("encode", make_encoder(config), pixels), ("decode", make_decoder(config), codes)):
+        began = time.perf_counter()
+        compiled = function.lower(params, example).compile()
+        figures[f"{name}_compile_s"] = round(time.perf_counter() - began, 2)
+        figures[f"{name}_temporary_mb"] = round(compiled.memory_analysis().temp_size_in_bytes / 2**20)
+        operations[name] = lambda value, compiled=compiled: np.asarray(compiled(params, value))
+    return operations, figures
+
+
+def transformers_operations(
+    weights: dict[tuple[str, ...], np.ndarray], config: VisionConfig
+) -> tuple[Operations, dict[str, Any]]:
+    """Encode and decode of transformers' `Emu3VQVAE` with the same weights, and its versions."""
+    try:
+        import torch
+        import transformers
+        from transformers import Emu3VQVAE, Emu3VQVAEConfig
+    except ImportError as error:
+        raise Emu3Error(f"--compare transformers needs {error.name}: pip install 'emu3-jax[test]'") from error
+    with torch.device("meta"):  # no time spent on an initialisation that is overwritten
+        model = Emu3VQVAE(Emu3VQVAEConfig(**config.to_published("transformers")))
+    state = {}
+    for param in vision_params(config):
+        for weight, array in zip(param.weights, param.unpack(weights[param.path]), strict=True):
+            renamed = TRANSFORMERS_VISION.rename(weight, "vision")
+            state[renamed.name] = torch.from_numpy(array.reshape(renamed.shape))
+    for counter in vision_counters(config):
+        state[TRANSFORMERS_VISION.rename(counter, "vision").name] = torch.tensor(0)
+    model.load_state_dict(state, assign=True)
+    model.eval()
+
+    @torch.inference_mode()
+    def encode(pixels: np.ndarray) -> np.ndarray:
+        sizes = torch.tensor([pixels.shape[1:3]] * len(pixels))
+        output = model.encode(torch.from_numpy(np.moveaxis(pixels, -1, 1).copy()), sizes)
+        return torch.stack(list(output.image_tokens)).numpy()
+
+    @torch.inference_mode()
+    def decode(codes: np.ndarray) -> np.ndarray:
+        return np.moveaxis(model.decode(torch.from_numpy(codes.astype(np.int64))).numpy(), 1, -1)
+
+    versions = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+    }
+    return {"encode": encode, "decode": decode}, versions
