@@ -11,7 +11,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ PARTS = ("decoder", "vision", "tokenizer")
 TEMPLATES = ("chat", "stage1")
 VOCABULARY = "emu3.tiktoken"
 _CHUNK_BYTES = 64 << 20  # a device that restores a slice of an array reads no more than its chunks
-_GROUP_BYTES = 256 << 20  # arrays read together when a whole part is walked through on the host
+_GROUP_BYTES = 256 << 20  # small arrays are read together when a whole part is walked through on the host
 
 
 # ------------------------------------------------------------------------------------------------ writing
@@ -48,11 +48,11 @@ class LazyArray:
 
     @property
     def nbytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class _LazyArrayHandler(ocp.type_handlers.NumpyHandler):
-    """Saves leaves one after the other, each loaded, committed and freed before the next.
+    """Saves leaves in turn: a large array, or a few small ones, is loaded, committed and freed before the next.
 
     Orbax's own handlers hold every array of a tree at once. On disk there is no difference to NumPy leaves.
     """
@@ -62,11 +62,26 @@ class _LazyArrayHandler(ocp.type_handlers.NumpyHandler):
         self._written = written
 
     async def serialize(self, values, infos, args=None):
-        for value, info, arg in zip(values, infos, args, strict=True):
+        for group in _in_groups(zip(values, infos, args, strict=True), lambda leaf: leaf[0].nbytes, _CHUNK_BYTES):
+            lazy, group_infos, group_args = zip(*group, strict=True)
             # What the base class leaves to a thread, whose failure would print a traceback besides raising it.
-            await self._background_serialize([value.load()], [info], [arg])
-            self._written(value.nbytes)
+            await self._background_serialize([array.load() for array in lazy], group_infos, group_args)
+            self._written(sum(array.nbytes for array in lazy))
         return []
+
+
+def _in_groups(items: Iterable[Any], nbytes: Callable[[Any], int], limit: int) -> Iterator[list[Any]]:
+    """Consecutive items, as many as fit into `limit` bytes together; a larger one comes alone."""
+    group: list[Any] = []
+    size = 0
+    for item in items:
+        if group and size + nbytes(item) > limit:
+            yield group
+            group, size = [], 0
+        group.append(item)
+        size += nbytes(item)
+    if group:
+        yield group
 
 
 @contextlib.contextmanager
@@ -278,23 +293,13 @@ class Bundle:
     def arrays(self, part: str) -> Iterator[tuple[Param, np.ndarray]]:
         """Walks through a part's arrays as NumPy arrays, with a few hundred MB on the host at a time."""
         stored = self.stored(part)
-        group: list[Param] = []
-        size = 0
-        for param in self.params(part):
-            nbytes = int(np.prod(param.shape, dtype=np.int64)) * stored[param.path].dtype.itemsize
-            if group and size + nbytes > _GROUP_BYTES:
-                yield from self._read_group(part, group)
-                group, size = [], 0
-            group.append(param)
-            size += nbytes
-        if group:
-            yield from self._read_group(part, group)
-
-    def _read_group(self, part: str, group: Sequence[Param]) -> Iterator[tuple[Param, np.ndarray]]:
-        targets = {param.path: ocp.RestoreArgs(restore_type=np.ndarray) for param in group}
-        arrays = traverse_util.flatten_dict(self._read(part, traverse_util.unflatten_dict(targets)))
-        for param in group:
-            yield param, arrays.pop(param.path)
+        for group in _in_groups(
+            self.params(part), lambda param: stored[param.path].size * stored[param.path].dtype.itemsize, _GROUP_BYTES
+        ):
+            targets = {param.path: ocp.RestoreArgs(restore_type=np.ndarray) for param in group}
+            arrays = traverse_util.flatten_dict(self._read(part, traverse_util.unflatten_dict(targets)))
+            for param in group:
+                yield param, arrays.pop(param.path)
 
     def stored(self, part: str) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
         """Shapes and dtypes of a part's arrays on disk, when they are exactly those that its config calls for."""
