@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from emu3_jax.errors import Emu3Error
@@ -13,21 +13,49 @@ def _require(ok: bool, field: str, value: Any, legal: str) -> None:
         raise Emu3Error(f"config field {field} is {value!r}: it must be {legal}; correct it in config.json")
 
 
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _positive_int(config: Any, *fields: str) -> None:
     for field in fields:
         value = getattr(config, field)
-        _require(isinstance(value, int) and not isinstance(value, bool) and value > 0, field, value, "a whole number > 0")
+        _require(_is_int(value) and value > 0, field, value, "a whole number > 0")
 
 
 def _positive_float(config: Any, *fields: str) -> None:
     for field in fields:
         value = getattr(config, field)
-        ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
-        _require(ok, field, value, "a finite number > 0")
+        _require(_is_finite(value) and value > 0, field, value, "a finite number > 0")
+
+
+def _tuple_of(config: Any, field: str, ok: Callable[[Any], bool], legal: str, length: int | None = None) -> None:
+    """Stores a list as a tuple; every entry must be `ok`."""
+    value = getattr(config, field)
+    legal_value = isinstance(value, list | tuple) and all(map(ok, value)) and length in (None, len(value))
+    _require(legal_value, field, value, legal)
+    object.__setattr__(config, field, tuple(value))
+
+
+def _object(data: Any) -> None:
+    if not isinstance(data, Mapping):
+        raise Emu3Error(f"the config is {data!r:.40}: it must be an object of named fields; fetch the file again")
+
+
+def _object_field(data: Mapping[str, Any], field: str) -> Mapping[str, Any]:
+    """The object under `field`; absent and null are empty."""
+    value = data.get(field)
+    _require(value is None or isinstance(value, Mapping), field, value, "an object")
+    return value or {}
 
 
 def _from_dict(cls: type, data: Mapping[str, Any]) -> Any:
     """Builds `cls` from the JSON form that `to_dict` writes; unknown and missing fields are errors."""
+    _object(data)
     fields = {f.name for f in dataclasses.fields(cls)}
     unknown = sorted(set(data) - fields)
     if unknown:
@@ -58,13 +86,12 @@ class VisionConfig:
             self, "codebook_size", "embed_dim", "latent_channels", "in_channels", "out_channels", "temporal_factor",
             "base_channels", "num_res_blocks",
         )  # fmt: skip
-        multipliers, stages = tuple(self.channel_multipliers), tuple(self.attention_stages)
-        object.__setattr__(self, "channel_multipliers", multipliers)
-        object.__setattr__(self, "attention_stages", stages)
-        ok = bool(multipliers) and all(isinstance(m, int) and m > 0 for m in multipliers)
-        _require(ok, "channel_multipliers", multipliers, "one whole number > 0 per stage")
-        ok = all(isinstance(s, int) and 0 <= s < len(multipliers) for s in stages)
-        _require(ok, "attention_stages", stages, f"stage indices from 0 to {len(multipliers) - 1}")
+        legal = "one whole number > 0 per stage"
+        _tuple_of(self, "channel_multipliers", lambda m: _is_int(m) and m > 0, legal)
+        stages = len(self.channel_multipliers)
+        _require(stages > 0, "channel_multipliers", self.channel_multipliers, legal)
+        legal = f"a list of stage indices from 0 to {stages - 1}"
+        _tuple_of(self, "attention_stages", lambda s: _is_int(s) and 0 <= s < stages, legal)
         t = self.temporal_factor
         _require(t & (t - 1) == 0, "temporal_factor", t, "a power of two")
         _require(self.base_channels % 32 == 0, "base_channels", self.base_channels, "a multiple of 32 (group norm)")
@@ -87,6 +114,7 @@ class VisionConfig:
     @classmethod
     def from_published(cls, data: Mapping[str, Any]) -> "VisionConfig":
         """Reads the `config.json` of upstream's vision tokenizer, or the `vq_config` of a transformers checkpoint."""
+        _object(data)
         double = data.get("double_z", data.get("double_latent", False))
         _require(double is False, "double_z", double, "false (no published tokenizer uses it)")
         names = {
@@ -149,12 +177,11 @@ class ImageConfig:
 
     def __post_init__(self):
         _positive_int(self, "min_pixels", "max_pixels")
-        _require(self.min_pixels <= self.max_pixels, "min_pixels", self.min_pixels, f"<= max_pixels ({self.max_pixels})")
-        for field in ("mean", "std"):
-            value = tuple(getattr(self, field))
-            object.__setattr__(self, field, value)
-            _require(len(value) == 3 and all(isinstance(v, int | float) for v in value), field, value, "three numbers")
-        _require(all(v > 0 for v in self.std), "std", self.std, "three numbers > 0")
+        _require(
+            self.min_pixels <= self.max_pixels, "min_pixels", self.min_pixels, f"<= max_pixels ({self.max_pixels})"
+        )
+        _tuple_of(self, "mean", _is_finite, "three finite numbers", length=3)
+        _tuple_of(self, "std", lambda v: _is_finite(v) and v > 0, "three finite numbers > 0", length=3)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -166,10 +193,11 @@ class ImageConfig:
     @classmethod
     def from_published(cls, data: Mapping[str, Any]) -> "ImageConfig":
         """Reads a published `preprocessor_config.json` of any layout."""
+        _object(data)
         resample = data.get("resample", 3)
         _require(resample == 3, "resample", resample, "3 (bicubic)")
         factor = data.get("rescale_factor", 1 / 255)
-        _require(math.isclose(factor, 1 / 255, rel_tol=1e-6), "rescale_factor", factor, "1/255")
+        _require(_is_finite(factor) and math.isclose(factor, 1 / 255, rel_tol=1e-6), "rescale_factor", factor, "1/255")
         names = {
             "min_pixels": ("min_pixels",),
             "max_pixels": ("max_pixels",),
@@ -177,7 +205,9 @@ class ImageConfig:
             "std": ("image_std",),
         }
         picked = _pick(data, names)
-        return cls(**{k: (v,) * 3 if k in ("mean", "std") and isinstance(v, int | float) else v for k, v in picked.items()})
+        return cls(
+            **{k: (v,) * 3 if k in ("mean", "std") and isinstance(v, int | float) else v for k, v in picked.items()}
+        )
 
     def to_published(self, layout: str) -> dict[str, Any]:
         """A `preprocessor_config.json`. `layout` is "upstream" or "transformers"."""
@@ -216,7 +246,7 @@ class SpecialTokens:
     def __post_init__(self):
         values = dataclasses.asdict(self)
         for field, value in values.items():
-            _require(isinstance(value, int) and not isinstance(value, bool) and value >= 0, field, value, "an id >= 0")
+            _require(_is_int(value) and value >= 0, field, value, "an id >= 0")
         _positive_int(self, "visual_count")
         control = {k: v for k, v in values.items() if not k.startswith("visual")}
         for field, value in control.items():
@@ -261,7 +291,11 @@ class DecoderConfig:
         _require(self.dtype in ("bfloat16", "float16", "float32"), "dtype", self.dtype, "bfloat16, float16 or float32")
         if isinstance(self.tokens, Mapping):
             object.__setattr__(self, "tokens", _from_dict(SpecialTokens, self.tokens))
-        top = max(max(v for k, v in dataclasses.asdict(self.tokens).items() if k != "visual_count"), self.tokens.visual_end - 1)
+        _require(isinstance(self.tokens, SpecialTokens), "tokens", self.tokens, "an object of token ids")
+        top = max(
+            max(v for k, v in dataclasses.asdict(self.tokens).items() if k != "visual_count"),
+            self.tokens.visual_end - 1,
+        )
         _require(top < self.vocab_size, "vocab_size", self.vocab_size, f"more than the highest token id ({top})")
 
     @property
@@ -283,18 +317,19 @@ class DecoderConfig:
         The visual ids are the last `codebook_size` of the vocabulary, in every published checkpoint. Transformers
         configs do not say the control ids; they are upstream's, in the same order before the visual range.
         """
-        text = {**data, **data.get("text_config", {})}
+        _object(data)
+        text = {**data, **_object_field(data, "text_config")}
         _require(text.get("hidden_act", "silu") == "silu", "hidden_act", text.get("hidden_act"), '"silu"')
         for field in ("tie_word_embeddings", "mlp_bias", "attention_bias"):
             _require(not text.get(field, False), field, text.get(field), "false (no published Emu3 uses it)")
-        rope = text.get("rope_parameters") or {}
-        scaling = text.get("rope_scaling") or {}
+        rope, scaling = _object_field(text, "rope_parameters"), _object_field(text, "rope_scaling")
         kind = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
         _require(kind == "default", "rope_scaling", kind, "absent (no published Emu3 scales RoPE)")
         vocab = text.get("vocab_size", cls.vocab_size)
-        _require(isinstance(vocab, int) and vocab > 0, "vocab_size", vocab, "a whole number > 0")
+        _require(_is_int(vocab) and vocab > 0, "vocab_size", vocab, "a whole number > 0")
         if codebook_size is None:
-            codebook_size = data.get("vq_config", {}).get("codebook_size", SpecialTokens.visual_count)
+            codebook_size = _object_field(data, "vq_config").get("codebook_size", SpecialTokens.visual_count)
+        _require(_is_int(codebook_size) and codebook_size > 0, "codebook_size", codebook_size, "a whole number > 0")
         start = vocab - codebook_size
         shift = start - SpecialTokens.visual_start  # 0 in every published checkpoint
         ids = {

@@ -1,0 +1,229 @@
+"""Configs: the published files of three layouts, the way back, and fields out of range."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+from conftest import golden_json
+from hypothesis import given
+from hypothesis import strategies as st
+
+from emu3_jax.config import DecoderConfig, ImageConfig, SpecialTokens, VisionConfig
+from emu3_jax.errors import Emu3Error
+
+UPSTREAM_DECODER = {
+    "model_type": "Emu3", "vocab_size": 184622, "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_act": "silu",
+    "max_position_embeddings": 9216, "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "rope_scaling": None,
+    "attention_dropout": 0.1, "tie_word_embeddings": False, "pretraining_tp": 1, "pad_token_id": 151643,
+    "bos_token_id": 151849, "eos_token_id": 151850, "img_token_id": 151851, "boi_token_id": 151852,
+    "eoi_token_id": 151853, "eol_token_id": 151846, "eof_token_id": 151847, "image_area": 518400,
+    "torch_dtype": "bfloat16", "transformers_version": "4.44.0", "use_cache": True,
+}  # fmt: skip
+UPSTREAM_VISION = {
+    "model_type": "Emu3VisionVQ", "codebook_size": 32768, "embed_dim": 4, "z_channels": 4, "double_z": False,
+    "in_channels": 3, "out_channels": 3, "temporal_downsample_factor": 4, "ch": 256, "ch_mult": [1, 2, 2, 4],
+    "num_res_blocks": 2, "attn_resolutions": [3], "dropout": 0.0,
+}  # fmt: skip
+IMAGE = {
+    "do_convert_rgb": True, "do_resize": True, "resample": 3, "do_rescale": True, "rescale_factor": 0.00392156862745098,
+    "do_normalize": True, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
+    "min_pixels": 262144, "max_pixels": 1048576, "spatial_factor": 8,
+}  # fmt: skip
+_TEXT_FIELDS = [
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps", "pad_token_id", "bos_token_id",
+    "eos_token_id", "tie_word_embeddings",
+]  # fmt: skip
+TEXT = {field: UPSTREAM_DECODER[field] for field in _TEXT_FIELDS} | {"model_type": "emu3_text_model"}
+VQ = {
+    "model_type": "emu3_vqgan", "codebook_size": 32768, "embed_dim": 4, "latent_channels": 4, "double_latent": False,
+    "in_channels": 3, "out_channels": 3, "temporal_downsample_factor": 4, "base_channels": 256,
+    "channel_multiplier": [1, 2, 2, 4], "num_res_blocks": 2, "attn_resolutions": [3], "hidden_size": 1024,
+    "num_attention_heads": 1, "attention_dropout": 0.0,
+}  # fmt: skip
+TRANSFORMERS_4 = {
+    "model_type": "emu3", "vq_config": VQ, "vocabulary_map": {"<image>": 151646},
+    "text_config": {**TEXT, "rope_theta": 1000000.0, "rope_scaling": None, "mlp_bias": False, "attention_bias": False},
+}  # fmt: skip
+TRANSFORMERS_5 = {
+    "model_type": "emu3", "vq_config": VQ, "vocabulary_map": {"<image>": 151646},
+    "text_config": {**TEXT, "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}},
+}  # fmt: skip
+
+SMALL = DecoderConfig(
+    vocab_size=1000 + 211 + 16, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=4, num_kv_heads=2,
+    max_positions=512, rms_norm_eps=1e-6, rope_theta=5000.0, image_area=4096,
+    tokens=SpecialTokens(1000, 1206, 1207, 1208, 1209, 1210, 1203, 1204, 1211, 16),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("data", [UPSTREAM_DECODER, TRANSFORMERS_4, TRANSFORMERS_5, TRANSFORMERS_5["text_config"]])
+def test_published_decoders_are_the_default(data):
+    assert DecoderConfig.from_published(data) == DecoderConfig()
+
+
+@pytest.mark.parametrize("data", [UPSTREAM_VISION, VQ])
+def test_published_vision_tokenizers_are_the_default(data):
+    assert VisionConfig.from_published(data) == VisionConfig()
+
+
+def test_published_preprocessor_is_the_default():
+    assert ImageConfig.from_published(IMAGE) == ImageConfig()
+    assert ImageConfig.from_published({**IMAGE, "image_mean": 0.5, "image_std": 0.5}) == ImageConfig()
+
+
+def test_absent_fields_keep_the_published_defaults():
+    assert DecoderConfig.from_published({}) == DecoderConfig()
+    assert VisionConfig.from_published({}) == VisionConfig()
+
+
+def test_golden_configs():
+    configs = golden_json("hf_configs.json")
+    decoder = DecoderConfig.from_published(configs["lm"])
+    assert (decoder.hidden_size, decoder.num_layers, decoder.head_dim) == (64, 2, 16)
+    assert decoder.tokens == SpecialTokens()
+    vision = VisionConfig.from_published(configs["vq"])
+    assert (vision.base_channels, vision.num_res_blocks, vision.spatial_factor) == (32, 1, 8)
+    image = ImageConfig.from_published(configs["image_processor"])
+    assert (image.min_pixels, image.max_pixels) == (4096, 16384)
+
+
+def test_live_transformers_configs():
+    from transformers import Emu3Config
+
+    data = json.loads(Emu3Config().to_json_string())
+    assert VisionConfig.from_published(data["vq_config"]) == VisionConfig()
+    assert DecoderConfig.from_published(data) == DecoderConfig()
+
+
+def test_transformers_reads_what_we_write():
+    from transformers.models.emu3.configuration_emu3 import Emu3TextConfig, Emu3VQVAEConfig
+
+    theirs = Emu3TextConfig(**SMALL.to_published("transformers")).to_dict()
+    found = DecoderConfig.from_published(json.loads(json.dumps(theirs)), codebook_size=16)
+    assert found == dataclasses.replace(SMALL, image_area=DecoderConfig.image_area)  # upstream's own field
+    vision = VisionConfig(codebook_size=64, base_channels=32, channel_multipliers=(1, 2), attention_stages=(1,))
+    theirs = Emu3VQVAEConfig(**vision.to_published("transformers")).to_dict()
+    assert VisionConfig.from_published(theirs) == vision
+
+
+def _through_json(data):
+    return json.loads(json.dumps(data))
+
+
+def test_upstream_round_trip():
+    written = _through_json(SMALL.to_published("upstream"))
+    assert DecoderConfig.from_published(written, codebook_size=16) == SMALL
+    vision = VisionConfig(embed_dim=8, latent_channels=8, channel_multipliers=(1, 4), attention_stages=())
+    assert VisionConfig.from_published(_through_json(vision.to_published("upstream"))) == vision
+
+
+@pytest.mark.parametrize("layout", ["upstream", "transformers"])
+def test_image_round_trip(layout):
+    config = ImageConfig(64, 4096, mean=(0.1, 0.2, 0.3), std=(1.0, 0.5, 0.25))
+    assert ImageConfig.from_published(_through_json(config.to_published(layout))) == config
+
+
+@pytest.mark.parametrize("config", [SMALL, VisionConfig(base_channels=32), ImageConfig(64, 128)])
+def test_own_json_round_trip(config):
+    assert type(config).from_dict(_through_json(config.to_dict())) == config
+
+
+def test_small_vocabulary_shifts_the_control_tokens():
+    text = {"vocab_size": SMALL.vocab_size, "pad_token_id": 1000, "bos_token_id": 1206, "eos_token_id": 1207}
+    assert DecoderConfig.from_published(text, codebook_size=16).tokens == SMALL.tokens
+
+
+def test_unknown_and_missing_fields_of_our_own_files():
+    with pytest.raises(Emu3Error, match="unknown VisionConfig field 'depth'"):
+        VisionConfig.from_dict({"depth": 3})
+    with pytest.raises(Emu3Error, match="unknown SpecialTokens field 'mask'"):
+        DecoderConfig.from_dict({"tokens": {"mask": 3}})
+
+
+@pytest.mark.parametrize(
+    "cls, change, message",
+    [
+        (DecoderConfig, {"hidden_size": 4095}, r"hidden_size is 4095: it must be a multiple of num_heads \(32\)"),
+        (DecoderConfig, {"hidden_size": 32}, "even head width"),
+        (DecoderConfig, {"num_kv_heads": 5}, "num_heads is 32: it must be a multiple of num_kv_heads"),
+        (DecoderConfig, {"num_layers": 0}, "num_layers is 0: it must be a whole number > 0"),
+        (DecoderConfig, {"num_layers": True}, "num_layers is True"),
+        (DecoderConfig, {"rms_norm_eps": math.nan}, "rms_norm_eps is nan: it must be a finite number > 0"),
+        (DecoderConfig, {"rope_theta": -1.0}, "rope_theta is -1.0"),
+        (DecoderConfig, {"dtype": "int8"}, "dtype is 'int8': it must be bfloat16, float16 or float32"),
+        (DecoderConfig, {"vocab_size": 184621}, r"vocab_size is 184621: .* highest token id \(184621\)"),
+        (SpecialTokens, {"eos": 151849}, "bos is 151849: it must be different from eos"),
+        (SpecialTokens, {"eoi": 151854}, r"eoi is 151854: it must be outside the visual ids 151854\.\.184621"),
+        (SpecialTokens, {"pad": -1}, "pad is -1: it must be an id >= 0"),
+        (VisionConfig, {"temporal_factor": 3}, "temporal_factor is 3: it must be a power of two"),
+        (VisionConfig, {"base_channels": 48}, "a multiple of 32"),
+        (VisionConfig, {"attention_stages": (4,)}, "stage indices from 0 to 3"),
+        (VisionConfig, {"channel_multipliers": ()}, "channel_multipliers"),
+        (VisionConfig, {"embed_dim": 8}, r"equal to latent_channels \(4\)"),
+        (ImageConfig, {"min_pixels": 2**21}, r"min_pixels is 2097152: it must be <= max_pixels"),
+        (ImageConfig, {"mean": (0.5, 0.5)}, "three"),
+        (ImageConfig, {"mean": (0.5, 0.5, math.nan)}, "mean"),
+        (ImageConfig, {"std": (0.5, 0.5, 0.0)}, "std"),
+    ],
+)
+def test_fields_out_of_range(cls, change, message):
+    with pytest.raises(Emu3Error, match=message):
+        cls(**change)
+
+
+@pytest.mark.parametrize(
+    "cls, data, message",
+    [
+        (DecoderConfig, {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        (DecoderConfig, {"tie_word_embeddings": True}, "tie_word_embeddings is True"),
+        (DecoderConfig, {"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling is 'linear'"),
+        (DecoderConfig, {"rope_parameters": {"rope_type": "yarn"}}, "rope_scaling is 'yarn'"),
+        (DecoderConfig, {"vocab_size": 300}, "is -"),
+        (VisionConfig, {"double_z": True}, "double_z is True"),
+        (ImageConfig, {"resample": 2}, r"resample is 2: it must be 3 \(bicubic\)"),
+        (ImageConfig, {"rescale_factor": 1 / 127.5}, "rescale_factor"),
+    ],
+)
+def test_published_features_that_no_emu3_uses(cls, data, message):
+    with pytest.raises(Emu3Error, match=message):
+        cls.from_published(data)
+
+
+_PUBLISHED = [
+    (DecoderConfig, UPSTREAM_DECODER),
+    (DecoderConfig, TRANSFORMERS_4),
+    (DecoderConfig, TRANSFORMERS_5),
+    (DecoderConfig, TRANSFORMERS_5["text_config"]),
+    (VisionConfig, UPSTREAM_VISION),
+    (VisionConfig, VQ),
+    (ImageConfig, IMAGE),
+]
+_OWN = [(cls, _through_json(cls().to_dict())) for cls in (DecoderConfig, VisionConfig, ImageConfig)]
+junk = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 2**40) | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["type", "rope_theta", "x"]), inner),
+    max_leaves=4,
+)
+
+
+@given(data=st.data(), junk=junk, own=st.booleans())
+def test_any_field_may_hold_anything(data, junk, own):
+    """A config is built or refused by name, whatever a file's field holds."""
+    cls, fields = data.draw(st.sampled_from(_OWN if own else _PUBLISHED))
+    name = data.draw(st.sampled_from(sorted(fields)))
+    try:
+        config = (cls.from_dict if own else cls.from_published)({**fields, name: junk})
+    except Emu3Error:
+        return
+    assert cls.from_dict(_through_json(config.to_dict())) == config
+
+
+@pytest.mark.parametrize("data", [None, [], "text", 3])
+@pytest.mark.parametrize("cls", [DecoderConfig, VisionConfig, ImageConfig])
+def test_files_that_hold_no_object(cls, data):
+    for read in (cls.from_published, cls.from_dict):
+        with pytest.raises(Emu3Error, match="must be an object"):
+            read(data)
