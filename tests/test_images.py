@@ -158,9 +158,10 @@ def test_16_bit_files(tmp_path, suffix):
     np.testing.assert_array_equal(np.asarray(load_image(tmp_path / f"x.{suffix}"))[..., 0], RAMP)
 
 
-def test_palette_with_transparency_keeps_its_colours(tmp_path):
+@pytest.mark.parametrize("transparency", [3, bytes([0, 128, 255, 7])])
+def test_palette_with_transparency_keeps_its_colours(tmp_path, transparency):
     palette = Image.fromarray(COLOURS).quantize(16)
-    palette.save(tmp_path / "x.png", transparency=3)
+    palette.save(tmp_path / "x.png", transparency=transparency)
     np.testing.assert_array_equal(np.asarray(load_image(tmp_path / "x.png")), np.asarray(palette.convert("RGB")))
 
 

@@ -1,7 +1,5 @@
 """Prompt templates: golden rows of ids, and sequences back to text and codes."""
 
-import functools
-
 import numpy as np
 import pytest
 from conftest import golden_json, golden_npz
@@ -31,14 +29,9 @@ T = SpecialTokens()
 CODES = np.array([[1, 2, 3], [4, 5, 32767]])
 
 
-@functools.cache
-def _tokenizer(vocabulary) -> Tokenizer:
-    return Tokenizer.from_files(vocabulary, T)
-
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def tokenizer(vocabulary):
-    return _tokenizer(vocabulary)
+    return Tokenizer.from_files(vocabulary, T)
 
 
 def _codes(name):
@@ -158,8 +151,7 @@ texts = st.lists(st.integers(0, T.pad - 1), min_size=1, max_size=4)
 
 
 @given(parts=st.lists(st.tuples(texts, images), max_size=3), tail=st.lists(st.integers(0, T.pad - 1), max_size=2))
-def test_split_inverts_interleaving(vocabulary, parts, tail):
-    tokenizer = _tokenizer(vocabulary)
+def test_split_inverts_interleaving(tokenizer, parts, tail):
     ids = [i for text, codes in parts for i in (*text, *image_ids(tokenizer, T, codes))] + tail
     expected = [part for pair in parts for part in pair] + ([tail] if tail else [])
     found = split_multimodal(ids, T)

@@ -41,6 +41,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray(_to_8_bits(np.asarray(image), image.mode))
     elif image.mode == "La":  # Pillow has no direct way from premultiplied grey
         image = image.convert("LA")
+    elif image.mode == "P" and image.has_transparency_data:  # ... and warns on the direct way from these
+        image = image.convert("RGBA")
     return image.convert("RGB")
 
 
