@@ -29,7 +29,6 @@ def new_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """
     path = pathlib.Path(path)
     with _explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
         os.close(handle)
         temporary = pathlib.Path(name)
@@ -58,27 +57,6 @@ def files_into(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
             directory.mkdir(exist_ok=True)
             for item in sorted(temporary.iterdir()):
                 item.replace(directory / item.name)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def new_directory(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """Yields a temporary sibling of `path` that takes its name when the block ends well, and vanishes otherwise.
-
-    Raises:
-        Emu3Error: if `path` exists already, or cannot be written.
-    """
-    path = pathlib.Path(path)
-    if path.exists():
-        raise Emu3Error(f"{path} exists already: choose another name, or delete it first")
-    with _explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        try:
-            yield temporary
-            temporary.chmod(0o777 & ~_umask())
-            temporary.rename(path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 

@@ -7,6 +7,7 @@ from emu3_jax.checkpoints.bundle import Bundle
 from emu3_jax.compilation import enable_persistent_cache
 from emu3_jax.errors import Emu3Error
 from emu3_jax.generation.pipeline import Emu3, Language, Vision
+from emu3_jax.text.prompts import PRESETS
 
 
 def load(
@@ -36,7 +37,7 @@ def load(
         if dtype is not None:
             config = dataclasses.replace(config, dtype=dtype)
         params = bundle.load_decoder(dtype=dtype)
-        language = Language(config, params, bundle.tokenizer(), bundle.templates)
+        language = Language(config, params, bundle.tokenizer(), PRESETS[bundle.template])
     return Emu3(bundle.path.name, language, _load_vision(bundle, vision))
 
 

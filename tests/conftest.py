@@ -9,8 +9,13 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import hypothesis
 import numpy as np
 import pytest
+
+# A busy machine is no reason to fail: hypothesis' deadline of 200 ms an example would make one.
+hypothesis.settings.register_profile("suite", deadline=None)
+hypothesis.settings.load_profile("suite")
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -56,3 +61,21 @@ def golden_checkpoint(tmp_path_factory, vocabulary) -> pathlib.Path:
     (root / "vq" / "preprocessor_config.json").write_text(json.dumps(configs["image_processor"]))
     (root / "lm" / "emu3.tiktoken").write_bytes(vocabulary.read_bytes())
     return root
+
+
+@pytest.fixture(scope="session")
+def golden_bundle(tmp_path_factory, golden_checkpoint) -> pathlib.Path:
+    """The golden checkpoint, converted."""
+    from emu3_jax.checkpoints.convert import convert
+
+    bundle = tmp_path_factory.mktemp("bundles") / "golden"
+    convert([golden_checkpoint / "lm", golden_checkpoint / "vq"], bundle, progress=False)
+    return bundle
+
+
+@pytest.fixture(scope="session")
+def golden_model(golden_bundle):
+    """The golden model in memory, in float32 as the reference ran it."""
+    import emu3_jax
+
+    return emu3_jax.load(golden_bundle, dtype="float32")

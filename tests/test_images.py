@@ -13,8 +13,8 @@ from PIL import Image, ImageCms
 
 from emu3_jax.config import ImageConfig
 from emu3_jax.errors import Emu3Error
+from emu3_jax.files import new_file
 from emu3_jax.media.images import (
-    atomic_write,
     load_image,
     postprocess,
     preprocess,
@@ -229,8 +229,8 @@ def test_full_disk_leaves_nothing(tmp_path):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_interrupted_write_leaves_nothing(tmp_path, error):
-    with pytest.raises(error), atomic_write(tmp_path / "x") as file:
-        file.write(b"half")
+    with pytest.raises(error), new_file(tmp_path / "x") as temporary:
+        temporary.write_bytes(b"half")
         raise error
     assert os.listdir(tmp_path) == []
 

@@ -24,8 +24,8 @@ def run(options: argparse.Namespace) -> None:
 
     arrays = load_codes(options.codes)
     written = []
+    model = common.load_model(options)
     with files_into(options.output) as directory:
-        model = common.load_model(options)
         for name, codes in tqdm(arrays.items(), unit=" files", disable=True if options.quiet else None, leave=False):
             (media,) = model.detokenize([codes])
             if isinstance(media, Clip):

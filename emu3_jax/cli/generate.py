@@ -27,8 +27,9 @@ def run(options: argparse.Namespace) -> None:
     def one_or_each(values: list):
         return values[0] if len(values) == 1 else values
 
+    model = common.load_model(options)
     with files_into(options.output) as directory:
-        generations = common.load_model(options).generate_sequences(
+        generations = model.generate_sequences(
             options.prompts,
             ratio=one_or_each(options.ratio),
             area=options.area,

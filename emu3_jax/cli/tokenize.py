@@ -25,8 +25,8 @@ def run(options: argparse.Namespace) -> None:
             raise Emu3Error(f"{file}: another input is called {stem!r} too; codes are keyed by file stem: rename one")
     if options.output.suffix != ".npz":
         raise Emu3Error(f"output {options.output}: its name must end in .npz")
+    model = common.load_model(options)
     with new_file(options.output) as temporary:
-        model = common.load_model(options)
         bar = tqdm(options.files, unit=" files", disable=True if options.quiet else None, leave=False)
         codes = {file.stem: model.tokenize([file])[0] for file in bar}
         np.savez(temporary, **codes)

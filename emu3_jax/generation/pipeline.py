@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -97,7 +98,7 @@ class Emu3:
                 frame count is not a multiple of the temporal factor is filled up with its last frame.
         """
         vision = self.vision
-        return [_encode(vision, as_media(item)) for item in media]
+        return [_encode(vision, item) for item in media]
 
     def detokenize(self, codes: Sequence[np.ndarray]) -> list[Image.Image | Clip]:
         """Decodes int codes: [h, w] to a picture, [t, h, w] to a clip of t times the temporal factor frames."""
@@ -251,14 +252,20 @@ def _apply_vision(params, x, config: VisionConfig, method: str):
     return VisionTokenizer(config).apply({"params": params}, x, method=method)
 
 
-def _encode(vision: Vision, item: Image.Image | Clip) -> np.ndarray:
+def _encode(vision: Vision, item: Media) -> np.ndarray:
     factor = vision.config.spatial_factor
-    if isinstance(item, Clip):
-        pixels = preprocess_clip(item, vision.image, factor)
-        missing = -len(pixels) % vision.config.temporal_factor
-        pixels = np.concatenate([pixels, np.repeat(pixels[-1:], missing, axis=0)])
-    else:
-        pixels = preprocess(item, vision.image, factor)
+    media = as_media(item)
+    try:
+        if isinstance(media, Clip):
+            pixels = preprocess_clip(media, vision.image, factor)
+            missing = -len(pixels) % vision.config.temporal_factor
+            pixels = np.concatenate([pixels, np.repeat(pixels[-1:], missing, axis=0)])
+        else:
+            pixels = preprocess(media, vision.image, factor)
+    except Emu3Error as error:
+        if isinstance(item, str | os.PathLike):
+            raise Emu3Error(f"{item}: {error}") from error
+        raise
     return np.asarray(_apply_vision(vision.params, pixels[None], vision.config, "encode"))[0]
 
 

@@ -87,8 +87,8 @@ def keep_top_p(logits: jax.Array, top_p: jax.Array) -> jax.Array:
 
 
 def _sortable(x: jax.Array) -> jax.Array:
-    """uint32 keys in the order of float32 `x`."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    """uint32 keys in the order of float32 `x`; the two zeros are equal."""
+    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 

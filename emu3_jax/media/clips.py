@@ -10,7 +10,8 @@ from PIL import Image, ImageOps
 
 from emu3_jax.config import ImageConfig
 from emu3_jax.errors import Emu3Error
-from emu3_jax.media.images import atomic_write, load_image, open_picture, preprocess, to_rgb
+from emu3_jax.files import new_file
+from emu3_jax.media.images import load_image, open_picture, preprocess, to_rgb
 
 DEFAULT_FPS = 24.0  # where nothing tells the rate; Emu3 was trained on clips of 24 frames per second
 MAX_CLIP_BYTES = 4 * 2**30  # a few kilobytes of GIF can stand for more frames than memory holds
@@ -90,8 +91,8 @@ def save_clip(frames: np.ndarray, path: Path, fps: float) -> None:
     if suffix == ".webp":
         options |= {"lossless": True}
     first, *rest = (Image.fromarray(frame) for frame in clip.frames)
-    with atomic_write(path) as file:
-        first.save(file, format=suffix[1:].upper(), append_images=rest, **options)
+    with new_file(path) as temporary:
+        first.save(temporary, format=suffix[1:].upper(), append_images=rest, **options)
 
 
 def _load_animation(path: Path) -> Clip:

@@ -1,17 +1,15 @@
 """Pictures to the vision tokenizer's arrays and back, and their files."""
 
 import contextlib
-import os
-import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
 
 from emu3_jax.config import ImageConfig
 from emu3_jax.errors import Emu3Error
+from emu3_jax.files import new_file
 from emu3_jax.media.sizes import smart_resize
 
 _DEFAULT_CONFIG = ImageConfig()
@@ -80,8 +78,8 @@ def save_png(image: Image.Image, path: Path, metadata: Mapping[str, str]) -> Non
     for key, value in metadata.items():
         # An argument that was not UTF-8 carries lone surrogates, which no PNG field can hold.
         info.add_text(key, value.encode("utf-8", "replace").decode())
-    with atomic_write(path) as file:
-        image.save(file, format="PNG", pnginfo=info)
+    with new_file(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=info)
 
 
 def read_png_metadata(path: Path) -> dict[str, str]:
@@ -111,27 +109,6 @@ def open_picture(path: Path) -> Iterator[Image.Image]:
     except Exception as error:  # Pillow's decoders raise errors of many kinds for damaged files
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise Emu3Error(f"cannot read {path}: {reason}; give an undamaged picture file") from error
-
-
-@contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that appears under `path` when the `with` block ends well, and not at all otherwise.
-
-    Raises:
-        Emu3Error: the file cannot be written.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
-        try:
-            with open(temporary, "xb") as file:
-                yield file
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise Emu3Error(f"cannot write {path}: {reason}; free space or choose another place") from error
 
 
 def _to_8_bits(values: np.ndarray, mode: str) -> np.ndarray:

@@ -1,0 +1,198 @@
+"""Prefill and the decode loop: golden sequences, rows independent of each other, exact sampling, one compilation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from conftest import golden_json, golden_npz
+from test_sampling import CRITICAL, chi_squared, softmax
+
+from emu3_jax.errors import Emu3Error
+from emu3_jax.generation import engine
+from emu3_jax.generation.schedule import SAMPLED, image_schedule, text_schedule
+from emu3_jax.text.prompts import generation_prompt
+
+SPECIAL = tiny.TOKENS
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return golden_npz("generate.npz")
+
+
+@pytest.mark.parametrize("name", ["square", "wide"])
+def test_golden_greedy_pictures_under_guidance(name, golden, golden_model):
+    case = golden_json("prompts.json")["generate"][name]
+    language = golden_model.language
+    height, width = golden[f"{name}/image_size"][0]
+    prompt, negative = (
+        generation_prompt(language.tokenizer, language.config.tokens, text, height, width)
+        for text in (case["text"][0], case["negative"])
+    )
+    length = int(golden[f"{name}/prompt_length"])
+    sequence = golden[f"{name}/sequences"][0]
+    assert prompt == sequence[:length].tolist()
+    ids = engine.run(
+        language.params,
+        language.config,
+        [prompt],
+        [image_schedule(height, width)],
+        tiny.settings(1, temperature=0.0, guidance=case["guidance"]),
+        [negative],
+    )
+    np.testing.assert_array_equal(ids[0], sequence[length:])
+
+
+@pytest.mark.parametrize(("name", "case"), [("describe", 0), ("batch", 1)])
+def test_golden_greedy_answers_alone_and_batched(name, case, golden, golden_model):
+    prompt = golden_json("text.json")["understanding_prompt"][case]
+    rows = [
+        [token for token, real in zip(ids, mask, strict=True) if real]
+        for ids, mask in zip(prompt["input_ids"], prompt["attention_mask"], strict=True)
+    ]
+    language = golden_model.language
+    settings = tiny.settings(len(rows), temperature=0.0)
+    ids = engine.run(language.params, language.config, rows, [text_schedule(24)] * len(rows), settings)
+    np.testing.assert_array_equal(ids, golden[f"{name}/sequences"][:, int(golden[f"{name}/prompt_length"]) :])
+
+
+def mixed_rows():
+    """Rows that differ in everything: prompt, negative prompt, grid, guidance, temperature, filters, seed."""
+    prompts = [[17, 1, 2, 20, 19], [17, 20, 19], [17, *range(12), 20, 19], [17, 3, 20, 19]]
+    negatives = [[17, 20, 19], [17, 5, 6, 7, 20, 19], [17, 1, 20, 19], [17, 9, 20, 19]]
+    schedules = [image_schedule(3, 4), image_schedule(2, 2), image_schedule(4, 3), image_schedule(1, 5)]
+    settings = tiny.settings(
+        4, guidance=[3.0, 1.0, 2.0, 0.5], temperature=[1.0, 0.7, 0.0, 1.3], top_k=[8, 3, 5, 2], top_p=[1, 0.9, 1, 0.8],
+        seed=[7, 7, 8, 9],
+    )  # fmt: skip
+    return prompts, negatives, schedules, settings
+
+
+def run_rows(order, **changes):
+    prompts, negatives, schedules, settings = mixed_rows()
+    picked = jax.tree.map(lambda leaf: leaf[np.asarray(order)], settings)
+    return engine.run(
+        tiny.params(),
+        tiny.CONFIG,
+        [prompts[i] for i in order],
+        [schedules[i] for i in order],
+        picked,
+        [negatives[i] for i in order],
+        **changes,
+    )
+
+
+def test_a_row_does_not_depend_on_its_batch_mates():
+    together = run_rows([0, 1, 2, 3])
+    for row, schedule in enumerate(mixed_rows()[2]):
+        alone = run_rows([row])[0]
+        np.testing.assert_array_equal(together[row, : len(schedule)], alone)
+        assert (together[row, len(schedule) :] == SPECIAL.pad).all()
+    np.testing.assert_array_equal(run_rows([3, 1, 0, 2])[2, :18], together[0, :18])
+
+
+def test_generated_tokens_obey_the_schedule():
+    for ids, schedule in zip(run_rows([0, 1, 2, 3]), mixed_rows()[2], strict=True):
+        visual = (ids >= SPECIAL.visual_start) & (ids < SPECIAL.visual_end)
+        np.testing.assert_array_equal(visual[: len(schedule)], schedule == 1)
+        assert ids[len(schedule) - 4 : len(schedule)].tolist() == [
+            SPECIAL.eol, SPECIAL.eof, SPECIAL.eoi, SPECIAL.eos,
+        ]  # fmt: skip
+
+
+def test_growing_the_cache_and_short_calls_change_nothing(monkeypatch):
+    whole = run_rows([0, 1, 2, 3])
+    monkeypatch.setattr(engine, "CACHE_GROWTH", 72)
+    monkeypatch.setattr(engine, "STEPS_PER_CALL", 3)
+    progress = []
+    small = run_rows([0, 1, 2, 3], on_progress=lambda taken, steps: progress.append((taken, steps)))
+    np.testing.assert_array_equal(small, whole)
+    assert progress == [(taken, 15) for taken in (4, 7, 8, 11, 14, 15)]
+
+
+def test_first_and_second_token_are_drawn_from_the_exact_distribution():
+    """4,000 guided rows that differ in nothing but their seeds, against probabilities from full forward passes."""
+    count, scale, temperature = 4000, 2.0, 1.5
+    prompt, negative = [17, 1, 2, 20, 19], [17, 5, 20, 19]
+    ids = engine.run(
+        tiny.params(),
+        tiny.CONFIG,
+        [prompt] * count,
+        [image_schedule(1, 2)] * count,
+        tiny.settings(count, guidance=scale, temperature=temperature),
+        [negative] * count,
+    )
+
+    def guided(extra):
+        logits = []
+        for row in (prompt, negative):
+            tokens = jnp.asarray([row + extra], jnp.int32)
+            logits.append(np.asarray(tiny.forward(tiny.params(), tokens)[0])[0, -1, SPECIAL.visual_start :])
+        c, u = (np.log(softmax(np.asarray(x, np.float64))) for x in logits)
+        return softmax((u + scale * (c - u)) / temperature)
+
+    first = ids[:, 0] - SPECIAL.visual_start
+    likeliest = int(np.bincount(first, minlength=8).argmax())
+    for drawn, probabilities in (
+        (first, guided([])),
+        (ids[first == likeliest, 1] - SPECIAL.visual_start, guided([likeliest + SPECIAL.visual_start])),
+    ):
+        counts = np.bincount(drawn, minlength=8)
+        common = probabilities * counts.sum() >= 5  # the test's own condition; the rest is one class
+        counts = np.append(counts[common], counts[~common].sum())
+        probabilities = np.append(probabilities[common], probabilities[~common].sum())
+        assert chi_squared(counts, probabilities) < CRITICAL[len(counts) - 1]
+
+
+def test_answers_end_at_eos_and_the_loop_ends_with_them():
+    params = tiny.params()
+    kernel = params["head"]["kernel"]
+    eos_only = {**params, "head": {"kernel": jnp.zeros_like(kernel).at[SPECIAL.eos].set(1e3)}}
+    # The head is linear: with every other row zero, EOS wins exactly when its logit is positive.
+    progress = []
+    prompts = [[17, token] for token in range(12)]
+    ids = engine.run(
+        eos_only, tiny.CONFIG, prompts, [text_schedule(150)] * 12, tiny.settings(12, temperature=0.0),
+        on_progress=lambda taken, steps: progress.append((taken, steps)),
+    )  # fmt: skip
+    for row in ids:
+        ends = np.flatnonzero(row == SPECIAL.eos)
+        assert len(ends) <= 1
+        if len(ends):
+            assert (row[ends[0] + 1 :] == SPECIAL.pad).all()
+    ended = [row for row in range(12) if SPECIAL.eos in ids[row]]
+    assert len(ended) > 0
+    alone = engine.run(
+        eos_only, tiny.CONFIG, [prompts[ended[0]]], [text_schedule(150)], tiny.settings(1, temperature=0.0)
+    )
+    np.testing.assert_array_equal(alone[0], ids[ended[0]])
+
+
+def test_one_compilation_per_shape_bucket():
+    engine.prefill.clear_cache()
+    engine.decode.clear_cache()
+    run_rows([0, 1, 2, 3])
+    assert (engine.prefill._cache_size(), engine.decode._cache_size()) == (1, 1)
+    run_rows([3, 2, 1, 0])  # other prompts, grids and settings of the same buckets
+    assert (engine.prefill._cache_size(), engine.decode._cache_size()) == (1, 1)
+    run_rows([0, 1])
+    assert (engine.prefill._cache_size(), engine.decode._cache_size()) == (2, 2)
+
+
+def test_the_cache_is_donated():
+    settings = jax.tree.map(jnp.asarray, tiny.settings(1))
+    plan = engine.Plan(jnp.full((1, 64), SAMPLED, jnp.int32), settings)
+    variant = engine.Variant(visual_only=True, guided=False, use_top_k=False, use_top_p=False)
+    tokens, start = np.asarray([[17, 20, 19]], np.int32), np.zeros(1, np.int32)
+    state = engine.prefill(tiny.params(), tokens, start, plan, tiny.CONFIG, variant, 64)
+    after = engine.decode(tiny.params(), state, plan, np.int32(3), tiny.CONFIG, variant)
+    assert all(leaf.is_deleted() for leaf in (*state.cache.keys, *state.cache.values))
+    assert int(after.cache.length) == 3 + 2
+
+
+def test_a_prompt_past_the_positions_is_refused():
+    with pytest.raises(Emu3Error, match="row 1: a prompt of 250 tokens and 18 to generate exceed the model's 256"):
+        engine.run(
+            tiny.params(), tiny.CONFIG, [[17], [17] * 250], [image_schedule(3, 4)] * 2, tiny.settings(2)
+        )  # fmt: skip

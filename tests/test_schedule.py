@@ -1,0 +1,56 @@
+"""The static schedule against the reference's rule, offset by offset."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from emu3_jax.config import SpecialTokens
+from emu3_jax.generation.schedule import (
+    SAMPLED,
+    forced_ids,
+    image_schedule,
+    sampled_steps,
+    stack_schedules,
+    text_schedule,
+)
+
+
+def reference_rule(offset: int, height: int, width: int, special: SpecialTokens) -> int:
+    """What is legal `offset` tokens after IMG, as upstream's constraint decides it."""
+    if offset % (width + 1) == 0:
+        return special.eol
+    tail = offset - (width + 1) * height
+    return {1: special.eof, 2: special.eoi, 3: special.eos}.get(tail, special.pad if tail > 3 else SAMPLED)
+
+
+@given(st.integers(1, 40), st.integers(3, 40))
+def test_schedule_is_the_reference_rule(height, width):
+    special = SpecialTokens()
+    schedule = image_schedule(height, width)
+    expected = [reference_rule(offset, height, width, special) for offset in range(1, len(schedule) + 1)]
+    assert forced_ids(schedule, special).tolist() == expected
+    assert (forced_ids(schedule, special) == SAMPLED).sum() == height * width
+
+
+def test_narrow_pictures_close_in_order():
+    """Up to two columns the reference's rule puts EOL where EOF or EOI belong; the schedule does not."""
+    special = SpecialTokens()
+    assert forced_ids(image_schedule(1, 1), special).tolist() == [
+        SAMPLED, special.eol, special.eof, special.eoi, special.eos,
+    ]  # fmt: skip
+
+
+def test_square_720_has_8190_tokens_and_three_more():
+    schedule = image_schedule(90, 90)
+    assert len(schedule) == 8190 + 3
+    assert sampled_steps(schedule[None]) == 8189
+
+
+def test_mixed_rows_are_padded_and_stop_at_the_last_choice():
+    special = SpecialTokens()
+    stacked = stack_schedules([image_schedule(2, 3), image_schedule(1, 2)], 16)
+    ids = forced_ids(stacked, special)
+    assert ids[1, 6:].tolist() == [special.pad] * 10
+    assert sampled_steps(stacked) == 7
+    assert sampled_steps(stack_schedules([text_schedule(4)], 8)) == 4
+    assert sampled_steps(np.zeros((2, 5), np.int8)) == 0

@@ -1,0 +1,45 @@
+"""A decoder small enough to enumerate: 24 text and control ids, 8 visual ids."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from emu3_jax.config import DecoderConfig, SpecialTokens
+from emu3_jax.generation.sampling import RowSettings
+from emu3_jax.models.decoder import Decoder
+
+TOKENS = SpecialTokens(
+    pad=16, bos=17, eos=18, img=19, boi=20, eoi=21, eol=22, eof=23, visual_start=24, visual_count=8
+)  # fmt: skip
+CONFIG = DecoderConfig(
+    vocab_size=32, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, max_positions=256,
+    dtype="float32", tokens=TOKENS,
+)  # fmt: skip
+
+
+@functools.cache
+def params(config: DecoderConfig = CONFIG, seed: int = 0):
+    """Random parameters, large enough that distributions are far from flat."""
+    init = nn.unbox(jax.jit(Decoder(config).init)(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32)))["params"]
+    return jax.tree.map(lambda leaf: 3 * leaf if leaf.ndim > 1 else leaf, init)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "last_only", "visual_head"))
+def forward(params, tokens, cache=None, config: DecoderConfig = CONFIG, last_only=False, visual_head=False):
+    """`Decoder.__call__`, compiled."""
+    return Decoder(config, visual_head).apply({"params": params}, tokens, cache, last_only=last_only)
+
+
+def settings(count: int, **columns) -> RowSettings:
+    """Plain sampling, or what `columns` say; each column is one value or one per row."""
+    defaults = {"temperature": 1.0, "top_k": 10**6, "top_p": 1.0, "guidance": 1.0, "seed": np.arange(count)}
+    dtypes = {"temperature": np.float32, "top_k": np.int32, "top_p": np.float32, "guidance": np.float32}
+    return RowSettings(
+        **{
+            name: np.broadcast_to(np.asarray(columns.get(name, default), dtypes.get(name, np.uint32)), (count,))
+            for name, default in defaults.items()
+        }
+    )
