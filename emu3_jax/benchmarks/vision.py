@@ -70,11 +70,13 @@ def run(size: int = 256, preset: str = "270m", repeat: int = 5, compare: str | N
     for side, (_, figures) in sides.items():
         yield {"side": side, **{f"{name}_s": round(seconds[side, name], 3) for name in inputs}, **figures}
     if compare:
-        peer = results["transformers"]
+        own, peer = results["emu3_jax"], results["transformers"]
         yield {
             **{f"{name}_ratio": round(seconds["transformers", name] / seconds["emu3_jax", name], 2) for name in inputs},
-            "codes_equal": f"{int((peer['encode'] == codes).sum())}/{codes.size}",
-            "pixels_max_difference": float(np.abs(peer["decode"] - results["emu3_jax"]["decode"]).max()),
+            "codes_equal": f"{int((peer['encode'] == own['encode']).sum())}/{codes.size}",
+            "pixels_relative_difference": float(
+                np.abs(peer["decode"] - own["decode"]).max() / np.abs(peer["decode"]).max()
+            ),
         }
 
 

@@ -305,10 +305,11 @@ def _over_frames(network: Callable, module: nn.Module, pixels: int, *frames: jax
     group = max(d for d in range(1, min(limit, count) + 1) if count % d == 0)
     if group == count:
         return network(module, *frames)
-    loop = nn.scan(
-        lambda module, carry, group: (carry, network(module, *group)),
-        variable_broadcast="params",
-        split_rngs={"params": False},
-    )
-    _, out = loop(module, (), tuple(f.reshape(count // group, group, *f.shape[1:]) for f in frames))
+
+    def step(module, carry, start, frames):
+        # Slices of the whole, not rows of a reshaped array: that one XLA would copy first.
+        return carry, network(module, *(jax.lax.dynamic_slice_in_dim(f, start, group) for f in frames))
+
+    loop = nn.scan(step, variable_broadcast="params", split_rngs={"params": False}, in_axes=(0, nn.broadcast))
+    _, out = loop(module, (), jnp.arange(0, count, group), frames)
     return out.reshape(count, *out.shape[2:])
