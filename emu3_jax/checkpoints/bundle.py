@@ -31,7 +31,8 @@ PARTS = ("decoder", "vision", "tokenizer")
 TEMPLATES = ("chat", "stage1")
 VOCABULARY = "emu3.tiktoken"
 _CHUNK_BYTES = 64 << 20  # a device that restores a slice of an array reads no more than its chunks
-_GROUP_BYTES = 256 << 20  # small arrays are read together when a whole part is walked through on the host
+_WRITE_BYTES = 64 << 20  # small arrays are written together: each commit waits for the disk
+_READ_BYTES = 256 << 20  # ... and read together when a part is walked through on the host
 
 
 # ------------------------------------------------------------------------------------------------ writing
@@ -62,7 +63,7 @@ class _LazyArrayHandler(ocp.type_handlers.NumpyHandler):
         self._written = written
 
     async def serialize(self, values, infos, args=None):
-        for group in _in_groups(zip(values, infos, args, strict=True), lambda leaf: leaf[0].nbytes, _CHUNK_BYTES):
+        for group in _in_groups(zip(values, infos, args, strict=True), lambda leaf: leaf[0].nbytes, _WRITE_BYTES):
             lazy, group_infos, group_args = zip(*group, strict=True)
             # What the base class leaves to a thread, whose failure would print a traceback besides raising it.
             await self._background_serialize([array.load() for array in lazy], group_infos, group_args)
@@ -294,7 +295,7 @@ class Bundle:
         """Walks through a part's arrays as NumPy arrays, with a few hundred MB on the host at a time."""
         stored = self.stored(part)
         for group in _in_groups(
-            self.params(part), lambda param: stored[param.path].size * stored[param.path].dtype.itemsize, _GROUP_BYTES
+            self.params(part), lambda param: stored[param.path].size * stored[param.path].dtype.itemsize, _READ_BYTES
         ):
             targets = {param.path: ocp.RestoreArgs(restore_type=np.ndarray) for param in group}
             arrays = traverse_util.flatten_dict(self._read(part, traverse_util.unflatten_dict(targets)))

@@ -1,0 +1,349 @@
+"""Conversion and export: bit for bit there and back in every layout, live transformers on the far side, bad input."""
+
+import builtins
+import errno
+import json
+import shutil
+import weakref
+from collections import namedtuple
+
+import checkpoint_cases as cases
+import huggingface_hub
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from conftest import golden_json, reference_weights
+from safetensors.numpy import load_file, save_file
+from transformers import AutoTokenizer, Emu3ForCausalLM, Emu3ForConditionalGeneration, Emu3VQVAE
+
+from emu3_jax.checkpoints import bundle as bundle_module
+from emu3_jax.checkpoints.bundle import Bundle
+from emu3_jax.checkpoints.convert import convert
+from emu3_jax.checkpoints.export import export
+from emu3_jax.checkpoints.tensors import Tensor
+from emu3_jax.errors import Emu3Error
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A transformers 5 checkpoint; not to be changed."""
+    return cases.transformers_5(tmp_path_factory.mktemp("source"))
+
+
+@pytest.fixture(scope="module")
+def bundle(source, tmp_path_factory):
+    return convert([source], tmp_path_factory.mktemp("bundles") / "bundle")
+
+
+@pytest.fixture
+def copy(source, tmp_path):
+    return shutil.copytree(source, tmp_path / "copy")
+
+
+# ------------------------------------------------------------------------------------------------ there and back
+
+
+def test_upstream_there_and_back(golden_checkpoint, tmp_path):
+    made = convert([golden_checkpoint / "lm", golden_checkpoint / "vq"], tmp_path / "bundle")
+    assert [part for part in bundle_module.PARTS if made.has(part)] == ["decoder", "vision", "tokenizer"]
+    assert (made.decoder_config.dtype, made.image_config.max_pixels) == ("float32", 16384)
+    export(made, tmp_path / "back", "upstream")
+    for part, directory in (("lm", "language_model"), ("vq", "vision_tokenizer")):
+        cases.assert_same_bits(cases.tensors_of(tmp_path / "back" / directory), reference_weights(part))
+    back = tmp_path / "back" / "language_model"
+    assert (back / "emu3.tiktoken").read_bytes() == (golden_checkpoint / "lm" / "emu3.tiktoken").read_bytes()
+    assert len((back / "emu3_vision_tokens.txt").read_text().split("\n")) == 3 + 32768 + 1
+    for part, directory in (("lm", "language_model"), ("vq", "vision_tokenizer")):
+        before = golden_json("hf_configs.json")[part]
+        after = json.loads((tmp_path / "back" / directory / "config.json").read_text())
+        differing = {k for k in after.keys() & before.keys() if after[k] != before[k]}
+        assert differing <= {"architectures", "torch_dtype", "attention_dropout"}
+    again = convert([tmp_path / "back" / "language_model", tmp_path / "back" / "vision_tokenizer"], tmp_path / "again")
+    assert again.decoder_config == made.decoder_config
+    assert (again.vision_config, again.image_config) == (made.vision_config, made.image_config)
+
+
+@pytest.mark.parametrize(
+    "write", [cases.transformers_5, cases.standalone_decoder, cases.standalone_vision, cases.bin_shards]
+)
+def test_transformers_there_and_back(write, tmp_path):
+    source = write(tmp_path / "source")
+    export(convert([source], tmp_path / "bundle"), tmp_path / "back", "transformers")
+    cases.assert_same_bits(cases.tensors_of(tmp_path / "back"), cases.tensors_of(source))
+
+
+def test_transformers_4_there_and_back(tmp_path):
+    """The decoder in bfloat16, the vision tokenizer in float32; the names come back as transformers 5's."""
+    source = cases.transformers_4(tmp_path / "source")
+    made = convert([source], tmp_path / "bundle")
+    assert made.decoder_config.dtype == "bfloat16"
+    export(made, tmp_path / "back", "transformers")
+
+    def renamed(name):
+        for old, new in (("text_model.lm_head.", "lm_head."), ("text_model.model.", "model.text_model.")):
+            name = name.replace(old, new) if name.startswith(old) else name
+        return f"model.{name}" if name.startswith("vqmodel.") else name
+
+    expected = {renamed(name): array for name, array in cases.tensors_of(source).items()}
+    cases.assert_same_bits(cases.tensors_of(tmp_path / "back"), expected)
+
+
+def test_between_the_families(bundle, source, tmp_path):
+    """transformers -> bundle -> upstream -> bundle -> transformers, in shards."""
+    export(bundle, tmp_path / "upstream", "upstream", shard_bytes=100_000)
+    shards = sorted((tmp_path / "upstream" / "vision_tokenizer").glob("*.safetensors"))
+    assert len(shards) > 2 and shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
+    parts = [tmp_path / "upstream" / name for name in ("language_model", "vision_tokenizer")]
+    again = convert(parts, tmp_path / "again")
+    assert again.num_batches_tracked == bundle.num_batches_tracked and min(again.num_batches_tracked.values()) > 1
+    export(again, tmp_path / "back", "transformers", shard_bytes=100_000)
+    cases.assert_same_bits(cases.tensors_of(tmp_path / "back"), cases.tensors_of(source))
+
+
+# ------------------------------------------------------------------------------------------------ live transformers
+
+
+def strictly_loaded(cls, directory):
+    loaded, info = cls.from_pretrained(directory, output_loading_info=True)
+    assert not any(info.values()), info
+    return loaded.eval()
+
+
+def test_the_exported_model_computes_the_same_in_transformers(bundle, tmp_path):
+    export(bundle, tmp_path / "back", "transformers", shard_bytes=100_000)
+    loaded, original = strictly_loaded(Emu3ForConditionalGeneration, tmp_path / "back"), cases.model()
+    ids = torch.randint(0, cases.RANKS, (2, 9), generator=torch.Generator().manual_seed(0))
+    pixels = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    sizes = torch.tensor([[16, 16]])
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, original(input_ids=ids).logits)
+        codes = [m.get_image_tokens(pixels, sizes) if hasattr(m, "get_image_tokens") else
+                 m.model.get_image_tokens(pixels, sizes) for m in (loaded, original)]  # fmt: skip
+    assert torch.equal(*codes)
+
+
+@pytest.mark.parametrize(
+    ("write", "cls"), [(cases.standalone_decoder, Emu3ForCausalLM), (cases.standalone_vision, Emu3VQVAE)]
+)
+def test_single_parts_load_in_transformers(write, cls, tmp_path):
+    export(convert([write(tmp_path / "source")], tmp_path / "bundle"), tmp_path / "back", "transformers")
+    strictly_loaded(cls, tmp_path / "back")
+
+
+def test_the_exported_tokenizer_cuts_text_as_upstream_does(golden_checkpoint, tmp_path):
+    made = convert([golden_checkpoint / "lm"], tmp_path / "bundle")
+    export(made, tmp_path / "back", "transformers")
+    exported = AutoTokenizer.from_pretrained(tmp_path / "back")
+    assert len(exported) == 184622
+    for text, ids in ((c["text"], c["ids"]) if isinstance(c, dict) else c for c in golden_json("text.json")["encode"]):
+        if "<|extra_0|>" not in text:  # transformers' picture placeholder has its id
+            assert exported.encode(text, add_special_tokens=False) == ids, text
+    back = convert([tmp_path / "back"], tmp_path / "again").tokenizer()
+    assert back.encode("a best_quality picture.com\n\n 它") == made.tokenizer().encode(
+        "a best_quality picture.com\n\n 它"
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "rendered"),
+    [("chat", "You are a helpful assistant. USER: <image>What?. ASSISTANT:"), ("stage1", "<image>What?")],
+)
+def test_the_exported_chat_template_is_upstreams(source, tmp_path, template, rendered):
+    export(convert([source], tmp_path / "bundle", template=template), tmp_path / "back", "transformers")
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "back")
+    assert tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True) == rendered
+
+
+# ------------------------------------------------------------------------------------------------ options
+
+
+def test_dtype_casts_the_decoder_and_leaves_the_vision_tokenizer(source, bundle, tmp_path):
+    cast = convert([source], tmp_path / "cast", dtype="bfloat16")
+    assert cast.decoder_config.dtype == "bfloat16"
+    stored = dict(cast.arrays("decoder"))
+    for (param, array), (_, original) in zip(stored.items(), bundle.arrays("decoder"), strict=True):
+        assert array.dtype == ml_dtypes.bfloat16
+        assert array.tobytes() == original.astype(ml_dtypes.bfloat16).tobytes(), param.name
+    assert {a.dtype for _, a in cast.arrays("vision")} == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("name", "chosen", "expected"),
+    [("Emu3-Stage1", None, "stage1"), ("Emu3-Gen", None, "chat"), ("Emu3-Stage1", "chat", "chat")],
+)
+def test_the_template_follows_the_name_or_the_argument(copy, tmp_path, name, chosen, expected):
+    assert convert([copy.rename(tmp_path / name)], tmp_path / "out", template=chosen).template == expected
+
+
+def test_a_hub_id_is_downloaded(source, tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot_download(repo, allow_patterns):
+        asked.append((repo, "*.safetensors" in allow_patterns, "*.py" in allow_patterns))
+        return str(source)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    convert(["BAAI/Emu3-Gen"], tmp_path / "out")
+    assert asked == [("BAAI/Emu3-Gen", True, False)]
+
+
+class Tracked(np.ndarray):
+    """A NumPy array that can tell when it is freed."""
+
+
+def test_each_tensor_is_read_once_and_freed_before_the_next_array(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(bundle_module, "_WRITE_BYTES", 1)  # no small arrays together
+    reads, alive, most = [], [0], [0]
+    read = Tensor.read
+
+    def freed():
+        alive[0] -= 1
+
+    def tracked_read(tensor):
+        reads.append(tensor.name)
+        array = read(tensor).view(Tracked)
+        weakref.finalize(array, freed)
+        alive[0] += 1
+        most[0] = max(most[0], alive[0])
+        return array
+
+    monkeypatch.setattr(Tensor, "read", tracked_read)
+    convert([source], tmp_path / "out")
+    assert sorted(reads) == sorted(cases.tensors_of(source))
+    assert most[0] <= 3 + 1, "q, k and v make one array; one before them may still wait to be freed"
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+def refused(match, *args, **kwargs):
+    with pytest.raises(Emu3Error, match=match) as caught:
+        convert(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_arguments(source, tmp_path):
+    out = tmp_path / "out"
+    refused("no SRC given", [], out)
+    refused("dtype is 'int8': it must be float32, bfloat16, float16", [source], out, dtype="int8")
+    refused("template is 'x': it must be chat or stage1", [source], out, template="x")
+    refused("no such directory; give a checkpoint directory or a hub id", [tmp_path / "nowhere"], out)
+    refused("both hold a decoder", [source, source], out)
+    refused("exists already: choose another name", [source], tmp_path)
+    refused(r"no weights found; expected model\.safetensors", [write_config_only(tmp_path / "empty")], out)
+    assert not out.exists()
+    with pytest.raises(Emu3Error, match="layout is 'jax': it must be upstream or transformers"):
+        export(source, out, "jax")
+
+
+def write_config_only(directory):
+    directory.mkdir()
+    (directory / "config.json").write_text("{}")
+    return directory
+
+
+def test_the_hub_out_of_reach_or_not_installed(tmp_path, monkeypatch):
+    refused(
+        r"BAAI/Emu3-Nothing: no such directory, and not fetched from the hub", ["BAAI/Emu3-Nothing"], tmp_path / "o"
+    )
+    real = builtins.__import__
+
+    def without_hub(name, *args):
+        if name == "huggingface_hub":
+            raise ImportError(name)
+        return real(name, *args)
+
+    monkeypatch.setattr(builtins, "__import__", without_hub)
+    refused(r"pip install 'emu3-jax\[convert\]'", ["BAAI/Emu3-Gen"], tmp_path / "o")
+
+
+def test_all_misfits_of_all_sources_are_reported_together(golden_checkpoint, tmp_path):
+    lm, vq = (shutil.copytree(golden_checkpoint / part, tmp_path / part) for part in ("lm", "vq"))
+    weights = load_file(lm / "model.safetensors")
+    weights["model.norm.stray"] = weights.pop("model.norm.weight")
+    weights["model.layers.1.mlp.up_proj.weight"] = weights["model.layers.1.mlp.up_proj.weight"][1:]
+    save_file(weights, lm / "model.safetensors")
+    weights = load_file(vq / "model.safetensors")
+    del weights["encoder.conv_in.bias"]
+    save_file(weights, vq / "model.safetensors")
+    refused(
+        r"1 missing: model\.norm\.weight; 1 unmapped: model\.norm\.stray; 1 misshapen: \S+up_proj\.weight \(found "
+        r"\[159, 64\], expected \[160, 64\]\) \| .*vq: 1 missing: encoder\.conv_in\.bias",
+        [lm, vq],
+        tmp_path / "out",
+    )
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["lm", "vq"]
+
+
+def test_damaged_sources(copy, tmp_path):
+    out, weights, config = tmp_path / "out", copy / "model.safetensors", copy / "config.json"
+    whole, described = weights.read_bytes(), json.loads(config.read_text())
+    weights.write_bytes(whole[:-1])
+    refused(r"model\.safetensors: truncated: tensor", [copy], out)
+    save_file({"bert.embeddings": np.ones(3, np.float32)}, weights)
+    refused("not an Emu3 checkpoint .*'bert.embeddings'", [copy], out)
+    weights.unlink()
+    index = copy / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "one.safetensors", "b": "../two.safetensors"}}))
+    refused("2 of its shards are not beside it", [copy], out)
+    index.write_text("{}")
+    refused("has no weight_map", [copy], out)
+    weights.write_bytes(whole)
+    config.write_text(json.dumps({**described, "vq_config": None}))
+    refused(r"config\.json: has no vq_config, which the transformers 5 layout needs", [copy], out)
+    described["text_config"]["rms_norm_eps"] = -1
+    config.write_text(json.dumps(described))
+    refused(r"config\.json: config field rms_norm_eps is -1", [copy], out)
+    config.unlink()
+    refused(r"config\.json: not found", [copy], out)
+    assert [p.name for p in tmp_path.iterdir()] == ["copy"]
+
+
+def test_mixed_dtypes_in_one_array_need_a_choice(copy, tmp_path):
+    weights = load_file(copy / "model.safetensors")
+    name = "model.text_model.layers.0.self_attn.k_proj.weight"
+    weights[name] = weights[name].astype(np.float16)
+    save_file(weights, copy / "model.safetensors")
+    refused(r"different dtypes \(float16, float32\): choose one with --dtype", [copy], tmp_path / "out")
+    convert([copy], tmp_path / "out", dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("failure", "shown"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
+        (
+            ValueError("RESOURCE_EXHAUSTED: Failed to write: No space left on device [os_error_code='28']"),
+            "disk is full",
+        ),
+        (KeyboardInterrupt(), None),
+    ],
+)
+def test_a_failure_half_way_leaves_nothing(source, tmp_path, monkeypatch, failure, shown):
+    read, count = Tensor.read, iter(range(1000))
+
+    def failing_read(tensor):
+        if next(count) == 40:
+            raise failure
+        return read(tensor)
+
+    monkeypatch.setattr(Tensor, "read", failing_read)
+    with pytest.raises(Emu3Error if shown else KeyboardInterrupt, match=shown):
+        convert([source], tmp_path / "sub" / "out")
+    assert list((tmp_path / "sub").iterdir()) == []
+
+
+def test_too_little_space_is_found_before_writing(bundle, source, tmp_path, monkeypatch):
+    monkeypatch.setattr(bundle_module.shutil, "disk_usage", lambda path: namedtuple("Usage", "free")(1000))
+    refused(r"has 0\.00 GB free, out needs", [source], tmp_path / "out")
+    with pytest.raises(Emu3Error, match=r"has 0\.00 GB free, back needs"):
+        export(bundle, tmp_path / "back", "upstream")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_exporting_nothing(bundle, tmp_path):
+    shutil.copytree(bundle.path / "tokenizer", tmp_path / "b" / "tokenizer")
+    with pytest.raises(Emu3Error, match="there are no weights to export"):
+        export(Bundle.open(tmp_path / "b"), tmp_path / "out", "upstream")
