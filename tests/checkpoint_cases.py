@@ -77,6 +77,7 @@ def transformers_4(directory: Path) -> Path:
         if name.startswith("text_model."):
             weights[name] = weights[name].astype(ml_dtypes.bfloat16)
     save_file(weights, file)
+    write_vocabulary(directory / "emu3.tiktoken")
     return directory
 
 
