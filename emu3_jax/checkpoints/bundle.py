@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from flax import traverse_util
 
 from emu3_jax.checkpoints.layouts import Param, decoder_params, vision_params
@@ -307,6 +308,10 @@ class Bundle:
         self.require(part)
         self._check_complete(part)
         with self._checkpointer(part) as (checkpointer, directory):
+            # One walk through the database's index, since Orbax opens all arrays at once and, where that fails,
+            # leaves threads behind that complain about it.
+            database = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{directory}/"}}
+            tensorstore.KvStore.open(database).result().list().result()
             leaves = traverse_util.flatten_dict(checkpointer.metadata(directory).item_metadata.tree)
             stored = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
         expected = {param.path: param.shape for param in self.params(part)}
