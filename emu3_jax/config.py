@@ -330,6 +330,8 @@ class DecoderConfig:
         if codebook_size is None:
             codebook_size = _object_field(data, "vq_config").get("codebook_size", SpecialTokens.visual_count)
         _require(_is_int(codebook_size) and codebook_size > 0, "codebook_size", codebook_size, "a whole number > 0")
+        legal = f"more than the codebook's {codebook_size} visual ids"
+        _require(_is_int(vocab) and vocab > codebook_size, "vocab_size", vocab, legal)
         start = vocab - codebook_size
         shift = start - SpecialTokens.visual_start  # 0 in every published checkpoint
         ids = {

@@ -15,9 +15,8 @@ def _explained(path: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise Emu3Error(
-            f"cannot write {path}: {error.strerror or error}: free space or choose another place (nothing was left)"
-        ) from error
+        reason = error.strerror or str(error)
+        raise Emu3Error(f"cannot write {path}: {reason}; free space or choose another place") from error
 
 
 @contextlib.contextmanager

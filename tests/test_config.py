@@ -181,7 +181,7 @@ def test_fields_out_of_range(cls, change, message):
         (DecoderConfig, {"tie_word_embeddings": True}, "tie_word_embeddings is True"),
         (DecoderConfig, {"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling is 'linear'"),
         (DecoderConfig, {"rope_parameters": {"rope_type": "yarn"}}, "rope_scaling is 'yarn'"),
-        (DecoderConfig, {"vocab_size": 300}, "is -"),
+        (DecoderConfig, {"vocab_size": 300}, "vocab_size is 300: it must be more than the codebook"),
         (VisionConfig, {"double_z": True}, "double_z is True"),
         (ImageConfig, {"resample": 2}, r"resample is 2: it must be 3 \(bicubic\)"),
         (ImageConfig, {"rescale_factor": 1 / 127.5}, "rescale_factor"),

@@ -1,0 +1,206 @@
+"""The command line as scripts rely on it: files, texts, exit codes, and nothing half-written."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import GOLDEN, golden_npz
+from PIL import Image
+
+from emu3_jax.cli.main import COMMANDS, main
+from emu3_jax.media.images import read_png_metadata
+
+
+def run(*arguments) -> int:
+    """The exit code of one command."""
+    try:
+        return main([str(argument) for argument in arguments])
+    except SystemExit as stop:  # argparse's own errors
+        return stop.code
+
+
+def picture(path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def load_npz(path) -> dict[str, np.ndarray]:
+    with np.load(path) as data:
+        return dict(data)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def error_of(capsys, here):
+    """Runs a command that must fail; returns its one line. Checks that nothing was left behind."""
+
+    def fail(*arguments) -> str:
+        before = sorted(os.listdir(here))
+        assert run(*arguments) == 2
+        error = capsys.readouterr().err
+        assert sorted(os.listdir(here)) == before
+        assert error.startswith("emu3-jax: error: ") and error.count("\n") == 1
+        return error
+
+    return fail
+
+
+def test_convert_tokenize_detokenize(golden_checkpoint, here, capsys):
+    assert run("convert", golden_checkpoint / "lm", golden_checkpoint / "vq", "-o", "bundle", "--quiet") == 0
+    files = [GOLDEN / f"{name}.png" for name in ("photo", "tall", "palette")]
+    assert run("tokenize", *files, "--model", "bundle", "-o", "codes.npz") == 0
+    codes, golden = load_npz("codes.npz"), golden_npz("images.npz")
+    assert sorted(codes) == ["palette", "photo", "tall"]
+    for name, array in codes.items():
+        assert array.dtype == np.int32
+        np.testing.assert_array_equal(array, golden[f"{name}/codes"][0])
+    capsys.readouterr()
+    assert run("detokenize", "codes.npz", "--model", "bundle", "-o", "pictures") == 0
+    assert capsys.readouterr().out.split() == [f"pictures/{name}.png" for name in ("photo", "tall", "palette")]
+    assert picture("pictures/tall.png").shape == (184, 64, 3)
+    assert run("doctor", "bundle") == 0
+
+
+def test_a_clip_there_and_back(golden_bundle, here):
+    frames = [Image.new("RGB", (64, 64), (40 * i, 0, 90)) for i in range(6)]
+    frames[0].save("clip.gif", save_all=True, append_images=frames[1:], duration=100)
+    assert run("tokenize", "clip.gif", "--model", golden_bundle, "-o", "codes.npz") == 0
+    assert load_npz("codes.npz")["clip"].shape == (2, 8, 8)
+    for kind in ("webp", "gif"):
+        assert run("detokenize", "codes.npz", "--model", golden_bundle, "--clip-format", kind, "-o", "clips") == 0
+        assert picture(f"clips/clip.{kind}").shape == (64, 64, 3)
+
+
+def test_generate_equals_the_golden_pictures(golden_bundle, here):
+    assert run(
+        "generate", "a shiba inu", "a portrait of young girl. best quality.", "--model", golden_bundle, "--ratio",
+        "1:1", "4:3", "--area", 9216, "--negative", "lowres, bad anatomy", "--greedy", "--dtype", "float32",
+        "--save-tokens", "-o", "out",
+    ) == 0  # fmt: skip
+    golden = golden_npz("generate.npz")
+    assert sorted(os.listdir("out")) == ["000.png", "001.png", "tokens.npz"]
+    for index in range(2):
+        np.testing.assert_array_equal(picture(f"out/00{index}.png"), golden[f"batch/image{index}"])
+    assert read_png_metadata("out/001.png") == {
+        "prompt": "a portrait of young girl. best quality.", "negative": "lowres, bad anatomy", "size": "112x80",
+        "ratio": "4:3", "seed": "1", "guidance": "3", "temperature": "0", "top-k": "2048", "top-p": "1",
+        "model": "golden", "software": "emu3-jax",
+    }  # fmt: skip
+    tokens = load_npz("out/tokens.npz")
+    assert sorted(tokens) == ["0", "1"] and tokens["0"][0] == 151849 and tokens["1"][-1] == 151850
+
+
+def test_chat_prints_answers(golden_bundle, golden_model, capsys, here):
+    expected = golden_model.chat([GOLDEN / "gray.png"], "What is this", max_new_tokens=6)[0]
+    asked = ("chat", GOLDEN / "gray.png", "--prompt", "What is this", "--max-new-tokens", 6)
+    assert run(*asked, "--model", golden_bundle, "--dtype", "float32", "--greedy") == 0
+    assert capsys.readouterr().out == expected + "\n"
+    assert run(*asked, "--model", golden_bundle, "--dtype", "float32", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "file": str(GOLDEN / "gray.png"), "prompt": "What is this", "answer": expected,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["upstream", "transformers"])
+def test_export_and_doctor(layout, golden_bundle, here):
+    assert run("export", golden_bundle, "-o", "exported", "--layout", layout, "--quiet") == 0
+    assert run("convert", *(["exported"] if layout == "transformers" else sorted(here.glob("exported/*"))),
+               "-o", "again", "--quiet") == 0  # fmt: skip
+    assert run("doctor", "again") == 0
+
+
+def test_doctor_exits_with_2_on_an_error(here, capsys):
+    (here / "config.json").write_text("{}")
+    assert run("doctor", here, "--json") == 2
+    assert json.loads(capsys.readouterr().out.splitlines()[0])["level"] == "error"
+
+
+def test_bench_prints_json_lines(capsys):
+    assert run("bench", "decode", "--preset", "small", "--steps", 2, "--area", 4096) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert lines[0]["copy_gb_per_s"] > 0 and lines[1]["cache_length"] == 64 + 36
+    assert lines[-1]["picture"] == "64x64" and lines[-1]["tokens"] == 72
+
+
+def test_bad_input_gets_one_line_and_exit_code_2(golden_bundle, error_of, here):
+    model = ("--model", golden_bundle, "-o", "out")
+    small = ("--area", 1024, *model)
+    (here / "text.png").write_text("not a picture")
+    (here / "cut.png").write_bytes((GOLDEN / "photo.png").read_bytes()[:2000])
+    Image.new("RGB", (100, 4)).save(here / "strip.png")
+    (here / "file").write_text("")
+    np.savez(here / "codes.npz", x=np.full((2, 2), 40000))
+    np.savez(here / "object.npz", x=np.asarray([{}], object))
+    assert "ratio" in error_of("generate", "a", "--ratio", "square", *small)
+    assert "5:1" in error_of("generate", "a", "--ratio", "7:1", *small)
+    assert "area" in error_of("generate", "a", "--area", 10, *model)
+    assert "<|image start|>" in error_of("generate", "a <|image start|>", *small)
+    assert "4096 positions" in error_of("generate", "word " * 4500, *small)
+    assert "guidance is -1.0" in error_of("generate", "a", "--guidance=-1", *small)
+    assert "file" in error_of("generate", "a", "--area", 1024, "--model", golden_bundle, "-o", "file")
+    assert "no model was given" in error_of("generate", "a", "-o", "out")
+    assert "absent" in error_of("generate", "a", "--model", "absent", "-o", "out")
+    out = ("--model", golden_bundle, "-o", "new.npz")
+    for name in ("text.png", "cut.png", "strip.png", "absent.png"):
+        assert name in error_of("tokenize", name, *out)
+        assert name in error_of("chat", name, "--prompt", "What is this", "--model", golden_bundle)
+    assert "rename one" in error_of("tokenize", GOLDEN / "photo.png", GOLDEN / "photo.png", *out)
+    assert ".npz" in error_of("tokenize", GOLDEN / "photo.png", "--model", golden_bundle, "-o", "codes.txt")
+    assert "40000" in error_of("detokenize", "codes.npz", *model)
+    assert "object.npz" in error_of("detokenize", "object.npz", *model)
+    assert "text.png" in error_of("detokenize", "text.png", *model)
+    assert "exists" in error_of("convert", "absent", "-o", golden_bundle)
+    assert "absent" in error_of("export", "absent", "-o", "out", "--layout", "upstream")
+    assert "file" in error_of("export", "file", "-o", "out", "--layout", "upstream")
+
+
+def test_a_bundle_without_the_part_that_is_needed(golden_bundle, error_of, here):
+    shutil.copytree(golden_bundle / "vision", here / "eyes" / "vision")
+    error = error_of("generate", "a", "--model", "eyes", "-o", "out")
+    assert "eyes has no decoder" in error
+    assert run("tokenize", GOLDEN / "gray.png", "--model", "eyes", "-o", "codes.npz") == 0
+
+
+def test_a_full_disk_leaves_nothing(golden_bundle, error_of, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("numpy.savez", full)
+    arguments = (GOLDEN / "gray.png", "--model", golden_bundle, "-o", "codes.npz")
+    assert re.search(r"codes\.npz.*No space left on device", error_of("tokenize", *arguments))
+
+
+def test_ctrl_c_is_130(monkeypatch, capsys, golden_bundle):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("emu3_jax.load", interrupted)
+    assert run("generate", "a", "--model", golden_bundle, "-o", "out") == 130
+    assert capsys.readouterr().err == "emu3-jax: interrupted\n"
+
+
+def test_usage_errors_exit_with_2_too(capsys):
+    for arguments in (["generate"], ["generate", "a"], ["nonsense"], ["generate", "a", "--top-k", "x", "-o", "out"]):
+        assert run(*arguments) == 2
+    capsys.readouterr()
+
+
+def test_help_names_every_command_and_does_not_wait_for_jax():
+    script = (
+        "import sys; from emu3_jax.cli.main import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: print('jax' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("False\n")
+    assert all(command in done.stdout for command in COMMANDS)
