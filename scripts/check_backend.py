@@ -1,0 +1,125 @@
+"""Golden cases on this machine's accelerator: `python scripts/check_backend.py` from a checkout.
+
+The tests run on CPU. This repeats what depends on a backend's arithmetic (codes, latents and pixels of the vision
+tokenizer, logits and greedy sequences of the decoder, all in float32) on whatever JAX finds, prints one JSON line per
+check, and exits with 1 if any fails.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from emu3_jax.checkpoints.layouts import decoder_params, vision_params
+from emu3_jax.config import DecoderConfig, VisionConfig
+from emu3_jax.generation import engine
+from emu3_jax.generation.sampling import RowSettings
+from emu3_jax.generation.schedule import image_schedule, text_schedule
+from emu3_jax.models.cache import KVCache
+from emu3_jax.models.decoder import Decoder
+from emu3_jax.models.vision import VisionTokenizer
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "tests" / "golden"
+TOLERANCE = 1e-4
+
+
+def golden(name: str) -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / name) as data:
+        return dict(data)
+
+
+def reference_params(part: str, params) -> dict:
+    """The golden weights of `part` ("lm" or "vq") packed as a bundle's nested dict."""
+    spec = importlib.util.spec_from_file_location("reference_weights", GOLDEN / "reference_weights.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    seed = json.loads((GOLDEN / "prompts.json").read_text())["seed"]
+    tree: dict = {}
+    for param in params:
+        node = tree
+        for key in param.path[:-1]:
+            node = node.setdefault(key, {})
+        weights = [module.reference_weight(weight.name, weight.shape, seed) for weight in param.weights]
+        node[param.path[-1]] = jnp.asarray(param.pack(weights))
+    return tree
+
+
+def check_vision(config: VisionConfig, params: dict):
+    """Yields (what, worst difference or count of differing codes, limit)."""
+
+    def apply(x, method):
+        return np.asarray(
+            jax.jit(lambda p, x: VisionTokenizer(config).apply({"params": p}, x, method=method))(params, x)
+        )
+
+    arrays = golden("vision.npz")
+    for case in ("image", "image_batch", "video", "image_codes", "video_codes"):
+        codes = arrays[f"{case}/codes"]
+        if f"{case}/pixels" in arrays:
+            pixels = np.moveaxis(arrays[f"{case}/pixels"], -3, -1)
+            yield f"{case} codes", int((apply(pixels, "encode") != codes).sum()), 0
+            latents = np.moveaxis(arrays[f"{case}/latents"], -3, -1)
+            yield f"{case} latents", float(np.abs(apply(pixels, "latents") - latents).max()), TOLERANCE
+        expected = np.moveaxis(arrays[f"{case}/reconstruction"], -3, -1)
+        yield f"{case} pixels", float(np.abs(apply(codes, "decode") - expected).max()), TOLERANCE
+    for name, array in golden("images.npz").items():
+        if name.endswith("/pixels"):
+            codes = golden("images.npz")[name.replace("pixels", "codes")]
+            yield f"{name[:-7]} codes", int((apply(np.moveaxis(array, 1, -1), "encode") != codes).sum()), 0
+
+
+def check_decoder(config: DecoderConfig, params: dict):
+    """Yields (what, worst difference or count of differing tokens, limit)."""
+    arrays = golden("decoder.npz")
+    start = jnp.asarray((1 - arrays["attention_mask"]).sum(axis=1), jnp.int32)
+    tokens = jnp.asarray(arrays["input_ids"], jnp.int32)
+    cache = KVCache.create(config, start, tokens.shape[1])
+    logits, _ = jax.jit(lambda p, t, c: Decoder(config).apply({"params": p}, t, c))(params, tokens, cache)
+    yield "logits", float(np.abs(np.asarray(logits[:, -1]) - arrays["last_logits"]).max()), TOLERANCE
+
+    sequences = golden("generate.npz")
+
+    def greedy(rows: int, guidance: float) -> RowSettings:
+        values = {"temperature": 0.0, "top_k": 2**30, "top_p": 1.0, "guidance": guidance, "seed": 0}
+        dtypes = (np.float32, np.int32, np.float32, np.float32, np.uint32)
+        return RowSettings(**{k: np.full(rows, v, d) for (k, v), d in zip(values.items(), dtypes, strict=True)})
+
+    ids, length = sequences["wide/sequences"][0], int(sequences["wide/prompt_length"])
+    prompt = ids[:length].tolist()
+    negative = [config.tokens.bos, *prompt[prompt.index(config.tokens.boi) :]]  # the case's negative prompt is empty
+    height, width = sequences["wide/image_size"][0]
+    got = engine.run(params, config, [prompt], [image_schedule(height, width)], greedy(1, 5.0), [negative])
+    yield "guided picture tokens", int((got[0] != ids[length:]).sum()), 0
+
+    for name, case in (("describe", 0), ("batch", 1)):
+        texts = json.loads((GOLDEN / "text.json").read_text())["understanding_prompt"][case]
+        pairs = zip(texts["input_ids"], texts["attention_mask"], strict=True)
+        rows = [[token for token, real in zip(*pair, strict=True) if real] for pair in pairs]
+        got = engine.run(params, config, rows, [text_schedule(24)] * len(rows), greedy(len(rows), 1.0))
+        expected = sequences[f"{name}/sequences"][:, int(sequences[f"{name}/prompt_length"]) :]
+        yield f"answer tokens ({name})", int((got != expected).sum()), 0
+
+
+def main() -> int:
+    configs = json.loads((GOLDEN / "hf_configs.json").read_text())
+    vision = VisionConfig.from_published(configs["vq"])
+    decoder = dataclasses.replace(DecoderConfig.from_published(configs["lm"]), dtype="float32")
+    print(json.dumps({"device": jax.devices()[0].device_kind, "jax": jax.__version__}))
+    failed = False
+    for checks in (
+        check_vision(vision, reference_params("vq", vision_params(vision))),
+        check_decoder(decoder, reference_params("lm", decoder_params(decoder))),
+    ):
+        for what, difference, limit in checks:
+            failed |= not difference <= limit
+            print(json.dumps({"check": what, "difference": difference, "limit": limit, "ok": difference <= limit}))
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
