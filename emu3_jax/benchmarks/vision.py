@@ -28,7 +28,7 @@ def run(size: int = 256, preset: str = "270m", repeat: int = 5, compare: str | N
 
     Times are medians over `repeat` rounds after one warm round; a round times every side, so that a busy machine slows
     all of them. Both sides hold the same random weights and see the same pixels and codes. `temporary_mb` is what XLA
-    allocates beyond weights, input and output.
+    allocates beyond weights, input and output; `compile_s` is short where the persistent cache has the program.
 
     Raises:
         Emu3Error: `size` fits no codes, or `compare` is asked for on an accelerator.
