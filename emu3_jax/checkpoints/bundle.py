@@ -5,12 +5,9 @@ Each part has a `config.json`; weights are one ordinary Orbax checkpoint, `weigh
 
 import contextlib
 import dataclasses
-import errno
 import functools
 import json
 import math
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -84,48 +81,6 @@ def _in_groups(items: Iterable[Any], nbytes: Callable[[Any], int], limit: int) -
         size += nbytes(item)
     if group:
         yield group
-
-
-@contextlib.contextmanager
-def atomic_directory(target: Path, nbytes: int) -> Iterator[Path]:
-    """A temporary sibling that becomes `target` when the block succeeds, and vanishes when it does not.
-
-    Raises:
-      Emu3Error: `target` exists, its parent cannot be written, or the disk has less than `nbytes` left.
-    """
-    if target.exists():
-        raise Emu3Error(f"{target} exists already: choose another name or delete it first")
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(target.parent).free
-        if free < nbytes:
-            raise Emu3Error(
-                f"{target.parent} has {_gigabytes(free)} free, {target.name} needs {_gigabytes(nbytes)}: "
-                "free space or choose another disk"
-            )
-        temporary.mkdir()
-        try:
-            yield temporary
-            temporary.rename(target)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-    except Emu3Error:
-        raise
-    except (OSError, ValueError) as error:  # TensorStore reports a full disk as a ValueError
-        full = getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
-        if full:
-            raise Emu3Error(
-                f"{target}: the disk is full; nothing was kept; free space or choose another disk"
-            ) from error
-        if isinstance(error, OSError):
-            raise Emu3Error(f"{target}: cannot be written ({error}); choose another place") from error
-        raise
-
-
-def _gigabytes(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB"
 
 
 def write_config(directory: Path, config: Mapping[str, Any]) -> None:

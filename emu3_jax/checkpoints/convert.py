@@ -14,7 +14,6 @@ from emu3_jax.checkpoints.bundle import (
     VOCABULARY,
     Bundle,
     LazyArray,
-    atomic_directory,
     write_config,
     write_part,
 )
@@ -23,6 +22,7 @@ from emu3_jax.checkpoints.published import Published
 from emu3_jax.checkpoints.tensors import Tensor
 from emu3_jax.config import DecoderConfig, VisionConfig
 from emu3_jax.errors import Emu3Error
+from emu3_jax.files import new_directory
 from emu3_jax.text.tokenizer import Tokenizer
 
 _DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in FLOAT_DTYPES}
@@ -78,7 +78,7 @@ def convert(
     plan = _plan([Published.open(_local(name)) for name in names], dtype)
     plan.template = template or ("stage1" if any("stage1" in Path(n).name.lower() for n in names) else "chat")
     with (
-        atomic_directory(output, plan.nbytes) as directory,
+        new_directory(output, plan.nbytes) as directory,
         tqdm(total=plan.nbytes, unit="B", unit_scale=True, desc="convert", disable=None if progress else True) as bar,
     ):
         if plan.decoder is not None:

@@ -11,11 +11,12 @@ import numpy as np
 from tqdm import tqdm
 
 from emu3_jax.checkpoints import layouts
-from emu3_jax.checkpoints.bundle import VOCABULARY, Bundle, atomic_directory
+from emu3_jax.checkpoints.bundle import VOCABULARY, Bundle
 from emu3_jax.checkpoints.layouts import Layout
 from emu3_jax.checkpoints.tensors import write_safetensors
 from emu3_jax.checkpoints.transformers_tokenizer import special_ids, write_tokenizer
 from emu3_jax.errors import Emu3Error
+from emu3_jax.files import new_directory
 from emu3_jax.text.tokenizer import VISION_TOKENS_FILE
 
 LAYOUTS = ("upstream", "transformers")
@@ -54,7 +55,7 @@ def export(
         raise Emu3Error(f"{bundle.path} has neither a decoder nor a vision part: there are no weights to export")
     total = sum(a.size * a.dtype.itemsize for part in parts for a in bundle.stored(part).values())
     with (
-        atomic_directory(Path(output), total) as directory,
+        new_directory(Path(output), total) as directory,
         tqdm(total=total, unit="B", unit_scale=True, desc="export", disable=None if progress else True) as bar,
     ):
         writer = functools.partial(_write_weights, bundle, shard_bytes=shard_bytes, bar=bar)

@@ -1,7 +1,6 @@
 """`Emu3`: a loaded model that generates pictures, answers about them, and turns them into codes and back."""
 
 import dataclasses
-import functools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +19,7 @@ from emu3_jax.media.clips import Clip, preprocess_clip
 from emu3_jax.media.images import postprocess, preprocess
 from emu3_jax.media.inputs import Media, as_media
 from emu3_jax.media.sizes import generate_size
-from emu3_jax.models.vision import VisionTokenizer, check_codes
+from emu3_jax.models.vision import check_codes, make_decoder, make_encoder
 from emu3_jax.text.prompts import PromptTemplates, generation_prompt, understanding_prompt
 from emu3_jax.text.tokenizer import Tokenizer
 
@@ -247,11 +246,6 @@ class Emu3:
         return [language.tokenizer.decode(ids.tolist(), skip_special=True) for ids in generated]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "method"))
-def _apply_vision(params, x, config: VisionConfig, method: str):
-    return VisionTokenizer(config).apply({"params": params}, x, method=method)
-
-
 def _encode(vision: Vision, item: Media) -> np.ndarray:
     factor = vision.config.spatial_factor
     media = as_media(item)
@@ -266,12 +260,12 @@ def _encode(vision: Vision, item: Media) -> np.ndarray:
         if isinstance(item, str | os.PathLike):
             raise Emu3Error(f"{item}: {error}") from error
         raise
-    return np.asarray(_apply_vision(vision.params, pixels[None], vision.config, "encode"))[0]
+    return np.asarray(make_encoder(vision.config)(vision.params, pixels[None]))[0]
 
 
 def _decode(vision: Vision, codes: np.ndarray) -> Image.Image | Clip:
     check_codes(codes, vision.config)
-    pixels = np.asarray(_apply_vision(vision.params, codes[None].astype(np.int32), vision.config, "decode"))[0]
+    pixels = np.asarray(make_decoder(vision.config)(vision.params, codes[None].astype(np.int32)))[0]
     frames = postprocess(pixels, vision.image)
     return Image.fromarray(frames) if codes.ndim == 2 else Clip(frames)
 
