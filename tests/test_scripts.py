@@ -1,0 +1,106 @@
+"""The demo does what it promises, and the shell scripts are sound."""
+
+import pathlib
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from emu3_jax.errors import Emu3Error
+from emu3_jax.media.images import read_png_metadata
+
+SCRIPTS = pathlib.Path(__file__).parents[1] / "scripts"
+SHELL_SCRIPTS = sorted([*SCRIPTS.glob("*.sh"), SCRIPTS.parent / ".ci" / "run"])
+ANNOUNCED = "installing into .venv, which takes a few minutes the first time\n"
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """Lets tests import the scripts as Python finds them when it runs one."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+
+
+def test_demo(scripts, vocabulary, tmp_path, capsys):
+    import demo
+
+    demo.run(tmp_path, area=64 * 64)
+    with np.load(tmp_path / "codes.npz") as codes:
+        assert codes["chelsea"].shape == (8, 12)
+    drawn = [read_png_metadata(tmp_path / "generated" / f"{i:03d}.png") for i in range(len(demo.PROMPTS))]
+    assert [fields["prompt"] for fields in drawn] == list(demo.PROMPTS)
+    assert [fields["seed"] for fields in drawn] == ["1", "2"]
+    assert {fields["size"] for fields in drawn} == {"64x64"}
+    assert read_png_metadata(tmp_path / "reconstruction" / "chelsea.png")["model"] == "bundle"
+    assert read_png_metadata(tmp_path / "sheet.png")["weights"] == "random"
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (384 + 384 + 256 + 256 + 5 * 8, 256 + 24 + 2 * 8)
+        corner = (8, 8, 8 + 384, 8 + 256)
+        with Image.open(demo.PHOTO) as photo:
+            assert np.array_equal(np.asarray(sheet.crop(corner)), np.asarray(photo.convert("RGB")))
+
+    first = capsys.readouterr().out
+    commands = [line.split()[2] for line in first.splitlines() if line.startswith("$ emu3-jax ")]
+    assert commands == ["convert", "tokenize", "detokenize", "generate", "chat"]
+    assert "weights are random" in first
+    assert first.rstrip().endswith(str(tmp_path / "sheet.png"))
+
+
+def test_demo_stops_at_the_first_command_that_fails(scripts, tmp_path, capsys):
+    import demo
+
+    (tmp_path / "bundle").mkdir()
+    with pytest.raises(SystemExit) as stop:
+        demo.run(tmp_path)
+    assert stop.value.code == 2
+    assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("$ ")]) == 1
+
+
+def test_wrong_vocabulary_is_refused(scripts, tmp_path, monkeypatch):
+    import small_checkpoint
+
+    resources = tmp_path / "dashscope" / "resources"
+    resources.mkdir(parents=True)
+    (resources.parent / "__init__.py").touch()
+    (resources / "qwen.tiktoken").write_text("IQ== 0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(Emu3Error, match=r"qwen\.tiktoken is not Emu3's vocabulary"):
+        small_checkpoint.write_checkpoint(tmp_path / "checkpoint")
+
+
+@pytest.mark.parametrize("script", SHELL_SCRIPTS, ids=lambda path: path.name)
+def test_shell_scripts_parse(script):
+    subprocess.run(["bash", "-n", script], check=True)
+
+
+def test_environment_is_made_once(tmp_path):
+    """`in_venv` installs for each name once, and again when pyproject.toml has changed; not if that failed."""
+    shutil.copy(SCRIPTS / "venv.sh", tmp_path)
+    (tmp_path / "pyproject.toml").write_text("a = 1")
+
+    def run(name: str, install: str) -> tuple[int, str]:
+        script = f"set -euo pipefail; source venv.sh; install() {{ {install}; }}; in_venv {name} install; echo ready"
+        done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+        return done.returncode, done.stdout
+
+    assert run("demo", "false") == (1, ANNOUNCED)
+    assert run("demo", "echo installed") == (0, ANNOUNCED + "installed\nready\n")
+    assert run("demo", "echo installed") == (0, "ready\n")
+    assert run("test", "echo installed") == (0, ANNOUNCED + "installed\nready\n")
+    (tmp_path / "pyproject.toml").write_text("a = 2")
+    assert run("demo", "echo installed") == (0, ANNOUNCED + "installed\nready\n")
+
+
+def test_old_python_is_named_in_one_line(tmp_path):
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("python3", "python3.11", "python3.12", "python3.13"):
+        (tools / name).write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.2\nexit 1\n')
+        (tools / name).chmod(0o755)
+    path = f"{tools}:/usr/bin:/bin"
+    script = f"cd {tmp_path}; touch pyproject.toml; source {SCRIPTS / 'venv.sh'}; set -e; in_venv demo true"
+    done = subprocess.run(["bash", "-c", script], env={"PATH": path}, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1 and "Python 3.9.2" in done.stderr and "3.11" in done.stderr
+    assert not (tmp_path / ".venv").exists()
