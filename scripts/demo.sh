@@ -13,4 +13,5 @@ print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependenc
 }
 
 in_venv demo install
+echo "# To type these commands yourself: source .venv/bin/activate"
 exec .venv/bin/python scripts/demo.py "$@"
