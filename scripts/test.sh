@@ -12,6 +12,7 @@ install() {
 in_venv test install
 .venv/bin/python -m ruff check
 .venv/bin/python -m ruff format --check
-# The second run finds its programs compiled.
-export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$PWD/.venv/compiled}"
-exec .venv/bin/python -m pytest "$@"
+# A second run finds its programs compiled. Only a cache of limited size is locked while it is written, which two workers
+# need: one that reads a file half-written by the other warns, and warnings are errors.
+export JAX_COMPILATION_CACHE_DIR="$PWD/.venv/compiled" JAX_COMPILATION_CACHE_MAX_SIZE=2000000000
+exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
