@@ -15,6 +15,7 @@ COMMANDS = {
     "detokenize": "codes to pictures and clips",
     "generate": "prompts to pictures",
     "chat": "answers about pictures",
+    "prepare": "captioned pictures and clips to training data",
     "bench": "measure: figures as JSON lines",
 }
 

@@ -1,0 +1,33 @@
+"""What data needs of a bundle: its vision tokenizer without the decoder, and the identity of its codebook."""
+
+import os
+
+from emu3_jax.checkpoints.bundle import Bundle
+from emu3_jax.compilation import enable_persistent_cache
+from emu3_jax.data.shards import Codebook
+from emu3_jax.errors import Emu3Error
+from emu3_jax.generation.pipeline import Emu3, Vision
+
+
+def load_encoder(bundle: Bundle) -> Emu3:
+    """The bundle's vision tokenizer on the default device. The decoder stays on disk."""
+    enable_persistent_cache()
+    vision = Vision(bundle.vision_config, bundle.image_config, bundle.load_vision())
+    return Emu3(bundle.path.name, vision=vision)
+
+
+def open_bundle(path: str | os.PathLike | None) -> Bundle:
+    """The bundle at `path`. Raises `Emu3Error` if none is given, or it has no vision tokenizer."""
+    if path is None:
+        raise Emu3Error("no model was given: pass --model BUNDLE (emu3-jax convert makes one)")
+    bundle = Bundle.open(path)
+    bundle.require("vision")
+    return bundle
+
+
+def bundle_codebook(bundle: Bundle) -> Codebook:
+    """The codebook of the bundle's vision tokenizer; no other weights are kept."""
+    for param, array in bundle.arrays("vision"):
+        if param.path == ("quantize", "embedding"):
+            return Codebook.of(array)
+    raise AssertionError("every vision tokenizer has a codebook")

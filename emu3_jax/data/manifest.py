@@ -1,0 +1,171 @@
+"""The JSONL manifest that `prepare` reads, and the records that its lines become.
+
+One line: {"image": PATH or "clip": PATH, "text": ..., "conversation": [{"role": ..., "text": ...}, ...], "name": ...}.
+Paths are relative to the manifest; a line without one is plain text; text or conversation must be there.
+"""
+
+import dataclasses
+import hashlib
+import json
+import threading
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from emu3_jax.data.records import Record, Turn, check_conversation, check_text
+from emu3_jax.errors import Emu3Error
+from emu3_jax.generation.pipeline import Emu3
+from emu3_jax.media.clips import Clip, load_clip
+from emu3_jax.media.images import load_image
+from emu3_jax.text.tokenizer import Tokenizer
+
+_FIELDS = ("image", "clip", "text", "conversation", "name")
+_ENCODING = 2  # one picture on the device, and one on its way there: more would only take memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One line of a manifest, checked. At most one of `image` and `clip` is set."""
+
+    name: str
+    text: str
+    image: Path | None
+    clip: Path | None
+    conversation: tuple[Turn, ...]
+
+
+class Manifest:
+    """A manifest file. Only the places of its lines are held in memory."""
+
+    def __init__(self, path: Path):
+        """Raises `Emu3Error` if the file cannot be read or has no lines."""
+        self.path = Path(path)
+        digest, places, place = hashlib.sha256(), [], 0
+        try:
+            with self.path.open("rb") as stream:
+                for number, line in enumerate(stream, start=1):
+                    if line.strip():
+                        places.append((number, place))
+                    digest.update(line)
+                    place += len(line)
+        except OSError as error:
+            raise Emu3Error(f"cannot read {path}: {error.strerror}; give a JSONL manifest") from error
+        if not places:
+            raise Emu3Error(f"{path} has no lines: write one JSON object a line, with image or clip, and text")
+        self._places = np.array(places, np.int64)
+        self.digest = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def line(self, index: int) -> int:
+        """The number in the file, from 1, of entry `index`; blank lines are no entries."""
+        return int(self._places[index, 0])
+
+    def __getitem__(self, index: int) -> Entry:
+        """Entry `index`. Raises `Emu3Error` if its line is not what the module's docstring says."""
+        number, place = map(int, self._places[index])
+        with self.path.open("rb") as stream:
+            stream.seek(place)
+            line = stream.readline()
+        try:
+            return self._parse(line, number)
+        except Emu3Error as error:
+            raise Emu3Error(f"{self.path} line {number}: {error}") from error
+
+    def _parse(self, line: bytes, number: int) -> Entry:
+        try:
+            data = json.loads(line)
+        except ValueError as error:
+            raise Emu3Error(f"not JSON ({error}): write one JSON object a line") from error
+        if not isinstance(data, dict):
+            raise Emu3Error(f"{str(data)[:40]!r} is no object: write one JSON object a line")
+        unknown = sorted(set(data) - set(_FIELDS))
+        if unknown:
+            raise Emu3Error(f"unknown field {unknown[0]!r}: legal are {', '.join(_FIELDS)}; rename or remove it")
+        if "image" in data and "clip" in data:
+            raise Emu3Error("has both image and clip: make two lines of it")
+        paths = {field: check_text(field, data[field]) for field in ("image", "clip") if field in data}
+        conversation = check_conversation(data["conversation"]) if "conversation" in data else ()
+        text = check_text("text", data.get("text", ""))
+        if not text and not conversation and "text" not in data:
+            raise Emu3Error("has neither text nor conversation: add one")
+        if not text and not paths and not conversation:
+            raise Emu3Error("is plain text, and its text is empty: remove the line")
+        name = check_text("name", data.get("name", next(iter(paths.values()), f"line {number}")))
+        files = {field: self.path.parent / path for field, path in paths.items()}
+        return Entry(name, text, files.get("image"), files.get("clip"), conversation)
+
+
+class ManifestRecords:
+    """The records of a manifest: files are read, resized and encoded one by one, when asked for."""
+
+    def __init__(self, manifest: Manifest, model: Emu3, area: int | None, tokenizer: Tokenizer | None = None):
+        """Sets out how lines become records.
+
+        Args:
+            manifest: the lines.
+            model: its vision tokenizer encodes.
+            area: pixels that pictures and frames are resized to before the image processor has its say, keeping their
+                shape, as the reference's data preparation does; None leaves their size to the image processor alone.
+            tokenizer: where given, texts with control tokens in them are refused now rather than in training.
+        """
+        if area is not None and area < 1:
+            raise Emu3Error(f"area is {area}: it must be a number of pixels > 0, for example 518400")
+        self._manifest, self._model, self._area, self._tokenizer = manifest, model, area, tokenizer
+        self._device = threading.Semaphore(_ENCODING)
+        settings = f"{manifest.digest} {area} {model.vision.config} {model.vision.image}"
+        self.digest = hashlib.sha256(settings.encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._manifest)
+
+    def check(self, index: int) -> None:
+        """Raises the `Emu3Error` that is known of entry `index` before its picture is read."""
+        entry = self._manifest[index]
+        for path in (entry.image, entry.clip):
+            if path is not None and not path.exists():
+                raise Emu3Error(
+                    f"{self._named(index)}: there is no {path}: correct the path, it is relative to the manifest"
+                )
+        texts = (entry.text, *(turn.text for turn in entry.conversation)) if self._tokenizer else ()
+        for text in texts:
+            try:
+                self._tokenizer.encode(text)
+            except Emu3Error as error:
+                raise Emu3Error(f"{self._named(index)}: {error}") from error
+
+    def __getitem__(self, index: int) -> Record:
+        """Record `index`. Raises `Emu3Error` that names the line if it cannot be made."""
+        self.check(index)
+        entry = self._manifest[index]
+        try:
+            return Record(entry.name, entry.text, self._encode(entry), entry.conversation)
+        except Emu3Error as error:
+            raise Emu3Error(f"{self._named(index)}: {error}") from error
+
+    def _encode(self, entry: Entry) -> np.ndarray | None:
+        if entry.image is None and entry.clip is None:
+            return None
+        media = load_image(entry.image) if entry.image else load_clip(entry.clip)
+        if self._area is not None:
+            media = resize_to_area(media, self._area)
+        with self._device:
+            return self._model.tokenize([media])[0]
+
+    def _named(self, index: int) -> str:
+        return f"{self._manifest.path} line {self._manifest.line(index)}"
+
+
+def resize_to_area(media: Image.Image | Clip, area: int) -> Image.Image | Clip:
+    """A picture, or every frame of a clip, at about `area` pixels in its own shape (bicubic).
+
+    Each side is rounded for itself, as upstream's data preparation does.
+    """
+    if isinstance(media, Clip):
+        frames = [np.asarray(resize_to_area(Image.fromarray(frame), area)) for frame in media.frames]
+        return Clip(np.stack(frames), media.fps)
+    scale = (area / (media.width * media.height)) ** 0.5
+    width, height = (max(1, round(side * scale)) for side in media.size)
+    return media.resize((width, height), Image.Resampling.BICUBIC)

@@ -1,0 +1,330 @@
+"""Batches for training and evaluation: Grain pipelines over prepared data.
+
+Every process makes the same pipeline and reads its own share of each source: of the endless shuffled stream of records,
+process p of n takes records p, p + n, p + 2n, ... So the shares are equally long, nothing is left out, and a source's
+stream does not depend on the number of processes. Sources are mixed after that, which keeps each process' mixture at
+the weights. Sequences are packed first-fit into rows whose segments attention and RoPE keep apart.
+
+Making a sequence takes about a millisecond, so threads of the training process do it; there are no worker processes.
+A batch is a dict of arrays [B, S]:
+
+    tokens       int32   ids; padding is the pad token
+    segment_ids  int32   1, 2, ... within a row; 0 on padding. Attention stays within equal ids
+    positions    int32   from 0 in each segment
+    loss_mask    bool    token i is a target, predicted at i - 1. Never the first of a segment, never padding
+"""
+
+import dataclasses
+import hashlib
+import math
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from emu3_jax.data.records import Record
+from emu3_jax.data.sequences import Task, TokenSequence, padded_row
+from emu3_jax.data.shards import PreparedData
+from emu3_jax.errors import Emu3Error
+from emu3_jax.text.prompts import PromptTemplates
+from emu3_jax.text.tokenizer import Tokenizer
+
+try:
+    import grain
+except ImportError as missing:
+    raise Emu3Error("training needs Grain, which is not installed: pip install 'emu3-jax[train]'") from missing
+
+Batch = dict[str, np.ndarray]
+
+_READING = grain.ReadOptions(num_threads=4, prefetch_buffer_size=64)
+_BATCHES_AHEAD = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Prepared data and what is trained on it.
+
+    Attributes:
+        path: a directory that `emu3-jax prepare` wrote.
+        task: how its records become sequences, one of the classes of `emu3_jax.data.sequences`.
+        weight: how many of its records are drawn, in proportion to the other sources' weights.
+    """
+
+    path: str
+    task: Task
+    weight: float = 1.0
+
+    def __post_init__(self):
+        if not isinstance(self.weight, int | float) or not (math.isfinite(self.weight) and self.weight > 0):
+            raise Emu3Error(f"weight of {self.path} is {self.weight!r}: it must be a number > 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What batches are made of.
+
+    Attributes:
+        sources: at least one; several are mixed.
+        sequence_length: tokens of a row.
+        packing: rows that are filled at once. More rows leave less padding, and move records further from their place
+            in the stream. 0 packs nothing: one record a row, as the reference trains.
+        too_long: what happens to a record longer than a row: "stop", or "skip", which counts it.
+        seed: of shuffling and prompt dropout.
+        loss_on_padding: reproduces a defect of the reference, see `padded_row`; only without packing.
+    """
+
+    sources: tuple[Source, ...]
+    sequence_length: int
+    packing: int = 8
+    too_long: str = "stop"
+    seed: int = 0
+    loss_on_padding: bool = False
+
+    def __post_init__(self):
+        for field, least in (("sequence_length", 2), ("packing", 0), ("seed", 0)):
+            value = getattr(self, field)
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**32:
+                raise Emu3Error(f"data field {field} is {value!r}: it must be a whole number from {least}")
+        if not self.sources:
+            raise Emu3Error("data field sources is empty: name at least one directory of prepared data")
+        if self.too_long not in ("stop", "skip"):
+            raise Emu3Error(f"data field too_long is {self.too_long!r}: it must be stop or skip")
+        if self.loss_on_padding and self.packing:
+            raise Emu3Error("data field loss_on_padding is true: it needs packing=0, one record a row")
+
+
+class Batches:
+    """An iterator over batches whose state can be kept and restored.
+
+    `get_state` is JSON-able and tells where the iterator stands after the batches it has given; an iterator of an
+    equal pipeline that gets it by `set_state` gives the same batches from there, to the bit.
+    """
+
+    def __init__(self, dataset: "grain.IterDataset[Batch]", identity: Sequence[Any]):
+        """`identity` is all that decides the batches; states go only to where it is equal."""
+        self._pipeline = hashlib.sha256(repr(identity).encode()).hexdigest()
+        ahead = grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=_BATCHES_AHEAD)
+        # Grain 0.2's iterators complain when they are left to the interpreter's last moments: closed before those.
+        self._iterator = [iter(ahead)]
+        self.close = weakref.finalize(self, _close, self._iterator)
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> Batch:
+        return next(self._iterator[0])
+
+    def get_state(self) -> dict[str, Any]:
+        """The position, as JSON-able values."""
+        return {"pipeline": self._pipeline, "position": self._iterator[0].get_state()}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Moves to the position that `get_state` told.
+
+        Raises:
+            Emu3Error: the state is of other data, or of a pipeline with other settings.
+        """
+        if state.get("pipeline") != self._pipeline:
+            raise Emu3Error(
+                "the saved position is of other data: its sources, batch size, sequence length, packing, seed or "
+                "number of processes differ; resume with the same data settings, or start a new run"
+            )
+        self._iterator[0].set_state(state["position"])
+
+    @property
+    def skipped(self) -> int:
+        """How many records of this process were longer than a row and left out, up to the last batch."""
+        return _too_long(self._iterator[0].get_state())
+
+
+def training_batches(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    templates: PromptTemplates,
+    batch_size: int,
+    *,
+    codebook_sha256: str | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Batches:
+    """Endless batches of shuffled, mixed and packed sequences.
+
+    Args:
+        config: what they are made of.
+        tokenizer: the model's.
+        templates: the model's.
+        batch_size: rows of this process.
+        codebook_sha256: of the model's vision tokenizer where it is at hand, see `Codebook`; else sizes are compared.
+        process_index: `jax.process_index()`.
+        process_count: `jax.process_count()`.
+
+    Raises:
+        Emu3Error: a source is missing, damaged or of another codebook; while iterating, a damaged shard, or a record
+            that is too long or not of the task's kind.
+    """
+    _check_place(batch_size, process_index, process_count)
+    streams, identity = [], []
+    for number, source in enumerate(config.sources):
+        data = PreparedData(source.path)
+        data.require_codebook(tokenizer.special.visual_count, codebook_sha256)
+        builder = _Builder(source, tokenizer, templates, len(data), (config.seed, number))
+        seed = int(np.random.SeedSequence([config.seed, number]).generate_state(1)[0])
+        stream = grain.MapDataset.source(data).map_with_index(builder.draw).shuffle(seed).repeat()
+        streams.append(stream[process_index::process_count])
+        identity.append((data.index.job, source.task, source.weight))
+    mixture = grain.MapDataset.mix(streams, [source.weight for source in config.sources])
+    fitting = _FittingIterDataset(mixture.to_iter_dataset(_READING), config.sequence_length, config.too_long)
+    pad = tokenizer.special.pad
+    if config.packing:
+        rows = _packed(fitting, config.sequence_length, config.packing, pad)
+    else:
+        rows = fitting.map(
+            lambda item: padded_row(
+                TokenSequence(**item), config.sequence_length, pad, loss_on_padding=config.loss_on_padding
+            )
+        )
+    # Not the sources' paths: data may move.
+    settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)} | {"sources": identity}
+    identity = [settings, templates, batch_size, process_index, process_count]
+    return Batches(rows.batch(batch_size, drop_remainder=True), identity)
+
+
+def evaluation_batches(
+    source: Source,
+    tokenizer: Tokenizer,
+    templates: PromptTemplates,
+    batch_size: int,
+    sequence_length: int,
+    *,
+    too_long: str = "stop",
+    codebook_sha256: str | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Batches:
+    """One pass over a source in order: every record once, one a row, no prompt dropped.
+
+    Every process gets equally many batches. Rows are left empty (segment ids 0, no targets) where the records do not
+    fill the last batches, and where a record is too long and `too_long` is "skip". The other arguments and the errors
+    are those of `training_batches`.
+    """
+    _check_place(batch_size, process_index, process_count)
+    data = PreparedData(source.path)
+    data.require_codebook(tokenizer.special.visual_count, codebook_sha256)
+    builder = _Builder(source, tokenizer, templates, len(data), (0, 0))
+    pad = tokenizer.special.pad
+    empty = TokenSequence(np.zeros(0, np.int32), np.zeros(0, bool))
+
+    def row(index: int) -> Batch:
+        sequence = empty
+        if index < len(data):
+            item = builder.build(data[index], drop_prompt=False)
+            if _fits(item, sequence_length, too_long):
+                sequence = TokenSequence(item["tokens"], item["loss_mask"])
+        return padded_row(sequence, sequence_length, pad)
+
+    rounds = -(-len(data) // (batch_size * process_count))
+    rows = grain.MapDataset.range(rounds * batch_size * process_count).map(row)[process_index::process_count]
+    identity = [data.index.job, source.task, templates, batch_size, sequence_length, process_index, process_count]
+    return Batches(rows.to_iter_dataset(_READING).batch(batch_size, drop_remainder=True), identity)
+
+
+class _Builder:
+    """Records of one source to sequences, with the record's name for errors."""
+
+    def __init__(
+        self, source: Source, tokenizer: Tokenizer, templates: PromptTemplates, records: int, key: tuple[int, int]
+    ):
+        self._source, self._tokenizer, self._templates = source, tokenizer, templates
+        self._records, self._key = records, key
+
+    def draw(self, index: int, record: Record) -> dict[str, Any]:
+        """The sequence of a record at `index` in the endless stream before shuffling: epoch after epoch."""
+        dropout = self._source.task.prompt_dropout
+        # A draw belongs to record and epoch, so that no order of reading and no resumption changes it.
+        state = np.random.SeedSequence([*self._key, *divmod(index, self._records)]).generate_state(1, np.uint64)
+        return self.build(record, drop_prompt=bool(state[0] < dropout * 2.0**64))
+
+    def build(self, record: Record, drop_prompt: bool) -> dict[str, Any]:
+        """`tokens` and `loss_mask`, and in `name` what errors call the record."""
+        name = f"{self._source.path}: record {record.name!r}"
+        try:
+            sequence = self._source.task.sequence(record, self._tokenizer, self._templates, drop_prompt)
+        except Emu3Error as error:
+            raise Emu3Error(f"{name}: {error}") from error
+        mask = sequence.loss_mask.copy()
+        mask[0] = False  # nothing stands before it to predict it from
+        return {"name": name, "tokens": sequence.tokens, "loss_mask": mask}
+
+
+def _fits(item: Mapping[str, Any], length: int, too_long: str) -> bool:
+    tokens = len(item["tokens"])
+    if tokens > length and too_long == "stop":
+        raise Emu3Error(
+            f"{item['name']} has {tokens} tokens, a row has {length}: raise sequence_length, prepare with a smaller "
+            'area, or set too_long to "skip"'
+        )
+    return tokens <= length
+
+
+class _FittingIterDataset(grain.IterDataset):
+    """Passes on sequences that fit a row; counts the others, or stops at the first."""
+
+    def __init__(self, parent: grain.IterDataset, length: int, too_long: str):
+        super().__init__(parent)
+        self._length, self._too_long = length, too_long
+
+    def __iter__(self) -> "_FittingIterator":
+        return _FittingIterator(iter(self._parent), self._length, self._too_long)
+
+
+class _FittingIterator(grain.DatasetIterator):
+    def __init__(self, parent: grain.DatasetIterator, length: int, too_long: str):
+        super().__init__(parent)
+        self._length, self._too_long, self._count = length, too_long, 0
+
+    def __next__(self) -> Batch:
+        while True:
+            item = next(self._parent)
+            if _fits(item, self._length, self._too_long):
+                return {"tokens": item["tokens"], "loss_mask": item["loss_mask"]}
+            self._count += 1
+
+    def get_state(self) -> dict[str, Any]:
+        return {"parent": self._parent.get_state(), "too_long": self._count}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._parent.set_state(state["parent"])
+        self._count = state["too_long"]
+
+
+def _packed(sequences: grain.IterDataset, length: int, bins: int, pad: int) -> grain.IterDataset:
+    """Rows of several sequences each, first-fit into `bins` rows at once."""
+    rows = grain.experimental.FirstFitPackIterDataset(
+        sequences,
+        length_struct={"tokens": length, "loss_mask": length},
+        num_packing_bins=bins,
+        shuffle_bins=False,
+        meta_features=["loss_mask"],  # needs no segment ids of its own
+        padding_struct={"tokens": pad, "loss_mask": False},
+    )
+    names = {"segment_ids": "tokens_segment_ids", "positions": "tokens_positions"}
+    return rows.map(lambda row: {name: row[names.get(name, name)] for name in ("tokens", *names, "loss_mask")})
+
+
+def _too_long(state: Any) -> int:
+    """The count that `_FittingIterator` keeps, from a state that holds its state somewhere."""
+    if not isinstance(state, Mapping):
+        return 0
+    return state.get("too_long", 0) + sum(map(_too_long, state.values()))
+
+
+def _check_place(batch_size: int, process_index: int, process_count: int) -> None:
+    if batch_size < 1:
+        raise Emu3Error(f"batch_size is {batch_size}: each process needs at least one row")
+    if not 0 <= process_index < process_count:
+        raise Emu3Error(f"process_index is {process_index} of {process_count}: it must be 0 to process_count - 1")
+
+
+def _close(iterator: list[grain.DatasetIterator]) -> None:
+    iterator.pop().close()

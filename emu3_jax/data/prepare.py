@@ -1,0 +1,213 @@
+"""The job of `emu3-jax prepare`: entries to shards and an index, in parallel, resumable, over several hosts.
+
+A shard is written under another name, renamed, and then vouched for by a small JSON file beside it. A run that starts
+again keeps what is vouched for and redoes the rest. Hosts take every n-th shard; whichever finds all shards vouched for
+writes the index. Its contents follow from the shards, so it does not matter if two hosts write it at once.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from tqdm import tqdm
+
+from emu3_jax.data.records import Record
+from emu3_jax.data.shards import FORMAT, INDEX, Codebook, Index, Shard, read_json, write_json, write_shard
+from emu3_jax.errors import Emu3Error
+
+SHARD_ENTRIES = 1024  # by default: some 20 MB, and at most a few minutes of work lost when a run is killed
+
+_T, _R = TypeVar("_T"), TypeVar("_R")
+
+
+class Entries(Protocol):
+    """What can be prepared: `ManifestRecords` and `FeatureRecords`."""
+
+    digest: str  # of all that decides the records
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record:
+        """Record `index`; `Emu3Error` if it cannot be made."""
+
+    def check(self, index: int) -> None:
+        """Raises the `Emu3Error` that can be told of entry `index` without encoding it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a run left: the index, or None while shards of other hosts are missing, and how many are."""
+
+    index: Index | None
+    missing: int
+
+
+def prepare(
+    entries: Entries,
+    output: Path,
+    codebook: Codebook,
+    *,
+    shards: int | None = None,
+    workers: int = 4,
+    on_error: str = "stop",
+    host: int = 0,
+    hosts: int = 1,
+    progress: bool | None = None,
+) -> Outcome:
+    """Writes the records of `entries` to shards in `output`, and the index when all shards are there.
+
+    The bytes depend on the entries, the codebook and the number of shards, not on workers, hosts or interruptions.
+
+    Args:
+        entries: what to write, in this order.
+        output: a directory; made if need be.
+        codebook: of the tokenizer that makes the codes.
+        shards: how many files; by default one for each 1,024 entries.
+        workers: threads that read and encode.
+        on_error: "stop" at the first bad entry, or "skip" it and list it in the index.
+        host: the number of this host, from 0.
+        hosts: how many hosts share the work, each with its own number and the same `output`.
+        progress: a bar on stderr; by default if that is a terminal.
+
+    Raises:
+        Emu3Error: bad arguments, a bad entry where `on_error` is "stop", other data in `output`, a full disk. Shards
+            that were finished stay.
+    """
+    if on_error not in ("stop", "skip"):
+        raise Emu3Error(f"on_error is {on_error!r}: it must be stop or skip")
+    if hosts < 1 or not 0 <= host < hosts:
+        raise Emu3Error(f"host is {host} of {hosts}: hosts must be at least 1, and host one of 0 to hosts - 1")
+    if workers < 1:
+        raise Emu3Error(f"workers is {workers}: at least 1 is needed")
+    count = -(-len(entries) // SHARD_ENTRIES) if shards is None else shards
+    if not 1 <= count <= len(entries):
+        raise Emu3Error(f"shards is {count}: it must be 1 to {len(entries)}, the number of entries")
+    job = _job(entries.digest, codebook, count)
+    directory = _Directory(Path(output), job, count)
+    mine = range(host, count, hosts)
+    bounds = [len(entries) * number // count for number in range(count + 1)]
+    done = {number: shard for number in mine if (shard := directory.finished(number)) is not None}
+    todo = [number for number in mine if number not in done]
+    if on_error == "stop":
+        _check(entries, directory, done.values(), (i for n in todo for i in range(bounds[n], bounds[n + 1])))
+    total, finished = (sum(bounds[n + 1] - bounds[n] for n in numbers) for numbers in (mine, done))
+    bar = tqdm(total=total, initial=finished, unit=" records", disable=None if progress is None else not progress)
+    with bar, _workers(workers) as in_order:
+        for number in todo:
+            made = in_order(lambda index: _make(entries, index, on_error), range(bounds[number], bounds[number + 1]))
+            directory.write(number, made, bar.update)
+    return directory.merge(codebook)
+
+
+def _job(digest: str, codebook: Codebook, shards: int) -> str:
+    parts = {"format": FORMAT, "entries": digest, "codebook": dataclasses.asdict(codebook), "shards": shards}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _check(entries: Entries, directory: "_Directory", done: Iterable[Shard], indices: Iterable[int]) -> None:
+    """Finds what is known to be bad before the long work starts."""
+    for shard in done:
+        for reason in shard.skipped:
+            raise Emu3Error(
+                f"{reason}. An earlier run skipped it: then delete {directory.path / shard.file}, or skip again"
+            )
+    for index in indices:
+        entries.check(index)
+
+
+def _make(entries: Entries, index: int, on_error: str) -> Record | str:
+    """Record `index`, or why it was skipped."""
+    try:
+        return entries[index]
+    except Emu3Error as error:
+        if on_error == "stop":
+            raise
+        return str(error)
+
+
+@contextlib.contextmanager
+def _workers(count: int) -> Iterator[Callable[[Callable[[_T], _R], Iterable[_T]], Iterator[_R]]]:
+    """Yields a `map` over threads that keeps the order and reads ahead no further than the threads need."""
+    executor = ThreadPoolExecutor(count)
+
+    def in_order(function: Callable[[_T], _R], items: Iterable[_T]) -> Iterator[_R]:
+        pending: collections.deque[Future[_R]] = collections.deque()
+        for item in items:
+            pending.append(executor.submit(function, item))
+            if len(pending) > 2 * count:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+    try:
+        yield in_order
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+class _Directory:
+    """Where shards are written, and which of them are finished."""
+
+    def __init__(self, path: Path, job: str, count: int):
+        self.path, self._job, self._count = path, job, count
+        for file in (path / INDEX, *sorted(path.glob("shard-*.json"))):
+            if file.exists() and read_json(file).get("job") != job:
+                raise Emu3Error(
+                    f"{path} holds data prepared from another manifest, or with other options or another model: "
+                    "choose another directory, or delete it first"
+                )
+
+    def _shard(self, number: int) -> Path:
+        return self.path / f"shard-{number:05d}-of-{self._count:05d}.arrayrecord"
+
+    def finished(self, number: int) -> Shard | None:
+        """Shard `number` if it was finished and is still as it was."""
+        file = self._shard(number)
+        voucher = file.with_suffix(".json")
+        if not voucher.exists() or not file.exists():
+            return None
+        data = read_json(voucher)
+        try:
+            shard = Shard(data["file"], data["records"], data["bytes"], tuple(data["skipped"]))
+        except (KeyError, TypeError) as error:
+            raise Emu3Error(f"{voucher} is damaged ({error!r}): delete it and run again") from error
+        return shard if file.stat().st_size == shard.bytes else None
+
+    def write(self, number: int, made: Iterable[Record | str], step: Callable[[], Any]) -> None:
+        """Writes shard `number` and then vouches for it."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise Emu3Error(f"cannot make {self.path}: {error.strerror}; choose another place") from error
+        file, skipped = self._shard(number), []
+
+        def records() -> Iterator[Record]:
+            for item in made:
+                step()
+                if isinstance(item, str):
+                    skipped.append(item)
+                else:
+                    yield item
+
+        file.with_suffix(".json").unlink(missing_ok=True)
+        count, size = write_shard(file, records())
+        shard = Shard(file.name, count, size, tuple(skipped))
+        write_json(file.with_suffix(".json"), {"job": self._job, **dataclasses.asdict(shard)})
+
+    def merge(self, codebook: Codebook) -> Outcome:
+        """Writes the index if every shard is finished."""
+        shards = [self.finished(number) for number in range(self._count)]
+        finished = [shard for shard in shards if shard is not None]
+        if len(finished) < self._count:
+            return Outcome(None, self._count - len(finished))
+        index = Index(self._job, codebook, tuple(finished))
+        write_json(self.path / INDEX, index.to_json())
+        for stale in self.path.glob(".shard-*"):  # of runs that were killed
+            stale.unlink(missing_ok=True)
+        return Outcome(index, 0)

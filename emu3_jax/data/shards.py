@@ -1,0 +1,214 @@
+"""Prepared data on disk: shards of records, and the index that says what they hold.
+
+Shards are ArrayRecord files. Training shuffles globally and resumes in the middle, so records of differing length must
+be read at random; ArrayRecord does this with one seek, hashes every record, and a shard is one file, which a rename
+makes whole. TensorStore, which Orbax uses, holds dense arrays: ragged codes and texts would need offset tables beside
+them, and chunks that hold many records to read one. Grain depends on ArrayRecord anyway; there are wheels for Python
+3.11 and 3.12 on Linux and macOS, and both are maintained.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from emu3_jax.data.records import Record
+from emu3_jax.errors import Emu3Error
+from emu3_jax.files import new_file
+
+try:
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+    from array_record.python.array_record_module import ArrayRecordWriter
+except ImportError as missing:
+    raise Emu3Error("token data needs ArrayRecord, which is not installed: pip install 'emu3-jax[train]'") from missing
+
+FORMAT = 1
+INDEX = "index.json"
+_AGAIN = "run the same emu3-jax prepare again"
+
+
+@dataclasses.dataclass(frozen=True)
+class Codebook:
+    """Which codebook codes belong to: its size, and SHA-256 of its vectors.
+
+    Published models share one vision tokenizer. Training the tokenizer changes the codebook, and old codes then mean
+    something else.
+    """
+
+    size: int
+    sha256: str
+
+    @classmethod
+    def of(cls, embedding: np.ndarray) -> "Codebook":
+        """From the vectors, [K, C]: `params["quantize"]["embedding"]` of the vision tokenizer."""
+        return cls(len(embedding), hashlib.sha256(np.ascontiguousarray(embedding, np.float32).tobytes()).hexdigest())
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A finished shard: its file, what it holds, and for each skipped entry a line that names it and the reason."""
+
+    file: str
+    records: int
+    bytes: int
+    skipped: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Index:
+    """What a directory of prepared data holds.
+
+    Attributes:
+        job: SHA-256 of everything that decides the records: manifest, sizes, codebook, number of shards.
+        codebook: of the codes.
+        shards: in order.
+    """
+
+    job: str
+    codebook: Codebook
+    shards: tuple[Shard, ...]
+
+    @property
+    def records(self) -> int:
+        return sum(shard.records for shard in self.shards)
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        return tuple(skipped for shard in self.shards for skipped in shard.skipped)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "records": self.records,
+            "job": self.job,
+            "codebook": dataclasses.asdict(self.codebook),
+            "shards": [dataclasses.asdict(shard) for shard in self.shards],
+        }
+
+    @classmethod
+    def read(cls, directory: Path) -> "Index":
+        """The index of `directory`. Raises `Emu3Error` if there is none that this version reads."""
+        file = Path(directory) / INDEX
+        if not file.exists():
+            raise Emu3Error(
+                f"{directory} has no {INDEX}: give a directory that emu3-jax prepare wrote, or, if that was "
+                f"interrupted, {_AGAIN}"
+            )
+        data = read_json(file)
+        try:
+            if data["format"] != FORMAT:
+                raise Emu3Error(f"{file}: format is {data['format']!r}, this version reads {FORMAT}: prepare again")
+            shards = (Shard(**{**shard, "skipped": tuple(shard["skipped"])}) for shard in data["shards"])
+            return cls(data["job"], Codebook(**data["codebook"]), tuple(shards))
+        except (KeyError, TypeError) as error:
+            raise Emu3Error(f"{file} is damaged ({error!r}): delete it and {_AGAIN}") from error
+
+
+def read_json(file: Path) -> Any:
+    """The contents of a JSON file. Raises `Emu3Error` if it is unreadable or no JSON."""
+    try:
+        return json.loads(file.read_bytes())
+    except OSError as error:
+        raise Emu3Error(f"cannot read {file}: {error.strerror}; {_AGAIN}") from error
+    except ValueError as error:
+        raise Emu3Error(f"{file} is damaged ({error}): delete it and {_AGAIN}") from error
+
+
+def write_json(file: Path, data: Any) -> None:
+    """Writes a JSON file, whole or not at all."""
+    with new_file(file) as temporary:
+        temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_shard(file: Path, records: Iterable[Record]) -> tuple[int, int]:
+    """Writes a shard, whole or not at all; equal records give equal bytes. Returns its records and bytes.
+
+    Raises:
+        Emu3Error: if it cannot be written, for example because the disk is full. Errors of `records` pass through.
+    """
+    count = 0
+    with new_file(file) as temporary:
+        writer = _writing(file, ArrayRecordWriter, str(temporary), "group_size:1")  # each record read on its own
+        for record in records:
+            _writing(file, writer.write, record.to_bytes())
+            count += 1
+        _writing(file, writer.close)
+        size = temporary.stat().st_size
+    return count, size
+
+
+def _writing(file: Path, step, *arguments):
+    try:
+        return step(*arguments)
+    except RuntimeError as error:  # what ArrayRecord raises for every failure of the system
+        reason = str(error).split(";", 1)[0]
+        raise Emu3Error(f"cannot write {file}: {reason}; free space or choose another place") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class _Range:
+    """All records of a file, in the form in which `ArrayRecordDataSource` does not open it to count."""
+
+    filename: str
+    skip: int
+    take: int
+    examples_in_shard: int
+
+
+class PreparedData:
+    """The records of a directory that `prepare` wrote, read at random; a source for Grain."""
+
+    def __init__(self, directory: Path):
+        """Opens the directory. Raises `Emu3Error` if a shard is missing or cut, or there are no records."""
+        self.directory = Path(directory)
+        self.index = Index.read(self.directory)
+        if not self.index.records:
+            raise Emu3Error(f"{directory} holds no records: all {len(self.index.skipped)} entries were skipped")
+        for shard in self.index.shards:
+            file = self.directory / shard.file
+            size = file.stat().st_size if file.is_file() else 0
+            if size != shard.bytes:
+                raise Emu3Error(
+                    f"{file} has {size} bytes, {INDEX} says {shard.bytes}: copy the directory again, or delete this "
+                    f"shard and {_AGAIN}"
+                )
+        self._shards = [shard for shard in self.index.shards if shard.records]
+        ranges = [_Range(str(self.directory / s.file), 0, s.records, s.records) for s in self._shards]
+        self._source = ArrayRecordDataSource(ranges)
+        self._ends = np.cumsum([shard.records for shard in self._shards])
+
+    def __len__(self) -> int:
+        return self.index.records
+
+    def __getitem__(self, index: int) -> Record:
+        """Record `index`. Raises `Emu3Error` that names the shard if it is damaged."""
+        try:
+            return Record.from_bytes(self._source[index])
+        except (RuntimeError, IndexError, Emu3Error) as error:
+            shard = int(np.searchsorted(self._ends, index, side="right"))
+            file = self.directory / self._shards[shard].file
+            reason = str(error).split("; ", 1)[0]
+            raise Emu3Error(f"{file} is damaged ({reason}): delete it and {_AGAIN}") from error
+
+    def require_codebook(self, size: int, sha256: str | None = None) -> None:
+        """Refuses codes of another vision tokenizer.
+
+        Args:
+            size: codes of the model, `SpecialTokens.visual_count`.
+            sha256: of the model's codebook, where the model has its vision tokenizer with it.
+        """
+        ours = self.index.codebook
+        if ours.size != size:
+            raise Emu3Error(
+                f"{self.directory} was prepared with a codebook of {ours.size} codes, the model has {size}: prepare "
+                "the data with this model"
+            )
+        if sha256 is not None and ours.sha256 != sha256:
+            raise Emu3Error(
+                f"{self.directory} was prepared with another vision tokenizer (codebook {ours.sha256[:12]}, the model "
+                f"has {sha256[:12]}): prepare the data with this model"
+            )
