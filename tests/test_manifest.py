@@ -1,0 +1,259 @@
+"""Manifests and their records, the bytes of a record, and the reference's feature lists."""
+
+import json
+import os
+import pathlib
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN, golden_npz
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from PIL import Image
+
+from emu3_jax import Clip, Emu3Error
+from emu3_jax.data.features import FeatureRecords
+from emu3_jax.data.manifest import Manifest, ManifestRecords, resize_to_area
+from emu3_jax.data.records import Record, Turn
+
+TALK = [{"role": "user", "text": "Was?"}, {"role": "assistant", "text": "Ein Hund."}]
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    """Writes a manifest of the given lines (objects, or text as it stands); returns it."""
+
+    def write(*lines) -> Manifest:
+        file = tmp_path / "m.jsonl"
+        file.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+        return Manifest(file)
+
+    return write
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+codes = hnp.arrays(np.int32, hnp.array_shapes(min_dims=2, max_dims=3, max_side=4), elements=st.integers(0, 2**17))
+
+
+@given(name=texts, text=texts, codes=st.none() | codes, turns=st.lists(st.builds(Turn, texts, texts), max_size=2))
+def test_records_survive_their_bytes(name, text, codes, turns):
+    record = Record.from_bytes(Record(name, text, codes, tuple(turns)).to_bytes())
+    assert (record.name, record.text, record.conversation) == (name, text, tuple(turns))
+    if codes is None:
+        assert record.codes is None
+    else:
+        assert record.codes.dtype == np.int32
+        np.testing.assert_array_equal(record.codes, codes)
+
+
+def test_a_code_takes_two_bytes_where_it_fits():
+    short, long = (len(Record("n", "t", np.full((9, 9), top, np.int32)).to_bytes()) for top in (65535, 65536))
+    assert long - short == 2 * 81
+
+
+@pytest.mark.parametrize("cut", [b"", b"{}\n", b"[]\n", b"\xff", b'{"name": "a", "text": "b", "codes": 1}\n'])
+def test_damaged_records(cut):
+    with pytest.raises(Emu3Error, match="the record is damaged"):
+        Record.from_bytes(cut)
+    whole = Record("a", "b", np.zeros((2, 2), np.int32)).to_bytes()
+    with pytest.raises(Emu3Error, match="the record is damaged"):
+        Record.from_bytes(whole[:-1])
+
+
+def test_entries(manifest, tmp_path):
+    lines = manifest(
+        {"image": "a.png", "text": "A"}, "", {"clip": "sub/c.gif", "text": "", "name": "clip"}, "   ",
+        {"text": "plain"}, {"image": "/abs.png", "conversation": TALK},
+    )  # fmt: skip
+    first, second, third, fourth = (lines[index] for index in range(len(lines)))
+    assert (first.name, first.image, first.clip, first.text) == ("a.png", tmp_path / "a.png", None, "A")
+    assert (second.name, second.image, second.clip) == ("clip", None, tmp_path / "sub/c.gif")
+    assert (third.name, third.image, third.clip, third.text) == ("line 5", None, None, "plain")
+    assert (fourth.image, fourth.text) == (pathlib.Path("/abs.png"), "")
+    assert fourth.conversation == (Turn("user", "Was?"), Turn("assistant", "Ein Hund."))
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{'image': 'a.png'}", "not JSON"),
+        ("\udcff", "not JSON"),
+        ("[1]", "is no object"),
+        ({"image": "a.png", "caption": "A"}, "unknown field 'caption'"),
+        ({"image": "a.png", "clip": "b.gif", "text": "A"}, "both image and clip"),
+        ({"image": "a.png"}, "neither text nor conversation"),
+        ({"text": ""}, "its text is empty"),
+        ({"image": 3, "text": "A"}, "image is 3: it must be text"),
+        ({"image": "a.png", "text": None}, "text is None: it must be text"),
+        ({"text": "\udcff"}, "surrogate"),
+        ({"text": "A", "name": 1}, "name is 1"),
+        ({"conversation": "hello"}, "conversation is 'hello'"),
+        ({"conversation": []}, "has 0 turns"),
+        ({"conversation": TALK[:1]}, "has 1 turns: it must end with an answer"),
+        ({"conversation": TALK[::-1]}, "turn 0 has role 'assistant', 'user' belongs there"),
+        ({"conversation": [{"role": "user"}]}, "turn 0 is"),
+        ({"conversation": [{"role": "user", "text": 1}]}, "conversation turn 0 is 1"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path, line, reason):
+    file = tmp_path / "m.jsonl"
+    data = line.encode("utf-8", "surrogateescape") if isinstance(line, str) else json.dumps(line).encode()
+    file.write_bytes(b'{"text": "good"}\n\n' + data + b"\n")
+    lines = Manifest(file)
+    assert lines[0].text == "good"
+    with pytest.raises(Emu3Error) as error:
+        lines[1]
+    assert str(error.value).startswith(f"{file} line 3: ") and reason in str(error.value)
+
+
+def test_manifests_that_are_none(tmp_path):
+    with pytest.raises(Emu3Error, match="cannot read"):
+        Manifest(tmp_path / "missing.jsonl")
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    with pytest.raises(Emu3Error, match="has no lines"):
+        Manifest(tmp_path / "empty.jsonl")
+
+
+@pytest.mark.parametrize("size", [(150, 100), (61, 187), (7, 9)])
+def test_sizes_are_those_of_the_reference(size):
+    """`prepare_data.py`: both sides by the square root of the areas' ratio, rounded, and Pillow's default filter."""
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), np.uint8))
+    ratio = (4096 / (size[0] * size[1])) ** 0.5
+    expected = image.resize((round(size[0] * ratio), round(size[1] * ratio)))
+    np.testing.assert_array_equal(np.asarray(resize_to_area(image, 4096)), np.asarray(expected))
+    clip = resize_to_area(Clip(np.stack([np.asarray(image)] * 2), 12.0), 4096)
+    np.testing.assert_array_equal(clip.frames, np.stack([np.asarray(expected)] * 2))
+    assert clip.fps == 12.0
+
+
+def test_records_hold_the_codes_of_the_reference(manifest, golden_model):
+    golden = golden_npz("images.npz")
+    names = ["photo", "tall", "palette"]
+    lines = manifest(*({"image": str(GOLDEN / f"{name}.png"), "text": name} for name in names), {"text": "plain"})
+    records = ManifestRecords(lines, golden_model, area=None)
+    for index, name in enumerate(names):
+        np.testing.assert_array_equal(records[index].codes, golden[f"{name}/codes"][0])
+    assert records[3].codes is None and records[3].text == "plain"
+    other = ManifestRecords(lines, golden_model, area=4096)
+    assert other[0].codes.shape == (7, 10)  # 78x52 pixels, and the processor's multiples of 8
+    assert other.digest != records.digest
+
+
+def test_clips_become_frames_of_codes(manifest, golden_model, tmp_path):
+    frames = [Image.new("RGB", (64, 64), (40 * i, 0, 90)) for i in range(6)]
+    frames[0].save(tmp_path / "c.gif", save_all=True, append_images=frames[1:], duration=100)
+    records = ManifestRecords(manifest({"clip": "c.gif", "text": "red"}), golden_model, area=4096)
+    assert records[0].codes.shape == (2, 8, 8)
+
+
+def test_pictures_that_cannot_be_used(manifest, golden_model, tmp_path):
+    (tmp_path / "broken.png").write_bytes((GOLDEN / "photo.png").read_bytes()[:500])
+    Image.new("RGB", (400, 20)).save(tmp_path / "long.png")
+    tokenizer = golden_model.language.tokenizer
+    lines = manifest(
+        {"image": "missing.png", "text": "A"}, {"image": "broken.png", "text": "B"}, {"image": "long.png", "text": "C"},
+        {"text": "<|image start|>"},
+    )  # fmt: skip
+    records = ManifestRecords(lines, golden_model, None, tokenizer)
+    for index, reason in enumerate(["there is no", "cannot read", "too elongated", "special token"]):
+        with pytest.raises(Emu3Error, match=reason) as error:
+            records[index]
+        assert f"m.jsonl line {index + 1}: " in str(error.value)
+    for index in (0, 3):  # these are known before any work
+        with pytest.raises(Emu3Error):
+            records.check(index)
+    with pytest.raises(Emu3Error, match="area is 0"):
+        ManifestRecords(lines, golden_model, 0)
+
+
+@pytest.fixture
+def features(tmp_path):
+    """Writes one feature file as the reference does, and its list; returns the records."""
+
+    def write(data, **options) -> FeatureRecords:
+        file = tmp_path / "0.pth"
+        file.write_bytes(data) if isinstance(data, bytes) else torch.save(data, file, **options)
+        (tmp_path / "train.json").write_text(json.dumps({"prefix": str(tmp_path), "path_list": ["0.pth"]}))
+        return FeatureRecords(tmp_path / "train.json", 32768)
+
+    return write
+
+
+CODES = np.arange(12).reshape(3, 4)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [CODES, CODES.T, CODES.astype(np.int32), torch.tensor(CODES), torch.tensor(CODES)[1:]],
+    ids=lambda i: type(i),
+)
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_features_are_read(features, images, protocol):
+    records = features({"name": "n", "images": images, "texts": "ein Hund"}, pickle_protocol=protocol)
+    assert len(records) == 1
+    record = records[0]
+    assert (record.name, record.text, record.codes.dtype) == ("n", "ein Hund", np.int32)
+    np.testing.assert_array_equal(record.codes, np.asarray(images))
+
+
+class Attack:
+    def __reduce__(self):
+        return os.mkdir, ("owned",)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        ({"name": "n", "images": CODES, "texts": Attack()}, "refused: its pickle asks for posix.mkdir"),
+        ({"name": "n", "images": CODES.astype(np.float32), "texts": "t"}, "pickle is damaged"),
+        ({"name": "n", "images": CODES[0], "texts": "t"}, "images is int64 [4]"),
+        ({"name": "n", "images": CODES + 40000, "texts": "t"}, "code 40011"),
+        ({"name": "n", "images": CODES - 1, "texts": "t"}, "code -1"),
+        ({"name": "n", "images": torch.tensor(CODES).T, "texts": "t"}, "a tensor with strides"),
+        ({"name": "n", "images": [1], "texts": "t"}, "images is list"),
+        ({"name": "n", "images": CODES, "texts": 3}, "texts is 3"),
+        ({"name": "n", "images": CODES}, "has no 'texts'"),
+        ([1], "holds list"),
+        (b"not a zip", "truncated"),
+        (pickle.dumps({"name": "n"}), "truncated"),
+    ],
+)
+def test_features_that_are_none(features, tmp_path, monkeypatch, data, reason):
+    monkeypatch.chdir(tmp_path)
+    records = features(data)
+    with pytest.raises(Emu3Error) as error:
+        records[0]
+    assert reason in str(error.value) and "0.pth" in str(error.value)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_cut_features(features, tmp_path):
+    records = features({"name": "n", "images": CODES, "texts": "t"})
+    whole = (tmp_path / "0.pth").read_bytes()
+    (tmp_path / "0.pth").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(Emu3Error, match="truncated"):
+        records[0]
+    with zipfile.ZipFile(tmp_path / "0.pth", "w") as archive:
+        archive.writestr("other", b"")
+    with pytest.raises(Emu3Error, match=r"holds 0 data\.pkl"):
+        records[0]
+    (tmp_path / "0.pth").unlink()
+    with pytest.raises(Emu3Error, match=r"path_list\[0\]: there is no"):
+        records.check(0)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("{", "is not JSON"), ("[]", "must be an object"), ('{"prefix": "", "path_list": []}', "path_list is empty")],
+)
+def test_lists_that_are_none(tmp_path, text, reason):
+    (tmp_path / "l.json").write_text(text)
+    with pytest.raises(Emu3Error, match=reason):
+        FeatureRecords(tmp_path / "l.json", 32768)
+    with pytest.raises(Emu3Error, match="cannot read"):
+        FeatureRecords(tmp_path / "none.json", 32768)
