@@ -1,7 +1,6 @@
 """`bench vision`: seconds to encode and decode one still picture, beside transformers on the same processor."""
 
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,8 +25,8 @@ Operations = dict[str, Callable[[np.ndarray], np.ndarray]]  # "encode": pixels t
 def run(size: int = 256, preset: str = "270m", repeat: int = 5, compare: str | None = None) -> Iterator[dict[str, Any]]:
     """Yields figures as dicts: the machine, each side, and with `compare` their ratios and how far the results differ.
 
-    Times are medians over `repeat` rounds after one warm round; a round times every side, so that a busy machine slows
-    all of them. Both sides hold the same random weights and see the same pixels and codes. `temporary_mb` is what XLA
+    Times are the shortest of `repeat` rounds after one warm round, as in `bench decode`: what else the machine does can
+    only add to them. A round times every side, so that all of them meet the same machine. Both sides hold the same random weights and see the same pixels and codes. `temporary_mb` is what XLA
     allocates beyond weights, input and output; `compile_s` is short where the persistent cache has the program.
 
     Raises:
@@ -66,7 +65,7 @@ def run(size: int = 256, preset: str = "270m", repeat: int = 5, compare: str | N
                 began = time.perf_counter()
                 calls[name](value)
                 times.setdefault((side, name), []).append(time.perf_counter() - began)
-    seconds = {key: statistics.median(values) for key, values in times.items()}
+    seconds = {key: min(values) for key, values in times.items()}
     for side, (_, figures) in sides.items():
         yield {"side": side, **{f"{name}_s": round(seconds[side, name], 3) for name in inputs}, **figures}
     if compare:

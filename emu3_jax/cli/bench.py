@@ -15,7 +15,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     vision = kinds.add_parser("vision", help="the vision tokenizer with random weights: seconds per picture")
     vision.add_argument("--size", type=int, default=256, help="picture's height and width (default: %(default)s)")
     vision.add_argument("--preset", choices=("270m", "small"), default="270m", help="shapes (default: %(default)s)")
-    vision.add_argument("--repeat", type=int, default=5, help="timed runs; the median counts (default: %(default)s)")
+    vision.add_argument("--repeat", type=int, default=5, help="timed runs; the shortest counts (default: %(default)s)")
     vision.add_argument("--compare", choices=("transformers",), help="also run this peer, same shapes, same device")
 
 
