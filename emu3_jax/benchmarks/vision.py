@@ -26,8 +26,9 @@ def run(size: int = 256, preset: str = "270m", repeat: int = 5, compare: str | N
     """Yields figures as dicts: the machine, each side, and with `compare` their ratios and how far the results differ.
 
     Times are the shortest of `repeat` rounds after one warm round, as in `bench decode`: what else the machine does can
-    only add to them. A round times every side, so that all of them meet the same machine. Both sides hold the same random weights and see the same pixels and codes. `temporary_mb` is what XLA
-    allocates beyond weights, input and output; `compile_s` is short where the persistent cache has the program.
+    only add to them. A round times every side, so that all of them meet the same machine. Both sides hold the same
+    random weights and see the same pixels and codes. `temporary_mb` is what XLA allocates beyond weights, input and
+    output; `compile_s` is short where the persistent cache has the program.
 
     Raises:
         Emu3Error: `size` fits no codes, or `compare` is asked for on an accelerator.
