@@ -1,0 +1,404 @@
+"""Batches: packing, mixing, sharding, dropout, positions that can be kept, and what cannot be batched."""
+
+import itertools
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import golden_json, golden_npz
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from emu3_jax import Emu3Error, SpecialTokens
+from emu3_jax.data.pipeline import Batches, DataConfig, Source, evaluation_batches, training_batches
+from emu3_jax.data.prepare import prepare
+from emu3_jax.data.records import Record, Turn
+from emu3_jax.data.sequences import ImageToText, NextFrame, TextOnly, TextToImage
+from emu3_jax.data.shards import Codebook
+from emu3_jax.text.prompts import CHAT
+from emu3_jax.text.tokenizer import Tokenizer
+
+SPECIAL = SpecialTokens()
+CODEBOOK = Codebook(SPECIAL.visual_count, "0" * 64)
+LENGTH = 64
+
+
+class Listed:
+    """Records in memory, to be prepared."""
+
+    def __init__(self, records: list[Record]):
+        self.records = records
+        self.digest = repr([record.to_bytes() for record in records])
+
+    def __len__(self):
+        return len(self.records)
+
+    def check(self, index):
+        pass
+
+    def __getitem__(self, index):
+        return self.records[index]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(vocabulary) -> Tokenizer:
+    return Tokenizer.from_files(vocabulary, SPECIAL)
+
+
+@pytest.fixture(scope="module")
+def write(tmp_path_factory):
+    """Prepares records; returns the directory."""
+
+    def prepared(records: list[Record], codebook: Codebook = CODEBOOK, shards: int = 1) -> str:
+        directory = tmp_path_factory.mktemp("data") / "out"
+        prepare(Listed(records), directory, codebook, shards=shards)
+        return str(directory)
+
+    return prepared
+
+
+def picture(number: int, rows: int = 2, columns: int = 3) -> Record:
+    """A picture that is known by its code."""
+    return Record(f"p{number}", f"caption {number}", np.full((rows, columns), number, np.int32))
+
+
+@pytest.fixture(scope="module")
+def pictures(write) -> str:
+    """Thirteen pictures of several aspect ratios, in three shards."""
+    shapes = [(2, 3), (3, 2), (1, 4), (4, 4), (5, 2)]
+    return write([picture(number, *shapes[number % 5]) for number in range(13)], shards=3)
+
+
+@pytest.fixture(scope="module")
+def documents(write) -> str:
+    return write([Record(f"d{number}", "word " * (1 + number % 9)) for number in range(20)], shards=2)
+
+
+@pytest.fixture
+def start(tokenizer):
+    """Makes training batches with small defaults; closes them at the end."""
+    opened: list[Batches] = []
+
+    def batches(*sources: Source, batch_size=2, process_index=0, process_count=1, codebook_sha256=None, **fields):
+        config = DataConfig(sources, **{"sequence_length": LENGTH, "packing": 3, **fields})
+        options = {"codebook_sha256": codebook_sha256, "process_index": process_index, "process_count": process_count}
+        opened.append(training_batches(config, tokenizer, CHAT, batch_size, **options))
+        return opened[-1]
+
+    yield batches
+    for one in opened:
+        one.close()
+
+
+def segments(batches) -> list[dict[str, np.ndarray]]:
+    """The sequences that batches hold, in the order of rows; checks what holds of every row."""
+    found = []
+    for batch in batches:
+        assert {name: array.dtype for name, array in batch.items()} == {
+            "tokens": np.int32, "segment_ids": np.int32, "positions": np.int32, "loss_mask": np.bool_,
+        }  # fmt: skip
+        assert len({array.shape for array in batch.values()}) == 1
+        for row in range(len(batch["tokens"])):
+            tokens, ids, positions, mask = (batch[k][row] for k in ("tokens", "segment_ids", "positions", "loss_mask"))
+            count = ids.max(initial=0)
+            filled = int((ids > 0).sum())
+            # Segments 1, 2, ... from the left without gaps, then padding, which is no target.
+            assert (np.diff(ids[:filled]) >= 0).all() and set(ids[:filled]) == set(range(1, count + 1))
+            assert not ids[filled:].any() and not mask[filled:].any() and not positions[filled:].any()
+            assert (tokens[filled:] == SPECIAL.pad).all()
+            for segment in range(1, count + 1):
+                inside = ids == segment
+                np.testing.assert_array_equal(positions[inside], np.arange(inside.sum()))
+                assert tokens[inside][0] == SPECIAL.bos and not mask[inside][0]
+                found.append({"tokens": tokens[inside], "loss_mask": mask[inside]})
+    return found
+
+
+def numbers(found) -> list[int]:
+    """The numbers of `picture`s."""
+    codes = [segment["tokens"][segment["tokens"] >= SPECIAL.visual_start] for segment in found]
+    assert all((c == c[0]).all() for c in codes)
+    return [int(c[0]) - SPECIAL.visual_start for c in codes]
+
+
+@settings(max_examples=20)
+@given(
+    lengths=st.lists(st.integers(0, 45), min_size=1, max_size=25),
+    length=st.integers(48, 80),
+    packing=st.integers(1, 4),
+)
+def test_packing_keeps_every_token_once(write, tokenizer, lengths, length, packing):
+    directory = write([Record(f"r{i}", f"{i % 10}" * n or "x") for i, n in enumerate(lengths)])
+    config = DataConfig((Source(directory, TextOnly()),), length, packing=packing)
+    batches = training_batches(config, tokenizer, CHAT, 1)
+    packed = segments(itertools.islice(batches, len(lengths)))
+    batches.close()
+    alone = evaluation_batches(Source(directory, TextOnly()), tokenizer, CHAT, 1, length)
+    expected = sorted(segment["tokens"].tolist() for segment in segments(alone))
+    alone.close()
+    assert len(expected) == len(lengths)
+    seen = [segment["tokens"].tolist() for segment in packed]
+    assert all(tokens in expected for tokens in seen)
+    if packing == 1:  # nothing is reordered: each epoch of the endless stream is there, one after the other
+        for first in range(0, len(seen) - len(expected) + 1, len(expected)):
+            assert sorted(seen[first : first + len(expected)]) == expected
+
+
+def test_an_epoch_is_every_record_once(start, pictures):
+    found = numbers(segments(itertools.islice(start(Source(pictures, TextToImage()), packing=0), 13)))
+    assert sorted(found[:13]) == sorted(found[13:]) == list(range(13))
+    assert found[:13] != found[13:] and found[:13] != list(range(13))
+
+
+def test_the_seed_decides_the_order(start, pictures):
+    def order(seed):
+        return numbers(segments(itertools.islice(start(Source(pictures, TextToImage()), packing=0, seed=seed), 6)))
+
+    assert order(1) == order(1)
+    assert order(1) != order(2)
+
+
+def test_packing_wastes_little_and_mixes_aspect_ratios(start, pictures):
+    batches = list(itertools.islice(start(Source(pictures, TextToImage()), packing=8), 10))
+    assert len(set(numbers(segments(batches)))) == 13
+    assert np.mean([(batch["segment_ids"] > 0).mean() for batch in batches]) > 0.8
+    assert max(batch["segment_ids"].max() for batch in batches) >= 3
+
+
+@pytest.mark.parametrize("processes", [2, 3, 5])
+def test_processes_read_different_shares_of_one_stream(start, pictures, processes):
+    source = Source(pictures, TextToImage())
+    count = 2 * 13  # two epochs
+    whole = numbers(segments(itertools.islice(start(source, packing=0, batch_size=1), count)))
+    shares = [
+        numbers(
+            segments(
+                itertools.islice(
+                    start(source, packing=0, batch_size=1, process_index=index, process_count=processes),
+                    count // processes,
+                )
+            )
+        )
+        for index in range(processes)
+    ]
+    for index, share in enumerate(shares):
+        assert share == whole[index::processes][: len(share)]
+
+
+def test_mixtures_have_their_weights(start, pictures, documents):
+    sources = (Source(pictures, TextToImage(), weight=3), Source(documents, TextOnly(), weight=1))
+    found = segments(itertools.islice(start(*sources, packing=0), 40))
+    visual = [bool((segment["tokens"] >= SPECIAL.visual_start).any()) for segment in found]
+    assert sum(visual) == 60 and 20 - sum(visual[:27]) in (-1, 0, 1)
+    # Processes keep the mixture, whatever its period.
+    share = segments(itertools.islice(start(*sources, packing=0, process_index=1, process_count=4), 10))
+    assert sum(bool((segment["tokens"] >= SPECIAL.visual_start).any()) for segment in share) == 15
+
+
+def test_prompts_are_dropped_by_record_and_epoch(start, pictures):
+    def dropped(seed=0, dropout=0.5, count=26, **options):
+        source = Source(pictures, TextToImage(prompt_dropout=dropout))
+        batches = start(source, packing=0, batch_size=1, seed=seed, **options)
+        found = segments(itertools.islice(batches, count))
+        keys = zip(numbers(found), range(count), strict=True)
+        return {
+            (number, place // 13): s["tokens"][1] == SPECIAL.boi for (number, place), s in zip(keys, found, strict=True)
+        }
+
+    first = dropped()
+    assert len(first) == 26 and 5 <= sum(first.values()) <= 21
+    assert any(first[number, 0] != first[number, 1] for number in range(13))
+    assert dropped() == first and dropped(seed=1) != first
+    assert not any(dropped(dropout=0.0).values()) and all(dropped(dropout=1.0).values())
+
+
+def test_the_default_share_of_dropped_prompts(write, start):
+    directory = write([picture(number, 1, 1) for number in range(1000)])
+    found = segments(itertools.islice(start(Source(directory, TextToImage()), packing=0, batch_size=100), 20))
+    share = np.mean([segment["tokens"][1] == SPECIAL.boi for segment in found])
+    assert 0.03 < share < 0.07  # 0.05 of 2,000: four standard deviations are 0.02
+
+
+def resumed(start, stop_at: int, make, count: int = 9) -> None:
+    """Checks that the position after `stop_at` batches yields the identical rest."""
+    batches = make()
+    taken = list(itertools.islice(batches, stop_at))
+    assert len(taken) == stop_at
+    state = json.loads(json.dumps(batches.get_state()))
+    skipped = batches.skipped
+    rest = list(itertools.islice(batches, count))
+    again = make()
+    again.set_state(state)
+    assert again.skipped == skipped
+    for expected, found in zip(rest, itertools.islice(again, count), strict=True):
+        for name in expected:
+            np.testing.assert_array_equal(expected[name], found[name])
+
+
+@pytest.mark.parametrize("packing", [0, 1, 3])
+@pytest.mark.parametrize("stop_at", [0, 1, 2, 5, 11])
+def test_an_iterator_resumes_at_any_batch(start, pictures, documents, packing, stop_at):
+    sources = (Source(pictures, TextToImage(prompt_dropout=0.5), 2), Source(documents, TextOnly()))
+    resumed(start, stop_at, lambda: start(*sources, packing=packing, sequence_length=48))
+
+
+@pytest.mark.parametrize("stop_at", range(4))
+def test_skipped_records_are_counted_across_resumption(start, pictures, stop_at):
+    def make():
+        return start(Source(pictures, TextToImage()), sequence_length=20, too_long="skip", packing=2, batch_size=1)
+
+    resumed(start, stop_at, make)
+    batches = make()
+    found = numbers(segments(itertools.islice(batches, 60)))
+    assert batches.skipped > 5 and 3 not in found  # picture 3 has 4 x 4 codes
+
+
+def test_a_position_is_only_for_its_own_data(start, pictures, documents, tmp_path):
+    state = start(Source(pictures, TextToImage())).get_state()
+    for other in (
+        start(Source(documents, TextOnly())),
+        start(Source(pictures, TextToImage(loss="all"))),
+        start(Source(pictures, TextToImage()), seed=1),
+        start(Source(pictures, TextToImage()), batch_size=1),
+        start(Source(pictures, TextToImage()), process_count=2),
+    ):
+        with pytest.raises(Emu3Error, match="the saved position is of other data"):
+            other.set_state(state)
+    (tmp_path / "moved").symlink_to(pictures)
+    start(Source(str(tmp_path / "moved"), TextToImage())).set_state(state)
+
+
+def test_every_task_in_one_mixture(write, start, pictures, documents, tokenizer):
+    turns = (Turn("user", "What"), Turn("assistant", "dog"))
+    talks = write([Record("t", "", np.full((2, 2), 9, np.int32), turns)])
+    clips = write([Record("c", "x", np.full((2, 2, 2), 5, np.int32))])
+    found = segments(
+        itertools.islice(
+            start(
+                Source(pictures, TextToImage()), Source(talks, ImageToText()), Source(clips, NextFrame()),
+                Source(documents, TextOnly()),
+            ),
+            20,
+        )
+    )  # fmt: skip
+    answers = [s["tokens"][s["loss_mask"]].tolist() for s in found]
+    assert [*tokenizer.encode("dog"), SPECIAL.eos] in answers
+    assert [SPECIAL.visual_start + 5] * 8 in answers
+
+
+def test_the_golden_sample_as_a_batch(write, tokenizer, start):
+    golden, case = golden_npz("train.npz"), golden_json("prompts.json")["train"]
+    directory = write([Record("golden", case["text"], golden["codes"].astype(np.int32))])
+    for vision_only in (True, False):
+        task = TextToImage(loss="vision" if vision_only else "all", prompt_dropout=0.0)
+        batch = next(
+            start(
+                Source(directory, task), packing=0, batch_size=1, sequence_length=128, loss_on_padding=not vision_only
+            )
+        )
+        prefix = f"vision_only={vision_only}"
+        np.testing.assert_array_equal(batch["tokens"][0], golden[f"{prefix}/input_ids"])
+        labels = np.where(batch["loss_mask"][0], batch["tokens"][0], -100)
+        # The reference labels BOS too, and shifts it out of its loss.
+        np.testing.assert_array_equal(labels[1:], golden[f"{prefix}/labels"][1:])
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_evaluation_is_every_record_once_in_equally_many_batches(pictures, tokenizer, processes):
+    source, shares = Source(pictures, TextToImage(prompt_dropout=1.0)), []
+    for index in range(processes):
+        batches = evaluation_batches(
+            source, tokenizer, CHAT, 2, LENGTH, process_index=index, process_count=processes
+        )  # fmt: skip
+        shares.append(list(batches))
+        batches.close()
+    assert {len(share) for share in shares} == {-(-13 // (2 * processes))}
+    found = segments(itertools.chain(*shares))
+    assert sorted(numbers(found)) == list(range(13))
+    assert all(segment["tokens"][1] != SPECIAL.boi for segment in found)
+
+
+def test_records_longer_than_a_row(start, pictures, tokenizer):
+    source = Source(pictures, TextToImage())
+    with pytest.raises(Emu3Error) as error:
+        list(itertools.islice(start(source, sequence_length=20), 20))
+    assert "\n" not in str(error.value)
+    assert f"{pictures}: record 'p" in str(error.value) and "a row has 20: raise sequence_length" in str(error.value)
+    with pytest.raises(Emu3Error, match="a row has 20"):
+        list(evaluation_batches(source, tokenizer, CHAT, 1, 20))
+    left = segments(evaluation_batches(source, tokenizer, CHAT, 1, 20, too_long="skip"))
+    assert 0 < len(left) < 13
+
+
+def test_records_of_another_kind_are_named(start, documents):
+    with pytest.raises(Emu3Error, match=rf"{documents}: record 'd\d+': is plain text, and text to image"):
+        next(start(Source(documents, TextToImage())))
+
+
+def test_a_damaged_shard_stops_training(write, start):
+    directory = write([picture(number, 9, 9) for number in range(3)])
+    with open(f"{directory}/shard-00000-of-00001.arrayrecord", "r+b") as shard:
+        shard.seek(150)
+        shard.write(b"damage")
+    with pytest.raises(Emu3Error, match=r"arrayrecord is damaged \("):
+        list(itertools.islice(start(Source(directory, TextToImage()), sequence_length=128), 3))
+
+
+def test_data_of_another_tokenizer(write, start, pictures):
+    with pytest.raises(Emu3Error, match="codebook of 8 codes, the model has 32768"):
+        start(Source(write([picture(0)], Codebook(8, "0" * 64)), TextToImage()))
+    with pytest.raises(Emu3Error, match="another vision tokenizer"):
+        start(Source(pictures, TextToImage()), codebook_sha256="1" * 64)
+    start(Source(pictures, TextToImage()), codebook_sha256="0" * 64)
+    with pytest.raises(Emu3Error, match=r"nowhere has no index\.json"):
+        start(Source("nowhere", TextToImage()))
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"sequence_length": 1}, "sequence_length is 1"),
+        ({"packing": -1}, "packing is -1"),
+        ({"seed": 2**32}, "seed is 4294967296"),
+        ({"too_long": "cut"}, "too_long is 'cut'"),
+        ({"sources": ()}, "sources is empty"),
+        ({"loss_on_padding": True}, "loss_on_padding is true: it needs packing=0"),
+    ],
+)
+def test_bad_settings(fields, reason):
+    with pytest.raises(Emu3Error, match=reason):
+        DataConfig(**{"sources": (Source("d", TextOnly()),), "sequence_length": 8, **fields})
+
+
+@pytest.mark.parametrize("weight", [0, -1.0, float("nan"), "1"])
+def test_bad_weights(weight):
+    with pytest.raises(Emu3Error, match="weight of d is"):
+        Source("d", TextOnly(), weight)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"), [({"batch_size": 0}, "batch_size is 0"), ({"process_index": 1}, "1 of 1")]
+)
+def test_bad_places(start, pictures, options, reason):
+    with pytest.raises(Emu3Error, match=reason):
+        start(Source(pictures, TextToImage()), **options)
+
+
+def test_an_iterator_left_open_ends_in_silence(pictures, vocabulary):
+    program = f"""
+from emu3_jax.config import SpecialTokens
+from emu3_jax.data.pipeline import DataConfig, Source, training_batches
+from emu3_jax.data.sequences import TextToImage
+from emu3_jax.text.prompts import CHAT
+from emu3_jax.text.tokenizer import Tokenizer
+
+tokenizer = Tokenizer.from_files({str(vocabulary)!r}, SpecialTokens())
+config = DataConfig((Source({pictures!r}, TextToImage()),), 64)
+batches = training_batches(config, tokenizer, CHAT, 1)
+print(next(batches)["tokens"].shape)
+"""
+    command = [sys.executable, "-W", "error", "-c", program]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (process.stdout, process.stderr, process.returncode) == ("(1, 64)\n", "", 0)
