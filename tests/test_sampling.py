@@ -83,9 +83,13 @@ def test_greedy_takes_the_first_of_the_likeliest():
     assert draw(np.array([0.0, 3.0, 3.0, 1.0]), temperature=0.0).tolist() == [0, DRAWS, 0, 0]
 
 
+# XLA's CPU code flushes subnormals to zero, which they then tie with.
+logits_values = st.floats(-30, 30, width=32, allow_subnormal=False) | st.sampled_from([-np.inf, 0.0, -0.0, 1.0])
+
+
 @settings(max_examples=60)
 @given(
-    st.lists(st.floats(-30, 30, width=32) | st.sampled_from([-np.inf, 0.0, -0.0, 1.0]), min_size=2, max_size=40),
+    st.lists(logits_values, min_size=2, max_size=40),
     st.integers(1, 45),
     st.floats(0.01, 0.999),
 )
