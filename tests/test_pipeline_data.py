@@ -125,25 +125,31 @@ def numbers(found) -> list[int]:
 
 @settings(max_examples=20)
 @given(
-    lengths=st.lists(st.integers(0, 45), min_size=1, max_size=25),
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=25),
     length=st.integers(48, 80),
     packing=st.integers(1, 4),
 )
-def test_packing_keeps_every_token_once(write, tokenizer, lengths, length, packing):
-    directory = write([Record(f"r{i}", f"{i % 10}" * n or "x") for i, n in enumerate(lengths)])
-    config = DataConfig((Source(directory, TextOnly()),), length, packing=packing)
-    batches = training_batches(config, tokenizer, CHAT, 1)
-    packed = segments(itertools.islice(batches, len(lengths)))
-    batches.close()
-    alone = evaluation_batches(Source(directory, TextOnly()), tokenizer, CHAT, 1, length)
-    expected = sorted(segment["tokens"].tolist() for segment in segments(alone))
-    alone.close()
-    assert len(expected) == len(lengths)
-    seen = [segment["tokens"].tolist() for segment in packed]
-    assert all(tokens in expected for tokens in seen)
-    if packing == 1:  # nothing is reordered: each epoch of the endless stream is there, one after the other
-        for first in range(0, len(seen) - len(expected) + 1, len(expected)):
-            assert sorted(seen[first : first + len(expected)]) == expected
+def test_packing_keeps_every_sequence_whole_and_in_order(write, tokenizer, lengths, length, packing):
+    directory = write([Record(f"r{i}", f"{i} " + "7" * n) for i, n in enumerate(lengths)])
+
+    def rows(packing, count):
+        config = DataConfig((Source(directory, TextOnly()),), length, packing=packing)
+        batches = training_batches(config, tokenizer, CHAT, 1)
+        found = [
+            [segment["tokens"].tolist() for segment in segments([batch])] for batch in itertools.islice(batches, count)
+        ]
+        batches.close()
+        return found
+
+    packed = rows(packing, 3 * packing)
+    stream = [tokens for (tokens,) in rows(0, sum(map(len, packed)))]
+    for first in range(0, len(packed), packing):  # rows that were filled together hold a stretch of the stream
+        together = packed[first : first + packing]
+        stretch = [stream.pop(0) for row in together for _ in row]
+        assert sorted(stretch) == sorted(tokens for row in together for tokens in row)
+        for row in together:
+            rest = iter(stretch)
+            assert all(tokens in rest for tokens in row)  # in the stream's order
 
 
 def test_an_epoch_is_every_record_once(start, pictures):
@@ -330,6 +336,8 @@ def test_records_longer_than_a_row(start, pictures, tokenizer):
         list(evaluation_batches(source, tokenizer, CHAT, 1, 20))
     left = segments(evaluation_batches(source, tokenizer, CHAT, 1, 20, too_long="skip"))
     assert 0 < len(left) < 13
+    with pytest.raises(Emu3Error, match="no record fits a row of 4 tokens: raise sequence_length"):
+        next(start(source, sequence_length=4, too_long="skip"))
 
 
 def test_records_of_another_kind_are_named(start, documents):
