@@ -2,11 +2,16 @@
 
 import dataclasses
 import os
+from collections.abc import Mapping
+
+from jax.sharding import Mesh
 
 from emu3_jax.checkpoints.bundle import Bundle
 from emu3_jax.compilation import enable_persistent_cache
 from emu3_jax.errors import Emu3Error
 from emu3_jax.generation.pipeline import Emu3, Language, Vision
+from emu3_jax.sharding.mesh import make_mesh
+from emu3_jax.sharding.rules import decoder_shardings, vision_shardings
 from emu3_jax.text.prompts import PRESETS
 
 
@@ -15,33 +20,38 @@ def load(
     *,
     vision: "Emu3 | str | os.PathLike | None" = None,
     dtype: str | None = None,
+    mesh: Mesh | str | Mapping[str, int] | None = None,
 ) -> Emu3:
-    """Loads a bundle onto the default device.
+    """Loads a bundle onto the default device, or spread over a mesh of devices.
 
     Args:
         model: the bundle's directory (`emu3-jax convert` makes one).
         vision: where the vision tokenizer comes from, if not from `model`: another bundle, or a loaded model, whose
             vision tokenizer is then shared in memory.
         dtype: "bfloat16", "float16" or "float32": the decoder's weights and compute dtype. By default the bundle's.
+        mesh: "tensor=4", a mapping of axes to sizes, or a mesh from `sharding.mesh.make_mesh`: the decoder's weights
+            are restored straight to their parts, and generation runs on all its devices. Results do not change.
 
     Raises:
-        Emu3Error: if a bundle is absent or damaged.
+        Emu3Error: if a bundle is absent or damaged, or the mesh does not fit the devices or the model.
     """
     if model is None:
         raise Emu3Error("no model was given: pass --model BUNDLE (emu3-jax convert makes one)")
     enable_persistent_cache()
     bundle = Bundle.open(model)
+    if mesh is not None and not isinstance(mesh, Mesh):
+        mesh = make_mesh(mesh)
     language = None
     if bundle.has("decoder"):
         config = bundle.decoder_config
         if dtype is not None:
             config = dataclasses.replace(config, dtype=dtype)
-        params = bundle.load_decoder(dtype=dtype)
-        language = Language(config, params, bundle.tokenizer(), PRESETS[bundle.template])
-    return Emu3(bundle.path.name, language, _load_vision(bundle, vision))
+        params = bundle.load_decoder(None if mesh is None else decoder_shardings(config, mesh), dtype)
+        language = Language(config, params, bundle.tokenizer(), PRESETS[bundle.template], mesh)
+    return Emu3(bundle.path.name, language, _load_vision(bundle, vision, mesh))
 
 
-def _load_vision(bundle: Bundle, vision: "Emu3 | str | os.PathLike | None") -> Vision | None:
+def _load_vision(bundle: Bundle, vision: "Emu3 | str | os.PathLike | None", mesh: Mesh | None) -> Vision | None:
     if isinstance(vision, Emu3):
         return vision.vision
     source = bundle if vision is None else Bundle.open(vision)
@@ -49,4 +59,6 @@ def _load_vision(bundle: Bundle, vision: "Emu3 | str | os.PathLike | None") -> V
         source.require("vision")
     if not source.has("vision"):
         return None
-    return Vision(source.vision_config, source.image_config, source.load_vision())
+    config = source.vision_config
+    params = source.load_vision(None if mesh is None else vision_shardings(config, mesh))
+    return Vision(config, source.image_config, params)

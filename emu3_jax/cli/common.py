@@ -4,10 +4,11 @@ import argparse
 
 
 def add_model(command: argparse.ArgumentParser) -> None:
-    """`--model`, `--vision`, `--dtype`, `--quiet`."""
+    """`--model`, `--vision`, `--dtype`, `--mesh`, `--quiet`."""
     command.add_argument("--model", metavar="BUNDLE", help="bundle to use (emu3-jax convert makes one)")
     command.add_argument("--vision", metavar="BUNDLE", help="take the vision tokenizer from this bundle")
     add_dtype(command)
+    command.add_argument("--mesh", metavar="AXIS=N[,...]", help="spread the model over devices, for example tensor=4")
     add_quiet(command)
 
 
@@ -38,7 +39,7 @@ def load_model(options: argparse.Namespace):
     """The model that the options name."""
     import emu3_jax
 
-    return emu3_jax.load(options.model, vision=options.vision, dtype=options.dtype)
+    return emu3_jax.load(options.model, vision=options.vision, dtype=options.dtype, mesh=options.mesh)
 
 
 def progress(options: argparse.Namespace) -> bool | None:

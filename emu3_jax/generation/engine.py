@@ -6,8 +6,10 @@ T steps of the schedule, P prompt slots.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 
+import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -80,7 +82,7 @@ def prefill(params, prompts, start, plan: Plan, config: DecoderConfig, variant: 
         step=jnp.zeros((), jnp.int32),
         ended=jnp.zeros((rows,), bool),
     )
-    return _emit(logits[:, 0], state, plan, config, variant)
+    return _whole(_emit(logits[:, 0], state, plan, config, variant))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "variant"), donate_argnames=("state",))
@@ -97,7 +99,7 @@ def decode(params, state: DecodeState, plan: Plan, until, config: DecoderConfig,
         logits, cache = forward(rows, state.cache)
         return _emit(logits[:, 0], state.replace(cache=cache), plan, config, variant)
 
-    return jax.lax.while_loop(proceed, step, state)
+    return _whole(jax.lax.while_loop(proceed, step, state))
 
 
 def _forward(params, config: DecoderConfig, variant: Variant) -> Callable:
@@ -125,6 +127,12 @@ def _emit(logits, state: DecodeState, plan: Plan, config: DecoderConfig, variant
     return state.replace(tokens=tokens, step=state.step + 1, ended=state.ended | (free & (token == special.eos)))
 
 
+def _whole(state: DecodeState) -> DecodeState:
+    """What each host reads, and the next call expects, whole on every device of a mesh."""
+    tokens = nn.with_logical_constraint(state.tokens, (None, None))
+    return state.replace(tokens=tokens, ended=nn.with_logical_constraint(state.ended, (None,)))
+
+
 def run(
     params,
     config: DecoderConfig,
@@ -133,6 +141,7 @@ def run(
     settings: sampling.RowSettings,
     negatives: Sequence[Sequence[int]] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    row_multiple: int = 1,
 ) -> np.ndarray:
     """Generates one sequence per row; a row's result does not depend on its batch mates.
 
@@ -144,6 +153,8 @@ def run(
         settings: how each row samples.
         negatives: the unconditional prompt of each row; None for no guidance.
         on_progress: called with (steps taken, steps in all) now and then.
+        row_multiple: the rows that are computed together are filled up to a multiple of this, the parts into which a
+            mesh splits them.
 
     Returns:
         int32 [B, longest schedule]: the generated ids; rows that end earlier are padded.
@@ -152,6 +163,14 @@ def run(
         Emu3Error: if a prompt with its schedule is longer than the model's positions.
     """
     check_positions(config, prompts, schedules, negatives)
+    count = len(prompts)
+    if negatives is not None:
+        row_multiple //= math.gcd(2, row_multiple)  # each row is two
+    fill = [*range(count), *[count - 1] * (-count % row_multiple)]
+    prompts, schedules, negatives = (
+        rows and [rows[index] for index in fill] for rows in (prompts, schedules, negatives)
+    )
+    settings = jax.tree.map(lambda column: column[np.asarray(fill)], settings)
     length = max(len(s) for s in schedules)
     stacked = stack_schedules(list(schedules), bucket(length))
     steps = sampled_steps(stacked)
@@ -184,9 +203,9 @@ def run(
             on_progress(taken, steps)
         if not visual_only and bool(state.ended.all()):
             break
-    tokens = np.array(state.tokens[:, :length])
+    tokens = np.array(state.tokens[:, :length])[:count]
     # What follows the last choice is forced and needs no forward pass.
-    tail = forced_ids(stacked[:, steps:length], config.tokens)
+    tail = forced_ids(stacked[:count, steps:length], config.tokens)
     if visual_only:
         tokens[:, steps:] = tail
     return tokens

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from PIL import Image
 from tqdm import tqdm
 
@@ -20,6 +21,7 @@ from emu3_jax.media.images import postprocess, preprocess
 from emu3_jax.media.inputs import Media, as_media
 from emu3_jax.media.sizes import generate_size
 from emu3_jax.models.vision import check_codes, make_decoder, make_encoder
+from emu3_jax.sharding.rules import batch_shards, use_mesh
 from emu3_jax.text.prompts import PromptTemplates, generation_prompt, understanding_prompt
 from emu3_jax.text.tokenizer import Tokenizer
 
@@ -35,12 +37,16 @@ class Vision:
 
 @dataclasses.dataclass(frozen=True)
 class Language:
-    """The decoder in memory, with the tokenizer and prompt templates that it was trained with."""
+    """The decoder in memory, with the tokenizer and prompt templates that it was trained with.
+
+    `mesh` is what its parameters are spread over, if anything.
+    """
 
     config: DecoderConfig
     params: Any
     tokenizer: Tokenizer
     templates: PromptTemplates
+    mesh: Mesh | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,7 +282,7 @@ def _run_batches(language, prompts, schedules, settings, negatives, batch_size, 
     rows: list[np.ndarray] = []
     total = sum(max(len(s) for s in schedules[i : i + batch_size]) for i in range(0, len(prompts), batch_size))
     bar = tqdm(total=total, unit=" tokens", disable=None if progress is None else not progress, leave=False)
-    with bar:
+    with bar, use_mesh(language.mesh):
         for first in range(0, len(prompts), batch_size):
             batch = slice(first, first + batch_size)
             base = bar.n
@@ -288,6 +294,7 @@ def _run_batches(language, prompts, schedules, settings, negatives, batch_size, 
                 jax.tree.map(lambda leaf, batch=batch: leaf[batch], settings),
                 negatives[batch] if guided else None,
                 on_progress=lambda taken, _, base=base: bar.update(base + taken - bar.n),
+                row_multiple=batch_shards(language.mesh),
             )
             rows.extend(row[: len(schedule)] for row, schedule in zip(ids, schedules[batch], strict=True))
             bar.update(base + max(len(s) for s in schedules[batch]) - bar.n)

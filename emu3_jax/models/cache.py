@@ -1,7 +1,9 @@
 """The KV cache: a plain pytree, argument and result of the decoder, donated by the decode loop."""
 
 import functools
+from typing import ClassVar
 
+import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,8 @@ class KVCache:
         length: int32 scalar, the slots written so far.
     """
 
+    AXES: ClassVar = ("batch", "kv_heads", "cache_slots", "head_dim")  # logical axes of one layer's array
+
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
     start: jax.Array
@@ -33,7 +37,7 @@ class KVCache:
     def create(cls, config: DecoderConfig, start: jax.Array, slots: int) -> "KVCache":
         """An empty cache of `slots` slots for the rows whose first slots are `start` (int32 [B])."""
         shape = (start.shape[0], config.num_kv_heads, slots, config.head_dim)
-        zeros = tuple(jnp.zeros(shape, config.dtype) for _ in range(2 * config.num_layers))
+        zeros = tuple(_place(jnp.zeros(shape, config.dtype)) for _ in range(2 * config.num_layers))
         # Strongly typed scalars: a weakly typed carry would recompile the decode loop on its second call.
         return cls(zeros[: config.num_layers], zeros[config.num_layers :], start, jnp.zeros((), jnp.int32))
 
@@ -50,14 +54,21 @@ class KVCache:
         """Puts [B, K, S, H] new keys and values into the slots from `length` on; `length` itself stays."""
         at = (0, 0, self.length, 0)
         new = [
-            (*old[:layer], lax.dynamic_update_slice(old[layer], update.astype(old[layer].dtype), at), *old[layer + 1 :])
+            _place(lax.dynamic_update_slice(old[layer], update.astype(old[layer].dtype), at))
             for old, update in ((self.keys, keys), (self.values, values))
         ]
-        return self.replace(keys=new[0], values=new[1])
+        keys, values = (
+            (*old[:layer], array, *old[layer + 1 :]) for old, array in zip((self.keys, self.values), new, strict=True)
+        )
+        return self.replace(keys=keys, values=values)
 
     def positions(self, count: int) -> jax.Array:
         """int32 [B, count]: positions of the next `count` tokens, counted from each row's own start."""
         return self.length + jnp.arange(count, dtype=jnp.int32)[None] - self.start[:, None]
+
+
+def _place(array: jax.Array) -> jax.Array:
+    return nn.with_logical_constraint(array, KVCache.AXES)
 
 
 @functools.partial(jax.jit, static_argnames="slots")

@@ -3,9 +3,13 @@
 B batch, S sequence, T cache slots, D width, V vocabulary, K KV heads, G query heads per KV head (the reference's query
 head n is k * G + g), H head width, F MLP width.
 
-Logical axes of the weights: "vocab", "embed" (D), "kv_heads" (K), "heads_per_kv" (G, or G + 2 in the fused projection),
-"head_dim" (H), "mlp" (F).
+Logical axes of the weights: "vocab", "table_width" (D of the two tables), "width" (D of the norms), "embed" (D of
+the matrices), "kv_heads" (K), "heads_per_kv" (G, or G + 2 in the fused projection), "head_dim" (H), "mlp" (F), "layers"
+(of the stacked form). Of the activations: "batch", "sequence", "width", "lookup_batch", "lookup_width". Without a mesh
+they mean nothing.
 """
+
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -13,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from emu3_jax.config import DecoderConfig
-from emu3_jax.models.attention import attend, matmul_precision
+from emu3_jax.models.attention import attend, matmul_precision, self_attention
 from emu3_jax.models.cache import KVCache
 
 
@@ -30,7 +34,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x_bsd: jax.Array) -> jax.Array:
-        init = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
+        init = nn.with_logical_partitioning(nn.initializers.ones, ("width",))
         scale = self.param("scale", init, x_bsd.shape[-1:], jnp.float32)
         x32 = x_bsd.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
@@ -58,9 +62,10 @@ class Attention(nn.Module):
     """Grouped-query attention with one fused projection, laid out by KV head so that it shards over KV heads."""
 
     config: DecoderConfig
+    implementation: str
 
     @nn.compact
-    def __call__(self, x_bsd, positions_bs, cache: KVCache | None, layer: int):
+    def __call__(self, x_bsd, positions_bs, segments_bs, cache: KVCache | None, layer: int):
         c = self.config
         d, k, h = c.hidden_size, c.num_kv_heads, c.head_dim
         g = c.num_heads // k
@@ -69,15 +74,12 @@ class Attention(nn.Module):
         w_out = _weight(self, "out", (k, g, h, d), ("kv_heads", "heads_per_kv", "head_dim", "embed"), c.num_heads * h)
         qkv = jnp.einsum("bsd,dkph->bskph", x_bsd, w_qkv.astype(x_bsd.dtype), precision=precision)
         queries_keys = rope(qkv[:, :, :, : g + 1], positions_bs, c.rope_theta)
-        keys = jnp.swapaxes(queries_keys[:, :, :, g], 1, 2)
-        values = jnp.swapaxes(qkv[:, :, :, g + 1], 1, 2)
+        queries, keys, values = queries_keys[:, :, :, :g], queries_keys[:, :, :, g], qkv[:, :, :, g + 1]
         if cache is None:
-            first, start = jnp.zeros((), jnp.int32), jnp.zeros(x_bsd.shape[:1], jnp.int32)
+            mixed = self_attention(queries, keys, values, segments_bs, self.implementation)
         else:
-            cache = cache.write(layer, keys, values)
-            keys, values = cache.keys[layer], cache.values[layer]
-            first, start = cache.length, cache.start
-        mixed = attend(queries_keys[:, :, :, :g], keys, values, first, start)
+            cache = cache.write(layer, jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2))
+            mixed = attend(queries, cache.keys[layer], cache.values[layer], cache.length, cache.start)
         # One contracted axis: with three, XLA may choose another order of them and transpose the weight every step.
         mixed = mixed.reshape(*x_bsd.shape[:2], c.num_heads * h)
         w_out = w_out.reshape(c.num_heads * h, d).astype(x_bsd.dtype)
@@ -101,17 +103,28 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer layer: pre-norm attention and pre-norm MLP, each added to the residual stream."""
+    """One transformer layer: pre-norm attention and pre-norm MLP, each added to the residual stream.
+
+    Without a cache it is the body of a scan over layers: the residual stream is the carry, and None comes beside it.
+    """
 
     config: DecoderConfig
+    implementation: str
 
     @nn.compact
-    def __call__(self, x_bsd, positions_bs, cache: KVCache | None, layer: int):
+    def __call__(self, x_bsd, positions_bs, segments_bs=None, cache: KVCache | None = None, layer: int = 0):
         epsilon = self.config.rms_norm_eps
+        attention = Attention(self.config, self.implementation, name="attention")
         normed = RMSNorm(epsilon, name="attention_norm")(x_bsd)
-        mixed, cache = Attention(self.config, name="attention")(normed, positions_bs, cache, layer)
-        x_bsd = x_bsd + mixed
-        return x_bsd + MLP(self.config, name="mlp")(RMSNorm(epsilon, name="mlp_norm")(x_bsd)), cache
+        mixed, cache = attention(normed, positions_bs, segments_bs, cache, layer)
+        x_bsd = _residual(x_bsd + mixed, cache)
+        mixed = MLP(self.config, name="mlp")(RMSNorm(epsilon, name="mlp_norm")(x_bsd))
+        return _residual(x_bsd + mixed, cache), cache
+
+
+def _residual(x_bsd: jax.Array, cache: KVCache | None) -> jax.Array:
+    """The residual stream where it belongs on a mesh; steps of generation are too short to split along the sequence."""
+    return nn.with_logical_constraint(x_bsd, ("batch", "sequence" if cache is None else None, "width"))
 
 
 class Embedding(nn.Module):
@@ -123,35 +136,74 @@ class Embedding(nn.Module):
 
     def setup(self):
         width = self.config.hidden_size
-        self.table = _weight(self, self.weight_name, (self.rows, width), ("vocab", "embed"), width)
+        self.table = _weight(self, self.weight_name, (self.rows, width), ("vocab", "table_width"), width)
 
     def lookup(self, tokens_bs: jax.Array) -> jax.Array:
-        return self.table[tokens_bs].astype(self.config.dtype)
+        # On a mesh the tokens travel, not the table: each device looks up its part of the width for the rows of all.
+        tokens_bs = nn.with_logical_constraint(tokens_bs, ("lookup_batch", None))
+        x_bsd = self.table[tokens_bs].astype(self.config.dtype)
+        # From width to rows in steps that each are one collective; in one leap the partitioner would replicate.
+        for axes in (("lookup_batch", "table_width"), ("lookup_batch", "embed"), ("batch", "lookup_width")):
+            x_bsd = nn.with_logical_constraint(x_bsd, (axes[0], None, axes[1]))
+        return x_bsd
 
     def logits(self, x_bsd: jax.Array) -> jax.Array:
         table = self.table.astype(x_bsd.dtype)
         precision = matmul_precision(x_bsd.dtype)
-        return jnp.einsum("bsd,vd->bsv", x_bsd, table, precision=precision, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("bsd,vd->bsv", x_bsd, table, precision=precision, preferred_element_type=jnp.float32)
+        # Whole rows: a split along the vocabulary would have the table, which is split by width, move at every step.
+        return nn.with_logical_constraint(logits, ("batch", None, None))
+
+
+# What the backward pass finds kept of each layer; the rest it computes again.
+REMAT_POLICIES: dict[str, Any] = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 
 
 class Decoder(nn.Module):
     """The whole decoder. Computes in `config.dtype`; logits are float32.
 
-    `params` holds one subtree per layer (`layers_0`, ...), the form that bundles store and decoding unrolls.
+    `params` holds one subtree per layer (`layers_0`, ...), the form that bundles store and decoding unrolls, or with
+    `stacked` one subtree `layers` whose arrays have a leading layer axis, the form that training scans over
+    (`stack_layers` and `unstack_layers` convert).
 
     Attributes:
         config: shapes and numerics.
         visual_head: the head has only the visual rows (`visual_head_params` cuts them out), which is exact wherever
             only visual tokens are legal; column 0 of the logits is then token id `config.tokens.visual_start`.
+        stacked: the layers are one scan over stacked parameters, which compiles once whatever their number; no cache.
+        remat: what the backward pass computes again, layer by layer: "none", "full" (all) or "dots" (all but matrix
+            products with weights).
+        attention: the implementation for whole sequences; see `attention.self_attention`.
     """
 
     config: DecoderConfig
     visual_head: bool = False
+    stacked: bool = False
+    remat: str = "none"
+    attention: str = "auto"
 
     def setup(self):
         c = self.config
         self.embed = Embedding(c, "embedding", c.vocab_size)
-        self.layers = [Block(c) for _ in range(c.num_layers)]
+        block = Block
+        if self.remat != "none":
+            # In a scan nothing could merge the two computations; outside, a barrier has to keep them apart.
+            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.stacked)
+        if self.stacked:
+            scanned = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(nn.broadcast, nn.broadcast),
+                length=c.num_layers,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+            self.layers = scanned(c, self.attention)
+        else:
+            self.layers = [block(c, self.attention) for _ in range(c.num_layers)]
         self.norm = RMSNorm(c.rms_norm_eps)
         self.head = Embedding(c, "kernel", c.tokens.visual_count if self.visual_head else c.vocab_size)
 
@@ -167,19 +219,54 @@ class Decoder(nn.Module):
         Returns:
             (logits float32 [B, S, V], the cache with S more slots filled).
         """
-        count = tokens_bs.shape[1]
         if cache is None:
-            positions = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), tokens_bs.shape)
+            hidden = self.hidden(tokens_bs)
         else:
-            positions = cache.positions(count)
-        x_bsd = self.embed.lookup(tokens_bs)
-        for index, block in enumerate(self.layers):
-            x_bsd, cache = block(x_bsd, positions, cache, index)
-        if cache is not None:
-            cache = cache.replace(length=cache.length + count)
-        if last_only:
-            x_bsd = x_bsd[:, -1:]
-        return self.head.logits(self.norm(x_bsd)), cache
+            positions = cache.positions(tokens_bs.shape[1])
+            x_bsd = _residual(self.embed.lookup(tokens_bs), cache)
+            for index, block in enumerate(self.layers):
+                x_bsd, cache = block(x_bsd, positions, None, cache, index)
+            cache = cache.replace(length=cache.length + tokens_bs.shape[1])
+            hidden = self.norm(x_bsd[:, -1:] if last_only else x_bsd)
+        return self.head.logits(hidden[:, -1:] if last_only else hidden), cache
+
+    def hidden(self, tokens_bs, positions_bs=None, segments_bs=None):
+        """What the head multiplies, for losses that never hold all logits (`training.losses`).
+
+        Args:
+            tokens_bs: int32 [B, S].
+            positions_bs: int32 [B, S], counted within each segment; by default 0, 1, ...
+            segments_bs: int32 [B, S]; a token sees the earlier tokens of its own segment. None: a row is one segment.
+
+        Returns:
+            [B, S, D] in the compute dtype, after the last norm.
+        """
+        if positions_bs is None:
+            positions_bs = jnp.broadcast_to(jnp.arange(tokens_bs.shape[1], dtype=jnp.int32), tokens_bs.shape)
+        x_bsd = _residual(self.embed.lookup(tokens_bs), None)
+        if self.stacked:
+            x_bsd, _ = self.layers(x_bsd, positions_bs, segments_bs)
+        else:
+            for block in self.layers:
+                x_bsd, _ = block(x_bsd, positions_bs, segments_bs)
+        return self.norm(x_bsd)
+
+
+def stack_layers(params, config: DecoderConfig):
+    """Parameters of the stacked form from those with one subtree per layer."""
+    layers = [params[f"layers_{index}"] for index in range(config.num_layers)]
+    rest = {name: params[name] for name in ("embed", "norm", "head")}
+    return {**rest, "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
+
+
+def unstack_layers(params, config: DecoderConfig):
+    """Parameters with one subtree per layer from those of the stacked form."""
+    rest = {name: params[name] for name in ("embed", "norm", "head")}
+    layers = {
+        f"layers_{index}": jax.tree.map(lambda leaf, index=index: leaf[index], params["layers"])
+        for index in range(config.num_layers)
+    }
+    return {**rest, **layers}
 
 
 def visual_head_params(params, config: DecoderConfig):

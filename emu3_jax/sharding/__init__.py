@@ -1,0 +1,1 @@
+"""Device meshes, and the table that lays weights and activations out on them."""

@@ -1,0 +1,64 @@
+"""Device meshes: four named axes, their sizes from a sentence like "data=2,tensor=4"."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from emu3_jax.errors import Emu3Error
+
+# Slowest first: `tensor` and `sequence` talk in every layer, so their devices are neighbours.
+AXES = ("data", "fsdp", "sequence", "tensor")
+_LEGAL = f"axes are {', '.join(AXES)}, each a whole number >= 1, and one may be -1 for all that is left"
+
+
+def make_mesh(sizes: str | Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with all of `AXES`; those that are not named have size 1.
+
+    Args:
+        sizes: "data=2,fsdp=-1" or the same as a mapping; -1 takes the devices that the other axes leave.
+        devices: all devices by default. On a single host a mesh may take a part of them, the first ones.
+
+    Raises:
+        Emu3Error: an unknown axis, a size that is not legal, or sizes whose product does not divide the devices.
+    """
+    parsed = {**dict.fromkeys(AXES, 1), **_parse(sizes)}
+    devices = list(jax.devices() if devices is None else devices)
+    described = ",".join(f"{axis}={size}" for axis, size in parsed.items() if size != 1) or "of one device"
+    fixed = math.prod(size for size in parsed.values() if size != -1)
+    if len(devices) % fixed:
+        raise Emu3Error(
+            f"mesh {described} needs {fixed} devices, which does not divide the {len(devices)} there are: "
+            "choose axis sizes whose product does"
+        )
+    parsed = {axis: len(devices) // fixed if size == -1 else size for axis, size in parsed.items()}
+    count = math.prod(parsed.values())
+    if count < len(devices) and len({device.process_index for device in devices}) > 1:
+        raise Emu3Error(
+            f"mesh {described} takes {count} of {len(devices)} devices: a mesh over several hosts must take all; "
+            "set one axis to -1"
+        )
+    # Auto: the compiler places collectives from the constraints that the model states.
+    types = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(parsed.values()), AXES, axis_types=types, devices=devices[:count])
+
+
+def _parse(sizes: str | Mapping[str, int]) -> dict[str, int]:
+    if isinstance(sizes, str):
+        pairs = [part.partition("=")[::2] for part in sizes.split(",") if part.strip()]
+    else:
+        pairs = sizes.items()
+    parsed: dict[str, int] = {}
+    for axis, size in pairs:
+        axis = axis.strip()
+        try:
+            number = int(str(size))
+        except ValueError:
+            number = 0
+        if axis not in AXES or axis in parsed or not (number >= 1 or number == -1):
+            raise Emu3Error(f"mesh {sizes!r}: {axis}={size} is not legal: {_LEGAL}; for example data=2,tensor=4")
+        parsed[axis] = number
+    if list(parsed.values()).count(-1) > 1:
+        raise Emu3Error(f"mesh {sizes!r} has more than one -1: {_LEGAL}")
+    return parsed
