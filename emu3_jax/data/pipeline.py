@@ -23,8 +23,9 @@ from typing import Any
 
 import numpy as np
 
+from emu3_jax.data.config import DataConfig, Source
 from emu3_jax.data.records import Record
-from emu3_jax.data.sequences import Task, TokenSequence, padded_row
+from emu3_jax.data.sequences import TokenSequence, padded_row
 from emu3_jax.data.shards import PreparedData
 from emu3_jax.errors import Emu3Error
 from emu3_jax.text.prompts import PromptTemplates
@@ -39,59 +40,6 @@ Batch = dict[str, np.ndarray]
 
 _READING = grain.ReadOptions(num_threads=4, prefetch_buffer_size=64)
 _BATCHES_AHEAD = 2
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """Prepared data and what is trained on it.
-
-    Attributes:
-        path: a directory that `emu3-jax prepare` wrote.
-        task: how its records become sequences, one of the classes of `emu3_jax.data.sequences`.
-        weight: how many of its records are drawn, in proportion to the other sources' weights.
-    """
-
-    path: str
-    task: Task
-    weight: float = 1.0
-
-    def __post_init__(self):
-        if not isinstance(self.weight, int | float) or not (math.isfinite(self.weight) and self.weight > 0):
-            raise Emu3Error(f"weight of {self.path} is {self.weight!r}: it must be a number > 0")
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """What batches are made of.
-
-    Attributes:
-        sources: at least one; several are mixed.
-        sequence_length: tokens of a row.
-        packing: rows that are filled at once. More rows leave less padding, and move records further from their place
-            in the stream. 0 packs nothing: one record a row, as the reference trains.
-        too_long: what happens to a record longer than a row: "stop", or "skip", which counts it.
-        seed: of shuffling and prompt dropout.
-        loss_on_padding: reproduces a defect of the reference, see `padded_row`; only without packing.
-    """
-
-    sources: tuple[Source, ...]
-    sequence_length: int
-    packing: int = 8
-    too_long: str = "stop"
-    seed: int = 0
-    loss_on_padding: bool = False
-
-    def __post_init__(self):
-        for field, least in (("sequence_length", 2), ("packing", 0), ("seed", 0)):
-            value = getattr(self, field)
-            if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**32:
-                raise Emu3Error(f"data field {field} is {value!r}: it must be a whole number from {least}")
-        if not self.sources:
-            raise Emu3Error("data field sources is empty: name at least one directory of prepared data")
-        if self.too_long not in ("stop", "skip"):
-            raise Emu3Error(f"data field too_long is {self.too_long!r}: it must be stop or skip")
-        if self.loss_on_padding and self.packing:
-            raise Emu3Error("data field loss_on_padding is true: it needs packing=0, one record a row")
 
 
 class Batches:

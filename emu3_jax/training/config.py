@@ -1,0 +1,260 @@
+"""The whole recipe of a run as one frozen config, the Python files that hold one, and `--set`."""
+
+import ast
+import dataclasses
+import difflib
+import math
+import pathlib
+import runpy
+from collections.abc import Sequence
+from typing import Any
+
+from emu3_jax.config import DecoderConfig
+from emu3_jax.data.config import DataConfig, Source
+from emu3_jax.errors import Emu3Error
+from emu3_jax.models.decoder import REMAT_POLICIES
+
+ENTRY = "config"  # the function that a config file defines
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with warm-up and cosine decay. Defaults: the reference's fine-tuning recipe (its `scripts/t2i_sft.sh`).
+
+    Attributes:
+        learning_rate: at its peak, after the warm-up.
+        final_learning_rate: where the cosine ends, at the last step.
+        warmup_steps: steps of linear warm-up from 0.
+        beta1: decay of the first moment.
+        beta2: decay of the second moment.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled, times the learning rate; the norms' scales do not decay.
+        clip_norm: gradients are scaled down to this global norm.
+        first_moment_dtype: "float32", or "bfloat16", which saves two bytes a weight.
+    """
+
+    learning_rate: float = 1e-5
+    final_learning_rate: float = 1e-6
+    warmup_steps: int = 30
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-6
+    weight_decay: float = 0.1
+    clip_norm: float = 5.0
+    first_moment_dtype: str = "float32"
+
+    def __post_init__(self):
+        for field in ("learning_rate", "eps", "clip_norm"):
+            _check(self, field, _number(getattr(self, field)) and getattr(self, field) > 0, "a number > 0")
+        ok = _number(self.final_learning_rate) and 0 <= self.final_learning_rate <= self.learning_rate
+        _check(self, "final_learning_rate", ok, f"from 0 to learning_rate ({self.learning_rate})")
+        _check(self, "weight_decay", _number(self.weight_decay) and self.weight_decay >= 0, "a number >= 0")
+        for field in ("beta1", "beta2"):
+            value = getattr(self, field)
+            _check(self, field, _number(value) and 0 <= value < 1, "from 0 to below 1")
+        _check(self, "warmup_steps", _whole(self.warmup_steps, 0), "a whole number >= 0")
+        legal = ("float32", "bfloat16")
+        _check(self, "first_moment_dtype", self.first_moment_dtype in legal, " or ".join(legal))
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """What is trained, and how its layers are computed.
+
+    Attributes:
+        bundle: the model's directory: its tokenizer, its weights unless `random`, and for pictures while training its
+            vision tokenizer. Not needed by `plan`.
+        decoder: the decoder's shapes; None for those of the bundle. With weights from the bundle they must be equal.
+        random: starts from random weights, for pretraining.
+        dtype: of the products; the weights that are trained are float32.
+        remat: what the backward pass computes again, layer by layer: "none", "dots" or "full", see `Decoder`.
+        attention: the implementation, see `models.attention`.
+    """
+
+    bundle: str
+    decoder: DecoderConfig | None = None
+    random: bool = False
+    dtype: str = "bfloat16"
+    remat: str = "full"
+    attention: str = "auto"
+
+    def __post_init__(self):
+        _check(self, "bundle", isinstance(self.bundle, str), "a directory")
+        _check(self, "decoder", isinstance(self.decoder, DecoderConfig | None), "a DecoderConfig or None")
+        if self.random:
+            _check(self, "decoder", self.decoder is not None, "given where weights are random")
+        legal = ("bfloat16", "float32")
+        _check(self, "dtype", self.dtype in legal, " or ".join(legal))
+        legal = ("none", *REMAT_POLICIES)
+        _check(self, "remat", self.remat in legal, " or ".join(legal))
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """Pictures while training, in `DIRECTORY/samples/STEP`.
+
+    Attributes:
+        prompts: what to draw.
+        every: steps between them; there is one set at the end as well.
+        ratio: width:height.
+        area: pixels; None for what the model draws by default.
+        guidance: classifier-free guidance scale.
+    """
+
+    prompts: tuple[str, ...]
+    every: int = 1000
+    ratio: str = "1:1"
+    area: int | None = None
+    guidance: float = 3.0
+
+    def __post_init__(self):
+        ok = isinstance(self.prompts, tuple) and self.prompts and all(isinstance(p, str) for p in self.prompts)
+        _check(self, "prompts", ok, "a tuple of at least one text")
+        _check(self, "every", _whole(self.every, 1), "a whole number >= 1")
+        _check(self, "area", self.area is None or _whole(self.area, 1), "a whole number >= 1, or None")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A run.
+
+    Attributes:
+        directory: of the run: checkpoints, metrics, samples, and at the end the model as a bundle. A run that finds
+            its checkpoints there goes on from the last one.
+        model: what is trained.
+        data: what it is trained on; `data.sequence_length` is the length of a row.
+        batch_size: rows of a step, over all devices and accumulated parts.
+        steps: optimiser steps in all.
+        optimizer: AdamW's numbers.
+        accumulation: parts that a step's rows are computed in, one after the other; the result is that of one part.
+        vision_weight: weight of visual targets in the loss where text is a target too (0.5 in the paper's
+            pretraining, arXiv 2409.18869, 3.2).
+        mesh: sizes of the axes data, fsdp, sequence and tensor; -1 is all that is left.
+        seed: of random weights and of the pictures' seeds; the data have their own.
+        log_every: steps between lines of metrics, which are about their last step.
+        checkpoint_every: steps between checkpoints; there is one after the last step as well.
+        keep: checkpoints that are kept, the newest.
+        evaluation: sources of which every record is evaluated, by the names they get in the metrics.
+        evaluate_every: steps between evaluations; there is one at the end as well.
+        samples: pictures while training, or None.
+        profile: first step and number of steps whose profile is recorded, or None.
+    """
+
+    directory: str
+    model: ModelConfig
+    data: DataConfig
+    batch_size: int
+    steps: int
+    optimizer: OptimizerConfig = OptimizerConfig()
+    accumulation: int = 1
+    vision_weight: float = 1.0
+    mesh: str = "fsdp=-1"
+    seed: int = 0
+    log_every: int = 1
+    checkpoint_every: int = 500
+    keep: int = 3
+    evaluation: tuple[tuple[str, Source], ...] = ()
+    evaluate_every: int = 500
+    samples: SampleConfig | None = None
+    profile: tuple[int, int] | None = None
+
+    def __post_init__(self):
+        for field, kind in (("model", ModelConfig), ("data", DataConfig), ("optimizer", OptimizerConfig)):
+            _check(self, field, isinstance(getattr(self, field), kind), f"a {kind.__name__}")
+        least = {"batch_size": 1, "steps": 1, "accumulation": 1, "seed": 0, "log_every": 1, "checkpoint_every": 1}
+        for field, minimum in {**least, "keep": 1, "evaluate_every": 1}.items():
+            _check(self, field, _whole(getattr(self, field), minimum), f"a whole number >= {minimum}")
+        _check(self, "vision_weight", _number(self.vision_weight) and self.vision_weight >= 0, "a number >= 0")
+        ok = self.batch_size % self.accumulation == 0
+        _check(self, "accumulation", ok, f"a divisor of batch_size ({self.batch_size})")
+        ok = self.optimizer.warmup_steps < self.steps
+        _check(self.optimizer, "warmup_steps", ok, f"less than steps ({self.steps})")
+        ok = isinstance(self.evaluation, tuple) and all(
+            isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) and isinstance(item[1], Source)
+            for item in self.evaluation
+        )
+        _check(self, "evaluation", ok, "a tuple of (name, Source)")
+        _check(self, "samples", isinstance(self.samples, SampleConfig | None), "a SampleConfig or None")
+        ok = self.profile is None or (
+            isinstance(self.profile, tuple) and len(self.profile) == 2 and all(_whole(v, 1) for v in self.profile)
+        )
+        _check(self, "profile", ok, "(first step, steps) or None")
+
+
+def load_config(file: str | pathlib.Path, overrides: Sequence[str] = ()) -> Any:
+    """Runs a config file and changes fields of what its function `config` returns.
+
+    Args:
+        file: Python; it is run, as any script of the user's.
+        overrides: "path.to.field=value", with indices for tuples: `data.sources.0.path=prepared`.
+
+    Raises:
+        Emu3Error: no such file, a file that fails, or an override that is not legal.
+    """
+    file = pathlib.Path(file)
+    if not file.is_file():
+        raise Emu3Error(f"{file}: no such config file; configs/ has examples")
+    try:
+        names = runpy.run_path(str(file))
+    except Emu3Error as error:
+        raise Emu3Error(f"{file}: {error}") from error
+    except Exception as error:
+        raise Emu3Error(f"{file}: {type(error).__name__}: {error}; correct the file") from error
+    if not callable(names.get(ENTRY)):
+        raise Emu3Error(f"{file}: defines no function `{ENTRY}` that returns the config; see configs/")
+    try:
+        config = names[ENTRY]()
+    except Emu3Error as error:
+        raise Emu3Error(f"{file}: {error}") from error
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        if not equals:
+            raise Emu3Error(f"--set {override}: write path.to.field=value")
+        try:
+            config = _replace(config, path.split("."), _value(text))
+        except Emu3Error as error:
+            raise Emu3Error(f"--set {override}: {error}") from error
+    return config
+
+
+def _replace(node: Any, path: list[str], value: Any) -> Any:
+    """`node` with what lies at `path` replaced, and every config on the way validated again."""
+    name, *rest = path
+    if isinstance(node, tuple):
+        if not (name.isdigit() and int(name) < len(node)):
+            raise Emu3Error(f"{name!r} is no index from 0 to {len(node) - 1}")
+        index = int(name)
+        return (*node[:index], _replace(node[index], rest, value) if rest else value, *node[index + 1 :])
+    if not dataclasses.is_dataclass(node):
+        raise Emu3Error(f"{name!r} is inside {node!r}, which has no fields")
+    fields = [field.name for field in dataclasses.fields(node)]
+    if name not in fields:
+        near = difflib.get_close_matches(name, fields, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(fields)}"
+        raise Emu3Error(f"{type(node).__name__} has no field {name!r}; {hint}")
+    old = getattr(node, name)
+    new = _replace(old, rest, value) if rest else value
+    if isinstance(old, float) and _whole(new, -math.inf):
+        new = float(new)
+    return dataclasses.replace(node, **{name: new})
+
+
+def _value(text: str) -> Any:
+    """A Python literal where the text is one, else the text."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _check(config: Any, field: str, ok: bool, legal: str) -> None:
+    if not ok:
+        raise Emu3Error(f"{type(config).__name__} field {field} is {getattr(config, field)!r}: it must be {legal}")
+
+
+def _whole(value: Any, least: float) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,300 @@
+"""Next-token cross-entropy in chunks: the logits of a whole row, 7.6 GB at 10,240 tokens, never exist.
+
+B batch, S sequence, D width, V vocabulary, N tokens of one device, C tokens of one chunk.
+
+On a mesh everything is explicit, in two `shard_map`s: each device takes the tokens that it holds, gathers the head once
+(in the compute dtype; `tensor` splits its rows, so that a tensor group shares the vocabulary) and adds up the head's
+gradient by itself, in float32, until one reduction at the end. The partitioner would reduce that gradient in every
+chunk.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from emu3_jax.models.attention import matmul_precision
+
+# Logits that exist at once: 512 x 184,622 in float32 are 0.38 GB.
+CHUNK = 512
+
+
+@flax.struct.dataclass
+class LossSums:
+    """Sums over targets, by what the target is; sums of several batches add up (`jax.tree.map`).
+
+    Attributes:
+        text: float32 scalar, the negative log-likelihood of the targets outside the visual range, in nats.
+        vision: likewise inside the range.
+        text_count: float32 scalar, how many those are; a target's weight counts.
+        vision_count: likewise.
+    """
+
+    text: jax.Array
+    vision: jax.Array
+    text_count: jax.Array
+    vision_count: jax.Array
+
+    @property
+    def total(self) -> jax.Array:
+        """The summed loss of all targets."""
+        return self.text + self.vision
+
+    @property
+    def count(self) -> jax.Array:
+        """All targets."""
+        return self.text_count + self.vision_count
+
+    @property
+    def mean(self) -> jax.Array:
+        """The mean loss of all targets; 0 where there are none."""
+        return self.total / jnp.maximum(self.count, 1.0)
+
+
+def next_tokens(tokens_bs: jax.Array, target_bs: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What each position predicts: the next token's id, and whether that is a target; the last predicts nothing.
+
+    Args:
+        tokens_bs: int32 [B, S].
+        target_bs: bool [B, S], which tokens are to be predicted.
+    """
+    last = jnp.arange(tokens_bs.shape[1]) == tokens_bs.shape[1] - 1
+    return jnp.roll(tokens_bs, -1, axis=1), jnp.where(last, False, jnp.roll(target_bs, -1, axis=1))
+
+
+def chunked_cross_entropy(
+    hidden_bsd: jax.Array,
+    head_vd: jax.Array,
+    labels_bs: jax.Array,
+    mask_bs: jax.Array,
+    visual: tuple[int, int],
+    chunk: int = CHUNK,
+) -> LossSums:
+    """Cross-entropy of `labels_bs` under softmax(hidden . head), computed in float32 over chunks of tokens.
+
+    Args:
+        hidden_bsd: [B, S, D], the decoder's `hidden`; its dtype is that of the products.
+        head_vd: [V, D], the head's kernel.
+        labels_bs: int32 [B, S], what each position predicts (see `next_tokens`), inside the vocabulary.
+        mask_bs: [B, S], bool or the weight of each label in the sums; no gradient flows to it.
+        visual: first visual id and one past the last.
+        chunk: tokens of one device whose logits exist at once.
+
+    Returns:
+        The sums by kind of target. Gradients flow to `hidden_bsd` and `head_vd`.
+    """
+    weights = mask_bs.astype(jnp.float32)
+    is_visual = (labels_bs >= visual[0]) & (labels_bs < visual[1])
+    by_kind = jnp.stack([jnp.where(is_visual, 0.0, weights), jnp.where(is_visual, weights, 0.0)])
+    sums = _sums(chunk, hidden_bsd, head_vd, labels_bs, by_kind)
+    counts = by_kind.sum(axis=(1, 2))
+    return LossSums(text=sums[0], vision=sums[1], text_count=counts[0], vision_count=counts[1])
+
+
+# ------------------------------------------------------------------------------------------------ gradients
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sums(chunk, hidden, head, labels, weights):
+    """float32 [2]: the loss summed with each of the two sets of `weights` [2, B, S]."""
+    return _sums_forward(chunk, hidden, head, labels, weights)[0]
+
+
+def _sums_forward(chunk, hidden, head, labels, weights):
+    layout = _Layout.current(hidden.shape)
+    forward = functools.partial(_local_forward, layout, chunk)
+    sums, normalisers = layout.spread(
+        forward, (layout.hidden, layout.head, layout.tokens, layout.weights), (P(), layout.tokens)
+    )(hidden, head, labels, weights)
+    return sums, (hidden, head, labels, weights, normalisers)
+
+
+def _sums_backward(chunk, residuals, gradient):
+    hidden, head, labels, weights, normalisers = residuals
+    layout = _Layout.current(hidden.shape)
+    # Both kinds of targets pull on the same logits: their weights, times what their sums are worth, add up.
+    pull = jnp.einsum("k,kbs->bs", gradient, weights)
+    backward = functools.partial(_local_backward, layout, chunk)
+    d_hidden, d_head = layout.spread(
+        backward,
+        (layout.hidden, layout.head, layout.tokens, layout.tokens, layout.tokens),
+        (layout.hidden, layout.head),
+    )(hidden, head, labels, pull, normalisers)
+    return d_hidden, d_head, np.zeros(labels.shape, jax.dtypes.float0), jnp.zeros_like(weights)
+
+
+_sums.defvjp(_sums_forward, _sums_backward)
+
+
+# ------------------------------------------------------------------------------------------------ one device
+
+
+def _local_forward(layout, chunk, hidden, head, labels, weights):
+    """The sums over all devices, and the log of each token's normaliser [B, S]."""
+    width = hidden.shape[-1]
+    rows, first = layout.gather_head(head.astype(hidden.dtype))
+
+    def step(sums, part):
+        h_cd, label_c, weight_kc = part
+        logits_cv = _logits(h_cd, rows, first, len(head))
+        top_c = layout.max_over_vocabulary(logits_cv.max(axis=-1))
+        normaliser_c = top_c + jnp.log(layout.sum_over_vocabulary(jnp.exp(logits_cv - top_c[:, None]).sum(axis=-1)))
+        mine_c, at_c = _own_rows(label_c, first, len(rows))
+        picked_c = jnp.where(mine_c, jnp.take_along_axis(logits_cv, at_c[:, None], axis=-1)[:, 0], 0.0)
+        loss_c = normaliser_c - layout.sum_over_vocabulary(picked_c)
+        return sums + weight_kc @ loss_c, normaliser_c
+
+    parts = (
+        _chunks(hidden.reshape(-1, width), chunk),
+        _chunks(labels.reshape(-1), chunk),
+        jnp.swapaxes(jax.vmap(lambda w: _chunks(w.reshape(-1), chunk))(weights), 0, 1),
+    )
+    sums, normalisers = lax.scan(step, jnp.zeros(2, jnp.float32), parts)
+    return layout.sum_over_tokens(sums), normalisers.reshape(-1)[: labels.size].reshape(labels.shape)
+
+
+def _local_backward(layout, chunk, hidden, head, labels, pull, normalisers):
+    """Gradients of `hidden` and `head`; the logits of each chunk are computed once more."""
+    width = hidden.shape[-1]
+    rows, first = layout.gather_head(head.astype(hidden.dtype))
+    precision = matmul_precision(hidden.dtype)
+
+    def step(d_rows, part):
+        h_cd, label_c, pull_c, normaliser_c = part
+        probabilities_cv = jnp.exp(_logits(h_cd, rows, first, len(head)) - normaliser_c[:, None])
+        mine_c, at_c = _own_rows(label_c, first, len(rows))
+        hit_cv = mine_c[:, None] & (at_c[:, None] == jnp.arange(len(rows)))
+        d_logits_cv = ((probabilities_cv - hit_cv) * pull_c[:, None]).astype(hidden.dtype)
+        d_h_cd = jnp.einsum("cv,vd->cd", d_logits_cv, rows, precision=precision, preferred_element_type=jnp.float32)
+        d_rows += jnp.einsum("cv,cd->vd", d_logits_cv, h_cd, precision=precision, preferred_element_type=jnp.float32)
+        return d_rows, d_h_cd.astype(hidden.dtype)
+
+    parts = (
+        _chunks(hidden.reshape(-1, width), chunk),
+        *(_chunks(x.reshape(-1), chunk) for x in (labels, pull, normalisers)),
+    )
+    d_rows, d_hidden = lax.scan(step, jnp.zeros(rows.shape, jnp.float32), parts)
+    d_hidden = layout.sum_over_vocabulary(d_hidden.reshape(-1, width)[: labels.size].reshape(hidden.shape))
+    return d_hidden, layout.scatter_head(d_rows, len(head)).astype(head.dtype)
+
+
+def _logits(h_cd, rows_vd, first, vocabulary):
+    """float32 [C, V] against some rows of the head, from row `first` on; rows past the vocabulary get no mass."""
+    logits = jnp.einsum(
+        "cd,vd->cv", h_cd, rows_vd, precision=matmul_precision(h_cd.dtype), preferred_element_type=jnp.float32
+    )
+    return jnp.where(first + jnp.arange(len(rows_vd)) < vocabulary, logits, -jnp.inf)
+
+
+def _own_rows(label_c, first, count):
+    """Which labels are among the rows `first .. first + count - 1`, and where (0 if not)."""
+    at = label_c - first
+    mine = (at >= 0) & (at < count)
+    return mine, jnp.where(mine, at, 0)
+
+
+def _chunks(x: jax.Array, chunk: int) -> jax.Array:
+    """[N, ...] as [chunks, C, ...], filled up with zeros."""
+    size = min(chunk, len(x))
+    count = -(-len(x) // size)
+    return jnp.pad(x, ((0, count * size - len(x)), *((0, 0),) * (x.ndim - 1))).reshape(count, size, *x.shape[1:])
+
+
+# ------------------------------------------------------------------------------------------------ the mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """How tokens and the head lie on a mesh, and the collectives that follow; without a mesh, none.
+
+    Each field of axes holds those of more than one device.
+    """
+
+    mesh: Any = None
+    batch: tuple[str, ...] = ()  # splits rows of tokens
+    sequence: tuple[str, ...] = ()  # splits positions
+    gathered: tuple[str, ...] = ()  # splits the head's width; gathered for the products
+    vocabulary: tuple[str, ...] = ()  # splits the head's width too; exchanged for a split of its rows
+
+    @classmethod
+    def current(cls, shape: tuple[int, ...]) -> "_Layout":
+        """Of hidden states of this shape; without a mesh, or one that does not split them evenly, no layout."""
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty:
+            return cls()
+
+        def axes(name):
+            (found,) = nn.logical_to_mesh_axes((name,))
+            return tuple(a for a in ((found,) if isinstance(found, str) else found or ()) if mesh.shape[a] > 1)
+
+        batch, sequence, gathered, table = map(axes, ("batch", "sequence", "embed", "table_width"))
+        for size, names in zip(shape, (batch, sequence), strict=False):
+            if size % math.prod(mesh.shape[a] for a in names):
+                return cls()
+        return cls(mesh, batch, sequence, gathered, tuple(a for a in table if a not in gathered))
+
+    @property
+    def tokens(self) -> P:
+        return P(self.batch, self.sequence)
+
+    @property
+    def weights(self) -> P:
+        return P(None, self.batch, self.sequence)
+
+    @property
+    def hidden(self) -> P:
+        return P(self.batch, self.sequence, None)
+
+    @property
+    def head(self) -> P:
+        return P(None, self.gathered + self.vocabulary)
+
+    def spread(self, function, in_specs, out_specs):
+        """`function` on each device's part."""
+        if self.mesh is None:
+            return function
+        return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+    def gather_head(self, head: jax.Array) -> tuple[jax.Array, jax.Array | int]:
+        """This device's rows of the head, in full width, and which the first of them is.
+
+        The rows split evenly once zeros fill them up; `_logits` gives those no mass.
+        """
+        first = 0
+        if self.vocabulary:
+            fill = -len(head) % lax.axis_size(self.vocabulary)
+            head = jnp.pad(head, ((0, fill), (0, 0)))
+            head = lax.all_to_all(head, self.vocabulary, split_axis=0, concat_axis=1, tiled=True)
+            first = lax.axis_index(self.vocabulary) * len(head)
+        if self.gathered:
+            head = lax.all_gather(head, self.gathered, axis=1, tiled=True)
+        return head, first
+
+    def scatter_head(self, d_rows: jax.Array, vocabulary: int) -> jax.Array:
+        """The gradient of the head as this device holds it, from each device's gradient of its rows."""
+        if self.gathered:
+            d_rows = lax.psum_scatter(d_rows, self.gathered, scatter_dimension=1, tiled=True)
+        replicas = tuple(a for a in self.batch + self.sequence if a not in self.gathered)
+        if replicas:
+            d_rows = lax.psum(d_rows, replicas)
+        if self.vocabulary:
+            d_rows = lax.all_to_all(d_rows, self.vocabulary, split_axis=1, concat_axis=0, tiled=True)
+        return d_rows[:vocabulary]
+
+    def sum_over_tokens(self, x: jax.Array) -> jax.Array:
+        axes = self.batch + self.sequence
+        return lax.psum(x, axes) if axes else x
+
+    def sum_over_vocabulary(self, x: jax.Array) -> jax.Array:
+        return lax.psum(x, self.vocabulary) if self.vocabulary else x
+
+    def max_over_vocabulary(self, x: jax.Array) -> jax.Array:
+        return lax.pmax(x, self.vocabulary) if self.vocabulary else x

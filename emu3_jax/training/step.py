@@ -1,0 +1,178 @@
+"""One step of training: loss, gradients, update, as one program over a mesh; nothing here touches files or the host."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from emu3_jax.config import DecoderConfig
+from emu3_jax.models.decoder import Decoder
+from emu3_jax.sharding.rules import batch_sharding, shardings
+from emu3_jax.training.config import TrainConfig
+from emu3_jax.training.losses import LossSums, chunked_cross_entropy, next_tokens
+from emu3_jax.training.optimizer import learning_rate, make_optimizer
+
+Batch = dict[str, jax.Array]  # see data.pipeline; rows of all processes
+
+# What a batch holds beside its rows' tokens, as dtypes.
+BATCH_DTYPES = {"tokens": jnp.int32, "segment_ids": jnp.int32, "positions": jnp.int32, "loss_mask": jnp.bool_}
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that a step changes, and a checkpoint keeps.
+
+    Attributes:
+        step: int32 scalar, the steps taken.
+        params: what is trained, float32; layers are stacked.
+        opt_state: the optimiser's, of `params`.
+        key: uint32 [2], data of the key that a step splits; pictures while training take their seeds from it.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    key: jax.Array
+
+
+class Trainer:
+    """The programs of one config on one mesh. Call and lower them within `sharding.rules.use_mesh(mesh)`.
+
+    Attributes:
+        decoder: the decoder's config, in the compute dtype.
+        model: the module.
+        state_shardings: where a `TrainState` lies.
+        batch_shardings: where a batch lies.
+        step: jitted `(state, batch) -> (state, metrics)`; the state is donated. The metrics are float32 scalars: loss
+            (what is minimised), loss_text and loss_vision (means; 0 without targets), gradient_norm (before clipping),
+            learning_rate (of this step), targets, tokens (without padding), attended (keys seen, over all tokens).
+        evaluate: jitted `(params, batch) -> LossSums`.
+    """
+
+    def __init__(self, config: TrainConfig, decoder: DecoderConfig, mesh: Mesh):
+        self.decoder = dataclasses.replace(decoder, dtype=config.model.dtype)
+        self.model = Decoder(self.decoder, stacked=True, remat=config.model.remat, attention=config.model.attention)
+        self.optimizer = make_optimizer(config.optimizer, config.steps)
+        self._config, self._mesh = config, mesh
+        boxed = jax.eval_shape(lambda: self._initial(self._random_params(), 0))
+        self.state_shardings: TrainState = shardings(boxed, mesh)
+        self._abstract = nn.unbox(boxed)
+        self.batch_shardings = dict.fromkeys(BATCH_DTYPES, batch_sharding(mesh))
+        whole = NamedSharding(mesh, P())
+        self.step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]] = jax.jit(
+            self._step,
+            in_shardings=(self.state_shardings, self.batch_shardings),
+            out_shardings=(self.state_shardings, whole),
+            donate_argnums=0,
+        )
+        self.evaluate: Callable[[Any, Batch], LossSums] = jax.jit(
+            self._sums, in_shardings=(self.state_shardings.params, self.batch_shardings), out_shardings=whole
+        )
+
+    # -------------------------------------------------------------------------------------------- states
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of a state."""
+        return jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            self._abstract,
+            self.state_shardings,
+        )
+
+    def abstract_batch(self) -> Batch:
+        """Likewise of a batch."""
+        shape = (self._config.batch_size, self._config.data.sequence_length)
+        return {
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=self.batch_shardings[name])
+            for name, dtype in BATCH_DTYPES.items()
+        }
+
+    def initial_state(self, params: Any = None) -> TrainState:
+        """Before the first step: of `params` (stacked, float32, donated), or of random ones."""
+        seed = self._config.seed
+        if params is None:
+
+            def random() -> TrainState:
+                return self._initial(nn.unbox(self._random_params()), seed)
+
+            return jax.jit(random, out_shardings=self.state_shardings)()
+        rest = self.state_shardings.replace(params=None)
+        state = jax.jit(lambda p: self._initial(p, seed).replace(params=None), out_shardings=rest)(params)
+        return state.replace(params=params)
+
+    def _random_params(self) -> Any:
+        key = jax.random.fold_in(jax.random.key(self._config.seed), 1)
+        return self.model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+    def _initial(self, params: Any, seed: int) -> TrainState:
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            opt_state=self.optimizer.init(params),
+            key=jax.random.key_data(jax.random.key(seed)),
+        )
+
+    # -------------------------------------------------------------------------------------------- programs
+
+    def _sums(self, params: Any, batch: Batch) -> LossSums:
+        labels, mask = next_tokens(batch["tokens"], batch["loss_mask"])
+        hidden = self.model.apply(
+            {"params": params}, batch["tokens"], batch["positions"], batch["segment_ids"], method="hidden"
+        )
+        special = self.decoder.tokens
+        visual = (special.visual_start, special.visual_end)
+        return chunked_cross_entropy(hidden, params["head"]["kernel"], labels, mask, visual)
+
+    def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        config = self._config
+        # Known beforehand, so that the parts of an accumulated step weigh their targets alike.
+        targets = jnp.maximum(next_tokens(batch["tokens"], batch["loss_mask"])[1].sum(dtype=jnp.float32), 1.0)
+
+        def objective(params, part):
+            sums = self._sums(params, part)
+            return (sums.text + config.vision_weight * sums.vision) / targets, sums
+
+        gradient = jax.value_and_grad(objective, has_aux=True)
+        if config.accumulation == 1:
+            (loss, sums), gradients = gradient(state.params, batch)
+        else:
+
+            def add(total, part):
+                return jax.tree.map(jnp.add, total, gradient(state.params, part)), None
+
+            parts = jax.tree.map(self._parts, batch)
+            zeros = jax.tree.map(
+                lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(gradient, state.params, batch)
+            )
+            ((loss, sums), gradients), _ = jax.lax.scan(add, zeros, parts)
+        updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
+        key, _ = jax.random.split(jax.random.wrap_key_data(state.key))
+        new = TrainState(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            opt_state=opt_state,
+            key=jax.random.key_data(key),
+        )
+        real = batch["segment_ids"] > 0
+        return new, {
+            "loss": loss,
+            "loss_text": sums.text / jnp.maximum(sums.text_count, 1.0),
+            "loss_vision": sums.vision / jnp.maximum(sums.vision_count, 1.0),
+            "gradient_norm": optax.global_norm(gradients),
+            "learning_rate": jnp.asarray(learning_rate(config.optimizer, config.steps)(state.step), jnp.float32),
+            "targets": sums.count,
+            "tokens": real.sum(dtype=jnp.float32),
+            "attended": jnp.where(real, batch["positions"] + 1, 0).sum(dtype=jnp.float32),
+        }
+
+    def _parts(self, rows: jax.Array) -> jax.Array:
+        """[B, S] as [parts, B / parts, S], each device's rows dealt out evenly, so that none moves to another."""
+        parts = self._config.accumulation
+        return jnp.swapaxes(rows.reshape(-1, parts, *rows.shape[1:]), 0, 1)

@@ -1,0 +1,218 @@
+"""The decoder's training form: stacked, rematerialised, packed, over meshes; gradients as torch's."""
+
+import dataclasses
+import functools
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+import torch
+import transformers
+
+from emu3_jax.checkpoints.bundle import Bundle
+from emu3_jax.checkpoints.convert import convert
+from emu3_jax.models.decoder import Decoder, stack_layers, unstack_layers
+from emu3_jax.sharding.mesh import make_mesh
+from emu3_jax.sharding.rules import batch_sharding, decoder_shardings, use_mesh
+from emu3_jax.training.losses import chunked_cross_entropy, next_tokens
+
+CONFIG = tiny.CONFIG
+
+
+def batch(rows=2, length=24, seed=0):
+    return np.random.default_rng(seed).integers(0, CONFIG.vocab_size, (rows, length)).astype(np.int32)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "stacked", "remat"))
+def hidden(params, tokens, positions=None, segments=None, config=CONFIG, stacked=False, remat="none"):
+    model = Decoder(config, stacked=stacked, remat=remat)
+    return model.apply({"params": params}, tokens, positions, segments, method="hidden")
+
+
+def mean_loss(params, tokens, target, model):
+    """What a train step differentiates."""
+    labels, mask = next_tokens(tokens, target)
+    states = model.apply({"params": params}, tokens, method="hidden")
+    special = model.config.tokens
+    visual = (special.visual_start, special.visual_end)
+    return chunked_cross_entropy(states, params["head"]["kernel"], labels, mask, visual, chunk=16).mean
+
+
+def gradients(params, tokens, model):
+    loss = functools.partial(mean_loss, target=jnp.ones(tokens.shape, bool), model=model)
+    return jax.jit(jax.value_and_grad(loss))(params, tokens)
+
+
+def assert_close(found, wanted, relative):
+    """Each leaf within `relative` of the largest entry of the wanted one."""
+
+    def check(path, a, b):
+        a, b = np.asarray(a), np.asarray(b)
+        worst = np.abs(a - b).max() / np.abs(b).max()
+        assert worst <= relative, f"{jax.tree_util.keystr(path)}: {worst}"
+
+    jax.tree_util.tree_map_with_path(check, found, wanted)
+
+
+# ------------------------------------------------------------------------------------------------ forms
+
+
+def test_stacking_is_exact_and_declares_the_same_weights():
+    params = tiny.params()
+    stacked = stack_layers(params, CONFIG)
+    back = unstack_layers(stacked, CONFIG)
+    assert jax.tree.structure(back) == jax.tree.structure(params)
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), back, params))
+    abstract = jax.eval_shape(Decoder(CONFIG, stacked=True).init, jax.random.key(0), batch())["params"]
+    shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), nn.unbox(abstract))
+    assert shapes == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), stacked)
+    assert abstract["layers"]["mlp"]["down"].names == ("layers", "mlp", "embed")
+
+
+def test_stacked_layers_are_initialised_apart():
+    params = nn.unbox(jax.jit(Decoder(CONFIG, stacked=True).init)(jax.random.key(0), batch()))["params"]
+    first, second = params["layers"]["mlp"]["down"]
+    assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.1
+    np.testing.assert_allclose(np.std(second), CONFIG.intermediate_size**-0.5, rtol=0.1)
+
+
+def test_stacked_equals_unrolled():
+    params, tokens = tiny.params(), batch()
+    expected = hidden(params, tokens)
+    np.testing.assert_allclose(hidden(stack_layers(params, CONFIG), tokens, stacked=True), expected, atol=1e-5, rtol=0)
+    logits, _ = tiny.forward(params, tokens)
+    table = params["head"]["kernel"]
+    np.testing.assert_allclose(
+        jnp.einsum("bsd,vd->bsv", expected, table, precision="highest"), logits, atol=1e-4, rtol=0
+    )
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_remat_changes_no_gradient(remat, stacked):
+    params = stack_layers(tiny.params(), CONFIG) if stacked else tiny.params()
+    plain = gradients(params, batch(), Decoder(CONFIG, stacked=stacked))
+    again = gradients(params, batch(), Decoder(CONFIG, stacked=stacked, remat=remat))
+    assert_close(again, plain, 1e-5)
+
+
+def test_remat_saves_memory_in_the_order_it_promises():
+    # Wide and deep enough that what is kept of the layers outweighs what one layer needs for itself.
+    config = dataclasses.replace(CONFIG, num_layers=16, hidden_size=128, intermediate_size=512)
+    tokens = jax.ShapeDtypeStruct((2, 256), jnp.int32)
+
+    def peak(remat):
+        model = Decoder(config, stacked=True, remat=remat)
+        abstract = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
+        loss = functools.partial(mean_loss, target=jnp.ones(tokens.shape, bool), model=model)
+        return jax.jit(jax.grad(loss)).lower(abstract, tokens).compile().memory_analysis().temp_size_in_bytes
+
+    assert peak("full") < 0.7 * peak("dots") and peak("dots") < 0.8 * peak("none")
+
+
+# ------------------------------------------------------------------------------------------------ segments
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_packed_segments_equal_rows_alone(stacked):
+    params = tiny.params()
+    pieces = [batch(1, length, seed=length) for length in (5, 11, 7)]
+    tokens = np.concatenate([*pieces, np.full((1, 3), CONFIG.tokens.pad)], axis=1).astype(np.int32)
+    segments = np.repeat(np.asarray([1, 2, 3, 0], np.int32), [5, 11, 7, 3])[None]
+    positions = np.concatenate([np.arange(n) for n in (5, 11, 7, 3)])[None].astype(np.int32)
+    arranged = stack_layers(params, CONFIG) if stacked else params
+    packed = hidden(arranged, tokens, positions, segments, stacked=stacked)
+    start = 0
+    for piece in pieces:
+        end = start + piece.shape[1]
+        np.testing.assert_allclose(packed[:, start:end], hidden(params, piece), atol=1e-5, rtol=0)
+        start = end
+
+
+def test_a_segment_moves_no_gradient_into_another():
+    embedding = tiny.params()["embed"]["embedding"]
+    tokens = jnp.arange(12, dtype=jnp.int32)[None]  # each id once, so row i of the gradient belongs to position i
+    segments = jnp.asarray([[1] * 5 + [2] * 7], jnp.int32)
+    positions = jnp.asarray([[*range(5), *range(7)]], jnp.int32)
+
+    def output(table):
+        return hidden({**tiny.params(), "embed": {"embedding": table}}, tokens, positions, segments)[0, 8].sum()
+
+    influence = np.abs(jax.grad(output)(embedding)).sum(axis=1)[:12]
+    assert (influence[5:9] > 0).all() and (influence[:5] == 0).all() and (influence[9:] == 0).all()
+
+
+# ------------------------------------------------------------------------------------------------ meshes
+
+
+@pytest.mark.parametrize(
+    "sizes", ["data=8", "fsdp=4", "data=2,fsdp=2,tensor=2", "data=2,sequence=4", "fsdp=2,sequence=2,tensor=2"]
+)
+def test_loss_and_gradients_over_a_mesh(sizes):
+    model = Decoder(CONFIG, stacked=True, remat="full")
+    # Weights as they are initialised: three times as large, they amplify the rounding of other orders twentyfold.
+    params = jax.tree.map(lambda leaf: leaf / 3 if leaf.ndim > 1 else leaf, tiny.params())
+    params, tokens = stack_layers(params, CONFIG), batch(8, 16)
+    expected = gradients(params, tokens, model)
+    mesh = make_mesh(sizes)
+    places = decoder_shardings(CONFIG, mesh, stacked=True)
+    with use_mesh(mesh):
+        found = gradients(jax.device_put(params, places), jax.device_put(tokens, batch_sharding(mesh)), model)
+    assert_close(found, expected, 1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ torch
+
+
+def test_loss_and_gradients_are_torchs(tmp_path):
+    torch.manual_seed(0)
+    peer = transformers.Emu3ForCausalLM(
+        transformers.Emu3TextConfig(
+            vocab_size=320,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=3,
+            num_attention_heads=8,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            rms_norm_eps=1e-5,
+            initializer_range=0.1,
+            pad_token_id=40,
+            bos_token_id=251,
+            eos_token_id=252,
+            attention_dropout=0.0,
+        )
+    )
+
+    def converted(name):
+        """The peer's weights as ours."""
+        peer.save_pretrained(tmp_path / name / "torch")
+        file = tmp_path / name / "torch" / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "vq_config": {"codebook_size": 64}}))
+        convert([tmp_path / name / "torch"], tmp_path / name / "bundle", progress=False)
+        bundle = Bundle.open(tmp_path / name / "bundle")
+        return dataclasses.replace(bundle.decoder_config, dtype="float32"), bundle.load_decoder()
+
+    config, params = converted("weights")
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 320, (3, 40)).astype(np.int32)
+    target = rng.random((3, 40)) < 0.8
+    labels = torch.from_numpy(np.where(target, tokens, -100)).long()
+    peer.train()
+    loss = peer(torch.from_numpy(tokens).long(), labels=labels).loss
+    loss.backward()
+    with torch.no_grad():  # gradients take the way of weights: names and layouts are converted by the same table
+        for parameter in peer.parameters():
+            parameter.copy_(parameter.grad)
+    _, expected = converted("gradients")
+
+    model = Decoder(config, stacked=True, remat="full")
+    value, found = jax.jit(jax.value_and_grad(functools.partial(mean_loss, target=target, model=model)))(
+        stack_layers(params, config), tokens
+    )
+    np.testing.assert_allclose(value, loss.item(), rtol=1e-5)
+    assert_close(found, stack_layers(expected, config), 1e-4)
