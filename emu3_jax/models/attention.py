@@ -3,10 +3,15 @@
 B batch, S queries, T keys, K KV heads, G query heads per KV head, H head width.
 """
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from emu3_jax.errors import Emu3Error
+from emu3_jax.models import attention_kernels
 
 # Queries scored at once: bounds the score matrix of a long prompt to [B, K, G, block, T].
 QUERY_BLOCK = 512
@@ -15,49 +20,177 @@ QUERY_BLOCK = 512
 MASKED = -1e30
 
 
+IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash", "splash-interpreted")
+
+
 def self_attention(
     q_bskgh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, segments_bs: jax.Array | None, implementation: str
 ) -> jax.Array:
     """Causal attention of whole sequences to themselves, within segments: for training, and any pass without a cache.
 
-    On a mesh each device computes its rows and heads. Where the mesh splits sequences, a device has its part of the
-    queries and gathers the keys and values of the whole row.
+    On a mesh each device computes its rows and heads. Where the mesh splits sequences, devices trade: each gives its
+    part of the sequence and gets whole sequences of a part of the heads, so that all do the same work, none holds the
+    keys of all heads, and kernels need no notion of an offset (DeepSpeed Ulysses, arXiv 2309.14509). Where the query
+    heads cannot be dealt out evenly, a device keeps its queries and gathers the keys and values of the whole row; that
+    is for XLA alone.
 
     Args:
         q_bskgh: [B, S, K, G, H] queries, RoPE applied, not yet scaled.
         k_bskh: [B, S, K, H] keys.
         v_bskh: [B, S, K, H] values.
-        segments_bs: int32 [B, S]; tokens see only those of their own segment. None: a row is one segment.
-        implementation: "xla", or "auto" for the best one here.
+        segments_bs: int32 [B, S]; tokens see only those of their own segment. A token of -n sees segment n and none
+            sees it, which is the reference's padding. None: a row is one segment. What a token gets that has nothing
+            to see is finite and means nothing. For "cudnn" the tokens of a segment stand together, -n right behind n.
+        implementation: "xla", "cudnn", "splash", or "auto" for the best one where the program will run; see `choose`.
 
     Returns:
         [B, S, K, G, H] in the queries' dtype.
+
+    Raises:
+        Emu3Error: the named implementation cannot serve here.
     """
     mesh = jax.sharding.get_abstract_mesh()
     spec = nn.logical_to_mesh_axes(("batch", "sequence", "kv_heads"))
+    packed = segments_bs is not None
     if mesh.empty or not _divides(mesh, spec, k_bskh.shape):
-        return _xla(q_bskgh, k_bskh, v_bskh, segments_bs, segments_bs, 0)
+        return _whole(
+            choose(implementation, q_bskgh.shape, q_bskgh.dtype, packed), q_bskgh, k_bskh, v_bskh, segments_bs
+        )
     rows, sequence, _ = spec
+    parts = _parts(mesh, sequence)
 
     def local(q, k, v, segments):
-        if mesh.shape[sequence] == 1:
-            return _xla(q, k, v, segments, segments, 0)
-        k, v, k_segments = jax.tree.map(lambda x: lax.all_gather(x, sequence, axis=1, tiled=True), (k, v, segments))
-        return _xla(q, k, v, segments, k_segments, lax.axis_index(sequence) * q.shape[1])
+        deal = _deal(parts, *q.shape[2:4])
+        shape = (q.shape[0], q.shape[1] * parts, *q.shape[2:])
+        chosen = choose(implementation, shape, q.dtype, packed, None if deal else parts)
+        if parts == 1:
+            return _whole(chosen, q, k, v, segments)
+        whole = lax.all_gather(segments, sequence, axis=1, tiled=True) if packed else None
+        if deal:
+            return _dealt(deal, sequence, lambda *qkv: _whole(chosen, *qkv, whole), q, k, v)
+        k, v = (lax.all_gather(x, sequence, axis=1, tiled=True) for x in (k, v))
+        return _xla(q, k, v, segments, whole, lax.axis_index(sequence) * q.shape[1])
 
     specs = (spec, spec, spec, type(spec)(rows, sequence))
     return jax.shard_map(local, in_specs=specs, out_specs=spec, check_vma=False)(q_bskgh, k_bskh, v_bskh, segments_bs)
 
 
+def choose(
+    implementation: str, shape: tuple[int, ...], dtype, packed: bool, undealt: int | None = None, platform: str = ""
+) -> str:
+    """The implementation that serves: the named one, or for "auto" the platform's kernel if it can and else "xla".
+
+    Args:
+        implementation: one of `IMPLEMENTATIONS`. "splash-interpreted" runs Splash's program anywhere, for tests.
+        shape: [B, S, K, G, H] of the queries on one device.
+        dtype: theirs.
+        packed: there are segments.
+        undealt: the parts that the mesh splits sequences into, where heads cannot be dealt out to them.
+        platform: "cpu", "gpu" or "tpu"; by default where the program will run.
+
+    Raises:
+        Emu3Error: the named implementation cannot serve, and why.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise Emu3Error(f"attention {implementation!r} is unknown: choose one of {', '.join(IMPLEMENTATIONS)}")
+    platform = platform or _platform()
+    if implementation == "auto":
+        kernel = {"tpu": "splash", "gpu": "cudnn"}.get(platform)
+        # A single token is what `init` passes; its value is its result.
+        serves = kernel and shape[1] > 1 and not _obstacle(kernel, shape, dtype, packed, undealt, platform)
+        return kernel if serves else "xla"
+    obstacle = _obstacle(implementation, shape, dtype, packed, undealt, platform)
+    if obstacle:
+        raise Emu3Error(f'attention {implementation!r} cannot serve: {obstacle}; choose "auto" or "xla"')
+    return implementation
+
+
+def _obstacle(implementation, shape, dtype, packed, undealt, platform) -> str | None:
+    """Why this implementation cannot serve; None if it can."""
+    if implementation == "xla":
+        return None
+    b, s, k, g, h = shape
+    if undealt:
+        return (
+            f"the mesh splits sequences into {undealt} parts, to which the {k} KV heads with {g} query heads each of a "
+            "device cannot be dealt out evenly"
+        )
+    if implementation == "splash-interpreted":
+        return None
+    wanted = {"splash": "tpu", "cudnn": "gpu"}[implementation]
+    if platform != wanted:
+        return f"it is for a {wanted.upper()}, and the program will run on a {platform.upper()}"
+    if implementation == "splash":
+        if dtype != jnp.bfloat16:
+            return f"it computes in bfloat16 on a TPU, and the decoder's dtype is {jnp.dtype(dtype)}"
+        return None if h % 64 == 0 else f"it takes heads whose width is a multiple of 64, not {h}"
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it computes in bfloat16 or float16, and the decoder's dtype is {jnp.dtype(dtype)}"
+    capability = attention_kernels.cuda_capability()
+    if capability is None:
+        return "this machine has no NVIDIA GPU"
+    widest = 256 if capability >= (9, 0) else 128
+    if h % 8 or h > widest:
+        return f"it takes heads whose width is a multiple of 8 up to {widest} on this GPU, not {h}"
+    if packed and capability < (9, 0):
+        return (
+            f"segments need compute capability 9.0 (Hopper) or later, and this GPU has {'.'.join(map(str, capability))}"
+        )
+    if packed and b * s * k * g * h >= 2**31:
+        return (
+            f"segments need fewer than 2^31 numbers in the queries of a device, and [{b}, {s}, {k * g}, {h}] are more"
+        )
+    return None
+
+
+def _platform() -> str:
+    """Where the program being traced will run: a mesh may hold devices that this machine lacks (`plan`)."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    device = device or jax.config.jax_default_device
+    platform = device if isinstance(device, str) else getattr(device, "platform", None) or jax.default_backend()
+    return "gpu" if platform in ("cuda", "rocm") else platform
+
+
+def _whole(implementation, q_bskgh, k_bskh, v_bskh, segments_bs):
+    """Rows and heads of one device, by a chosen implementation."""
+    if implementation.startswith("splash"):
+        interpret = implementation != "splash"
+        return attention_kernels.splash(q_bskgh, k_bskh, v_bskh, segments_bs, interpret=interpret)
+
+    def xla(q, k, v, segments):
+        return _xla(q, k, v, segments, segments, 0)
+
+    if implementation == "cudnn":
+        return attention_kernels.cudnn(q_bskgh, k_bskh, v_bskh, segments_bs, otherwise=xla)
+    return xla(q_bskgh, k_bskh, v_bskh, segments_bs)
+
+
+def _parts(mesh, axes) -> int:
+    """The number of parts that these axes of a mesh make."""
+    return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+
+
+def _deal(parts: int, kv_heads: int, groups: int) -> int:
+    """How often each KV head is repeated so that `parts` devices get equally many heads each; 0 if it cannot be."""
+    if kv_heads % parts == 0:
+        return 1
+    repeats, rest = divmod(parts, kv_heads)
+    return repeats if rest == 0 and groups % repeats == 0 else 0
+
+
+def _dealt(repeats, axis, attention, q, k, v):
+    """`attention` of whole sequences for this device's part of the heads; to it and back by one exchange each."""
+    b, s, kv_heads, groups, h = q.shape
+    q = q.reshape(b, s, kv_heads * repeats, groups // repeats, h)
+    k, v = (jnp.repeat(x, repeats, axis=2) for x in (k, v))
+    q, k, v = (lax.all_to_all(x, axis, split_axis=2, concat_axis=1, tiled=True) for x in (q, k, v))
+    out = lax.all_to_all(attention(q, k, v), axis, split_axis=1, concat_axis=2, tiled=True)
+    return out.reshape(b, s, kv_heads, groups, h)
+
+
 def _divides(mesh, spec, shape) -> bool:
     """Whether the mesh splits these dimensions evenly; the single dummy token of `init` it does not."""
-    for axes, size in zip(spec, shape, strict=False):
-        parts = 1
-        for axis in (axes,) if isinstance(axes, str) else axes or ():
-            parts *= mesh.shape[axis]
-        if size % parts:
-            return False
-    return True
+    return not any(size % _parts(mesh, axes) for axes, size in zip(spec, shape, strict=False))
 
 
 def _xla(q_bskgh, k_bskh, v_bskh, q_segments, k_segments, first_query):
@@ -67,7 +200,7 @@ def _xla(q_bskgh, k_bskh, v_bskh, q_segments, k_segments, first_query):
     def block(q, segments, first):
         visible = _causal(q.shape[1], k_bskh.shape[1], first)[None]
         if segments is not None:
-            visible = visible & (segments[:, :, None] == k_segments[:, None])
+            visible = visible & (jnp.abs(segments)[:, :, None] == k_segments[:, None])
         return _attend_block(q, jnp.swapaxes(k_bskh, 1, 2), jnp.swapaxes(v_bskh, 1, 2), visible)
 
     return _over_query_blocks(block, q_bskgh, q_segments, first_query)

@@ -1,0 +1,128 @@
+"""Implementations of attention on this machine's accelerator: `python scripts/check_attention.py` from a checkout.
+
+Compares each that serves here with XLA's in float32: output and gradients, with and without segments, and prints one
+JSON line per case. Differences are relative to the largest entry. Milliseconds and TFLOP/s are of the best of five
+calls of bfloat16; only visible pairs of tokens count as work. Memory is the program's temporaries, forward and
+backward, as the compiler reports them. Exits with 1 if a difference is too large for bfloat16.
+"""
+
+import argparse
+import functools
+import json
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from emu3_jax.errors import Emu3Error
+from emu3_jax.models import attention_kernels
+from emu3_jax.models.attention import choose, self_attention
+
+LIMIT = 2e-2
+HEADS = (8, 4, 128)  # of the 8 B model: KV heads, query heads per KV head, width
+
+
+def segments(kind: str, length: int) -> np.ndarray | None:
+    """int32 [1, S] or None."""
+    if kind == "none":
+        return None
+    if kind == "padded":  # the reference's: one sequence, and padding that sees it
+        real = length * 3 // 4
+        return np.repeat(np.asarray([1, -1], np.int32), [real, length - real])[None]
+    count = {"packed": 4, "many": 40}[kind]  # "many" is more than cuDNN takes at once
+    ends = np.sort(np.random.default_rng(length).choice(np.arange(1, length), count, replace=False))
+    ids = np.searchsorted(ends, np.arange(length), side="right") + 1
+    return np.where(ids > count, 0, ids).astype(np.int32)[None]
+
+
+def visible_pairs(ids: np.ndarray | None, length: int) -> int:
+    if ids is None:
+        return length * (length + 1) // 2
+    return sum(int(np.cumsum(ids[0] == n)[np.abs(ids[0]) == n].sum()) for n in np.unique(np.abs(ids)))
+
+
+def inputs(length: int, dtype):
+    k, g, h = HEADS
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = [(1, length, k, g, h), (1, length, k, h), (1, length, k, h), (1, length, k, g, h)]
+    # Rounded to bfloat16 also for the comparison, so that it judges arithmetic alone.
+    return [jax.random.normal(key, shape, jnp.bfloat16).astype(dtype) for key, shape in zip(keys, shapes, strict=True)]
+
+
+def compiled(implementation: str, ids, arrays):
+    """(forward, forward and backward) of q, k, v and the output's cotangent, ahead of time."""
+
+    def forward(q, k, v, ids, _):
+        return self_attention(q, k, v, ids, implementation)
+
+    def both(q, k, v, ids, cotangent):
+        out, back = jax.vjp(lambda *qkv: self_attention(*qkv, ids, implementation), q, k, v)
+        return out, *back(cotangent)
+
+    q, k, v, cotangent = arrays
+    return [jax.jit(f).lower(q, k, v, ids, cotangent).compile() for f in (forward, both)]
+
+
+def seconds(program, arrays, ids) -> float:
+    call = functools.partial(program, *arrays[:3], ids, arrays[3])
+    jax.block_until_ready(call())
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def check(implementation: str, kind: str, length: int, timed: bool) -> dict:
+    ids = segments(kind, length)
+    exact = inputs(length, jnp.float32)
+    expected = compiled("xla", ids, exact)[1](*exact[:3], ids, exact[3])
+    arrays = inputs(length, jnp.bfloat16)
+    forward, both = compiled(implementation, ids, arrays)
+    found = both(*arrays[:3], ids, arrays[3])
+
+    def difference(a, b):
+        a, b = np.asarray(a, np.float32), np.asarray(b)
+        return float(np.abs(a - b).max() / np.abs(b).max())
+
+    pairs = zip(("out", "dq", "dk", "dv"), found, expected, strict=True)
+    differences = {name: difference(a, b) for name, a, b in pairs}
+    line = {"implementation": implementation, "segments": kind, "length": length, **differences}
+    line["ok"] = all(value <= LIMIT for value in differences.values())  # a NaN is not
+    line["temporaries_mib"] = round(both.memory_analysis().temp_size_in_bytes / 2**20, 1)
+    if timed:
+        work = 4 * visible_pairs(ids, length) * HEADS[0] * HEADS[1] * HEADS[2]
+        for name, program, factor in (("forward", forward, 1), ("both", both, 3.5)):
+            took = seconds(program, arrays, ids)
+            line[f"{name}_ms"], line[f"{name}_tflops"] = round(took * 1e3, 3), round(factor * work / took / 1e12, 1)
+    return line
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[100, 1024, 10240])
+    parser.add_argument("--runs", type=int, help="runs in a row that cuDNN's packed layout is given room for")
+    parser.add_argument("--untimed", action="store_true")
+    args = parser.parse_args()
+    attention_kernels.CUDNN_RUNS = args.runs or attention_kernels.CUDNN_RUNS
+    machine = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "runs": attention_kernels.CUDNN_RUNS}
+    print(json.dumps(machine), flush=True)
+    failed = False
+    for length in args.lengths:
+        for kind in ("none", "padded", "packed", "many"):
+            for implementation in ("xla", "cudnn", "splash"):
+                try:
+                    choose(implementation, (1, length, *HEADS), jnp.bfloat16, kind != "none")
+                except Emu3Error:
+                    continue
+                line = check(implementation, kind, length, not args.untimed)
+                failed |= not line["ok"]
+                print(json.dumps(line), flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
