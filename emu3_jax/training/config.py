@@ -12,6 +12,7 @@ from typing import Any
 from emu3_jax.config import DecoderConfig
 from emu3_jax.data.config import DataConfig, Source
 from emu3_jax.errors import Emu3Error
+from emu3_jax.models.adapters import Adapter
 from emu3_jax.models.decoder import REMAT_POLICIES
 
 ENTRY = "config"  # the function that a config file defines
@@ -126,6 +127,7 @@ class TrainConfig:
         batch_size: rows of a step, over all devices and accumulated parts.
         steps: optimiser steps in all.
         optimizer: AdamW's numbers.
+        adapter: trains low-rank adapters beside frozen weights (LoRA, QLoRA) instead of the weights, or None.
         accumulation: parts that a step's rows are computed in, one after the other; the result is that of one part.
         vision_weight: weight of visual targets in the loss where text is a target too (0.5 in the paper's
             pretraining, arXiv 2409.18869, 3.2).
@@ -145,7 +147,8 @@ class TrainConfig:
     data: DataConfig
     batch_size: int
     steps: int
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    adapter: Adapter | None = None
     accumulation: int = 1
     vision_weight: float = 1.0
     mesh: str = "fsdp=-1"
@@ -169,6 +172,9 @@ class TrainConfig:
         _check(self, "accumulation", ok, f"a divisor of batch_size ({self.batch_size})")
         ok = self.optimizer.warmup_steps < self.steps
         _check(self.optimizer, "warmup_steps", ok, f"less than steps ({self.steps})")
+        _check(self, "adapter", isinstance(self.adapter, Adapter | None), "an Adapter or None")
+        ok = self.adapter is None or not self.model.random
+        _check(self, "adapter", ok, "None where the model starts from random weights")
         ok = isinstance(self.evaluation, tuple) and all(
             isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) and isinstance(item[1], Source)
             for item in self.evaluation

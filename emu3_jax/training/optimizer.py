@@ -33,4 +33,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 def _decays(params: Any) -> Any:
     """Which leaves decay: all but scales."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)
+    # Within boxes that name axes, the name is not the last entry of the path.
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: all(getattr(entry, "key", None) != "scale" for entry in path), params
+    )

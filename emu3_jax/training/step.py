@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from emu3_jax.config import DecoderConfig
 from emu3_jax.models.decoder import Decoder
 from emu3_jax.sharding.rules import batch_sharding, shardings
+from emu3_jax.training import lora
 from emu3_jax.training.config import TrainConfig
 from emu3_jax.training.losses import LossSums, chunked_cross_entropy, next_tokens
 from emu3_jax.training.optimizer import learning_rate, make_optimizer
@@ -31,7 +32,7 @@ class TrainState:
 
     Attributes:
         step: int32 scalar, the steps taken.
-        params: what is trained, float32; layers are stacked.
+        params: what is trained, float32, layers stacked: the decoder's parameters, or adapters beside them.
         opt_state: the optimiser's, of `params`.
         key: uint32 [2], data of the key that a step splits; pictures while training take their seeds from it.
     """
@@ -49,11 +50,13 @@ class Trainer:
         decoder: the decoder's config, in the compute dtype.
         model: the module.
         state_shardings: where a `TrainState` lies.
+        frozen_shardings: where the frozen parameters lie; an empty dict where there are none.
         batch_shardings: where a batch lies.
-        step: jitted `(state, batch) -> (state, metrics)`; the state is donated. The metrics are float32 scalars: loss
-            (what is minimised), loss_text and loss_vision (means; 0 without targets), gradient_norm (before clipping),
-            learning_rate (of this step), targets, tokens (without padding), attended (keys seen, over all tokens).
-        evaluate: jitted `(params, batch) -> LossSums`.
+        step: jitted `(state, frozen, batch) -> (state, metrics)`; the state is donated. The metrics are float32
+            scalars: loss (what is minimised), loss_text and loss_vision (means; 0 without targets), gradient_norm
+            (before clipping), learning_rate (of this step), targets, tokens (without padding), attended (keys seen,
+            over all tokens).
+        evaluate: jitted `(params, frozen, batch) -> LossSums`.
     """
 
     def __init__(self, config: TrainConfig, decoder: DecoderConfig, mesh: Mesh):
@@ -61,30 +64,33 @@ class Trainer:
         self.model = Decoder(self.decoder, stacked=True, remat=config.model.remat, attention=config.model.attention)
         self.optimizer = make_optimizer(config.optimizer, config.steps)
         self._config, self._mesh = config, mesh
-        boxed = jax.eval_shape(lambda: self._initial(self._random_params(), 0))
+        boxed, boxed_frozen = jax.eval_shape(self._boxed)
         self.state_shardings: TrainState = shardings(boxed, mesh)
-        self._abstract = nn.unbox(boxed)
+        self.frozen_shardings = shardings(boxed_frozen, mesh)
+        self._abstract, self._abstract_frozen = jax.eval_shape(lambda: nn.unbox(self._boxed()))
         self.batch_shardings = dict.fromkeys(BATCH_DTYPES, batch_sharding(mesh))
         whole = NamedSharding(mesh, P())
-        self.step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]] = jax.jit(
+        self.step: Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, jax.Array]]] = jax.jit(
             self._step,
-            in_shardings=(self.state_shardings, self.batch_shardings),
+            in_shardings=(self.state_shardings, self.frozen_shardings, self.batch_shardings),
             out_shardings=(self.state_shardings, whole),
             donate_argnums=0,
         )
-        self.evaluate: Callable[[Any, Batch], LossSums] = jax.jit(
-            self._sums, in_shardings=(self.state_shardings.params, self.batch_shardings), out_shardings=whole
+        self.evaluate: Callable[[Any, Any, Batch], LossSums] = jax.jit(
+            self._sums,
+            in_shardings=(self.state_shardings.params, self.frozen_shardings, self.batch_shardings),
+            out_shardings=whole,
         )
 
     # -------------------------------------------------------------------------------------------- states
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of a state."""
-        return jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-            self._abstract,
-            self.state_shardings,
-        )
+        return _placed(self._abstract, self.state_shardings)
+
+    def abstract_frozen(self) -> Any:
+        """Likewise of the frozen parameters."""
+        return _placed(self._abstract_frozen, self.frozen_shardings)
 
     def abstract_batch(self) -> Batch:
         """Likewise of a batch."""
@@ -95,33 +101,35 @@ class Trainer:
         }
 
     def initial_state(self, params: Any = None) -> TrainState:
-        """Before the first step: of `params` (stacked, float32, donated), or of random ones."""
-        seed = self._config.seed
-        if params is None:
-
-            def random() -> TrainState:
-                return self._initial(nn.unbox(self._random_params()), seed)
-
-            return jax.jit(random, out_shardings=self.state_shardings)()
+        """Before the first step: of `params` (stacked, float32), or of random ones; adapters always are random."""
+        if params is None or self._config.adapter:
+            return jax.jit(lambda: nn.unbox(self._boxed()[0]), out_shardings=self.state_shardings)()
         rest = self.state_shardings.replace(params=None)
-        state = jax.jit(lambda p: self._initial(p, seed).replace(params=None), out_shardings=rest)(params)
-        return state.replace(params=params)
+        return jax.jit(lambda p: self._initial(p).replace(params=None), out_shardings=rest)(params).replace(
+            params=params
+        )
 
-    def _random_params(self) -> Any:
+    def _boxed(self) -> tuple[TrainState, Any]:
+        """A state with random parameters, and the frozen ones, in boxes that name their axes."""
         key = jax.random.fold_in(jax.random.key(self._config.seed), 1)
-        return self.model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+        params, frozen = self.model.init(key, jnp.zeros((1, 1), jnp.int32))["params"], {}
+        if self._config.adapter:
+            params, frozen = lora.split(params)
+        return self._initial(params), frozen
 
-    def _initial(self, params: Any, seed: int) -> TrainState:
+    def _initial(self, params: Any) -> TrainState:
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
             opt_state=self.optimizer.init(params),
-            key=jax.random.key_data(jax.random.key(seed)),
+            key=jax.random.key_data(jax.random.key(self._config.seed)),
         )
 
     # -------------------------------------------------------------------------------------------- programs
 
-    def _sums(self, params: Any, batch: Batch) -> LossSums:
+    def _sums(self, params: Any, frozen: Any, batch: Batch) -> LossSums:
+        if self._config.adapter:
+            params = lora.join(params, frozen)
         labels, mask = next_tokens(batch["tokens"], batch["loss_mask"])
         hidden = self.model.apply(
             {"params": params}, batch["tokens"], batch["positions"], batch["segment_ids"], method="hidden"
@@ -130,13 +138,13 @@ class Trainer:
         visual = (special.visual_start, special.visual_end)
         return chunked_cross_entropy(hidden, params["head"]["kernel"], labels, mask, visual)
 
-    def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    def _step(self, state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         config = self._config
         # Known beforehand, so that the parts of an accumulated step weigh their targets alike.
         targets = jnp.maximum(next_tokens(batch["tokens"], batch["loss_mask"])[1].sum(dtype=jnp.float32), 1.0)
 
         def objective(params, part):
-            sums = self._sums(params, part)
+            sums = self._sums(params, frozen, part)
             return (sums.text + config.vision_weight * sums.vision) / targets, sums
 
         gradient = jax.value_and_grad(objective, has_aux=True)
@@ -176,3 +184,9 @@ class Trainer:
         """[B, S] as [parts, B / parts, S], each device's rows dealt out evenly, so that none moves to another."""
         parts = self._config.accumulation
         return jnp.swapaxes(rows.reshape(-1, parts, *rows.shape[1:]), 0, 1)
+
+
+def _placed(abstract: Any, places: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract, places
+    )
