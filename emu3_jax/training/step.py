@@ -61,7 +61,13 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, decoder: DecoderConfig, mesh: Mesh):
         self.decoder = dataclasses.replace(decoder, dtype=config.model.dtype)
-        self.model = Decoder(self.decoder, stacked=True, remat=config.model.remat, attention=config.model.attention)
+        self.model = Decoder(
+            self.decoder,
+            stacked=True,
+            remat=config.model.remat,
+            attention=config.model.attention,
+            adapter=config.adapter,
+        )
         self.optimizer = make_optimizer(config.optimizer, config.steps)
         self._config, self._mesh = config, mesh
         boxed, boxed_frozen = jax.eval_shape(self._boxed)
