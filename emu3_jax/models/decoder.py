@@ -17,25 +17,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from emu3_jax.config import DecoderConfig
+from emu3_jax.models.adapters import Adapter, project, weight_dtype
 from emu3_jax.models.attention import attend, matmul_precision, self_attention
 from emu3_jax.models.cache import KVCache
-
-
-def _weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], fan_in: int):
-    """A float32 master weight, drawn with variance 1 / fan_in, that knows its logical axes."""
-    init = nn.initializers.normal(fan_in**-0.5)
-    return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
 
 
 class RMSNorm(nn.Module):
     """x / rms(x) * scale: the norm in float32, the scale in x's dtype, as the reference does."""
 
     epsilon: float
+    adapter: Adapter | None = None
 
     @nn.compact
     def __call__(self, x_bsd: jax.Array) -> jax.Array:
         init = nn.with_logical_partitioning(nn.initializers.ones, ("width",))
-        scale = self.param("scale", init, x_bsd.shape[-1:], jnp.float32)
+        scale = self.param("scale", init, x_bsd.shape[-1:], weight_dtype(self.adapter))
         x32 = x_bsd.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
         return normed.astype(x_bsd.dtype) * scale.astype(x_bsd.dtype)
@@ -63,16 +59,15 @@ class Attention(nn.Module):
 
     config: DecoderConfig
     implementation: str
+    adapter: Adapter | None = None
 
     @nn.compact
     def __call__(self, x_bsd, positions_bs, segments_bs, cache: KVCache | None, layer: int):
         c = self.config
         d, k, h = c.hidden_size, c.num_kv_heads, c.head_dim
         g = c.num_heads // k
-        precision = matmul_precision(x_bsd.dtype)
-        w_qkv = _weight(self, "qkv", (d, k, g + 2, h), ("embed", "kv_heads", "heads_per_kv", "head_dim"), d)
-        w_out = _weight(self, "out", (k, g, h, d), ("kv_heads", "heads_per_kv", "head_dim", "embed"), c.num_heads * h)
-        qkv = jnp.einsum("bsd,dkph->bskph", x_bsd, w_qkv.astype(x_bsd.dtype), precision=precision)
+        axes = ("embed", "kv_heads", "heads_per_kv", "head_dim")
+        qkv = project(self, self.adapter, "bsd,dkph->bskph", x_bsd, "qkv", (d, k, g + 2, h), axes)
         queries_keys = rope(qkv[:, :, :, : g + 1], positions_bs, c.rope_theta)
         queries, keys, values = queries_keys[:, :, :, :g], queries_keys[:, :, :, g], qkv[:, :, :, g + 1]
         if cache is None:
@@ -82,24 +77,23 @@ class Attention(nn.Module):
             mixed = attend(queries, cache.keys[layer], cache.values[layer], cache.length, cache.start)
         # One contracted axis: with three, XLA may choose another order of them and transpose the weight every step.
         mixed = mixed.reshape(*x_bsd.shape[:2], c.num_heads * h)
-        w_out = w_out.reshape(c.num_heads * h, d).astype(x_bsd.dtype)
-        return jnp.einsum("bsn,nd->bsd", mixed, w_out, precision=precision), cache
+        axes = ("kv_heads", "heads_per_kv", "head_dim", "embed")
+        return project(self, self.adapter, "bsn,nd->bsd", mixed, "out", (k, g, h, d), axes), cache
 
 
 class MLP(nn.Module):
     """down(silu(gate(x)) * up(x)), gate and up in one projection."""
 
     config: DecoderConfig
+    adapter: Adapter | None = None
 
     @nn.compact
     def __call__(self, x_bsd: jax.Array) -> jax.Array:
         d, f = self.config.hidden_size, self.config.intermediate_size
-        precision = matmul_precision(x_bsd.dtype)
-        w_gate_up = _weight(self, "gate_up", (d, 2, f), ("embed", None, "mlp"), d)
-        w_down = _weight(self, "down", (f, d), ("mlp", "embed"), f)
-        gate_up = jnp.einsum("bsd,dcf->bscf", x_bsd, w_gate_up.astype(x_bsd.dtype), precision=precision)
+        axes = ("embed", None, "mlp")
+        gate_up = project(self, self.adapter, "bsd,dcf->bscf", x_bsd, "gate_up", (d, 2, f), axes)
         hidden = jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
-        return jnp.einsum("bsf,fd->bsd", hidden, w_down.astype(x_bsd.dtype), precision=precision)
+        return project(self, self.adapter, "bsf,fd->bsd", hidden, "down", (f, d), ("mlp", "embed"))
 
 
 class Block(nn.Module):
@@ -110,15 +104,16 @@ class Block(nn.Module):
 
     config: DecoderConfig
     implementation: str
+    adapter: Adapter | None = None
 
     @nn.compact
     def __call__(self, x_bsd, positions_bs, segments_bs=None, cache: KVCache | None = None, layer: int = 0):
-        epsilon = self.config.rms_norm_eps
-        attention = Attention(self.config, self.implementation, name="attention")
-        normed = RMSNorm(epsilon, name="attention_norm")(x_bsd)
+        epsilon, adapter = self.config.rms_norm_eps, self.adapter
+        attention = Attention(self.config, self.implementation, adapter, name="attention")
+        normed = RMSNorm(epsilon, adapter, name="attention_norm")(x_bsd)
         mixed, cache = attention(normed, positions_bs, segments_bs, cache, layer)
         x_bsd = _residual(x_bsd + mixed, cache)
-        mixed = MLP(self.config, name="mlp")(RMSNorm(epsilon, name="mlp_norm")(x_bsd))
+        mixed = MLP(self.config, adapter, name="mlp")(RMSNorm(epsilon, adapter, name="mlp_norm")(x_bsd))
         return _residual(x_bsd + mixed, cache), cache
 
 
@@ -133,10 +128,12 @@ class Embedding(nn.Module):
     config: DecoderConfig
     weight_name: str
     rows: int
+    adapter: Adapter | None = None
 
     def setup(self):
         width = self.config.hidden_size
-        self.table = _weight(self, self.weight_name, (self.rows, width), ("vocab", "table_width"), width)
+        init = nn.with_logical_partitioning(nn.initializers.normal(width**-0.5), ("vocab", "table_width"))
+        self.table = self.param(self.weight_name, init, (self.rows, width), weight_dtype(self.adapter))
 
     def lookup(self, tokens_bs: jax.Array) -> jax.Array:
         # On a mesh the tokens travel, not the table: each device looks up its part of the width for the rows of all.
@@ -177,6 +174,7 @@ class Decoder(nn.Module):
         remat: what the backward pass computes again, layer by layer: "none", "full" (all) or "dots" (all but matrix
             products with weights).
         attention: the implementation for whole sequences; see `attention.self_attention`.
+        adapter: low-rank adapters beside frozen matrices; `training.lora` makes and merges their parameters.
     """
 
     config: DecoderConfig
@@ -184,10 +182,11 @@ class Decoder(nn.Module):
     stacked: bool = False
     remat: str = "none"
     attention: str = "auto"
+    adapter: Adapter | None = None
 
     def setup(self):
         c = self.config
-        self.embed = Embedding(c, "embedding", c.vocab_size)
+        self.embed = Embedding(c, "embedding", c.vocab_size, self.adapter)
         block = Block
         if self.remat != "none":
             # In a scan nothing could merge the two computations; outside, a barrier has to keep them apart.
@@ -201,11 +200,12 @@ class Decoder(nn.Module):
                 length=c.num_layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            self.layers = scanned(c, self.attention)
+            self.layers = scanned(c, self.attention, self.adapter)
         else:
-            self.layers = [block(c, self.attention) for _ in range(c.num_layers)]
-        self.norm = RMSNorm(c.rms_norm_eps)
-        self.head = Embedding(c, "kernel", c.tokens.visual_count if self.visual_head else c.vocab_size)
+            self.layers = [block(c, self.attention, self.adapter) for _ in range(c.num_layers)]
+        self.norm = RMSNorm(c.rms_norm_eps, self.adapter)
+        rows = c.tokens.visual_count if self.visual_head else c.vocab_size
+        self.head = Embedding(c, "kernel", rows, self.adapter)
 
     def __call__(self, tokens_bs, cache: KVCache | None = None, *, last_only: bool = False):
         """Logits of the next token after each token of `tokens_bs`.
@@ -236,7 +236,8 @@ class Decoder(nn.Module):
         Args:
             tokens_bs: int32 [B, S].
             positions_bs: int32 [B, S], counted within each segment; by default 0, 1, ...
-            segments_bs: int32 [B, S]; a token sees the earlier tokens of its own segment. None: a row is one segment.
+            segments_bs: int32 [B, S]; a token sees the earlier tokens of its own segment, and of -n those of segment
+                n; none sees -n. None: a row is one segment.
 
         Returns:
             [B, S, D] in the compute dtype, after the last norm.

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from emu3_jax.config import DecoderConfig, VisionConfig
 from emu3_jax.errors import Emu3Error
+from emu3_jax.models.adapters import Adapter
 from emu3_jax.models.cache import KVCache
 from emu3_jax.models.decoder import Decoder
 from emu3_jax.models.vision import VisionTokenizer
@@ -27,6 +28,7 @@ LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
     "head_dim": None,
     "mlp": "tensor",
     "layers": None,
+    "rank": None,
     "vocab": None,
     "table_width": ("fsdp", "sequence", "tensor"),
     # Weights of the vision tokenizer: 1 GB in all, whole on every device; its batches split.
@@ -92,10 +94,12 @@ def shardings(abstract: Any, mesh: Mesh) -> Any:
     )
 
 
-def decoder_shardings(config: DecoderConfig, mesh: Mesh, *, stacked: bool = False) -> dict[str, Any]:
+def decoder_shardings(
+    config: DecoderConfig, mesh: Mesh, *, stacked: bool = False, adapter: Adapter | None = None
+) -> dict[str, Any]:
     """`NamedSharding`s like the decoder's parameters: one subtree per layer, or with `stacked` one for all."""
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    return shardings(jax.eval_shape(Decoder(config, stacked=stacked).init, jax.random.key(0), tokens)["params"], mesh)
+    model = Decoder(config, stacked=stacked, adapter=adapter)
+    return shardings(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"], mesh)
 
 
 def vision_shardings(config: VisionConfig, mesh: Mesh) -> dict[str, Any]:

@@ -1,0 +1,233 @@
+"""Low-rank adapters beside the decoder's matrices (LoRA, arXiv 2106.09685), which are frozen, or quantised too (QLoRA).
+
+A module of our own rather than `qwix`: its quantised weights cannot be reshaped on the way to a product, as `out` is,
+and it has no function that merges adapters into the weights.
+
+R rank. A matrix M of shape [in..., out...] has adapters `M_a` [in..., R] and `M_b` [R, out...], with the logical axes
+of M and "rank". A quantised M is stored as `M_q`, codes, and `M_scale`, the largest magnitude of each block of weights.
+Blocks lie along an axis that `fsdp` and `sequence` never split: H of `qkv` and `out`, F of `gate_up` and `down`.
+`tensor` splits F, so it must divide the number of blocks too (F / 64, 224 in the published models).
+"""
+
+import dataclasses
+import itertools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from emu3_jax.errors import Emu3Error
+from emu3_jax.models.attention import matmul_precision
+
+Shape = tuple[int, ...]
+
+BLOCK = 64  # weights that share a scale, as in QLoRA; fewer where the axis has no such blocks
+
+# The 4-bit NormalFloat of QLoRA, arXiv 2305.14314, appendix E: quantiles of the normal distribution, among them 0.
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+    """How a matrix's axes are used; a leading axis of layers is not counted.
+
+    Attributes:
+        inputs: the first axes, which a product contracts.
+        outputs: the axes after them.
+        block_axis: the axis that the blocks of a quantised matrix lie along, from the end.
+    """
+
+    inputs: int
+    outputs: int
+    block_axis: int
+
+
+MATRICES = {"qkv": Matrix(1, 3, -1), "out": Matrix(3, 1, -2), "gate_up": Matrix(1, 2, -1), "down": Matrix(1, 1, -2)}
+BASES = ("float32", "bfloat16", "int8", "nf4")
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """Which matrices get adapters, and how the frozen weights are kept.
+
+    Attributes:
+        rank: R. The fused matrices `qkv` and `gate_up` have one adapter each.
+        alpha: the adapters' product is scaled by alpha / rank.
+        targets: matrices with adapters, of "qkv", "out", "gate_up" and "down", in every layer.
+        base: "float32" or "bfloat16", or of all matrices of the layers "int8" or "nf4" with float32 scales per block;
+            the rest (tables, norms) is then bfloat16.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: tuple[str, ...] = tuple(MATRICES)
+    base: str = "bfloat16"
+
+    def __post_init__(self):
+        def check(field, ok, legal):
+            if not ok:
+                raise Emu3Error(f"Adapter field {field} is {getattr(self, field)!r}: it must be {legal}")
+
+        check("rank", type(self.rank) is int and self.rank > 0, "a whole number > 0")
+        number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool)
+        check("alpha", number and math.isfinite(self.alpha) and self.alpha > 0, "a finite number > 0")
+        names = isinstance(self.targets, tuple) and all(isinstance(name, str) for name in self.targets)
+        distinct = names and self.targets and len(set(self.targets)) == len(self.targets)
+        check("targets", distinct and set(self.targets) <= set(MATRICES), f"a tuple of some of {', '.join(MATRICES)}")
+        check("base", self.base in BASES, f"one of {', '.join(BASES)}")
+
+    @property
+    def scale(self) -> float:
+        """What the adapters' product is multiplied by."""
+        return self.alpha / self.rank
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the frozen matrices are."""
+        return self.base in ("int8", "nf4")
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of the frozen weights that are not quantised."""
+        return jnp.dtype(jnp.float32 if self.base == "float32" else jnp.bfloat16)
+
+
+def weight_dtype(adapter: Adapter | None) -> jnp.dtype:
+    """Of weights that are not quantised: float32 masters, or what a frozen one is kept in."""
+    return jnp.dtype(jnp.float32) if adapter is None else adapter.dtype
+
+
+# ------------------------------------------------------------------------------------------------ in a layer
+
+
+def project(
+    module: nn.Module,
+    adapter: Adapter | None,
+    equation: str,
+    x_bsi: jax.Array,
+    name: str,
+    shape: Shape,
+    axes: tuple[str | None, ...],
+) -> jax.Array:
+    """`x_bsi` times the matrix `name`, declared here in `module`, and its adapters' part; in x's dtype.
+
+    No gradient flows to a matrix that is frozen and quantised; to another frozen one, none that is not asked for.
+
+    Args:
+        module: the layer; it is in its compact `__call__`.
+        adapter: None for a float32 master weight by itself.
+        equation: the einsum of x and the matrix, the matrix's input axes made one.
+        x_bsi: [B, S, I], I the product of the matrix's input axes.
+        name: of `MATRICES`.
+        shape: of the matrix, input axes first.
+        axes: its logical axes.
+    """
+    inputs = MATRICES[name].inputs
+    fan_in, outputs = math.prod(shape[:inputs]), shape[inputs:]
+    precision = matmul_precision(x_bsi.dtype)
+
+    def declare(leaf, init, shape, axes, dtype):
+        return module.param(leaf, nn.with_logical_partitioning(init, axes), shape, dtype)
+
+    def product(x, w):
+        return jnp.einsum(equation, x, w.reshape(fan_in, *outputs).astype(x.dtype), precision=precision)
+
+    random = nn.initializers.normal(fan_in**-0.5)
+    if adapter is None or not adapter.quantised:
+        y = product(x_bsi, declare(name, random, shape, axes, weight_dtype(adapter)))
+        if adapter is None:
+            return y
+    else:
+        codes_shape, scale_shape, codes_dtype = quantised_shapes(name, shape, adapter.base)
+        codes = declare(f"{name}_q", nn.initializers.zeros, codes_shape, axes, codes_dtype)
+        scale = declare(f"{name}_scale", nn.initializers.zeros, scale_shape, axes, jnp.float32)
+
+        # What the backward pass keeps is the codes, whatever the layers' remat: never a layer's wide weights.
+        @jax.checkpoint
+        def quantised_product(x, codes, scale):
+            return product(x, dequantise_matrix(name, codes, scale, adapter.base, x.dtype))
+
+        y = quantised_product(x_bsi, codes, scale)
+    if name not in adapter.targets:
+        return y
+    a = declare(f"{name}_a", random, (*shape[:inputs], adapter.rank), (*axes[:inputs], "rank"), jnp.float32)
+    b = declare(f"{name}_b", nn.initializers.zeros, (adapter.rank, *outputs), ("rank", *axes[inputs:]), jnp.float32)
+    a = a.astype(x_bsi.dtype).reshape(fan_in, adapter.rank)
+    low = jnp.einsum("bsi,ir->bsr", x_bsi, a, precision=precision) * adapter.scale
+    return y + jnp.einsum("bsr,r...->bs...", low, b.astype(x_bsi.dtype), precision=precision)
+
+
+# ------------------------------------------------------------------------------------------------ quantisation
+
+
+def quantised_shapes(name: str, shape: Shape, base: str) -> tuple[Shape, Shape, jnp.dtype]:
+    """Shapes of the codes and scales of the matrix `name`, and the codes' dtype (nf4 packs two a byte).
+
+    Raises:
+        Emu3Error: the blocks' axis is odd, so that nf4 cannot pack it.
+    """
+    axis = len(shape) + MATRICES[name].block_axis
+    size = shape[axis]
+    block = math.gcd(size, BLOCK)
+    if base == "nf4" and block % 2:
+        raise Emu3Error(f"{name} has {size} weights along axis {axis}: nf4 needs an even number; choose base int8")
+
+    def resized(new):
+        return (*shape[:axis], new, *shape[axis + 1 :])
+
+    if base == "nf4":
+        return resized(size // 2), resized(size // block), jnp.dtype(jnp.uint8)
+    return shape, resized(size // block), jnp.dtype(jnp.int8)
+
+
+def quantise_matrix(name: str, matrix: jax.Array, base: str) -> tuple[jax.Array, jax.Array]:
+    """Codes and float32 scales of the matrix `name`, stacked or not; each weight takes the nearest value there is.
+
+    Args:
+        name: of `MATRICES`.
+        matrix: [(layers,) in..., out...].
+        base: "int8" (multiples of scale / 127) or "nf4" (`NF4` times scale).
+    """
+    codes_shape, scale_shape, dtype = quantised_shapes(name, matrix.shape, base)
+    axis = matrix.ndim + MATRICES[name].block_axis
+    blocks = _blocks(matrix.astype(jnp.float32), axis, scale_shape[axis])
+    scale = jnp.abs(blocks).max(axis=axis + 1, keepdims=True)
+    unit = blocks / jnp.where(scale == 0, 1.0, scale)
+    if base == "int8":
+        codes = jnp.round(unit * 127).astype(dtype)
+    else:
+        codes = sum((unit > (low + high) / 2).astype(dtype) for low, high in itertools.pairwise(NF4))
+        # The halves of a block share bytes: unpacking is two contiguous runs, and never crosses a device.
+        first, second = jnp.split(codes, 2, axis=axis + 1)
+        codes = first | (second << 4)
+    return codes.reshape(codes_shape), scale.reshape(scale_shape)
+
+
+def dequantise_matrix(name: str, codes: jax.Array, scale: jax.Array, base: str, dtype=jnp.float32) -> jax.Array:
+    """The matrix that `quantise_matrix` stored: computed in float32, then cast."""
+    axis = codes.ndim + MATRICES[name].block_axis
+    blocks = _blocks(codes, axis, scale.shape[axis])
+    if base == "int8":
+        unit = blocks.astype(jnp.float32) / 127
+    else:
+        unit = _nf4_value(jnp.concatenate([blocks & 15, blocks >> 4], axis=axis + 1))
+    weights = (unit * jnp.expand_dims(scale, axis + 1)).astype(dtype)
+    return weights.reshape(*codes.shape[:axis], -1, *codes.shape[axis + 1 :])
+
+
+def _blocks(x: jax.Array, axis: int, count: int) -> jax.Array:
+    return x.reshape(*x.shape[:axis], count, x.shape[axis] // count, *x.shape[axis + 1 :])
+
+
+def _nf4_value(codes: jax.Array) -> jax.Array:
+    """A tree of selects, which every backend fuses into the product's operand; TPUs gather slowly."""
+    level = [jnp.float32(value) for value in NF4]
+    for bit in range(4):
+        high = (codes >> bit) & 1 == 1
+        level = [jnp.where(high, b, a) for a, b in zip(level[::2], level[1::2], strict=True)]
+    return level[0]

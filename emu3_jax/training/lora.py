@@ -1,0 +1,158 @@
+"""Parameters of a decoder with adapters: made from a plain decoder's, split into trained and frozen ones, merged back.
+
+Functions on trees take nested dicts of stacked layers, of single ones, or any part of them: leaves are known by name.
+"""
+
+import functools
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from emu3_jax.config import DecoderConfig
+from emu3_jax.errors import Emu3Error
+from emu3_jax.models.adapters import MATRICES, Adapter, dequantise_matrix, quantise_matrix
+from emu3_jax.models.decoder import Decoder
+
+Params = dict[str, Any]
+Path = tuple[str, ...]
+
+_TRAINED = {f"{name}_{side}" for name in MATRICES for side in "ab"}
+
+
+def split(params: Params) -> tuple[Params, Params]:
+    """(adapters, all else) of parameters, of their shardings or of their boxes; `join` is the way back."""
+    flat = traverse_util.flatten_dict(params)
+    parts = [{path: x for path, x in flat.items() if (path[-1] in _TRAINED) is side} for side in (True, False)]
+    return traverse_util.unflatten_dict(parts[0]), traverse_util.unflatten_dict(parts[1])
+
+
+def join(trainable: Params, frozen: Params) -> Params:
+    """Parameters for `Decoder(config, adapter=adapter)`."""
+    flat = {**traverse_util.flatten_dict(frozen), **traverse_util.flatten_dict(trainable)}
+    return traverse_util.unflatten_dict(flat)
+
+
+def initial(config: DecoderConfig, adapter: Adapter, key: jax.Array, *, stacked: bool = True) -> Params:
+    """New adapters, whose product is 0. To be jitted, with shardings on a mesh: then no frozen weight is made."""
+    model = Decoder(config, stacked=stacked, adapter=adapter)
+    return split(nn.unbox(model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]))[0]
+
+
+# ------------------------------------------------------------------------------------------------ the frozen part
+
+
+def freeze(params: Params, adapter: Adapter) -> Params:
+    """A plain decoder's parameters as `adapter.base` keeps them: matrices quantised or cast, the rest cast."""
+    flat = traverse_util.flatten_dict(params)
+    frozen = (_freeze_leaf(path, leaf, adapter) for path, leaf in flat.items())
+    return traverse_util.unflatten_dict({path: leaf for leaves in frozen for path, leaf in leaves.items()})
+
+
+def freeze_stacked(
+    arrays: Iterable[tuple[Path, np.ndarray]], config: DecoderConfig, adapter: Adapter, places: Params
+) -> Params:
+    """`freeze` of a plain decoder's arrays, stacked: beside the result, a device holds one layer's matrix at a time.
+
+    Args:
+        arrays: the path and array of each, layers apart, in any order: from `Bundle.arrays`.
+        config: the decoder's.
+        adapter: how they are kept.
+        places: shardings like the result, of one mesh: the second part that `split` makes of
+            `decoder_shardings(config, mesh, stacked=True, adapter=adapter)`.
+
+    Raises:
+        Emu3Error: an array is missing.
+    """
+    flat_places = traverse_util.flatten_dict(places)
+    frozen: dict[Path, jax.Array] = {}
+    written: Counter[Path] = Counter()
+    writers: dict[Path, Any] = {}
+    for path, array in arrays:
+        layer = path[0].removeprefix("layers_")
+        if layer == path[0]:
+            # A table is never whole on a device.
+            cast = array.astype(adapter.dtype, copy=False)
+            frozen[path] = jax.make_array_from_callback(cast.shape, flat_places[path], cast.__getitem__)
+            written[path] += 1
+            continue
+        path = ("layers", *path[1:])
+        if path not in writers:
+            shapes = jax.eval_shape(lambda x, path=path: _freeze_leaf(path, x, adapter), array)
+            outputs = {name: flat_places[name] for name in shapes}
+            frozen |= jax.jit(
+                lambda shapes=shapes: {n: jnp.zeros((config.num_layers, *x.shape), x.dtype) for n, x in shapes.items()},
+                out_shardings=outputs,
+            )()
+            write = functools.partial(_write_layer, path, adapter)
+            writers[path] = jax.jit(write, donate_argnums=0, out_shardings=outputs), tuple(shapes)
+        write, names = writers[path]
+        frozen |= write({name: frozen[name] for name in names}, array, int(layer))
+        written.update(names)
+    for path in flat_places:
+        expected = config.num_layers if path[0] == "layers" else 1
+        if written[path] != expected:
+            raise Emu3Error(
+                f"{written[path]} of {expected} arrays were given for the frozen weight {'/'.join(path)}: "
+                "convert the model again"
+            )
+    return traverse_util.unflatten_dict(frozen)
+
+
+def _write_layer(path: Path, adapter: Adapter, stacked: dict[Path, jax.Array], array: jax.Array, layer: jax.Array):
+    new = _freeze_leaf(path, array, adapter)
+    return {name: jax.lax.dynamic_update_index_in_dim(stacked[name], x, layer, 0) for name, x in new.items()}
+
+
+def _freeze_leaf(path: Path, leaf: jax.Array, adapter: Adapter) -> dict[Path, jax.Array]:
+    """What is kept of one array of a plain decoder."""
+    *parent, name = path
+    if name not in MATRICES or not adapter.quantised:
+        return {path: leaf.astype(adapter.dtype)}
+    codes, scale = quantise_matrix(name, leaf, adapter.base)
+    return {(*parent, f"{name}_q"): codes, (*parent, f"{name}_scale"): scale}
+
+
+# ------------------------------------------------------------------------------------------------ merging
+
+
+def merge(trainable: Params, frozen: Params, adapter: Adapter, dtype: Any) -> Params:
+    """A plain decoder's parameters W + alpha / rank * A B, computed in float32, then cast to `dtype`.
+
+    A quantised W is what its codes stand for: the weights that the adapters were trained beside. For one layer at a
+    time, give both trees sliced to it.
+
+    Args:
+        trainable: adapters; empty for the frozen weights alone.
+        frozen: what `freeze` made.
+        adapter: their config.
+        dtype: of the result.
+    """
+    flat = traverse_util.flatten_dict(frozen)
+    adapters = traverse_util.flatten_dict(trainable)
+    merged = {}
+    for (*parent, leaf_name), leaf in flat.items():
+        name = leaf_name.removesuffix("_q")
+        if leaf_name.removesuffix("_scale") in MATRICES and leaf_name.endswith("_scale"):
+            continue
+        if leaf_name.endswith("_q"):
+            leaf = dequantise_matrix(name, leaf, flat[(*parent, f"{name}_scale")], adapter.base)
+        if name in MATRICES and (*parent, f"{name}_a") in adapters:
+            a, b = adapters[(*parent, f"{name}_a")], adapters[(*parent, f"{name}_b")]
+            leaf = leaf.astype(jnp.float32) + adapter.scale * _outer(name, a, b)
+        merged[(*parent, name)] = leaf.astype(dtype)
+    return traverse_util.unflatten_dict(merged)
+
+
+def _outer(name: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """A B in the shape of the matrix, float32."""
+    inputs, outputs = a.shape[:-1], b.shape[b.ndim - MATRICES[name].outputs :]
+    layers = inputs[: len(inputs) - MATRICES[name].inputs]
+    a, b = a.reshape(*layers, -1, a.shape[-1]), b.reshape(*layers, a.shape[-1], -1)
+    product = jnp.einsum("...ir,...ro->...io", a, b, precision="highest", preferred_element_type=jnp.float32)
+    return product.reshape(*inputs, *outputs)
