@@ -24,6 +24,17 @@ def add_quiet(command: argparse.ArgumentParser) -> None:
     command.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
+def add_set(command: argparse.ArgumentParser) -> None:
+    """`--set`."""
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="change a field of the config: --set data.sequence_length=512 (may be repeated)",
+    )
+
+
 def add_sampling(command: argparse.ArgumentParser, temperature: float) -> None:
     """How tokens are drawn."""
     command.add_argument("--temperature", type=float, default=temperature, help="0 is greedy (default: %(default)s)")

@@ -16,6 +16,7 @@ COMMANDS = {
     "generate": "prompts to pictures",
     "chat": "answers about pictures",
     "prepare": "captioned pictures and clips to training data",
+    "train": "pretrain or fine-tune by a config file",
     "bench": "measure: figures as JSON lines",
 }
 

@@ -1,0 +1,28 @@
+"""Train: run a config file, from the last checkpoint in its directory if there is one."""
+
+import argparse
+import pathlib
+
+from emu3_jax.cli import common
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", type=pathlib.Path, metavar="CONFIG.py", help="defines config(), see configs/")
+    common.add_set(command)
+    common.add_quiet(command)
+
+
+def run(options: argparse.Namespace) -> int:
+    from emu3_jax.errors import Emu3Error
+    from emu3_jax.training.config import TrainConfig, load_config
+    from emu3_jax.training.loop import train
+
+    config = load_config(options.config, options.set)
+    if not isinstance(config, TrainConfig):
+        raise Emu3Error(f"{options.config}: config() returns a {type(config).__name__}, training needs a TrainConfig")
+    outcome = train(config, common.progress(options))
+    if outcome.model is None:
+        print(f"{config.directory}: stopped after step {outcome.step} of {config.steps}; run again to go on")
+        return 143  # as a shell reports SIGTERM
+    print(f"{outcome.model}: the model after {outcome.step} steps")
+    return 0

@@ -1,0 +1,217 @@
+"""The directory of a run: its lock, what it trains, and its checkpoints by Orbax.
+
+run.json          what is trained; a run with other weights is refused
+checkpoints/N/    after step N: weights, optimiser, step and key (`state`), positions in the data (`data`)
+metrics.jsonl  tensorboard/  samples/  profile/  model/
+"""
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import json
+import os
+import pathlib
+import shutil
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from emu3_jax.config import DecoderConfig
+from emu3_jax.errors import Emu3Error
+from emu3_jax.files import new_file
+from emu3_jax.models.adapters import Adapter
+
+FORMAT = 1
+_CHUNK_BYTES = 64 << 20  # a device, or an export, that reads a slice of an array reads no more than its chunks
+_DTYPE = "dtype"  # of the products: another one is no other model
+
+
+@contextlib.contextmanager
+def locked(directory: pathlib.Path) -> Iterator[None]:
+    """Holds the run for this process; of several processes of one run, the first holds it for all.
+
+    Raises:
+        Emu3Error: another run holds it, or the directory cannot be made.
+    """
+    if jax.process_index() != 0:
+        yield
+        return
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise Emu3Error(f"{directory}: cannot be used ({error.strerror}); choose another directory") from error
+    with os.fdopen(descriptor, "r+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = file.read().strip() or "another process"
+            raise Emu3Error(
+                f"{directory} is in use by {holder}: wait for it, stop it, or choose another directory"
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def write_identity(directory: pathlib.Path, decoder: DecoderConfig, adapter: Adapter | None, bundle: str) -> None:
+    """Says in `run.json` what is trained, or checks it where the directory has one.
+
+    Raises:
+        Emu3Error: the directory holds checkpoints of another model.
+    """
+    identity = {
+        "format": FORMAT,
+        "decoder": decoder.to_dict(),
+        "adapter": None if adapter is None else json.loads(json.dumps(dataclasses.asdict(adapter))),
+        "bundle": str(pathlib.Path(bundle).absolute()),
+    }
+    file = directory / "run.json"
+    if file.exists():
+        found = read_identity(directory)
+        for part in ("decoder", "adapter"):
+            old, new = ({**(x[part] or {})} for x in (found, identity))
+            changed = [k for k in old.keys() | new.keys() if old.get(k) != new.get(k) and k != _DTYPE]
+            if changed:
+                name = min(changed)
+                raise Emu3Error(
+                    f"{directory} holds checkpoints of another model: its {part} has {name} {old.get(name)!r}, the "
+                    f"config {new.get(name)!r}; correct the config or choose another directory"
+                )
+        return
+    if jax.process_index() == 0:
+        with new_file(file) as temporary:
+            temporary.write_text(json.dumps(identity, indent=2) + "\n")
+
+
+def read_identity(directory: pathlib.Path) -> dict[str, Any]:
+    """What `write_identity` wrote. Raises `Emu3Error` if there is none, or of another format."""
+    file = directory / "run.json"
+    try:
+        identity = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise Emu3Error(f"{file}: cannot be read; give the directory of a training run") from error
+    if identity.get("format") != FORMAT:
+        raise Emu3Error(f"{file}: format is {identity.get('format')!r}, this version reads {FORMAT}")
+    return identity
+
+
+class Checkpoints:
+    """Checkpoints of one run. They are written while training goes on; one that a kill interrupts never counts."""
+
+    def __init__(self, directory: pathlib.Path, keep: int):
+        self.directory = directory.absolute() / "checkpoints"
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            item_names=("state", "data"),
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
+        )
+
+    def latest(self) -> int | None:
+        """The step of the newest, if there is any."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, position: Any, group: int) -> None:
+        """Copies `state` off the devices and begins to write it; the one before is finished first.
+
+        Args:
+            step: its name.
+            state: a `TrainState`.
+            position: JSON-able, of this process' iterator over the data.
+            group: which share of the data this process reads.
+
+        Raises:
+            Emu3Error: this one or the one before cannot be written, for example to a full disk.
+        """
+        positions = _gather(position, group)
+        with self._explained(step):
+            self._manager.wait_until_finished()
+            self._require_space(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+            save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), state)
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeSave(state, save_args=save_args), data=ocp.args.JsonSave(positions)
+                ),
+            )
+
+    def restore(self, step: int, abstract: Any, group: int, groups: int) -> tuple[Any, Any]:
+        """(state in the shardings of `abstract`, position of the data for this process).
+
+        Raises:
+            Emu3Error: the checkpoint is damaged, or was written by another number of processes.
+        """
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeRestore(
+                        abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)
+                    ),
+                    data=ocp.args.JsonRestore(),
+                ),
+            )
+        except (MemoryError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:  # Orbax raises anything
+            reason = str(error.__cause__ or error).split("\n", 1)[0][:200]
+            raise Emu3Error(
+                f"{self.directory / str(step)}: cannot be restored ({reason}); delete it to go on from the one before"
+            ) from error
+        positions = restored["data"]
+        if len(positions) != groups:
+            raise Emu3Error(
+                f"{self.directory / str(step)} is of a run that read its data in {len(positions)} shares, this one "
+                f"reads it in {groups}: resume with as many processes"
+            )
+        return restored["state"], positions[group]
+
+    def finish(self, step: int) -> None:
+        """Waits until all is written. Raises like `save`."""
+        with self._explained(step):
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def reached_preemption(self, step: int) -> bool:
+        """Whether the machine is to be taken away, agreed on by all processes."""
+        return self._manager.reached_preemption(step)
+
+    @contextlib.contextmanager
+    def _explained(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except Emu3Error:
+            raise
+        except (OSError, ValueError) as error:  # TensorStore reports a full disk as a ValueError
+            last = self.latest()
+            full = getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
+            reason = "the disk is full" if full else str(error).split("\n", 1)[0][:200]
+            raise Emu3Error(
+                f"{self.directory}: no checkpoint could be written at step {step} ({reason}); "
+                f"{'none is there yet' if last is None else f'step {last} is kept'}; free space, then run again"
+            ) from error
+
+    def _require_space(self, nbytes: int) -> None:
+        free = shutil.disk_usage(self.directory).free
+        if free < nbytes:
+            raise OSError(errno.ENOSPC, f"{nbytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free")
+
+
+def _gather(position: Any, group: int) -> list[Any]:
+    """The positions of all groups, in their order; every process gets them."""
+    if jax.process_count() == 1:
+        return [position]
+    text = np.frombuffer(json.dumps([group, position]).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.asarray(len(text)))
+    rows = multihost_utils.process_allgather(np.pad(text, (0, int(sizes.max()) - len(text))))
+    found = dict(json.loads(bytes(row[:size])) for row, size in zip(rows, sizes, strict=True))
+    return [found[index] for index in sorted(found)]

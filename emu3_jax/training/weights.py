@@ -1,0 +1,139 @@
+"""Weights into a run and out of it: from a bundle to the stacked training form, and from a checkpoint to a bundle."""
+
+import functools
+import pathlib
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes  # noqa: F401  NumPy learns bfloat16 from it
+import numpy as np
+import tensorstore
+from flax import traverse_util
+from jax.sharding import Mesh
+
+from emu3_jax.checkpoints.bundle import Bundle, LazyArray, write_part
+from emu3_jax.checkpoints.layouts import decoder_params
+from emu3_jax.config import DecoderConfig
+from emu3_jax.errors import Emu3Error
+from emu3_jax.files import new_directory
+from emu3_jax.models.adapters import MATRICES, Adapter
+from emu3_jax.models.decoder import unstack_layers
+from emu3_jax.sharding.rules import decoder_shardings
+from emu3_jax.training import lora
+from emu3_jax.training.run_directory import read_identity
+
+
+def stacked_from_bundle(bundle: Bundle, decoder: DecoderConfig, mesh: Mesh, places: Any) -> Any:
+    """The decoder's parameters in float32, stacked, in the shardings `places`; twice the largest of them at a time."""
+    flat = traverse_util.flatten_dict(bundle.load_decoder(decoder_shardings(decoder, mesh), np.float32))
+    stacked = {}
+    for path, place in traverse_util.flatten_dict(places).items():
+        if path[0] != "layers":
+            stacked[path] = flat.pop(path)
+            continue
+        layers = [flat.pop((f"layers_{index}", *path[1:])) for index in range(decoder.num_layers)]
+        stacked[path] = jax.jit(lambda *xs: jnp.stack(xs), out_shardings=place)(*layers)
+    return traverse_util.unflatten_dict(stacked)
+
+
+def frozen_from_bundle(bundle: Bundle, decoder: DecoderConfig, adapter: Adapter, places: Any) -> Any:
+    """The decoder's parameters as `adapter.base` keeps them, stacked, in the shardings `places`."""
+    arrays = ((param.path, array) for param, array in bundle.arrays("decoder"))
+    return lora.freeze_stacked(arrays, decoder, adapter, places)
+
+
+def make_inference_params(decoder: DecoderConfig, adapter: Adapter | None, mesh: Mesh) -> Callable[[Any, Any], Any]:
+    """jitted `(params, frozen) -> parameters to generate with`, in `decoder.dtype`, adapters merged."""
+
+    def convert(params, frozen):
+        if adapter is not None:
+            params = lora.merge(params, frozen, adapter, decoder.dtype)
+        return unstack_layers(jax.tree.map(lambda leaf: leaf.astype(decoder.dtype), params), decoder)
+
+    return jax.jit(convert, out_shardings=decoder_shardings(decoder, mesh))
+
+
+def export_run(directory: pathlib.Path, target: pathlib.Path, step: int | None = None) -> int:
+    """Writes the weights of a run's checkpoint as a bundle, adapters merged, holding one array at a time.
+
+    Args:
+        directory: of the run.
+        target: the bundle; it must not exist.
+        step: of the checkpoint; by default the newest.
+
+    Returns:
+        The step.
+
+    Raises:
+        Emu3Error: no such checkpoint, or one of the places cannot be read or written.
+    """
+    identity = read_identity(directory)
+    steps = sorted(int(p.name) for p in (directory / "checkpoints").glob("*") if p.name.isdigit())
+    if not steps or step not in (None, *steps):
+        raise Emu3Error(f"{directory}: no checkpoint {'' if step is None else step}; there are {steps or 'none'}")
+    step = steps[-1] if step is None else step
+    decoder = DecoderConfig.from_dict(identity["decoder"])
+    adapter = None
+    if identity["adapter"]:
+        adapter = Adapter(**{**identity["adapter"], "targets": tuple(identity["adapter"]["targets"])})
+    bundle = Bundle.open(identity["bundle"])
+    state = (directory / "checkpoints" / str(step) / "state").absolute()
+    read = functools.partial(_read_trained, state)
+    frozen = _Frozen(bundle) if adapter else None
+    dtype = np.dtype(decoder.dtype)
+    arrays = []
+    for param in decoder_params(decoder):
+        load = functools.partial(_load, param.path, read, frozen, adapter, dtype)
+        arrays.append(LazyArray(param.path, param.shape, dtype, load))
+    with new_directory(target, sum(array.nbytes for array in arrays)) as temporary:
+        write_part(temporary / "decoder", decoder.to_dict(), arrays)
+        for part in ("tokenizer", "vision"):
+            if bundle.has(part):
+                shutil.copytree(bundle.path / part, temporary / part)
+    return step
+
+
+class _Frozen:
+    """Arrays of a bundle's decoder by path."""
+
+    def __init__(self, bundle: Bundle):
+        self._database = (bundle.path.absolute() / "decoder" / "weights").as_posix()
+
+    def __call__(self, path: tuple[str, ...]) -> np.ndarray:
+        return _read(self._database, path)
+
+
+def _load(path, read, frozen, adapter, dtype) -> np.ndarray:
+    """One array of the bundle."""
+    layer = path[0].removeprefix("layers_")
+    stacked = path if layer == path[0] else ("layers", *path[1:])
+    index = None if stacked == path else int(layer)
+    if adapter is None:
+        return read(stacked, index).astype(dtype)
+    name = path[-1]
+    kept = lora.freeze({name: jnp.asarray(frozen(path))}, adapter)
+    pair = {}
+    if name in MATRICES and name in adapter.targets:
+        pair = {f"{name}_{side}": jnp.asarray(read((*stacked[:-1], f"{name}_{side}"), index)) for side in "ab"}
+    return np.asarray(lora.merge(pair, kept, adapter, dtype)[name])
+
+
+def _read_trained(state: pathlib.Path, path: tuple[str, ...], index: int | None) -> np.ndarray:
+    """One array of a checkpoint's `params`, or one layer of it."""
+    return _read(state.as_posix(), ("params", *path), index)
+
+
+def _read(database: str, path: tuple[str, ...], index: int | None = None) -> np.ndarray:
+    spec = {
+        "driver": "zarr",
+        "kvstore": {"driver": "ocdbt", "base": {"driver": "file", "path": database + "/"}, "path": ".".join(path)},
+    }
+    try:
+        array = tensorstore.open(spec, open=True, read=True).result()
+        return np.asarray((array if index is None else array[index]).read().result())
+    except (OSError, ValueError) as error:
+        reason = str(error).split("\n", 1)[0][:200]
+        raise Emu3Error(f"{database}: {'/'.join(path)} cannot be read ({reason}); the files are damaged") from error
