@@ -233,7 +233,7 @@ def weight_shaped(outputs):
     return {name for name, shape in fused.items() if tuple(sorted(matrices[name][0].reshape(shape).shape)) in dots}
 
 
-@pytest.mark.parametrize("base", ["float32", "int8", "nf4"])
+@pytest.mark.parametrize("base", ["float32", "nf4"])
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 def test_the_backward_pass_has_no_gradient_and_no_wide_copy_of_frozen_matrices(base, remat):
     adapter = adapter_of(base)
@@ -280,10 +280,9 @@ def test_nf4_is_the_papers_code():
 
 @pytest.mark.parametrize("base", ["int8", "nf4"])
 @pytest.mark.parametrize("name", list(MATRICES))
-@pytest.mark.parametrize("layers", [(), (3,)])
-def test_each_weight_takes_the_nearest_value_of_its_block(name, base, layers):
+def test_each_weight_takes_the_nearest_value_of_its_block(name, base):
     shape = {"qkv": (6, 2, 4, 128), "out": (2, 2, 128, 6), "gate_up": (6, 2, 192), "down": (192, 6)}[name]
-    weights = np.array(jax.random.normal(jax.random.key(3), (*layers, *shape)))
+    weights = np.random.default_rng(3).normal(size=(3, *shape)).astype(np.float32)
     axis = weights.ndim + MATRICES[name].block_axis
     weights[(slice(None),) * axis + (slice(0, BLOCK),)] *= 1e-3  # a small block keeps its own precision
     codes, scale = quantise_matrix(name, jnp.asarray(weights), base)

@@ -136,11 +136,11 @@ def merge(trainable: Params, frozen: Params, adapter: Adapter, dtype: Any) -> Pa
     flat = traverse_util.flatten_dict(frozen)
     adapters = traverse_util.flatten_dict(trainable)
     merged = {}
-    for (*parent, leaf_name), leaf in flat.items():
-        name = leaf_name.removesuffix("_q")
-        if leaf_name.removesuffix("_scale") in MATRICES and leaf_name.endswith("_scale"):
+    for (*parent, stored), leaf in flat.items():
+        if stored.endswith("_scale"):
             continue
-        if leaf_name.endswith("_q"):
+        name = stored.removesuffix("_q")
+        if stored != name:
             leaf = dequantise_matrix(name, leaf, flat[(*parent, f"{name}_scale")], adapter.base)
         if name in MATRICES and (*parent, f"{name}_a") in adapters:
             a, b = adapters[(*parent, f"{name}_a")], adapters[(*parent, f"{name}_b")]
