@@ -179,7 +179,7 @@ class Trainer:
             "loss": loss,
             "loss_text": sums.text / jnp.maximum(sums.text_count, 1.0),
             "loss_vision": sums.vision / jnp.maximum(sums.vision_count, 1.0),
-            "gradient_norm": optax.global_norm(gradients),
+            "gradient_norm": optax.tree.norm(gradients),
             "learning_rate": jnp.asarray(learning_rate(config.optimizer, config.steps)(state.step), jnp.float32),
             "targets": sums.count,
             "tokens": real.sum(dtype=jnp.float32),

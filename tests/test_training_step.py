@@ -1,0 +1,156 @@
+"""The step: the same on every mesh and however accumulated; AdamW and its schedule as torch's and transformers'."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import tiny
+import torch
+import transformers
+
+from emu3_jax.data.config import DataConfig, Source
+from emu3_jax.data.sequences import TextOnly
+from emu3_jax.models.adapters import Adapter
+from emu3_jax.sharding.mesh import make_mesh
+from emu3_jax.sharding.rules import use_mesh
+from emu3_jax.training.config import ModelConfig, OptimizerConfig, TrainConfig
+from emu3_jax.training.flops import matrix_weights, peak_flops, step_flops
+from emu3_jax.training.host_rows import HostRows
+from emu3_jax.training.optimizer import learning_rate, make_optimizer
+from emu3_jax.training.step import Trainer
+
+ROWS, LENGTH = 8, 16
+CONFIG = TrainConfig(
+    directory="",
+    model=ModelConfig("", tiny.CONFIG, random=True, dtype="float32"),
+    data=DataConfig((Source("", TextOnly()),), LENGTH),
+    batch_size=ROWS,
+    steps=10,
+    optimizer=OptimizerConfig(learning_rate=1e-2, final_learning_rate=1e-3, warmup_steps=1),
+    vision_weight=0.5,
+)
+
+
+def batch():
+    """Packed rows with padding; some tokens are no targets."""
+    rng = np.random.default_rng(0)
+    segments = np.repeat(np.asarray([[1] * 6 + [2] * 8 + [0] * 2]), ROWS, axis=0).astype(np.int32)
+    return {
+        "tokens": rng.integers(0, 32, (ROWS, LENGTH)).astype(np.int32),
+        "segment_ids": segments,
+        "positions": np.tile(np.asarray([*range(6), *range(8), 0, 1], np.int32), (ROWS, 1)),
+        "loss_mask": (rng.random((ROWS, LENGTH)) < 0.8) & (segments > 0),
+    }
+
+
+def run(config=CONFIG, mesh="fsdp=1", steps=3):
+    """Metrics of some steps, and the parameters after them."""
+    mesh = make_mesh(mesh)
+    trainer = Trainer(config, tiny.CONFIG, mesh)
+    with use_mesh(mesh):
+        state, metrics = trainer.initial_state(), []
+        rows = HostRows(mesh, ROWS)
+        for _ in range(steps):
+            state, figures = trainer.step(state, {}, rows.spread(batch()))
+            metrics.append({name: float(value) for name, value in figures.items()})
+        sums = trainer.evaluate(state.params, {}, rows.spread(batch()))
+    assert jax.tree.map(lambda leaf: leaf.sharding, state) == trainer.state_shardings
+    return metrics, jax.tree.map(np.asarray, state), sums
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return run()
+
+
+@pytest.mark.parametrize(
+    ("mesh", "accumulation"),
+    [
+        ("fsdp=1", 4),
+        ("data=8", 1),
+        ("fsdp=4", 2),
+        ("tensor=2", 1),
+        ("data=2,fsdp=2,tensor=2", 2),
+        ("fsdp=2,sequence=2,tensor=2", 1),
+    ],
+)
+def test_meshes_and_accumulation_change_nothing(plain, mesh, accumulation):
+    metrics, state, sums = run(dataclasses.replace(CONFIG, accumulation=accumulation), mesh)
+    for found, wanted in zip(metrics, plain[0], strict=True):
+        assert found.keys() == wanted.keys()
+        np.testing.assert_allclose(list(found.values()), list(wanted.values()), rtol=2e-5)
+    # Adam divides by the gradient's own size: where that is rounding, so is the direction of the step.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), state.params, plain[1].params)
+    np.testing.assert_allclose(sums.mean, plain[2].mean, rtol=1e-4)
+    np.testing.assert_array_equal(state.key, plain[1].key)
+
+
+def test_metrics(plain):
+    first, second, _ = plain[0]
+    sent = batch()
+    targets = sent["loss_mask"][:, 1:].sum()
+    visual = (sent["loss_mask"] & (sent["tokens"] >= 24))[:, 1:].sum()
+    assert first["targets"] == targets and first["tokens"] == 14 * ROWS and first["attended"] == (21 + 36) * ROWS
+    expected = (first["loss_text"] * (targets - visual) + 0.5 * first["loss_vision"] * visual) / targets
+    np.testing.assert_allclose(first["loss"], expected, rtol=1e-5)
+    assert first["learning_rate"] == 0 and second["learning_rate"] == np.float32(1e-2)
+    assert first["loss"] == second["loss"] > plain[0][2]["loss"]
+    assert plain[1].step == 3
+
+
+def test_only_adapters_have_an_optimiser_state():
+    config = dataclasses.replace(CONFIG, adapter=Adapter(rank=2), model=dataclasses.replace(CONFIG.model, random=False))
+    trainer = Trainer(config, tiny.CONFIG, make_mesh("fsdp=1"))
+    names = {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(trainer.abstract_state().params)}
+    assert names == {f"{matrix}_{side}" for matrix in ("qkv", "out", "gate_up", "down") for side in "ab"}
+    frozen = {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(trainer.abstract_frozen())}
+    assert frozen == {"embedding", "kernel", "qkv", "out", "gate_up", "down", "scale"}
+
+
+def test_the_schedule_is_transformers():
+    config, steps = OptimizerConfig(warmup_steps=30), 200
+    ours = learning_rate(config, steps)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
+    theirs = transformers.get_cosine_with_min_lr_schedule_with_warmup(
+        optimizer, 30, steps, min_lr=config.final_learning_rate
+    )
+    for step in range(steps):
+        np.testing.assert_allclose(ours(step), theirs.get_last_lr()[0], rtol=1e-5, atol=1e-12)
+        optimizer.step()
+        theirs.step()
+
+
+def test_the_optimizer_is_torchs():
+    """Clipping, moments and decay over some steps; the norms' scales do not decay."""
+    config = OptimizerConfig(learning_rate=1e-2, final_learning_rate=1e-2, warmup_steps=0, clip_norm=0.5)
+    ours = make_optimizer(config, 100)
+    rng = np.random.default_rng(0)
+    params = {"kernel": rng.standard_normal((4, 3)), "scale": rng.standard_normal(3)}
+    params = {name: value.astype(np.float32) for name, value in params.items()}
+    peers = {name: torch.nn.Parameter(torch.from_numpy(value.copy())) for name, value in params.items()}
+    groups = [{"params": [peers["kernel"]], "weight_decay": 0.1}, {"params": [peers["scale"]], "weight_decay": 0.0}]
+    theirs = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-6)
+    state = ours.init(params)
+    for _ in range(5):
+        gradients = {name: rng.standard_normal(value.shape).astype(np.float32) for name, value in params.items()}
+        updates, state = ours.update(gradients, state, params)
+        params = {name: params[name] + updates[name] for name in params}
+        for name, peer in peers.items():
+            peer.grad = torch.from_numpy(gradients[name].copy())
+        torch.nn.utils.clip_grad_norm_(list(peers.values()), 0.5)
+        theirs.step()
+    for name, peer in peers.items():
+        np.testing.assert_allclose(params[name], peer.detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_flops_of_the_published_model():
+    from emu3_jax.config import DecoderConfig
+
+    config = DecoderConfig()
+    weights = 32 * (4096 * 4096 * 2 + 2 * 4096 * 1024 + 3 * 4096 * 14336) + 184622 * 4096
+    assert matrix_weights(config) == weights
+    assert step_flops(config, 10, 0) == 60 * weights and step_flops(config, 10, 0, frozen=True) == 40 * weights
+    assert step_flops(config, 0, 55) == 12 * 32 * 4096 * 55
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12 and peak_flops("TPU v5 lite") == 197e12
+    assert np.isnan(peak_flops("cpu"))
