@@ -23,7 +23,7 @@ from emu3_jax.files import files_into, new_file
 from emu3_jax.generation.pipeline import Emu3, Language, Vision
 from emu3_jax.media.images import save_png
 from emu3_jax.sharding.mesh import make_mesh
-from emu3_jax.sharding.rules import use_mesh
+from emu3_jax.sharding.rules import use_mesh, vision_shardings
 from emu3_jax.text.prompts import PRESETS
 from emu3_jax.training import weights
 from emu3_jax.training.config import TrainConfig
@@ -286,7 +286,9 @@ class _Run:
     def _draw(self) -> None:
         samples = self.config.samples
         if self._model is None:
-            vision = Vision(self.bundle.vision_config, self.bundle.image_config, self.bundle.load_vision())
+            places = vision_shardings(self.bundle.vision_config, self.mesh)
+            vision_params = self.bundle.load_vision(places)
+            vision = Vision(self.bundle.vision_config, self.bundle.image_config, vision_params)
             convert = weights.make_inference_params(self.trainer.decoder, self.config.adapter, self.mesh)
             self._model = (vision, convert)
         vision, convert = self._model

@@ -1,0 +1,315 @@
+"""The loop as a user meets it: a config file runs, is killed, goes on exactly, and leaves a model that generates."""
+
+import dataclasses
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from prepare_entries import Entries
+
+import emu3_jax
+from emu3_jax import Emu3Error
+from emu3_jax.checkpoints.bundle import Bundle
+from emu3_jax.cli.main import main
+from emu3_jax.data.config import DataConfig, Source
+from emu3_jax.data.prepare import prepare
+from emu3_jax.data.sequences import TextToImage
+from emu3_jax.data.shards import Codebook
+from emu3_jax.models.adapters import Adapter
+from emu3_jax.training.config import ModelConfig, OptimizerConfig, SampleConfig, TrainConfig, load_config
+from emu3_jax.training.loop import train
+from emu3_jax.training.metrics import read_metrics
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    directory = tmp_path_factory.mktemp("train") / "data"
+    prepare(Entries(), directory, Codebook(32768, "0" * 64), shards=2)
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def base(golden_bundle, data) -> TrainConfig:
+    return TrainConfig(
+        directory="",
+        model=ModelConfig(str(golden_bundle), dtype="float32"),
+        data=DataConfig((Source(data, TextToImage(loss="all", prompt_dropout=0.3)),), sequence_length=64, packing=2),
+        batch_size=2,
+        steps=STEPS,
+        optimizer=OptimizerConfig(learning_rate=1e-3, final_learning_rate=1e-4, warmup_steps=2),
+        mesh="fsdp=2",
+        checkpoint_every=3,
+        keep=2,
+    )
+
+
+@pytest.fixture(scope="module")
+def config_file(base, tmp_path_factory) -> pathlib.Path:
+    """A file that holds `base`."""
+    file = tmp_path_factory.mktemp("config") / "small.py"
+    names = {
+        "emu3_jax.training.config": "ModelConfig, OptimizerConfig, SampleConfig, TrainConfig",
+        "emu3_jax.data.config": "DataConfig, Source",
+        "emu3_jax.data.sequences": "TextToImage",
+    }
+    lines = [f"from {module} import {what}" for module, what in names.items()]
+    file.write_text("\n".join([*lines, "", "def config():", f"    return {base!r}", ""]))
+    return file
+
+
+def losses(directory) -> list[tuple[int, float, float]]:
+    lines = [line for line in read_metrics(pathlib.Path(directory)) if line["group"] == "train"]
+    return [(line["step"], line["loss"], line["gradient_norm"]) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def whole(config_file, tmp_path_factory) -> pathlib.Path:
+    """The directory of a run that nothing disturbed."""
+    directory = tmp_path_factory.mktemp("runs") / "whole"
+    assert main(["train", str(config_file), "--set", f"directory={directory}", "--quiet"]) == 0
+    return directory
+
+
+def start(config_file, directory) -> subprocess.Popen:
+    command = [sys.executable, "-m", "emu3_jax.cli.main", "train", str(config_file), "--set", f"directory={directory}"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
+
+
+def wait_for_step(process: subprocess.Popen, directory: pathlib.Path, step: int) -> None:
+    """Until the run has written about `step`, or has ended."""
+    while process.poll() is None and max([0, *(s for s, *_ in losses(directory))]) < step:
+        time.sleep(0.02)
+
+
+# ------------------------------------------------------------------------------------------------ going on
+
+
+def test_a_run_killed_at_random_goes_on_exactly(config_file, whole, tmp_path):
+    directory, draw = tmp_path / "run", random.Random(0)
+    for step in (2, 7):
+        process = start(config_file, directory)
+        wait_for_step(process, directory, step)
+        time.sleep(draw.random() / 4)  # in the middle of a step, or of writing a checkpoint
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert len(losses(directory)) < STEPS
+    process = start(config_file, directory)
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert out == f"{directory / 'model'}: the model after {STEPS} steps\n"
+    assert losses(directory) == losses(whole)
+    assert [step for step, *_ in losses(whole)] == list(range(1, STEPS + 1))
+    for name, array in weights_of(whole / "model").items():
+        np.testing.assert_array_equal(weights_of(directory / "model")[name], array, err_msg=name)
+
+
+def test_sigterm_writes_a_checkpoint(config_file, whole, tmp_path):
+    process = start(config_file, tmp_path / "run")
+    wait_for_step(process, tmp_path / "run", 1)
+    process.send_signal(signal.SIGTERM)
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 143, errors
+    (step,) = [int(word) for word in out.split() if word.isdigit()][:1]
+    assert str(step) in {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert losses(tmp_path / "run") == losses(whole)[:step]
+
+
+def test_another_mesh_goes_on(base, whole, tmp_path):
+    """The same numbers but for the order of sums."""
+    directory = tmp_path / "run"
+    shutil.copytree(whole, directory)
+    shutil.rmtree(directory / "checkpoints" / str(STEPS))
+    train(dataclasses.replace(base, directory=str(directory), mesh="data=2,tensor=2"), progress=False)
+    np.testing.assert_allclose(losses(directory), losses(whole), rtol=1e-4)
+
+
+def test_only_the_newest_checkpoints_are_kept(whole):
+    assert sorted(int(p.name) for p in (whole / "checkpoints").iterdir()) == [STEPS - 3, STEPS]
+
+
+def weights_of(bundle: pathlib.Path) -> dict[str, np.ndarray]:
+    return {param.name: array for param, array in Bundle.open(bundle).arrays("decoder")}
+
+
+def test_training_lowers_the_loss(whole):
+    values = [loss for _, loss, _ in losses(whole)]
+    assert values[-1] < 0.9 * values[0]
+
+
+def test_the_model_generates(whole, golden_bundle):
+    model = emu3_jax.load(whole / "model")
+    assert model.language.config.dtype == "float32"
+    (picture,) = model.generate("text 1", area=32 * 32, greedy=True, progress=False)
+    assert picture.size == (32, 32)
+    old, new = weights_of(golden_bundle), weights_of(whole / "model")
+    assert all((old[name] != new[name]).any() for name in old if "norm" not in name)
+
+
+# ------------------------------------------------------------------------------------------------ between steps
+
+
+def test_evaluation_pictures_and_profile(base, data, tmp_path):
+    config = dataclasses.replace(
+        base,
+        directory=str(tmp_path),
+        steps=4,
+        evaluation=(("held out", Source(data, TextToImage())),),
+        evaluate_every=2,
+        samples=SampleConfig(("text 1", "text 2"), every=4, area=32 * 32),
+        profile=(1, 1),
+    )
+    train(config, progress=False)
+    held_out = [line for line in read_metrics(tmp_path) if line["group"] == "evaluation/held out"]
+    assert [line["step"] for line in held_out] == [2, 4]
+    codes = sum((2 + i % 3) * (3 + i % 4) for i in range(23))
+    assert all(line["targets"] == codes and line["loss"] == line["loss_vision"] for line in held_out)
+    assert sorted(p.name for p in (tmp_path / "samples" / "00000004").iterdir()) == ["000.png", "001.png"]
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize("base_dtype", ["float32", "nf4"])
+def test_adapters(base, base_dtype, tmp_path, golden_bundle):
+    adapter = Adapter(rank=2, base=base_dtype)
+    config = dataclasses.replace(base, directory=str(tmp_path), steps=4, adapter=adapter, mesh="fsdp=2")
+    train(config, progress=False)
+    sizes = {path.name: path for path in (tmp_path / "checkpoints").iterdir()}
+    assert set(sizes) == {"3", "4"}
+    old, new = weights_of(golden_bundle), weights_of(tmp_path / "model")
+    moved = {name for name in old if not np.array_equal(old[name].astype(np.float32), new[name].astype(np.float32))}
+    matrices = {name for name in old if name.startswith("layers_") and "norm" not in name}
+    assert matrices <= moved and (base_dtype == "nf4" or moved == matrices)
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+def message_of(config, match):
+    with pytest.raises(Emu3Error, match=match) as caught:
+        train(config, progress=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_two_runs_on_one_directory(base, config_file, tmp_path):
+    process = start(config_file, tmp_path / "run")
+    wait_for_step(process, tmp_path / "run", 1)
+    message_of(dataclasses.replace(base, directory=str(tmp_path / "run")), f"in use by process {process.pid} on")
+    process.communicate(timeout=300)
+    assert process.returncode == 0
+
+
+def test_another_model(base, whole, golden_bundle):
+    other = dataclasses.replace(Bundle.open(golden_bundle).decoder_config, num_layers=1)
+    model = dataclasses.replace(base.model, decoder=other)
+    message_of(dataclasses.replace(base, directory=str(whole), model=model), "is of another model: .* num_layers")
+    model = dataclasses.replace(base.model, decoder=other, random=True)
+    message_of(dataclasses.replace(base, directory=str(whole), model=model), "checkpoints of another model.*num_layers")
+    message_of(dataclasses.replace(base, directory=str(whole), adapter=Adapter()), "checkpoints of another model")
+
+
+def test_other_data(base, whole):
+    data = dataclasses.replace(base.data, packing=3)
+    config = dataclasses.replace(base, directory=str(whole), steps=STEPS + 1, data=data)
+    message_of(config, "of other data")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"mesh": "fsdp=3"}, "does not divide the 8"),
+        ({"mesh": "fsdp=4"}, "batch_size is 2, and the mesh splits rows into 4"),
+        ({"mesh": "fsdp=2,sequence=3"}, "does not divide"),
+        ({"mesh": "fsdp=1,tensor=8"}, "does not divide"),
+        ({"batch_size": 4, "accumulation": 4}, "batch_size is 1"),
+    ],
+)
+def test_meshes_that_do_not_fit(base, tmp_path, changes, reason):
+    message_of(dataclasses.replace(base, directory=str(tmp_path), **changes), reason)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(base, tmp_path, monkeypatch):
+    directory = tmp_path / "run"
+    train(dataclasses.replace(base, directory=str(directory), steps=3), progress=False)
+    # From here on each step raises the weights a hundred orders of magnitude.
+    optimizer = OptimizerConfig(learning_rate=1e38, final_learning_rate=1e38, warmup_steps=0, weight_decay=1e6)
+    config = dataclasses.replace(base, directory=str(directory), steps=9, optimizer=optimizer, checkpoint_every=1)
+    message_of(config, r"at batch [45], which is in .*batch-[45]-process-0.npz; the checkpoint of step [34] is kept")
+    (file,) = directory.glob("batch-*.npz")
+    with np.load(file) as batch:
+        assert batch["tokens"].shape == (2, 64)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(base, tmp_path, monkeypatch):
+    directory = tmp_path / "run"
+    train(dataclasses.replace(base, directory=str(directory), steps=3), progress=False)
+
+    def full(*_, **__):
+        raise ValueError("RESOURCE_EXHAUSTED: write failed: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("orbax.checkpoint.CheckpointManager.save", full)
+        config = dataclasses.replace(base, directory=str(directory), steps=6)
+        message_of(config, "step 6 .the disk is full.; step 3 is kept; free space, then run again")
+    assert train(config, progress=False).step == 6
+
+
+def test_a_damaged_checkpoint_is_named(base, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    state = tmp_path / "run" / "checkpoints" / str(STEPS) / "state"
+    for file in state.rglob("*"):
+        if file.is_file() and file.stat().st_size > 10000:
+            file.write_bytes(file.read_bytes()[:1000])
+    config = dataclasses.replace(base, directory=str(tmp_path / "run"))
+    message_of(config, f"checkpoints/{STEPS}: cannot be restored .*; delete it to go on")
+
+
+# ------------------------------------------------------------------------------------------------ config files
+
+
+def test_config_files_and_overrides(config_file, base, tmp_path):
+    changed = load_config(
+        config_file, ["data.sources.0.weight=2", "optimizer.clip_norm=1", "data.seed=5", "mesh=tensor=2"]
+    )
+    assert changed.data.sources[0].weight == 2 and changed.data.seed == 5 and changed.mesh == "tensor=2"
+    assert changed.optimizer.clip_norm == 1.0
+    assert load_config(config_file) == base
+    for override, reason in {
+        "steps": "write path.to.field=value",
+        "stepps=3": "did you mean steps",
+        "data.sources.1.weight=2": "no index from 0 to 0",
+        "steps.more=2": "has no fields",
+        "steps=many": "steps is 'many': it must be a whole number",
+        "batch_size=3": "",
+    }.items():
+        if reason:
+            with pytest.raises(Emu3Error, match=reason):
+                load_config(config_file, [override])
+    with pytest.raises(Emu3Error, match="no such config file"):
+        load_config(tmp_path / "absent.py")
+    for text, reason in {
+        "x = 1 +": "SyntaxError",
+        "x = 1": "defines no function `config`",
+        "def config():\n    from emu3_jax.training.config import OptimizerConfig as O\n    return O(eps=0)": "eps is 0",
+    }.items():
+        (tmp_path / "bad.py").write_text(text)
+        with pytest.raises(Emu3Error, match=reason):
+            load_config(tmp_path / "bad.py")
+
+
+def test_the_command_names_the_culprit(config_file, capsys):
+    assert main(["train", str(config_file), "--set", "model.remat=some"]) == 2
+    assert "model.remat=some: ModelConfig field remat is 'some'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py")), ids=str)
+def test_shipped_configs_are_legal(file):
+    assert dataclasses.is_dataclass(load_config(file))
