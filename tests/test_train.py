@@ -154,6 +154,15 @@ def test_the_model_generates(whole, golden_bundle):
     assert all((old[name] != new[name]).any() for name in old if "norm" not in name)
 
 
+def test_convert_takes_a_run(whole, tmp_path, capsys):
+    assert main(["convert", str(whole), "-o", str(tmp_path / "bundle")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'bundle'}: the model after step {STEPS}\n"
+    for name, array in weights_of(whole / "model").items():
+        np.testing.assert_array_equal(weights_of(tmp_path / "bundle")[name], array, err_msg=name)
+    assert main(["convert", str(whole), str(whole), "-o", str(tmp_path / "two")]) == 2
+    assert "convert it alone" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------------------ between steps
 
 
