@@ -4,7 +4,7 @@ import argparse
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    kinds = command.add_subparsers(dest="kind", required=True, metavar="{decode,vision}")
+    kinds = command.add_subparsers(dest="kind", required=True, metavar="{decode,vision,train}")
     decode = kinds.add_parser("decode", help="the decode loop, random weights: ms per token, share of bandwidth")
     decode.add_argument("--preset", choices=("8b", "small"), default="8b", help="decoder shapes (default: %(default)s)")
     decode.add_argument("--rows", type=int, nargs="+", default=[1], help="pictures at once (default: 1)")
@@ -17,6 +17,18 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     vision.add_argument("--preset", choices=("270m", "small"), default="270m", help="shapes (default: %(default)s)")
     vision.add_argument("--repeat", type=int, default=5, help="timed runs; the shortest counts (default: %(default)s)")
     vision.add_argument("--compare", choices=("transformers",), help="also run this peer, same shapes, same device")
+    train = kinds.add_parser("train", help="the train step, random weights: ms per step, tokens/s, MFU, memory")
+    train.add_argument("--preset", choices=("8b", "small"), default="8b", help="decoder shapes (default: %(default)s)")
+    train.add_argument("--layers", type=int, help="fewer layers than the preset has")
+    train.add_argument("--tokens", type=int, default=10240, help="of a row (default: %(default)s)")
+    train.add_argument("--rows", type=int, default=1, help="of a step (default: %(default)s)")
+    train.add_argument("--remat", choices=("full", "dots", "none"), default="full", help="default: %(default)s")
+    train.add_argument("--attention", choices=("auto", "cudnn", "splash", "xla"), default="auto", help="default: auto")
+    train.add_argument("--adapter", type=int, default=0, metavar="RANK", help="train adapters of this rank (LoRA)")
+    train.add_argument("--base", choices=("float32", "bfloat16", "int8", "nf4"), default="bfloat16", help="with those")
+    train.add_argument("--mesh", default="fsdp=-1", metavar="AXIS=N[,...]", help="default: %(default)s")
+    train.add_argument("--steps", type=int, default=5, help="timed steps (default: %(default)s)")
+    train.add_argument("--compare", choices=("transformers",), help="also run this peer, same shapes, same device")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -1,0 +1,149 @@
+"""`bench train`: the train step at full widths with random weights and tokens, one sequence a row."""
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from emu3_jax.benchmarks import train_transformers
+from emu3_jax.benchmarks.machine import describe_machine
+from emu3_jax.compilation import enable_persistent_cache
+from emu3_jax.config import DecoderConfig
+from emu3_jax.data.config import DataConfig, Source
+from emu3_jax.data.sequences import TextOnly
+from emu3_jax.models.adapters import Adapter
+from emu3_jax.sharding.mesh import make_mesh
+from emu3_jax.sharding.rules import use_mesh
+from emu3_jax.training.config import ModelConfig, TrainConfig
+from emu3_jax.training.flops import peak_flops, step_flops
+from emu3_jax.training.host_rows import HostRows
+from emu3_jax.training.step import Trainer
+
+PRESETS = {
+    "8b": DecoderConfig(),
+    "small": DecoderConfig(hidden_size=256, intermediate_size=512, num_layers=2, num_heads=4, num_kv_heads=2),
+}
+
+
+def run(
+    preset: str = "8b",
+    layers: int | None = None,
+    tokens: int = 10240,
+    rows: int = 1,
+    remat: str = "full",
+    attention: str = "auto",
+    adapter: int = 0,
+    base: str = "bfloat16",
+    mesh: str = "fsdp=-1",
+    steps: int = 5,
+    compare: str | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Yields figures as dicts: the machine, our step, and with `compare` the peer's.
+
+    Times are of `steps` steps after two that compile and warm up. MFU is model FLOPs (`training.flops`) against the
+    data sheet's peak.
+    """
+    enable_persistent_cache()
+    decoder = PRESETS[preset]
+    decoder = dataclasses.replace(decoder, num_layers=layers or decoder.num_layers)
+    # The peer comes first, in a process of its own: JAX would hold the memory that it needs.
+    peer = list(train_transformers.in_a_process(decoder, tokens, rows, adapter, steps)) if compare else []
+    yield {"bench": "train", "preset": preset, "layers": decoder.num_layers, "tokens": tokens, **describe_machine()}
+    peak = peak_flops(jax.devices()[0].device_kind)
+    flops = step_flops(decoder, rows * tokens, rows * tokens * (tokens + 1) / 2, frozen=adapter > 0)
+    config = TrainConfig(
+        directory="",
+        model=ModelConfig("", decoder, random=adapter == 0, remat=remat, attention=attention),
+        data=DataConfig((Source("", TextOnly()),), tokens),
+        batch_size=rows,
+        steps=1000,
+        adapter=Adapter(rank=adapter, base=base) if adapter else None,
+        mesh=mesh,
+    )
+    labels = {
+        "program": "emu3-jax",
+        "remat": remat,
+        "rows": rows,
+        **({"rank": adapter, "base": base} if adapter else {}),
+    }
+    try:
+        figures = _measure(config, decoder, steps)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        yield {**labels, "out_of_memory": str(error).split("\n", 1)[0][:200]}
+    else:
+        devices = figures.pop("devices")
+        yield {**labels, **figures, **rates(figures["ms_per_step"], rows * tokens, flops, peak * devices)}
+    for figures in peer:
+        if "ms_per_step" in figures:
+            figures |= rates(figures["ms_per_step"], rows * tokens, flops, peak)
+        yield figures
+
+
+def rates(ms: float, tokens: int, flops: float, peak: float) -> dict[str, float]:
+    """Tokens and FLOPs per second of a step, and its MFU where the peak is known."""
+    seconds = ms / 1e3
+    known = {} if math.isnan(peak) else {"mfu": round(flops / seconds / peak, 4)}
+    return {"tokens_per_second": round(tokens / seconds), "model_tflops": round(flops / seconds / 1e12, 1), **known}
+
+
+def _measure(config: TrainConfig, decoder: DecoderConfig, steps: int) -> dict[str, Any]:
+    mesh = make_mesh(config.mesh)
+    trainer = Trainer(config, decoder, mesh)
+    rng = np.random.default_rng(0)
+    shape = (config.batch_size, config.data.sequence_length)
+    batch = {
+        "tokens": rng.integers(0, decoder.vocab_size, shape, np.int32),
+        "segment_ids": np.ones(shape, np.int32),
+        "positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape).copy(),
+        "loss_mask": np.ones(shape, bool),
+    }
+    with use_mesh(mesh):
+        state = trainer.initial_state()
+        frozen = _random_frozen(trainer)
+        batch = HostRows(mesh, config.batch_size).spread(batch)
+        began = time.perf_counter()
+        compiled = trainer.step.lower(state, frozen, batch).compile()
+        compile_s = time.perf_counter() - began
+        times, losses = [], []
+        for _ in range(2 + steps):
+            began = time.perf_counter()
+            state, metrics = compiled(state, frozen, batch)
+            losses.append(float(metrics["loss"]))
+            jax.block_until_ready(state)
+            times.append(time.perf_counter() - began)
+    if not all(map(math.isfinite, losses)):
+        raise AssertionError(f"losses are {losses}")
+    memory = compiled.memory_analysis()
+    stats = jax.devices()[0].memory_stats() or {}
+    return {
+        "ms_per_step": round(statistics.median(times[2:]) * 1e3, 1),
+        "best_ms": round(min(times[2:]) * 1e3, 1),
+        "arguments_gb": round(memory.argument_size_in_bytes / 1e9, 2),
+        "temporaries_gb": round(memory.temp_size_in_bytes / 1e9, 2),
+        "peak_gb": round(stats.get("peak_bytes_in_use", 0) / 1e9, 2),
+        "compile_s": round(compile_s, 1),
+        "devices": mesh.size,
+    }
+
+
+def _random_frozen(trainer: Trainer) -> Any:
+    """Frozen parameters, leaf by leaf in their own dtypes."""
+
+    def draw(leaf: jax.ShapeDtypeStruct):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return jnp.full(leaf.shape, 0x5A, leaf.dtype)
+        # A pattern costs no memory beside the leaf; its values matter to no time.
+        values = jax.lax.broadcasted_iota(jnp.int32, leaf.shape, len(leaf.shape) - 1) % 13 - 6
+        return (values * (0.3 * leaf.shape[-1] ** -0.5)).astype(leaf.dtype)
+
+    return jax.tree.map(
+        lambda leaf: jax.jit(lambda: draw(leaf), out_shardings=leaf.sharding)(), trainer.abstract_frozen()
+    )
