@@ -1,0 +1,58 @@
+"""Compile a config for a TPU slice, on any machine: memory, FLOPs, collectives. Exits 1 if it does not fit."""
+
+import argparse
+import json
+import pathlib
+import sys
+
+from emu3_jax.cli import common
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", type=pathlib.Path, metavar="CONFIG.py", help="defines config(), see configs/")
+    command.add_argument("--topology", required=True, metavar="KIND:SHAPE", help="like v5p:4x4x4 or v5e:8x8")
+    common.add_set(command)
+    command.add_argument("--rows-per-chip", type=int, metavar="N", help="of training, in place of batch_size")
+    command.add_argument(
+        "--hbm-limit",
+        type=float,
+        metavar="GIB",
+        help="compile as if a chip had no more; with room to spare XLA trades memory for time",
+    )
+    command.add_argument("--json", action="store_true", help="the plan as JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    import jax
+
+    from emu3_jax.errors import Emu3Error
+    from emu3_jax.generation.config import GenerateConfig
+    from emu3_jax.sharding import plan
+    from emu3_jax.training.config import TrainConfig, load_config
+
+    # A plan needs no accelerator, and must not take one from a run on this machine.
+    jax.config.update("jax_platforms", "cpu")
+    if options.rows_per_chip is not None and options.rows_per_chip < 1:
+        raise Emu3Error(f"--rows-per-chip is {options.rows_per_chip}: it must be a whole number >= 1")
+    config = load_config(options.config, options.set)
+    slice_ = plan.tpu_slice(options.topology, options.hbm_limit)
+    if isinstance(config, TrainConfig):
+        from emu3_jax.training.plan import programs
+
+        mesh, compiled = programs(config, slice_, options.rows_per_chip)
+    elif isinstance(config, GenerateConfig):
+        from emu3_jax.generation.plan import programs
+
+        if options.rows_per_chip is not None:
+            raise Emu3Error("--rows-per-chip is for training: set `pictures` of a GenerateConfig instead")
+        mesh, compiled = programs(config, slice_)
+    else:
+        raise Emu3Error(
+            f"{options.config}: config() returns a {type(config).__name__}, "
+            "a plan needs a TrainConfig or GenerateConfig"
+        )
+    result = plan.compile_plan(slice_, mesh, compiled)
+    for program in result["programs"]:
+        print(f"{program['name']}: compiled in {program['compile_seconds']} s", file=sys.stderr)
+    print(json.dumps(result, indent=2) if options.json else "\n".join(plan.describe(result)))
+    return 0 if result["fits"] else 1

@@ -1,0 +1,52 @@
+"""A run of generation as a frozen config: what `emu3-jax plan` compiles without a model at hand."""
+
+import dataclasses
+
+from emu3_jax.config import DecoderConfig
+from emu3_jax.errors import Emu3Error
+from emu3_jax.media.sizes import generate_size
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateConfig:
+    """Pictures from prompts on a mesh.
+
+    Attributes:
+        decoder: the decoder's shapes; its weights are in `decoder.dtype`.
+        pictures: drawn at once; what the mesh's rows leave over is filled up.
+        ratio: width:height.
+        area: pixels; None for what the model draws by default.
+        guidance: classifier-free guidance scale; 1 is none, and halves the rows.
+        prompt_tokens: of the longest prompt, with all that comes before the picture.
+        mesh: sizes of the axes data, fsdp, sequence and tensor; -1 is all that is left.
+    """
+
+    decoder: DecoderConfig = dataclasses.field(default_factory=DecoderConfig)
+    pictures: int = 1
+    ratio: str = "1:1"
+    area: int | None = None
+    guidance: float = 3.0
+    prompt_tokens: int = 64
+    mesh: str = "tensor=-1"
+
+    def __post_init__(self):
+        for field in ("pictures", "prompt_tokens"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise Emu3Error(f"GenerateConfig field {field} is {value!r}: it must be a whole number >= 1")
+        if not isinstance(self.decoder, DecoderConfig):
+            raise Emu3Error(f"GenerateConfig field decoder is {self.decoder!r}: it must be a DecoderConfig")
+        if not isinstance(self.guidance, int | float) or not 0 <= self.guidance < float("inf"):
+            raise Emu3Error(f"GenerateConfig field guidance is {self.guidance!r}: it must be a number >= 0")
+        rows, columns = self.grid
+        length = self.prompt_tokens + rows * (columns + 1) + 3
+        if length > self.decoder.max_positions:
+            raise Emu3Error(
+                f"a prompt of {self.prompt_tokens} tokens and a picture of {rows}x{columns} tokens take {length} "
+                f"positions, the decoder has {self.decoder.max_positions}: choose a smaller area or prompt_tokens"
+            )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens of a picture."""
+        return generate_size(self.ratio, self.decoder.image_area if self.area is None else self.area)
