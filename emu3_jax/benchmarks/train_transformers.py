@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -50,7 +51,9 @@ def run(config: DecoderConfig, tokens: int, rows: int, rank: int, steps: int) ->
             model = transformers.Emu3ForCausalLM(peer)
     finally:
         torch.set_default_dtype(previous)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its newer name does not exist in older versions
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.config.use_cache = False
     if rank:
         import peft
