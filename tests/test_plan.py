@@ -1,0 +1,204 @@
+"""`emu3-jax plan`: compiles for TPU slices on this machine, where libtpu is installed."""
+
+import dataclasses
+import importlib.util
+import json
+import pathlib
+
+import jax
+import pytest
+
+from emu3_jax.cli.main import main
+from emu3_jax.errors import Emu3Error
+from emu3_jax.generation import plan as generation_plan
+from emu3_jax.generation.config import GenerateConfig
+from emu3_jax.sharding import plan
+from emu3_jax.sharding.collectives import Collective, collectives
+from emu3_jax.training import plan as training_plan
+from emu3_jax.training.config import load_config
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+
+# Weights of the 8 B model's layers and tables, without norms.
+EMU3_MATRICES = 32 * (4096 * (2 * 32 + 2 * 8) * 128 + 3 * 4096 * 14336) + 2 * 184622 * 4096
+
+SMALL = """
+import tiny
+from emu3_jax.config import DecoderConfig
+from emu3_jax.data.config import DataConfig, Source
+from emu3_jax.data.sequences import TextToImage
+from emu3_jax.generation.config import GenerateConfig
+from emu3_jax.training.config import ModelConfig, TrainConfig
+
+DECODER = DecoderConfig(
+    vocab_size=512, hidden_size=256, intermediate_size=512, num_layers=3, num_heads=4, num_kv_heads=2,
+    tokens=tiny.TOKENS,
+)
+
+def train():
+    data = DataConfig((Source("data", TextToImage()),), sequence_length=256)
+    return TrainConfig("run", ModelConfig("bundle", DECODER, attention="xla"), data, 4, 100)
+
+def generate():
+    return GenerateConfig(DECODER, pictures=2, area=384 * 384, mesh="data=2,tensor=2")
+"""
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Config files of a small decoder: `train.py` and `generate.py`."""
+    directory = tmp_path_factory.mktemp("configs")
+    for name in ("train", "generate"):
+        (directory / f"{name}.py").write_text(f"{SMALL}\n\nconfig = {name}\n")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def trained(small):
+    """The plan of the small training run, as `--json` prints it."""
+    return _plan(small / "train.py", "v5e:2x2")
+
+
+def _plan(config, topology):
+    slice_ = plan.tpu_slice(topology)
+    loaded = load_config(config)
+    programs = generation_plan.programs if isinstance(loaded, GenerateConfig) else training_plan.programs
+    return plan.compile_plan(slice_, *programs(loaded, slice_))
+
+
+@libtpu
+def test_train(trained):
+    (step,) = trained["programs"]
+    assert trained["chips"] == 4 and trained["mesh"]["fsdp"] == 4 and trained["usable_bytes"] == 15.75 * 2**30
+    matrices = 3 * (256 * 12 * 64 + 3 * 256 * 512)
+    tables, norms = 2 * 512 * 256, 7 * 256
+    assert step["bytes"]["weights"] == matrices + tables + 4 * norms  # float32 over 4 chips; the norms on each
+    assert step["bytes"]["optimizer"] == 2 * step["bytes"]["weights"] + 2 * 4  # two moments and two counts of steps
+    assert step["bytes"]["inputs"] == 256 * (3 * 4 + 1) + 4 + 8
+    assert step["fits"] and step["total_bytes"] == sum(step["bytes"].values())
+    assert step["spare_bytes"] == trained["usable_bytes"] - step["total_bytes"]
+    # The matrices come from all chips in the compute dtype, forward and backward, one layer after the other.
+    gathered = sum(c["bytes"] for c in step["collectives"] if c["kind"] in ("all-gather", "all-reduce"))
+    assert step["collective_trips_known"] and gathered > 2 * 2 * matrices
+    assert step["flops"] == pytest.approx(4 * (6 * (matrices + tables / 2) * 256 + 12 * 3 * 256 * 256 * 257 / 2) / 4)
+
+
+@libtpu
+def test_generate(small, capsys):
+    code = main(["plan", str(small / "generate.py"), "--topology", "v5e:2x2", "--json"])
+    shown = capsys.readouterr()
+    result = json.loads(shown.out)
+    assert code == 0 and result["fits"] and "compiled in" in shown.err
+    prefill, decode, growth = result["programs"]
+    # A prompt of 64 tokens and 48 x 49 more, in whole buckets; 4 rows over 2 chips, 2 KV heads over the other 2.
+    assert decode["bytes"]["cache"] == 2 * 3 * (4 // 2) * (2 // 2) * 3072 * 64 * 2 + 2 * 4 + 4  # and starts, length
+    assert prefill["bytes"]["weights"] == decode["bytes"]["weights"] == growth["bytes"]["weights"]
+    assert growth["bytes"]["outputs"] >= decode["bytes"]["cache"] > growth["bytes"]["cache"]
+    # The cache is donated: a step makes no second one.
+    assert decode["bytes"]["outputs"] < 2**20
+    assert all(program["fits"] for program in result["programs"])
+
+
+@libtpu
+def test_out_of_memory_is_a_plan(small, capsys):
+    code = main(["plan", str(small / "train.py"), "--topology", "v5e:2x2", "--hbm-limit", "0.001"])
+    shown = capsys.readouterr()
+    assert code == 1 and "does not fit, by" in shown.out and shown.out.endswith("does not fit\n")
+    assert "Traceback" not in shown.err
+
+
+def test_what_xla_says_about_memory():
+    says = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (34.63G) exceeds"
+    )
+    assert plan._wanted(says) == int(34.63 * 2**30)
+    assert plan._wanted("INTERNAL: Mosaic failed") is None
+
+
+@libtpu
+@pytest.mark.parametrize(
+    "config, arguments, message",
+    [
+        ("train", ["v5q:4x4"], "topology 'v5q:4x4' is unknown"),
+        ("train", ["v5p:4x4"], "three sides"),
+        ("train", ["v5e:3x3"], "topology 'v5e:3x3' is not legal"),
+        ("train", ["v5e:2x2", "--hbm-limit", "17"], "up to 15.75 GiB"),
+        ("train", ["v5e:2x2", "--set", "mesh=fsdp=3"], "does not divide the 4"),
+        ("train", ["v5e:2x4", "--set", "mesh=tensor=8"], "weight params/layers/attention/out has 2"),
+        ("train", ["v5e:2x2", "--set", "batch_size=6"], "must be a multiple of that; or give --rows-per-chip"),
+        ("train", ["v5e:2x2", "--set", "mesh=sequence=4", "--set", "data.sequence_length=1022"], "sequence_length"),
+        ("train", ["v5e:2x2", "--set", "model.decoder=None"], "model.decoder is None"),
+        ("train", ["v5e:2x2", "--rows-per-chip", "0"], "--rows-per-chip is 0"),
+        ("generate", ["v5e:2x2", "--rows-per-chip", "1"], "set `pictures`"),
+        ("generate", ["v5e:2x2", "--set", "area=4000000"], "positions"),
+    ],
+)
+def test_bad_input(small, capsys, config, arguments, message):
+    assert main(["plan", str(small / f"{config}.py"), "--topology", *arguments]) == 2
+    shown = capsys.readouterr()
+    assert message in shown.err and shown.err.count("\n") == 1 and not shown.out
+
+
+def test_without_libtpu(small, capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main(["plan", str(small / "train.py"), "--topology", "v5e:2x2"]) == 2
+    assert "pip install 'emu3-jax[tpu]'" in capsys.readouterr().err
+
+
+@libtpu
+@pytest.mark.parametrize("name", ["sft_t2i_8b", "sft_i2t_8b", "pretrain_8b"])
+def test_full_size_states(name):
+    config = load_config(CONFIGS / f"{name}.py")
+    slice_ = plan.tpu_slice("v5p:4x4x4")
+    _, (step,) = training_plan.programs(config, slice_, rows_per_chip=1)
+    weights = plan.chip_bytes(step.arguments["weights"])
+    # Float32 over 64 chips, the norms on each; two moments of each weight, and two counts of steps.
+    assert weights == 4 * (EMU3_MATRICES // 64 + 65 * 4096)
+    assert plan.chip_bytes(step.arguments["optimizer"]) == 2 * weights + 2 * 4
+    assert plan.chip_bytes(step.arguments["inputs"]) == 10_240 * (3 * 4 + 1) + 4 + 8
+    # 6 FLOPs a weight and token, and attention.
+    assert 6 * 7.7e9 < step.flops / (64 * 10_240) < 6 * 10e9
+
+
+@libtpu
+def test_full_size_decoding_fits_v5e_2x4():
+    slice_ = plan.tpu_slice("v5e:2x4")
+    mesh, (_, decode, _) = generation_plan.programs(load_config(CONFIGS / "generate_8b.py"), slice_)
+    result = plan.compile_plan(slice_, mesh, [decode])
+    (decode,) = result["programs"]
+    assert result["chips"] == 8 and result["fits"]
+    assert decode["bytes"]["weights"] == 2 * (EMU3_MATRICES // 8 + 65 * 4096)
+    assert (
+        decode["bytes"]["cache"] == 2 * 32 * 2 * 9216 * 128 * 2 + 2 * 4 + 4
+    )  # one KV head of two rows; starts, length
+    # At least the visual rows of the head, cut out once.
+    assert decode["bytes"]["temporaries"] > 32768 * 4096 * 2 // 8
+    assert decode["total_bytes"] < 4 * 2**30
+
+
+def test_collectives_of_a_scan():
+    """On CPU devices XLA writes the same text, with the trips of loops."""
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def local(x):
+        def body(total, _):
+            return jax.lax.psum(total, "x") * 0.1, None
+
+        total, _ = jax.lax.scan(body, x, None, length=5)
+        return jax.lax.all_gather(total, "x", tiled=True)
+
+    spec = jax.sharding.PartitionSpec
+    program = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=spec("x"), out_specs=spec(), check_vma=False))
+    text = program.lower(jax.ShapeDtypeStruct((8, 32), "float32")).compile().as_text()
+    assert collectives(text) == (
+        [Collective("all-gather", 1, 8 * 32 * 4), Collective("all-reduce", 5, 5 * 32 * 4)],
+        True,
+    )
+
+
+def test_generate_config_is_validated():
+    assert GenerateConfig().grid == (90, 90)
+    for field, value in {"pictures": 0, "prompt_tokens": 2000, "guidance": -1.0, "decoder": 8, "ratio": "9:1"}.items():
+        with pytest.raises(Emu3Error, match=field.split("_")[0]):
+            dataclasses.replace(GenerateConfig(), **{field: value})
