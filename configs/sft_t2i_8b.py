@@ -4,7 +4,9 @@
     emu3-jax prepare manifest.jsonl --model out/emu3-gen -o out/data
     emu3-jax train configs/sft_t2i_8b.py
 
-64 rows of 10,240 tokens a step: one for each chip of a slice of 64. For fewer chips, `--set accumulation=...`.
+64 rows of 10,240 tokens a step: one for each chip of a slice of 64. By its plans a chip needs 13.5 GiB of a v5e:8x8;
+of a v5p:4x4x4 13.7 GiB with `--hbm-limit 15`, and XLA takes 19.7 GiB where it may. For fewer chips: `--set
+accumulation=...`.
 """
 
 from emu3_jax.config import DecoderConfig
