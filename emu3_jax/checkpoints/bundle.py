@@ -99,11 +99,22 @@ def write_part(
         (LazyArray, _LazyArrayHandler(written)), (jax.Array, ocp.type_handlers.ArrayHandler())
     )
     # Weights do not compress; trying costs more time than writing them.
-    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
+    alone = _alone()
+    handler = ocp.PyTreeCheckpointHandler(
+        type_handler_registry=registry, use_compression=False, multiprocessing_options=alone
+    )
     save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
-    with ocp.Checkpointer(handler) as checkpointer:
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
         checkpointer.save(directory.absolute() / "weights", args=ocp.args.PyTreeSave(tree, save_args=save_args))
     write_config(directory, {"weights_bytes": _size_on_disk(directory / "weights"), **config})
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """Each process of several reads for itself, and one that writes does so without the others."""
+    index = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process{index}"
+    )
 
 
 def _size_on_disk(directory: Path) -> int:
@@ -233,7 +244,7 @@ class Bundle:
     def _restore(self, part: str, shardings: Any, dtype: Any) -> dict[str, Any]:
         stored = self.stored(part)
         if shardings is None:
-            shardings = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            shardings = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         if isinstance(shardings, jax.sharding.Sharding):
             flat = dict.fromkeys(stored, shardings)
         else:
@@ -299,7 +310,9 @@ class Bundle:
     def _checkpointer(self, part: str, host_gb: int | None = None) -> Iterator[tuple[ocp.Checkpointer, Path]]:
         directory = self.path.absolute() / part / "weights"
         try:
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=host_gb)) as checkpointer:
+            options = _alone()
+            handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=host_gb, multiprocessing_options=options)
+            with ocp.Checkpointer(handler, multiprocessing_options=options) as checkpointer:
                 yield checkpointer, directory
         except (MemoryError, jax.errors.JaxRuntimeError):  # a device too small for the weights says so itself
             raise

@@ -19,16 +19,22 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    import contextlib
+
     import numpy as np
 
+    from emu3_jax import distributed
     from emu3_jax.files import files_into
     from emu3_jax.media.images import save_png
 
     def one_or_each(values: list):
         return values[0] if len(values) == 1 else values
 
+    distributed.start()
     model = common.load_model(options)
-    with files_into(options.output) as directory:
+    # All processes of a mesh compute; the first one shows and writes.
+    first = distributed.first()
+    with files_into(options.output) if first else contextlib.nullcontext() as directory:
         generations = model.generate_sequences(
             options.prompts,
             ratio=one_or_each(options.ratio),
@@ -42,8 +48,10 @@ def run(options: argparse.Namespace) -> None:
             greedy=options.greedy,
             allow_special=options.allow_special,
             batch_size=options.batch_size,
-            progress=common.progress(options),
+            progress=common.progress(options) if first else False,
         )
+        if not first:
+            return
         for index, generation in enumerate(generations):
             save_png(generation.image, directory / f"{index:03d}.png", generation.image.info)
         if options.save_tokens:

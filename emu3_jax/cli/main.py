@@ -43,10 +43,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.run(options) or 0
     except Emu3Error as error:
         print(f"emu3-jax: error: {error}", file=sys.stderr)
-        return 2
+        return _failed(2)
     except KeyboardInterrupt:
         print("emu3-jax: interrupted", file=sys.stderr)
         return 130
+
+
+def _failed(code: int) -> int:
+    """Returns `code`, unless other processes of a run wait for this one: then it ends here."""
+    if "emu3_jax.distributed" not in sys.modules:
+        return code
+    from emu3_jax import distributed
+
+    return distributed.end_failed(code)
 
 
 if __name__ == "__main__":

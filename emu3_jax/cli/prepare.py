@@ -1,7 +1,7 @@
 """Prepare training data: captioned pictures and clips to sharded codes and texts, with an index.
 
-Run again after an interruption, it keeps finished shards. With several hosts (or several GPUs of one), start it once
-for each with the same arguments and its own --host; the last to finish writes the index.
+Run again after an interruption, it keeps finished shards. On a TPU slice or under Slurm, start it on every host with
+the same arguments: the hosts share the work. Elsewhere give each its own --host; the last to finish writes the index.
 """
 
 import argparse
@@ -31,17 +31,29 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="a bad line (default: stop)")
     command.add_argument("--shards", type=int, metavar="N", help="files to write (default: one per 1,024 lines)")
     command.add_argument("--workers", type=int, default=4, metavar="N", help="threads that read (default: %(default)s)")
-    command.add_argument("--host", type=int, default=0, metavar="I", help="number of this host, from 0")
-    command.add_argument("--hosts", type=int, default=1, metavar="N", help="hosts that share the work (default: 1)")
+    command.add_argument("--host", type=int, metavar="I", help="number of this host, from 0")
+    command.add_argument("--hosts", type=int, metavar="N", help="hosts that share the work (default: as started)")
     common.add_quiet(command)
 
 
+# Hosts finish their shares at different times; one that is done waits for the others, who would else be ended.
+_PATIENCE = 7 * 24 * 3600
+
+
 def run(options: argparse.Namespace) -> None:
+    import jax
+
+    from emu3_jax import distributed
     from emu3_jax.data.encoder import bundle_codebook, load_encoder, open_bundle
     from emu3_jax.data.features import FeatureRecords
     from emu3_jax.data.manifest import Manifest, ManifestRecords
     from emu3_jax.data.prepare import prepare
 
+    if options.host is None and options.hosts is None:
+        distributed.start(_PATIENCE)
+        host, hosts = jax.process_index(), jax.process_count()
+    else:
+        host, hosts = options.host or 0, options.hosts or 1
     bundle = open_bundle(options.model)
     codebook = bundle_codebook(bundle)
     if options.features is not None:
@@ -58,8 +70,8 @@ def run(options: argparse.Namespace) -> None:
         shards=options.shards,
         workers=options.workers,
         on_error=options.on_error,
-        host=options.host,
-        hosts=options.hosts,
+        host=host,
+        hosts=hosts,
         progress=common.progress(options),
     )
     if outcome.index is None:

@@ -13,6 +13,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from emu3_jax import distributed
     from emu3_jax.errors import Emu3Error
     from emu3_jax.training.config import TrainConfig, load_config
     from emu3_jax.training.loop import train
@@ -20,9 +21,12 @@ def run(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.set)
     if not isinstance(config, TrainConfig):
         raise Emu3Error(f"{options.config}: config() returns a {type(config).__name__}, training needs a TrainConfig")
+    distributed.start()
     outcome = train(config, common.progress(options))
     if outcome.model is None:
-        print(f"{config.directory}: stopped after step {outcome.step} of {config.steps}; run again to go on")
+        if distributed.first():
+            print(f"{config.directory}: stopped after step {outcome.step} of {config.steps}; run again to go on")
         return 143  # as a shell reports SIGTERM
-    print(f"{outcome.model}: the model after {outcome.step} steps")
+    if distributed.first():
+        print(f"{outcome.model}: the model after {outcome.step} steps")
     return 0

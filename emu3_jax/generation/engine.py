@@ -187,7 +187,8 @@ def run(
         use_top_k=bool((np.asarray(settings.top_k) < candidates).any()),
         use_top_p=bool((np.asarray(settings.top_p) < 1).any()),
     )
-    plan = Plan(forced=jnp.asarray(forced_ids(stacked, config.tokens)), settings=jax.tree.map(jnp.asarray, settings))
+    # Arrays of the host: those of one device do not mix with weights that lie on several processes' devices.
+    plan = Plan(forced=forced_ids(stacked, config.tokens), settings=settings)
     final = bucket(width + stacked.shape[1])
     state = prefill(params, padded, start, plan, config, variant, cache_slots(width + 1, final))
     taken = 1

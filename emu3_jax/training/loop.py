@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from emu3_jax import distributed
 from emu3_jax.checkpoints.bundle import Bundle
 from emu3_jax.compilation import enable_persistent_cache
 from emu3_jax.config import DecoderConfig
@@ -316,13 +317,20 @@ class _Run:
             weights.export_run(self.directory, new, self.step)
             shutil.rmtree(target, ignore_errors=True)
             new.rename(target)
+        distributed.wait("the model is written")
         return target
 
 
 @contextlib.contextmanager
 def _stop_signal() -> Iterator[list[int]]:
-    """A list that SIGTERM puts its number into; elsewhere than in the main thread it stays empty."""
+    """A list that SIGTERM puts its number into; elsewhere than in the main thread it stays empty.
+
+    Where there are several processes JAX itself waits for the signal, to tell them all (`reached_preemption`).
+    """
     received: list[int] = []
+    if jax.process_count() > 1:
+        yield received
+        return
     try:
         old = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
     except ValueError:
