@@ -3,12 +3,17 @@
 import dataclasses
 import json
 
+import flax.linen as nn
+import jax
 import numpy as np
 import pytest
 import tiny
 
 from emu3_jax.benchmarks import train, train_transformers
 from emu3_jax.cli.main import main
+from emu3_jax.errors import Emu3Error
+from emu3_jax.models.adapters import Adapter, dequantise_matrix
+from emu3_jax.models.decoder import Decoder
 from emu3_jax.training.flops import step_flops
 
 
@@ -28,6 +33,7 @@ def lines(capsys, *arguments):
 def test_our_side(capsys, arguments):
     head, figures = lines(capsys, *arguments)
     assert head["layers"] == 2 and figures["ms_per_step"] > 0
+    assert np.isfinite(figures["losses"]).all()
     rows = 2 if "--rows" in arguments else 1
     assert figures["tokens_per_second"] == pytest.approx(rows * 16 / figures["ms_per_step"] * 1e3, rel=0.1)
 
@@ -35,6 +41,45 @@ def test_our_side(capsys, arguments):
 def test_the_peer():
     plain, chunked = train_transformers.run(tiny.CONFIG, 16, 1, 0, 1)
     assert plain["ms_per_step"] > 0 and "chunked" in chunked["program"]
+    # Random weights give about the same loss as knowing nothing, however it is computed.
+    for figures in (plain, chunked):
+        np.testing.assert_allclose(figures["losses"], np.log(tiny.CONFIG.vocab_size), rtol=0.1)
+
+
+def test_ours_come_though_the_peer_fails(monkeypatch):
+    def peer(*arguments):
+        yield {"program": "transformers", "device": "NVIDIA H100", "ms_per_step": 1.0}
+        raise Emu3Error("the peer failed")
+
+    monkeypatch.setattr(train_transformers, "in_a_process", peer)
+    monkeypatch.setattr(train, "_measure", lambda *arguments: {"ms_per_step": 1.0, "devices": 1})
+    figures = train.run("small", tokens=16, mesh="fsdp=1", steps=1, compare="transformers")
+    assert next(figures)["mfu"] >= 0
+    assert next(figures)["bench"] == "train"
+    assert next(figures)["program"] == "emu3-jax"
+    with pytest.raises(Emu3Error, match="the peer failed"):
+        next(figures)
+
+
+@pytest.mark.parametrize("base", ["bfloat16", "int8", "nf4"])
+def test_frozen_weights_are_random(base):
+    """Patterns would flatter the time: each layer's weights differ, and are about as large as real ones."""
+    config = dataclasses.replace(tiny.CONFIG, dtype="bfloat16")
+    adapter = Adapter(rank=2, base=base)
+    shapes = nn.unbox(
+        jax.eval_shape(Decoder(config, stacked=True, adapter=adapter).init, jax.random.key(0), np.zeros((1, 1), int))
+    )
+    gate_up = {k: v for k, v in shapes["params"]["layers"]["mlp"].items() if not k.endswith(("_a", "_b"))}
+    key = jax.random.key(0)
+    drawn = {k: train._draw(k, v.shape, v.dtype, key) for k, v in gate_up.items()}
+    assert {k: (v.shape, v.dtype) for k, v in drawn.items()} == {k: (v.shape, v.dtype) for k, v in gate_up.items()}
+    weights = (
+        dequantise_matrix("gate_up", drawn["gate_up_q"], drawn["gate_up_scale"], base)
+        if adapter.quantised
+        else drawn["gate_up"]
+    )
+    weights = np.asarray(weights, np.float32)
+    assert 0.01 < weights.std() < 0.04 and abs(np.corrcoef(weights[0].ravel(), weights[1].ravel())[0, 1]) < 0.1
 
 
 def test_rates():

@@ -1,6 +1,7 @@
 """`bench train`: the train step at full widths with random weights and tokens, one sequence a row."""
 
 import dataclasses
+import functools
 import math
 import statistics
 import time
@@ -17,6 +18,7 @@ from emu3_jax.compilation import enable_persistent_cache
 from emu3_jax.config import DecoderConfig
 from emu3_jax.data.config import DataConfig, Source
 from emu3_jax.data.sequences import TextOnly
+from emu3_jax.errors import Emu3Error
 from emu3_jax.models.adapters import Adapter
 from emu3_jax.sharding.mesh import make_mesh
 from emu3_jax.sharding.rules import use_mesh
@@ -43,20 +45,34 @@ def run(
     mesh: str = "fsdp=-1",
     steps: int = 5,
     compare: str | None = None,
+    compiled: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """Yields figures as dicts: the machine, our step, and with `compare` the peer's.
+    """Yields figures as dicts: with `compare` the peer's (and with `compiled` its layers under `torch.compile`), then
+    the machine and our step.
 
-    Times are of `steps` steps after two that compile and warm up. MFU is model FLOPs (`training.flops`) against the
-    data sheet's peak.
+    Times are of `steps` steps after two that warm up; `losses` are of the first and the last. MFU is model FLOPs
+    (`training.flops`) against the data sheet's peak; the same FLOPs count for both sides, whatever they recompute.
+
+    Raises:
+        Emu3Error: the peer failed; our figures came nevertheless.
     """
     enable_persistent_cache()
     decoder = PRESETS[preset]
     decoder = dataclasses.replace(decoder, num_layers=layers or decoder.num_layers)
-    # The peer comes first, in a process of its own: JAX would hold the memory that it needs.
-    peer = list(train_transformers.in_a_process(decoder, tokens, rows, adapter, steps)) if compare else []
+    flops = step_flops(decoder, rows * tokens, rows * tokens * (tokens + 1) / 2, frozen=adapter > 0)
+    failure = None
+    if compare:
+        # First, and in a process of its own: from its first device on, JAX holds the memory that the peer needs.
+        try:
+            for figures in train_transformers.in_a_process(decoder, tokens, rows, adapter, steps, compiled):
+                if "ms_per_step" in figures:
+                    peak = peak_flops(figures["device"])
+                    figures |= rates(figures["ms_per_step"], rows * tokens, flops, peak)
+                yield figures
+        except Emu3Error as error:
+            failure = error
     yield {"bench": "train", "preset": preset, "layers": decoder.num_layers, "tokens": tokens, **describe_machine()}
     peak = peak_flops(jax.devices()[0].device_kind)
-    flops = step_flops(decoder, rows * tokens, rows * tokens * (tokens + 1) / 2, frozen=adapter > 0)
     config = TrainConfig(
         directory="",
         model=ModelConfig("", decoder, random=adapter == 0, remat=remat, attention=attention),
@@ -69,6 +85,7 @@ def run(
     labels = {
         "program": "emu3-jax",
         "remat": remat,
+        "attention": attention,
         "rows": rows,
         **({"rank": adapter, "base": base} if adapter else {}),
     }
@@ -81,10 +98,8 @@ def run(
     else:
         devices = figures.pop("devices")
         yield {**labels, **figures, **rates(figures["ms_per_step"], rows * tokens, flops, peak * devices)}
-    for figures in peer:
-        if "ms_per_step" in figures:
-            figures |= rates(figures["ms_per_step"], rows * tokens, flops, peak)
-        yield figures
+    if failure:
+        raise failure
 
 
 def rates(ms: float, tokens: int, flops: float, peak: float) -> dict[str, float]:
@@ -92,6 +107,12 @@ def rates(ms: float, tokens: int, flops: float, peak: float) -> dict[str, float]
     seconds = ms / 1e3
     known = {} if math.isnan(peak) else {"mfu": round(flops / seconds / peak, 4)}
     return {"tokens_per_second": round(tokens / seconds), "model_tflops": round(flops / seconds / 1e12, 1), **known}
+
+
+def device_memory() -> dict[str, float]:
+    """The peak so far, where the backend tells it."""
+    stats = jax.devices()[0].memory_stats() or {}
+    return {"peak_gb": round(stats["peak_bytes_in_use"] / 1e9, 2)} if "peak_bytes_in_use" in stats else {}
 
 
 def _measure(config: TrainConfig, decoder: DecoderConfig, steps: int) -> dict[str, Any]:
@@ -122,28 +143,40 @@ def _measure(config: TrainConfig, decoder: DecoderConfig, steps: int) -> dict[st
     if not all(map(math.isfinite, losses)):
         raise AssertionError(f"losses are {losses}")
     memory = compiled.memory_analysis()
-    stats = jax.devices()[0].memory_stats() or {}
     return {
         "ms_per_step": round(statistics.median(times[2:]) * 1e3, 1),
         "best_ms": round(min(times[2:]) * 1e3, 1),
         "arguments_gb": round(memory.argument_size_in_bytes / 1e9, 2),
         "temporaries_gb": round(memory.temp_size_in_bytes / 1e9, 2),
-        "peak_gb": round(stats.get("peak_bytes_in_use", 0) / 1e9, 2),
+        **device_memory(),
         "compile_s": round(compile_s, 1),
+        "losses": [round(losses[0], 3), round(losses[-1], 3)],
         "devices": mesh.size,
     }
 
 
 def _random_frozen(trainer: Trainer) -> Any:
-    """Frozen parameters, leaf by leaf in their own dtypes."""
+    """Frozen parameters, leaf by leaf in their own dtypes, of standard deviation about 0.02 and norms of 1.
 
-    def draw(leaf: jax.ShapeDtypeStruct):
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            return jnp.full(leaf.shape, 0x5A, leaf.dtype)
-        # A pattern costs no memory beside the leaf; its values matter to no time.
-        values = jax.lax.broadcasted_iota(jnp.int32, leaf.shape, len(leaf.shape) - 1) % 13 - 6
-        return (values * (0.3 * leaf.shape[-1] ** -0.5)).astype(leaf.dtype)
+    Really random: a GPU spends less power on patterns, and then computes faster than it would on weights.
+    """
+    leaves, tree = jax.tree_util.tree_flatten_with_path(trainer.abstract_frozen())
+    keys = jax.random.split(jax.random.key(0), max(len(leaves), 1))
 
-    return jax.tree.map(
-        lambda leaf: jax.jit(lambda: draw(leaf), out_shardings=leaf.sharding)(), trainer.abstract_frozen()
-    )
+    def make(path, leaf, key):
+        draw = functools.partial(_draw, path[-1].key, leaf.shape, leaf.dtype)
+        return jax.jit(draw, out_shardings=leaf.sharding)(key)
+
+    return jax.tree.unflatten(tree, [make(path, leaf, key) for (path, leaf), key in zip(leaves, keys, strict=False)])
+
+
+def _draw(name: str, shape: tuple[int, ...], dtype: jnp.dtype, key: jax.Array) -> jax.Array:
+    if len(shape) > 2:  # layer by layer: no more than one layer's random bits exist
+        return jax.lax.map(lambda k: _draw(name, shape[1:], dtype, k), jax.random.split(key, shape[0]))
+    if name == "scale":
+        return jnp.ones(shape, dtype)
+    if name.endswith("_scale"):
+        return jax.random.uniform(key, shape, dtype, 0.02, 0.05)
+    if name.endswith("_q"):
+        return jax.lax.bitcast_convert_type(jax.random.bits(key, shape, jnp.uint8), dtype)
+    return jax.random.normal(key, shape, dtype) * jnp.asarray(0.02, dtype)

@@ -5,7 +5,9 @@ AdamW. Its own loss holds all logits at once; where that runs out of memory, a l
 """
 
 import gc
+import importlib.util
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -20,25 +22,93 @@ from emu3_jax.errors import Emu3Error
 CHUNK = 1024
 
 
-def in_a_process(config: DecoderConfig, tokens: int, rows: int, rank: int, steps: int) -> Iterator[dict[str, Any]]:
-    """`run` in a process that gives all its memory back."""
-    arguments = json.dumps([config.to_dict(), tokens, rows, rank, steps])
-    process = subprocess.run(
-        [sys.executable, "-m", "emu3_jax.benchmarks.train_transformers", arguments], stdout=subprocess.PIPE, text=True
-    )
-    yield from (json.loads(line) for line in process.stdout.splitlines() if line.startswith("{"))
+def in_a_process(
+    config: DecoderConfig, tokens: int, rows: int, rank: int, steps: int, compiled: bool = False
+) -> Iterator[dict[str, Any]]:
+    """`run` in a process that gives all its memory back; figures come as it prints them.
+
+    Raises:
+        Emu3Error: the process failed, after the figures that it printed.
+    """
+    for package in ("torch", "transformers", *(("peft",) if rank else ())):
+        if importlib.util.find_spec(package) is None:
+            hint = "'emu3-jax[test]'" if package != "peft" else package
+            raise Emu3Error(f"--compare transformers needs {package}: pip install {hint}")
+    arguments = json.dumps([config.to_dict(), tokens, rows, rank, steps, compiled])
+    command = [sys.executable, "-m", "emu3_jax.benchmarks.train_transformers", arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield from (json.loads(line) for line in process.stdout if line.startswith("{"))
+        except BaseException:
+            process.kill()
+            raise
     if process.returncode:
-        raise Emu3Error("the peer's process failed; what it printed is above")
+        raise Emu3Error(f"the peer's process ended with status {process.returncode}: what it printed is above")
 
 
-def run(config: DecoderConfig, tokens: int, rows: int, rank: int, steps: int) -> Iterator[dict[str, Any]]:
-    """Yields ms per step with the model's own loss, and with a chunked one."""
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise Emu3Error(f"--compare transformers needs {error.name}: pip install 'emu3-jax[test]'") from error
+def run(
+    config: DecoderConfig, tokens: int, rows: int, rank: int, steps: int, compiled: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Yields figures of a step with the model's own loss, with a chunked one, and with that the other ways there are:
+    FlashAttention 2 where it is installed, compiled layers where they are asked for.
+    """
+    import torch
+    import transformers
+    from transformers.utils import is_flash_attn_2_available
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    described = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    try:
+        model = _model(config, rank, device)
+    except torch.OutOfMemoryError as error:
+        yield {"program": "transformers", **described, "out_of_memory": _first_sentence(error)}
+        return
+    base = model.get_base_model() if rank else model
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.1, fused=True)
+    ids = torch.randint(0, config.vocab_size, (rows, tokens), device=device)
+    ways = ["SDPA", "SDPA, chunked loss"]
+    ways += ["FlashAttention 2, chunked loss"] if device == "cuda" and is_flash_attn_2_available() else []
+    ways += ["SDPA, chunked loss, compiled layers"] if compiled else []
+    for way in ways:
+        base.set_attn_implementation("flash_attention_2" if way.startswith("Flash") else "sdpa")
+        if "compiled" in way:
+            for layer in base.model.layers:
+                layer.compile()
+        label = {"program": f"transformers, {way}", **described}
+        try:
+            began = time.perf_counter()
+            taken = [_step(model, trained, optimizer, ids, "chunked" in way, device)]
+            first = time.perf_counter() - began
+            taken += [_step(model, trained, optimizer, ids, "chunked" in way, device) for _ in range(1 + steps)]
+        except torch.OutOfMemoryError as error:
+            yield {**label, "out_of_memory": _first_sentence(error)}
+        else:
+            times, losses = zip(*taken, strict=True)
+            yield {
+                **label,
+                "ms_per_step": round(statistics.median(times[2:]) * 1e3, 1),
+                "best_ms": round(min(times[2:]) * 1e3, 1),
+                **({"peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2)} if device == "cuda" else {}),
+                "first_step_s": round(first, 1),
+                "losses": [round(losses[0], 3), round(losses[-1], 3)],
+            }
+        optimizer.zero_grad(set_to_none=True)
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+
+def _model(config: DecoderConfig, rank: int, device: str):
+    """The model with random weights, ready to train: float32 masters, or adapters over bfloat16."""
+    import torch
+    import transformers
+
     published = config.to_published("transformers")
     published.pop("model_type")
     published["attention_dropout"] = 0.0
@@ -61,30 +131,11 @@ def run(config: DecoderConfig, tokens: int, rows: int, rank: int, steps: int) ->
         targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
         model.enable_input_require_grads()
         model = peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
-    model.train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-5, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.1, fused=True)
-    ids = torch.randint(0, config.vocab_size, (rows, tokens), device=device)
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    for chunked in (False, True):
-        label = {"program": "transformers, SDPA" + (", chunked loss" if chunked else ""), **versions}
-        try:
-            times = [_step(model, trained, optimizer, ids, chunked, device) for _ in range(2 + steps)]
-        except torch.OutOfMemoryError as error:
-            yield {**label, "out_of_memory": str(error).split(". ", 1)[0][:120]}
-        else:
-            peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
-            figures = {"ms_per_step": round(statistics.median(times[2:]) * 1e3, 1)}
-            yield {**label, **figures, "best_ms": round(min(times[2:]) * 1e3, 1), "peak_gb": round(peak / 1e9, 2)}
-        optimizer.zero_grad(set_to_none=True)
-        gc.collect()
-        if device == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+    return model.train()
 
 
-def _step(model, trained, optimizer, ids, chunked: bool, device: str) -> float:
-    """Seconds of one step."""
+def _step(model, trained, optimizer, ids, chunked: bool, device: str) -> tuple[float, float]:
+    """Seconds and loss of one step."""
     import torch
 
     began = time.perf_counter()
@@ -94,12 +145,12 @@ def _step(model, trained, optimizer, ids, chunked: bool, device: str) -> float:
     torch.nn.utils.clip_grad_norm_(trained, 5.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    value = loss.item()  # waits for the device
+    value = loss.item()
     if device == "cuda":
         torch.cuda.synchronize()
-    if value != value:
-        raise AssertionError("the peer's loss is not a number")
-    return time.perf_counter() - began
+    if not math.isfinite(value):
+        raise AssertionError(f"the peer's loss is {value}")
+    return time.perf_counter() - began, value
 
 
 def _chunked_loss(model, ids):
@@ -118,6 +169,10 @@ def _chunked_loss(model, ids):
         for states, targets in zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True)
     ]
     return torch.stack(sums).sum() / len(labels)
+
+
+def _first_sentence(error: Exception) -> str:
+    return str(error).split(". ", 1)[0][:120]
 
 
 if __name__ == "__main__":
