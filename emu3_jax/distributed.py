@@ -6,6 +6,7 @@ this process is one of several; elsewhere nothing is asked of any server, so a l
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from typing import NoReturn
@@ -34,8 +35,9 @@ def start(patience: int = 300) -> bool:
         Whether this process is now one of several.
 
     Raises:
-        Emu3Error: the variables are not legal, or the processes do not find each other within
-            EMU3_START_TIMEOUT seconds (300 by default).
+        Emu3Error: the variables are not legal, or the cluster cannot be found out.
+
+    Where the others do not come within EMU3_START_TIMEOUT seconds (300 by default) the process says so and exits 2.
     """
     if jax.distributed.is_initialized():
         return jax.process_count() > 1
@@ -43,20 +45,33 @@ def start(patience: int = 300) -> bool:
     if found is None:
         return False
     seconds = _whole_number(os.environ, "EMU3_START_TIMEOUT", 1, 300)
-    place = found.get("coordinator_address", "the first host")
+    place = f"at {found['coordinator_address']}" if "coordinator_address" in found else "at the first host"
+
+    def unmet(reason: str) -> str:
+        return (
+            f"the processes of this run did not meet {place} ({reason}): start all of them, see that they reach "
+            f"that host and port, or {_BY_HAND}"
+        )
+
+    def give_up() -> None:
+        print(f"emu3-jax: error: {unmet(f'waited {seconds} s, see EMU3_START_TIMEOUT')}", file=sys.stderr, flush=True)
+        os._exit(2)
+
+    # JAX' own timeout aborts with a stack trace, which cannot be caught: it comes too late to be seen.
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
     try:
         jax.distributed.initialize(
             **found,
-            initialization_timeout=seconds,
+            initialization_timeout=seconds + 60,
             heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=patience,
         )
     except Exception as error:  # JAX and the metadata server's client raise anything
-        reason = str(error).split("\n", 1)[0][:200]
-        raise Emu3Error(
-            f"the processes of this run did not find each other: {place} after at most {seconds} s ({reason}); "
-            f"start all of them, let them reach that port, or {_BY_HAND}"
-        ) from error
+        raise Emu3Error(unmet(str(error).split("\n", 1)[0][:200])) from error
+    finally:
+        timer.cancel()
     return jax.process_count() > 1
 
 

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import sys
+import traceback
 from collections.abc import Sequence
 
 from emu3_jax.errors import Emu3Error
@@ -37,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns 0, 2 after bad input, 130 after Ctrl-C."""
+    """Runs one command. Returns 0, 2 after bad input, 130 after Ctrl-C, 1 after a fault of its own."""
     options = parser().parse_args(arguments)
     try:
         return options.run(options) or 0
@@ -46,7 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _failed(2)
     except KeyboardInterrupt:
         print("emu3-jax: interrupted", file=sys.stderr)
-        return 130
+        return _failed(130)
+    except Exception:
+        traceback.print_exc()
+        return _failed(1)
 
 
 def _failed(code: int) -> int:
