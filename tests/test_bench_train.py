@@ -46,6 +46,12 @@ def test_the_peer():
         np.testing.assert_allclose(figures["losses"], np.log(tiny.CONFIG.vocab_size), rtol=0.1)
 
 
+def test_a_missing_package_stops_at_once(monkeypatch):
+    monkeypatch.setattr(train_transformers.importlib.util, "find_spec", lambda name: None if name == "peft" else name)
+    with pytest.raises(Emu3Error, match="pip install peft"):
+        next(train.run("small", tokens=16, adapter=2, compare="transformers"))
+
+
 def test_ours_come_though_the_peer_fails(monkeypatch):
     def peer(*arguments):
         yield {"program": "transformers", "device": "NVIDIA H100", "ms_per_step": 1.0}

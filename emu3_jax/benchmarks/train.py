@@ -54,7 +54,7 @@ def run(
     (`training.flops`) against the data sheet's peak; the same FLOPs count for both sides, whatever they recompute.
 
     Raises:
-        Emu3Error: the peer failed; our figures came nevertheless.
+        Emu3Error: the peer's packages are missing, or at the end, it failed; our figures came nevertheless.
     """
     enable_persistent_cache()
     decoder = PRESETS[preset]
@@ -62,6 +62,7 @@ def run(
     flops = step_flops(decoder, rows * tokens, rows * tokens * (tokens + 1) / 2, frozen=adapter > 0)
     failure = None
     if compare:
+        train_transformers.require(adapter)
         # First, and in a process of its own: from its first device on, JAX holds the memory that the peer needs.
         try:
             for figures in train_transformers.in_a_process(decoder, tokens, rows, adapter, steps, compiled):
@@ -171,12 +172,16 @@ def _random_frozen(trainer: Trainer) -> Any:
 
 
 def _draw(name: str, shape: tuple[int, ...], dtype: jnp.dtype, key: jax.Array) -> jax.Array:
-    if len(shape) > 2:  # layer by layer: no more than one layer's random bits exist
-        return jax.lax.map(lambda k: _draw(name, shape[1:], dtype, k), jax.random.split(key, shape[0]))
-    if name == "scale":
-        return jnp.ones(shape, dtype)
-    if name.endswith("_scale"):
-        return jax.random.uniform(key, shape, dtype, 0.02, 0.05)
-    if name.endswith("_q"):
-        return jax.lax.bitcast_convert_type(jax.random.bits(key, shape, jnp.uint8), dtype)
-    return jax.random.normal(key, shape, dtype) * jnp.asarray(0.02, dtype)
+    def draw(key, shape):
+        if name == "scale":
+            return jnp.ones(shape, dtype)
+        if name.endswith("_scale"):
+            return jax.random.uniform(key, shape, dtype, 0.02, 0.05)
+        if name.endswith("_q"):
+            return jax.lax.bitcast_convert_type(jax.random.bits(key, shape, jnp.uint8), dtype)
+        return jax.random.normal(key, shape, dtype) * jnp.asarray(0.02, dtype)
+
+    if len(shape) < 3:
+        return draw(key, shape)
+    # Layer by layer: no more than one layer's random bits exist.
+    return jax.lax.map(lambda key: draw(key, shape[1:]), jax.random.split(key, shape[0]))

@@ -22,6 +22,14 @@ from emu3_jax.errors import Emu3Error
 CHUNK = 1024
 
 
+def require(rank: int) -> None:
+    """Raises `Emu3Error` if a package that the peer needs is missing."""
+    for package in ("torch", "transformers", *(("peft",) if rank else ())):
+        if importlib.util.find_spec(package) is None:
+            hint = "'emu3-jax[test]'" if package != "peft" else package
+            raise Emu3Error(f"--compare transformers needs {package}: pip install {hint}")
+
+
 def in_a_process(
     config: DecoderConfig, tokens: int, rows: int, rank: int, steps: int, compiled: bool = False
 ) -> Iterator[dict[str, Any]]:
@@ -30,10 +38,6 @@ def in_a_process(
     Raises:
         Emu3Error: the process failed, after the figures that it printed.
     """
-    for package in ("torch", "transformers", *(("peft",) if rank else ())):
-        if importlib.util.find_spec(package) is None:
-            hint = "'emu3-jax[test]'" if package != "peft" else package
-            raise Emu3Error(f"--compare transformers needs {package}: pip install {hint}")
     arguments = json.dumps([config.to_dict(), tokens, rows, rank, steps, compiled])
     command = [sys.executable, "-m", "emu3_jax.benchmarks.train_transformers", arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
