@@ -12,7 +12,7 @@ from emu3_jax.errors import Emu3Error
 from emu3_jax.media.images import read_png_metadata
 
 SCRIPTS = pathlib.Path(__file__).parents[1] / "scripts"
-SHELL_SCRIPTS = sorted([*SCRIPTS.glob("*.sh"), SCRIPTS.parent / ".ci" / "run"])
+SHELL_SCRIPTS = sorted([*SCRIPTS.rglob("*.sh"), *SCRIPTS.rglob("*.sbatch"), SCRIPTS.parent / ".ci" / "run"])
 ANNOUNCED = "installing into .venv, which takes a few minutes the first time\n"
 
 
