@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from typing import NoReturn
 
 import jax
 
@@ -150,15 +149,10 @@ def end_failed(code: int) -> int:
     Python's ordinary end would wait for the others, who wait for this process. The connections close with it, which
     ends the others.
     """
-    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+    if not jax.distributed.is_initialized():
         return code
-    _leave(code)
-
-
-def _leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
-    if first():
-        # The others lose their connection with this process; let those that failed alike say so first.
-        time.sleep(2)
+    # Without the first process the others abort: let those that failed alike say so before.
+    time.sleep(2)
     os._exit(code)

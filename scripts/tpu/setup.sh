@@ -39,7 +39,7 @@ mountpoint -q $shared || sudo mount -t nfs -o rw,hard $NFS $shared
 "
 elif [[ -n ${BUCKET:-} ]]; then
     remote+="
-command -v gcsfuse > /dev/null || { echo 'gcsfuse is missing: cloud.google.com/storage/docs/gcsfuse-install' >&2; exit 1; }
+command -v gcsfuse > /dev/null || { echo 'no gcsfuse: cloud.google.com/storage/docs/gcsfuse-install' >&2; exit 1; }
 sudo mkdir -p $shared
 sudo chown \$USER $shared
 mountpoint -q $shared || gcsfuse --implicit-dirs $BUCKET $shared

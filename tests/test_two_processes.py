@@ -1,0 +1,320 @@
+"""Two processes as on two hosts: training, checkpoints, generation, preparation, and how they end."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+from prepare_entries import Entries
+
+import emu3_jax
+from emu3_jax import Emu3Error, distributed
+from emu3_jax.checkpoints.bundle import Bundle
+from emu3_jax.cli.main import main
+from emu3_jax.data.config import DataConfig, Source
+from emu3_jax.data.prepare import prepare
+from emu3_jax.data.sequences import TextToImage
+from emu3_jax.data.shards import Codebook
+from emu3_jax.training.config import ModelConfig, OptimizerConfig, TrainConfig
+from emu3_jax.training.loop import train
+from emu3_jax.training.metrics import read_metrics
+from emu3_jax.training.weights import export_run
+
+STEPS = 6
+
+
+class Pair:
+    """`emu3-jax` in two processes of two devices each."""
+
+    def __init__(self, *arguments, **environment: str):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        command = [sys.executable, "-m", "emu3_jax.cli.main", *map(str, arguments)]
+        common = {
+            **os.environ,
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+            # Small programs too: every pair compiles nearly the same ones.
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            distributed.COORDINATOR: f"localhost:{port}",
+            distributed.COUNT: "2",
+            **environment,
+        }
+        self.processes = [
+            subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**common, distributed.INDEX: str(index)},
+            )
+            for index in range(2)
+        ]
+
+    def end(self) -> list[tuple[int, str, str]]:
+        """(exit code, stdout, stderr) of each, without what the collectives' library prints."""
+        ends = []
+        for process in self.processes:
+            out, errors = process.communicate(timeout=240)
+            lines = [line for line in out.splitlines() if not line.startswith("[Gloo]")]
+            ends.append((process.returncode, "\n".join(lines), errors))
+        return ends
+
+    def succeed(self) -> str:
+        """What the first process says; the second says nothing."""
+        (code, out, errors), (other_code, other_out, other_errors) = self.end()
+        assert (code, other_code, other_out) == (0, 0, ""), errors + other_errors
+        return out
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.send_signal(signal.SIGKILL)
+        self.end()
+
+    def wait_for_step(self, directory: pathlib.Path, step: int) -> None:
+        """Until the run has written about `step`, or a process has ended."""
+        while all(p.poll() is None for p in self.processes) and max([0, *(s for s, *_ in losses(directory))]) < step:
+            time.sleep(0.02)
+
+
+def losses(directory) -> list[tuple[int, float, float]]:
+    lines = [line for line in read_metrics(pathlib.Path(directory)) if line["group"] == "train"]
+    return [(line["step"], line["loss"], line["gradient_norm"]) for line in lines]
+
+
+def weights_of(bundle: pathlib.Path) -> dict[str, np.ndarray]:
+    return {param.name: array for param, array in Bundle.open(bundle).arrays("decoder")}
+
+
+def assert_same_weights(left: pathlib.Path, right: pathlib.Path) -> None:
+    expected, found = weights_of(left), weights_of(right)
+    assert expected.keys() == found.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def base(golden_bundle, tmp_path_factory) -> TrainConfig:
+    """Each process reads its own half of the rows; the weights lie on all four devices."""
+    data = tmp_path_factory.mktemp("two") / "data"
+    prepare(Entries(), data, Codebook(32768, "0" * 64), shards=2)
+    return TrainConfig(
+        directory="",
+        model=ModelConfig(str(golden_bundle), dtype="float32"),
+        data=DataConfig(
+            (Source(str(data), TextToImage(loss="all", prompt_dropout=0.3)),), sequence_length=64, packing=2
+        ),
+        batch_size=4,
+        steps=STEPS,
+        optimizer=OptimizerConfig(learning_rate=1e-3, final_learning_rate=1e-4, warmup_steps=2),
+        mesh="fsdp=4",
+        checkpoint_every=2,
+        keep=2,
+    )
+
+
+@pytest.fixture(scope="module")
+def config_file(base, tmp_path_factory) -> pathlib.Path:
+    """A file that holds `base`."""
+    file = tmp_path_factory.mktemp("config") / "two.py"
+    names = {
+        "emu3_jax.training.config": "ModelConfig, OptimizerConfig, TrainConfig",
+        "emu3_jax.data.config": "DataConfig, Source",
+        "emu3_jax.data.sequences": "TextToImage",
+    }
+    lines = [f"from {module} import {what}" for module, what in names.items()]
+    file.write_text("\n".join([*lines, "", "def config():", f"    return {base!r}", ""]))
+    return file
+
+
+@pytest.fixture(scope="module")
+def whole(config_file, tmp_path_factory) -> pathlib.Path:
+    """The directory of a run of two processes that nothing disturbed."""
+    directory = tmp_path_factory.mktemp("runs") / "whole"
+    said = Pair("train", config_file, "--set", f"directory={directory}").succeed()
+    assert said == f"{directory / 'model'}: the model after {STEPS} steps"
+    assert [step for step, *_ in losses(directory)] == list(range(1, STEPS + 1))
+    return directory
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+def test_killed_processes_go_on_exactly(config_file, whole, tmp_path):
+    directory = tmp_path / "run"
+    arguments = ("train", config_file, "--set", f"directory={directory}")
+    pair = Pair(*arguments)
+    pair.wait_for_step(directory, 3)
+    pair.kill()
+    assert len(losses(directory)) < STEPS
+    Pair(*arguments).succeed()
+    assert losses(directory) == losses(whole)
+    assert_same_weights(whole / "model", directory / "model")
+
+
+def test_sigterm_to_one_stops_both_with_a_checkpoint(config_file, tmp_path):
+    directory = tmp_path / "run"
+    pair = Pair("train", config_file, "--set", f"directory={directory}", "--set", "steps=1000")
+    pair.wait_for_step(directory, 1)
+    pair.processes[1].send_signal(signal.SIGTERM)
+    (code, out, errors), (other_code, other_out, _) = pair.end()
+    assert (code, other_code, other_out) == (143, 143, ""), errors
+    (step,) = [int(word) for word in out.split() if word.isdigit()][:1]
+    assert (directory / "checkpoints" / str(step)).is_dir()
+    assert not (directory / "model").exists()
+
+
+def test_their_checkpoint_in_one_process(base, whole, tmp_path):
+    assert export_run(whole, tmp_path / "model") == STEPS
+    assert_same_weights(whole / "model", tmp_path / "model")
+    # The data was read in two shares: going on with one would repeat and leave out records.
+    shutil.copytree(whole, tmp_path / "run")
+    with pytest.raises(Emu3Error, match="read its data in 2 shares, this one reads it in 1: resume with as many"):
+        train(dataclasses.replace(base, directory=str(tmp_path / "run"), steps=STEPS + 1), progress=False)
+
+
+def test_one_model_over_both_is_as_one_process(base, config_file, tmp_path):
+    """Where `tensor` and `sequence` span the processes both read the same rows, those that one process reads."""
+    mesh, two, one = "sequence=2,tensor=2", tmp_path / "two", tmp_path / "one"
+    Pair("train", config_file, "--set", f"directory={two}", "--set", f"mesh={mesh}", "--set", "steps=4").succeed()
+    train(dataclasses.replace(base, directory=str(one), mesh=mesh, steps=4), progress=False)
+    np.testing.assert_allclose(losses(two), losses(one), rtol=1e-5)
+    # And one process goes on from the checkpoint of two.
+    shutil.rmtree(two / "checkpoints" / "4")
+    train(dataclasses.replace(base, directory=str(two), mesh=mesh, steps=4), progress=False)
+    np.testing.assert_allclose(losses(two), losses(one), rtol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ generation, data
+
+
+def test_generation_is_that_of_one_process(whole, tmp_path):
+    prompts = ("text 1", "text 2", "a third")
+    said = Pair(
+        "generate", *prompts, "--model", whole / "model", "--mesh", "fsdp=2,tensor=2", "--area", 32 * 32,
+        "--seed", 3, "--save-tokens", "-o", tmp_path,
+    ).succeed()  # fmt: skip
+    assert said.splitlines() == [str(tmp_path / f"{index:03d}.png") for index in range(3)]
+    model = emu3_jax.load(whole / "model")
+    expected = model.generate_sequences(prompts, area=32 * 32, seed=3, progress=False)
+    with np.load(tmp_path / "tokens.npz") as tokens:
+        for index, generation in enumerate(expected):
+            np.testing.assert_array_equal(tokens[str(index)], generation.ids)
+            with Image.open(tmp_path / f"{index:03d}.png") as picture:
+                assert np.abs(np.asarray(picture, int) - np.asarray(generation.image, int)).max() <= 1
+
+
+def test_hosts_share_preparation(golden_bundle, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), np.uint8)
+    lines = []
+    for index, array in enumerate(pixels):
+        Image.fromarray(array).save(tmp_path / f"{index}.png")
+        lines.append(json.dumps({"image": f"{index}.png", "text": f"picture {index}"}))
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_text("\n".join(lines) + "\n")
+    arguments = ("prepare", manifest, "--model", golden_bundle, "--area", 32 * 32, "--shards", 2, "--quiet")
+    ends = Pair(*arguments, "-o", tmp_path / "two").end()
+    assert [code for code, *_ in ends] == [0, 0], ends
+    assert any("6 records in 2 shards" in out for _, out, _ in ends)
+    assert main([*map(str, arguments), "-o", str(tmp_path / "one")]) == 0
+    for file in (tmp_path / "one").glob("*.arrayrecord"):
+        assert (tmp_path / "two" / file.name).read_bytes() == file.read_bytes()
+
+
+# ------------------------------------------------------------------------------------------------ ends
+
+
+def test_bad_input_ends_both(config_file, tmp_path):
+    ends = Pair("train", config_file, "--set", f"directory={tmp_path / 'run'}", "--set", "batch_size=3").end()
+    for code, out, errors in ends:
+        assert (code, out) == (2, "")
+        assert errors.startswith("emu3-jax: error: batch_size is 3") and errors.count("\n") == 1
+
+
+def test_one_that_fails_ends_the_other(config_file, tmp_path):
+    """The first process finds the directory in use; the second waits for it in vain."""
+    import fcntl
+
+    with open(tmp_path / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (code, _, errors), (other_code, *_) = Pair("train", config_file, "--set", f"directory={tmp_path}").end()
+    assert code == 2 and "is in use by" in errors
+    assert other_code not in (0, None)
+
+
+@pytest.mark.parametrize("index", ["0", "1"])
+def test_processes_that_never_come(config_file, index):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    names = (distributed.COORDINATOR, distributed.COUNT, distributed.INDEX, "EMU3_START_TIMEOUT")
+    environment = {**os.environ, **dict(zip(names, (address, "2", index, "1"), strict=True))}
+    command = [sys.executable, "-m", "emu3_jax.cli.main", "train", str(config_file)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 2
+    assert f"did not meet at {address} (waited 1 s" in done.stderr
+    assert [line for line in done.stderr.splitlines() if "error" in line] == done.stderr.splitlines()
+
+
+# ------------------------------------------------------------------------------------------------ start-up
+
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+BY_HAND = {distributed.COORDINATOR: "a:1", distributed.COUNT: "2", distributed.INDEX: "1"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "tpu_host", "expected"),
+    [
+        ({}, False, None),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}, False, None),
+        (BY_HAND, False, {"coordinator_address": "a:1", "num_processes": 2, "process_id": 1}),
+        ({**SLURM, "SLURM_NTASKS": "2"}, False, {"cluster_detection_method": "slurm"}),
+        ({**SLURM, "SLURM_NTASKS": "1"}, False, None),
+        ({"SLURM_NTASKS": "2", "SLURM_JOB_ID": "7", "SLURM_PROCID": "0"}, False, None),  # sbatch's own shell
+        ({**SLURM, "SLURM_NTASKS": "2", distributed.COUNT: "1"}, False, None),
+        (
+            {"OMPI_MCA_orte_hnp_uri": "1.0;tcp://h:1", "OMPI_COMM_WORLD_SIZE": "2"},
+            False,
+            {"cluster_detection_method": "ompi"},
+        ),
+        ({}, True, {"cluster_detection_method": "gcetpu"}),
+        ({"TPU_SKIP_MDS_QUERY": "1"}, True, None),
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "0"}, True, {"cluster_detection_method": "gketpu"}),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, True, None),
+        ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, True, {"cluster_detection_method": "gketpu"}),
+    ],
+)
+def test_who_is_one_of_several(environment, tpu_host, expected):
+    assert distributed.arguments(environment, tpu_host) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({distributed.COORDINATOR: ""}, "JAX_COORDINATOR_ADDRESS is not: set JAX_COORDINATOR_ADDRESS=HOST:PORT"),
+        ({distributed.COORDINATOR: "a"}, "is 'a': it must be HOST:PORT"),
+        ({distributed.INDEX: "2"}, "JAX_PROCESS_ID is 2: of 2 processes the last is 1"),
+        ({distributed.INDEX: "x"}, "JAX_PROCESS_ID is 'x': it must be a whole number >= 0"),
+        ({distributed.COUNT: "0"}, "JAX_NUM_PROCESSES is '0': it must be a whole number >= 1"),
+        ({distributed.COUNT: ""}, "JAX_NUM_PROCESSES is not"),
+    ],
+)
+def test_variables_that_are_not_legal(change, reason):
+    with pytest.raises(Emu3Error, match=reason):
+        distributed.arguments({**BY_HAND, **change}, False)
+
+
+def test_every_detection_is_one_that_jax_knows():
+    from jax._src.clusters import ClusterEnv
+
+    names = {cluster.name for cluster in ClusterEnv._cluster_types}
+    assert {"slurm", "ompi", "gketpu", "gcetpu"} <= names
