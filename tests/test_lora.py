@@ -83,7 +83,8 @@ def loss(params, tokens, adapter, remat="full"):
     labels, mask = next_tokens(tokens, jnp.ones(tokens.shape, bool))
     special = CONFIG.tokens
     visual = (special.visual_start, special.visual_end)
-    return chunked_cross_entropy(states, params["head"]["kernel"], labels, mask, visual).mean
+    total, sums = chunked_cross_entropy(states, params["head"]["kernel"], labels, mask, visual)
+    return total / sums.count
 
 
 @functools.partial(jax.jit, static_argnames=("adapter", "remat"))

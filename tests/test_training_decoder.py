@@ -39,7 +39,8 @@ def mean_loss(params, tokens, target, model):
     states = model.apply({"params": params}, tokens, method="hidden")
     special = model.config.tokens
     visual = (special.visual_start, special.visual_end)
-    return chunked_cross_entropy(states, params["head"]["kernel"], labels, mask, visual, chunk=16).mean
+    total, sums = chunked_cross_entropy(states, params["head"]["kernel"], labels, mask, visual, chunk=16)
+    return total / sums.count
 
 
 def gradients(params, tokens, model):

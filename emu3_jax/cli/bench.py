@@ -29,6 +29,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     train.add_argument("--mesh", default="fsdp=-1", metavar="AXIS=N[,...]", help="default: %(default)s")
     train.add_argument("--steps", type=int, default=5, help="timed steps (default: %(default)s)")
     train.add_argument("--compare", choices=("transformers",), help="also run this peer, same shapes, same device")
+    train.add_argument("--kernels", action="store_true", help="also the GPU kernels of two more steps, by their time")
     train.add_argument(
         "--compile", dest="compiled", action="store_true", help="also the peer with its layers under torch.compile"
     )

@@ -16,11 +16,14 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from emu3_jax.errors import Emu3Error
 from emu3_jax.models.attention import matmul_precision
 
 Shape = tuple[int, ...]
+
+PROJECTION = "projection"  # names, for a layer's remat, what `project` returns
 
 BLOCK = 64  # weights that share a scale, as in QLoRA; fewer where the axis has no such blocks
 
@@ -141,7 +144,7 @@ def project(
     if adapter is None or not adapter.quantised:
         y = product(x_bsi, declare(name, random, shape, axes, weight_dtype(adapter)))
         if adapter is None:
-            return y
+            return checkpoint_name(y, PROJECTION)
     else:
         codes_shape, scale_shape, codes_dtype = quantised_shapes(name, shape, adapter.base)
         codes = declare(f"{name}_q", nn.initializers.zeros, codes_shape, axes, codes_dtype)
@@ -154,12 +157,14 @@ def project(
 
         y = quantised_product(x_bsi, codes, scale)
     if name not in adapter.targets:
-        return y
+        return checkpoint_name(y, PROJECTION)
     a = declare(f"{name}_a", random, (*shape[:inputs], adapter.rank), (*axes[:inputs], "rank"), jnp.float32)
     b = declare(f"{name}_b", nn.initializers.zeros, (adapter.rank, *outputs), ("rank", *axes[inputs:]), jnp.float32)
     a = a.astype(x_bsi.dtype).reshape(fan_in, adapter.rank)
     low = jnp.einsum("bsi,ir->bsr", x_bsi, a, precision=precision) * adapter.scale
-    return y + jnp.einsum("bsr,r...->bs...", low, b.astype(x_bsi.dtype), precision=precision)
+    return checkpoint_name(
+        y + jnp.einsum("bsr,r...->bs...", low, b.astype(x_bsi.dtype), precision=precision), PROJECTION
+    )
 
 
 # ------------------------------------------------------------------------------------------------ quantisation

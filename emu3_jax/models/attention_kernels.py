@@ -12,6 +12,8 @@ from jax import lax
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
+ATTENTION = "attention"  # names, for a layer's remat, what the backward pass of a kernel needs of its results
+
 # ------------------------------------------------------------------------------------------------ Splash
 
 # Queries and keys per tile, at most.
@@ -58,7 +60,9 @@ def _splash_kernel(heads: int, length: int, block: int, interpret: bool):
         block_q_dq=block, block_kv_dq=block,
     )  # fmt: skip
     mask = splash_mask.MultiHeadMask([splash_mask.CausalMask((length, length))] * heads)
-    return splash_kernel.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+    return splash_kernel.make_splash_mha(
+        mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, residual_checkpoint_name=ATTENTION, interpret=interpret
+    )
 
 
 # ------------------------------------------------------------------------------------------------ cuDNN

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from emu3_jax.config import DecoderConfig
-from emu3_jax.models.adapters import Adapter, project, weight_dtype
+from emu3_jax.models.adapters import PROJECTION, Adapter, project, weight_dtype
 from emu3_jax.models.attention import attend, matmul_precision, self_attention
+from emu3_jax.models.attention_kernels import ATTENTION
 from emu3_jax.models.cache import KVCache
 
 
@@ -37,19 +38,28 @@ class RMSNorm(nn.Module):
         return normed.astype(x_bsd.dtype) * scale.astype(x_bsd.dtype)
 
 
-def rope(x_bs_h: jax.Array, positions_bs: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding, halves rotated against each other; angles in float32.
+def rotations(positions_bs: jax.Array, width: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of the rotary position embedding, float32 [B, S, H / 2] each: once for all heads and layers.
+
+    Args:
+        positions_bs: int32 [B, S].
+        width: H, of a head.
+        theta: base of the frequencies.
+    """
+    frequencies = 1.0 / np.float32(theta) ** (np.arange(0, width, 2, dtype=np.float32) / np.float32(width))
+    angles = positions_bs.astype(jnp.float32)[..., None] * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rope(x_bs_h: jax.Array, rotations_bsr: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotary position embedding, halves rotated against each other, in float32.
 
     Args:
         x_bs_h: [B, S, ..., H] queries or keys.
-        positions_bs: int32 [B, S].
-        theta: base of the frequencies.
+        rotations_bsr: of their positions, see `rotations`.
     """
-    width = x_bs_h.shape[-1]
-    frequencies = 1.0 / np.float32(theta) ** (np.arange(0, width, 2, dtype=np.float32) / np.float32(width))
-    angles = positions_bs.astype(jnp.float32)[..., None] * frequencies
-    angles = angles.reshape(*angles.shape[:2], *(1,) * (x_bs_h.ndim - 3), width // 2)
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    shape = (*x_bs_h.shape[:2], *(1,) * (x_bs_h.ndim - 3), x_bs_h.shape[-1] // 2)
+    cos, sin = (x.reshape(shape) for x in rotations_bsr)
     low, high = jnp.split(x_bs_h.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x_bs_h.dtype)
 
@@ -62,13 +72,13 @@ class Attention(nn.Module):
     adapter: Adapter | None = None
 
     @nn.compact
-    def __call__(self, x_bsd, positions_bs, segments_bs, cache: KVCache | None, layer: int):
+    def __call__(self, x_bsd, rotations_bsr, segments_bs, cache: KVCache | None, layer: int):
         c = self.config
         d, k, h = c.hidden_size, c.num_kv_heads, c.head_dim
         g = c.num_heads // k
         axes = ("embed", "kv_heads", "heads_per_kv", "head_dim")
         qkv = project(self, self.adapter, "bsd,dkph->bskph", x_bsd, "qkv", (d, k, g + 2, h), axes)
-        queries_keys = rope(qkv[:, :, :, : g + 1], positions_bs, c.rope_theta)
+        queries_keys = rope(qkv[:, :, :, : g + 1], rotations_bsr)
         queries, keys, values = queries_keys[:, :, :, :g], queries_keys[:, :, :, g], qkv[:, :, :, g + 1]
         if cache is None:
             mixed = self_attention(queries, keys, values, segments_bs, self.implementation)
@@ -107,11 +117,11 @@ class Block(nn.Module):
     adapter: Adapter | None = None
 
     @nn.compact
-    def __call__(self, x_bsd, positions_bs, segments_bs=None, cache: KVCache | None = None, layer: int = 0):
+    def __call__(self, x_bsd, rotations_bsr, segments_bs=None, cache: KVCache | None = None, layer: int = 0):
         epsilon, adapter = self.config.rms_norm_eps, self.adapter
         attention = Attention(self.config, self.implementation, adapter, name="attention")
         normed = RMSNorm(epsilon, adapter, name="attention_norm")(x_bsd)
-        mixed, cache = attention(normed, positions_bs, segments_bs, cache, layer)
+        mixed, cache = attention(normed, rotations_bsr, segments_bs, cache, layer)
         x_bsd = _residual(x_bsd + mixed, cache)
         mixed = MLP(self.config, adapter, name="mlp")(RMSNorm(epsilon, adapter, name="mlp_norm")(x_bsd))
         return _residual(x_bsd + mixed, cache), cache
@@ -152,11 +162,15 @@ class Embedding(nn.Module):
         return nn.with_logical_constraint(logits, ("batch", None, None))
 
 
+def _products(primitive, *avals, **params):
+    """Keeps the sums of a projection and its adapters' part, one array where the two would be two, and attention."""
+    named = jax.checkpoint_policies.save_only_these_names(PROJECTION, ATTENTION)
+    # cuDNN's results have no names: they arise in its own rule of differentiation.
+    return primitive.name.startswith("dot_product_attention_fwd") or named(primitive, *avals, **params)
+
+
 # What the backward pass finds kept of each layer; the rest it computes again.
-REMAT_POLICIES: dict[str, Any] = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
+REMAT_POLICIES: dict[str, Any] = {"full": jax.checkpoint_policies.nothing_saveable, "dots": _products}
 
 
 class Decoder(nn.Module):
@@ -172,7 +186,7 @@ class Decoder(nn.Module):
             only visual tokens are legal; column 0 of the logits is then token id `config.tokens.visual_start`.
         stacked: the layers are one scan over stacked parameters, which compiles once whatever their number; no cache.
         remat: what the backward pass computes again, layer by layer: "none", "full" (all) or "dots" (all but matrix
-            products with weights).
+            products with weights, and attention where a kernel does it).
         attention: the implementation for whole sequences; see `attention.self_attention`.
         adapter: low-rank adapters beside frozen matrices; `training.lora` makes and merges their parameters.
     """
@@ -222,10 +236,10 @@ class Decoder(nn.Module):
         if cache is None:
             hidden = self.hidden(tokens_bs)
         else:
-            positions = cache.positions(tokens_bs.shape[1])
+            rotations_bsr = self._rotations(cache.positions(tokens_bs.shape[1]))
             x_bsd = _residual(self.embed.lookup(tokens_bs), cache)
             for index, block in enumerate(self.layers):
-                x_bsd, cache = block(x_bsd, positions, None, cache, index)
+                x_bsd, cache = block(x_bsd, rotations_bsr, None, cache, index)
             cache = cache.replace(length=cache.length + tokens_bs.shape[1])
             hidden = self.norm(x_bsd[:, -1:] if last_only else x_bsd)
         return self.head.logits(hidden[:, -1:] if last_only else hidden), cache
@@ -244,13 +258,16 @@ class Decoder(nn.Module):
         """
         if positions_bs is None:
             positions_bs = jnp.broadcast_to(jnp.arange(tokens_bs.shape[1], dtype=jnp.int32), tokens_bs.shape)
-        x_bsd = _residual(self.embed.lookup(tokens_bs), None)
+        x_bsd, rotations_bsr = _residual(self.embed.lookup(tokens_bs), None), self._rotations(positions_bs)
         if self.stacked:
-            x_bsd, _ = self.layers(x_bsd, positions_bs, segments_bs)
+            x_bsd, _ = self.layers(x_bsd, rotations_bsr, segments_bs)
         else:
             for block in self.layers:
-                x_bsd, _ = block(x_bsd, positions_bs, segments_bs)
+                x_bsd, _ = block(x_bsd, rotations_bsr, segments_bs)
         return self.norm(x_bsd)
+
+    def _rotations(self, positions_bs):
+        return rotations(positions_bs, self.config.head_dim, self.config.rope_theta)
 
 
 def stack_layers(params, config: DecoderConfig):

@@ -83,7 +83,7 @@ class Trainer:
             donate_argnums=0,
         )
         self.evaluate: Callable[[Any, Any, Batch], LossSums] = jax.jit(
-            self._sums,
+            lambda *arguments: self._sums(*arguments)[1],
             in_shardings=(self.state_shardings.params, self.frozen_shardings, self.batch_shardings),
             out_shardings=whole,
         )
@@ -133,7 +133,8 @@ class Trainer:
 
     # -------------------------------------------------------------------------------------------- programs
 
-    def _sums(self, params: Any, frozen: Any, batch: Batch) -> LossSums:
+    def _sums(self, params: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, LossSums]:
+        """What is minimised, not yet divided by the targets, and the sums by kind."""
         if self._config.adapter:
             params = lora.join(params, frozen)
         labels, mask = next_tokens(batch["tokens"], batch["loss_mask"])
@@ -142,7 +143,8 @@ class Trainer:
         )
         special = self.decoder.tokens
         visual = (special.visual_start, special.visual_end)
-        return chunked_cross_entropy(hidden, params["head"]["kernel"], labels, mask, visual)
+        head, weight = params["head"]["kernel"], self._config.vision_weight
+        return chunked_cross_entropy(hidden, head, labels, mask, visual, weight)
 
     def _step(self, state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         config = self._config
@@ -150,8 +152,8 @@ class Trainer:
         targets = jnp.maximum(next_tokens(batch["tokens"], batch["loss_mask"])[1].sum(dtype=jnp.float32), 1.0)
 
         def objective(params, part):
-            sums = self._sums(params, frozen, part)
-            return (sums.text + config.vision_weight * sums.vision) / targets, sums
+            loss, sums = self._sums(params, frozen, part)
+            return loss / targets, sums
 
         gradient = jax.value_and_grad(objective, has_aux=True)
         if config.accumulation == 1:
