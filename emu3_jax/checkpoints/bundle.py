@@ -22,7 +22,7 @@ from emu3_jax.checkpoints.layouts import Param, decoder_params, vision_params
 from emu3_jax.checkpoints.tensors import read_json
 from emu3_jax.config import DecoderConfig, ImageConfig, SpecialTokens, VisionConfig
 from emu3_jax.errors import Emu3Error
-from emu3_jax.text.tokenizer import Tokenizer
+from emu3_jax.text.tokenizer import Tokenizer, count_ranks, special_tokens
 
 FORMAT = 1
 PARTS = ("decoder", "vision", "tokenizer")
@@ -217,10 +217,16 @@ class Bundle:
             raise Emu3Error(f"{file}: {error}") from error
 
     def tokenizer(self) -> Tokenizer:
-        """The text tokenizer, its ids checked against the decoder's config where the bundle holds both."""
+        """The text tokenizer, its ids checked against the decoder's config where the bundle holds both.
+
+        Without a decoder, as before its pretraining, the ids follow from the vocabulary and the codebook.
+        """
         self.require("tokenizer")
-        special = self.decoder_config.tokens if self.has("decoder") else SpecialTokens()
-        return Tokenizer.from_files(self.path / "tokenizer" / VOCABULARY, special)
+        file = self.path / "tokenizer" / VOCABULARY
+        if self.has("decoder"):
+            return Tokenizer.from_files(file, self.decoder_config.tokens)
+        codes = self.vision_config.codebook_size if self.has("vision") else SpecialTokens.visual_count
+        return Tokenizer.from_files(file, special_tokens(count_ranks(file), codes))
 
     def params(self, part: str) -> list[Param]:
         """The arrays that the part's config calls for. `part` is "decoder" or "vision"."""

@@ -46,6 +46,11 @@ def add_sampling(command: argparse.ArgumentParser, temperature: float) -> None:
     command.add_argument("--allow-special", action="store_true", help="let control tokens in prompts act as such")
 
 
+def one_or_each(values: list):
+    """The value for all rows where there is one, else one for each."""
+    return values[0] if len(values) == 1 else values
+
+
 def load_model(options: argparse.Namespace):
     """The model that the options name."""
     import emu3_jax

@@ -27,9 +27,6 @@ def run(options: argparse.Namespace) -> None:
     from emu3_jax.files import files_into
     from emu3_jax.media.images import save_png
 
-    def one_or_each(values: list):
-        return values[0] if len(values) == 1 else values
-
     distributed.start()
     model = common.load_model(options)
     # All processes of a mesh compute; the first one shows and writes.
@@ -37,10 +34,10 @@ def run(options: argparse.Namespace) -> None:
     with files_into(options.output) if first else contextlib.nullcontext() as directory:
         generations = model.generate_sequences(
             options.prompts,
-            ratio=one_or_each(options.ratio),
+            ratio=common.one_or_each(options.ratio),
             area=options.area,
-            negative=one_or_each(options.negative),
-            guidance=one_or_each(options.guidance),
+            negative=common.one_or_each(options.negative),
+            guidance=common.one_or_each(options.guidance),
             temperature=options.temperature,
             top_k=options.top_k,
             top_p=options.top_p,

@@ -15,6 +15,7 @@ COMMANDS = {
     "tokenize": "pictures and clips to codes",
     "detokenize": "codes to pictures and clips",
     "generate": "prompts to pictures",
+    "video": "prompts to clips",
     "chat": "answers about pictures",
     "prepare": "captioned pictures and clips to training data",
     "train": "pretrain or fine-tune by a config file",

@@ -18,7 +18,7 @@ import numpy as np
 from emu3_jax.config import SpecialTokens
 from emu3_jax.data.records import Record, Turn
 from emu3_jax.errors import Emu3Error
-from emu3_jax.text.prompts import CHAT, STAGE1, PromptTemplates, image_ids, understanding_prompt
+from emu3_jax.text.prompts import CHAT, STAGE1, PromptTemplates, image_ids, media_head, understanding_prompt
 from emu3_jax.text.tokenizer import Tokenizer
 
 LOSSES = ("vision", "text", "all")
@@ -180,8 +180,7 @@ def clip_ids(tokenizer: Tokenizer, special: SpecialTokens, codes: np.ndarray, la
     if layout == "lines":
         visual = np.pad(visual, ((0, 0), (0, 0), (0, 1)), constant_values=special.eol)
     body = np.pad(visual.reshape(frames, -1), ((0, 0), (0, 1)), constant_values=special.eof)
-    size = tokenizer.encode(f"{frames}*{rows}*{columns}")
-    return [special.boi, *size, special.img, *body.ravel().tolist(), special.eoi]
+    return [*media_head(tokenizer, special, frames, rows, columns), *body.ravel().tolist(), special.eoi]
 
 
 def padded_row(

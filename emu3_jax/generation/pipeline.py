@@ -15,8 +15,8 @@ from emu3_jax.config import DecoderConfig, ImageConfig, VisionConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.generation import engine
 from emu3_jax.generation.sampling import RowSettings
-from emu3_jax.generation.schedule import image_schedule, text_schedule
-from emu3_jax.media.clips import Clip, preprocess_clip
+from emu3_jax.generation.schedule import TokenClass, clip_schedule, image_schedule, text_schedule
+from emu3_jax.media.clips import DEFAULT_FPS, Clip, preprocess_clip
 from emu3_jax.media.images import postprocess, preprocess
 from emu3_jax.media.inputs import Media, as_media
 from emu3_jax.media.sizes import generate_size
@@ -152,35 +152,16 @@ class Emu3:
             Emu3Error: on bad input; the message says which and what to do.
         """
         language, vision = self.language, self.vision
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not prompts:
-            raise Emu3Error("there is no prompt: give at least one")
-        if batch_size < 1:
-            raise Emu3Error(f"batch_size is {batch_size}: it must be at least 1")
-        count = len(prompts)
+        prompts = _prompts(prompts)
         area = language.config.image_area if area is None else area
-        ratios = _per_row("ratio", ratio, count)
-        negatives = _per_row("negative", negative, count)
+        ratios = _per_row("ratio", ratio, len(prompts))
         sizes = [generate_size(r, area, vision.config.spatial_factor) for r in ratios]
-        settings = _row_settings(count, 0.0 if greedy else temperature, top_k, top_p, guidance, seed)
-
-        def rows_of(texts):
-            return [
-                generation_prompt(language.tokenizer, language.config.tokens, text, *size, allow_special=allow_special)
-                for text, size in zip(texts, sizes, strict=True)
-            ]
-
-        conditional, unconditional = rows_of(prompts), rows_of(negatives)
+        settings = _row_settings(len(prompts), 0.0 if greedy else temperature, top_k, top_p, guidance, seed)
+        negatives = _per_row("negative", negative, len(prompts))
         schedules = [image_schedule(*size) for size in sizes]
-        engine.check_positions(language.config, conditional, schedules, unconditional)
-
-        generated = _run_batches(language, conditional, schedules, settings, unconditional, batch_size, progress)
-        special = language.config.tokens
+        drawn = self._draw(prompts, negatives, sizes, schedules, settings, allow_special, batch_size, progress)
         results = []
-        for index, ids in enumerate(generated):
-            height, width = sizes[index]
-            grid = ids[: height * (width + 1)].reshape(height, width + 1)
-            codes = (grid[:, :width] - special.visual_start).astype(np.int32)
+        for index, (full, prompt_length, codes) in enumerate(drawn):
             image = _decode(vision, codes)
             image.info = {
                 "prompt": prompts[index],
@@ -191,8 +172,71 @@ class Emu3:
                 "model": self.name,
                 "software": "emu3-jax",
             }
-            full = np.concatenate([np.asarray(conditional[index], np.int32), ids])
-            results.append(Generation(full, len(conditional[index]), codes, image))
+            results.append(Generation(full, prompt_length, codes, image))
+        return results
+
+    def generate_clips(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        frames: int = 8,
+        fps: float = DEFAULT_FPS,
+        ratio: str = "1:1",
+        area: int | None = None,
+        negative: str | Sequence[str] = "",
+        guidance: float | Sequence[float] = 3.0,
+        temperature: float | Sequence[float] = 1.0,
+        top_k: int | Sequence[int] = 2048,
+        top_p: float | Sequence[float] = 1.0,
+        seed: int | Sequence[int] = 0,
+        greedy: bool = False,
+        allow_special: bool = False,
+        batch_size: int = 8,
+        progress: bool | None = None,
+    ) -> list[Clip]:
+        """Generates one clip per prompt, frame after frame, as `data.sequences.NextFrame` trains it.
+
+        No published weights generate clips: this is for models that this project trained. The arguments and errors
+        are those of `generate_sequences`, and:
+
+        Args:
+            frames: of a clip; what the temporal factor does not divide is filled up, and cut off again.
+            fps: frames per second that the clips are labelled with.
+        """
+        language, vision = self.language, self.vision
+        prompts = _prompts(prompts)
+        if not isinstance(frames, int) or frames < 1:
+            raise Emu3Error(f"frames is {frames!r}: it must be a whole number >= 1")
+        area = language.config.image_area if area is None else area
+        size = (-(-frames // vision.config.temporal_factor), *generate_size(ratio, area, vision.config.spatial_factor))
+        settings = _row_settings(len(prompts), 0.0 if greedy else temperature, top_k, top_p, guidance, seed)
+        negatives = _per_row("negative", negative, len(prompts))
+        sizes, schedules = [size] * len(prompts), [clip_schedule(*size)] * len(prompts)
+        drawn = self._draw(prompts, negatives, sizes, schedules, settings, allow_special, batch_size, progress)
+        return [Clip(_decode(vision, codes).frames[:frames], fps) for _, _, codes in drawn]
+
+    def _draw(
+        self, prompts, negatives, sizes, schedules, settings, allow_special, batch_size, progress
+    ) -> list[tuple[np.ndarray, int, np.ndarray]]:
+        """For each prompt its ids, how many of them are the prompt, and the codes drawn, in the shape of `sizes`."""
+        language = self.language
+        if batch_size < 1:
+            raise Emu3Error(f"batch_size is {batch_size}: it must be at least 1")
+        special = language.config.tokens
+
+        def rows_of(texts):
+            return [
+                generation_prompt(language.tokenizer, special, text, *size, allow_special=allow_special)
+                for text, size in zip(texts, sizes, strict=True)
+            ]
+
+        conditional, unconditional = rows_of(prompts), rows_of(negatives)
+        engine.check_positions(language.config, conditional, schedules, unconditional)
+        generated = _run_batches(language, conditional, schedules, settings, unconditional, batch_size, progress)
+        results = []
+        for prompt, schedule, size, ids in zip(conditional, schedules, sizes, generated, strict=True):
+            codes = (ids[schedule == TokenClass.VISUAL] - special.visual_start).astype(np.int32).reshape(size)
+            results.append((np.concatenate([np.asarray(prompt, np.int32), ids]), len(prompt), codes))
         return results
 
     def chat(
@@ -299,6 +343,13 @@ def _run_batches(language, prompts, schedules, settings, negatives, batch_size, 
             rows.extend(row[: len(schedule)] for row, schedule in zip(ids, schedules[batch], strict=True))
             bar.update(base + max(len(s) for s in schedules[batch]) - bar.n)
     return rows
+
+
+def _prompts(prompts: str | Sequence[str]) -> list[str]:
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not prompts:
+        raise Emu3Error("there is no prompt: give at least one")
+    return prompts
 
 
 def _per_row(name: str, value: Any, count: int) -> list[Any]:

@@ -36,6 +36,20 @@ def image_schedule(rows: int, columns: int) -> np.ndarray:
     return np.asarray(line * rows + [TokenClass.EOF, TokenClass.EOI, TokenClass.EOS], np.int8)
 
 
+def clip_schedule(frames: int, rows: int, columns: int, layout: str = "lines") -> np.ndarray:
+    """Token classes of a clip of `frames` latent frames: each is rows of visual tokens and EOF; then EOI and EOS.
+
+    Args:
+        frames: of latents, a quarter of the clip's in published tokenizers.
+        rows: of visual tokens.
+        columns: of visual tokens.
+        layout: "lines" ends each row with EOL; "flat" does not. See `data.sequences.NextFrame`.
+    """
+    line = [TokenClass.VISUAL] * columns + [TokenClass.EOL] * (layout == "lines")
+    frame = line * rows + [TokenClass.EOF]
+    return np.asarray(frame * frames + [TokenClass.EOI, TokenClass.EOS], np.int8)
+
+
 def text_schedule(count: int) -> np.ndarray:
     """Token classes, int8 [count], of at most `count` tokens of an answer."""
     return np.full(count, TokenClass.FREE, np.int8)

@@ -28,15 +28,15 @@ PRESETS = {"chat": CHAT, "stage1": STAGE1}
 
 
 def generation_prompt(
-    tokenizer: Tokenizer, special: SpecialTokens, text: str, height: int, width: int, allow_special: bool = False
+    tokenizer: Tokenizer, special: SpecialTokens, text: str, *size: int, allow_special: bool = False
 ) -> list[int]:
-    """BOS, the text, BOI, the size as text and IMG; `height` and `width` are in tokens.
+    """BOS, the text, BOI, the size as text and IMG; `size` is height and width in tokens, for clips after the frames.
 
     Raises:
         Emu3Error: the text holds a special token and `allow_special` is false.
     """
     body = tokenizer.encode(text, allow_special=allow_special)
-    return [special.bos, *body, *_image_head(tokenizer, special, height, width)]
+    return [special.bos, *body, *media_head(tokenizer, special, *size)]
 
 
 def understanding_prompt(
@@ -81,7 +81,7 @@ def image_ids(tokenizer: Tokenizer, special: SpecialTokens, codes: np.ndarray) -
             f"{special.visual_count - 1}; tokenize the picture with this model's vision tokenizer"
         )
     rows = np.pad(codes.astype(np.int64) + special.visual_start, ((0, 0), (0, 1)), constant_values=special.eol)
-    return [*_image_head(tokenizer, special, *codes.shape), *rows.ravel().tolist(), special.eof, special.eoi]
+    return [*media_head(tokenizer, special, *codes.shape), *rows.ravel().tolist(), special.eof, special.eoi]
 
 
 def left_pad(rows: Sequence[Sequence[int]], pad: int) -> tuple[np.ndarray, np.ndarray]:
@@ -126,8 +126,9 @@ def parse_images(ids: Iterable[int], special: SpecialTokens) -> list[np.ndarray]
     return [part for part in split_multimodal(ids, special) if isinstance(part, np.ndarray)]
 
 
-def _image_head(tokenizer: Tokenizer, special: SpecialTokens, height: int, width: int) -> list[int]:
-    return [special.boi, *tokenizer.encode(f"{height}*{width}"), special.img]
+def media_head(tokenizer: Tokenizer, special: SpecialTokens, *size: int) -> list[int]:
+    """BOI, the size as text ("90*90"; a clip's "2*90*90" begins with its latent frames) and IMG."""
+    return [special.boi, *tokenizer.encode("*".join(map(str, size))), special.img]
 
 
 def _parse_image(ids: list[int], special: SpecialTokens, picture: int) -> np.ndarray:

@@ -36,6 +36,11 @@ def special_tokens(num_ranks: int, codebook_size: int) -> SpecialTokens:
     return SpecialTokens(**controls, visual_start=num_ranks + len(_CONTROLS), visual_count=codebook_size)
 
 
+def count_ranks(vocabulary: Path) -> int:
+    """How many ranks a vocabulary file holds. Raises `Emu3Error` if it cannot be read."""
+    return len(_read_bytes(Path(vocabulary)).splitlines())
+
+
 class Tokenizer:
     """Text to ids and back, id for id like upstream's `Emu3Tokenizer`.
 

@@ -109,6 +109,12 @@ class _Run:
         self.first = jax.process_index() == 0
         self.trainer = Trainer(config, decoder, mesh)
         self.tokenizer, self.templates = bundle.tokenizer(), PRESETS[bundle.template]
+        if self.tokenizer.special != decoder.tokens:
+            raise Emu3Error(
+                f"{bundle.path}: its vocabulary and codebook give visual ids from {self.tokenizer.special.visual_start} "
+                f"on and {self.tokenizer.special.visual_count} of them, the config's model.decoder.tokens say "
+                f"{decoder.tokens.visual_start} and {decoder.tokens.visual_count}: make the two agree"
+            )
         self.batches: Batches = training_batches(
             config.data,
             self.tokenizer,

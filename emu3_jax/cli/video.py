@@ -1,0 +1,57 @@
+"""Generate one clip per prompt: DIR/000.webp ... For models trained on clips; no published weights are."""
+
+import argparse
+import pathlib
+
+from emu3_jax.cli import common
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("prompts", nargs="+", metavar="PROMPT", help="what to show")
+    common.add_model(command)
+    command.add_argument("--frames", type=int, default=8, metavar="N", help="of each clip (default: %(default)s)")
+    command.add_argument("--fps", type=float, default=8.0, metavar="F", help="frames per second (default: %(default)s)")
+    command.add_argument("--ratio", default="1:1", metavar="W:H", help="default: %(default)s")
+    command.add_argument("--area", type=int, help="pixels of a frame (default: what the model was trained for)")
+    command.add_argument("--negative", nargs="+", default=[""], metavar="TEXT", help="what to avoid, or one each")
+    command.add_argument("--guidance", type=float, nargs="+", default=[3.0], help="scale, or one each (default: 3.0)")
+    common.add_sampling(command, temperature=1.0)
+    command.add_argument("--format", choices=("webp", "gif"), default="webp", help="default: %(default)s")
+    command.add_argument("-o", "--output", type=pathlib.Path, required=True, metavar="DIR")
+
+
+def run(options: argparse.Namespace) -> None:
+    import contextlib
+
+    from emu3_jax import distributed
+    from emu3_jax.files import files_into
+    from emu3_jax.media.clips import save_clip
+
+    distributed.start()
+    model = common.load_model(options)
+    # All processes of a mesh compute; the first one shows and writes.
+    first = distributed.first()
+    with files_into(options.output) if first else contextlib.nullcontext() as directory:
+        clips = model.generate_clips(
+            options.prompts,
+            frames=options.frames,
+            fps=options.fps,
+            ratio=options.ratio,
+            area=options.area,
+            negative=common.one_or_each(options.negative),
+            guidance=common.one_or_each(options.guidance),
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            seed=options.seed,
+            greedy=options.greedy,
+            allow_special=options.allow_special,
+            batch_size=options.batch_size,
+            progress=common.progress(options) if first else False,
+        )
+        if not first:
+            return
+        for index, clip in enumerate(clips):
+            save_clip(clip.frames, directory / f"{index:03d}.{options.format}", clip.fps)
+    for index in range(len(clips)):
+        print(options.output / f"{index:03d}.{options.format}")
