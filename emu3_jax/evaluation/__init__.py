@@ -1,0 +1,1 @@
+"""Metrics, and pictures whose content can be read back exactly."""

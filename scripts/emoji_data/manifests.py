@@ -1,0 +1,120 @@
+"""Training and evaluation manifests, as lines that `emu3-jax prepare` reads, made from the items and concepts alone.
+
+Captions follow from names and the seed, so the same items always give the same manifests.
+"""
+
+import random
+from collections.abc import Callable, Iterable, Iterator
+
+from emoji_data.concepts import MAIN_GROUPS, Concept, draw, is_held_out
+
+Item = dict
+Line = dict
+
+VISION_SHARE = 0.25  # of the procedural pictures and clips, which are many and alike
+STILL_REPEATS = 3  # times that a procedural still stands among the captioned pictures
+_CANONICAL = 3  # times that the full caption stands beside the four variants
+_TAGS = (2, 4)  # tags in a caption
+_DESCRIBE = "Describe the image."
+
+
+def build_manifests(items: list[Item], concepts: Iterable[Concept], seed: int) -> dict[str, list[Line]]:
+    """All manifests by file name, without the ending."""
+    pictures = [item for item in items if item["kind"] == "picture"]
+    main = [item for item in pictures if item["group"] in MAIN_GROUPS]
+    clips = [item for item in items if item["kind"] == "clip"]
+    stills = [item for item in items if item["kind"] == "procedural_picture"]
+    drawn_clips = [item for item in items if item["kind"] == "procedural_clip"]
+
+    def lines(make: Callable[[Item], Iterable[Line]], split: str, *sources: list[Item]) -> list[Line]:
+        return [line for source in sources for item in source if item["split"] == split for line in make(item)]
+
+    def captions(item: Item) -> Iterator[Line]:
+        return _caption_lines(item, seed)
+
+    def questions(item: Item) -> Iterator[Line]:
+        return _question_lines(item)
+
+    def share(source: list[Item]) -> list[Item]:
+        return [item for item in source if draw(seed, "vision", item["name"]) < VISION_SHARE]
+
+    vision = lines(_canonical_line, "train", pictures, clips, share(stills), share(drawn_clips))
+    return {
+        "vision_train": vision,
+        "vision_heldout": lines(_canonical_line, "concept", pictures),
+        "t2i_train": lines(captions, "train", main, stills),
+        "t2i_heldout": lines(_canonical_line, "style", main) + lines(_canonical_line, "triple", stills),
+        "i2t_train": lines(questions, "train", main, stills),
+        "i2t_heldout_style": lines(questions, "style", main),
+        "i2t_heldout_concept": lines(questions, "concept", main),
+        "i2t_heldout_triple": lines(questions, "triple", stills),
+        "clip_train": lines(_canonical_line, "train", clips, drawn_clips),
+        "clip_heldout": lines(_canonical_line, "style", clips) + lines(_canonical_line, "triple", drawn_clips),
+        "text_train": [line for concept in concepts for line in _text_lines(concept, seed)],
+    }
+
+
+def caption(item: Item) -> str:
+    """The one full caption of an item."""
+    return item["label"] if item["kind"].startswith("procedural") else f"{item['style']} emoji of {item['label']}"
+
+
+def _line(item: Item, ending: str, **content) -> Line:
+    medium = "clip" if item["kind"].endswith("clip") else "image"
+    return {medium: item["file"], **content, "name": item["name"] + ending}
+
+
+def _canonical_line(item: Item) -> list[Line]:
+    return [_line(item, "", text=caption(item))]
+
+
+def _caption_lines(item: Item, seed: int) -> Iterator[Line]:
+    """Every variant of the caption; the number of lines of each is its weight in training."""
+    if item["kind"] == "procedural_picture":
+        texts = [caption(item)] * STILL_REPEATS
+    else:
+        chance = random.Random(f"{seed} {item['name']}")
+        tagged = (", ".join((caption(item), *_some(item["tags"], chance))) for _ in range(2))
+        texts = [caption(item)] * _CANONICAL + [*tagged, f"emoji of {item['label']}", item["label"]]
+    for number, text in enumerate(texts):
+        yield _line(item, f"#{number}", text=text)
+
+
+def _question_lines(item: Item) -> Iterator[Line]:
+    """A conversation for each question that the item answers."""
+    if item["kind"] == "procedural_picture":
+        asked = {
+            _DESCRIBE: caption(item),
+            "What colour is the shape?": item["colour"],
+            "What shape is this?": item["shape"],
+            "Where is the shape?": item["position"],
+        }
+    else:
+        asked = {
+            _DESCRIBE: caption(item),
+            "What category is this?": item["group"],
+            "What style is this?": item["style"],
+        }
+    for number, (question, answer) in enumerate(asked.items()):
+        turns = [{"role": "user", "text": question}, {"role": "assistant", "text": answer}]
+        yield _line(item, f"#{number}", conversation=turns)
+
+
+def _text_lines(concept: Concept, seed: int) -> Iterator[Line]:
+    """What there is to say of a concept; nothing of one that is held out."""
+    if is_held_out(concept, seed):
+        return
+    chance = random.Random(f"{seed} {concept.codepoint}")
+    tags = list(concept.tags)
+    texts = [f"{concept.label}. Category: {concept.group}.", f"{concept.label}: {concept.group}, {concept.subgroup}."]
+    if tags:
+        for _ in range(2):
+            chance.shuffle(tags)
+            texts.append(f"{concept.label}: {', '.join(tags)}. Category: {concept.group}.")
+    for number, text in enumerate(dict.fromkeys(texts)):
+        yield {"text": text, "name": f"text/{concept.codepoint}#{number}"}
+
+
+def _some(tags: list[str], chance: random.Random) -> list[str]:
+    """A few tags in random order."""
+    return chance.sample(tags, min(len(tags), chance.randint(*_TAGS)))

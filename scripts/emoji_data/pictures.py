@@ -1,0 +1,160 @@
+"""Pictures and clips of the packages as small RGB arrays on white."""
+
+import io
+import json
+import pathlib
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from PIL import Image
+
+from emoji_data.concepts import is_skin_variant, normalise
+from emoji_data.packages import read_members
+from emu3_jax.errors import Emu3Error
+
+FRAMES = 8
+STILL = 4.0  # a clip in which no frame differs from the first by this much on average, of 255, does not move
+_BLANK = 1.0  # spread of the pixel values, of 255, below which a picture shows nothing
+_OVERSAMPLING = 4
+_SVG = (
+    '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+    'width="{width}" height="{height}" viewBox="{left} {top} {width} {height}">{body}</svg>'
+)
+
+# What becomes of a file or drawing: its codepoint, and pixels or, as text, why it is not used.
+Picture = tuple[str, np.ndarray | str]
+
+
+def load_pictures(tarball: pathlib.Path, labelled: set[str], size: int) -> Iterator[Picture]:
+    """The pictures in a package of WebP files that are named by codepoint."""
+    seen = set()
+    for name, data in read_members(tarball, ".webp"):
+        codepoint, reason = _judge(pathlib.PurePath(name).stem, labelled, seen)
+        if reason:
+            yield codepoint, reason
+            continue
+        with Image.open(io.BytesIO(data)) as picture:
+            yield codepoint, _unless_blank(_small(picture, size))
+
+
+def load_drawings(
+    tarball: pathlib.Path, characters: dict[str, str], labelled: set[str], size: int
+) -> Iterator[Picture]:
+    """The drawings in an Iconify package.
+
+    Args:
+        tarball: of the package.
+        characters: names of drawings by codepoint.
+        labelled: codepoints that have labels.
+        size: side of the pictures.
+    """
+    icons = _read_json(tarball, "package/icons.json")
+    seen = set()
+    for hexcode, name in sorted(characters.items()):
+        icon = _resolve(icons, name)
+        if icon is None:
+            continue  # another package's character list may name more than this one draws
+        codepoint, reason = _judge(hexcode, labelled, seen)
+        yield codepoint, reason or _unless_broken(lambda icon=icon: _render(icon, size))
+
+
+def load_characters(tarball: pathlib.Path) -> dict[str, str]:
+    """Names of drawings by codepoint, as an Iconify package lists them."""
+    return _read_json(tarball, "package/chars.json")
+
+
+def load_clips(tarball: pathlib.Path, labelled: set[str], size: int) -> Iterator[tuple[str, np.ndarray | str, float]]:
+    """The clips in a package: codepoint, `FRAMES` frames or why there are none, and frames per second."""
+    seen = set()
+    for name, data in read_members(tarball, ".webp"):
+        codepoint, reason = _judge(pathlib.PurePath(name).stem, labelled, seen)
+        if reason:
+            yield codepoint, reason, 0.0
+            continue
+        with Image.open(io.BytesIO(data)) as animation:
+            if getattr(animation, "n_frames", 1) == 1:
+                yield codepoint, "only one frame", 0.0
+                continue
+            frames, seconds = _sample(animation, size)
+        moved = max(np.abs(frame.astype(int) - frames[0]).mean() for frame in frames)
+        yield codepoint, (frames if moved >= STILL else "does not move"), FRAMES / seconds
+
+
+def _judge(hexcode: str, labelled: set[str], seen: set[str]) -> tuple[str, str | None]:
+    """The codepoint of a file, and why it is not used, if so."""
+    codepoint = normalise(hexcode)
+    if codepoint in labelled and codepoint not in seen:
+        seen.add(codepoint)
+        return codepoint, None
+    if codepoint in seen:
+        return codepoint, "second picture of its codepoint"
+    return codepoint, "skin tone" if is_skin_variant(codepoint) else "no label"
+
+
+def _sample(animation: Image.Image, size: int) -> tuple[np.ndarray, float]:
+    """Frames evenly spaced over the loop, and the loop's length in seconds."""
+    pictures, durations = [], []
+    for number in range(animation.n_frames):
+        animation.seek(number)
+        pictures.append(animation.convert("RGBA"))
+        durations.append(animation.info.get("duration") or 0)
+    ends = np.cumsum(durations)
+    times = np.arange(FRAMES) * ends[-1] / FRAMES
+    shown = np.minimum(np.searchsorted(ends, times, side="right"), len(pictures) - 1)
+    small = {number: _small(pictures[number], size) for number in set(shown.tolist())}
+    return np.stack([small[number] for number in shown.tolist()]), ends[-1] / 1000
+
+
+def _resolve(icons: dict, name: str) -> dict | None:
+    """A drawing under its own name or an alias, with sizes filled in; None if the package has none."""
+    flip = False
+    while name not in icons["icons"]:
+        alias = icons.get("aliases", {}).get(name)
+        if alias is None:
+            return None
+        flip ^= alias.get("hFlip", False)
+        name = alias["parent"]
+    defaults = {"left": 0, "top": 0, "width": icons.get("width", 16), "height": icons.get("height", 16)}
+    icon = defaults | icons["icons"][name]
+    if flip:
+        axis = 2 * icon["left"] + icon["width"]
+        icon["body"] = f'<g transform="translate({axis} 0) scale(-1 1)">{icon["body"]}</g>'
+    return icon
+
+
+def _render(icon: dict, size: int) -> np.ndarray:
+    import resvg_py
+
+    longest = max(icon["width"], icon["height"])
+    width = max(1, round(_OVERSAMPLING * size * icon["width"] / longest))
+    # Fonts of the machine would make the pictures depend on it.
+    png = resvg_py.svg_to_bytes(svg_string=_SVG.format(**icon), width=width, skip_system_fonts=True)
+    with Image.open(io.BytesIO(bytes(png))) as picture:
+        return _small(picture, size)
+
+
+def _small(picture: Image.Image, size: int) -> np.ndarray:
+    """The picture on a white square, at size x size."""
+    picture = picture.convert("RGBA")
+    side = max(picture.size)
+    square = Image.new("RGBA", (side, side), "white")
+    square.alpha_composite(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    return np.asarray(square.convert("RGB").resize((size, size), Image.Resampling.LANCZOS))
+
+
+def _unless_broken(render: Callable[[], np.ndarray]) -> np.ndarray | str:
+    try:
+        return _unless_blank(render())
+    except ValueError as error:  # the renderer's, on a drawing that it cannot read
+        return f"broken drawing: {str(error).splitlines()[0]}"
+
+
+def _unless_blank(pixels: np.ndarray) -> np.ndarray | str:
+    return pixels if pixels.std() >= _BLANK else "blank"
+
+
+def _read_json(tarball: pathlib.Path, member: str) -> dict:
+    for name, data in read_members(tarball, member):
+        if name == member:
+            return json.loads(data)
+    raise Emu3Error(f"{tarball} has no {member}: delete it and run again")

@@ -1,0 +1,289 @@
+"""The builder of the embedded model's data: splits keep apart what looks alike, and manifests load and repeat."""
+
+import hashlib
+import io
+import json
+import pathlib
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from emu3_jax.data.manifest import Manifest
+from emu3_jax.errors import Emu3Error
+from emu3_jax.evaluation import procedural
+from emu3_jax.media.clips import load_clip
+
+SCRIPTS = pathlib.Path(__file__).parents[1] / "scripts"
+GROUPS = ["smileys & emotion", "people & body", "components", "animals & nature", "objects"]
+ANIMALS = [f"1f4{number:02x}" for number in range(40)]  # codepoints of the concepts; nothing checks what they mean
+
+
+@pytest.fixture
+def builder(monkeypatch):
+    """The script, found as Python finds it when it runs."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import build_emoji
+
+    return build_emoji
+
+
+def picture(number: int, tone: int = 0) -> Image.Image:
+    image = Image.new("RGBA", (64, 64))
+    ImageDraw.Draw(image).ellipse((8, 8, 40 + number % 20, 56), fill=(number * 6 % 256, tone, 200, 255))
+    return image
+
+
+def webp(*frames: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    options = {"save_all": True, "append_images": frames[1:], "duration": 40} if len(frames) > 1 else {}
+    frames[0].save(stream, "WEBP", lossless=True, **options)
+    return stream.getvalue()
+
+
+def clip(moves: bool) -> bytes:
+    frames = []
+    for number in range(16):
+        image = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+        left = number * 2 if moves else 0
+        ImageDraw.Draw(image).rectangle((left, 8, left + 30, 50 + number % 2), fill=(10, 90, 200, 255))
+        frames.append(image)
+    return webp(*frames)
+
+
+def icons(colour: str, extra: dict | None = None) -> dict:
+    """An Iconify collection with a drawing for each animal."""
+    drawings = {}
+    for number, codepoint in enumerate(ANIMALS):
+        body = f'<path fill="{colour}" d="M2 2h{4 + number % 20}v{6 + number // 2}H2z"/>'
+        drawings[f"animal-{codepoint}"] = {"body": body}
+    return {"width": 32, "height": 32, "icons": drawings | (extra or {}), "aliases": {"other": {"parent": "broken"}}}
+
+
+@pytest.fixture
+def sources(builder, tmp_path):
+    """A cache of small packages, and what the builder is to take from it."""
+    pytest.importorskip("resvg_py", reason="the extra emoji installs it")
+    cache = tmp_path / "cache"
+    cache.mkdir()
+
+    def package(name: str, files: dict[str, bytes]):
+        made = builder.Package(name, "1.0.0", "")
+        with tarfile.open(cache / made.filename, "w:gz") as archive:
+            for path, data in files.items():
+                member = tarfile.TarInfo(f"package/{path}")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+        return builder.Package(name, "1.0.0", builder.packages.integrity(cache / made.filename))
+
+    entries = [
+        {"label": f"beast’s {c}", "hexcode": c.upper(), "tags": ["pet", "fur", "tail", f"beast’s {c}"], "group": 3}
+        for c in ANIMALS
+    ]
+    entries.append({"label": "man running", "hexcode": "1F3C3-200D-2642-FE0F", "group": 1})
+    entries.append({"label": "light skin tone", "hexcode": "1F3FB", "group": 2})
+    entries.append({"label": "regional indicator A", "hexcode": "1F1E6"})
+    messages = {
+        "groups": [{"key": m.split()[0].rstrip("s"), "message": m, "order": i} for i, m in enumerate(GROUPS)],
+        "subgroups": [{"key": "mammal", "message": "mammals", "order": 0}],
+    }
+    messages["groups"][2]["key"] = "component"
+    labels = package(
+        "labels",
+        {
+            "en/data.json": json.dumps([entry | {"subgroup": 0} for entry in entries]).encode(),
+            "en/messages.json": json.dumps(messages).encode(),
+        },
+    )
+    files = {f"assets/{codepoint}.webp": webp(picture(i)) for i, codepoint in enumerate(ANIMALS)}
+    files["assets/1f3c3-200d-2642-fe0f.webp"] = webp(picture(50))
+    files["assets/1f3c3-1f3fb-200d-2642-fe0f.webp"] = webp(picture(51))
+    files["assets/1f999.webp"] = webp(picture(52))
+    characters = json.dumps({c: f"animal-{c}" for c in ANIMALS} | {"1f3c3-200d-2642": "other"}).encode()
+
+    def drawings(name: str, colour: str, listed: bytes = characters, body: str = "<g><path</g>"):
+        collection = icons(colour, {"broken": {"body": body}})
+        return package(name, {"icons.json": json.dumps(collection).encode(), "chars.json": listed})
+
+    moving = '<circle cx="16" cy="16" r="12"/>'
+    return builder.Sources(
+        labels=labels,
+        pictures_3d=package("@pictures/3d", files),
+        drawings={
+            "flat": drawings("flat", "#a00"),
+            "noto": drawings("noto", "#0a0", body=moving),
+            "vintage": drawings("vintage", "#00a", listed=b"{}", body=moving),
+            "twemoji": drawings("twemoji", "#a0a", body=moving),
+        },
+        clips=(
+            package("clips-1", {f"assets/{c}.webp": clip(True) for c in ANIMALS[:12]}),
+            package("clips-2", {f"assets/{ANIMALS[0]}.webp": clip(True), f"assets/{ANIMALS[20]}.webp": clip(False)}),
+        ),
+    )
+
+
+@pytest.fixture
+def build(builder, sources, tmp_path):
+    scenes = (list(procedural.all_stills())[::31], list(procedural.all_clips())[::97])
+
+    def run(name: str = "data", seed: int = 3):  # a seed that holds out some of the few concepts
+        cache = tmp_path / "cache"
+        return builder.build(tmp_path / name, cache, sources=sources, scenes=scenes, size=32, seed=seed)
+
+    return run
+
+
+def lines(path: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def digests(directory: pathlib.Path) -> dict[str, str]:
+    files = (path for path in sorted(directory.rglob("*")) if path.is_file())
+    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_build(build, tmp_path):
+    summary = build()
+    data = tmp_path / "data"
+    items = lines(data / "items.jsonl")
+    assert len({item["name"] for item in items}) == len(items)
+    for item in items:
+        if item["kind"].endswith("clip"):
+            assert load_clip(data / item["file"]).frames.shape == (8, 32, 32, 3)
+        else:
+            with Image.open(data / item["file"]) as image:
+                assert (image.size, image.mode) == ((32, 32), "RGB")
+                assert item["style"] == "procedural" or image.getpixel((31, 0)) == (255, 255, 255)
+    kinds = {kind: row["all"] for kind, row in summary["items"].items()}
+    pictures = {"picture 3d": 41, "picture flat": 40, "picture noto": 41, "picture vintage": 41, "picture twemoji": 41}
+    assert kinds == pictures | {"clip animated": 12, "procedural_picture procedural": 47} | {
+        "procedural_clip procedural": 18
+    }
+    assert summary["unused"] == {
+        "does not move": {"count": 1, "names": [f"animated/{ANIMALS[20]}"]},
+        "no label": {"count": 1, "names": ["3d/1f999"]},
+        "second picture of its codepoint": {"count": 1, "names": [f"animated/{ANIMALS[0]}"]},
+        "skin tone": {"count": 1, "names": ["3d/1f3c3-1f3fb-200d-2642"]},
+    } | {reason: names for reason, names in summary["unused"].items() if reason.startswith("broken drawing")}
+    assert [n["names"] for r, n in summary["unused"].items() if r.startswith("broken")] == [["flat/1f3c3-200d-2642"]]
+    assert "Microsoft" in (data / "NOTICE").read_text()
+    assert load_clip(data / "clips" / f"{ANIMALS[0]}.webp").fps == pytest.approx(8 / 0.64)
+
+
+def test_manifests(build, tmp_path):
+    summary = build()
+    data = tmp_path / "data"
+    items = {item["name"]: item for item in lines(data / "items.jsonl")}
+    splits = {}
+    for name, count in summary["manifests"].items():
+        assert len(lines(data / f"{name}.jsonl")) == count
+        if count:
+            manifest = Manifest(data / f"{name}.jsonl")
+            entries = [manifest[index] for index in range(len(manifest))]
+            assert len({entry.name for entry in entries}) == count
+            assert all(path.exists() for entry in entries for path in (entry.image, entry.clip) if path)
+            named = [items.get(entry.name.split("#")[0]) for entry in entries]
+            splits[name] = {item["split"] for item in named if item}
+            if name.startswith(("t2i", "i2t")):
+                assert {item["group"] for item in named} <= {GROUPS[3], "procedural"}
+    assert {name: split for name, split in splits.items() if name.endswith("train")} == {
+        "vision_train": {"train"},
+        "t2i_train": {"train"},
+        "i2t_train": {"train"},
+        "clip_train": {"train"},
+        "text_train": set(),
+    }
+    assert splits["i2t_heldout_style"] == {"style"}
+    assert splits["i2t_heldout_concept"] == splits["vision_heldout"] == {"concept"}
+    train = [item for item in items.values() if item["kind"] == "picture" and item["split"] == "train"]
+    first = next(item for item in train if item["group"] == GROUPS[3])
+    texts = [line["text"] for line in lines(data / "t2i_train.jsonl") if line["name"].startswith(first["name"] + "#")]
+    assert texts.count(f"{first['style']} emoji of {first['label']}") == 3
+    assert texts[-2:] == [f"emoji of {first['label']}", first["label"]]
+    assert first["label"].startswith("beast's")
+    assert set(texts[3].split(", ")[1:]) <= {"pet", "fur", "tail"}
+    held = {item["label"] for item in items.values() if item["split"] == "concept"}
+    assert held
+    assert not any(line["text"].split(":")[0].split(".")[0] in held for line in lines(data / "text_train.jsonl"))
+
+
+def test_splits_keep_apart_what_looks_alike(build, tmp_path):
+    build()
+    items = lines(tmp_path / "data" / "items.jsonl")
+    pictures = {(item["concept"], item["style"]): item["split"] for item in items if item["kind"] == "picture"}
+    held = {concept for (concept, _), split in pictures.items() if split == "style"}
+    assert held
+    for concept in held:
+        assert pictures[concept, "3d"] == pictures[concept, "flat"]
+        assert sum(pictures[concept, style] == "train" for style in ("3d", "flat", "noto", "vintage", "twemoji")) >= 2
+    for item in items:
+        if item["kind"] == "clip":
+            assert item["split"] == pictures[item["concept"], "3d"]
+    for kind, last in (("procedural_picture", "position"), ("procedural_clip", "motion")):
+        triples = {}
+        for item in items:
+            if item["kind"] == kind:
+                triples.setdefault((item["colour"], item["shape"], item[last]), set()).add(item["split"])
+        assert all(len(splits) == 1 for splits in triples.values())
+
+
+def test_the_same_bytes_again(build, tmp_path):
+    build("once")
+    build("again")
+    assert digests(tmp_path / "once") == digests(tmp_path / "again")
+    build("other", seed=1)
+    assert digests(tmp_path / "once") != digests(tmp_path / "other")
+
+
+def test_siblings_and_shares(builder):
+    from emoji_data import concepts
+
+    def concept(codepoint: str):
+        return concepts.Concept(codepoint, "", (), "", "")
+
+    runners = ["1f3c3", "1f3c3-200d-2640", "1f3c3-200d-2642", "1f3c3-200d-2640-200d-27a1"]
+    farmers = ["1f468-200d-1f33e", "1f469-200d-1f33e", "1f9d1-200d-1f33e"]
+    clocks = [f"1f5{number:02x}" for number in range(0x50, 0x68)]
+    for siblings in (runners, farmers, clocks):
+        assert len({concept(codepoint).family for codepoint in siblings}) == 1
+    assert concept("1f5fb").family == "1f5fb"
+    assert concept("1f568").family == "1f568"
+    many = [concept(f"{number:x}") for number in range(0x2600, 0x4600)]
+    assert np.mean([concepts.is_held_out(c, 0) for c in many]) == pytest.approx(0.05, abs=0.01)
+    alike = {"3d": {"3d", "flat"}, "flat": {"3d", "flat"}, "noto": {"noto"}, "vintage": {"vintage"}}
+    alike["twemoji"] = {"twemoji"}
+    shares = [len(concepts.held_out_styles(c, alike, 0)) / 5 for c in many]
+    assert np.mean(shares) == pytest.approx(0.09, abs=0.01)
+    everything = {style: set(concepts.STYLES) for style in concepts.STYLES}
+    assert not any(concepts.held_out_styles(c, everything, 0) for c in many)
+
+
+def test_an_existing_directory_is_refused(builder, tmp_path, capsys):
+    assert builder.main([str(tmp_path)]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: {tmp_path} exists already")
+    assert message.count("\n") == 1
+
+
+def test_a_damaged_package_is_refused(build, sources, tmp_path):
+    path = tmp_path / "cache" / sources.labels.filename
+    path.write_bytes(path.read_bytes() + b"x")
+    with pytest.raises(Emu3Error, match="checksum"):
+        build()
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
+@pytest.mark.parametrize(
+    ("npm", "message"),
+    [(None, "npm is not installed"), ("echo no such package >&2; exit 1", r"npm pack a@1 failed \(no such package\)")],
+)
+def test_npm_trouble(builder, tmp_path, monkeypatch, npm, message):
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    if npm:
+        (programs / "npm").write_text(f"#!/bin/sh\n{npm}\n")
+        (programs / "npm").chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs))
+    with pytest.raises(Emu3Error, match=message):
+        builder.fetch(builder.Package("a", "1", ""), tmp_path / "cache")
