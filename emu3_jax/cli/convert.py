@@ -29,9 +29,13 @@ def run(options: argparse.Namespace) -> None:
 
 def _convert_run(directory: pathlib.Path, options: argparse.Namespace) -> None:
     from emu3_jax.errors import Emu3Error
-    from emu3_jax.training.weights import export_run
+    from emu3_jax.training.run_directory import read_identity
 
     if len(options.sources) > 1 or options.template or options.dtype:
         raise Emu3Error(f"{directory} is a training run: convert it alone, without --template and --dtype")
+    if "vision" in read_identity(directory):
+        from emu3_jax.training.vision_export import export_vision_run as export_run
+    else:
+        from emu3_jax.training.weights import export_run
     step = export_run(directory, options.output)
     print(f"{options.output}: the model after step {step}")

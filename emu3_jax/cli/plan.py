@@ -29,6 +29,7 @@ def run(options: argparse.Namespace) -> int:
     from emu3_jax.generation.config import GenerateConfig
     from emu3_jax.sharding import plan
     from emu3_jax.training.config import TrainConfig, load_config
+    from emu3_jax.training.vision_config import VisionTrainConfig
 
     # A plan needs no accelerator, and must not take one from a run on this machine.
     jax.config.update("jax_platforms", "cpu")
@@ -40,6 +41,10 @@ def run(options: argparse.Namespace) -> int:
         from emu3_jax.training.plan import programs
 
         mesh, compiled = programs(config, slice_, options.rows_per_chip)
+    elif isinstance(config, VisionTrainConfig):
+        from emu3_jax.training.vision_plan import programs
+
+        mesh, compiled = programs(config, slice_, options.rows_per_chip)
     elif isinstance(config, GenerateConfig):
         from emu3_jax.generation.plan import programs
 
@@ -49,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
     else:
         raise Emu3Error(
             f"{options.config}: config() returns a {type(config).__name__}, "
-            "a plan needs a TrainConfig or GenerateConfig"
+            "a plan needs a TrainConfig, VisionTrainConfig or GenerateConfig"
         )
     result = plan.compile_plan(slice_, mesh, compiled)
     for program in result["programs"]:

@@ -16,11 +16,18 @@ def run(options: argparse.Namespace) -> int:
     from emu3_jax import distributed
     from emu3_jax.errors import Emu3Error
     from emu3_jax.training.config import TrainConfig, load_config
-    from emu3_jax.training.loop import train
+    from emu3_jax.training.vision_config import VisionTrainConfig
 
     config = load_config(options.config, options.set)
-    if not isinstance(config, TrainConfig):
-        raise Emu3Error(f"{options.config}: config() returns a {type(config).__name__}, training needs a TrainConfig")
+    if isinstance(config, TrainConfig):
+        from emu3_jax.training.loop import train
+    elif isinstance(config, VisionTrainConfig):
+        from emu3_jax.training.vision import train_vision as train
+    else:
+        raise Emu3Error(
+            f"{options.config}: config() returns a {type(config).__name__}, training needs a TrainConfig or "
+            "VisionTrainConfig"
+        )
     distributed.start()
     outcome = train(config, common.progress(options))
     if outcome.model is None:

@@ -26,7 +26,9 @@ from emu3_jax.models.vision_layers import (
     TemporalResnetBlock,
     TemporalUpsample,
     Upsample,
+    block_of,
     conv3x3,
+    training,
 )
 
 # Frames go through the spatial network together up to this many pixels: small ones fill the device, and neither a long
@@ -45,9 +47,9 @@ class Stage(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, zq: jax.Array | None = None) -> jax.Array:
         for i in range(self.num_blocks):
-            x = ResnetBlock(self.features, name=f"block_{i}")(x, zq)
+            x = block_of(ResnetBlock)(self.features, name=f"block_{i}")(x, zq)
             if self.attention:
-                x = AttentionBlock(name=f"attn_{i}")(x, zq)
+                x = block_of(AttentionBlock)(name=f"attn_{i}")(x, zq)
         if self.resample == "downsample":
             x = Downsample(name="downsample")(x)
         elif self.resample == "upsample":
@@ -60,9 +62,9 @@ class Middle(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, zq: jax.Array | None = None) -> jax.Array:
-        x = ResnetBlock(x.shape[-1], name="block_1")(x, zq)
-        x = AttentionBlock(name="attn_1")(x, zq)
-        return ResnetBlock(x.shape[-1], name="block_2")(x, zq)
+        x = block_of(ResnetBlock)(x.shape[-1], name="block_1")(x, zq)
+        x = block_of(AttentionBlock)(name="attn_1")(x, zq)
+        return block_of(ResnetBlock)(x.shape[-1], name="block_2")(x, zq)
 
 
 class Encoder(nn.Module):
@@ -199,7 +201,7 @@ class VisionTokenizer(nn.Module):
             Emu3Error: the shape is none of these.
         """
         self._check_pixels(pixels)
-        return self.quant_conv(self.encoder(pixels.astype(jnp.float32)))
+        return self.quant_conv(self.encoder(pixels.astype(jnp.float32))).astype(jnp.float32)
 
     def encode(self, pixels: jax.Array) -> jax.Array:
         """Codes of pictures or clips; `pixels` and errors as for `latents`.
@@ -228,9 +230,51 @@ class VisionTokenizer(nn.Module):
                 f"codes have shape {codes.shape}: they must be [B, h, w] for stills or [B, t, h, w] for clips"
             )
         still = codes.ndim == 3
-        zq = self.quantize.lookup(codes[:, None] if still else codes)
+        return self.draw(self.quantize.lookup(codes[:, None] if still else codes), still)
+
+    def draw(self, zq: jax.Array, still: bool) -> jax.Array:
+        """Pictures or clips of codebook vectors [B, t, h, w, embed_dim]; t is 1 for stills. Returns as `decode`."""
         pixels = self.decoder(self.post_quant_conv(zq), zq, still)
         return pixels[:, 0] if still else pixels
+
+    def reconstruct(
+        self, stills: jax.Array | None, clips: jax.Array | None, quantise: Callable[[jax.Array], jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        """Pictures and clips through the whole tokenizer, as `latents` and `draw` do it, for training.
+
+        The frames of both pass the spatial networks together: half the programs, and fuller ones.
+
+        Args:
+            stills: in -1..1, [B, H, W, in_channels], or None.
+            clips: [B, T, H, W, in_channels], of the same H and W, or None.
+            quantise: latents [P, embed_dim] of all, stills first, to codebook vectors with a gradient of their own.
+
+        Returns:
+            Latents [P, embed_dim], and pixels [N, H, W, out_channels] of stills, then of the clips' frames.
+        """
+        inputs = [x for x in (stills, clips) if x is not None]
+        size = inputs[0].shape[-3:]
+        frames = jnp.concatenate([x.reshape(-1, *size) for x in inputs])
+        spatial = self.encoder.spatial(frames)
+        split = 0 if stills is None else len(stills)
+        sequences = []
+        if stills is not None:
+            sequences.append(spatial[:split, None].repeat(self.config.temporal_factor, axis=1))
+        if clips is not None:
+            sequences.append(spatial[split:].reshape(*clips.shape[:2], *spatial.shape[1:]))
+        latents = [self.quant_conv(self.encoder.temporal(x)).astype(jnp.float32) for x in sequences]
+        flat = jnp.concatenate([z.reshape(-1, self.config.embed_dim) for z in latents])
+        vectors = jnp.split(quantise(flat), [latents[0].size // self.config.embed_dim])
+        vectors = [v.reshape(z.shape) for v, z in zip(vectors, latents, strict=False)]
+        z_frames, zq_frames = [], []
+        for index, zq in enumerate(vectors):
+            both = self.decoder.temporal(jnp.concatenate([self.post_quant_conv(zq).astype(zq.dtype), zq]))
+            if index == 0 and stills is not None:
+                both = both[:, :1]
+            z, zq = jnp.split(both.reshape(-1, *both.shape[2:]), 2)
+            z_frames.append(z)
+            zq_frames.append(zq)
+        return flat, self.decoder.spatial(jnp.concatenate(z_frames), jnp.concatenate(zq_frames))
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
         """The reconstruction of `pixels`: touches every parameter, for `init`."""
@@ -301,6 +345,8 @@ def _doublings(factor: int) -> int:
 def _over_frames(network: Callable, module: nn.Module, pixels: int, *frames: jax.Array) -> jax.Array:
     """`network(module, *frames)` over frames [N, ...] of `pixels` pixels each, in equal groups of bounded size."""
     count = len(frames[0])
+    if training() is not None:
+        return network(module, *frames)  # the backward pass would hold all groups anyway
     limit = max(1, PIXELS_PER_STEP // pixels)
     group = max(d for d in range(1, min(limit, count) + 1) if count % d == 0)
     if group == count:

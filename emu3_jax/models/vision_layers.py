@@ -1,5 +1,7 @@
 """Building blocks of the causal 3D VQ: convolutions, norms, residual and attention blocks.
 
+Training alone may compute otherwise: see `Training`.
+
 Axes: B batch (the spatial blocks see the frames of clips here), T frames, H W rows and columns, C channels, S positions
 (H times W), Q the queries of one block. Layout is channels-last. Everything is float32 at the highest matmul precision:
 TF32 and bfloat16 passes change codes.
@@ -8,7 +10,10 @@ Parameter names follow upstream's PyTorch modules segment by segment. Logical ax
 "conv_rows", "conv_columns", "conv_in", "conv_out", and "channels" for what is per channel.
 """
 
-from collections.abc import Sequence
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Iterator, Sequence
 
 import flax.linen as nn
 import jax
@@ -31,6 +36,55 @@ _channels_init = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("ch
 _ones_init = nn.with_logical_partitioning(nn.initializers.ones_init(), ("channels",))
 
 
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """How the tokenizer computes while it is trained.
+
+    Attributes:
+        dtype: of the products and of what lies between them; norms and softmax stay float32.
+        precision: of float32 products.
+        batch_statistics: float32 scalar from 0 to 1: how far batch norms use the batch's statistics in place of their
+            stored ones. Each also sows the batch's into the collection "statistics".
+        remat: the backward pass computes the insides of residual and attention blocks again.
+    """
+
+    dtype: jnp.dtype
+    precision: jax.lax.Precision
+    batch_statistics: jax.Array
+    remat: bool
+
+
+_training: contextvars.ContextVar[Training | None] = contextvars.ContextVar("training", default=None)
+
+
+def training() -> Training | None:
+    """How to compute where a trained program is being traced; None is inference."""
+    return _training.get()
+
+
+@contextlib.contextmanager
+def train_as(mode: Training) -> Iterator[None]:
+    """Makes what is traced within the block compute as `mode` says; to be entered inside the function that is jitted,
+    since programs that are compiled already do not change."""
+    token = _training.set(mode)
+    try:
+        yield
+    finally:
+        _training.reset(token)
+
+
+def numerics() -> dict:
+    """Keyword arguments of Linen's layers: float32 at the highest precision but in training."""
+    mode = training()
+    return {"precision": HIGHEST} if mode is None else {"precision": mode.precision, "dtype": mode.dtype}
+
+
+def block_of(kind: type[nn.Module]) -> type[nn.Module]:
+    """A kind of block, in training with its insides computed again where that is asked for."""
+    mode = training()
+    return nn.remat(kind) if mode is not None and mode.remat else kind
+
+
 def conv(
     features: int, kernel: Sequence[int], padding: Sequence[tuple[int, int]], stride: Sequence[int] = (), **kwargs
 ) -> nn.Conv:
@@ -40,9 +94,9 @@ def conv(
         tuple(kernel),
         strides=tuple(stride) or None,
         padding=tuple(padding),
-        precision=HIGHEST,
         kernel_init=nn.with_logical_partitioning(_conv_init, _CONV_AXES[3 - len(kernel) :]),
         bias_init=_channels_init,
+        **numerics(),
         **kwargs,
     )
 
@@ -58,9 +112,9 @@ def conv1x1(features: int, **kwargs) -> nn.Conv:
 def dense(features: int, **kwargs) -> nn.Dense:
     return nn.Dense(
         features,
-        precision=HIGHEST,
         kernel_init=nn.with_logical_partitioning(_conv_init, ("conv_in", "conv_out")),
         bias_init=_channels_init,
+        **numerics(),
         **kwargs,
     )
 
@@ -79,9 +133,10 @@ class GroupNorm(nn.Module):
             per_group = per_channel.reshape(len(values), GROUPS, -1).mean(-1)
             return jnp.repeat(per_group, channels // GROUPS, axis=-1)[:, None, None]
 
+        dtype, x = x.dtype, x.astype(jnp.float32)
         centred = x - group_mean(x)
         variance = group_mean(centred**2)  # of the centred values: E[x^2] - E[x]^2 cancels
-        return centred * jax.lax.rsqrt(variance + GROUP_NORM_EPS) * scale + bias
+        return (centred * jax.lax.rsqrt(variance + GROUP_NORM_EPS) * scale + bias).astype(dtype)
 
 
 class SpatialNorm(nn.Module):
@@ -110,7 +165,18 @@ class BatchNorm(nn.Module):
         bias = self.param("bias", _channels_init, shape, jnp.float32)
         mean = self.param("mean", _channels_init, shape, jnp.float32)
         var = self.param("var", _ones_init, shape, jnp.float32)
-        return (x - mean) * jax.lax.rsqrt(var + BATCH_NORM_EPS) * scale + bias
+        dtype, x = x.dtype, x.astype(jnp.float32)
+        mode = training()
+        if mode is not None:
+            axes = tuple(range(x.ndim - 1))
+            batch_mean, batch_var = x.mean(axes), x.var(axes)
+            self.sow("statistics", "mean", batch_mean)
+            self.sow("statistics", "var", batch_var)
+            self.sow("statistics", "count", x.size // x.shape[-1])
+            share = mode.batch_statistics
+            mean = share * batch_mean + (1 - share) * jax.lax.stop_gradient(mean)
+            var = share * batch_var + (1 - share) * jax.lax.stop_gradient(var)
+        return ((x - mean) * jax.lax.rsqrt(var + BATCH_NORM_EPS) * scale + bias).astype(dtype)
 
 
 def norm(name: str, x: jax.Array, zq: jax.Array | None) -> jax.Array:
@@ -156,8 +222,10 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     b, positions, channels = q.shape
 
     def attend_block(q_bqc: jax.Array) -> jax.Array:
-        scores_bqs = jnp.einsum("bqc,bsc->bqs", q_bqc, k, precision=HIGHEST) * channels**-0.5
-        return jnp.einsum("bqs,bsc->bqc", nn.softmax(scores_bqs), v, precision=HIGHEST)
+        precision = numerics()["precision"]
+        scores_bqs = jnp.einsum("bqc,bsc->bqs", q_bqc, k, precision=precision, preferred_element_type=jnp.float32)
+        weights = nn.softmax(scores_bqs * channels**-0.5).astype(v.dtype)
+        return jnp.einsum("bqs,bsc->bqc", weights, v, precision=precision)
 
     blocks = -(-b * positions**2 // MAX_SCORES)
     if blocks == 1:
@@ -199,17 +267,27 @@ class UpsampleConv(nn.Module):
         kernel = self.param("kernel", like.kernel_init, (3, 3, channels, channels), jnp.float32)
         bias = self.param("bias", like.bias_init, (channels,), jnp.float32)
         taps = jnp.einsum("prk,qsl,klio->rsipqo", _PHASES, _PHASES, kernel, precision=HIGHEST)
-        out = jax.lax.conv_general_dilated(
-            x,
-            taps.reshape(2, 2, channels, 4 * channels),
-            window_strides=(1, 1),
-            padding=((1, 1), (1, 1)),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            precision=HIGHEST,
-        ).reshape(b, height + 1, width + 1, 2, 2, channels)
+        taps, precision = taps.reshape(2, 2, channels, 4 * channels).astype(x.dtype), numerics()["precision"]
+        if training() is None:
+            out = jax.lax.conv_general_dilated(
+                x,
+                taps,
+                window_strides=(1, 1),
+                padding=((1, 1), (1, 1)),
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                precision=precision,
+            )
+        else:  # the same as four products: XLA's CPU backend takes 40 times as long for that convolution's gradient
+            padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+            out = sum(
+                jnp.dot(padded[:, r : r + height + 1, s : s + width + 1], taps[r, s], precision=precision)
+                for r in (0, 1)
+                for s in (0, 1)
+            )
+        out = out.reshape(b, height + 1, width + 1, 2, 2, channels)
         # Output (i, j) saw pixels i - 1 and i: where phase 0 of i looks, and phase 1 of i - 1.
         rows = [jnp.stack([out[:, p : p + height, q : q + width, p, q] for q in (0, 1)], axis=3) for p in (0, 1)]
-        return jnp.stack(rows, axis=2).reshape(b, 2 * height, 2 * width, channels) + bias
+        return jnp.stack(rows, axis=2).reshape(b, 2 * height, 2 * width, channels) + bias.astype(x.dtype)
 
 
 class CausalConv3d(nn.Module):

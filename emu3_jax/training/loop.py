@@ -110,10 +110,10 @@ class _Run:
         self.trainer = Trainer(config, decoder, mesh)
         self.tokenizer, self.templates = bundle.tokenizer(), PRESETS[bundle.template]
         if self.tokenizer.special != decoder.tokens:
+            found, wanted = ((t.visual_start, t.visual_count) for t in (self.tokenizer.special, decoder.tokens))
             raise Emu3Error(
-                f"{bundle.path}: its vocabulary and codebook give visual ids from {self.tokenizer.special.visual_start} "
-                f"on and {self.tokenizer.special.visual_count} of them, the config's model.decoder.tokens say "
-                f"{decoder.tokens.visual_start} and {decoder.tokens.visual_count}: make the two agree"
+                f"{bundle.path}: its vocabulary and codebook give {found[1]} visual ids from {found[0]} on, the "
+                f"config's model.decoder.tokens say {wanted[1]} from {wanted[0]} on: make the two agree"
             )
         self.batches: Batches = training_batches(
             config.data,
@@ -164,7 +164,7 @@ class _Run:
         began, saved = self.step, self.checkpoints.latest()
         pending: tuple[int, Any, Any] | None = None
         clock = time.perf_counter()
-        with bar, _stop_signal() as stop, self._profiler() as profile:
+        with bar, stop_signal() as stop, self._profiler() as profile:
             while self.step < config.steps:
                 profile(self.step - began)
                 host_batch = next(self.batches)
@@ -328,7 +328,7 @@ class _Run:
 
 
 @contextlib.contextmanager
-def _stop_signal() -> Iterator[list[int]]:
+def stop_signal() -> Iterator[list[int]]:
     """A list that SIGTERM puts its number into; elsewhere than in the main thread it stays empty.
 
     Where there are several processes JAX itself waits for the signal, to tell them all (`reached_preemption`).

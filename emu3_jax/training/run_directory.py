@@ -77,7 +77,7 @@ def write_identity(directory: pathlib.Path, decoder: DecoderConfig, adapter: Ada
     if file.exists():
         found = read_identity(directory)
         for part in ("decoder", "adapter"):
-            old, new = ({**(x[part] or {})} for x in (found, identity))
+            old, new = ({**(x.get(part) or {})} for x in (found, identity))
             changed = [k for k in old.keys() | new.keys() if old.get(k) != new.get(k) and k != _DTYPE]
             if changed:
                 name = min(changed)
@@ -101,6 +101,19 @@ def read_identity(directory: pathlib.Path) -> dict[str, Any]:
     if identity.get("format") != FORMAT:
         raise Emu3Error(f"{file}: format is {identity.get('format')!r}, this version reads {FORMAT}")
     return identity
+
+
+def newest_checkpoint(directory: pathlib.Path, step: int | None = None) -> tuple[int, pathlib.Path]:
+    """The newest checkpoint of a run, or that of `step`: its step, and where its state lies.
+
+    Raises:
+        Emu3Error: there is no such checkpoint.
+    """
+    steps = sorted(int(p.name) for p in (directory / "checkpoints").glob("*") if p.name.isdigit())
+    if not steps or step not in (None, *steps):
+        raise Emu3Error(f"{directory}: no checkpoint {'' if step is None else step}; there are {steps or 'none'}")
+    step = steps[-1] if step is None else step
+    return step, (directory / "checkpoints" / str(step) / "state").absolute()
 
 
 class Checkpoints:

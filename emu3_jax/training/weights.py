@@ -23,7 +23,7 @@ from emu3_jax.models.adapters import MATRICES, Adapter
 from emu3_jax.models.decoder import unstack_layers
 from emu3_jax.sharding.rules import decoder_shardings
 from emu3_jax.training import lora
-from emu3_jax.training.run_directory import read_identity
+from emu3_jax.training.run_directory import newest_checkpoint, read_identity
 
 
 def stacked_from_bundle(bundle: Bundle, decoder: DecoderConfig, mesh: Mesh, places: Any) -> Any:
@@ -71,16 +71,12 @@ def export_run(directory: pathlib.Path, target: pathlib.Path, step: int | None =
         Emu3Error: no such checkpoint, or one of the places cannot be read or written.
     """
     identity = read_identity(directory)
-    steps = sorted(int(p.name) for p in (directory / "checkpoints").glob("*") if p.name.isdigit())
-    if not steps or step not in (None, *steps):
-        raise Emu3Error(f"{directory}: no checkpoint {'' if step is None else step}; there are {steps or 'none'}")
-    step = steps[-1] if step is None else step
+    step, state = newest_checkpoint(directory, step)
     decoder = DecoderConfig.from_dict(identity["decoder"])
     adapter = None
     if identity["adapter"]:
         adapter = Adapter(**{**identity["adapter"], "targets": tuple(identity["adapter"]["targets"])})
     bundle = Bundle.open(identity["bundle"])
-    state = (directory / "checkpoints" / str(step) / "state").absolute()
     read = functools.partial(_read_trained, state)
     frozen = _Frozen(bundle) if adapter else None
     dtype = np.dtype(decoder.dtype)
@@ -123,7 +119,12 @@ def _load(path, read, frozen, adapter, dtype) -> np.ndarray:
 
 def _read_trained(state: pathlib.Path, path: tuple[str, ...], index: int | None) -> np.ndarray:
     """One array of a checkpoint's `params`, or one layer of it."""
-    return _read(state.as_posix(), ("params", *path), index)
+    return read_checkpoint(state, ("params", *path), index)
+
+
+def read_checkpoint(state: pathlib.Path, path: tuple[str, ...], index: int | None = None) -> np.ndarray:
+    """One array of a checkpoint's `state`, or the slice `index` of its first axis. Raises `Emu3Error` if damaged."""
+    return _read(state.as_posix(), path, index)
 
 
 def _read(database: str, path: tuple[str, ...], index: int | None = None) -> np.ndarray:

@@ -1,0 +1,41 @@
+"""The embedded model's vision tokenizer, 4.0 M parameters: 48x48 emoji and clips to 12x12 codes of 4,096, and back.
+
+python scripts/build_emoji.py out/emoji
+emu3-jax train configs/vision_emoji.py
+"""
+
+from emu3_jax.config import VisionConfig
+from emu3_jax.training.config import OptimizerConfig
+from emu3_jax.training.vision_config import LossConfig, PixelConfig, VisionTrainConfig
+
+
+def config() -> VisionTrainConfig:
+    return VisionTrainConfig(
+        directory="out/vision_emoji",
+        vision=VisionConfig(
+            codebook_size=4096,
+            base_channels=64,
+            channel_multipliers=(1, 2, 2),
+            num_res_blocks=1,
+            attention_stages=(2,),
+        ),
+        pixels=PixelConfig(
+            ("out/emoji/vision_train.jsonl",), size=48, stills=256, clips=16, frames=8, in_memory=True, augment=0.6
+        ),
+        steps=7_000,
+        optimizer=OptimizerConfig(
+            learning_rate=6e-4,
+            final_learning_rate=1e-5,
+            warmup_steps=200,
+            beta2=0.99,
+            eps=1e-8,
+            weight_decay=1e-4,
+            clip_norm=1.0,
+        ),
+        loss=LossConfig(absolute=1.0, squared=2.0, structure=0.2),
+        dtype="bfloat16",
+        export_dtype="bfloat16",
+        evaluation=("out/emoji/vision_heldout.jsonl",),
+        log_every=20,
+        checkpoint_every=2_000,
+    )

@@ -1,0 +1,158 @@
+"""Pixels for training and evaluating the vision tokenizer: manifests to batches of crops.
+
+B pictures, T frames, H = W the crop. Which pictures batch i holds, and how they are cropped, is a pure function of the
+seed and i, so that a run goes on anywhere.
+"""
+
+import concurrent.futures
+import contextlib
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from emu3_jax.data.manifest import Manifest
+from emu3_jax.errors import Emu3Error
+from emu3_jax.media.clips import load_clip
+from emu3_jax.media.images import load_image
+
+Batch = dict[str, np.ndarray]
+
+_AHEAD = 3  # batches that are made before they are asked for
+
+
+class PixelData:
+    """The pictures and clips of manifests, as crops of one size; text-only lines are passed over.
+
+    Attributes:
+        stills: files of the pictures.
+        clips: files of the clips.
+        identity: SHA-256 of all that decides the batches, but for their sizes and what the files hold.
+    """
+
+    def __init__(
+        self, manifests: Sequence[str], size: int, frames: int, *, in_memory: bool, workers: int, seed: int = 0
+    ):
+        """Reads the manifests, and with `in_memory` the pictures.
+
+        Raises:
+            Emu3Error: a manifest or, with `in_memory`, a picture cannot be read or is smaller than `size`.
+        """
+        self.stills: list[Path] = []
+        self.clips: list[Path] = []
+        for name in manifests:
+            manifest = Manifest(Path(name))
+            for index in range(len(manifest)):
+                entry = manifest[index]
+                if entry.image is not None:
+                    self.stills.append(entry.image)
+                elif entry.clip is not None:
+                    self.clips.append(entry.clip)
+        self.size, self.frames, self._seed, self._workers = size, frames, seed, workers
+        self._held: dict[Path, np.ndarray] = {}
+        self._orders: dict[tuple[str, int, int], np.ndarray] = {}
+        # Names in their order, not places: data may move.
+        names = [
+            [Path(file.parent.name, file.name).as_posix() for file in files] for files in (self.stills, self.clips)
+        ]
+        self.identity = hashlib.sha256(repr((names, size, frames, seed)).encode()).hexdigest()
+        if in_memory:
+            files = [*dict.fromkeys(self.stills), *dict.fromkeys(self.clips)]
+            clips = set(self.clips)
+            with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+                read = pool.map(lambda file: self._read_clip(file) if file in clips else self._read_still(file), files)
+                self._held = dict(zip(files, read, strict=True))
+
+    def require(self, stills: int, clips: int) -> None:
+        """Raises `Emu3Error` unless there are pictures where `stills` are asked for, and clips likewise."""
+        for count, files, kind in ((stills, self.stills, "pictures"), (clips, self.clips, "clips")):
+            if count and not files:
+                raise Emu3Error(
+                    f"the manifests name no {kind}, and a step wants {count}: add some, or set pixels."
+                    f"{'stills' if kind == 'pictures' else 'clips'} to 0"
+                )
+
+    def batch(self, number: int, stills: int, clips: int, part: slice = slice(None)) -> Batch:
+        """Batch `number`: uint8 `stills` [B, H, W, 3] and `clips` [B, T, H, W, 3], each if asked for.
+
+        Args:
+            number: from 0.
+            stills: of the batch, over all processes.
+            clips: likewise.
+            part: every how many-th of either this process wants, and from which on; all by default.
+        """
+        batch = {}
+        for kind, files, count, load in (
+            ("stills", self.stills, stills, self._still),
+            ("clips", self.clips, clips, self._clip),
+        ):
+            if count:
+                places = range(number * count, (number + 1) * count)[part]
+                batch[kind] = np.stack([load(files[self._shuffled(kind, i, len(files))], i) for i in places])
+        return batch
+
+    def batches(self, first: int, stills: int, clips: int, part: slice = slice(None)) -> Iterator[Batch]:
+        """Batches from `first` on, made by threads before they are asked for; to be closed."""
+        with contextlib.ExitStack() as stack:
+            # One thread a batch: within it the pictures follow each other, several batches are under way.
+            pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(min(self._workers, _AHEAD)))
+            stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+            waiting = [pool.submit(self.batch, first + i, stills, clips, part) for i in range(_AHEAD)]
+            while True:
+                first += 1
+                ready = waiting.pop(0)
+                waiting.append(pool.submit(self.batch, first + _AHEAD - 1, stills, clips, part))
+                yield ready.result()
+
+    def _shuffled(self, kind: str, index: int, count: int) -> int:
+        """Which file stands at `index` of the endless stream, shuffled anew each epoch."""
+        epoch, place = divmod(index, count)
+        key = (kind, epoch, count)
+        if key not in self._orders:
+            rng = np.random.default_rng([self._seed, epoch, len(kind)])
+            # Threads may do this twice, with the same result; the last epochs alone are kept.
+            self._orders = {k: v for k, v in self._orders.items() if k[1] >= epoch - 1} | {key: rng.permutation(count)}
+        return int(self._orders[key][place])
+
+    def _still(self, file: Path, index: int) -> np.ndarray:
+        held = self._held.get(file)
+        return self._crop(self._read_still(file) if held is None else held, np.random.default_rng([self._seed, index]))
+
+    def _clip(self, file: Path, index: int) -> np.ndarray:
+        held = self._held.get(file)
+        frames = self._read_clip(file) if held is None else held
+        rng = np.random.default_rng([self._seed, index, 1])
+        if len(frames) < self.frames:
+            frames = np.concatenate([frames, np.repeat(frames[-1:], self.frames - len(frames), axis=0)])
+        first = int(rng.integers(len(frames) - self.frames + 1))
+        return self._crop(frames[first : first + self.frames], rng)
+
+    def _crop(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """A random square of [..., H, W, 3]."""
+        height, width = pixels.shape[-3:-1]
+        if height == width == self.size:
+            return pixels
+        top, left = (int(rng.integers(side - self.size + 1)) for side in (height, width))
+        return pixels[..., top : top + self.size, left : left + self.size, :]
+
+    def _read_still(self, file: Path) -> np.ndarray:
+        return _scaled(load_image(file), self.size, file)
+
+    def _read_clip(self, file: Path) -> np.ndarray:
+        return np.stack([_scaled(Image.fromarray(frame), self.size, file) for frame in load_clip(file).frames])
+
+
+def _scaled(image: Image.Image, size: int, file: Path) -> np.ndarray:
+    """uint8 [H, W, 3], the shorter side `size`."""
+    shorter = min(image.size)
+    if shorter < size:
+        raise Emu3Error(
+            f"{file} is {image.width}x{image.height} pixels, smaller than a crop of {size}: take it out, or choose a "
+            "smaller pixels.size"
+        )
+    if shorter > size:
+        width, height = (max(size, round(side * size / shorter)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(image)

@@ -1,0 +1,83 @@
+"""What a run that trains the vision tokenizer says of itself, and its checkpoints as bundles."""
+
+import functools
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from emu3_jax.checkpoints.bundle import LazyArray, write_part
+from emu3_jax.checkpoints.layouts import vision_params
+from emu3_jax.config import ImageConfig, VisionConfig
+from emu3_jax.errors import Emu3Error
+from emu3_jax.files import new_directory, new_file
+from emu3_jax.training.run_directory import FORMAT, newest_checkpoint, read_identity
+from emu3_jax.training.vision_config import VisionTrainConfig
+from emu3_jax.training.weights import read_checkpoint
+
+_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+def write_vision_identity(directory: pathlib.Path, config: VisionTrainConfig) -> None:
+    """Says in `run.json` what is trained, or checks it where the directory has one.
+
+    Raises:
+        Emu3Error: the directory holds checkpoints of another model.
+    """
+    identity = json.loads(
+        json.dumps(
+            {
+                "format": FORMAT,
+                "vision": config.vision.to_dict(),
+                "image": config.image_config.to_dict(),
+                "export_dtype": config.export_dtype,
+            }
+        )
+    )
+    file = directory / "run.json"
+    if file.exists():
+        if read_identity(directory).get("vision") != identity["vision"]:
+            raise Emu3Error(f"{directory} holds checkpoints of another model: choose another directory")
+    elif jax.process_index() == 0:
+        with new_file(file) as temporary:
+            temporary.write_text(json.dumps(identity, indent=2) + "\n")
+
+
+def exported(params: Any, dtype: str) -> Any:
+    """The parameters as a bundle of `dtype` gives them: rounded to it, in float32."""
+    if dtype == "float32":
+        return params
+    return jax.tree.map(lambda leaf: leaf.astype(dtype).astype(jnp.float32), params)
+
+
+def export_vision_run(directory: pathlib.Path, target: pathlib.Path, step: int | None = None) -> int:
+    """Writes the averaged weights of a run's checkpoint as a bundle with `vision/` alone.
+
+    Args:
+        directory: of the run.
+        target: the bundle; it must not exist.
+        step: of the checkpoint; by default the newest.
+
+    Returns:
+        The step.
+
+    Raises:
+        Emu3Error: no such checkpoint, or one of the places cannot be read or written.
+    """
+    identity = read_identity(directory)
+    vision, image = VisionConfig.from_dict(identity["vision"]), ImageConfig.from_dict(identity["image"])
+    step, state = newest_checkpoint(directory, step)
+    dtype = _DTYPES[identity["export_dtype"]]
+
+    def load(path):
+        return read_checkpoint(state, ("average", *path)).astype(dtype)
+
+    arrays = [LazyArray(p.path, p.shape, dtype, functools.partial(load, p.path)) for p in vision_params(vision)]
+    config = {"vision": vision.to_dict(), "image": image.to_dict(), "num_batches_tracked": {}}
+    with new_directory(target, sum(array.nbytes for array in arrays)) as temporary:
+        write_part(temporary / "vision", config, arrays)
+    return step

@@ -1,0 +1,68 @@
+"""Losses of the vision tokenizer: pixels, structure, the discriminator and its losses.
+
+B batch (frames of clips too), H W rows and columns, C channels.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from emu3_jax.models.vision_layers import conv
+
+_WINDOW, _SIGMA = 11, 1.5
+_C1, _C2 = 0.01**2, 0.03**2
+
+
+def structural_similarity(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Mean SSIM of pictures [B, H, W, C] in -1..1, per channel (Wang et al. 2004, sigma 1.5, windows of 11).
+
+    Both sides must be at least 11; windows lie inside the picture.
+    """
+    a, b = (a + 1) / 2, (b + 1) / 2
+    maps = jnp.concatenate([a, b, a * a, b * b, a * b], axis=-1)
+    # Products with banded matrices: gradients of depthwise convolutions are slow. Variances are differences of nearly
+    # equal numbers, hence the precision.
+    maps = jnp.einsum("bhwc,hi->biwc", maps, _windows(a.shape[1]), precision=jax.lax.Precision.HIGHEST)
+    maps = jnp.einsum("bhwc,wj->bhjc", maps, _windows(a.shape[2]), precision=jax.lax.Precision.HIGHEST)
+    mean_a, mean_b, square_a, square_b, product = jnp.split(maps, 5, axis=-1)
+    var_a, var_b, both = square_a - mean_a**2, square_b - mean_b**2, product - mean_a * mean_b
+    similar = (2 * mean_a * mean_b + _C1) * (2 * both + _C2)
+    return jnp.mean(similar / ((mean_a**2 + mean_b**2 + _C1) * (var_a + var_b + _C2)))
+
+
+def _windows(side: int) -> np.ndarray:
+    """float32 [side, side - 10]: column i weighs the pixels of window i."""
+    taps = np.exp(-((np.arange(_WINDOW) - _WINDOW // 2) ** 2) / (2 * _SIGMA**2))
+    windows = np.zeros((side, side - _WINDOW + 1), np.float32)
+    for index in range(windows.shape[1]):
+        windows[index : index + _WINDOW, index] = taps / taps.sum()
+    return windows
+
+
+def peak_signal_to_noise(a: jax.Array, b: jax.Array) -> jax.Array:
+    """PSNR in dB of each picture: [B, H, W, C] in -1..1, rounded to 8 bits as files are, to [B]."""
+    a, b = (jnp.round(jnp.clip((x + 1) / 2, 0, 1) * 255) for x in (a, b))
+    error = jnp.mean((a - b) ** 2, axis=(1, 2, 3))
+    return 10 * jnp.log10(255.0**2 / jnp.maximum(error, 1e-10))
+
+
+class Discriminator(nn.Module):
+    """PatchGAN (arXiv 1611.07004): a judgement for each patch. [B, H, W, 3] to float32 [B, h, w, 1]."""
+
+    width: int = 64
+    layers: int = 2
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for number in range(self.layers):
+            x = conv(self.width << number, (4, 4), ((1, 1), (1, 1)), stride=(2, 2), name=f"conv_{number}")(x)
+            if number:
+                x = nn.GroupNorm(32, dtype=jnp.float32, name=f"norm_{number}")(x)
+            x = nn.leaky_relu(x, 0.2)
+        return conv(1, (4, 4), ((1, 1), (1, 1)), name="conv_out")(x).astype(jnp.float32)
+
+
+def hinge(real: jax.Array, drawn: jax.Array) -> jax.Array:
+    """The discriminator's loss."""
+    return 0.5 * (nn.relu(1 - real).mean() + nn.relu(1 + drawn).mean())
