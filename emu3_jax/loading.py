@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from jax.sharding import Mesh
 
 from emu3_jax.checkpoints.bundle import Bundle
+from emu3_jax.checkpoints.embedded import embedded_bundle
 from emu3_jax.compilation import enable_persistent_cache
-from emu3_jax.errors import Emu3Error
 from emu3_jax.generation.pipeline import Emu3, Language, Vision
 from emu3_jax.sharding.mesh import make_mesh
 from emu3_jax.sharding.rules import decoder_shardings, vision_shardings
@@ -25,7 +25,8 @@ def load(
     """Loads a bundle onto the default device, or spread over a mesh of devices.
 
     Args:
-        model: the bundle's directory (`emu3-jax convert` makes one).
+        model: the bundle's directory (`emu3-jax convert` makes one); by default the embedded model, a small one that
+            draws and reads emoji.
         vision: where the vision tokenizer comes from, if not from `model`: another bundle, or a loaded model, whose
             vision tokenizer is then shared in memory.
         dtype: "bfloat16", "float16" or "float32": the decoder's weights and compute dtype. By default the bundle's.
@@ -35,10 +36,8 @@ def load(
     Raises:
         Emu3Error: if a bundle is absent or damaged, or the mesh does not fit the devices or the model.
     """
-    if model is None:
-        raise Emu3Error("no model was given: pass --model BUNDLE (emu3-jax convert makes one)")
     enable_persistent_cache()
-    bundle = Bundle.open(model)
+    bundle = Bundle.open(embedded_bundle() if model is None else model)
     if mesh is not None and not isinstance(mesh, Mesh):
         mesh = make_mesh(mesh)
     language = None

@@ -13,6 +13,7 @@ from conftest import GOLDEN, golden_npz
 from PIL import Image
 
 from emu3_jax.cli.main import COMMANDS, main
+from emu3_jax.media.clips import load_clip
 from emu3_jax.media.images import read_png_metadata
 
 
@@ -117,6 +118,13 @@ def test_export_and_doctor(layout, golden_bundle, here):
     assert run("convert", *(["exported"] if layout == "transformers" else sorted(here.glob("exported/*"))),
                "-o", "again", "--quiet") == 0  # fmt: skip
     assert run("doctor", "again") == 0
+
+
+def test_video_writes_a_clip_for_each_prompt(golden_bundle, here, capsys):
+    arguments = ("--area", 1024, "--frames", 4, "--model", golden_bundle, "-o", "clips", "--quiet")
+    assert run("video", "a", "b", *arguments, "--format", "gif") == 0
+    assert capsys.readouterr().out.splitlines() == ["clips/000.gif", "clips/001.gif"]
+    assert load_clip(here / "clips" / "000.gif").frames.shape[1:] == (32, 32, 3)
 
 
 def test_doctor_exits_with_2_on_an_error(here, capsys):

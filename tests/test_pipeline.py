@@ -75,6 +75,18 @@ def test_a_seed_means_the_same_picture_in_any_company(golden_model):
         np.testing.assert_array_equal(left.ids, right.ids)
 
 
+def test_clips_are_cut_to_their_frames_and_a_seed_means_the_same_in_any_company(golden_model):
+    together = golden_model.generate_clips(["a", "b"], frames=6, fps=4, seed=5, **small())
+    assert [clip.frames.shape for clip in together] == [(6, 32, 32, 3)] * 2 and together[0].fps == 4
+    (alone,) = golden_model.generate_clips("b", frames=6, seed=6, **small())
+    np.testing.assert_array_equal(alone.frames, together[1].frames)
+    (first,) = golden_model.generate_clips("b", frames=4, seed=6, guidance=1.0, **small())
+    assert first.frames.shape == (4, 32, 32, 3)
+    for options, message in (({"frames": 0}, "frames is 0"), ({"frames": 4096}, "positions")):
+        with pytest.raises(Emu3Error, match=message):
+            golden_model.generate_clips("a", **small(**options))
+
+
 def test_pictures_say_how_they_were_made(golden_model):
     (image,) = golden_model.generate(
         "ein Füchslein", negative="blurry", guidance=2.5, temperature=0.9, top_k=100, top_p=0.9, seed=11, **small()

@@ -1,18 +1,22 @@
 """The static schedule against the reference's rule, offset by offset."""
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from emu3_jax.config import SpecialTokens
+from emu3_jax.data.sequences import LAYOUTS, clip_ids
 from emu3_jax.generation.schedule import (
     SAMPLED,
+    clip_schedule,
     forced_ids,
     image_schedule,
     sampled_steps,
     stack_schedules,
     text_schedule,
 )
+from emu3_jax.text.tokenizer import special_tokens
 
 
 def reference_rule(offset: int, height: int, width: int, special: SpecialTokens) -> int:
@@ -54,3 +58,20 @@ def test_mixed_rows_are_padded_and_stop_at_the_last_choice():
     assert sampled_steps(stacked) == 7
     assert sampled_steps(stack_schedules([text_schedule(4)], 8)) == 4
     assert sampled_steps(np.zeros((2, 5), np.int8)) == 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_clip_s_schedule_is_what_training_shows(layout):
+    special = special_tokens(300, 64)
+    codes = np.arange(2 * 3 * 4).reshape(2, 3, 4)
+
+    class Digits:
+        def encode(self, text):
+            return [ord(character) for character in text]
+
+    ids = clip_ids(Digits(), special, codes, layout)
+    body = [*ids[ids.index(special.img) + 1 :], special.eos]
+    forced = forced_ids(clip_schedule(2, 3, 4, layout), special)
+    assert len(body) == len(forced)
+    expected = [SAMPLED if i >= special.visual_start else i for i in body]
+    assert forced.tolist() == expected

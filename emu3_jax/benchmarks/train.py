@@ -105,7 +105,7 @@ def run(
             raise
         yield {**labels, "out_of_memory": str(error).split("\n", 1)[0][:200]}
     else:
-        devices, profile = figures.pop("devices"), figures.pop("profile")
+        devices, profile = figures.pop("devices"), figures.pop("profile", None)
         yield {**labels, **figures, **rates(figures["ms_per_step"], rows * tokens, flops, peak * devices)}
         if profile:
             yield profile

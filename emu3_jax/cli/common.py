@@ -5,7 +5,7 @@ import argparse
 
 def add_model(command: argparse.ArgumentParser) -> None:
     """`--model`, `--vision`, `--dtype`, `--mesh`, `--quiet`."""
-    command.add_argument("--model", metavar="BUNDLE", help="bundle to use (emu3-jax convert makes one)")
+    command.add_argument("--model", metavar="BUNDLE", help="bundle to use (default: the embedded model)")
     command.add_argument("--vision", metavar="BUNDLE", help="take the vision tokenizer from this bundle")
     add_dtype(command)
     command.add_argument("--mesh", metavar="AXIS=N[,...]", help="spread the model over devices, for example tensor=4")

@@ -3,9 +3,9 @@
 import os
 
 from emu3_jax.checkpoints.bundle import Bundle
+from emu3_jax.checkpoints.embedded import embedded_bundle
 from emu3_jax.compilation import enable_persistent_cache
 from emu3_jax.data.shards import Codebook
-from emu3_jax.errors import Emu3Error
 from emu3_jax.generation.pipeline import Emu3, Vision
 
 
@@ -17,10 +17,8 @@ def load_encoder(bundle: Bundle) -> Emu3:
 
 
 def open_bundle(path: str | os.PathLike | None) -> Bundle:
-    """The bundle at `path`. Raises `Emu3Error` if none is given, or it has no vision tokenizer."""
-    if path is None:
-        raise Emu3Error("no model was given: pass --model BUNDLE (emu3-jax convert makes one)")
-    bundle = Bundle.open(path)
+    """The bundle at `path`, by default the embedded model. Raises `Emu3Error` if it has no vision tokenizer."""
+    bundle = Bundle.open(embedded_bundle() if path is None else path)
     bundle.require("vision")
     return bundle
 
