@@ -40,7 +40,7 @@ def write_checkpoint(directory: pathlib.Path, area: int = 256 * 256) -> list[pat
     decoder, vision = parts
     for part in parts:
         part.mkdir(parents=True, exist_ok=True)
-    vocabulary = _vocabulary()
+    vocabulary = public_vocabulary()
 
     config = DECODER.to_published("upstream") | {"image_area": area}
     (decoder / "config.json").write_text(json.dumps(config, indent=2))
@@ -56,7 +56,7 @@ def write_checkpoint(directory: pathlib.Path, area: int = 256 * 256) -> list[pat
     return parts
 
 
-def _vocabulary() -> bytes:
+def public_vocabulary() -> bytes:
     """The public Qwen vocabulary, which is Emu3's; the `dashscope` wheel carries it. Nothing of that package is run."""
     package = importlib.util.find_spec("dashscope")
     if package is None:

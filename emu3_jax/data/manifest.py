@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import threading
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from emu3_jax.media.images import load_image
 from emu3_jax.text.tokenizer import Tokenizer
 
 _FIELDS = ("image", "clip", "text", "conversation", "name")
+_RECENT = 64  # files whose codes are kept: more than the threads that read
 _ENCODING = 2  # one picture on the device, and one on its way there: more would only take memory
 
 
@@ -115,6 +117,7 @@ class ManifestRecords:
             raise Emu3Error(f"area is {area}: it must be a number of pixels > 0, for example 518400")
         self._manifest, self._model, self._area, self._tokenizer = manifest, model, area, tokenizer
         self._device = threading.Semaphore(_ENCODING)
+        self._lock, self._recent = threading.Lock(), dict[Path, Future[np.ndarray]]()
         settings = f"{manifest.digest} {area} {model.vision.config} {model.vision.image}"
         self.digest = hashlib.sha256(settings.encode()).hexdigest()
 
@@ -146,8 +149,25 @@ class ManifestRecords:
             raise Emu3Error(f"{self._named(index)}: {error}") from error
 
     def _encode(self, entry: Entry) -> np.ndarray | None:
-        if entry.image is None and entry.clip is None:
+        """The codes of an entry's file; lines near each other often share one, for several captions or questions."""
+        file = entry.image or entry.clip
+        if file is None:
             return None
+        with self._lock:
+            codes = self._recent.get(file)
+            missing = codes is None
+            if missing:
+                codes = self._recent[file] = Future()
+                if len(self._recent) > _RECENT:
+                    del self._recent[next(iter(self._recent))]
+        if missing:
+            try:
+                codes.set_result(self._encode_file(entry))
+            except Exception as error:
+                codes.set_exception(error)
+        return codes.result()
+
+    def _encode_file(self, entry: Entry) -> np.ndarray:
         media = load_image(entry.image) if entry.image else load_clip(entry.clip)
         if self._area is not None:
             media = resize_to_area(media, self._area)

@@ -1,0 +1,69 @@
+"""Pretraining of the embedded model's decoder, 12.7 M parameters, on emoji: pictures, clips, questions and texts.
+
+    python scripts/build_emoji.py out/emoji
+    emu3-jax train configs/vision_emoji.py
+    python scripts/emoji_bundle.py out/vision_emoji/model -o out/emoji_start
+    for set in t2i_train i2t_train clip_train text_train t2i_heldout i2t_heldout_style clip_heldout; do
+        emu3-jax prepare out/emoji/$set.jsonl --model out/emoji_start --keep-size -o out/emoji_tokens/$set
+    done
+    emu3-jax train configs/emoji_pretrain.py
+    emu3-jax train configs/emoji_sft.py
+
+Everything is one mixture, as in the paper (arXiv 2409.18869, 3.2), with visual targets weighed by half.
+"""
+
+from emu3_jax.config import DecoderConfig
+from emu3_jax.data.config import DataConfig, Source
+from emu3_jax.data.sequences import ImageToText, NextFrame, TextOnly, TextToImage
+from emu3_jax.text.tokenizer import special_tokens
+from emu3_jax.training.config import ModelConfig, OptimizerConfig, SampleConfig, TrainConfig
+
+TOKENS = "out/emoji_tokens"
+HELD_OUT = (
+    ("t2i", Source(f"{TOKENS}/t2i_heldout", TextToImage())),
+    ("i2t", Source(f"{TOKENS}/i2t_heldout_style", ImageToText())),
+    ("clip", Source(f"{TOKENS}/clip_heldout", NextFrame())),
+)
+PROMPTS = ("3d emoji of dog face", "noto emoji of pizza", "flat emoji of rocket", "twemoji emoji of rose")
+
+
+def decoder() -> DecoderConfig:
+    tokens = special_tokens(2048, 4096)  # see scripts/emoji_bundle.py; the codebook of configs/vision_emoji.py
+    return DecoderConfig(
+        vocab_size=tokens.visual_end,
+        hidden_size=320,
+        intermediate_size=864,
+        num_layers=8,
+        num_heads=10,
+        num_kv_heads=2,
+        max_positions=1024,
+        rope_theta=10_000.0,
+        image_area=48 * 48,
+        tokens=tokens,
+    )
+
+
+def config() -> TrainConfig:
+    sources = (
+        Source(f"{TOKENS}/t2i_train", TextToImage(loss="all", prompt_dropout=0.1, eos=True), weight=6.0),
+        Source(f"{TOKENS}/i2t_train", ImageToText(), weight=2.0),
+        Source(f"{TOKENS}/clip_train", NextFrame(loss="all", prompt_dropout=0.1, eos=True), weight=1.5),
+        Source(f"{TOKENS}/text_train", TextOnly(), weight=0.5),
+    )
+    return TrainConfig(
+        directory="out/emoji_pretrain",
+        model=ModelConfig("out/emoji_start", decoder(), random=True, remat="none"),
+        data=DataConfig(sources, sequence_length=1024, packing=32),
+        batch_size=64,
+        steps=4_000,
+        optimizer=OptimizerConfig(
+            learning_rate=1.5e-3, final_learning_rate=1.5e-4, warmup_steps=200, clip_norm=1.0, eps=1e-8
+        ),
+        vision_weight=0.5,
+        log_every=20,
+        checkpoint_every=2_000,
+        keep=1,
+        evaluation=HELD_OUT,
+        evaluate_every=1_000,
+        samples=SampleConfig(PROMPTS, every=2_000),
+    )
