@@ -19,6 +19,7 @@ COMMANDS = {
     "chat": "answers about pictures",
     "prepare": "captioned pictures and clips to training data",
     "train": "pretrain or fine-tune by a config file",
+    "evaluate": "figures of a model on held-out data",
     "plan": "compile a config for a TPU slice: memory, FLOPs, collectives",
     "bench": "measure: figures as JSON lines",
 }

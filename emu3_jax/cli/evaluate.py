@@ -1,0 +1,42 @@
+"""Evaluate: measure a model on held-out data; prints the figures as JSON, writes them and a page of pictures."""
+
+import argparse
+import dataclasses
+import pathlib
+
+from emu3_jax.cli import common
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", type=pathlib.Path, metavar="CONFIG.py", help="defines config(), see configs/")
+    common.add_set(command)
+    command.add_argument(
+        "-o", "--output", metavar="DIR", help="gets evaluation.json and index.html (default: the config's directory)"
+    )
+    common.add_quiet(command)
+
+
+def run(options: argparse.Namespace) -> int:
+    import json
+
+    import emu3_jax
+    from emu3_jax.errors import Emu3Error
+    from emu3_jax.evaluation import run as evaluation
+    from emu3_jax.evaluation.config import EvaluateConfig
+    from emu3_jax.evaluation.items import Data
+    from emu3_jax.training.config import load_config
+
+    config = load_config(options.config, options.set)
+    if not isinstance(config, EvaluateConfig):
+        raise Emu3Error(
+            f"{options.config}: config() returns a {type(config).__name__}, evaluation needs an EvaluateConfig"
+        )
+    if options.output is not None:
+        config = dataclasses.replace(config, directory=options.output)
+    evaluation.check_directory(config.directory)
+    data = Data(config.data)
+    model = emu3_jax.load(config.model)
+    figures, page = evaluation.evaluate(model, data, config, common.progress(options))
+    evaluation.write(config.directory, figures, page)
+    print(json.dumps(figures, indent=2))
+    return 0

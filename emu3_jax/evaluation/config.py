@@ -1,0 +1,130 @@
+"""What `emu3-jax evaluate` measures, as one frozen config."""
+
+import dataclasses
+import math
+from typing import Any
+
+from emu3_jax.errors import Emu3Error
+
+FIGURES = ("reconstruction", "text_to_image", "image_to_text", "procedural")
+# The groups whose labels tell what is seen; the model is trained to draw and name these.
+GROUPS = (
+    "smileys & emotion", "animals & nature", "food & drink", "travel & places", "activities", "objects",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgeConfig:
+    """How the classifier that judges generated pictures is trained.
+
+    Attributes:
+        steps: of training.
+        batch_size: pictures a step.
+        width: channels of the first block; the others have twice and four times as many.
+        learning_rate: of AdamW at its peak; it warms up over a twentieth of the steps and falls to 0 as a cosine.
+        weight_decay: of AdamW.
+        label_smoothing: the share of the target that is spread over all concepts.
+        reconstructions: the share of the training pictures that are seen as the vision tokenizer reconstructs them,
+            since generated pictures are blurred in the same way.
+        seed: of weights, batches and augmentation.
+    """
+
+    steps: int = 3000
+    batch_size: int = 64
+    width: int = 32
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.05
+    label_smoothing: float = 0.1
+    reconstructions: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self):
+        for field in ("steps", "batch_size"):
+            _check(self, field, _whole(getattr(self, field), 1), "a whole number >= 1")
+        _check(self, "width", _whole(self.width, 1) and self.width % 8 == 0, "a multiple of 8 (group norm)")
+        _check(self, "learning_rate", _number(self.learning_rate) and self.learning_rate > 0, "a number > 0")
+        _check(self, "weight_decay", _number(self.weight_decay) and self.weight_decay >= 0, "a number >= 0")
+        ok = _number(self.label_smoothing) and 0 <= self.label_smoothing < 1
+        _check(self, "label_smoothing", ok, "from 0 to below 1")
+        ok = _number(self.reconstructions) and 0 <= self.reconstructions <= 1
+        _check(self, "reconstructions", ok, "from 0 to 1")
+        _check(self, "seed", _whole(self.seed, 0), "a whole number >= 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """An evaluation.
+
+    Attributes:
+        directory: gets evaluation.json and index.html.
+        model: the bundle's directory; None for the embedded model.
+        data: the directory with items.jsonl that scripts/build_emoji.py wrote.
+        figures: which are measured, of `FIGURES`.
+        groups: of the pictures that are drawn, described and judged; reconstruction takes those of all groups.
+        cases: of each figure at most, a fixed choice by `seed`; None for all.
+        codebook_cases: pictures, and clips, over which use of the codebook is counted, likewise; fewer than all use
+            less of it, which the figures do not correct.
+        batch_size: pictures that are encoded, decoded or generated at once, and four times as many judged.
+        guidance: classifier-free guidance scales of text to image, each of which gives one point of the curve.
+        procedural_guidance: the scale at which procedural prompts are drawn.
+        temperature: of generation; 0 is greedy. Answers are always greedy.
+        top_k: candidates kept.
+        top_p: probability mass kept.
+        seed: of the choice of cases, and of the first generated picture; each next one adds 1.
+        rows: cases of each figure that the page shows.
+        judge: how the judge is trained.
+    """
+
+    directory: str
+    model: str | None = None
+    data: str = "out/emoji"
+    figures: tuple[str, ...] = FIGURES
+    groups: tuple[str, ...] = GROUPS
+    cases: int | None = None
+    codebook_cases: int | None = None
+    batch_size: int = 32
+    guidance: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0, 5.0)
+    procedural_guidance: float = 3.0
+    temperature: float = 1.0
+    top_k: int = 2048
+    top_p: float = 1.0
+    seed: int = 0
+    rows: int = 24
+    judge: JudgeConfig = dataclasses.field(default_factory=JudgeConfig)
+
+    def __post_init__(self):
+        _check(self, "directory", isinstance(self.directory, str) and self.directory, "a directory")
+        _check(self, "model", isinstance(self.model, str | None), "a bundle's directory or None")
+        _check(self, "data", isinstance(self.data, str), "a directory")
+        ok = isinstance(self.figures, tuple) and self.figures and set(self.figures) <= set(FIGURES)
+        _check(self, "figures", ok, f"a tuple of {', '.join(FIGURES)}")
+        ok = isinstance(self.groups, tuple) and self.groups and all(isinstance(g, str) for g in self.groups)
+        _check(self, "groups", ok, "a tuple of at least one group's name")
+        for field in ("cases", "codebook_cases"):
+            value = getattr(self, field)
+            _check(self, field, value is None or _whole(value, 1), "a whole number >= 1, or None for all")
+        _check(self, "batch_size", _whole(self.batch_size, 1), "a whole number >= 1")
+        ok = isinstance(self.guidance, tuple) and self.guidance and all(_number(g) and g >= 0 for g in self.guidance)
+        ok = ok and list(self.guidance) == sorted(set(self.guidance))
+        _check(self, "guidance", ok, "a tuple of numbers >= 0 in rising order, at least one")
+        for field in ("procedural_guidance", "temperature"):
+            value = getattr(self, field)
+            _check(self, field, _number(value) and value >= 0, "a number >= 0")
+        _check(self, "top_k", _whole(self.top_k, 1), "a whole number >= 1")
+        _check(self, "top_p", _number(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1")
+        _check(self, "seed", _whole(self.seed, 0) and self.seed < 2**31, "a whole number from 0 to 2**31 - 1")
+        _check(self, "rows", _whole(self.rows, 0), "a whole number >= 0")
+        _check(self, "judge", isinstance(self.judge, JudgeConfig), "a JudgeConfig")
+
+
+def _check(config: Any, field: str, ok: Any, legal: str) -> None:
+    if not ok:
+        raise Emu3Error(f"{type(config).__name__} field {field} is {getattr(config, field)!r}: it must be {legal}")
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

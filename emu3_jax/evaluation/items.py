@@ -1,0 +1,148 @@
+"""What a model is evaluated on: `items.jsonl` as scripts/build_emoji.py writes it, and its pictures and clips."""
+
+import dataclasses
+import json
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from emu3_jax.errors import Emu3Error
+from emu3_jax.media.clips import load_clip
+from emu3_jax.media.images import load_image
+
+ITEMS = "items.jsonl"
+_KINDS = {"picture": (), "clip": (), "procedural_picture": ("position",), "procedural_clip": ("motion",)}
+_SCENE = ("colour", "shape")
+_BUILD = "build the data again (python scripts/build_emoji.py DIR)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One picture or clip.
+
+    Attributes:
+        name: unique.
+        file: relative to the data's directory.
+        kind: "picture", "clip", "procedural_picture" or "procedural_clip".
+        style: how it is drawn.
+        concept: codepoint of what it shows; pictures of one concept in several styles share it.
+        label: in words; of procedural ones the whole caption.
+        group: the concept's category.
+        split: "train", or why it is held out: "style", "concept" or "triple".
+        scene: colour, shape and position or motion of procedural ones.
+    """
+
+    name: str
+    file: str
+    kind: str
+    style: str
+    concept: str
+    label: str
+    group: str
+    split: str
+    scene: dict[str, str] = dataclasses.field(default_factory=dict, hash=False)
+
+    @property
+    def caption(self) -> str:
+        """What the model is asked to draw, and should say of the picture."""
+        return self.label if self.kind.startswith("procedural") else f"{self.style} emoji of {self.label}"
+
+
+class Data:
+    """A directory of items. Pictures and clips are read when they are asked for, and kept."""
+
+    def __init__(self, directory: str | Path):
+        """Raises `Emu3Error` if there is no `items.jsonl`, or a line of it is not what it should be."""
+        self.directory = Path(directory)
+        self.items = _read(self.directory / ITEMS)
+        self._held: dict[str, np.ndarray] = {}
+
+    def where(self, kind: str, split: str | None = None, groups: Sequence[str] | None = None) -> list[Item]:
+        """The items of a kind and, where given, of a split and of some groups; in order of their names."""
+        found = [item for item in self.items if item.kind == kind and split in (None, item.split)]
+        return [item for item in found if groups is None or item.group in groups]
+
+    def pixels(self, items: Sequence[Item], progress: bool | None = None) -> np.ndarray:
+        """Pictures, uint8 [N, H, W, 3], or clips, [N, T, H, W, 3].
+
+        Raises:
+            Emu3Error: a file cannot be read, or they are not all of one size.
+        """
+        missing = [item for item in items if item.name not in self._held]
+        # A bar that comes and goes within a moment would only flicker.
+        disable = True if len(missing) < 500 else None if progress is None else not progress
+        for item in tqdm(missing, "reading", unit=" files", disable=disable, leave=False):
+            path = self.directory / item.file
+            clip = item.kind.endswith("clip")
+            self._held[item.name] = load_clip(path).frames if clip else np.asarray(load_image(path))
+        arrays = [self._held[item.name] for item in items]
+        for item, array in zip(items, arrays, strict=True):
+            if array.shape != arrays[0].shape:
+                raise Emu3Error(
+                    f"{self.directory / item.file} has shape {list(array.shape)}, {items[0].file} "
+                    f"{list(arrays[0].shape)}: all pictures and all clips must have one size; {_BUILD}"
+                )
+        return np.stack(arrays)
+
+
+def choose(items: Sequence[Item], cases: int | None, seed: int, figure: str) -> list[Item]:
+    """At most `cases` of the items, in their order; the choice depends on `seed`, `figure` and the items alone."""
+    if cases is None or len(items) <= cases:
+        return list(items)
+    draw = np.random.default_rng([seed, zlib.crc32(figure.encode())])
+    return [items[i] for i in sorted(draw.choice(len(items), cases, replace=False))]
+
+
+def in_batches(call: Callable[[np.ndarray], np.ndarray], array: np.ndarray, size: int, bar: tqdm) -> np.ndarray:
+    """`call` over rows of `array`, `size` at once; the last batch is filled up, so that all have one shape.
+
+    `bar` is told the rows that are done.
+    """
+    parts = []
+    for start in range(0, len(array), size):
+        rows = array[start : start + size]
+        filled = np.concatenate([rows, np.repeat(rows[-1:], size - len(rows), axis=0)])
+        parts.append(np.asarray(call(filled))[: len(rows)])
+        bar.update(len(rows))
+    return np.concatenate(parts)
+
+
+def _read(file: Path) -> list[Item]:
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise Emu3Error(f"cannot read {file}: {reason}; {_BUILD}, or correct the config's field data") from error
+    items: dict[str, Item] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            item = _item(line)
+            if item.name in items:
+                raise Emu3Error(f"the name {item.name!r} is there twice")
+        except Emu3Error as error:
+            raise Emu3Error(f"{file} line {number}: {error}; {_BUILD}") from error
+        items[item.name] = item
+    return sorted(items.values(), key=lambda item: item.name)
+
+
+def _item(line: str) -> Item:
+    try:
+        data = json.loads(line)
+    except ValueError as error:
+        raise Emu3Error(f"not JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise Emu3Error("not a JSON object")
+    kind = data.get("kind")
+    if kind not in _KINDS:
+        raise Emu3Error(f"kind is {kind!r}: legal are {', '.join(_KINDS)}")
+    scene = (*_SCENE, *_KINDS[kind]) if _KINDS[kind] else ()
+    fields = [field.name for field in dataclasses.fields(Item) if field.name != "scene"]
+    for field in (*fields, *scene):
+        if not isinstance(data.get(field), str):
+            raise Emu3Error(f"field {field} is {data.get(field)!r}: it must be a text")
+    return Item(**{field: data[field] for field in fields}, scene={field: data[field] for field in scene})

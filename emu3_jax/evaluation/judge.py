@@ -1,0 +1,339 @@
+"""The judge: a small convolutional classifier of concepts, trained on the training pictures alone.
+
+It tells what a generated picture shows. Its own accuracy on true held-out pictures is the ceiling of every score that
+it gives. Once trained, it lies in a file beside the data, under a name that depends on all that it was made from.
+
+Axes: N pictures, B rows of a batch, H W rows and columns of pixels, C channels, K concepts.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import math
+import sys
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from tqdm import tqdm
+
+from emu3_jax.errors import Emu3Error
+from emu3_jax.evaluation.config import JudgeConfig
+from emu3_jax.evaluation.items import in_batches
+from emu3_jax.files import new_file
+
+try:
+    import optax
+except ImportError as missing:
+    raise Emu3Error("the judge needs optax, which is not installed: pip install 'emu3-jax[train]'") from missing
+
+_FORMAT = 1  # part of the cache's name: raised when the network, the augmentation or the training changes
+_STEPS_PER_REPORT = 10
+_GROUPS = 8
+_SHIFT = 1 / 12  # of the side, at most, in each direction
+_SCALE = 0.15  # larger or smaller by at most this share
+
+
+class Block(nn.Module):
+    """Halves the resolution, then one residual convolution. [B, H, W, C] to [B, H / 2, W / 2, `features`]."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.Conv(self.features, (3, 3), (2, 2), use_bias=False)(x)
+        x = nn.relu(nn.GroupNorm(_GROUPS)(x))
+        y = nn.Conv(self.features, (3, 3), use_bias=False)(x)
+        return nn.relu(x + nn.GroupNorm(_GROUPS)(y))
+
+
+class Network(nn.Module):
+    """Pictures to scores of concepts. The last feature map is averaged in quarters, which keeps some of the layout."""
+
+    width: int
+    concepts: int
+
+    @nn.compact
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        """float32 pixels in 0..1, [B, H, W, 3], to logits, [B, K]."""
+        x = nn.Conv(self.width, (5, 5), (2, 2), use_bias=False)(2 * pixels - 1)
+        x = nn.relu(nn.GroupNorm(_GROUPS)(x))
+        for factor in (1, 2, 4):
+            x = Block(factor * self.width)(x)
+        x = jax.image.resize(x, (len(x), 2, 2, x.shape[-1]), "linear")
+        return nn.Dense(self.concepts)(x.reshape(len(x), -1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """A trained judge.
+
+    Attributes:
+        concepts: by the network's index.
+        width: of the network.
+        params: its weights.
+        file: where it is kept; None if that place could not be written.
+        pictures: how many it was trained on.
+    """
+
+    concepts: tuple[str, ...]
+    width: int
+    params: Any
+    file: Path | None
+    pictures: int
+
+    @property
+    def parameters(self) -> int:
+        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
+
+    def ranks(self, pictures: np.ndarray, concepts: Sequence[str], batch_size: int = 128) -> np.ndarray:
+        """How many concepts the judge finds likelier than the true one: 0 is right, below 5 among the best five.
+
+        Args:
+            pictures: uint8 [N, H, W, 3], of the size that the judge was trained on.
+            concepts: the true ones, of `self.concepts`.
+            batch_size: pictures at once.
+
+        Returns:
+            int64 [N].
+        """
+        logits = self._logits(pictures, batch_size)
+        index = {concept: i for i, concept in enumerate(self.concepts)}
+        truth = np.array([index[concept] for concept in concepts])
+        return (logits > logits[np.arange(len(truth)), truth][:, None]).sum(axis=1)
+
+    def verdicts(self, pictures: np.ndarray, batch_size: int = 128) -> list[str]:
+        """The concept that the judge finds likeliest, for uint8 [N, H, W, 3]."""
+        return [self.concepts[i] for i in self._logits(pictures, batch_size).argmax(axis=1)]
+
+    def _logits(self, pictures: np.ndarray, batch_size: int) -> np.ndarray:
+        with tqdm(disable=True) as bar:
+            forward = _make_forward(self.width, len(self.concepts))
+            return in_batches(lambda rows: forward(self.params, rows), pictures, batch_size, bar)
+
+
+def get_judge(
+    directory: Path,
+    config: JudgeConfig,
+    pictures: np.ndarray,
+    concepts: Sequence[str],
+    reconstruct: Callable[[], np.ndarray],
+    tokenizer: str,
+    progress: bool | None = None,
+) -> Judge:
+    """The judge from its file in `directory`, or trained and kept there.
+
+    Args:
+        directory: of the data.
+        config: how it is trained.
+        pictures: the training pictures, uint8 [N, H, W, 3].
+        concepts: what each of them shows.
+        reconstruct: gives what the vision tokenizer makes of `pictures`; called only for training.
+        tokenizer: identifies that tokenizer.
+        progress: a bar on stderr; by default if that is a terminal.
+
+    Raises:
+        Emu3Error: there are fewer than two concepts, or the file is damaged.
+    """
+    names = tuple(sorted(set(concepts)))
+    if len(names) < 2:
+        raise Emu3Error(
+            f"{directory}: the training pictures show {len(names)} concepts, a judge needs two: build the data again, "
+            "or correct the config's field groups"
+        )
+    digest = hashlib.sha256(f"{_FORMAT} {config} {tokenizer} {pictures.shape} {list(concepts)}".encode())
+    digest.update(np.ascontiguousarray(pictures))
+    file = Path(directory) / f"judge-{digest.hexdigest()[:16]}.npz"
+    judge = Judge(names, config.width, None, file, len(pictures))
+    if file.exists():
+        return dataclasses.replace(judge, params=_load(file, config.width, len(names), pictures.shape[1:]))
+    params = train(config, pictures, reconstruct(), np.searchsorted(names, concepts), len(names), progress)
+    try:
+        with new_file(file) as temporary, temporary.open("wb") as stream:
+            np.savez(stream, **traverse_util.flatten_dict(params, sep="/"))
+    except Emu3Error as error:  # the figures matter more than the next run's start
+        print(f"emu3-jax: the judge is not kept, and will be trained again: {error}", file=sys.stderr)
+        return dataclasses.replace(judge, params=params, file=None)
+    return dataclasses.replace(judge, params=params)
+
+
+def train(
+    config: JudgeConfig,
+    pictures: np.ndarray,
+    reconstructions: np.ndarray,
+    labels: np.ndarray,
+    concepts: int,
+    progress: bool | None = None,
+) -> Any:
+    """Trains a network from random weights; the result depends on the arguments alone.
+
+    Convolutions of some GPUs add in varying order, which shows in the last digits.
+
+    Args:
+        config: the recipe.
+        pictures: uint8 [N, H, W, 3].
+        reconstructions: of them, the same shape.
+        labels: int [N], from 0 to `concepts` - 1.
+        concepts: how many there are.
+        progress: a bar on stderr; by default if that is a terminal.
+
+    Returns:
+        The parameters, nested dicts of NumPy arrays.
+    """
+    network, draw = Network(config.width, concepts), np.random.default_rng(config.seed)
+    params = _random_params(network, pictures.shape[1:], draw)
+    optimizer, step = _make_step(config, concepts)
+    both = jnp.asarray(np.stack([pictures, reconstructions]))
+    labels = np.asarray(labels, np.int32)
+
+    state = optimizer.init(params)
+    disable = None if progress is None else not progress
+    with tqdm(total=config.steps, desc="training the judge", unit=" steps", disable=disable, leave=False) as bar:
+        for number in range(1, config.steps + 1):  # a scan over steps would leave XLA one CPU core for convolutions
+            rows = draw.integers(0, len(labels), config.batch_size)
+            second = (draw.random(config.batch_size) < config.reconstructions).astype(np.int32)
+            change = Change.drawn(draw, config.batch_size)
+            params, state, loss = step(params, state, both, second, rows, labels[rows], change)
+            if number % _STEPS_PER_REPORT == 0 or number == config.steps:
+                bar.set_postfix(loss=f"{float(loss):.2f}", refresh=False)
+                bar.update(number - bar.n)
+    return jax.tree.map(np.asarray, params)
+
+
+class Change(NamedTuple):
+    """How each of B pictures is changed, float32. Drawn by NumPy: the same numbers on every device, and no compilation.
+
+    Attributes:
+        scale: of what is shown, [B, 1].
+        shift: down and right, as shares of the side, [B, 2].
+        blur: how much of a blurred picture is mixed in, most often little, [B, 1, 1, 1].
+        mix: of the colour channels, near the identity, [B, 3, 3].
+        gain: of the contrast, [B, 1, 1, 1].
+        offset: of the colours, [B, 1, 1, 3].
+    """
+
+    scale: np.ndarray
+    shift: np.ndarray
+    blur: np.ndarray
+    mix: np.ndarray
+    gain: np.ndarray
+    offset: np.ndarray
+
+    @classmethod
+    def drawn(cls, draw: np.random.Generator, count: int) -> "Change":
+        change = cls(
+            scale=(1 + _SCALE) ** draw.uniform(-1, 1, (count, 1)),
+            shift=draw.uniform(-_SHIFT, _SHIFT, (count, 2)),
+            blur=draw.random((count, 1, 1, 1)) ** 2,
+            mix=np.eye(3) + 0.1 * draw.standard_normal((count, 3, 3)),
+            gain=draw.uniform(0.75, 1.25, (count, 1, 1, 1)),
+            offset=0.1 * draw.standard_normal((count, 1, 1, 3)),
+        )
+        return cls(*(field.astype(np.float32) for field in change))
+
+
+def augment(pixels: jax.Array, change: Change) -> jax.Array:
+    """Shifts, scales, blurs and recolours each picture in its own way; never mirrors: arrows have a direction.
+
+    Args:
+        pixels: float32 in 0..1, [B, H, W, 3].
+        change: what is done.
+
+    Returns:
+        The same shape.
+    """
+    _, height, width, _ = pixels.shape
+    x = jnp.einsum("byh,bhwc->bywc", _resampling(height, change.scale, change.shift[:, :1]), pixels)
+    x = jnp.einsum("bxw,bywc->byxc", _resampling(width, change.scale, change.shift[:, 1:]), x)
+    blurred = x
+    for _ in range(2):  # repeated [1 2 1] / 4 is a Gaussian
+        blurred = _smoothed(_smoothed(blurred, 1), 2)
+    x = x + change.blur * (blurred - x)
+    x = jnp.einsum("bhwc,bcd->bhwd", x - 0.5, change.mix)
+    return jnp.clip(x * change.gain + 0.5 + change.offset, 0, 1)
+
+
+@functools.cache
+def _make_step(config: JudgeConfig, concepts: int) -> tuple[optax.GradientTransformation, Callable]:
+    """The optimiser and the jitted step of `train`."""
+    network = Network(config.width, concepts)
+    rate = optax.warmup_cosine_decay_schedule(
+        0.0, config.learning_rate, max(1, config.steps // 20), max(2, config.steps)
+    )
+    optimizer = optax.adamw(rate, weight_decay=config.weight_decay)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state, both, second, rows, label, change):  # the pictures are an argument: constants are folded
+        pixels = augment(both[second, rows].astype(jnp.float32) / 255, change)
+        target = optax.smooth_labels(jax.nn.one_hot(label, concepts), config.label_smoothing)
+
+        def loss_of(params):
+            return optax.softmax_cross_entropy(network.apply({"params": params}, pixels), target).mean()
+
+        loss, gradients = jax.value_and_grad(loss_of)(params)
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    return optimizer, step
+
+
+def _random_params(network: Network, shape: tuple[int, ...], draw: np.random.Generator) -> Any:
+    """Kernels of variance 2 / fan-in, for the ReLU after them; norms that do nothing yet."""
+    zeros = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    shapes = traverse_util.flatten_dict(jax.eval_shape(network.init, jax.random.key(0), zeros)["params"])
+    params = {}
+    for path, leaf in shapes.items():
+        if path[-1] == "kernel":
+            scale = math.sqrt(2 / math.prod(leaf.shape[:-1]))
+            params[path] = jnp.asarray(scale * draw.standard_normal(leaf.shape, np.float32))
+        else:
+            params[path] = jnp.full(leaf.shape, 1.0 if path[-1] == "scale" else 0.0, jnp.float32)
+    return traverse_util.unflatten_dict(params)
+
+
+def _resampling(side: int, scale: jax.Array, shift: jax.Array) -> jax.Array:
+    """Linear interpolation along one axis as matrices [B, new pixel, old pixel]; beyond the border it repeats.
+
+    Args:
+        side: pixels of the axis.
+        scale: of what is shown, [B, 1].
+        shift: of it, as shares of the side, [B, 1].
+    """
+    middle = (side - 1) / 2
+    seen = jnp.clip((jnp.arange(side) - middle - shift * side) / scale + middle, 0, side - 1)
+    return jnp.maximum(0, 1 - jnp.abs(seen[..., None] - jnp.arange(side)))
+
+
+def _smoothed(x: jax.Array, axis: int) -> jax.Array:
+    """[1 2 1] / 4 along `axis`; borders repeat their last pixel."""
+    pads = [(0, 0)] * x.ndim
+    pads[axis] = (1, 1)
+    padded = jnp.pad(x, pads, mode="edge")
+    before, after = (jax.lax.slice_in_dim(padded, s, s + x.shape[axis], axis=axis) for s in (0, 2))
+    return (before + 2 * x + after) / 4
+
+
+@functools.cache
+def _make_forward(width: int, concepts: int) -> Callable[[Any, np.ndarray], jax.Array]:
+    network = Network(width, concepts)
+    return jax.jit(lambda params, pixels: network.apply({"params": params}, pixels.astype(jnp.float32) / 255))
+
+
+def _load(file: Path, width: int, concepts: int, shape: tuple[int, ...]) -> Any:
+    zeros = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    expected = jax.eval_shape(Network(width, concepts).init, jax.random.key(0), zeros)["params"]
+    expected = traverse_util.flatten_dict(expected, sep="/")
+    try:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as data:
+            arrays = dict(data)
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        raise Emu3Error(f"cannot read the judge {file} ({error}): delete it, and it is trained again") from error
+    if {k: v.shape for k, v in arrays.items()} != {k: v.shape for k, v in expected.items()}:
+        raise Emu3Error(f"the judge {file} has other weights than its recipe: delete it, and it is trained again")
+    return traverse_util.unflatten_dict(arrays, sep="/")

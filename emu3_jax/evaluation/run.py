@@ -1,0 +1,77 @@
+"""An evaluation from one end to the other: the figures, and the files that hold them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from emu3_jax.errors import Emu3Error
+from emu3_jax.evaluation import control, image_to_text, reconstruction, text_to_image
+from emu3_jax.evaluation.config import EvaluateConfig
+from emu3_jax.evaluation.items import Data
+from emu3_jax.evaluation.page import render
+from emu3_jax.evaluation.reconstruction import Reconstructor
+from emu3_jax.files import files_into
+from emu3_jax.generation.pipeline import Emu3
+
+FIGURES_FILE, PAGE_FILE = "evaluation.json", "index.html"
+_DIGITS = 5
+
+
+def evaluate(
+    model: Emu3, data: Data, config: EvaluateConfig, progress: bool | None = None
+) -> tuple[dict[str, Any], str]:
+    """Measures what `config.figures` names. On one kind of device the same call gives the same figures.
+
+    Args:
+        model: which is evaluated.
+        data: what it is evaluated on.
+        config: what is measured, and how.
+        progress: bars on stderr; by default if that is a terminal.
+
+    Returns:
+        the figures, as JSON can hold them, shares from 0 to 1; and the page.
+
+    Raises:
+        Emu3Error: the model lacks a part that a figure needs, or the data do not fit.
+    """
+    reconstruct = Reconstructor(model.vision, config.batch_size, progress)
+    if set(config.figures) != {"reconstruction"}:
+        _ = model.language  # says what to do where there is none
+    figures: dict[str, Any] = {"model": model.name, "data": str(config.data), "seed": config.seed}
+    sections, skipped = [], {}
+    for name, measure in {
+        "reconstruction": lambda: reconstruction.measure(data, config, reconstruct, skipped, progress),
+        "text_to_image": lambda: text_to_image.measure(model, data, config, reconstruct, skipped, progress),
+        "image_to_text": lambda: image_to_text.measure(model, data, config, skipped, progress),
+        "procedural": lambda: control.measure(model, data, config, skipped, progress),
+    }.items():
+        if name not in config.figures:
+            skipped[name] = "the config does not name it"
+            continue
+        measured, shown = measure()
+        if measured:
+            figures[name] = measured
+        sections += shown
+    figures = _rounded({**figures, "skipped": skipped})
+    return figures, render(f"Evaluation of {model.name}", figures, sections)
+
+
+def write(directory: str | Path, figures: dict[str, Any], page: str) -> None:
+    """Writes both files, or none. Raises `Emu3Error` where the directory cannot be written."""
+    with files_into(directory) as temporary:
+        (temporary / FIGURES_FILE).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        (temporary / PAGE_FILE).write_text(page, encoding="utf-8")
+
+
+def check_directory(directory: str | Path) -> None:
+    """Raises the `Emu3Error` of `write` that is known before the work."""
+    if Path(directory).exists() and not Path(directory).is_dir():
+        raise Emu3Error(f"{directory} is a file: choose a directory to write to (-o DIR)")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_rounded(entry) for entry in value]
+    return round(value, _DIGITS) if isinstance(value, float) else value

@@ -1,0 +1,416 @@
+"""Evaluation: metrics against their definitions, a judge that learns and is kept, and the command from end to end."""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import emu3_jax
+from emu3_jax import Emu3Error
+from emu3_jax.benchmarks.vision import random_weights
+from emu3_jax.checkpoints.bundle import VOCABULARY, LazyArray, write_config, write_part
+from emu3_jax.checkpoints.layouts import decoder_params
+from emu3_jax.cli.main import main
+from emu3_jax.config import DecoderConfig, ImageConfig, VisionConfig
+from emu3_jax.evaluation import metrics
+from emu3_jax.evaluation.config import GROUPS, EvaluateConfig, JudgeConfig
+from emu3_jax.evaluation.image_to_text import parse
+from emu3_jax.evaluation.items import Data, choose
+from emu3_jax.evaluation.judge import get_judge, train
+from emu3_jax.evaluation.page import Cell, Curve, Row, Section, render
+from emu3_jax.evaluation.procedural import Motion, Still, draw_clip, draw_still
+from emu3_jax.evaluation.reconstruction import Reconstructor
+from emu3_jax.media.clips import save_clip
+from emu3_jax.text.tokenizer import Tokenizer, special_tokens
+
+SIDE, RANKS = 24, 512
+VISION = VisionConfig(codebook_size=64, base_channels=32, num_res_blocks=1, channel_multipliers=(1, 1, 1, 1))
+JUDGE = JudgeConfig(steps=4, batch_size=8, width=8)
+TOY = JudgeConfig(steps=60, batch_size=16, width=8)  # one for all tests: what takes long is compiling it
+FAILS = "the test must not come here"
+
+
+# ------------------------------------------------------------------------------------------------ a tiny model and data
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory, vocabulary) -> pathlib.Path:
+    """A whole bundle with random weights that reads and draws pictures of 24x24 pixels."""
+    root = tmp_path_factory.mktemp("evaluation") / "tiny"
+    root.mkdir()
+    tokens = special_tokens(RANKS, VISION.codebook_size)
+    decoder = DecoderConfig(
+        vocab_size=tokens.visual_end, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2,
+        max_positions=256, image_area=SIDE * SIDE, dtype="float32", tokens=tokens,
+    )  # fmt: skip
+    draw = np.random.default_rng(0)
+    weights = {param.path: 0.3 * draw.standard_normal(param.shape, np.float32) for param in decoder_params(decoder)}
+    write_part(root / "decoder", decoder.to_dict(), lazy(weights))
+    image = ImageConfig(min_pixels=16 * 16, max_pixels=64 * 64)
+    config = {"vision": VISION.to_dict(), "image": image.to_dict(), "num_batches_tracked": {}}
+    write_part(root / "vision", config, lazy(random_weights(VISION)))
+    write_config(root / "tokenizer", {"template": "chat"})
+    lines = vocabulary.read_bytes().splitlines()[:RANKS]
+    (root / "ranks").write_bytes(b"\n".join(lines) + b"\n")
+    Tokenizer.from_files(root / "ranks", tokens).to_file(root / "tokenizer" / VOCABULARY)
+    return root
+
+
+def lazy(weights) -> list[LazyArray]:
+    return [LazyArray(path, a.shape, a.dtype, functools.partial(np.asarray, a)) for path, a in weights.items()]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> pathlib.Path:
+    """Six concepts in three styles, two drawn shapes and two clips, in the layout of scripts/build_emoji.py."""
+    root = tmp_path_factory.mktemp("evaluation") / "data"
+    root.mkdir()
+    lines = []
+
+    def add(name, kind, split, pixels, **fields):
+        file = f"{name}.webp"
+        if pixels.ndim == 4:
+            save_clip(pixels, root / file, 8.0)
+        else:
+            Image.fromarray(pixels).save(root / file, lossless=True)
+        common = {"style": "procedural", "concept": "", "tags": [], "group": "procedural", "subgroup": ""}
+        lines.append(common | {"name": name, "file": file, "kind": kind, "split": split} | fields)
+
+    draw = np.random.default_rng(0)
+    for number in range(6):
+        drawn = draw.integers(0, 256, (6, 6, 3), np.uint8).repeat(4, 0).repeat(4, 1)
+        about = {"concept": f"1f60{number}", "label": f"face {number}", "group": GROUPS[number % 2]}
+        for shade, style in enumerate(("3d", "flat", "noto")):
+            split = "concept" if number == 5 else "style" if (number + shade) % 5 == 0 else "train"
+            add(f"{style}-{number}", "picture", split, drawn // (shade + 1), style=style, **about)
+        if number > 3:
+            frames = np.stack([np.roll(drawn, step, axis=1) for step in range(8)])
+            add(f"clip-{number}", "clip", "concept" if number == 5 else "train", frames, style="animated", **about)
+    for colour, split in (("red", "triple"), ("blue", "train")):
+        still = Still(colour, "square", "large", "white", "left")
+        add(f"{colour}-still", "procedural_picture", split, draw_still(still, SIDE), label=still.caption,
+            **dataclasses.asdict(still))  # fmt: skip
+        clip = Motion(colour, "square", "large", "white", "moves up")
+        add(f"{colour}-clip", "procedural_clip", split, draw_clip(clip, SIDE), label=clip.caption,
+            **dataclasses.asdict(clip))  # fmt: skip
+    (root / "items.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return root
+
+
+@pytest.fixture
+def config(bundle, data, tmp_path) -> EvaluateConfig:
+    """Over a copy of the data, since the judge is kept there."""
+    shutil.copytree(data, tmp_path / "data")
+    return EvaluateConfig(
+        directory=str(tmp_path / "out"), model=str(bundle), data=str(tmp_path / "data"), batch_size=4,
+        guidance=(1.0, 2.0), rows=3, judge=JUDGE,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def evaluate(config, tmp_path):
+    """Runs the command on `config` with `--set` of the given fields; returns its exit code."""
+
+    def run(*arguments: str, **fields) -> int:
+        file = tmp_path / "config.py"
+        names = "from emu3_jax.evaluation.config import EvaluateConfig, JudgeConfig"
+        file.write_text(f"{names}\n\ndef config():\n    return {config!r}\n")
+        sets = [word for name, value in fields.items() for word in ("--set", f"{name}={value}")]
+        return main(["evaluate", str(file), "--quiet", *sets, *arguments])
+
+    return run
+
+
+# ------------------------------------------------------------------------------------------------ metrics
+
+
+def pictures(count: int, side: int = SIDE, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), np.uint8)
+
+
+def test_psnr():
+    a = pictures(2)
+    b = a.copy()
+    b[1] ^= 1  # every value one off
+    np.testing.assert_allclose(metrics.psnr(a, b), [metrics.EQUAL_PSNR, 20 * np.log10(255)])
+    np.testing.assert_allclose(metrics.psnr(a * 0, a * 0 + 255), 0)
+
+
+def ssim_of_windows(x: np.ndarray, y: np.ndarray) -> float:
+    """Equations 13 to 17 of Wang et al. for one channel, window by window."""
+    offsets = np.arange(11) - 5
+    window = np.exp(-(offsets[:, None] ** 2 + offsets[None] ** 2) / (2 * 1.5**2))
+    window /= window.sum()
+    c1, c2, values = (0.01 * 255) ** 2, (0.03 * 255) ** 2, []
+    for row in range(x.shape[0] - 10):
+        for column in range(x.shape[1] - 10):
+            a, b = (p[row : row + 11, column : column + 11].astype(float) for p in (x, y))
+            mean_a, mean_b = (window * a).sum(), (window * b).sum()
+            var_a, var_b = (window * (a - mean_a) ** 2).sum(), (window * (b - mean_b) ** 2).sum()
+            both = (window * (a - mean_a) * (b - mean_b)).sum()
+            luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
+            values.append(luminance * (2 * both + c2) / (var_a + var_b + c2))
+    return float(np.mean(values))
+
+
+def test_ssim():
+    a = pictures(3)
+    b = np.clip(a // 2 + pictures(3, seed=1) // 3 + 20, 0, 255).astype(np.uint8)
+    b[2] = a[2]
+    expected = [np.mean([ssim_of_windows(x[..., c], y[..., c]) for c in range(3)]) for x, y in zip(a, b, strict=True)]
+    np.testing.assert_allclose(metrics.ssim(a, b), expected, rtol=1e-9)
+    assert expected[2] == pytest.approx(1) and expected[0] < 0.9
+    with pytest.raises(Emu3Error, match="10x10"):
+        metrics.ssim(pictures(1, 10), pictures(1, 10))
+
+
+def test_use_of_the_codebook():
+    counts = metrics.code_counts(np.array([[[0, 1], [2, 3]]] * 5), 8)
+    assert counts.tolist() == [5, 5, 5, 5, 0, 0, 0, 0]
+    assert metrics.perplexity(counts) == pytest.approx(4)
+    assert metrics.perplexity(np.array([3, 0, 0])) == pytest.approx(1)
+
+
+def test_nearest_picture(monkeypatch):
+    monkeypatch.setattr(metrics, "_BLOCK", 4)  # several blocks, the last one filled up
+    among = pictures(10, 12)
+    asked = np.concatenate([among[[7, 2]], pictures(2, 12, seed=1)])
+    asked[1, 0, 0, 0] ^= 128
+    far = np.abs(asked[:, None].astype(float) - among[None].astype(float)).mean(axis=(2, 3, 4))
+    indices, distances = metrics.nearest(asked, among)
+    np.testing.assert_array_equal(indices, far.argmin(axis=1))
+    np.testing.assert_allclose(distances, far.min(axis=1))
+    np.testing.assert_allclose(metrics.distance(asked, among[indices]), distances)
+    assert distances[0] == 0
+
+
+# ------------------------------------------------------------------------------------------------ the judge
+
+
+@pytest.fixture(scope="module")
+def toy():
+    """Four concepts that differ in the quarter of the picture that is light."""
+    labels = np.tile(np.arange(4), 12)
+    drawn = pictures(len(labels), 16) // 4
+    for picture, label in zip(drawn, labels, strict=True):
+        row, column = divmod(int(label), 2)
+        picture[8 * row : 8 * row + 8, 8 * column : 8 * column + 8] += 150
+    return drawn, labels
+
+
+def test_a_judge_learns_and_is_kept(toy, tmp_path):
+    drawn, labels = toy
+    names = [f"concept {label}" for label in labels]
+    learned, kept_out = drawn[:32], drawn[32:]
+    judge = get_judge(tmp_path, TOY, learned, names[:32], lambda: learned, "t", progress=False)
+    assert judge.concepts == ("concept 0", "concept 1", "concept 2", "concept 3") and judge.pictures == 32
+    assert (judge.ranks(kept_out, names[32:], batch_size=5) == 0).mean() > 0.9
+    assert judge.verdicts(kept_out) == judge.verdicts(kept_out, batch_size=3)
+
+    again = get_judge(tmp_path, TOY, learned, names[:32], lambda: pytest.fail(FAILS), "t", progress=False)
+    assert again.file == judge.file and os.listdir(tmp_path) == [judge.file.name]
+    np.testing.assert_array_equal(again.ranks(drawn, names), judge.ranks(drawn, names))
+
+    others = [
+        get_judge(tmp_path, TOY, learned, names[:32], lambda: learned, "another"),
+        get_judge(tmp_path, TOY, learned[::-1], names[:32], lambda: learned, "t"),
+    ]
+    assert len({judge.file, *(other.file for other in others)}) == 3
+    judge.file.write_bytes(judge.file.read_bytes()[:100])
+    with pytest.raises(Emu3Error, match="delete it"):
+        get_judge(tmp_path, TOY, learned, names[:32], lambda: learned, "t")
+    with pytest.raises(Emu3Error, match="needs two"):
+        get_judge(tmp_path, TOY, learned, ["one"] * 32, lambda: learned, "t")
+
+
+def test_training_a_judge_twice_gives_the_same(toy):
+    drawn, labels = toy
+    first, second = (train(TOY, drawn[:32], drawn[:32], labels[:32], 4, progress=False) for _ in range(2))
+    other = train(TOY, drawn[:32], 255 - drawn[:32], labels[:32], 4, progress=False)  # reconstructions are seen too
+    np.testing.assert_array_equal(first["Dense_0"]["kernel"], second["Dense_0"]["kernel"])
+    assert not np.array_equal(first["Dense_0"]["kernel"], other["Dense_0"]["kernel"])
+
+
+def test_a_judge_that_cannot_be_kept(toy, tmp_path, capsys):
+    drawn, labels = toy
+    judge = get_judge(
+        tmp_path / "absent", TOY, drawn[:32], [str(label) for label in labels[:32]], lambda: drawn[:32], "t"
+    )
+    assert judge.file is None and "trained again" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ parts
+
+
+def test_reconstruction_is_that_of_the_model(bundle, data):
+    model = emu3_jax.load(bundle)
+    reconstruct = Reconstructor(model.vision, batch_size=4, progress=False)
+    items = Data(data)
+    stills, clips = (items.pixels(items.where(kind)) for kind in ("picture", "clip"))
+    assert stills.shape == (18, SIDE, SIDE, 3) and clips.shape == (2, 8, SIDE, SIDE, 3)
+    np.testing.assert_array_equal(reconstruct.encode(stills), model.tokenize(list(stills)))
+    np.testing.assert_array_equal(reconstruct.encode(clips), model.tokenize(list(clips)))
+    codes = reconstruct.encode(clips[:, :6])  # filled up to eight frames
+    assert codes.shape == (2, 2, 3, 3) and reconstruct(clips[:, :6]).shape == clips[:, :6].shape
+    expected = [np.asarray(image) for image in model.detokenize(reconstruct.encode(stills[:3]))]
+    # A batch may round otherwise in the last bit.
+    assert np.abs(reconstruct(stills[:3]).astype(int) - np.stack(expected)).max() <= 1
+
+
+def test_cases_are_a_fixed_choice(data):
+    items = Data(data).where("picture")
+    assert choose(items, None, 0, "a") == choose(items, 18, 0, "a") == items
+    chosen = choose(items, 5, 0, "a")
+    assert chosen == choose(items, 5, 0, "a") and len(set(chosen)) == 5
+    assert chosen == sorted(chosen, key=lambda item: item.name)
+    assert chosen != choose(items, 5, 1, "a") and chosen != choose(items, 5, 0, "b")
+
+
+def test_answers():
+    assert parse("3d emoji of dog face") == ("3d", "dog face")
+    assert parse(" flat emoji of eye. ") == ("flat", "eye")
+    assert parse("dog face") == ("", "dog face")
+
+
+def test_the_page_escapes_and_needs_no_other_file():
+    cells = (Cell("<b>&", pictures(1)[0], True), Cell("clip", pictures(4), False))
+    curve = Curve("scale", (1.0, 2.0), {"top1": (0.0, 0.5)})
+    page = render("<title>", {"a": "</pre>"}, [Section("s", "t", (Row("<row>", cells),), curve)])
+    assert "&lt;b&gt;&amp;" in page and "<row>" not in page and "&lt;/pre&gt;" in page
+    assert page.count("data:image/png") == 1 and page.count("data:image/webp") == 1 and "<svg" in page
+    assert 'class="right"' in page and 'class="wrong"' in page and 'src="http' not in page
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("cases", 0), ("batch_size", 0), ("guidance", ()), ("guidance", (2.0, 1.0)), ("guidance", 3.0), ("top_p", 0),
+        ("figures", ("speed",)), ("directory", ""), ("groups", ()), ("judge", None), ("seed", -1), ("rows", -1),
+        ("codebook_cases", 0),
+    ],
+)  # fmt: skip
+def test_configs_are_checked(field, value):
+    with pytest.raises(Emu3Error, match=field):
+        EvaluateConfig(**{"directory": "out", field: value})
+
+
+@pytest.mark.parametrize(("field", "value"), [("steps", 0), ("width", 12), ("label_smoothing", 1.0), ("seed", None)])
+def test_judge_configs_are_checked(field, value):
+    with pytest.raises(Emu3Error, match=field):
+        JudgeConfig(**{field: value})
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+def test_from_end_to_end(evaluate, config, capsys, tmp_path):
+    assert evaluate() == 0
+    printed = capsys.readouterr().out
+    figures = json.loads(printed)
+    out = tmp_path / "out"
+    assert sorted(os.listdir(out)) == ["evaluation.json", "index.html"]
+    assert json.loads((out / "evaluation.json").read_text()) == figures
+    assert figures["model"] == "tiny" and figures["skipped"] == {}
+
+    stills, clips = figures["reconstruction"]["pictures"], figures["reconstruction"]["clips"]
+    assert (stills["cases"], stills["codebook_cases"], clips["cases"], clips["codebook_cases"]) == (3, 20, 1, 4)
+    for part in (stills, clips):
+        assert 0 < part["psnr_db"] < 60 and part["ssim"] < 1
+        assert 0 < part["codebook_use_percent"] <= 100 and 1 <= part["perplexity"] <= 64
+
+    codebook = figures["reconstruction"]["codebook"]
+    assert codebook["codes"] == 64 and codebook["counted"] == 9 * (20 + 4 * 2) and 0 < codebook["use_percent"] <= 100
+
+    drawn = figures["text_to_image"]
+    assert drawn["cases"] == drawn["judge"]["cases"] == 3 and drawn["judge"]["concepts"] == 5
+    assert drawn["judge"]["training_pictures"] == 12 and drawn["judge"]["top5"] == 1
+    assert (tmp_path / "data" / drawn["judge"]["file"]).is_file()
+    assert [point["scale"] for point in drawn["guidance"]] == [1, 2]
+    for point in drawn["guidance"]:
+        assert point["top5"] == point["top5_share_of_truth"] == point["top5_share_of_reconstruction"] == 1
+        assert point["nearest_training_distance"] > 0 and 0 <= point["copied"] <= 1
+        assert 0 <= point["memorised"] <= 1
+    assert drawn["training_reconstruction_distance"]["cases"] == 12
+    assert set(drawn["nearness_of_references"]) == {"truth", "reconstruction"}
+
+    said = figures["image_to_text"]
+    assert said["description"]["cases"] == said["category"]["cases"] == 3
+    assert said["description"]["label_exact"] == 0 and said["category"]["always_the_commonest"] == 1
+    assert figures["procedural"]["stills"]["cases"] == figures["procedural"]["clips"]["cases"] == 1
+    assert figures["procedural"]["stills"]["truth_all_right"] == figures["procedural"]["clips"]["truth_all_right"] == 1
+    assert {"position_right", "all_right"} <= set(figures["procedural"]["stills"])
+    assert "motion_right" in figures["procedural"]["clips"]
+
+    page = (out / "index.html").read_text()
+    assert "3d emoji of face 0" in page and "guidance 1" in page and "<svg" in page
+
+    # Again, with the kept judge: the same to the letter.
+    assert evaluate("-o", str(tmp_path / "again")) == 0
+    assert capsys.readouterr().out == printed
+    assert (tmp_path / "again" / "index.html").read_text() == page
+
+
+def test_fewer_cases_and_figures(evaluate, capsys, tmp_path):
+    assert evaluate(figures="('reconstruction',)", cases=2, codebook_cases=4) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["reconstruction"]["pictures"]["codebook_cases"] == 4
+    assert figures["reconstruction"]["pictures"]["cases"] == 2
+    assert set(figures["skipped"]) == {"text_to_image", "image_to_text", "procedural"}
+    assert not list((tmp_path / "data").glob("judge-*"))
+
+
+def test_a_model_without_decoder(evaluate, bundle, capsys, tmp_path):
+    shutil.copytree(bundle / "vision", tmp_path / "eyes" / "vision")
+    assert evaluate(model=tmp_path / "eyes") == 2
+    assert "eyes has no decoder" in capsys.readouterr().err
+    assert evaluate(model=tmp_path / "eyes", figures="('reconstruction',)") == 0
+
+
+def test_bad_input_gets_one_line_and_writes_nothing(evaluate, bundle, data, capsys, tmp_path):
+    def error_of(*arguments, **fields) -> str:
+        assert evaluate(*arguments, **fields) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("emu3-jax: error: ") and error.count("\n") == 1
+        assert not (tmp_path / "out").exists()
+        return error
+
+    assert "absent/items.jsonl" in error_of(data="absent")
+    assert "no field 'guidanc'" in error_of(guidanc=1)
+    assert "cases is -1" in error_of(cases=-1)
+    assert "absent is not a directory" in error_of(model="absent")
+    (tmp_path / "file").write_text("")
+    assert "file is a file" in error_of("-o", str(tmp_path / "file"))
+    other = tmp_path / "other.py"
+    other.write_text("def config():\n    return 1\n")
+    assert main(["evaluate", str(other)]) == 2
+    assert "needs an EvaluateConfig" in capsys.readouterr().err
+
+    lines = (data / "items.jsonl").read_text().splitlines()
+    items = tmp_path / "data" / "items.jsonl"
+    for broken, words in (
+        ("{", "line 2: not JSON"),
+        ("[]", "line 2: not a JSON object"),
+        (json.dumps(json.loads(lines[1]) | {"kind": "song"}), "kind is 'song'"),
+        (json.dumps(json.loads(lines[1]) | {"label": None}), "field label is None"),
+        (lines[0], "is there twice"),
+    ):
+        items.write_text("\n".join([lines[0], broken, *lines[2:]]) + "\n")
+        assert words in error_of()
+    items.write_text("\n".join(lines) + "\n")
+    picture = tmp_path / "data" / "3d-5.webp"
+    Image.new("RGB", (32, 32)).save(picture)
+    assert "all pictures and all clips must have one size" in error_of(figures="('reconstruction',)")
+    picture.unlink()
+    assert "3d-5.webp" in error_of(figures="('reconstruction',)")
+
+
+def test_pictures_that_the_model_would_resize(bundle):
+    reconstruct = Reconstructor(emu3_jax.load(bundle).vision, 4, progress=False)
+    with pytest.raises(Emu3Error, match="resizes pictures of 20x20 pixels"):
+        reconstruct.encode(pictures(1, 20))
