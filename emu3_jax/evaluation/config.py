@@ -1,10 +1,8 @@
 """What `emu3-jax evaluate` measures, as one frozen config."""
 
 import dataclasses
-import math
-from typing import Any
 
-from emu3_jax.errors import Emu3Error
+from emu3_jax.fields import check_field, is_number, is_whole
 
 FIGURES = ("reconstruction", "text_to_image", "image_to_text", "procedural")
 # The groups whose labels tell what is seen; the model is trained to draw and name these.
@@ -40,15 +38,15 @@ class JudgeConfig:
 
     def __post_init__(self):
         for field in ("steps", "batch_size"):
-            _check(self, field, _whole(getattr(self, field), 1), "a whole number >= 1")
-        _check(self, "width", _whole(self.width, 1) and self.width % 8 == 0, "a multiple of 8 (group norm)")
-        _check(self, "learning_rate", _number(self.learning_rate) and self.learning_rate > 0, "a number > 0")
-        _check(self, "weight_decay", _number(self.weight_decay) and self.weight_decay >= 0, "a number >= 0")
-        ok = _number(self.label_smoothing) and 0 <= self.label_smoothing < 1
-        _check(self, "label_smoothing", ok, "from 0 to below 1")
-        ok = _number(self.reconstructions) and 0 <= self.reconstructions <= 1
-        _check(self, "reconstructions", ok, "from 0 to 1")
-        _check(self, "seed", _whole(self.seed, 0), "a whole number >= 0")
+            check_field(self, field, is_whole(getattr(self, field), 1), "a whole number >= 1")
+        check_field(self, "width", is_whole(self.width, 1) and self.width % 8 == 0, "a multiple of 8 (group norm)")
+        check_field(self, "learning_rate", is_number(self.learning_rate) and self.learning_rate > 0, "a number > 0")
+        check_field(self, "weight_decay", is_number(self.weight_decay) and self.weight_decay >= 0, "a number >= 0")
+        ok = is_number(self.label_smoothing) and 0 <= self.label_smoothing < 1
+        check_field(self, "label_smoothing", ok, "from 0 to below 1")
+        ok = is_number(self.reconstructions) and 0 <= self.reconstructions <= 1
+        check_field(self, "reconstructions", ok, "from 0 to 1")
+        check_field(self, "seed", is_whole(self.seed, 0), "a whole number >= 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,38 +91,25 @@ class EvaluateConfig:
     judge: JudgeConfig = dataclasses.field(default_factory=JudgeConfig)
 
     def __post_init__(self):
-        _check(self, "directory", isinstance(self.directory, str) and self.directory, "a directory")
-        _check(self, "model", isinstance(self.model, str | None), "a bundle's directory or None")
-        _check(self, "data", isinstance(self.data, str), "a directory")
+        check_field(self, "directory", isinstance(self.directory, str) and self.directory, "a directory")
+        check_field(self, "model", isinstance(self.model, str | None), "a bundle's directory or None")
+        check_field(self, "data", isinstance(self.data, str), "a directory")
         ok = isinstance(self.figures, tuple) and self.figures and set(self.figures) <= set(FIGURES)
-        _check(self, "figures", ok, f"a tuple of {', '.join(FIGURES)}")
+        check_field(self, "figures", ok, f"a tuple of {', '.join(FIGURES)}")
         ok = isinstance(self.groups, tuple) and self.groups and all(isinstance(g, str) for g in self.groups)
-        _check(self, "groups", ok, "a tuple of at least one group's name")
+        check_field(self, "groups", ok, "a tuple of at least one group's name")
         for field in ("cases", "codebook_cases"):
             value = getattr(self, field)
-            _check(self, field, value is None or _whole(value, 1), "a whole number >= 1, or None for all")
-        _check(self, "batch_size", _whole(self.batch_size, 1), "a whole number >= 1")
-        ok = isinstance(self.guidance, tuple) and self.guidance and all(_number(g) and g >= 0 for g in self.guidance)
+            check_field(self, field, value is None or is_whole(value, 1), "a whole number >= 1, or None for all")
+        check_field(self, "batch_size", is_whole(self.batch_size, 1), "a whole number >= 1")
+        ok = isinstance(self.guidance, tuple) and self.guidance and all(is_number(g) and g >= 0 for g in self.guidance)
         ok = ok and list(self.guidance) == sorted(set(self.guidance))
-        _check(self, "guidance", ok, "a tuple of numbers >= 0 in rising order, at least one")
+        check_field(self, "guidance", ok, "a tuple of numbers >= 0 in rising order, at least one")
         for field in ("procedural_guidance", "temperature"):
             value = getattr(self, field)
-            _check(self, field, _number(value) and value >= 0, "a number >= 0")
-        _check(self, "top_k", _whole(self.top_k, 1), "a whole number >= 1")
-        _check(self, "top_p", _number(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1")
-        _check(self, "seed", _whole(self.seed, 0) and self.seed < 2**31, "a whole number from 0 to 2**31 - 1")
-        _check(self, "rows", _whole(self.rows, 0), "a whole number >= 0")
-        _check(self, "judge", isinstance(self.judge, JudgeConfig), "a JudgeConfig")
-
-
-def _check(config: Any, field: str, ok: Any, legal: str) -> None:
-    if not ok:
-        raise Emu3Error(f"{type(config).__name__} field {field} is {getattr(config, field)!r}: it must be {legal}")
-
-
-def _whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            check_field(self, field, is_number(value) and value >= 0, "a number >= 0")
+        check_field(self, "top_k", is_whole(self.top_k, 1), "a whole number >= 1")
+        check_field(self, "top_p", is_number(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1")
+        check_field(self, "seed", is_whole(self.seed, 0) and self.seed < 2**31, "a whole number from 0 to 2**31 - 1")
+        check_field(self, "rows", is_whole(self.rows, 0), "a whole number >= 0")
+        check_field(self, "judge", isinstance(self.judge, JudgeConfig), "a JudgeConfig")

@@ -12,6 +12,7 @@ from typing import Any
 from emu3_jax.config import DecoderConfig
 from emu3_jax.data.config import DataConfig, Source
 from emu3_jax.errors import Emu3Error
+from emu3_jax.fields import check_field, is_number, is_whole
 from emu3_jax.models.adapters import Adapter
 from emu3_jax.models.decoder import REMAT_POLICIES
 
@@ -46,16 +47,16 @@ class OptimizerConfig:
 
     def __post_init__(self):
         for field in ("learning_rate", "eps", "clip_norm"):
-            _check(self, field, _number(getattr(self, field)) and getattr(self, field) > 0, "a number > 0")
-        ok = _number(self.final_learning_rate) and 0 <= self.final_learning_rate <= self.learning_rate
-        _check(self, "final_learning_rate", ok, f"from 0 to learning_rate ({self.learning_rate})")
-        _check(self, "weight_decay", _number(self.weight_decay) and self.weight_decay >= 0, "a number >= 0")
+            check_field(self, field, is_number(getattr(self, field)) and getattr(self, field) > 0, "a number > 0")
+        ok = is_number(self.final_learning_rate) and 0 <= self.final_learning_rate <= self.learning_rate
+        check_field(self, "final_learning_rate", ok, f"from 0 to learning_rate ({self.learning_rate})")
+        check_field(self, "weight_decay", is_number(self.weight_decay) and self.weight_decay >= 0, "a number >= 0")
         for field in ("beta1", "beta2"):
             value = getattr(self, field)
-            _check(self, field, _number(value) and 0 <= value < 1, "from 0 to below 1")
-        _check(self, "warmup_steps", _whole(self.warmup_steps, 0), "a whole number >= 0")
+            check_field(self, field, is_number(value) and 0 <= value < 1, "from 0 to below 1")
+        check_field(self, "warmup_steps", is_whole(self.warmup_steps, 0), "a whole number >= 0")
         legal = ("float32", "bfloat16")
-        _check(self, "first_moment_dtype", self.first_moment_dtype in legal, " or ".join(legal))
+        check_field(self, "first_moment_dtype", self.first_moment_dtype in legal, " or ".join(legal))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,14 +81,14 @@ class ModelConfig:
     attention: str = "auto"
 
     def __post_init__(self):
-        _check(self, "bundle", isinstance(self.bundle, str), "a directory")
-        _check(self, "decoder", isinstance(self.decoder, DecoderConfig | None), "a DecoderConfig or None")
+        check_field(self, "bundle", isinstance(self.bundle, str), "a directory")
+        check_field(self, "decoder", isinstance(self.decoder, DecoderConfig | None), "a DecoderConfig or None")
         if self.random:
-            _check(self, "decoder", self.decoder is not None, "given where weights are random")
+            check_field(self, "decoder", self.decoder is not None, "given where weights are random")
         legal = ("bfloat16", "float32")
-        _check(self, "dtype", self.dtype in legal, " or ".join(legal))
+        check_field(self, "dtype", self.dtype in legal, " or ".join(legal))
         legal = ("none", *REMAT_POLICIES)
-        _check(self, "remat", self.remat in legal, " or ".join(legal))
+        check_field(self, "remat", self.remat in legal, " or ".join(legal))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,9 +111,9 @@ class SampleConfig:
 
     def __post_init__(self):
         ok = isinstance(self.prompts, tuple) and self.prompts and all(isinstance(p, str) for p in self.prompts)
-        _check(self, "prompts", ok, "a tuple of at least one text")
-        _check(self, "every", _whole(self.every, 1), "a whole number >= 1")
-        _check(self, "area", self.area is None or _whole(self.area, 1), "a whole number >= 1, or None")
+        check_field(self, "prompts", ok, "a tuple of at least one text")
+        check_field(self, "every", is_whole(self.every, 1), "a whole number >= 1")
+        check_field(self, "area", self.area is None or is_whole(self.area, 1), "a whole number >= 1, or None")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,28 +164,28 @@ class TrainConfig:
 
     def __post_init__(self):
         for field, kind in (("model", ModelConfig), ("data", DataConfig), ("optimizer", OptimizerConfig)):
-            _check(self, field, isinstance(getattr(self, field), kind), f"a {kind.__name__}")
+            check_field(self, field, isinstance(getattr(self, field), kind), f"a {kind.__name__}")
         least = {"batch_size": 1, "steps": 1, "accumulation": 1, "seed": 0, "log_every": 1, "checkpoint_every": 1}
         for field, minimum in {**least, "keep": 1, "evaluate_every": 1}.items():
-            _check(self, field, _whole(getattr(self, field), minimum), f"a whole number >= {minimum}")
-        _check(self, "vision_weight", _number(self.vision_weight) and self.vision_weight >= 0, "a number >= 0")
+            check_field(self, field, is_whole(getattr(self, field), minimum), f"a whole number >= {minimum}")
+        check_field(self, "vision_weight", is_number(self.vision_weight) and self.vision_weight >= 0, "a number >= 0")
         ok = self.batch_size % self.accumulation == 0
-        _check(self, "accumulation", ok, f"a divisor of batch_size ({self.batch_size})")
+        check_field(self, "accumulation", ok, f"a divisor of batch_size ({self.batch_size})")
         ok = self.optimizer.warmup_steps < self.steps
-        _check(self.optimizer, "warmup_steps", ok, f"less than steps ({self.steps})")
-        _check(self, "adapter", isinstance(self.adapter, Adapter | None), "an Adapter or None")
+        check_field(self.optimizer, "warmup_steps", ok, f"less than steps ({self.steps})")
+        check_field(self, "adapter", isinstance(self.adapter, Adapter | None), "an Adapter or None")
         ok = self.adapter is None or not self.model.random
-        _check(self, "adapter", ok, "None where the model starts from random weights")
+        check_field(self, "adapter", ok, "None where the model starts from random weights")
         ok = isinstance(self.evaluation, tuple) and all(
             isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) and isinstance(item[1], Source)
             for item in self.evaluation
         )
-        _check(self, "evaluation", ok, "a tuple of (name, Source)")
-        _check(self, "samples", isinstance(self.samples, SampleConfig | None), "a SampleConfig or None")
+        check_field(self, "evaluation", ok, "a tuple of (name, Source)")
+        check_field(self, "samples", isinstance(self.samples, SampleConfig | None), "a SampleConfig or None")
         ok = self.profile is None or (
-            isinstance(self.profile, tuple) and len(self.profile) == 2 and all(_whole(v, 1) for v in self.profile)
+            isinstance(self.profile, tuple) and len(self.profile) == 2 and all(is_whole(v, 1) for v in self.profile)
         )
-        _check(self, "profile", ok, "(first step, steps) or None")
+        check_field(self, "profile", ok, "(first step, steps) or None")
 
 
 def load_config(file: str | pathlib.Path, overrides: Sequence[str] = ()) -> Any:
@@ -240,7 +241,7 @@ def _replace(node: Any, path: list[str], value: Any) -> Any:
         raise Emu3Error(f"{type(node).__name__} has no field {name!r}; {hint}")
     old = getattr(node, name)
     new = _replace(old, rest, value) if rest else value
-    if isinstance(old, float) and _whole(new, -math.inf):
+    if isinstance(old, float) and is_whole(new, -math.inf):
         new = float(new)
     return dataclasses.replace(node, **{name: new})
 
@@ -251,16 +252,3 @@ def _value(text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
-
-
-def _check(config: Any, field: str, ok: bool, legal: str) -> None:
-    if not ok:
-        raise Emu3Error(f"{type(config).__name__} field {field} is {getattr(config, field)!r}: it must be {legal}")
-
-
-def _whole(value: Any, least: float) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -180,15 +180,12 @@ class _Loop:
             if self.metrics:
                 self.metrics.write(step, figures, f"evaluation/{kind}")
                 if kind == "stills":
+                    about = {"software": "emu3-jax", "step": str(step)}
                     with files_into(self.directory / "samples") as target:
-                        save_png(
-                            _sheet(*shown), target / f"{step:08d}.png", {"software": "emu3-jax", "step": str(step)}
-                        )
-            self.bar.write(
-                f"step {step}, {kind}: {figures['psnr']:.2f} dB, SSIM {figures['ssim']:.3f}, "
-                f"{figures['codes_used']:.0%} of the codes",
-                file=sys.stderr,
-            )
+                        save_png(_sheet(*shown), target / f"{step:08d}.png", about)
+            if not self.bar.disable:
+                told = f"{figures['psnr']:.2f} dB, SSIM {figures['ssim']:.3f}, {figures['codes_used']:.0%} of the codes"
+                self.bar.write(f"step {step}, {kind}: {told}", file=sys.stderr)
 
     def _reconstruct(self, params: Any, true: np.ndarray) -> tuple[dict[str, float], tuple[np.ndarray, np.ndarray]]:
         """Figures of pictures [N, H, W, 3] or clips [N, T, H, W, 3], and the first of both sides."""

@@ -5,7 +5,8 @@ from typing import Any
 
 from emu3_jax.config import ImageConfig, VisionConfig
 from emu3_jax.errors import Emu3Error
-from emu3_jax.training.config import OptimizerConfig, _check, _number, _whole
+from emu3_jax.fields import check_field, is_number, is_whole
+from emu3_jax.training.config import OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +41,13 @@ class PixelConfig:
 
     def __post_init__(self):
         names = isinstance(self.manifests, tuple) and all(isinstance(m, str) for m in self.manifests)
-        _check(self, "manifests", bool(names and self.manifests), "a tuple of at least one file")
+        check_field(self, "manifests", bool(names and self.manifests), "a tuple of at least one file")
         for field, least in (("size", 8), ("stills", 0), ("clips", 0), ("frames", 1), ("workers", 1), ("seed", 0)):
-            _check(self, field, _whole(getattr(self, field), least), f"a whole number >= {least}")
-        _check(self, "stills", self.stills + self.clips > 0, "more than 0 where clips is 0")
-        _check(self, "augment", _number(self.augment) and 0 <= self.augment <= 1, "a share from 0 to 1")
-        _check(self, "zoom", _number(self.zoom) and self.zoom >= 1, "a number >= 1")
-        _check(self, "recolour", _number(self.recolour) and self.recolour >= 0, "a number >= 0")
+            check_field(self, field, is_whole(getattr(self, field), least), f"a whole number >= {least}")
+        check_field(self, "stills", self.stills + self.clips > 0, "more than 0 where clips is 0")
+        check_field(self, "augment", is_number(self.augment) and 0 <= self.augment <= 1, "a share from 0 to 1")
+        check_field(self, "zoom", is_number(self.zoom) and self.zoom >= 1, "a number >= 1")
+        check_field(self, "recolour", is_number(self.recolour) and self.recolour >= 0, "a number >= 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +72,8 @@ class LossConfig:
 
     def __post_init__(self):
         for field in ("absolute", "squared", "structure", "commitment", "adversarial"):
-            _check(self, field, _number(getattr(self, field)) and getattr(self, field) >= 0, "a number >= 0")
-        _check(self, "adversarial_from", _whole(self.adversarial_from, 0), "a whole number >= 0")
+            check_field(self, field, is_number(getattr(self, field)) and getattr(self, field) >= 0, "a number >= 0")
+        check_field(self, "adversarial_from", is_whole(self.adversarial_from, 0), "a whole number >= 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,27 +133,32 @@ class VisionTrainConfig:
     def __post_init__(self):
         kinds = {"vision": VisionConfig, "pixels": PixelConfig, "optimizer": OptimizerConfig, "loss": LossConfig}
         for field, kind in kinds.items():
-            _check(self, field, isinstance(getattr(self, field), kind), f"a {kind.__name__}")
-        _check(self, "image", isinstance(self.image, ImageConfig | None), "an ImageConfig or None")
+            check_field(self, field, isinstance(getattr(self, field), kind), f"a {kind.__name__}")
+        check_field(self, "image", isinstance(self.image, ImageConfig | None), "an ImageConfig or None")
         for field in ("steps", "log_every", "checkpoint_every", "evaluate_every", "keep"):
-            _check(self, field, _whole(getattr(self, field), 1), "a whole number >= 1")
-        _check(self, "seed", _whole(self.seed, 0), "a whole number >= 0")
+            check_field(self, field, is_whole(getattr(self, field), 1), "a whole number >= 1")
+        check_field(self, "seed", is_whole(self.seed, 0), "a whole number >= 0")
         ok = self.optimizer.warmup_steps < self.steps
-        _check(self.optimizer, "warmup_steps", ok, f"less than steps ({self.steps})")
+        check_field(self.optimizer, "warmup_steps", ok, f"less than steps ({self.steps})")
         _one_of(self, "dtype", "float32", "bfloat16")
         _one_of(self, "export_dtype", "float32", "bfloat16")
         _one_of(self, "precision", "default", "highest")
         for field in ("average", "code_decay"):
-            _check(self, field, _number(getattr(self, field)) and 0 <= getattr(self, field) < 1, "from 0 to below 1")
+            check_field(
+                self, field, is_number(getattr(self, field)) and 0 <= getattr(self, field) < 1, "from 0 to below 1"
+            )
         for field in ("norm_momentum", "batch_statistics_until"):
-            _check(self, field, _number(getattr(self, field)) and 0 <= getattr(self, field) <= 1, "from 0 to 1")
-        _check(self, "dead_below", _number(self.dead_below) and self.dead_below >= 0, "a number >= 0")
+            value = getattr(self, field)
+            check_field(self, field, is_number(value) and 0 <= value <= 1, "from 0 to 1")
+        check_field(self, "dead_below", is_number(self.dead_below) and self.dead_below >= 0, "a number >= 0")
         factor, frames = self.vision.spatial_factor, self.vision.temporal_factor
-        _check(self.pixels, "size", self.pixels.size % factor == 0, f"a multiple of {factor}, pixels of a code")
-        _check(self.pixels, "frames", self.pixels.frames % frames == 0, f"a multiple of {frames}, frames of a code")
+        check_field(self.pixels, "size", self.pixels.size % factor == 0, f"a multiple of {factor}, pixels of a code")
+        check_field(
+            self.pixels, "frames", self.pixels.frames % frames == 0, f"a multiple of {frames}, frames of a code"
+        )
         names = isinstance(self.evaluation, tuple) and all(isinstance(m, str) for m in self.evaluation)
-        _check(self, "evaluation", names, "a tuple of files")
-        _check(self, "vision", self.vision.in_channels == 3, "a tokenizer of three channels")
+        check_field(self, "evaluation", names, "a tuple of files")
+        check_field(self, "vision", self.vision.in_channels == 3, "a tokenizer of three channels")
 
     @property
     def image_config(self) -> ImageConfig:

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# The embedded model from nothing, under out/: data, vision tokenizer, token data, decoder, figures. Each step is left out
+# where its result is there, and training goes on from its last checkpoint, so this may be stopped and started again.
+# Some minutes for each of the three trainings on one H100; VISION, PRETRAIN, SFT and EVALUATE hold further options, as in
+# VISION="--set steps=100" bash scripts/emoji_model.sh
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-.venv/bin/python}
+emu3_jax() { "$python" -m emu3_jax.cli.main "$@"; }
+
+[ -d out/emoji ] || "$python" scripts/build_emoji.py out/emoji
+[ -d out/vision_emoji/model ] || emu3_jax train configs/vision_emoji.py ${VISION:-}
+[ -d out/emoji_start ] || "$python" scripts/emoji_bundle.py out/vision_emoji/model -o out/emoji_start
+for set in t2i_train i2t_train clip_train text_train t2i_heldout i2t_heldout_style clip_heldout; do
+    [ -f out/emoji_tokens/$set/index.json ] ||
+        emu3_jax prepare out/emoji/$set.jsonl --model out/emoji_start --keep-size -o out/emoji_tokens/$set
+done
+[ -d out/emoji_pretrain/model ] || emu3_jax train configs/emoji_pretrain.py ${PRETRAIN:-}
+[ -d out/emoji_sft/model ] || emu3_jax train configs/emoji_sft.py ${SFT:-}
+emu3_jax evaluate configs/eval_emoji.py --set model=out/emoji_sft/model ${EVALUATE:-}
