@@ -53,8 +53,9 @@ def config() -> TrainConfig:
     return TrainConfig(
         directory="out/emoji_pretrain",
         model=ModelConfig("out/emoji_start", decoder(), random=True, remat="none"),
-        data=DataConfig(sources, sequence_length=1024, packing=32),
-        batch_size=64,
+        # One record a row: at these sizes packing would keep a GPU waiting for the host.
+        data=DataConfig(sources, sequence_length=352, packing=0, in_memory=True),
+        batch_size=192,
         steps=4_000,
         optimizer=OptimizerConfig(
             learning_rate=1.5e-3, final_learning_rate=1.5e-4, warmup_steps=200, clip_norm=1.0, eps=1e-8

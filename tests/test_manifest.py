@@ -1,5 +1,6 @@
 """Manifests and their records, the bytes of a record, and the reference's feature lists."""
 
+import concurrent.futures
 import json
 import os
 import pathlib
@@ -142,6 +143,26 @@ def test_records_hold_the_codes_of_the_reference(manifest, golden_model):
     other = ManifestRecords(lines, golden_model, area=4096)
     assert other[0].codes.shape == (7, 10)  # 78x52 pixels, and the processor's multiples of 8
     assert other.digest != records.digest
+
+
+def test_a_picture_of_several_lines_is_encoded_once(manifest, golden_model, monkeypatch):
+    photo, gray = (str(GOLDEN / f"{name}.png") for name in ("photo", "gray"))
+    lines = [{"image": photo, "text": str(n)} for n in range(3)] + [{"image": gray, "text": "g"}]
+    lines += [{"image": "absent.png", "text": "a"}, {"image": photo, "text": "again"}]
+    records = ManifestRecords(manifest(*lines), golden_model, area=None)
+    encoded, encode = [], records._encode_file
+
+    def counted(entry):
+        encoded.append(entry.image.name)
+        return encode(entry)
+
+    monkeypatch.setattr(records, "_encode_file", counted)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(records.__getitem__, (0, 1, 2, 3, 5)))
+    assert sorted(encoded) == ["gray.png", "photo.png"]
+    np.testing.assert_array_equal(found[0].codes, found[4].codes)
+    with pytest.raises(Emu3Error, match=r"there is no .*absent\.png"):
+        records[4]
 
 
 def test_clips_become_frames_of_codes(manifest, golden_model, tmp_path):

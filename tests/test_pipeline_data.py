@@ -152,15 +152,19 @@ def test_packing_keeps_every_sequence_whole_and_in_order(write, tokenizer, lengt
             assert all(tokens in rest for tokens in row)  # in the stream's order
 
 
-def test_an_epoch_is_every_record_once(start, pictures):
-    found = numbers(segments(itertools.islice(start(Source(pictures, TextToImage()), packing=0), 13)))
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_an_epoch_is_every_record_once(start, pictures, in_memory):
+    batches = start(Source(pictures, TextToImage()), packing=0, in_memory=in_memory)
+    found = numbers(segments(itertools.islice(batches, 13)))
     assert sorted(found[:13]) == sorted(found[13:]) == list(range(13))
     assert found[:13] != found[13:] and found[:13] != list(range(13))
 
 
-def test_the_seed_decides_the_order(start, pictures):
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_the_seed_decides_the_order(start, pictures, in_memory):
     def order(seed):
-        return numbers(segments(itertools.islice(start(Source(pictures, TextToImage()), packing=0, seed=seed), 6)))
+        batches = start(Source(pictures, TextToImage()), packing=0, seed=seed, in_memory=in_memory)
+        return numbers(segments(itertools.islice(batches, 6)))
 
     assert order(1) == order(1)
     assert order(1) != order(2)
@@ -248,6 +252,12 @@ def resumed(start, stop_at: int, make, count: int = 9) -> None:
 def test_an_iterator_resumes_at_any_batch(start, pictures, documents, packing, stop_at):
     sources = (Source(pictures, TextToImage(prompt_dropout=0.5), 2), Source(documents, TextOnly()))
     resumed(start, stop_at, lambda: start(*sources, packing=packing, sequence_length=48))
+
+
+@pytest.mark.parametrize("stop_at", [1, 11])
+def test_sequences_in_memory_resume_too(start, pictures, documents, stop_at):
+    sources = (Source(pictures, TextToImage(prompt_dropout=0.5), 2), Source(documents, TextOnly()))
+    resumed(start, stop_at, lambda: start(*sources, packing=1, sequence_length=48, in_memory=True))
 
 
 @pytest.mark.parametrize("stop_at", range(4))

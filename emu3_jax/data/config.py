@@ -37,6 +37,7 @@ class DataConfig:
             in the stream. 0 packs nothing: one record a row, as the reference trains.
         too_long: what happens to a record longer than a row: "stop", or "skip", which counts it.
         seed: of shuffling and prompt dropout.
+        in_memory: keeps the sequences that were built, for data that are read many times over: about six bytes a token.
         loss_on_padding: reproduces a defect of the reference, see `padded_row`; only without packing.
     """
 
@@ -45,6 +46,7 @@ class DataConfig:
     packing: int = 8
     too_long: str = "stop"
     seed: int = 0
+    in_memory: bool = False
     loss_on_padding: bool = False
 
     def __post_init__(self):

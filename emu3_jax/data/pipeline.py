@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 
 from emu3_jax.data.config import DataConfig, Source
-from emu3_jax.data.records import Record
 from emu3_jax.data.sequences import TokenSequence, padded_row
 from emu3_jax.data.shards import PreparedData
 from emu3_jax.errors import Emu3Error
@@ -117,14 +116,21 @@ def training_batches(
     for number, source in enumerate(config.sources):
         data = PreparedData(source.path)
         data.require_codebook(tokenizer.special.visual_count, codebook_sha256)
-        builder = _Builder(source, tokenizer, templates, len(data), (config.seed, number))
-        seed = int(np.random.SeedSequence([config.seed, number]).generate_state(1)[0])
-        stream = grain.MapDataset.source(data).map_with_index(builder.draw).shuffle(seed).repeat()
+        key = (config.seed, number)
+        if config.in_memory:
+            builder = _KeepingBuilder(source, tokenizer, templates, data, key)
+            stream = grain.MapDataset.range(len(data)).repeat().map_with_index(builder.draw)
+        else:
+            builder = _Builder(source, tokenizer, templates, data, key)
+            seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+            stream = grain.MapDataset.range(len(data)).map_with_index(builder.draw).shuffle(seed).repeat()
         streams.append(stream[process_index::process_count])
         identity.append((data.index.job, source.task, source.weight))
         epoch = max(epoch, math.ceil(len(data) * total / source.weight))
     mixture = grain.MapDataset.mix(streams, [source.weight for source in config.sources])
-    fitting = _FittingIterDataset(mixture.to_iter_dataset(_READING), config.sequence_length, config.too_long, epoch)
+    # Where nothing is read, threads would only wait for each other.
+    reading = grain.ReadOptions(num_threads=0) if config.in_memory else _READING
+    fitting = _FittingIterDataset(mixture.to_iter_dataset(reading), config.sequence_length, config.too_long, epoch)
     pad = tokenizer.special.pad
     if config.packing:
         rows = _packed(fitting, config.sequence_length, config.packing, pad)
@@ -161,14 +167,14 @@ def evaluation_batches(
     _check_place(batch_size, process_index, process_count)
     data = PreparedData(source.path)
     data.require_codebook(tokenizer.special.visual_count, codebook_sha256)
-    builder = _Builder(source, tokenizer, templates, len(data), (0, 0))
+    builder = _Builder(source, tokenizer, templates, data, (0, 0))
     pad = tokenizer.special.pad
     empty = TokenSequence(np.zeros(0, np.int32), np.zeros(0, bool))
 
     def row(index: int) -> Batch:
         sequence = empty
         if index < len(data):
-            item = builder.build(data[index], drop_prompt=False)
+            item = builder.build(index, drop_prompt=False)
             if _fits(item, sequence_length, too_long):
                 sequence = TokenSequence(item["tokens"], item["loss_mask"])
         return padded_row(sequence, sequence_length, pad)
@@ -183,20 +189,31 @@ class _Builder:
     """Records of one source to sequences, with the record's name for errors."""
 
     def __init__(
-        self, source: Source, tokenizer: Tokenizer, templates: PromptTemplates, records: int, key: tuple[int, int]
+        self,
+        source: Source,
+        tokenizer: Tokenizer,
+        templates: PromptTemplates,
+        data: PreparedData,
+        key: tuple[int, int],
     ):
-        self._source, self._tokenizer, self._templates = source, tokenizer, templates
-        self._records, self._key = records, key
+        self._source, self._tokenizer, self._templates, self._data, self._key = source, tokenizer, templates, data, key
 
-    def draw(self, index: int, record: Record) -> dict[str, Any]:
-        """The sequence of a record at `index` in the endless stream before shuffling: epoch after epoch."""
+    def draw(self, index: int, _: int) -> dict[str, Any]:
+        """The sequence at `index` in the endless stream before shuffling: record after record, epoch after epoch."""
+        epoch, record = divmod(index, len(self._data))
+        return self.build(record, self._drops(epoch, record))
+
+    def _drops(self, epoch: int, record: int) -> bool:
+        """Whether the prompt is dropped. It belongs to record and epoch, so that no order of reading changes it."""
         dropout = self._source.task.prompt_dropout
-        # A draw belongs to record and epoch, so that no order of reading and no resumption changes it.
-        state = np.random.SeedSequence([*self._key, *divmod(index, self._records)]).generate_state(1, np.uint64)
-        return self.build(record, drop_prompt=bool(state[0] < dropout * 2.0**64))
+        if not dropout:
+            return False
+        state = np.random.SeedSequence([*self._key, epoch, record]).generate_state(1, np.uint64)
+        return bool(state[0] < dropout * 2.0**64)
 
-    def build(self, record: Record, drop_prompt: bool) -> dict[str, Any]:
-        """`tokens` and `loss_mask`, and in `name` what errors call the record."""
+    def build(self, index: int, drop_prompt: bool) -> dict[str, Any]:
+        """Of a record: `tokens` and `loss_mask`, and in `name` what errors call it."""
+        record = self._data[index]
         name = f"{self._source.path}: record {record.name!r}"
         try:
             sequence = self._source.task.sequence(record, self._tokenizer, self._templates, drop_prompt)
@@ -205,6 +222,29 @@ class _Builder:
         mask = sequence.loss_mask.copy()
         mask[0] = False  # nothing stands before it to predict it from
         return {"name": name, "tokens": sequence.tokens, "loss_mask": mask}
+
+
+class _KeepingBuilder(_Builder):
+    """Holds what it has built, and shuffles by one permutation an epoch: a tenth of the time a record."""
+
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        self._kept: dict[tuple[int, bool], dict[str, Any]] = {}
+        self._orders: dict[int, np.ndarray] = {}
+
+    def draw(self, index: int, _: int) -> dict[str, Any]:
+        """The sequence at `index` in the endless, shuffled stream."""
+        epoch, place = divmod(index, len(self._data))
+        order = self._orders.get(epoch)
+        if order is None:
+            # Threads may make it twice, with the same result; readers are never further apart than two epochs.
+            order = np.random.default_rng([*self._key, epoch]).permutation(len(self._data))
+            self._orders = {e: o for e, o in self._orders.items() if e >= epoch - 1} | {epoch: order}
+        record = int(order[place])
+        key = (record, self._drops(epoch, record))
+        if key not in self._kept:
+            self._kept[key] = self.build(*key)
+        return self._kept[key]
 
 
 def _fits(item: Mapping[str, Any], length: int, too_long: str) -> bool:

@@ -195,14 +195,13 @@ def padded_row(
         loss_on_padding: makes padding a target, a defect of the reference outside its vision-only loss. Only for
             reproducing its numbers.
     """
-    fill = length - len(sequence)
-    ones = np.ones(len(sequence), np.int32)
-    return {
-        "tokens": np.pad(sequence.tokens, (0, fill), constant_values=pad),
-        "segment_ids": np.pad(ones, (0, fill)),
-        "positions": np.pad(np.arange(len(sequence), dtype=np.int32), (0, fill)),
-        "loss_mask": np.pad(sequence.loss_mask, (0, fill), constant_values=loss_on_padding),
-    }
+    # By assignment, not by np.pad, which takes ten times as long: this is done for every record.
+    size = len(sequence)
+    tokens, loss_mask = np.full(length, pad, np.int32), np.full(length, loss_on_padding)
+    segment_ids, positions = np.zeros(length, np.int32), np.zeros(length, np.int32)
+    tokens[:size], loss_mask[:size] = sequence.tokens, sequence.loss_mask
+    segment_ids[:size], positions[:size] = 1, np.arange(size)
+    return {"tokens": tokens, "segment_ids": segment_ids, "positions": positions, "loss_mask": loss_mask}
 
 
 def _captioned(
