@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import emu3_jax
+from emu3_jax.checkpoints import embedded
+from emu3_jax.checkpoints.bundle import Bundle
 from emu3_jax.errors import Emu3Error
 from emu3_jax.media.images import read_png_metadata
+from emu3_jax.text.tokenizer import special_tokens
 
 SCRIPTS = pathlib.Path(__file__).parents[1] / "scripts"
 SHELL_SCRIPTS = sorted([*SCRIPTS.rglob("*.sh"), *SCRIPTS.rglob("*.sbatch"), SCRIPTS.parent / ".ci" / "run"])
@@ -55,6 +59,37 @@ def test_demo_stops_at_the_first_command_that_fails(scripts, tmp_path, capsys):
         demo.run(tmp_path)
     assert stop.value.code == 2
     assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("$ ")]) == 1
+
+
+def test_a_small_vocabulary_beside_a_vision_tokenizer(scripts, vocabulary, golden_bundle, tmp_path):
+    from emoji_bundle import write_bundle
+
+    bundle = Bundle.open(write_bundle(golden_bundle, tmp_path / "start", ranks=300))
+    assert bundle.has("vision") and not bundle.has("decoder")
+    tokenizer = bundle.tokenizer()
+    codes = bundle.vision_config.codebook_size
+    assert tokenizer.special == special_tokens(300, codes) and tokenizer.vocab_size == 300 + 211 + codes
+    assert tokenizer.decode(tokenizer.encode("3d emoji of 🐶")) == "3d emoji of 🐶"
+    with pytest.raises(Emu3Error, match="exists already"):
+        write_bundle(golden_bundle, tmp_path / "start")
+
+
+def test_assets_are_a_whole_model_with_card_and_checksums(scripts, golden_bundle, golden_model, tmp_path, monkeypatch):
+    import emoji_assets
+
+    target = tmp_path / "assets" / "emoji"
+    with pytest.raises(Emu3Error, match="the limit is 1"):
+        monkeypatch.setattr(emoji_assets, "LIMIT", 1_000_000)
+        emoji_assets.write_assets(golden_bundle, {}, target)
+    assert not target.exists()
+    monkeypatch.setattr(emoji_assets, "LIMIT", 10**9)
+    assert emoji_assets.write_assets(golden_bundle, {"psnr_db": 26.5}, target) > 0
+    assert emoji_assets.write_assets(golden_bundle, {"psnr_db": 27.5}, target) > 0  # once more, over the first
+    assert '"psnr_db": 27.5' in (target / "CARD.md").read_text() and "Twemoji" in (target / "NOTICE").read_text()
+    monkeypatch.setattr(embedded, "DIRECTORY", target)
+    model = emu3_jax.load(dtype="float32")
+    options = {"area": 1024, "seed": 1}
+    np.testing.assert_array_equal(model.generate("a", **options)[0], golden_model.generate("a", **options)[0])
 
 
 def test_wrong_vocabulary_is_refused(scripts, tmp_path, monkeypatch):

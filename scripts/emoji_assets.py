@@ -1,0 +1,111 @@
+"""Puts a trained bundle and its figures where the package looks for the embedded model.
+
+    python scripts/emoji_assets.py out/emoji_sft/model out/evaluation/evaluation.json
+
+Writes emu3_jax/assets/emoji: the bundle, compressed, CARD.md with the figures, NOTICE and SHA256SUMS. To be committed
+only when the weights are the ones to keep.
+"""
+
+import argparse
+import functools
+import json
+import pathlib
+import shutil
+import sys
+from typing import Any
+
+import numpy as np
+
+from emu3_jax.checkpoints.bundle import Bundle, LazyArray, write_part
+from emu3_jax.checkpoints.embedded import DIRECTORY, write_checksums
+from emu3_jax.errors import Emu3Error
+from emu3_jax.files import new_directory
+
+LIMIT = 30_000_000  # bytes, of the whole directory
+NOTICE = pathlib.Path(__file__).parent / "emoji_data" / "notice.txt"
+
+CARD = """# The embedded model
+
+A small Emu3: {vision:.1f} M parameters of vision tokenizer (causal 3D VQ, {codes:,} codes, {side}x{side} pixels to
+{grid}x{grid} codes) and {decoder:.1f} M of decoder ({layers} layers, width {width}). It draws emoji from text,
+describes and sorts them, and makes short clips. It is here to be tried, tested and measured on; it knows nothing but
+emoji.
+
+- Data and licences: see NOTICE. Made by `scripts/build_emoji.py`.
+- Recipe: `bash scripts/emoji_model.sh` with the configs `vision_emoji.py`, `emoji_pretrain.py` and `emoji_sft.py`.
+- Limits: {side}x{side} pixels; words that its captions never hold give some emoji, not what they say; a photograph is
+  described as the emoji that it resembles; clips are eight frames.
+
+## Figures on what it never saw
+
+Printed by `emu3-jax evaluate configs/eval_emoji.py`.
+
+```json
+{figures}
+```
+"""
+
+
+def write_assets(source: pathlib.Path, figures: dict[str, Any], target: pathlib.Path = DIRECTORY) -> int:
+    """Writes `target` anew from the bundle `source`; returns its bytes.
+
+    Raises:
+        Emu3Error: the bundle lacks a part, or the directory would be larger than `LIMIT`.
+    """
+    bundle = Bundle.open(source)
+    for part in ("decoder", "vision", "tokenizer"):
+        bundle.require(part)
+    decoder, vision = bundle.decoder_config, bundle.vision_config
+    configs = {
+        "decoder": decoder.to_dict(),
+        "vision": {"vision": vision.to_dict(), "image": bundle.image_config.to_dict(), "num_batches_tracked": {}},
+    }
+    sizes = {}
+    old = target.with_name(target.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    new = target.with_name(target.name + ".new")
+    shutil.rmtree(new, ignore_errors=True)
+    with new_directory(new, LIMIT) as temporary:
+        for part, config in configs.items():
+            arrays = [_held(param.path, array) for param, array in bundle.arrays(part)]
+            sizes[part] = sum(int(np.prod(array.shape)) for array in arrays) / 1e6
+            write_part(temporary / part, config, arrays, compressed=True)
+        shutil.copytree(bundle.path / "tokenizer", temporary / "tokenizer")
+        side = round(decoder.image_area**0.5)
+        card = CARD.format(
+            vision=sizes["vision"],
+            codes=vision.codebook_size,
+            side=side,
+            grid=side // vision.spatial_factor,
+            decoder=sizes["decoder"],
+            layers=decoder.num_layers,
+            width=decoder.hidden_size,
+            figures=json.dumps(figures, indent=2),
+        )
+        (temporary / "CARD.md").write_text(card)
+        shutil.copy(NOTICE, temporary / "NOTICE")
+        write_checksums(temporary)
+        size = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file())
+        if size > LIMIT:
+            raise Emu3Error(f"{source} takes {size / 1e6:.1f} MB, the limit is {LIMIT / 1e6:.0f}: train a smaller one")
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+    return size
+
+
+def _held(path: tuple[str, ...], array: np.ndarray) -> LazyArray:
+    return LazyArray(path, array.shape, array.dtype, functools.partial(np.asarray, array))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=pathlib.Path, metavar="BUNDLE")
+    parser.add_argument("figures", type=pathlib.Path, metavar="evaluation.json")
+    options = parser.parse_args()
+    try:
+        written = write_assets(options.bundle, json.loads(options.figures.read_text()))
+    except (Emu3Error, OSError, ValueError) as error:
+        sys.exit(f"emoji_assets: error: {error}")
+    print(f"{DIRECTORY}: {written / 1e6:.1f} MB")
