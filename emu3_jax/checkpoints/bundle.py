@@ -46,8 +46,12 @@ class LazyArray:
     load: Callable[[], np.ndarray]
 
     @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.size * self.dtype.itemsize
 
 
 class _LazyArrayHandler(ocp.type_handlers.NumpyHandler):
@@ -57,7 +61,8 @@ class _LazyArrayHandler(ocp.type_handlers.NumpyHandler):
     """
 
     def __init__(self, written: Callable[[int], Any]):
-        super().__init__(deepcopy_host_arrays=False)
+        super().__init__()
+        self._deepcopy_host_arrays = False  # an argument only from Orbax 0.12.5 on; older ones never copy here
         self._written = written
 
     async def serialize(self, values, infos, args=None):

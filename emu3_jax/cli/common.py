@@ -35,6 +35,14 @@ def add_set(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_drawing(command: argparse.ArgumentParser) -> None:
+    """What is drawn beside the prompts, and how tokens are drawn."""
+    command.add_argument("--area", type=int, help="pixels (default: what the model was trained for)")
+    command.add_argument("--negative", nargs="+", default=[""], metavar="TEXT", help="what to avoid, or one each")
+    command.add_argument("--guidance", type=float, nargs="+", default=[3.0], help="scale, or one each (default: 3.0)")
+    add_sampling(command, temperature=1.0)
+
+
 def add_sampling(command: argparse.ArgumentParser, temperature: float) -> None:
     """How tokens are drawn."""
     command.add_argument("--temperature", type=float, default=temperature, help="0 is greedy (default: %(default)s)")
@@ -49,6 +57,13 @@ def add_sampling(command: argparse.ArgumentParser, temperature: float) -> None:
 def one_or_each(values: list):
     """The value for all rows where there is one, else one for each."""
     return values[0] if len(values) == 1 else values
+
+
+def drawing(options: argparse.Namespace) -> dict:
+    """What the options of `add_drawing` say, as keyword arguments of `generate_sequences` and `generate_clips`."""
+    same = ("area", "temperature", "top_k", "top_p", "seed", "greedy", "allow_special", "batch_size")
+    each = {name: one_or_each(getattr(options, name)) for name in ("negative", "guidance")}
+    return {**{name: getattr(options, name) for name in same}, **each}
 
 
 def load_model(options: argparse.Namespace):

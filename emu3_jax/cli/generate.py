@@ -10,10 +10,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("prompts", nargs="+", metavar="PROMPT", help="what to draw")
     common.add_model(command)
     command.add_argument("--ratio", nargs="+", default=["1:1"], metavar="W:H", help="one for all prompts, or one each")
-    command.add_argument("--area", type=int, help="pixels (default: what the model was trained for)")
-    command.add_argument("--negative", nargs="+", default=[""], metavar="TEXT", help="what to avoid, or one each")
-    command.add_argument("--guidance", type=float, nargs="+", default=[3.0], help="scale, or one each (default: 3.0)")
-    common.add_sampling(command, temperature=1.0)
+    common.add_drawing(command)
     command.add_argument("--save-tokens", action="store_true", help="also write DIR/tokens.npz: row i, the full ids")
     command.add_argument("-o", "--output", type=pathlib.Path, required=True, metavar="DIR")
 
@@ -35,16 +32,7 @@ def run(options: argparse.Namespace) -> None:
         generations = model.generate_sequences(
             options.prompts,
             ratio=common.one_or_each(options.ratio),
-            area=options.area,
-            negative=common.one_or_each(options.negative),
-            guidance=common.one_or_each(options.guidance),
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            seed=options.seed,
-            greedy=options.greedy,
-            allow_special=options.allow_special,
-            batch_size=options.batch_size,
+            **common.drawing(options),
             progress=common.progress(options) if first else False,
         )
         if not first:

@@ -12,10 +12,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--frames", type=int, default=8, metavar="N", help="of each clip (default: %(default)s)")
     command.add_argument("--fps", type=float, default=8.0, metavar="F", help="frames per second (default: %(default)s)")
     command.add_argument("--ratio", default="1:1", metavar="W:H", help="default: %(default)s")
-    command.add_argument("--area", type=int, help="pixels of a frame (default: what the model was trained for)")
-    command.add_argument("--negative", nargs="+", default=[""], metavar="TEXT", help="what to avoid, or one each")
-    command.add_argument("--guidance", type=float, nargs="+", default=[3.0], help="scale, or one each (default: 3.0)")
-    common.add_sampling(command, temperature=1.0)
+    common.add_drawing(command)
     command.add_argument("--format", choices=("webp", "gif"), default="webp", help="default: %(default)s")
     command.add_argument("-o", "--output", type=pathlib.Path, required=True, metavar="DIR")
 
@@ -37,16 +34,7 @@ def run(options: argparse.Namespace) -> None:
             frames=options.frames,
             fps=options.fps,
             ratio=options.ratio,
-            area=options.area,
-            negative=common.one_or_each(options.negative),
-            guidance=common.one_or_each(options.guidance),
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            seed=options.seed,
-            greedy=options.greedy,
-            allow_special=options.allow_special,
-            batch_size=options.batch_size,
+            **common.drawing(options),
             progress=common.progress(options) if first else False,
         )
         if not first:

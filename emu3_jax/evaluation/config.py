@@ -1,6 +1,7 @@
 """What `emu3-jax evaluate` measures, as one frozen config."""
 
 import dataclasses
+from typing import Any
 
 from emu3_jax.fields import check_field, is_number, is_whole
 
@@ -113,3 +114,8 @@ class EvaluateConfig:
         check_field(self, "seed", is_whole(self.seed, 0) and self.seed < 2**31, "a whole number from 0 to 2**31 - 1")
         check_field(self, "rows", is_whole(self.rows, 0), "a whole number >= 0")
         check_field(self, "judge", isinstance(self.judge, JudgeConfig), "a JudgeConfig")
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """How pictures and clips are drawn, as keyword arguments of `Emu3`."""
+        return {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "seed", "batch_size")}

@@ -68,11 +68,7 @@ def _clips(
         ratio=f"{width}:{height}",
         area=height * width,
         guidance=config.procedural_guidance,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        seed=config.seed,
-        batch_size=config.batch_size,
         progress=progress,
+        **config.sampling,
     )
     return np.stack([clip.frames for clip in clips])

@@ -28,12 +28,8 @@ def generate(
         ratio=f"{width}:{height}",
         area=height * width,
         guidance=guidance,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        seed=config.seed,
-        batch_size=config.batch_size,
         progress=progress,
+        **config.sampling,
     )
     return np.stack([np.asarray(one.image) for one in made])
 
