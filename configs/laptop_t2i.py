@@ -1,4 +1,4 @@
-"""Text to picture from random weights, small enough for a laptop's CPU: two layers, 128x128 pixels, a few minutes.
+"""Text to picture from random weights, small enough for a laptop's CPU: two layers, 128x128 pixels, about ten minutes.
 
     python scripts/small_checkpoint.py out/checkpoint
     emu3-jax convert out/checkpoint/decoder out/checkpoint/vision -o out/bundle

@@ -196,9 +196,9 @@ def _own_rows(label_c, first, count):
 
 
 def _chunks(x: jax.Array, chunk: int) -> jax.Array:
-    """[N, ...] as [chunks, C, ...], filled up with zeros."""
-    size = min(chunk, len(x))
-    count = -(-len(x) // size)
+    """[N, ...] as [chunks, C, ...] with C at most `chunk`, filled up with few zeros."""
+    count = -(-len(x) // chunk)
+    size = -(-len(x) // count)
     return jnp.pad(x, ((0, count * size - len(x)), *((0, 0),) * (x.ndim - 1))).reshape(count, size, *x.shape[1:])
 
 
