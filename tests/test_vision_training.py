@@ -279,7 +279,7 @@ def test_bad_input(config, manifest, tmp_path, capsys):
     fails("name no pictures", pixels=dataclasses.replace(pixels, manifests=(str(tmp_path / "text.jsonl"),)))
     fails("smaller than a crop of 32", pixels=dataclasses.replace(pixels, size=32))
     fails("no such file|cannot read", pixels=dataclasses.replace(pixels, manifests=("absent.jsonl",)))
-    fails("the mesh splits it into 4", mesh="data=4", pixels=dataclasses.replace(pixels, stills=6))
+    fails("a multiple of 4, the parts that the mesh", mesh="data=4", pixels=dataclasses.replace(pixels, stills=6))
     with pytest.raises(Emu3Error, match="a multiple of 2"):
         dataclasses.replace(config, pixels=dataclasses.replace(pixels, size=17))
     with pytest.raises(Emu3Error, match="a multiple of 2"):

@@ -44,18 +44,13 @@ def train_vision(config: VisionTrainConfig, progress: bool | None = None) -> Out
     """
     enable_persistent_cache()
     mesh = make_mesh(config.mesh)
-    parts, processes = mesh.shape["data"], jax.process_count()
-    for field in ("stills", "clips"):
-        count = getattr(config.pixels, field)
-        if count % parts:
-            raise Emu3Error(f"PixelConfig field {field} is {count}: the mesh splits it into {parts} parts; correct it")
+    trainer = VisionTrainer(config, mesh)
     p = config.pixels
     data = PixelData(p.manifests, p.size, p.frames, in_memory=p.in_memory, workers=p.workers, seed=p.seed)
     data.require(p.stills, p.clips)
     directory = pathlib.Path(config.directory)
     with locked(directory), contextlib.ExitStack() as stack:
         write_vision_identity(directory, config)
-        trainer = VisionTrainer(config, mesh)
         checkpoints = Checkpoints(directory, config.keep)
         stack.callback(checkpoints.close)
         position = {"pixels": data.identity, "stills": p.stills, "clips": p.clips}
@@ -65,7 +60,7 @@ def train_vision(config: VisionTrainConfig, progress: bool | None = None) -> Out
         metrics = Metrics(directory, step) if first else None
         if metrics:
             stack.callback(metrics.close)
-        part = slice(jax.process_index(), None, processes)
+        part = slice(jax.process_index(), None, jax.process_count())
         batches = stack.enter_context(contextlib.closing(data.batches(step, p.stills, p.clips, part)))
         show = None if progress is None else not progress
         bar = stack.enter_context(

@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any
 
 from emu3_jax.config import ImageConfig, VisionConfig
-from emu3_jax.errors import Emu3Error
 from emu3_jax.fields import check_field, is_number, is_whole
 from emu3_jax.training.config import OptimizerConfig
 
@@ -140,9 +139,9 @@ class VisionTrainConfig:
         check_field(self, "seed", is_whole(self.seed, 0), "a whole number >= 0")
         ok = self.optimizer.warmup_steps < self.steps
         check_field(self.optimizer, "warmup_steps", ok, f"less than steps ({self.steps})")
-        _one_of(self, "dtype", "float32", "bfloat16")
-        _one_of(self, "export_dtype", "float32", "bfloat16")
-        _one_of(self, "precision", "default", "highest")
+        check_field(self, "dtype", self.dtype in ("float32", "bfloat16"), "float32 or bfloat16")
+        check_field(self, "export_dtype", self.export_dtype in ("float32", "bfloat16"), "float32 or bfloat16")
+        check_field(self, "precision", self.precision in ("default", "highest"), "default or highest")
         for field in ("average", "code_decay"):
             check_field(
                 self, field, is_number(getattr(self, field)) and 0 <= getattr(self, field) < 1, "from 0 to below 1"
@@ -165,10 +164,3 @@ class VisionTrainConfig:
         """How the exported tokenizer treats pictures."""
         area = self.pixels.size**2
         return ImageConfig(min_pixels=area, max_pixels=area) if self.image is None else self.image
-
-
-def _one_of(config: Any, field: str, *legal: str) -> None:
-    if getattr(config, field) not in legal:
-        raise Emu3Error(
-            f"{type(config).__name__} field {field} is {getattr(config, field)!r}: it must be {' or '.join(legal)}"
-        )

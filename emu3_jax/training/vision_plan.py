@@ -4,7 +4,6 @@ import dataclasses
 
 from jax.sharding import Mesh
 
-from emu3_jax.errors import Emu3Error
 from emu3_jax.sharding.mesh import make_mesh
 from emu3_jax.sharding.plan import Program, Slice
 from emu3_jax.training.vision_config import VisionTrainConfig
@@ -26,11 +25,6 @@ def programs(config: VisionTrainConfig, slice_: Slice, rows_per_chip: int | None
     if rows_per_chip is not None:
         pixels = dataclasses.replace(config.pixels, stills=rows_per_chip * mesh.size)
         config = dataclasses.replace(config, pixels=pixels)
-    parts = mesh.shape["data"]
-    for field in ("stills", "clips"):
-        count = getattr(config.pixels, field)
-        if count % parts:
-            raise Emu3Error(f"PixelConfig field {field} is {count}: the mesh splits it into {parts} parts; correct it")
     trainer = VisionTrainer(config, mesh)
     state, batch = trainer.abstract_state(), trainer.abstract_batch()
     arguments = {

@@ -15,6 +15,7 @@ from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from emu3_jax.fields import check_field
 from emu3_jax.models.vision import VisionTokenizer
 from emu3_jax.models.vision_layers import Training, train_as
 from emu3_jax.training.optimizer import learning_rate, make_optimizer
@@ -66,6 +67,11 @@ class VisionTrainer:
     """
 
     def __init__(self, config: VisionTrainConfig, mesh: Mesh):
+        """Raises `Emu3Error` if the mesh does not split the pictures and clips of a step evenly."""
+        parts = mesh.shape["data"]
+        for field in ("stills", "clips"):
+            ok = getattr(config.pixels, field) % parts == 0
+            check_field(config.pixels, field, ok, f"a multiple of {parts}, the parts that the mesh splits it into")
         self.config, self.mesh = config, mesh
         self.model = VisionTokenizer(config.vision)
         self.optimizer = make_optimizer(config.optimizer, config.steps)
