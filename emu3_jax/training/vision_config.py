@@ -1,7 +1,6 @@
 """The recipe of a run that trains the vision tokenizer, as one frozen config."""
 
 import dataclasses
-from typing import Any
 
 from emu3_jax.config import ImageConfig, VisionConfig
 from emu3_jax.fields import check_field, is_number, is_whole
