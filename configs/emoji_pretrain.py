@@ -28,17 +28,17 @@ PROMPTS = ("3d emoji of dog face", "noto emoji of pizza", "flat emoji of rocket"
 
 
 def decoder() -> DecoderConfig:
-    tokens = special_tokens(2048, 4096)  # see scripts/emoji_bundle.py; the codebook of configs/vision_emoji.py
+    tokens = special_tokens(2048, 2048)  # see scripts/emoji_bundle.py; the codebook of configs/vision_emoji.py
     return DecoderConfig(
         vocab_size=tokens.visual_end,
-        hidden_size=320,
-        intermediate_size=864,
+        hidden_size=384,
+        intermediate_size=1024,
         num_layers=8,
-        num_heads=10,
+        num_heads=12,
         num_kv_heads=2,
         max_positions=1024,
         rope_theta=10_000.0,
-        image_area=48 * 48,
+        image_area=32 * 32,
         tokens=tokens,
     )
 
@@ -54,7 +54,7 @@ def config() -> TrainConfig:
         directory="out/emoji_pretrain",
         model=ModelConfig("out/emoji_start", decoder(), random=True, remat="none"),
         # One record a row: at these sizes packing would keep a GPU waiting for the host.
-        data=DataConfig(sources, sequence_length=352, packing=0, in_memory=True),
+        data=DataConfig(sources, sequence_length=584, packing=0, in_memory=True),
         batch_size=192,
         steps=4_000,
         optimizer=OptimizerConfig(

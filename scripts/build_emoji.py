@@ -70,7 +70,7 @@ def build(
     directory: pathlib.Path,
     cache: pathlib.Path,
     *,
-    size: int = 48,
+    size: int = 32,
     clips: bool = True,
     seed: int = SEED,
     sources: Sources | None = None,
@@ -280,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=pathlib.Path, metavar="DIR", help="to be made")
     parser.add_argument(
-        "--size", type=int, default=48, metavar="PIXELS", help="side of pictures (default: %(default)s)"
+        "--size", type=int, default=32, metavar="PIXELS", help="side of pictures (default: %(default)s)"
     )
     parser.add_argument("--cache", type=pathlib.Path, metavar="DIR", help="for tarballs (default: DIR-packages)")
     parser.add_argument("--no-clips", action="store_true", help="leave the animated packages (730 MB) out")

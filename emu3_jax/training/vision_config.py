@@ -92,7 +92,8 @@ class VisionTrainConfig:
         remat: the backward pass computes the insides of blocks again, for large crops.
         average: decay of the moving average of the weights, which is what is evaluated and exported.
         code_decay: decay of the moving averages that codes follow (van den Oord et al., arXiv 1711.00937, A.1).
-        dead_below: a code of which a step uses fewer than this on average becomes a random latent of the batch.
+        dead_below: a code of which a step uses fewer than this on average becomes a latent of the batch, drawn by its
+            squared distance to its own code.
         norm_momentum: share of a step's statistics in the batch norms' stored ones.
         batch_statistics_until: share of the run after which batch norms no longer use the batch's statistics, so that
             the rest trains exactly the network that is exported.

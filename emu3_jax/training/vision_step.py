@@ -262,7 +262,9 @@ class VisionTrainer:
             used[:, None] > 1e-6, sums / jnp.maximum(used, 1e-6)[:, None], _flat(state.params)[CODEBOOK]
         )
         dead = used < config.dead_below
-        fresh = latents[jax.random.randint(key, (count,), 0, len(latents))]
+        # The worse a latent is coded, the likelier it becomes a code, as in k-means++: most are plain background.
+        errors = jnp.sum((latents - _flat(state.params)[CODEBOOK][codes]) ** 2, axis=-1)
+        fresh = latents[jax.random.choice(key, len(latents), (count,), p=errors / jnp.maximum(errors.sum(), 1e-30))]
         embedding = jnp.where(dead[:, None], fresh, followed)
         # A revived code has some time to find latents before it counts as dead again.
         grace = 2 * config.dead_below
