@@ -1,4 +1,4 @@
-"""Pretraining of the embedded model's decoder, 12.7 M parameters, on emoji: pictures, clips, questions and texts.
+"""Pretraining of the embedded model's decoder, 15.5 M parameters, on emoji: pictures, clips, questions and texts.
 
     python scripts/build_emoji.py out/emoji
     emu3-jax train configs/vision_emoji.py

@@ -1,4 +1,4 @@
-"""The embedded model's vision tokenizer, 4.0 M parameters: 48x48 emoji and clips to 12x12 codes of 4,096, and back.
+"""The embedded model's vision tokenizer, 2.9 M parameters: 32x32 emoji and clips to 16x16 codes of 2,048, and back.
 
 python scripts/build_emoji.py out/emoji
 emu3-jax train configs/vision_emoji.py
@@ -25,7 +25,7 @@ def config() -> VisionTrainConfig:
         pixels=PixelConfig(
             ("out/emoji/vision_train.jsonl",), size=32, stills=128, clips=8, frames=8, in_memory=True, augment=0.6
         ),
-        steps=16_000,
+        steps=10_000,
         optimizer=OptimizerConfig(
             learning_rate=6e-4,
             final_learning_rate=1e-5,

@@ -18,6 +18,7 @@ import numpy as np
 from emoji_data import packages
 from emoji_data.concepts import (
     CLIP_STYLE,
+    MAIN_GROUPS,
     STYLES,
     Concept,
     held_out_styles,
@@ -39,8 +40,9 @@ from emu3_jax.media.clips import load_clip, save_clip
 NOTICE = pathlib.Path(__file__).parent / "emoji_data" / "notice.txt"
 ALIKE = 16.0  # mean difference, of 255, below which two styles draw a concept the same way; unlike ones differ by 38
 PROCEDURAL_FPS = 4.0
+VIEWS = 4  # of a picture that the decoder is trained on, so that it sees more than one sequence of codes for it
 SEED = 1  # with 0, the 24 clock faces make up a third of the concepts that are held out
-_BYTES_PER_PIXEL = 20_000  # of the whole directory, for each pixel of a picture: a generous bound for the disk
+_BYTES_PER_PIXEL = 80_000  # of the whole directory, for each pixel of a picture: a generous bound for the disk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,9 +130,9 @@ def _write_pictures(
     characters = {style: load_characters(tarballs[package]) for style, package in sources.drawings.items()}
     if not characters.get("vintage"):
         characters["vintage"] = characters["noto"]  # the older package lists no characters, its names are the same
-    loaded = {"3d": load_pictures(tarballs[sources.pictures_3d], labelled, size)}
+    loaded = {"3d": load_pictures(tarballs[sources.pictures_3d], labelled, size, VIEWS)}
     for style, package in sources.drawings.items():
-        loaded[style] = load_drawings(tarballs[package], characters[style], labelled, size)
+        loaded[style] = load_drawings(tarballs[package], characters[style], labelled, size, VIEWS)
     found: dict[str, dict[str, np.ndarray]] = collections.defaultdict(dict)
     for style in STYLES:
         for codepoint, result in tqdm(loaded[style], style, unit=" pictures", disable=None):
@@ -148,9 +150,13 @@ def _write_pictures(
             held_clips.add(codepoint)
         for style, pixels in pictures.items():
             name = f"pictures/{style}/{codepoint}"
-            Image.fromarray(pixels).save(target / f"{name}.webp", lossless=True)
             split = ("concept" if is_held_out(concept, seed) else "style") if style in held else "train"
-            items.append(_item(name, "picture", style, concept, split))
+            item = _item(name, "picture", style, concept, split)
+            if split == "train" and item["group"] in MAIN_GROUPS:
+                item["views"] = [f"pictures/{style}/{codepoint}_{number}.webp" for number in range(1, VIEWS)]
+            for file, view in zip([item["file"], *item.get("views", [])], pixels, strict=False):
+                Image.fromarray(view).save(target / file, lossless=True)
+            items.append(item)
     return sorted(items, key=lambda item: (STYLES.index(item["style"]), item["concept"])), held_clips
 
 
@@ -158,7 +164,7 @@ def _alike(pictures: dict[str, np.ndarray]) -> dict[str, set[str]]:
     """For each style, the styles that draw a concept almost the same way; Fluent's 3d and flat always do."""
     groups = {style: {style} for style in pictures}
     for one, other in itertools.combinations(pictures, 2):
-        difference = np.abs(pictures[one].astype(int) - pictures[other]).mean()
+        difference = np.abs(pictures[one][0].astype(int) - pictures[other][0]).mean()
         if difference < ALIKE or {one, other} == {"3d", "flat"}:
             joined = groups[one] | groups[other]
             groups |= dict.fromkeys(joined, joined)

@@ -155,6 +155,10 @@ def test_build(build, tmp_path):
             with Image.open(data / item["file"]) as image:
                 assert (image.size, image.mode) == ((32, 32), "RGB")
                 assert item["style"] == "procedural" or image.getpixel((31, 0)) == (255, 255, 255)
+        views = [data / item["file"], *(data / view for view in item.get("views", ()))]
+        shown = item["kind"] == "picture" and item["split"] == "train" and item["group"] == GROUPS[3]
+        assert len(views) == (4 if shown else 1)
+        assert (len({view.read_bytes() for view in views}) > 1) == shown
     kinds = {kind: row["all"] for kind, row in summary["items"].items()}
     pictures = {"picture 3d": 41, "picture flat": 40, "picture noto": 41, "picture vintage": 41, "picture twemoji": 41}
     assert kinds == pictures | {"clip animated": 12, "procedural_picture procedural": 47} | {
@@ -203,6 +207,10 @@ def test_manifests(build, tmp_path):
     assert texts[-2:] == [f"emoji of {first['label']}", first["label"]]
     assert first["label"].startswith("beast's")
     assert set(texts[3].split(", ")[1:]) <= {"pet", "fur", "tail"}
+    seen = [line["image"] for line in lines(data / "t2i_train.jsonl") if line["name"].startswith(first["name"] + "#")]
+    assert set(seen) == {first["file"], *first["views"]}
+    asked = [line for line in lines(data / "i2t_train.jsonl") if line["image"] == first["views"][0]]
+    assert [line["conversation"][1]["text"] for line in asked] == [texts[0], first["group"], first["style"]]
     held = {item["label"] for item in items.values() if item["split"] == "concept"}
     assert held
     assert not any(line["text"].split(":")[0].split(".")[0] in held for line in lines(data / "text_train.jsonl"))

@@ -1,10 +1,12 @@
 """Training the vision tokenizer: the step's parts, the loop, its checkpoints, and the bundle at its end."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
 import shutil
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +21,14 @@ from emu3_jax.data.pixels import PixelData
 from emu3_jax.errors import Emu3Error
 from emu3_jax.media.clips import save_clip
 from emu3_jax.models.vision import VisionTokenizer
+from emu3_jax.models.vision_layers import (
+    HIGHEST,
+    CausalConv3d,
+    TemporalDownsample,
+    TemporalUpsample,
+    Training,
+    train_as,
+)
 from emu3_jax.sharding.mesh import make_mesh
 from emu3_jax.training import vision_step
 from emu3_jax.training.config import OptimizerConfig
@@ -115,6 +125,42 @@ def test_stills_and_clips_together_are_as_they_are_alone():
 
     for found, expected in zip(together(variables), alone(variables), strict=True):
         np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("layer", "frames"),
+    [
+        (CausalConv3d(6), 1),
+        (CausalConv3d(6, (3, 3, 3)), 5),
+        (TemporalDownsample(), 8),
+        (TemporalUpsample(), 3),
+    ],
+)
+def test_convolutions_of_folded_frames(layer, frames):
+    x = jax.random.normal(jax.random.key(0), (2, frames, 6, 5, 4))
+
+    def drawn(parameters, mode):
+        with train_as(mode) if mode else contextlib.nullcontext():
+            return layer.apply(parameters, x)
+
+    mode = Training(jnp.dtype(jnp.float32), HIGHEST, jnp.ones(()), remat=False)
+    parameters = nn.unbox(layer.init(jax.random.key(1), x))
+    with train_as(mode):
+        trained = nn.unbox(layer.init(jax.random.key(1), x))
+    jax.tree.map(np.testing.assert_array_equal, trained, parameters)
+    np.testing.assert_allclose(drawn(parameters, mode), drawn(parameters, None), atol=1e-5)
+    slopes = [jax.grad(lambda p, mode=m: (drawn(p, mode) ** 3).sum())(parameters) for m in (mode, None)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3), *slopes)
+
+
+def test_dead_codes_become_the_worst_coded_latents(config):
+    trainer = VisionTrainer(config, make_mesh("data=1"))
+    state = trainer.initial_state()
+    codebook = state.params["quantize"]["embedding"]
+    # Almost all latents are a code; one lies far off, and every dead code moves there.
+    latents = jnp.tile(codebook[:1], (500, 1)).at[77].set(codebook[0] + 5)
+    found = trainer._codes(state, latents, jnp.zeros(500, jnp.int32), jax.random.key(0))[0]
+    np.testing.assert_allclose(found[1:], jnp.tile(latents[77], (len(codebook) - 1, 1)), atol=1e-6)
 
 
 def test_nearest_code_in_blocks(monkeypatch):

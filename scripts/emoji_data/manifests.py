@@ -3,6 +3,7 @@
 Captions follow from names and the seed, so the same items always give the same manifests.
 """
 
+import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator
 
@@ -59,9 +60,14 @@ def caption(item: Item) -> str:
     return item["label"] if item["kind"].startswith("procedural") else f"{item['style']} emoji of {item['label']}"
 
 
-def _line(item: Item, ending: str, **content) -> Line:
+def _line(item: Item, ending: str, view: int = 0, **content) -> Line:
     medium = "clip" if item["kind"].endswith("clip") else "image"
-    return {medium: item["file"], **content, "name": item["name"] + ending}
+    return {medium: _views(item)[view], **content, "name": item["name"] + ending}
+
+
+def _views(item: Item) -> list[str]:
+    """The files that show the item."""
+    return [item["file"], *item.get("views", [])]
 
 
 def _canonical_line(item: Item) -> list[Line]:
@@ -77,11 +83,11 @@ def _caption_lines(item: Item, seed: int) -> Iterator[Line]:
         tagged = (", ".join((caption(item), *_some(item["tags"], chance))) for _ in range(2))
         texts = [caption(item)] * _CANONICAL + [*tagged, f"emoji of {item['label']}", item["label"]]
     for number, text in enumerate(texts):
-        yield _line(item, f"#{number}", text=text)
+        yield _line(item, f"#{number}", number % len(_views(item)), text=text)
 
 
 def _question_lines(item: Item) -> Iterator[Line]:
-    """A conversation for each question that the item answers."""
+    """A conversation for each question that the item answers, over each of its views."""
     if item["kind"] == "procedural_picture":
         asked = {
             _DESCRIBE: caption(item),
@@ -95,9 +101,10 @@ def _question_lines(item: Item) -> Iterator[Line]:
             "What category is this?": item["group"],
             "What style is this?": item["style"],
         }
-    for number, (question, answer) in enumerate(asked.items()):
+    pairs = itertools.product(range(len(_views(item))), asked.items())
+    for number, (view, (question, answer)) in enumerate(pairs):
         turns = [{"role": "user", "text": question}, {"role": "assistant", "text": answer}]
-        yield _line(item, f"#{number}", conversation=turns)
+        yield _line(item, f"#{number}", view, conversation=turns)
 
 
 def _text_lines(concept: Concept, seed: int) -> Iterator[Line]:

@@ -1,8 +1,12 @@
-"""Pictures and clips of the packages as small RGB arrays on white."""
+"""Pictures and clips of the packages as small RGB arrays on white.
+
+Pictures come as V views: the first fills its square as the package has it, the others are smaller and off-centre.
+"""
 
 import io
 import json
 import pathlib
+import random
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -16,17 +20,18 @@ FRAMES = 8
 STILL = 4.0  # a clip in which no frame differs from the first by this much on average, of 255, does not move
 _BLANK = 1.0  # spread of the pixel values, of 255, below which a picture shows nothing
 _OVERSAMPLING = 4
+_VIEW = (0.78, 1.0)  # size of a view, as a share of the first's
 _SVG = (
     '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
     'width="{width}" height="{height}" viewBox="{left} {top} {width} {height}">{body}</svg>'
 )
 
-# What becomes of a file or drawing: its codepoint, and pixels or, as text, why it is not used.
+# What becomes of a file or drawing: its codepoint, and pixels [V, H, W, 3] or, as text, why it is not used.
 Picture = tuple[str, np.ndarray | str]
 
 
-def load_pictures(tarball: pathlib.Path, labelled: set[str], size: int) -> Iterator[Picture]:
-    """The pictures in a package of WebP files that are named by codepoint."""
+def load_pictures(tarball: pathlib.Path, labelled: set[str], size: int, views: int) -> Iterator[Picture]:
+    """`views` of each of the pictures in a package of WebP files that are named by codepoint."""
     seen = set()
     for name, data in read_members(tarball, ".webp"):
         codepoint, reason = _judge(pathlib.PurePath(name).stem, labelled, seen)
@@ -34,11 +39,11 @@ def load_pictures(tarball: pathlib.Path, labelled: set[str], size: int) -> Itera
             yield codepoint, reason
             continue
         with Image.open(io.BytesIO(data)) as picture:
-            yield codepoint, _unless_blank(_small(picture, size))
+            yield codepoint, _unless_blank(_views(picture, size, views, codepoint))
 
 
 def load_drawings(
-    tarball: pathlib.Path, characters: dict[str, str], labelled: set[str], size: int
+    tarball: pathlib.Path, characters: dict[str, str], labelled: set[str], size: int, views: int
 ) -> Iterator[Picture]:
     """The drawings in an Iconify package.
 
@@ -47,6 +52,7 @@ def load_drawings(
         characters: names of drawings by codepoint.
         labelled: codepoints that have labels.
         size: side of the pictures.
+        views: of each.
     """
     icons = _read_json(tarball, "package/icons.json")
     seen = set()
@@ -55,7 +61,13 @@ def load_drawings(
         if icon is None:
             continue  # another package's character list may name more than this one draws
         codepoint, reason = _judge(hexcode, labelled, seen)
-        yield codepoint, reason or _unless_broken(lambda icon=icon: _render(icon, size))
+        yield (
+            codepoint,
+            reason
+            or _unless_broken(
+                lambda icon=icon, codepoint=codepoint: _views(_render(icon, size), size, views, codepoint)
+            ),
+        )
 
 
 def load_characters(tarball: pathlib.Path) -> dict[str, str]:
@@ -122,7 +134,8 @@ def _resolve(icons: dict, name: str) -> dict | None:
     return icon
 
 
-def _render(icon: dict, size: int) -> np.ndarray:
+def _render(icon: dict, size: int) -> Image.Image:
+    """The drawing at some times the `size` that it is for."""
     import resvg_py
 
     longest = max(icon["width"], icon["height"])
@@ -130,27 +143,39 @@ def _render(icon: dict, size: int) -> np.ndarray:
     # Fonts of the machine would make the pictures depend on it.
     png = resvg_py.svg_to_bytes(svg_string=_SVG.format(**icon), width=width, skip_system_fonts=True)
     with Image.open(io.BytesIO(bytes(png))) as picture:
-        return _small(picture, size)
+        return picture.convert("RGBA")
 
 
-def _small(picture: Image.Image, size: int) -> np.ndarray:
-    """The picture on a white square, at size x size."""
+def _views(picture: Image.Image, size: int, count: int, codepoint: str) -> np.ndarray:
+    """The first is the whole picture; sizes and places of the others follow from the codepoint."""
+    chance = random.Random(codepoint)
+    views = [_small(picture, size)]
+    for _ in range(1, count):
+        views.append(_small(picture, size, chance.uniform(*_VIEW), (chance.random(), chance.random())))
+    return np.stack(views)
+
+
+def _small(picture: Image.Image, size: int, share: float = 1.0, place: tuple[float, float] = (0.5, 0.5)) -> np.ndarray:
+    """The picture on a white square, at size x size, whose longer side takes up `share` of it, `place` of the way from
+    left and top."""
     picture = picture.convert("RGBA")
-    side = max(picture.size)
+    side = round(max(picture.size) / share)
     square = Image.new("RGBA", (side, side), "white")
-    square.alpha_composite(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    square.alpha_composite(
+        picture, (round((side - picture.width) * place[0]), round((side - picture.height) * place[1]))
+    )
     return np.asarray(square.convert("RGB").resize((size, size), Image.Resampling.LANCZOS))
 
 
-def _unless_broken(render: Callable[[], np.ndarray]) -> np.ndarray | str:
+def _unless_broken(draw: Callable[[], np.ndarray]) -> np.ndarray | str:
     try:
-        return _unless_blank(render())
+        return _unless_blank(draw())
     except ValueError as error:  # the renderer's, on a drawing that it cannot read
         return f"broken drawing: {str(error).splitlines()[0]}"
 
 
 def _unless_blank(pixels: np.ndarray) -> np.ndarray | str:
-    return pixels if pixels.std() >= _BLANK else "blank"
+    return pixels if pixels[0].std() >= _BLANK else "blank"
 
 
 def _read_json(tarball: pathlib.Path, member: str) -> dict:
