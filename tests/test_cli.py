@@ -140,6 +140,13 @@ def test_bench_prints_json_lines(capsys):
     assert lines[-1]["picture"] == "64x64" and lines[-1]["tokens"] == 72
 
 
+def test_bench_of_a_bundle(golden_bundle, capsys):
+    assert run("bench", "decode", "--model", golden_bundle, "--area", 1024, "--whole") == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert lines[0]["model"] == str(golden_bundle)
+    assert lines[-1]["picture"] == "32x32" and lines[-1]["prompt_to_pixels_s"] > 0
+
+
 def test_bad_input_gets_one_line_and_exit_code_2(golden_bundle, error_of, here):
     model = ("--model", golden_bundle, "-o", "out")
     small = ("--area", 1024, *model)

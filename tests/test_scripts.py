@@ -12,6 +12,7 @@ import emu3_jax
 from emu3_jax.checkpoints import embedded
 from emu3_jax.checkpoints.bundle import Bundle
 from emu3_jax.errors import Emu3Error
+from emu3_jax.media.clips import load_clip
 from emu3_jax.media.images import read_png_metadata
 from emu3_jax.text.tokenizer import special_tokens
 
@@ -49,6 +50,23 @@ def test_demo(scripts, vocabulary, tmp_path, capsys):
     assert commands == ["convert", "tokenize", "detokenize", "generate", "chat"]
     assert "weights are random" in first
     assert first.rstrip().endswith(str(tmp_path / "sheet.png"))
+
+
+def test_demo_of_the_embedded_model(scripts, golden_bundle, tmp_path, capsys):
+    import demo_emoji
+
+    demo_emoji.run(tmp_path, golden_bundle, area=32 * 32)
+    drawn = [read_png_metadata(tmp_path / "pictures" / f"{i:03d}.png") for i in range(len(demo_emoji.PROMPTS))]
+    assert [fields["prompt"] for fields in drawn] == list(demo_emoji.PROMPTS)
+    assert load_clip(tmp_path / "clips" / "000.webp").frames.shape[0] == 8
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.width == 4 * 136 + 8
+        first, clip = sheet.crop((8, 8, 136, 136)), sheet.crop((8, 524, 536, 590))
+        assert np.asarray(first).std() > 1 and np.asarray(clip).std() > 1
+    told = capsys.readouterr().out
+    commands = [line.split()[2] for line in told.splitlines() if line.startswith("$ emu3-jax ")]
+    assert commands == ["generate", "chat", "video"]
+    assert sum(line.startswith("scripts/assets/emoji/koala-3d.webp: ") for line in told.splitlines()) == 2
 
 
 def test_demo_stops_at_the_first_command_that_fails(scripts, tmp_path, capsys):

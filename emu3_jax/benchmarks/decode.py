@@ -1,4 +1,5 @@
-"""`bench decode`: the decode loop at full shapes with random weights, guidance, sampler and schedule as in use."""
+"""`bench decode`: the decode loop at full shapes with random weights, or of a bundle; guidance, sampler and schedule as
+in use."""
 
 import dataclasses
 import functools
@@ -18,6 +19,7 @@ from emu3_jax.config import DecoderConfig
 from emu3_jax.generation import engine
 from emu3_jax.generation.sampling import RowSettings
 from emu3_jax.generation.schedule import forced_ids, image_schedule
+from emu3_jax.loading import load
 from emu3_jax.models.decoder import Decoder
 
 PRESETS = {
@@ -31,25 +33,47 @@ GUIDANCE, TOP_K = 3.0, 2048
 def run(
     preset: str = "8b",
     rows: tuple[int, ...] = (1,),
-    area: int = 720 * 720,
+    area: int | None = None,
     steps: int = 256,
     whole: bool = False,
     compare: str | None = None,
+    model: str | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yields figures as dicts: the machine and its bandwidths, then one per batch size and cache length.
 
     Times are the shortest of three runs of `steps` steps; `bytes_per_step` is what a step must move: the layers, the
     visual rows of the head and the live part of the cache.
+
+    Args:
+        preset: decoder shapes; the weights are random.
+        rows: pictures at once, one benchmark for each.
+        area: pixels of a picture; by default what the model draws.
+        steps: timed for each cache length, at most the picture's.
+        whole: also times a whole picture from prompt to last token, and with `model` to its pixels.
+        compare: "transformers" runs that peer on the same shapes afterwards.
+        model: a bundle in place of the preset; "embedded" is the embedded model.
+
+    Raises:
+        Emu3Error: the bundle is absent, damaged, or lacks a part.
     """
     enable_persistent_cache()
-    config = PRESETS[preset]
-    yield {"bench": "decode", "preset": preset, **describe_machine(), **bandwidths(large=preset == "8b")}
-    params = random_params(config)
+    loaded, factor = None, 8
+    if model is None:
+        config, about = PRESETS[preset], {"preset": preset}
+        params = random_params(config)
+    else:
+        loaded = load(None if model == "embedded" else model)
+        about = {"model": model}
+        config, params, factor = loaded.language.config, loaded.language.params, loaded.vision.config.spatial_factor
+    large = model is None and preset == "8b"
+    yield {"bench": "decode", **about, **describe_machine(), **bandwidths(large)}
     weight_bytes = step_weight_bytes(config)
-    side = round(math.sqrt(area) / 8)
+    area = config.image_area if area is None else area
+    side = round(math.sqrt(area) / factor)
     for count in rows:
         schedule = np.tile(image_schedule(side, side), (count, 1))
         total = schedule.shape[1] - 3
+        timed = min(steps, total - 1)
         variant = engine.Variant(visual_only=True, guided=True, use_top_k=True, use_top_p=False)
         plan = engine.Plan(jnp.asarray(forced_ids(schedule, config.tokens)), _settings(count))
         prompts = np.full((2 * count, PROMPT_TOKENS), 1, np.int32)
@@ -66,23 +90,23 @@ def run(
         while position < total:  # one stop in the middle of each size of the cache
             slots = engine.cache_slots(PROMPT_TOKENS + position + 1, final)
             last = min(slots - PROMPT_TOKENS, total)
-            middle = max((position + last - steps) // 2, 1)
+            middle = max((position + last - timed) // 2, 1)
             state = state.replace(cache=state.cache.grow(slots))
             best = math.inf
             for attempt in range(3):
                 state = _place(state, middle, PROMPT_TOKENS)
                 jax.block_until_ready(state)
                 began = time.perf_counter()
-                state = engine.decode(params, state, plan, np.int32(middle + steps), config, variant)
+                state = engine.decode(params, state, plan, np.int32(middle + timed), config, variant)
                 jax.block_until_ready(state)
                 took = time.perf_counter() - began
                 compile_s += took if attempt == 0 else 0
-                best = min(best, took / steps)
+                best = min(best, took / timed)
             seconds += best * (last - position)
-            moved = weight_bytes + slot_bytes * (PROMPT_TOKENS + middle + steps // 2)
+            moved = weight_bytes + slot_bytes * (PROMPT_TOKENS + middle + timed // 2)
             yield {
                 "pictures": count,
-                "cache_length": PROMPT_TOKENS + middle + steps // 2,
+                "cache_length": PROMPT_TOKENS + middle + timed // 2,
                 "cache_slots": slots,
                 "ms_per_step": round(best * 1e3, 3),
                 "bytes_per_step": moved,
@@ -92,7 +116,7 @@ def run(
         average = seconds / total
         summary = {
             "pictures": count,
-            "picture": f"{side * 8}x{side * 8}",
+            "picture": f"{side * factor}x{side * factor}",
             "tokens": total,
             "ms_per_token_average": round(average * 1e3, 3),
             "seconds_per_picture": round(average * total / count, 2),
@@ -107,6 +131,11 @@ def run(
                 began = time.perf_counter()
                 engine.run(params, config, [row] * count, list(schedule), settings, [row] * count)
             summary["whole_run_s"] = round(time.perf_counter() - began, 2)
+            if loaded is not None:
+                for _ in range(2):
+                    began = time.perf_counter()
+                    loaded.generate(["a picture"] * count, area=area, guidance=GUIDANCE, top_k=TOP_K, batch_size=count)
+                summary["prompt_to_pixels_s"] = round(time.perf_counter() - began, 2)
         yield summary
     if compare:
         del params

@@ -7,10 +7,17 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     kinds = command.add_subparsers(dest="kind", required=True, metavar="{decode,vision,train}")
     decode = kinds.add_parser("decode", help="the decode loop, random weights: ms per token, share of bandwidth")
     decode.add_argument("--preset", choices=("8b", "small"), default="8b", help="decoder shapes (default: %(default)s)")
+    decode.add_argument(
+        "--model",
+        nargs="?",
+        const="embedded",
+        metavar="BUNDLE",
+        help="a bundle, or without a name the embedded model, in place of a preset",
+    )
     decode.add_argument("--rows", type=int, nargs="+", default=[1], help="pictures at once (default: 1)")
-    decode.add_argument("--area", type=int, default=720 * 720, help="pixels of the picture (default: %(default)s)")
+    decode.add_argument("--area", type=int, help="pixels of the picture (default: as many as the model draws)")
     decode.add_argument("--steps", type=int, default=256, help="steps timed per cache length (default: %(default)s)")
-    decode.add_argument("--whole", action="store_true", help="also time one whole picture, prompt to last token")
+    decode.add_argument("--whole", action="store_true", help="also time one whole picture; of a bundle, to its pixels")
     decode.add_argument("--compare", choices=("transformers",), help="also run this peer, same shapes, same device")
     vision = kinds.add_parser("vision", help="the vision tokenizer with random weights: seconds per picture")
     vision.add_argument("--size", type=int, default=256, help="picture's height and width (default: %(default)s)")

@@ -80,7 +80,9 @@ def image_ids(tokenizer: Tokenizer, special: SpecialTokens, codes: np.ndarray) -
             f"code {low if low < 0 else high} is outside the codebook: legal codes are 0 to "
             f"{special.visual_count - 1}; tokenize the picture with this model's vision tokenizer"
         )
-    rows = np.pad(codes.astype(np.int64) + special.visual_start, ((0, 0), (0, 1)), constant_values=special.eol)
+    rows = np.full((len(codes), codes.shape[1] + 1), special.eol)  # np.pad takes several times as long
+    rows[:, :-1] = codes
+    rows[:, :-1] += special.visual_start
     return [*media_head(tokenizer, special, *codes.shape), *rows.ravel().tolist(), special.eof, special.eoi]
 
 
