@@ -38,12 +38,57 @@ emoji.
 
 ## Figures on what it never saw
 
-Printed by `emu3-jax evaluate configs/eval_emoji.py`.
+Printed by `emu3-jax evaluate configs/eval_emoji.py`; "aim" is what was wanted when the work began.
+
+{table}
+
+All of them, and the curve over guidance scales:
 
 ```json
 {figures}
 ```
 """
+
+# Title, aim and how it reads, then where the figure is.
+_ROWS = (
+    ("Reconstruction of unseen concepts: PSNR", 26.0, "{:.1f} dB", "reconstruction.pictures.psnr_db"),
+    ("Reconstruction of unseen concepts: SSIM", 0.90, "{:.3f}", "reconstruction.pictures.ssim"),
+    ("Codebook in use", 80.0, "{:.0f}%", "reconstruction.codebook.use_percent"),
+    ("Reconstruction of unseen clips: PSNR", None, "{:.1f} dB", "reconstruction.clips.psnr_db"),
+    ("Judge's top-1 on true pictures in unseen styles", None, "{:.1%}", "text_to_image.ceilings.truth.top1"),
+    ("Generated pictures in unseen styles: top-1, share of that", 0.70, "{:.1%}", "best.top1_share_of_truth"),
+    ("Generated pictures in unseen styles: top-5, share of that", 0.85, "{:.1%}", "best.top5_share_of_truth"),
+    ("The same without guidance: top-1, share of that", None, "{:.1%}", "unguided.top1_share_of_truth"),
+    ("Mean distance to the nearest training picture", None, "{:.4f}", "best.nearest_training_distance"),
+    (
+        "The same of true pictures",
+        None,
+        "{:.4f}",
+        "text_to_image.nearness_of_references.truth.nearest_training_distance",
+    ),
+    ("Descriptions of unseen pictures: style right", 0.95, "{:.1%}", "image_to_text.description.style_right"),
+    ("Descriptions of unseen pictures: label exact", 0.60, "{:.1%}", "image_to_text.description.label_exact"),
+    ("Category of unseen concepts right", 0.60, "{:.1%}", "image_to_text.category.right"),
+    ("Shapes, unseen triples: colour, shape and place all right", 0.95, "{:.1%}", "procedural.stills.all_right"),
+    ("Moving shapes, unseen triples: all right", 0.95, "{:.1%}", "procedural.clips.all_right"),
+)
+
+
+def table(figures: dict[str, Any]) -> str:
+    """The figures that there are, one line each, beside their aims."""
+    curve = figures.get("text_to_image", {}).get("guidance", [])
+    best = figures.get("text_to_image", {}).get("best_guidance")
+    points = {"best": [p for p in curve if p["scale"] == best], "unguided": [p for p in curve if p["scale"] == 1.0]}
+    known = figures | {name: found[0] for name, found in points.items() if found}
+    known["truth"] = figures.get("text_to_image", {}).get("nearness_of_references", {}).get("truth")
+    lines = ["| What | Aim | Got |", "|---|---|---|"]
+    for title, aim, form, path in _ROWS:
+        value: Any = known
+        for name in path.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        if value is not None:
+            lines.append(f"| {title} | {'' if aim is None else form.format(aim)} | {form.format(value)} |")
+    return "\n".join(lines)
 
 
 def write_assets(source: pathlib.Path, figures: dict[str, Any], target: pathlib.Path = DIRECTORY) -> int:
@@ -80,6 +125,7 @@ def write_assets(source: pathlib.Path, figures: dict[str, Any], target: pathlib.
             decoder=sizes["decoder"],
             layers=decoder.num_layers,
             width=decoder.hidden_size,
+            table=table(figures),
             figures=json.dumps(figures, indent=2),
         )
         (temporary / "CARD.md").write_text(card)

@@ -101,9 +101,15 @@ def test_assets_are_a_whole_model_with_card_and_checksums(scripts, golden_bundle
         emoji_assets.write_assets(golden_bundle, {}, target)
     assert not target.exists()
     monkeypatch.setattr(emoji_assets, "LIMIT", 10**9)
-    assert emoji_assets.write_assets(golden_bundle, {"psnr_db": 26.5}, target) > 0
-    assert emoji_assets.write_assets(golden_bundle, {"psnr_db": 27.5}, target) > 0  # once more, over the first
-    assert '"psnr_db": 27.5' in (target / "CARD.md").read_text() and "Twemoji" in (target / "NOTICE").read_text()
+    curve = [{"scale": scale, "top1_share_of_truth": share} for scale, share in ((1.0, 0.31), (3.0, 0.774))]
+    figures = {"text_to_image": {"best_guidance": 3.0, "guidance": curve}}
+    assert emoji_assets.write_assets(golden_bundle, figures, target) > 0
+    figures["reconstruction"] = {"pictures": {"psnr_db": 27.52}}
+    assert emoji_assets.write_assets(golden_bundle, figures, target) > 0  # once more, over the first
+    card = (target / "CARD.md").read_text()
+    assert "| Reconstruction of unseen concepts: PSNR | 26.0 dB | 27.5 dB |" in card and '"psnr_db": 27.52' in card
+    assert "top-1, share of that | 70.0% | 77.4% |" in card and "| 31.0% |" in card and "SSIM" not in card
+    assert "Twemoji" in (target / "NOTICE").read_text()
     monkeypatch.setattr(embedded, "DIRECTORY", target)
     model = emu3_jax.load(dtype="float32")
     options = {"area": 1024, "seed": 1}
