@@ -54,7 +54,7 @@ def config() -> TrainConfig:
         directory="out/emoji_pretrain",
         model=ModelConfig("out/emoji_start", decoder(), random=True, remat="none"),
         # One record a row: at these sizes packing would keep a GPU waiting for the host.
-        data=DataConfig(sources, sequence_length=584, packing=0, in_memory=True),
+        data=DataConfig(sources, sequence_length=592, packing=0, in_memory=True),
         batch_size=192,
         steps=4_000,
         optimizer=OptimizerConfig(

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from emu3_jax.benchmarks.machine import describe_machine
 from emu3_jax.compilation import enable_persistent_cache
@@ -21,6 +22,7 @@ from emu3_jax.generation.sampling import RowSettings
 from emu3_jax.generation.schedule import forced_ids, image_schedule
 from emu3_jax.loading import load
 from emu3_jax.models.decoder import Decoder
+from emu3_jax.models.quantization import KINDS, is_quantised, quantise
 
 PRESETS = {
     "8b": DecoderConfig(),
@@ -38,6 +40,7 @@ def run(
     whole: bool = False,
     compare: str | None = None,
     model: str | None = None,
+    quantize: str | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yields figures as dicts: the machine and its bandwidths, then one per batch size and cache length.
 
@@ -52,29 +55,35 @@ def run(
         whole: also times a whole picture from prompt to last token, and with `model` to its pixels.
         compare: "transformers" runs that peer on the same shapes afterwards.
         model: a bundle in place of the preset; "embedded" is the embedded model.
+        quantize: narrow weights and cache, see `load`.
 
     Raises:
         Emu3Error: the bundle is absent, damaged, or lacks a part.
     """
     enable_persistent_cache()
+    narrow_cache = quantize is not None and KINDS[quantize][1]
     loaded, factor = None, 8
     if model is None:
         config, about = PRESETS[preset], {"preset": preset}
-        params = random_params(config)
+        params = random_params(config, quantize)
     else:
-        loaded = load(None if model == "embedded" else model)
+        loaded = load(None if model == "embedded" else model, quantize=quantize)
         about = {"model": model}
         config, params, factor = loaded.language.config, loaded.language.params, loaded.vision.config.spatial_factor
     large = model is None and preset == "8b"
+    if quantize is not None:
+        about["quantize"] = quantize
     yield {"bench": "decode", **about, **describe_machine(), **bandwidths(large)}
-    weight_bytes = step_weight_bytes(config)
+    weight_bytes = step_weight_bytes(params, config)
     area = config.image_area if area is None else area
     side = round(math.sqrt(area) / factor)
     for count in rows:
         schedule = np.tile(image_schedule(side, side), (count, 1))
         total = schedule.shape[1] - 3
         timed = min(steps, total - 1)
-        variant = engine.Variant(visual_only=True, guided=True, use_top_k=True, use_top_p=False)
+        variant = engine.Variant(
+            visual_only=True, guided=True, use_top_k=True, use_top_p=False, narrow_cache=narrow_cache
+        )
         plan = engine.Plan(jnp.asarray(forced_ids(schedule, config.tokens)), _settings(count))
         prompts = np.full((2 * count, PROMPT_TOKENS), 1, np.int32)
         start = np.zeros(2 * count, np.int32)
@@ -84,7 +93,7 @@ def run(
         state = engine.prefill(params, prompts, start, plan, config, variant, slots)
         jax.block_until_ready(state)
         compile_s = time.perf_counter() - began
-        slot_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((state.cache.keys, state.cache.values))) // slots
+        slot_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.cache) if leaf.ndim > 1) // slots
         seconds = 0.0
         position = 1
         while position < total:  # one stop in the middle of each size of the cache
@@ -129,7 +138,9 @@ def run(
             settings = jax.tree.map(np.asarray, _settings(count))
             for _ in range(2):  # the second run finds everything compiled
                 began = time.perf_counter()
-                engine.run(params, config, [row] * count, list(schedule), settings, [row] * count)
+                engine.run(
+                    params, config, [row] * count, list(schedule), settings, [row] * count, narrow_cache=narrow_cache
+                )
             summary["whole_run_s"] = round(time.perf_counter() - began, 2)
             if loaded is not None:
                 for _ in range(2):
@@ -163,18 +174,23 @@ def bandwidths(large: bool) -> dict[str, float]:
     return figures
 
 
-def step_weight_bytes(config: DecoderConfig) -> int:
+def step_weight_bytes(params: Any, config: DecoderConfig) -> int:
     """Bytes of weights that one step reads: every layer, the last norm and the visual rows of the head."""
-    shapes = nn.unbox(jax.eval_shape(Decoder(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
-    counted = {k: v for k, v in shapes.items() if k not in ("embed", "head")}
-    elements = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(counted))
-    return (elements + config.tokens.visual_count * config.hidden_size) * jnp.dtype(config.dtype).itemsize
+    counted = {k: v for k, v in params.items() if k not in ("embed", "head")}
+    rows = config.tokens.visual_count / config.vocab_size
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(counted)) + round(
+        sum(leaf.nbytes for leaf in jax.tree.leaves(params["head"])) * rows
+    )
 
 
-def random_params(config: DecoderConfig) -> Any:
-    """Parameters of standard deviation 0.02 in the compute dtype, one leaf at a time so that no float32 copy exists."""
+def random_params(config: DecoderConfig, quantize: str | None = None) -> Any:
+    """Parameters of standard deviation 0.02 in the compute dtype, quantised if asked for.
+
+    One leaf at a time: there is no float32 copy of all, and no wide one of what is quantised.
+    """
     shapes = nn.unbox(jax.eval_shape(Decoder(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
-    leaves, tree = jax.tree.flatten(shapes)
+    flat = traverse_util.flatten_dict(shapes)
+    keys = dict(zip(flat, jax.random.split(jax.random.key(0), len(flat)), strict=True))
 
     @functools.partial(jax.jit, static_argnames="shape")
     def draw(key, shape):
@@ -182,8 +198,15 @@ def random_params(config: DecoderConfig) -> Any:
             return jnp.ones(shape, config.dtype)
         return jax.random.normal(key, shape, config.dtype) * jnp.asarray(0.02, config.dtype)
 
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-    return jax.tree.unflatten(tree, [draw(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)])
+    narrow = jax.jit(quantise, static_argnames=("name", "kind"))
+    params: dict[tuple[str, ...], jax.Array] = {}
+    for path, leaf in flat.items():
+        array = draw(keys[path], leaf.shape)
+        if quantize is not None and is_quantised(path):
+            params |= {(*path[:-1], name): part for name, part in narrow(path[-1], array, quantize).items()}
+        else:
+            params[path] = array
+    return traverse_util.unflatten_dict(params)
 
 
 def _settings(count: int) -> RowSettings:

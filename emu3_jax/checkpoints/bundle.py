@@ -22,6 +22,7 @@ from emu3_jax.checkpoints.layouts import Param, decoder_params, vision_params
 from emu3_jax.checkpoints.tensors import read_json
 from emu3_jax.config import DecoderConfig, ImageConfig, SpecialTokens, VisionConfig
 from emu3_jax.errors import Emu3Error
+from emu3_jax.models.quantization import is_quantised, quantise
 from emu3_jax.text.tokenizer import Tokenizer, count_ranks, special_tokens
 
 FORMAT = 1
@@ -249,23 +250,42 @@ class Bundle:
         """The arrays that the part's config calls for. `part` is "decoder" or "vision"."""
         return decoder_params(self.decoder_config) if part == "decoder" else vision_params(self.vision_config)
 
-    def load_decoder(self, shardings: Any = None, dtype: Any = None) -> dict[str, Any]:
+    def load_decoder(self, shardings: Any = None, dtype: Any = None, quantize: str | None = None) -> dict[str, Any]:
         """Restores the decoder's parameters, a nested dict, each array straight into its sharding.
 
         `shardings` is a tree of `jax.sharding.Sharding` like the parameters, or one for all; by default everything
         lies on the first device. `dtype` casts on the fly; by default arrays keep the dtype they are stored in.
+        `quantize` (see `models.quantization.KINDS`) turns matrices into codes and scales as they come from disk, so
+        that a device never holds more than a few of them wide.
 
         Raises:
           Emu3Error: no decoder in the bundle, or weights that are damaged or do not fit the config.
         """
-        return self._restore("decoder", shardings, dtype)
+        if quantize is None:
+            return self._restore("decoder", shardings, dtype)
+        stored, params = self.stored("decoder"), {}
+        quantised = jax.jit(quantise, static_argnames=("name", "kind"))
+        for group in _in_groups(stored, lambda path: stored[path].size * stored[path].dtype.itemsize, _READ_BYTES):
+            some = {path: stored[path] for path in group}
+            wide = traverse_util.flatten_dict(self._restore("decoder", shardings, dtype, some))
+            for path in group:
+                array = wide.pop(path)
+                if is_quantised(path):
+                    narrow = quantised(path[-1], array, quantize)
+                    params |= {(*path[:-1], name): jax.block_until_ready(leaf) for name, leaf in narrow.items()}
+                else:
+                    params[path] = array
+        return traverse_util.unflatten_dict(params)
 
     def load_vision(self, shardings: Any = None) -> dict[str, Any]:
         """Restores the vision tokenizer's parameters like `load_decoder`, always in float32."""
         return self._restore("vision", shardings, np.float32)
 
-    def _restore(self, part: str, shardings: Any, dtype: Any) -> dict[str, Any]:
-        stored = self.stored(part)
+    def _restore(
+        self, part: str, shardings: Any, dtype: Any, some: Mapping[tuple[str, ...], jax.ShapeDtypeStruct] | None = None
+    ) -> dict[str, Any]:
+        """Restores a part, or `some` of the arrays that `stored` lists."""
+        stored = self.stored(part) if some is None else some
         if shardings is None:
             shardings = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         if isinstance(shardings, jax.sharding.Sharding):

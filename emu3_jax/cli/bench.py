@@ -2,6 +2,8 @@
 
 import argparse
 
+from emu3_jax.cli import common
+
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     kinds = command.add_subparsers(dest="kind", required=True, metavar="{decode,vision,train}")
@@ -14,6 +16,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         metavar="BUNDLE",
         help="a bundle, or without a name the embedded model, in place of a preset",
     )
+    common.add_quantize(decode)
     decode.add_argument("--rows", type=int, nargs="+", default=[1], help="pictures at once (default: 1)")
     decode.add_argument("--area", type=int, help="pixels of the picture (default: as many as the model draws)")
     decode.add_argument("--steps", type=int, default=256, help="steps timed per cache length (default: %(default)s)")

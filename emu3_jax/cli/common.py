@@ -4,10 +4,11 @@ import argparse
 
 
 def add_model(command: argparse.ArgumentParser) -> None:
-    """`--model`, `--vision`, `--dtype`, `--mesh`, `--quiet`."""
+    """`--model`, `--vision`, `--dtype`, `--quantize`, `--mesh`, `--quiet`."""
     command.add_argument("--model", metavar="BUNDLE", help="bundle to use (default: the embedded model)")
     command.add_argument("--vision", metavar="BUNDLE", help="take the vision tokenizer from this bundle")
     add_dtype(command)
+    add_quantize(command)
     command.add_argument("--mesh", metavar="AXIS=N[,...]", help="spread the model over devices, for example tensor=4")
     add_quiet(command)
 
@@ -16,6 +17,15 @@ def add_dtype(command: argparse.ArgumentParser) -> None:
     """`--dtype`."""
     command.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), help="the decoder's dtype (default: the bundle's)"
+    )
+
+
+def add_quantize(command: argparse.ArgumentParser) -> None:
+    """`--quantize`."""
+    command.add_argument(
+        "--quantize",
+        choices=("int8", "int8-weights", "fp8"),
+        help="narrow weights and KV cache: half the memory, faster, other results",
     )
 
 
@@ -70,7 +80,9 @@ def load_model(options: argparse.Namespace):
     """The model that the options name."""
     import emu3_jax
 
-    return emu3_jax.load(options.model, vision=options.vision, dtype=options.dtype, mesh=options.mesh)
+    return emu3_jax.load(
+        options.model, vision=options.vision, dtype=options.dtype, mesh=options.mesh, quantize=options.quantize
+    )
 
 
 def progress(options: argparse.Namespace) -> bool | None:

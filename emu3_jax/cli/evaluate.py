@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
         config = dataclasses.replace(config, directory=options.output)
     evaluation.check_directory(config.directory)
     data = Data(config.data)
-    model = emu3_jax.load(config.model)
+    model = emu3_jax.load(config.model, quantize=config.quantize)
     figures, page = evaluation.evaluate(model, data, config, common.progress(options))
     evaluation.write(config.directory, figures, page)
     print(json.dumps(figures, indent=2))

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from emu3_jax.fields import check_field, is_number, is_whole
+from emu3_jax.models.quantization import KINDS
 
 FIGURES = ("reconstruction", "text_to_image", "image_to_text", "procedural")
 # The groups whose labels tell what is seen; the model is trained to draw and name these.
@@ -57,6 +58,7 @@ class EvaluateConfig:
     Attributes:
         directory: gets evaluation.json and index.html.
         model: the bundle's directory; None for the embedded model.
+        quantize: narrow weights and KV cache of the decoder, as `emu3_jax.load` takes it; None for neither.
         data: the directory with items.jsonl that scripts/build_emoji.py wrote.
         figures: which are measured, of `FIGURES`.
         groups: of the pictures that are drawn, described and judged; reconstruction takes those of all groups.
@@ -76,6 +78,7 @@ class EvaluateConfig:
 
     directory: str
     model: str | None = None
+    quantize: str | None = None
     data: str = "out/emoji"
     figures: tuple[str, ...] = FIGURES
     groups: tuple[str, ...] = GROUPS
@@ -94,6 +97,8 @@ class EvaluateConfig:
     def __post_init__(self):
         check_field(self, "directory", isinstance(self.directory, str) and self.directory, "a directory")
         check_field(self, "model", isinstance(self.model, str | None), "a bundle's directory or None")
+        kinds = (None, *KINDS)
+        check_field(self, "quantize", self.quantize in kinds, f"None or one of {', '.join(KINDS)}")
         check_field(self, "data", isinstance(self.data, str), "a directory")
         ok = isinstance(self.figures, tuple) and self.figures and set(self.figures) <= set(FIGURES)
         check_field(self, "figures", ok, f"a tuple of {', '.join(FIGURES)}")

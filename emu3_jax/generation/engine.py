@@ -52,6 +52,7 @@ class Variant:
     guided: bool
     use_top_k: bool
     use_top_p: bool
+    narrow_cache: bool = False
 
 
 # The cache grows by this many slots, so that attention reads about half of a long picture's cache on average. Each
@@ -74,7 +75,7 @@ def cache_slots(needed: int, final: int) -> int:
 def prefill(params, prompts, start, plan: Plan, config: DecoderConfig, variant: Variant, slots: int) -> DecodeState:
     """Runs the prompts (int32 [R, P], right-aligned, row r from slot start[r] on) and takes step 0."""
     forward = _forward(params, config, variant)
-    logits, cache = forward(prompts, KVCache.create(config, start, slots), last_only=True)
+    logits, cache = forward(prompts, KVCache.create(config, start, slots, variant.narrow_cache), last_only=True)
     rows = plan.forced.shape[0]
     state = DecodeState(
         cache=cache,
@@ -142,6 +143,7 @@ def run(
     negatives: Sequence[Sequence[int]] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     row_multiple: int = 1,
+    narrow_cache: bool = False,
 ) -> np.ndarray:
     """Generates one sequence per row; a row's result does not depend on its batch mates.
 
@@ -155,6 +157,7 @@ def run(
         on_progress: called with (steps taken, steps in all) now and then.
         row_multiple: the rows that are computed together are filled up to a multiple of this, the parts into which a
             mesh splits them.
+        narrow_cache: keys and values are kept as int8.
 
     Returns:
         int32 [B, longest schedule]: the generated ids; rows that end earlier are padded.
@@ -186,6 +189,7 @@ def run(
         guided=negatives is not None,
         use_top_k=bool((np.asarray(settings.top_k) < candidates).any()),
         use_top_p=bool((np.asarray(settings.top_p) < 1).any()),
+        narrow_cache=narrow_cache,
     )
     # Arrays of the host: those of one device do not mix with weights that lie on several processes' devices.
     plan = Plan(forced=forced_ids(stacked, config.tokens), settings=settings)

@@ -39,7 +39,7 @@ class Vision:
 class Language:
     """The decoder in memory, with the tokenizer and prompt templates that it was trained with.
 
-    `mesh` is what its parameters are spread over, if anything.
+    `mesh` is what its parameters are spread over, if anything; `narrow_cache`: keys and values are kept as int8.
     """
 
     config: DecoderConfig
@@ -47,6 +47,7 @@ class Language:
     tokenizer: Tokenizer
     templates: PromptTemplates
     mesh: Mesh | None = None
+    narrow_cache: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -339,6 +340,7 @@ def _run_batches(language, prompts, schedules, settings, negatives, batch_size, 
                 negatives[batch] if guided else None,
                 on_progress=lambda taken, _, base=base: bar.update(base + taken - bar.n),
                 row_multiple=batch_shards(language.mesh),
+                narrow_cache=language.narrow_cache,
             )
             rows.extend(row[: len(schedule)] for row, schedule in zip(ids, schedules[batch], strict=True))
             bar.update(base + max(len(s) for s in schedules[batch]) - bar.n)

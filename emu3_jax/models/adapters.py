@@ -141,6 +141,11 @@ def project(
         return jnp.einsum(equation, x, w.reshape(fan_in, *outputs).astype(x.dtype), precision=precision)
 
     random = nn.initializers.normal(fan_in**-0.5)
+    if module.has_variable("params", f"{name}_codes"):  # see `models.quantization`
+        codes, scales = (module.get_variable("params", f"{name}_{leaf}") for leaf in ("codes", "scales"))
+        w = codes.reshape(fan_in, *outputs).astype(x_bsi.dtype)
+        y = jnp.einsum(equation, x_bsi, w, precision=precision, preferred_element_type=jnp.float32)
+        return (y * scales).astype(x_bsi.dtype)
     if adapter is None or not adapter.quantised:
         y = product(x_bsi, declare(name, random, shape, axes, weight_dtype(adapter)))
         if adapter is None:

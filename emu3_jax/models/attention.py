@@ -206,13 +206,23 @@ def _xla(q_bskgh, k_bskh, v_bskh, q_segments, k_segments, first_query):
     return _over_query_blocks(block, q_bskgh, q_segments, first_query)
 
 
-def attend(q_bskgh: jax.Array, k_bkth: jax.Array, v_bkth: jax.Array, first_query: jax.Array, start: jax.Array):
+def attend(
+    q_bskgh: jax.Array,
+    k_bkth: jax.Array,
+    v_bkth: jax.Array,
+    k_scales_bkt: jax.Array | None,
+    v_scales_bkt: jax.Array | None,
+    first_query: jax.Array,
+    start: jax.Array,
+) -> jax.Array:
     """Causal attention of queries in consecutive slots over all keys; softmax in float32.
 
     Args:
         q_bskgh: [B, S, K, G, H] queries, RoPE applied, not yet scaled.
         k_bkth: [B, K, T, H] keys; slot t is visible to the query in slot s when start[b] <= t <= s.
         v_bkth: [B, K, T, H] values.
+        k_scales_bkt: float32 [B, K, T], what the keys of a narrow cache are to be multiplied by; None for wide ones.
+        v_scales_bkt: likewise of the values.
         first_query: int32 scalar, the slot of query 0.
         start: int32 [B], each row's first slot.
 
@@ -222,7 +232,7 @@ def attend(q_bskgh: jax.Array, k_bkth: jax.Array, v_bkth: jax.Array, first_query
 
     def block(q, _, first):
         visible = _causal(q.shape[1], k_bkth.shape[2], first) & (jnp.arange(k_bkth.shape[2]) >= start[:, None, None])
-        return _attend_block(q, k_bkth, v_bkth, visible)
+        return _attend_block(q, k_bkth, v_bkth, visible, k_scales_bkt, v_scales_bkt)
 
     return _over_query_blocks(block, q_bskgh, None, first_query)
 
@@ -249,14 +259,23 @@ def _causal(queries: int, keys: int, first_query) -> jax.Array:
     return jnp.arange(keys, dtype=jnp.int32)[None] <= query
 
 
-def _attend_block(q_bskgh, k_bkth, v_bkth, visible):
+def _attend_block(q_bskgh, k_bkth, v_bkth, visible, k_scales_bkt=None, v_scales_bkt=None):
     """`visible`: bool [B or 1, S, T]."""
     dtype = q_bskgh.dtype
     precision = matmul_precision(dtype)
-    scores = jnp.einsum("bskgh,bkth->bkgst", q_bskgh, k_bkth, precision=precision, preferred_element_type=jnp.float32)
+    scores = jnp.einsum(
+        "bskgh,bkth->bkgst", q_bskgh, k_bkth.astype(dtype), precision=precision, preferred_element_type=jnp.float32
+    )
+    if k_scales_bkt is not None:
+        scores = scores * k_scales_bkt[:, :, None, None]
     scores = jnp.where(visible[:, None, None], scores * q_bskgh.shape[-1] ** -0.5, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(dtype)
-    return jnp.einsum("bkgst,bkth->bskgh", weights, v_bkth, precision=precision, preferred_element_type=dtype)
+    weights = jax.nn.softmax(scores, axis=-1)
+    if v_scales_bkt is not None:
+        weights = weights * v_scales_bkt[:, :, None, None]
+    return jnp.einsum(
+        "bkgst,bkth->bskgh", weights.astype(dtype), v_bkth.astype(dtype), precision=precision,
+        preferred_element_type=dtype,
+    )  # fmt: skip
 
 
 def matmul_precision(dtype) -> lax.Precision | None:

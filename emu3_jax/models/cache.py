@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from emu3_jax.config import DecoderConfig
+from emu3_jax.models.quantization import narrow_rows
 
 
 @flax.struct.dataclass
@@ -20,8 +21,11 @@ class KVCache:
     `start[b] .. length-1`; the slots before `start[b]` are padding, which no query ever sees.
 
     Attributes:
-        keys: one [B, K, T, H] array per layer (T slots).
+        keys: one [B, K, T, H] array per layer (T slots); in a narrow cache int8 codes.
         values: likewise.
+        key_scales: of a narrow cache, one float32 [B, K, T] array per layer: a key is its codes times its scale. Else
+            empty.
+        value_scales: likewise.
         start: int32 [B], each row's first slot.
         length: int32 scalar, the slots written so far.
     """
@@ -30,16 +34,28 @@ class KVCache:
 
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
+    key_scales: tuple[jax.Array, ...]
+    value_scales: tuple[jax.Array, ...]
     start: jax.Array
     length: jax.Array
 
     @classmethod
-    def create(cls, config: DecoderConfig, start: jax.Array, slots: int) -> "KVCache":
+    def create(cls, config: DecoderConfig, start: jax.Array, slots: int, narrow: bool = False) -> "KVCache":
         """An empty cache of `slots` slots for the rows whose first slots are `start` (int32 [B])."""
         shape = (start.shape[0], config.num_kv_heads, slots, config.head_dim)
-        zeros = tuple(_place(jnp.zeros(shape, config.dtype)) for _ in range(2 * config.num_layers))
+
+        def zeros(shape, dtype, count=config.num_layers):
+            return tuple(_place(jnp.zeros(shape, dtype)) for _ in range(count))
+
+        dtype = jnp.int8 if narrow else config.dtype
+        scales = (zeros(shape[:3], jnp.float32), zeros(shape[:3], jnp.float32)) if narrow else ((), ())
         # Strongly typed scalars: a weakly typed carry would recompile the decode loop on its second call.
-        return cls(zeros[: config.num_layers], zeros[config.num_layers :], start, jnp.zeros((), jnp.int32))
+        return cls(zeros(shape, dtype), zeros(shape, dtype), *scales, start, jnp.zeros((), jnp.int32))
+
+    @property
+    def narrow(self) -> bool:
+        """Whether keys and values are codes and scales."""
+        return bool(self.key_scales)
 
     @property
     def slots(self) -> int:
@@ -48,29 +64,40 @@ class KVCache:
 
     def grow(self, slots: int) -> "KVCache":
         """The same cache with room for `slots` slots."""
-        return self.replace(keys=_pad_slots(self.keys, slots), values=_pad_slots(self.values, slots))
+        return self.replace(**{name: _pad_slots(getattr(self, name), slots) for name in _PER_SLOT})
+
+    def layer(self, index: int) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
+        """Keys, values, and their scales or None."""
+        scales = (self.key_scales[index], self.value_scales[index]) if self.narrow else (None, None)
+        return self.keys[index], self.values[index], *scales
 
     def write(self, layer: int, keys: jax.Array, values: jax.Array) -> "KVCache":
         """Puts [B, K, S, H] new keys and values into the slots from `length` on; `length` itself stays."""
-        at = (0, 0, self.length, 0)
-        new = [
-            _place(lax.dynamic_update_slice(old[layer], update.astype(old[layer].dtype), at))
-            for old, update in ((self.keys, keys), (self.values, values))
-        ]
-        keys, values = (
-            (*old[:layer], array, *old[layer + 1 :]) for old, array in zip((self.keys, self.values), new, strict=True)
-        )
-        return self.replace(keys=keys, values=values)
+        new = {"keys": keys, "values": values}
+        if self.narrow:
+            new["keys"], new["key_scales"] = narrow_rows(keys)
+            new["values"], new["value_scales"] = narrow_rows(values)
+
+        def written(name: str, update: jax.Array) -> tuple[jax.Array, ...]:
+            old = getattr(self, name)
+            at = (0, 0, self.length, 0)[: update.ndim]
+            array = _place(lax.dynamic_update_slice(old[layer], update.astype(old[layer].dtype), at))
+            return (*old[:layer], array, *old[layer + 1 :])
+
+        return self.replace(**{name: written(name, update) for name, update in new.items()})
 
     def positions(self, count: int) -> jax.Array:
         """int32 [B, count]: positions of the next `count` tokens, counted from each row's own start."""
         return self.length + jnp.arange(count, dtype=jnp.int32)[None] - self.start[:, None]
 
 
+_PER_SLOT = ("keys", "values", "key_scales", "value_scales")
+
+
 def _place(array: jax.Array) -> jax.Array:
-    return nn.with_logical_constraint(array, KVCache.AXES)
+    return nn.with_logical_constraint(array, KVCache.AXES[: array.ndim])
 
 
 @functools.partial(jax.jit, static_argnames="slots")
 def _pad_slots(arrays: tuple[jax.Array, ...], slots: int) -> tuple[jax.Array, ...]:
-    return tuple(jnp.pad(a, ((0, 0), (0, 0), (0, slots - a.shape[2]), (0, 0))) for a in arrays)
+    return tuple(jnp.pad(a, ((0, 0), (0, 0), (0, slots - a.shape[2]), (0, 0))[: a.ndim]) for a in arrays)

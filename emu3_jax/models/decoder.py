@@ -84,7 +84,7 @@ class Attention(nn.Module):
             mixed = self_attention(queries, keys, values, segments_bs, self.implementation)
         else:
             cache = cache.write(layer, jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2))
-            mixed = attend(queries, cache.keys[layer], cache.values[layer], cache.length, cache.start)
+            mixed = attend(queries, *cache.layer(layer), cache.length, cache.start)
         # One contracted axis: with three, XLA may choose another order of them and transpose the weight every step.
         mixed = mixed.reshape(*x_bsd.shape[:2], c.num_heads * h)
         axes = ("kv_heads", "heads_per_kv", "head_dim", "embed")
@@ -143,6 +143,12 @@ class Embedding(nn.Module):
     def setup(self):
         width = self.config.hidden_size
         init = nn.with_logical_partitioning(nn.initializers.normal(width**-0.5), ("vocab", "table_width"))
+        self.scales = None
+        if self.has_variable("params", f"{self.weight_name}_codes"):  # see `models.quantization`
+            self.table, self.scales = (
+                self.get_variable("params", f"{self.weight_name}_{leaf}") for leaf in ("codes", "scales")
+            )
+            return
         self.table = self.param(self.weight_name, init, (self.rows, width), weight_dtype(self.adapter))
 
     def lookup(self, tokens_bs: jax.Array) -> jax.Array:
@@ -158,6 +164,8 @@ class Embedding(nn.Module):
         table = self.table.astype(x_bsd.dtype)
         precision = matmul_precision(x_bsd.dtype)
         logits = jnp.einsum("bsd,vd->bsv", x_bsd, table, precision=precision, preferred_element_type=jnp.float32)
+        if self.scales is not None:
+            logits = logits * self.scales
         # Whole rows: a split along the vocabulary would have the table, which is split by width, move at every step.
         return nn.with_logical_constraint(logits, ("batch", None, None))
 
@@ -290,4 +298,5 @@ def unstack_layers(params, config: DecoderConfig):
 def visual_head_params(params, config: DecoderConfig):
     """`params` with the head cut to its visual rows, for `Decoder(config, visual_head=True)`."""
     special = config.tokens
-    return {**params, "head": {"kernel": params["head"]["kernel"][special.visual_start : special.visual_end]}}
+    rows = slice(special.visual_start, special.visual_end)
+    return {**params, "head": {name: leaf[rows] for name, leaf in params["head"].items()}}
