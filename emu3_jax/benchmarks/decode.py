@@ -41,6 +41,7 @@ def run(
     compare: str | None = None,
     model: str | None = None,
     quantize: str | None = None,
+    kernels: str = "xla",
 ) -> Iterator[dict[str, Any]]:
     """Yields figures as dicts: the machine and its bandwidths, then one per batch size and cache length.
 
@@ -56,6 +57,7 @@ def run(
         compare: "transformers" runs that peer on the same shapes afterwards.
         model: a bundle in place of the preset; "embedded" is the embedded model.
         quantize: narrow weights and cache, see `load`.
+        kernels: what computes the steps, of `decode_kernels.CHOICES`.
 
     Raises:
         Emu3Error: the bundle is absent, damaged, or lacks a part.
@@ -73,6 +75,7 @@ def run(
     large = model is None and preset == "8b"
     if quantize is not None:
         about["quantize"] = quantize
+    about["kernels"] = kernels
     yield {"bench": "decode", **about, **describe_machine(), **bandwidths(large)}
     weight_bytes = step_weight_bytes(params, config)
     area = config.image_area if area is None else area
@@ -82,7 +85,12 @@ def run(
         total = schedule.shape[1] - 3
         timed = min(steps, total - 1)
         variant = engine.Variant(
-            visual_only=True, guided=True, use_top_k=True, use_top_p=False, narrow_cache=narrow_cache
+            visual_only=True,
+            guided=True,
+            use_top_k=True,
+            use_top_p=False,
+            narrow_cache=narrow_cache,
+            kernels=kernels,
         )
         plan = engine.Plan(jnp.asarray(forced_ids(schedule, config.tokens)), _settings(count))
         prompts = np.full((2 * count, PROMPT_TOKENS), 1, np.int32)
@@ -139,7 +147,14 @@ def run(
             for _ in range(2):  # the second run finds everything compiled
                 began = time.perf_counter()
                 engine.run(
-                    params, config, [row] * count, list(schedule), settings, [row] * count, narrow_cache=narrow_cache
+                    params,
+                    config,
+                    [row] * count,
+                    list(schedule),
+                    settings,
+                    [row] * count,
+                    narrow_cache=narrow_cache,
+                    kernels=kernels,
                 )
             summary["whole_run_s"] = round(time.perf_counter() - began, 2)
             if loaded is not None:

@@ -17,6 +17,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="a bundle, or without a name the embedded model, in place of a preset",
     )
     common.add_quantize(decode)
+    decode.add_argument(
+        "--kernels", choices=("xla", "pallas"), default="xla", help="what computes a step (default: %(default)s)"
+    )
     decode.add_argument("--rows", type=int, nargs="+", default=[1], help="pictures at once (default: 1)")
     decode.add_argument("--area", type=int, help="pixels of the picture (default: as many as the model draws)")
     decode.add_argument("--steps", type=int, default=256, help="steps timed per cache length (default: %(default)s)")

@@ -38,6 +38,8 @@ def evaluate(
     if set(config.figures) != {"reconstruction"}:
         _ = model.language  # says what to do where there is none
     figures: dict[str, Any] = {"model": model.name, "data": str(config.data), "seed": config.seed}
+    if config.quantize is not None:
+        figures["quantize"] = config.quantize
     sections, skipped = [], {}
     for name, measure in {
         "reconstruction": lambda: reconstruction.measure(data, config, reconstruct, skipped, progress),

@@ -53,6 +53,7 @@ class Variant:
     use_top_k: bool
     use_top_p: bool
     narrow_cache: bool = False
+    kernels: str = "xla"  # of `decode_kernels.CHOICES`
 
 
 # The cache grows by this many slots, so that attention reads about half of a long picture's cache on average. Each
@@ -108,7 +109,9 @@ def _forward(params, config: DecoderConfig, variant: Variant) -> Callable:
     if variant.visual_only:
         # The barrier keeps XLA from sinking the slice into the loop, where it would copy 0.27 GB every step.
         params = jax.lax.optimization_barrier(visual_head_params(params, config))
-    return functools.partial(Decoder(config, visual_head=variant.visual_only).apply, {"params": params})
+    return functools.partial(
+        Decoder(config, visual_head=variant.visual_only, kernels=variant.kernels).apply, {"params": params}
+    )
 
 
 def _emit(logits, state: DecodeState, plan: Plan, config: DecoderConfig, variant: Variant) -> DecodeState:
@@ -144,6 +147,7 @@ def run(
     on_progress: Callable[[int, int], None] | None = None,
     row_multiple: int = 1,
     narrow_cache: bool = False,
+    kernels: str = "xla",
 ) -> np.ndarray:
     """Generates one sequence per row; a row's result does not depend on its batch mates.
 
@@ -158,6 +162,7 @@ def run(
         row_multiple: the rows that are computed together are filled up to a multiple of this, the parts into which a
             mesh splits them.
         narrow_cache: keys and values are kept as int8.
+        kernels: what computes the steps, of `decode_kernels.CHOICES`.
 
     Returns:
         int32 [B, longest schedule]: the generated ids; rows that end earlier are padded.
@@ -190,6 +195,7 @@ def run(
         use_top_k=bool((np.asarray(settings.top_k) < candidates).any()),
         use_top_p=bool((np.asarray(settings.top_p) < 1).any()),
         narrow_cache=narrow_cache,
+        kernels=kernels,
     )
     # Arrays of the host: those of one device do not mix with weights that lie on several processes' devices.
     plan = Plan(forced=forced_ids(stacked, config.tokens), settings=settings)

@@ -21,6 +21,7 @@ from emu3_jax.models.adapters import PROJECTION, Adapter, project, weight_dtype
 from emu3_jax.models.attention import attend, matmul_precision, self_attention
 from emu3_jax.models.attention_kernels import ATTENTION
 from emu3_jax.models.cache import KVCache
+from emu3_jax.models.decode_kernels import attend_one, multiply
 
 
 class RMSNorm(nn.Module):
@@ -70,6 +71,7 @@ class Attention(nn.Module):
     config: DecoderConfig
     implementation: str
     adapter: Adapter | None = None
+    kernels: str = "xla"
 
     @nn.compact
     def __call__(self, x_bsd, rotations_bsr, segments_bs, cache: KVCache | None, layer: int):
@@ -84,7 +86,11 @@ class Attention(nn.Module):
             mixed = self_attention(queries, keys, values, segments_bs, self.implementation)
         else:
             cache = cache.write(layer, jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2))
-            mixed = attend(queries, *cache.layer(layer), cache.length, cache.start)
+            kept = cache.layer(layer)
+            if self.kernels == "xla" or x_bsd.shape[1] > 1:
+                mixed = attend(queries, *kept, cache.length, cache.start)
+            else:
+                mixed = attend_one(queries[:, 0], *kept, cache.length, cache.start, interpret=self.kernels != "pallas")
         # One contracted axis: with three, XLA may choose another order of them and transpose the weight every step.
         mixed = mixed.reshape(*x_bsd.shape[:2], c.num_heads * h)
         axes = ("kv_heads", "heads_per_kv", "head_dim", "embed")
@@ -96,6 +102,7 @@ class MLP(nn.Module):
 
     config: DecoderConfig
     adapter: Adapter | None = None
+    kernels: str = "xla"
 
     @nn.compact
     def __call__(self, x_bsd: jax.Array) -> jax.Array:
@@ -115,15 +122,17 @@ class Block(nn.Module):
     config: DecoderConfig
     implementation: str
     adapter: Adapter | None = None
+    kernels: str = "xla"
 
     @nn.compact
     def __call__(self, x_bsd, rotations_bsr, segments_bs=None, cache: KVCache | None = None, layer: int = 0):
         epsilon, adapter = self.config.rms_norm_eps, self.adapter
-        attention = Attention(self.config, self.implementation, adapter, name="attention")
+        attention = Attention(self.config, self.implementation, adapter, self.kernels, name="attention")
         normed = RMSNorm(epsilon, adapter, name="attention_norm")(x_bsd)
         mixed, cache = attention(normed, rotations_bsr, segments_bs, cache, layer)
         x_bsd = _residual(x_bsd + mixed, cache)
-        mixed = MLP(self.config, adapter, name="mlp")(RMSNorm(epsilon, adapter, name="mlp_norm")(x_bsd))
+        mlp = MLP(self.config, adapter, self.kernels, name="mlp")
+        mixed = mlp(RMSNorm(epsilon, adapter, name="mlp_norm")(x_bsd))
         return _residual(x_bsd + mixed, cache), cache
 
 
@@ -139,6 +148,7 @@ class Embedding(nn.Module):
     weight_name: str
     rows: int
     adapter: Adapter | None = None
+    kernels: str = "xla"
 
     def setup(self):
         width = self.config.hidden_size
@@ -161,9 +171,13 @@ class Embedding(nn.Module):
         return x_bsd
 
     def logits(self, x_bsd: jax.Array) -> jax.Array:
-        table = self.table.astype(x_bsd.dtype)
-        precision = matmul_precision(x_bsd.dtype)
-        logits = jnp.einsum("bsd,vd->bsv", x_bsd, table, precision=precision, preferred_element_type=jnp.float32)
+        if self.kernels != "xla" and x_bsd.shape[1] == 1:
+            table = self.table if self.scales is not None else self.table.astype(x_bsd.dtype)
+            logits = multiply(x_bsd[:, 0], table, outputs_first=True, interpret=self.kernels != "pallas")[:, None]
+        else:
+            table = self.table.astype(x_bsd.dtype)
+            precision = matmul_precision(x_bsd.dtype)
+            logits = jnp.einsum("bsd,vd->bsv", x_bsd, table, precision=precision, preferred_element_type=jnp.float32)
         if self.scales is not None:
             logits = logits * self.scales
         # Whole rows: a split along the vocabulary would have the table, which is split by width, move at every step.
@@ -197,6 +211,7 @@ class Decoder(nn.Module):
             products with weights, and attention where a kernel does it).
         attention: the implementation for whole sequences; see `attention.self_attention`.
         adapter: low-rank adapters beside frozen matrices; `training.lora` makes and merges their parameters.
+        kernels: what computes single tokens on one device without adapters; see `decode_kernels.CHOICES`.
     """
 
     config: DecoderConfig
@@ -205,6 +220,7 @@ class Decoder(nn.Module):
     remat: str = "none"
     attention: str = "auto"
     adapter: Adapter | None = None
+    kernels: str = "xla"
 
     def setup(self):
         c = self.config
@@ -224,10 +240,10 @@ class Decoder(nn.Module):
             )
             self.layers = scanned(c, self.attention, self.adapter)
         else:
-            self.layers = [block(c, self.attention, self.adapter) for _ in range(c.num_layers)]
+            self.layers = [block(c, self.attention, self.adapter, self.kernels) for _ in range(c.num_layers)]
         self.norm = RMSNorm(c.rms_norm_eps, self.adapter)
         rows = c.tokens.visual_count if self.visual_head else c.vocab_size
-        self.head = Embedding(c, "kernel", rows, self.adapter)
+        self.head = Embedding(c, "kernel", rows, self.adapter, self.kernels)
 
     def __call__(self, tokens_bs, cache: KVCache | None = None, *, last_only: bool = False):
         """Logits of the next token after each token of `tokens_bs`.
