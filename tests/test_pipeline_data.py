@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from conftest import golden_json, golden_npz
@@ -254,10 +255,44 @@ def test_an_iterator_resumes_at_any_batch(start, pictures, documents, packing, s
     resumed(start, stop_at, lambda: start(*sources, packing=packing, sequence_length=48))
 
 
+@pytest.mark.parametrize("packing", [0, 1])
 @pytest.mark.parametrize("stop_at", [1, 11])
-def test_sequences_in_memory_resume_too(start, pictures, documents, stop_at):
+def test_sequences_in_memory_resume_too(start, pictures, documents, stop_at, packing):
     sources = (Source(pictures, TextToImage(prompt_dropout=0.5), 2), Source(documents, TextOnly()))
-    resumed(start, stop_at, lambda: start(*sources, packing=1, sequence_length=48, in_memory=True))
+    resumed(start, stop_at, lambda: start(*sources, packing=packing, sequence_length=48, in_memory=True))
+
+
+def test_rows_in_tables_are_the_rows_of_the_pipeline(start, pictures, documents):
+    """Each record's row is the same, dropped prompts too; processes share a batch; the mixture has its weights."""
+    sources = (Source(pictures, TextToImage(prompt_dropout=0.5, eos=True), 3), Source(documents, TextOnly()))
+
+    def rows(batches):
+        found = set()
+        for batch in batches:
+            for row in zip(*(batch[name] for name in sorted(batch)), strict=True):
+                found.add(b"".join(np.ascontiguousarray(array).tobytes() for array in row))
+        return found
+
+    def take(count, **options):
+        return list(itertools.islice(start(*sources, packing=0, **options), count))
+
+    held = take(80, in_memory=True)
+    assert rows(held) == rows(take(80))
+    whole = take(10, in_memory=True, batch_size=4)
+    halves = [take(10, in_memory=True, batch_size=2, process_index=i, process_count=2) for i in range(2)]
+    for number, batch in enumerate(whole):
+        for index, half in enumerate(halves):
+            jax.tree.map(np.testing.assert_array_equal, half[number], {k: x[index::2] for k, x in batch.items()})
+    found = segments(take(200, in_memory=True))
+    visual = [bool((segment["tokens"] >= SPECIAL.visual_start).any()) for segment in found]
+    assert 0.65 < np.mean(visual) < 0.85
+
+
+def test_a_row_in_a_table_that_is_too_long(start, pictures):
+    with pytest.raises(Emu3Error, match="has 2. tokens, a row has 20: raise sequence_length"):
+        list(
+            itertools.islice(start(Source(pictures, TextToImage()), packing=0, sequence_length=20, in_memory=True), 30)
+        )
 
 
 @pytest.mark.parametrize("stop_at", range(4))

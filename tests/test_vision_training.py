@@ -207,6 +207,16 @@ def test_batches_follow_from_seed_and_number(manifest):
     assert data.identity == lazy.identity != PixelData([str(manifest)], 16, 4, in_memory=False, workers=1).identity
 
 
+def test_tables_give_what_single_files_give(manifest):
+    held = PixelData((str(manifest),), 16, 6, in_memory=True, workers=1, seed=3)
+    read = PixelData((str(manifest),), 16, 6, in_memory=False, workers=1, seed=3)
+    assert held._tables["stills"] is not None and held._tables["clips"] is not None and read._tables["clips"] is None
+    for number in range(4):  # over several epochs of eight pictures and four clips
+        for part in (slice(None), slice(1, None, 2)):
+            found, expected = (data.batch(number, 5, 3, part) for data in (held, read))
+            jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 def test_larger_pictures_are_scaled_and_cropped(tmp_path):
     Image.fromarray(np.zeros((40, 80, 3), np.uint8)).save(tmp_path / "wide.png")
     (tmp_path / "m.jsonl").write_text('{"image": "wide.png", "text": ""}\n')

@@ -37,7 +37,8 @@ class DataConfig:
             in the stream. 0 packs nothing: one record a row, as the reference trains.
         too_long: what happens to a record longer than a row: "stop", or "skip", which counts it.
         seed: of shuffling and prompt dropout.
-        in_memory: keeps the sequences that were built, for data that are read many times over: about six bytes a token.
+        in_memory: keeps what was built, for data that are read many times over: without packing whole rows, at five
+            bytes a token of the row, else sequences, at about six bytes a token.
         loss_on_padding: reproduces a defect of the reference, see `padded_row`; only without packing.
     """
 

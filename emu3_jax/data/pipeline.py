@@ -15,6 +15,7 @@ A batch is a dict of arrays [B, S]:
 """
 
 import dataclasses
+import functools
 import hashlib
 import math
 import weakref
@@ -26,6 +27,7 @@ import numpy as np
 from emu3_jax.data.config import DataConfig, Source
 from emu3_jax.data.sequences import TokenSequence, padded_row
 from emu3_jax.data.shards import PreparedData
+from emu3_jax.data.tables import Table, TableBatches
 from emu3_jax.errors import Emu3Error
 from emu3_jax.text.prompts import PromptTemplates
 from emu3_jax.text.tokenizer import Tokenizer
@@ -111,27 +113,38 @@ def training_batches(
             that is too long or not of the task's kind.
     """
     _check_place(batch_size, process_index, process_count)
-    streams, identity, epoch = [], [], 0
+    pad = tokenizer.special.pad
+    in_tables = config.in_memory and not config.packing and config.too_long == "stop"
+    streams, tables, identity, epoch = [], [], [], 0
     total = sum(source.weight for source in config.sources)
     for number, source in enumerate(config.sources):
         data = PreparedData(source.path)
         data.require_codebook(tokenizer.special.visual_count, codebook_sha256)
         key = (config.seed, number)
-        if config.in_memory:
-            builder = _KeepingBuilder(source, tokenizer, templates, data, key)
-            stream = grain.MapDataset.range(len(data)).repeat().map_with_index(builder.draw)
-        else:
-            builder = _Builder(source, tokenizer, templates, data, key)
-            seed = int(np.random.SeedSequence(key).generate_state(1)[0])
-            stream = grain.MapDataset.range(len(data)).map_with_index(builder.draw).shuffle(seed).repeat()
-        streams.append(stream[process_index::process_count])
+        arguments = (source, tokenizer, templates, data, key)
         identity.append((data.index.job, source.task, source.weight))
+        if in_tables:
+            build = functools.partial(_fitting_sequence, _Builder(*arguments), config.sequence_length)
+            row = (config.sequence_length, pad, config.loss_on_padding)
+            tables.append(Table(build, len(data), source.task.prompt_dropout, key, *row))
+            continue
+        if config.in_memory:
+            stream = grain.MapDataset.range(len(data)).repeat().map_with_index(_KeepingBuilder(*arguments).draw)
+        else:
+            seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+            stream = grain.MapDataset.range(len(data)).map_with_index(_Builder(*arguments).draw).shuffle(seed).repeat()
+        streams.append(stream[process_index::process_count])
         epoch = max(epoch, math.ceil(len(data) * total / source.weight))
+    # Not the sources' paths: data may move.
+    settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)} | {"sources": identity}
+    identity = [settings, templates, batch_size, process_index, process_count]
+    if in_tables:
+        weights, process = [source.weight for source in config.sources], (process_index, process_count)
+        return Batches(TableBatches(tables, weights, batch_size, config.seed, process), identity)
     mixture = grain.MapDataset.mix(streams, [source.weight for source in config.sources])
     # Where nothing is read, threads would only wait for each other.
     reading = grain.ReadOptions(num_threads=0) if config.in_memory else _READING
     fitting = _FittingIterDataset(mixture.to_iter_dataset(reading), config.sequence_length, config.too_long, epoch)
-    pad = tokenizer.special.pad
     if config.packing:
         rows = _packed(fitting, config.sequence_length, config.packing, pad)
     else:
@@ -140,9 +153,6 @@ def training_batches(
                 TokenSequence(**item), config.sequence_length, pad, loss_on_padding=config.loss_on_padding
             )
         )
-    # Not the sources' paths: data may move.
-    settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)} | {"sources": identity}
-    identity = [settings, templates, batch_size, process_index, process_count]
     return Batches(rows.batch(batch_size, drop_remainder=True), identity)
 
 
@@ -245,6 +255,12 @@ class _KeepingBuilder(_Builder):
         if key not in self._kept:
             self._kept[key] = self.build(*key)
         return self._kept[key]
+
+
+def _fitting_sequence(builder: _Builder, length: int, record: int, drop_prompt: bool) -> TokenSequence:
+    item = builder.build(record, drop_prompt)
+    _fits(item, length, "stop")
+    return TokenSequence(item["tokens"], item["loss_mask"])
 
 
 def _fits(item: Mapping[str, Any], length: int, too_long: str) -> bool:

@@ -64,6 +64,19 @@ class PixelData:
             with concurrent.futures.ThreadPoolExecutor(workers) as pool:
                 read = pool.map(lambda file: self._read_clip(file) if file in clips else self._read_still(file), files)
                 self._held = dict(zip(files, read, strict=True))
+        self._tables = {
+            "stills": self._table(self.stills, (size, size, 3)),
+            "clips": self._table(self.clips, (frames, size, size, 3)),
+        }
+
+    def _table(self, files: list[Path], shape: tuple[int, ...]) -> np.ndarray | None:
+        """All in one array, where they are held and need no crop: a batch is then one operation, and threads that make
+        batches do not keep the interpreter from the loop that trains."""
+        if not files or any(file not in self._held or self._held[file].shape != shape for file in files):
+            return None
+        table = np.stack([self._held[file] for file in files])
+        self._held |= dict(zip(files, table, strict=True))  # views: nothing is held twice
+        return table
 
     def require(self, stills: int, clips: int) -> None:
         """Raises `Emu3Error` unless there are pictures where `stills` are asked for, and clips likewise."""
@@ -89,8 +102,13 @@ class PixelData:
             ("clips", self.clips, clips, self._clip),
         ):
             if count:
-                places = range(number * count, (number + 1) * count)[part]
-                batch[kind] = np.stack([load(files[self._shuffled(kind, i, len(files))], i) for i in places])
+                places = np.arange(number * count, (number + 1) * count)[part]
+                chosen, table = self._shuffled(kind, places, len(files)), self._tables[kind]
+                if table is not None:
+                    batch[kind] = table[chosen]
+                else:
+                    pairs = zip(chosen.tolist(), places.tolist(), strict=True)
+                    batch[kind] = np.stack([load(files[file], place) for file, place in pairs])
         return batch
 
     def batches(self, first: int, stills: int, clips: int, part: slice = slice(None)) -> Iterator[Batch]:
@@ -106,15 +124,20 @@ class PixelData:
                 waiting.append(pool.submit(self.batch, first + _AHEAD - 1, stills, clips, part))
                 yield ready.result()
 
-    def _shuffled(self, kind: str, index: int, count: int) -> int:
-        """Which file stands at `index` of the endless stream, shuffled anew each epoch."""
-        epoch, place = divmod(index, count)
-        key = (kind, epoch, count)
-        if key not in self._orders:
-            rng = np.random.default_rng([self._seed, epoch, len(kind)])
-            # Threads may do this twice, with the same result; the last epochs alone are kept.
-            self._orders = {k: v for k, v in self._orders.items() if k[1] >= epoch - 1} | {key: rng.permutation(count)}
-        return int(self._orders[key][place])
+    def _shuffled(self, kind: str, places: np.ndarray, count: int) -> np.ndarray:
+        """Which files stand at these places of the endless stream, shuffled anew each epoch."""
+        epochs, within = np.divmod(places, count)
+        chosen = np.empty_like(places)
+        for epoch in np.unique(epochs).tolist():
+            key = (kind, epoch, count)
+            if key not in self._orders:
+                rng = np.random.default_rng([self._seed, epoch, len(kind)])
+                # Threads may do this twice, with the same result; the last epochs alone are kept.
+                kept = {k: v for k, v in self._orders.items() if k[1] >= epoch - 1}
+                self._orders = kept | {key: rng.permutation(count)}
+            here = epochs == epoch
+            chosen[here] = self._orders[key][within[here]]
+        return chosen
 
     def _still(self, file: Path, index: int) -> np.ndarray:
         held = self._held.get(file)

@@ -1,0 +1,134 @@
+"""Rows of small data that are read many times over, held in arrays: a batch is a few operations, whatever its size.
+
+Pipelines that handle records one by one keep the interpreter busy for tens of milliseconds a batch, and with it the
+loop that trains: longer than a small model's step takes.
+
+L tokens of a row, B rows of a batch.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from emu3_jax.data.sequences import TokenSequence, padded_row
+
+Batch = dict[str, np.ndarray]
+
+
+class Table:
+    """The rows of one source, each built when it is first drawn."""
+
+    def __init__(
+        self,
+        build: Callable[[int, bool], TokenSequence],
+        records: int,
+        dropout: float,
+        key: Sequence[int],
+        length: int,
+        pad: int,
+        loss_on_padding: bool,
+    ):
+        """`build` makes the sequence of a record, its prompt dropped or not, no longer than `length`."""
+        self._build, self._records, self._dropout, self._key = build, records, dropout, key
+        self._row = (length, pad, loss_on_padding)
+        rows = records * (2 if dropout else 1)  # the second half have their prompts dropped
+        # Pages that are never written take no memory.
+        self.tokens, self.loss_mask = np.zeros((rows, length), np.int32), np.zeros((rows, length), bool)
+        self.sizes = np.zeros(rows, np.int32)  # 0: not built yet
+        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def rows(self, places: np.ndarray) -> np.ndarray:
+        """Which rows stand at these places of the endless stream, shuffled anew each epoch; all are built."""
+        epochs, within = np.divmod(places, self._records)
+        rows = np.empty_like(places)
+        for epoch in np.unique(epochs).tolist():
+            order, dropped = self._epoch(epoch)
+            here = epochs == epoch
+            records = order[within[here]]
+            rows[here] = records + self._records * dropped[records]
+        for row in np.unique(rows[self.sizes[rows] == 0]).tolist():
+            drop, record = divmod(row, self._records)
+            sequence = self._build(record, bool(drop))
+            length, pad, loss_on_padding = self._row
+            padded = padded_row(sequence, length, pad, loss_on_padding=loss_on_padding)
+            self.tokens[row], self.loss_mask[row] = padded["tokens"], padded["loss_mask"]
+            self.sizes[row] = len(sequence)
+        return rows
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The order of the records, and whose prompts are dropped."""
+        if epoch not in self._epochs:
+            order = np.random.default_rng([*self._key, epoch]).permutation(self._records)
+            dropped = np.random.default_rng([*self._key, epoch, 1]).random(self._records) < self._dropout
+            kept = {number: value for number, value in self._epochs.items() if number >= epoch - 1}
+            self._epochs = kept | {epoch: (order, dropped)}
+        return self._epochs[epoch]
+
+
+class TableBatches(grain.IterDataset):
+    """Endless batches of the rows of some tables, each row from one of them by chance, as their weights say.
+
+    All processes together draw one batch and each has its share of it. Batch n is a function of the seed and n.
+    """
+
+    def __init__(
+        self, tables: Sequence[Table], weights: Sequence[float], batch_size: int, seed: int, process: tuple[int, int]
+    ):
+        """`batch_size`: rows of this process, which is `process[0]` of `process[1]`."""
+        super().__init__()
+        self.tables, self.batch_size, self.seed, self.process = list(tables), batch_size, seed, process
+        self.shares = np.asarray(weights, np.float64) / np.sum(weights)
+
+    def __iter__(self) -> "_TableIterator":
+        return _TableIterator(self)
+
+
+class _TableIterator(grain.DatasetIterator):
+    def __init__(self, dataset: TableBatches):
+        super().__init__()
+        self._dataset = dataset
+        self.set_state({"batch": 0})
+
+    def __next__(self) -> Batch:
+        data = self._dataset
+        index, processes = data.process
+        sources, drawn = self._draw(self._number)
+        # Where each row stands in the stream of its source.
+        places = np.empty_like(sources)
+        for number, count in enumerate(drawn.tolist()):
+            places[sources == number] = self._before[number] + np.arange(count)
+        sources, places = sources[index::processes], places[index::processes]
+        length = data.tables[0].tokens.shape[1]
+        tokens = np.empty((len(sources), length), np.int32)
+        loss_mask, sizes = np.empty((len(sources), length), bool), np.empty(len(sources), np.int32)
+        for number in np.unique(sources).tolist():
+            here, table = sources == number, data.tables[number]
+            rows = table.rows(places[here])
+            tokens[here], loss_mask[here], sizes[here] = table.tokens[rows], table.loss_mask[rows], table.sizes[rows]
+        self._number += 1
+        self._before = self._before + drawn
+        slots = np.arange(length, dtype=np.int32)
+        filled = slots < sizes[:, None]
+        return {
+            "tokens": tokens,
+            "segment_ids": filled.astype(np.int32),
+            "positions": np.where(filled, slots, 0),
+            "loss_mask": loss_mask,
+        }
+
+    def _draw(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """The source of every row of the batch of all processes, and how many rows each has in it."""
+        data = self._dataset
+        rows = data.batch_size * data.process[1]
+        sources = np.random.default_rng([data.seed, number, 2]).choice(len(data.tables), rows, p=data.shares)
+        return sources, np.bincount(sources, minlength=len(data.tables))
+
+    def get_state(self) -> dict[str, Any]:
+        return {"batch": self._number, "too_long": 0}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._number = state["batch"]
+        counts = (self._draw(number)[1] for number in range(self._number))
+        self._before = sum(counts, start=np.zeros(len(self._dataset.tables), np.int64))
