@@ -35,7 +35,7 @@ def load(
         mesh: "tensor=4", a mapping of axes to sizes, or a mesh from `sharding.mesh.make_mesh`: the decoder's weights
             are restored straight to their parts, and generation runs on all its devices. Results do not change.
         quantize: "int8" keeps the decoder's matrices and the KV cache as int8, "int8-weights" the matrices alone, "fp8"
-            the matrices as float8 (e4m3) and the cache as int8: half the memory, and faster, but other results. By
+            the matrices as float8 (e4m3) and the cache as int8: half the memory, and other results. By
             default nothing is.
 
     Raises:

@@ -6,13 +6,11 @@ One decoder does all three. It is small, trained by this project on emoji, and p
 import argparse
 import os
 import pathlib
-import shlex
-import sys
 import textwrap
 
+from demo import emu3_jax
 from PIL import Image, ImageDraw, ImageFont
 
-from emu3_jax.cli import main as cli
 from emu3_jax.media.clips import load_clip
 from emu3_jax.media.images import save_png
 
@@ -63,14 +61,6 @@ def run(output: pathlib.Path, model: pathlib.Path | None = None, area: int | Non
     save_png(contact_sheet(tiles, (CLIP, strip)), sheet, {"software": "emu3-jax"})
     print(f"\nThe pictures and the clip's frames on one sheet: {sheet}")
     print(f"The clip: {clips / '000.webp'}")
-
-
-def emu3_jax(command: str, *arguments: object) -> None:
-    """Shows and runs one command of `emu3-jax`, in this process: starting JAX anew takes longer than the work."""
-    words = [command, *map(str, arguments)]
-    print(f"$ emu3-jax {shlex.join(words)}", flush=True)
-    if code := cli.main(words):
-        sys.exit(code)
 
 
 def contact_sheet(tiles: list[tuple[str, pathlib.Path]], clip: tuple[str, pathlib.Path]) -> Image.Image:

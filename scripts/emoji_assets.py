@@ -80,7 +80,6 @@ def table(figures: dict[str, Any]) -> str:
     best = figures.get("text_to_image", {}).get("best_guidance")
     points = {"best": [p for p in curve if p["scale"] == best], "unguided": [p for p in curve if p["scale"] == 1.0]}
     known = figures | {name: found[0] for name, found in points.items() if found}
-    known["truth"] = figures.get("text_to_image", {}).get("nearness_of_references", {}).get("truth")
     lines = ["| What | Aim | Got |", "|---|---|---|"]
     for title, aim, form, path in _ROWS:
         value: Any = known

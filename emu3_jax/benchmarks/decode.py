@@ -213,12 +213,11 @@ def random_params(config: DecoderConfig, quantize: str | None = None) -> Any:
             return jnp.ones(shape, config.dtype)
         return jax.random.normal(key, shape, config.dtype) * jnp.asarray(0.02, config.dtype)
 
-    narrow = jax.jit(quantise, static_argnames=("name", "kind"))
     params: dict[tuple[str, ...], jax.Array] = {}
     for path, leaf in flat.items():
         array = draw(keys[path], leaf.shape)
         if quantize is not None and is_quantised(path):
-            params |= {(*path[:-1], name): part for name, part in narrow(path[-1], array, quantize).items()}
+            params |= {(*path[:-1], name): part for name, part in quantise(path[-1], array, quantize).items()}
         else:
             params[path] = array
     return traverse_util.unflatten_dict(params)

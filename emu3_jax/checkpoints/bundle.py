@@ -264,14 +264,13 @@ class Bundle:
         if quantize is None:
             return self._restore("decoder", shardings, dtype)
         stored, params = self.stored("decoder"), {}
-        quantised = jax.jit(quantise, static_argnames=("name", "kind"))
         for group in _in_groups(stored, lambda path: stored[path].size * stored[path].dtype.itemsize, _READ_BYTES):
             some = {path: stored[path] for path in group}
             wide = traverse_util.flatten_dict(self._restore("decoder", shardings, dtype, some))
             for path in group:
                 array = wide.pop(path)
                 if is_quantised(path):
-                    narrow = quantised(path[-1], array, quantize)
+                    narrow = quantise(path[-1], array, quantize)
                     params |= {(*path[:-1], name): jax.block_until_ready(leaf) for name, leaf in narrow.items()}
                 else:
                     params[path] = array

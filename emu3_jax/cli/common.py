@@ -25,7 +25,7 @@ def add_quantize(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--quantize",
         choices=("int8", "int8-weights", "fp8"),
-        help="narrow weights and KV cache: half the memory, faster, other results",
+        help="narrow weights and KV cache: half the memory, other results",
     )
 
 

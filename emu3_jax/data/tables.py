@@ -1,7 +1,7 @@
 """Rows of small data that are read many times over, held in arrays: a batch is a few operations, whatever its size.
 
 Pipelines that handle records one by one keep the interpreter busy for tens of milliseconds a batch, and with it the
-loop that trains: longer than a small model's step takes.
+loop that trains a small model.
 
 L tokens of a row, B rows of a batch.
 """

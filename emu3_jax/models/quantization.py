@@ -7,6 +7,7 @@ products, so that no wide copy of a weight or of the cache exists. A matrix M of
 A module of our own rather than `qwix`, whose quantised weights cannot be reshaped on the way to a product, as `out` is.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -36,6 +37,7 @@ def is_quantised(path: tuple[str, ...]) -> bool:
     return path[-1] in MATRICES or path[-2:] == ("head", _HEAD)
 
 
+@functools.partial(jax.jit, static_argnames=("name", "kind"))
 def quantise(name: str, matrix: jax.Array, kind: str) -> dict[str, jax.Array]:
     """The matrix as codes and scales, in float32 arithmetic.
 

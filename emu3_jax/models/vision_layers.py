@@ -313,8 +313,8 @@ class CausalConv3d(nn.Module):
 class FoldedConv3d(nn.Module):
     """`CausalConv3d`'s convolution as one in two dimensions that has all frames' channels side by side.
 
-    It multiplies with zeros where a frame does not see another, and is faster all the same: GPUs have no good kernels
-    for 3D convolutions of so few channels, and those took most of a training step.
+    It multiplies with zeros where a frame does not see another, for one 2D convolution of more channels: few kernels
+    are made for 3D ones of so few. What that gains in a training step was not measured by itself.
     """
 
     features: int
