@@ -295,6 +295,51 @@ def test_a_row_in_a_table_that_is_too_long(start, pictures):
         )
 
 
+def test_rows_in_parts(start, pictures, documents):
+    """Parts of rows hold what rows of their length would, in the same order; the mixture counts records."""
+    alone = start(Source(pictures, TextToImage(prompt_dropout=0.5)), packing=0, in_memory=True, sequence_length=48)
+    alone = [row for batch in itertools.islice(alone, 30) for row in split(batch, 1)]
+    options = {"packing": 0, "in_memory": True, "sequence_length": 97}
+    parts = start(Source(pictures, TextToImage(prompt_dropout=0.5), parts=2), **options)
+    found = []
+    for batch in itertools.islice(parts, 15):
+        assert (batch["tokens"][:, 96:] == SPECIAL.pad).all() and not batch["segment_ids"][:, 96:].any()
+        halves = split({name: array[:, :96] for name, array in batch.items()}, 2)
+        for number, half in enumerate(halves):
+            half["segment_ids"] = half["segment_ids"] // (number % 2 + 1)
+        found += halves
+    assert len(found) == len(alone)
+    for part, row in zip(found, alone, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, part, row)
+    sources = (Source(pictures, TextToImage(), 3), Source(documents, TextOnly(), parts=4))
+    options["sequence_length"] = 120
+    whole = list(itertools.islice(start(*sources, batch_size=4, **options), 50))
+    counts = [len(np.unique(row)) - 1 for batch in whole for row in batch["segment_ids"]]
+    assert 0.65 < counts.count(1) / (counts.count(1) + 4 * counts.count(4)) < 0.85 and set(counts) == {1, 4}
+    for index in range(2):
+        share = start(*sources, batch_size=2, process_index=index, process_count=2, **options)
+        for batch, half in zip(whole, itertools.islice(share, 50), strict=True):
+            jax.tree.map(np.testing.assert_array_equal, half, {name: x[index::2] for name, x in batch.items()})
+
+
+def split(batch, parts: int) -> list[dict[str, np.ndarray]]:
+    """Equal parts of rows, in the order of rows."""
+    flat = {name: array.reshape(len(array) * parts, -1) for name, array in batch.items()}
+    return [{name: array[row] for name, array in flat.items()} for row in range(len(batch["tokens"]) * parts)]
+
+
+@pytest.mark.parametrize("stop_at", range(4))
+def test_rows_in_parts_resume(start, pictures, documents, stop_at):
+    sources = (Source(pictures, TextToImage(prompt_dropout=0.5), parts=2), Source(documents, TextOnly(), parts=3))
+    resumed(start, stop_at, lambda: start(*sources, packing=0, sequence_length=96, in_memory=True))
+
+
+def test_a_part_of_a_row_that_is_too_short(start, pictures):
+    batches = start(Source(pictures, TextToImage(), parts=3), packing=0, sequence_length=60, in_memory=True)
+    with pytest.raises(Emu3Error, match=r"has 2\d tokens, each of the 3 parts of a row has 20: raise sequence_length"):
+        list(itertools.islice(batches, 30))
+
+
 @pytest.mark.parametrize("stop_at", range(4))
 def test_skipped_records_are_counted_across_resumption(start, pictures, stop_at):
     def make():
@@ -418,6 +463,7 @@ def test_data_of_another_tokenizer(write, start, pictures):
         ({"too_long": "cut"}, "too_long is 'cut'"),
         ({"sources": ()}, "sources is empty"),
         ({"loss_on_padding": True}, "loss_on_padding is true: it needs packing=0"),
+        ({"sources": (Source("d", TextOnly(), parts=2),)}, "parts of d is 2: parts need in_memory=True"),
     ],
 )
 def test_bad_settings(fields, reason):
@@ -429,6 +475,12 @@ def test_bad_settings(fields, reason):
 def test_bad_weights(weight):
     with pytest.raises(Emu3Error, match="weight of d is"):
         Source("d", TextOnly(), weight)
+
+
+@pytest.mark.parametrize("parts", [0, 1.5, True])
+def test_bad_parts(parts):
+    with pytest.raises(Emu3Error, match="parts of d is"):
+        Source("d", TextOnly(), parts=parts)
 
 
 @pytest.mark.parametrize(

@@ -15,15 +15,19 @@ class Source:
         path: a directory that `emu3-jax prepare` wrote.
         task: how its records become sequences, one of the classes of `emu3_jax.data.sequences`.
         weight: how many of its records are drawn, in proportion to the other sources' weights.
+        parts: equal parts of a row, each of which holds one record; more than 1 only where whole rows are in memory.
     """
 
     path: str
     task: Task
     weight: float = 1.0
+    parts: int = 1
 
     def __post_init__(self):
         if not isinstance(self.weight, int | float) or not (math.isfinite(self.weight) and self.weight > 0):
             raise Emu3Error(f"weight of {self.path} is {self.weight!r}: it must be a number > 0")
+        if not isinstance(self.parts, int) or isinstance(self.parts, bool) or self.parts < 1:
+            raise Emu3Error(f"parts of {self.path} is {self.parts!r}: it must be a whole number >= 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,3 +65,16 @@ class DataConfig:
             raise Emu3Error(f"data field too_long is {self.too_long!r}: it must be stop or skip")
         if self.loss_on_padding and self.packing:
             raise Emu3Error("data field loss_on_padding is true: it needs packing=0, one record a row")
+        for source in self.sources:
+            if source.parts == 1:
+                continue
+            if source.parts > self.sequence_length or not self.whole_rows or self.loss_on_padding:
+                raise Emu3Error(
+                    f'parts of {source.path} is {source.parts}: parts need in_memory=True, packing=0, too_long="stop", '
+                    "loss_on_padding=False and at least a token each; change those, or leave parts at 1"
+                )
+
+    @property
+    def whole_rows(self) -> bool:
+        """Whether rows are kept as they are, see `data.tables`."""
+        return self.in_memory and not self.packing and self.too_long == "stop"

@@ -114,7 +114,6 @@ def training_batches(
     """
     _check_place(batch_size, process_index, process_count)
     pad = tokenizer.special.pad
-    in_tables = config.in_memory and not config.packing and config.too_long == "stop"
     streams, tables, identity, epoch = [], [], [], 0
     total = sum(source.weight for source in config.sources)
     for number, source in enumerate(config.sources):
@@ -122,11 +121,13 @@ def training_batches(
         data.require_codebook(tokenizer.special.visual_count, codebook_sha256)
         key = (config.seed, number)
         arguments = (source, tokenizer, templates, data, key)
-        identity.append((data.index.job, source.task, source.weight))
-        if in_tables:
-            build = functools.partial(_fitting_sequence, _Builder(*arguments), config.sequence_length)
-            row = (config.sequence_length, pad, config.loss_on_padding)
-            tables.append(Table(build, len(data), source.task.prompt_dropout, key, *row))
+        identity.append((data.index.job, source.task, source.weight, source.parts))
+        if config.whole_rows:
+            length = config.sequence_length // source.parts
+            room = "a row" if source.parts == 1 else f"each of the {source.parts} parts of a row"
+            build = functools.partial(_fitting_sequence, _Builder(*arguments), length, room)
+            row = (length, pad, config.loss_on_padding)
+            tables.append(Table(build, len(data), source.task.prompt_dropout, key, *row, source.parts))
             continue
         if config.in_memory:
             stream = grain.MapDataset.range(len(data)).repeat().map_with_index(_KeepingBuilder(*arguments).draw)
@@ -138,9 +139,10 @@ def training_batches(
     # Not the sources' paths: data may move.
     settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)} | {"sources": identity}
     identity = [settings, templates, batch_size, process_index, process_count]
-    if in_tables:
+    if config.whole_rows:
         weights, process = [source.weight for source in config.sources], (process_index, process_count)
-        return Batches(TableBatches(tables, weights, batch_size, config.seed, process), identity)
+        rows = TableBatches(tables, weights, batch_size, config.sequence_length, config.seed, process)
+        return Batches(rows, identity)
     mixture = grain.MapDataset.mix(streams, [source.weight for source in config.sources])
     # Where nothing is read, threads would only wait for each other.
     reading = grain.ReadOptions(num_threads=0) if config.in_memory else _READING
@@ -257,17 +259,17 @@ class _KeepingBuilder(_Builder):
         return self._kept[key]
 
 
-def _fitting_sequence(builder: _Builder, length: int, record: int, drop_prompt: bool) -> TokenSequence:
+def _fitting_sequence(builder: _Builder, length: int, room: str, record: int, drop_prompt: bool) -> TokenSequence:
     item = builder.build(record, drop_prompt)
-    _fits(item, length, "stop")
+    _fits(item, length, "stop", room)
     return TokenSequence(item["tokens"], item["loss_mask"])
 
 
-def _fits(item: Mapping[str, Any], length: int, too_long: str) -> bool:
+def _fits(item: Mapping[str, Any], length: int, too_long: str, room: str = "a row") -> bool:
     tokens = len(item["tokens"])
     if tokens > length and too_long == "stop":
         raise Emu3Error(
-            f"{item['name']} has {tokens} tokens, a row has {length}: raise sequence_length, prepare with a smaller "
+            f"{item['name']} has {tokens} tokens, {room} has {length}: raise sequence_length, prepare with a smaller "
             'area, or set too_long to "skip"'
         )
     return tokens <= length

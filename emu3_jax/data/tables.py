@@ -29,10 +29,15 @@ class Table:
         length: int,
         pad: int,
         loss_on_padding: bool,
+        parts: int = 1,
     ):
-        """`build` makes the sequence of a record, its prompt dropped or not, no longer than `length`."""
+        """`build` makes the sequence of a record, its prompt dropped or not, no longer than `length`.
+
+        A row of a batch holds `parts` of this table's rows, `length` tokens each.
+        """
+        self.parts = parts
         self._build, self._records, self._dropout, self._key = build, records, dropout, key
-        self._row = (length, pad, loss_on_padding)
+        self.pad, self._row = pad, (length, pad, loss_on_padding)
         rows = records * (2 if dropout else 1)  # the second half have their prompts dropped
         # Pages that are never written take no memory.
         self.tokens, self.loss_mask = np.zeros((rows, length), np.int32), np.zeros((rows, length), bool)
@@ -74,12 +79,21 @@ class TableBatches(grain.IterDataset):
     """
 
     def __init__(
-        self, tables: Sequence[Table], weights: Sequence[float], batch_size: int, seed: int, process: tuple[int, int]
+        self,
+        tables: Sequence[Table],
+        weights: Sequence[float],
+        batch_size: int,
+        length: int,
+        seed: int,
+        process: tuple[int, int],
     ):
-        """`batch_size`: rows of this process, which is `process[0]` of `process[1]`."""
+        """`batch_size`: rows of `length` tokens of this process, which is `process[0]` of `process[1]`."""
         super().__init__()
-        self.tables, self.batch_size, self.seed, self.process = list(tables), batch_size, seed, process
-        self.shares = np.asarray(weights, np.float64) / np.sum(weights)
+        self.tables, self.batch_size, self.length = list(tables), batch_size, length
+        self.seed, self.process = seed, process
+        self.parts = np.asarray([table.parts for table in tables])
+        rows = np.asarray(weights, np.float64) / self.parts
+        self.shares = rows / rows.sum()
 
     def __iter__(self) -> "_TableIterator":
         return _TableIterator(self)
@@ -95,28 +109,30 @@ class _TableIterator(grain.DatasetIterator):
         data = self._dataset
         index, processes = data.process
         sources, drawn = self._draw(self._number)
-        # Where each row stands in the stream of its source.
+        # Where the first record of each row stands in the stream of its source.
         places = np.empty_like(sources)
-        for number, count in enumerate(drawn.tolist()):
-            places[sources == number] = self._before[number] + np.arange(count)
+        for number, (parts, count) in enumerate(zip(data.parts.tolist(), drawn.tolist(), strict=True)):
+            places[sources == number] = self._before[number] + parts * np.arange(count)
         sources, places = sources[index::processes], places[index::processes]
-        length = data.tables[0].tokens.shape[1]
-        tokens = np.empty((len(sources), length), np.int32)
-        loss_mask, sizes = np.empty((len(sources), length), bool), np.empty(len(sources), np.int32)
+        shape = (len(sources), data.length)
+        tokens = np.full(shape, data.tables[0].pad, np.int32)
+        segment_ids, positions, loss_mask = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, bool)
         for number in np.unique(sources).tolist():
             here, table = sources == number, data.tables[number]
-            rows = table.rows(places[here])
-            tokens[here], loss_mask[here], sizes[here] = table.tokens[rows], table.loss_mask[rows], table.sizes[rows]
+            parts, length = table.parts, table.tokens.shape[1]
+            slots, ids = np.arange(length, dtype=np.int32), np.arange(1, parts + 1, dtype=np.int32)
+            rows = table.rows((places[here, None] + np.arange(parts)).ravel())
+            filled = (slots < table.sizes[rows, None]).reshape(-1, parts, length)
+            for batch, of_table in (
+                (tokens, table.tokens[rows]),
+                (loss_mask, table.loss_mask[rows]),
+                (segment_ids, filled * ids[:, None]),
+                (positions, filled * slots),
+            ):
+                batch[here, : parts * length] = of_table.reshape(-1, parts * length)
         self._number += 1
-        self._before = self._before + drawn
-        slots = np.arange(length, dtype=np.int32)
-        filled = slots < sizes[:, None]
-        return {
-            "tokens": tokens,
-            "segment_ids": filled.astype(np.int32),
-            "positions": np.where(filled, slots, 0),
-            "loss_mask": loss_mask,
-        }
+        self._before = self._before + drawn * data.parts
+        return {"tokens": tokens, "segment_ids": segment_ids, "positions": positions, "loss_mask": loss_mask}
 
     def _draw(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """The source of every row of the batch of all processes, and how many rows each has in it."""
@@ -131,4 +147,4 @@ class _TableIterator(grain.DatasetIterator):
     def set_state(self, state: dict[str, Any]) -> None:
         self._number = state["batch"]
         counts = (self._draw(number)[1] for number in range(self._number))
-        self._before = sum(counts, start=np.zeros(len(self._dataset.tables), np.int64))
+        self._before = sum(counts, start=np.zeros(len(self._dataset.tables), np.int64)) * self._dataset.parts

@@ -123,6 +123,7 @@ class Block(nn.Module):
     implementation: str
     adapter: Adapter | None = None
     kernels: str = "xla"
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(self, x_bsd, rotations_bsr, segments_bs=None, cache: KVCache | None = None, layer: int = 0):
@@ -130,10 +131,14 @@ class Block(nn.Module):
         attention = Attention(self.config, self.implementation, adapter, self.kernels, name="attention")
         normed = RMSNorm(epsilon, adapter, name="attention_norm")(x_bsd)
         mixed, cache = attention(normed, rotations_bsr, segments_bs, cache, layer)
-        x_bsd = _residual(x_bsd + mixed, cache)
+        x_bsd = _residual(x_bsd + _dropped(mixed, self.dropout), cache)
         mlp = MLP(self.config, adapter, self.kernels, name="mlp")
         mixed = mlp(RMSNorm(epsilon, adapter, name="mlp_norm")(x_bsd))
-        return _residual(x_bsd + mixed, cache), cache
+        return _residual(x_bsd + _dropped(mixed, self.dropout), cache), cache
+
+
+def _dropped(x_bsd: jax.Array, share: float) -> jax.Array:
+    return nn.Dropout(share, deterministic=False)(x_bsd) if share else x_bsd
 
 
 def _residual(x_bsd: jax.Array, cache: KVCache | None) -> jax.Array:
@@ -212,6 +217,8 @@ class Decoder(nn.Module):
         attention: the implementation for whole sequences; see `attention.self_attention`.
         adapter: low-rank adapters beside frozen matrices; `training.lora` makes and merges their parameters.
         kernels: what computes single tokens on one device without adapters; see `decode_kernels.CHOICES`.
+        dropout: share of the embeddings, and of what each attention and MLP adds to them, that is zeroed, and the rest
+            scaled up for it; takes a key named "dropout".
     """
 
     config: DecoderConfig
@@ -221,6 +228,7 @@ class Decoder(nn.Module):
     attention: str = "auto"
     adapter: Adapter | None = None
     kernels: str = "xla"
+    dropout: float = 0.0
 
     def setup(self):
         c = self.config
@@ -233,14 +241,16 @@ class Decoder(nn.Module):
             scanned = nn.scan(
                 block,
                 variable_axes={"params": 0},
-                split_rngs={"params": True},
+                split_rngs={"params": True, "dropout": True},
                 in_axes=(nn.broadcast, nn.broadcast),
                 length=c.num_layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            self.layers = scanned(c, self.attention, self.adapter)
+            self.layers = scanned(c, self.attention, self.adapter, dropout=self.dropout)
         else:
-            self.layers = [block(c, self.attention, self.adapter, self.kernels) for _ in range(c.num_layers)]
+            arguments = (c, self.attention, self.adapter, self.kernels, self.dropout)
+            self.layers = [block(*arguments) for _ in range(c.num_layers)]
+        self.embed_dropout = nn.Dropout(self.dropout, deterministic=not self.dropout)
         self.norm = RMSNorm(c.rms_norm_eps, self.adapter)
         rows = c.tokens.visual_count if self.visual_head else c.vocab_size
         self.head = Embedding(c, "kernel", rows, self.adapter, self.kernels)
@@ -282,7 +292,8 @@ class Decoder(nn.Module):
         """
         if positions_bs is None:
             positions_bs = jnp.broadcast_to(jnp.arange(tokens_bs.shape[1], dtype=jnp.int32), tokens_bs.shape)
-        x_bsd, rotations_bsr = _residual(self.embed.lookup(tokens_bs), None), self._rotations(positions_bs)
+        x_bsd = _residual(self.embed_dropout(self.embed.lookup(tokens_bs)), None)
+        rotations_bsr = self._rotations(positions_bs)
         if self.stacked:
             x_bsd, _ = self.layers(x_bsd, rotations_bsr, segments_bs)
         else:

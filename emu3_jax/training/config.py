@@ -71,6 +71,12 @@ class ModelConfig:
         dtype: of the products; the weights that are trained are float32.
         remat: what the backward pass computes again, layer by layer: "none", "dots" or "full", see `Decoder`.
         attention: the implementation, see `models.attention`.
+        dropout: share of activations that is zeroed while training, see `Decoder`. The published models were trained
+            with none; it is for data that are read many times over.
+        noise: up to which share of a row's visual tokens the model sees as random ones while training; targets stay as
+            they are. The share of each row is `noise` times the square of a uniform draw, so that many rows have little
+            of it. Where earlier visual tokens tell less, the text is what tells: a prompt's few bits hardly change the
+            loss of a picture whose beginning is known, and are learned late or not at all.
     """
 
     bundle: str
@@ -79,6 +85,8 @@ class ModelConfig:
     dtype: str = "bfloat16"
     remat: str = "full"
     attention: str = "auto"
+    dropout: float = 0.0
+    noise: float = 0.0
 
     def __post_init__(self):
         check_field(self, "bundle", isinstance(self.bundle, str), "a directory")
@@ -89,6 +97,9 @@ class ModelConfig:
         check_field(self, "dtype", self.dtype in legal, " or ".join(legal))
         legal = ("none", *REMAT_POLICIES)
         check_field(self, "remat", self.remat in legal, " or ".join(legal))
+        ok = is_number(self.dropout) and 0 <= self.dropout < 1
+        check_field(self, "dropout", ok, "a number from 0, and less than 1")
+        check_field(self, "noise", is_number(self.noise) and 0 <= self.noise <= 1, "a number from 0 to 1")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -48,7 +48,7 @@ class Trainer:
 
     Attributes:
         decoder: the decoder's config, in the compute dtype.
-        model: the module.
+        model: the module, without dropout.
         state_shardings: where a `TrainState` lies.
         frozen_shardings: where the frozen parameters lie; an empty dict where there are none.
         batch_shardings: where a batch lies.
@@ -68,6 +68,7 @@ class Trainer:
             attention=config.model.attention,
             adapter=config.adapter,
         )
+        self._learner = self.model.clone(dropout=config.model.dropout)
         self.optimizer = make_optimizer(config.optimizer, config.steps)
         self._config, self._mesh = config, mesh
         boxed, boxed_frozen = jax.eval_shape(self._boxed)
@@ -133,43 +134,63 @@ class Trainer:
 
     # -------------------------------------------------------------------------------------------- programs
 
-    def _sums(self, params: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, LossSums]:
-        """What is minimised, not yet divided by the targets, and the sums by kind."""
+    def _sums(self, params: Any, frozen: Any, batch: Batch, key: jax.Array | None = None) -> tuple[jax.Array, LossSums]:
+        """What is minimised, not yet divided by the targets, and the sums by kind.
+
+        A key makes it training, with dropout and noise.
+        """
         if self._config.adapter:
             params = lora.join(params, frozen)
         labels, mask = next_tokens(batch["tokens"], batch["loss_mask"])
-        hidden = self.model.apply(
-            {"params": params}, batch["tokens"], batch["positions"], batch["segment_ids"], method="hidden"
-        )
+        tokens, positions, segments = (batch[name] for name in ("tokens", "positions", "segment_ids"))
+        model = self.model if key is None else self._learner
+        keys = None
+        if key is not None:
+            noise_key, dropout_key = jax.random.split(key)
+            tokens, keys = self._noisy(tokens, noise_key), {"dropout": dropout_key}
+        hidden = model.apply({"params": params}, tokens, positions, segments, method="hidden", rngs=keys)
         special = self.decoder.tokens
         visual = (special.visual_start, special.visual_end)
         head, weight = params["head"]["kernel"], self._config.vision_weight
         return chunked_cross_entropy(hidden, head, labels, mask, visual, weight)
+
+    def _noisy(self, tokens_bs: jax.Array, key: jax.Array) -> jax.Array:
+        """Visual tokens replaced by random ones, of each row another share."""
+        most, special = self._config.model.noise, self.decoder.tokens
+        if not most:
+            return tokens_bs
+        share_key, chance_key, token_key = jax.random.split(key, 3)
+        share = most * jnp.square(jax.random.uniform(share_key, (tokens_bs.shape[0], 1)))
+        visual = (tokens_bs >= special.visual_start) & (tokens_bs < special.visual_end)
+        chosen = visual & (jax.random.uniform(chance_key, tokens_bs.shape) < share)
+        random = jax.random.randint(token_key, tokens_bs.shape, special.visual_start, special.visual_end, jnp.int32)
+        return jnp.where(chosen, random, tokens_bs)
 
     def _step(self, state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         config = self._config
         # Known beforehand, so that the parts of an accumulated step weigh their targets alike.
         targets = jnp.maximum(next_tokens(batch["tokens"], batch["loss_mask"])[1].sum(dtype=jnp.float32), 1.0)
 
-        def objective(params, part):
-            loss, sums = self._sums(params, frozen, part)
+        key, now = jax.random.split(jax.random.wrap_key_data(state.key))
+
+        def objective(params, part, key):
+            loss, sums = self._sums(params, frozen, part, key)
             return loss / targets, sums
 
         gradient = jax.value_and_grad(objective, has_aux=True)
         if config.accumulation == 1:
-            (loss, sums), gradients = gradient(state.params, batch)
+            (loss, sums), gradients = gradient(state.params, batch, now)
         else:
 
             def add(total, part):
-                return jax.tree.map(jnp.add, total, gradient(state.params, part)), None
+                return jax.tree.map(jnp.add, total, gradient(state.params, *part)), None
 
-            parts = jax.tree.map(self._parts, batch)
+            parts = jax.tree.map(self._parts, batch), jax.random.split(now, config.accumulation)
             zeros = jax.tree.map(
-                lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(gradient, state.params, batch)
+                lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(gradient, state.params, batch, now)
             )
             ((loss, sums), gradients), _ = jax.lax.scan(add, zeros, parts)
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
-        key, _ = jax.random.split(jax.random.wrap_key_data(state.key))
         new = TrainState(
             step=state.step + 1,
             params=optax.apply_updates(state.params, updates),
