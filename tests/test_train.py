@@ -132,35 +132,6 @@ def test_another_mesh_goes_on(base, whole, tmp_path):
     np.testing.assert_allclose(losses(directory), losses(whole), rtol=1e-4)
 
 
-def test_dropout_and_noise_go_on_exactly(base, data, whole, tmp_path):
-    """They change the training, not the evaluation; they are the same after a stop, and on any mesh."""
-    evaluation = (("held", base.data.sources[0]),)
-    model = dataclasses.replace(base.model, dropout=0.2, noise=1.0)
-    config = dataclasses.replace(base, model=model, steps=6, evaluation=evaluation, evaluate_every=1)
-    for mesh in ("fsdp=2", "data=2,tensor=2"):
-        train(dataclasses.replace(config, directory=str(tmp_path / mesh), mesh=mesh), progress=False)
-    one, other = (losses(tmp_path / mesh) for mesh in ("fsdp=2", "data=2,tensor=2"))
-    np.testing.assert_allclose(one, other, rtol=1e-4)
-    assert all(abs(a - b) > 1e-3 for (_, a, _), (_, b, _) in zip(one, losses(whole), strict=False))
-    again = tmp_path / "again"
-    shutil.copytree(tmp_path / "fsdp=2", again)
-    shutil.rmtree(again / "checkpoints" / "6")
-    shutil.rmtree(again / "model")
-    train(dataclasses.replace(config, directory=str(again)), progress=False)
-    assert losses(again) == one
-    parts = dataclasses.replace(config, directory=str(tmp_path / "parts"), batch_size=4, accumulation=2)
-    train(parts, progress=False)
-    # The evaluation of weights that training left alone is the model's own.
-    still = dataclasses.replace(base.optimizer, learning_rate=1e-12, final_learning_rate=0.0)
-    held = []
-    for name, kind in (("noisy", model), ("plain", base.model)):
-        run = dataclasses.replace(config, directory=str(tmp_path / name), model=kind, optimizer=still, steps=3)
-        train(run, progress=False)
-        lines = read_metrics(tmp_path / name)
-        held.append([line["loss"] for line in lines if line["group"] == "evaluation/held"])
-    np.testing.assert_allclose(*held, rtol=1e-6)
-
-
 def test_only_the_newest_checkpoints_are_kept(whole):
     assert sorted(int(p.name) for p in (whole / "checkpoints").iterdir()) == [STEPS - 3, STEPS]
 

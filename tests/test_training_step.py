@@ -1,6 +1,7 @@
 """The step: the same on every mesh and however accumulated; AdamW and its schedule as torch's and transformers'."""
 
 import dataclasses
+import itertools
 
 import jax
 import numpy as np
@@ -84,6 +85,39 @@ def test_meshes_and_accumulation_change_nothing(plain, mesh, accumulation):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), state.params, plain[1].params)
     np.testing.assert_allclose(sums.mean, plain[2].mean, rtol=1e-4)
     np.testing.assert_array_equal(state.key, plain[1].key)
+
+
+@pytest.mark.parametrize("fields", [{"dropout": 0.3}, {"noise": 1.0}])
+def test_dropout_and_noise(plain, fields):
+    """They change the training, and each step of it anew, the same on any mesh; never the evaluation."""
+    still = dataclasses.replace(CONFIG.optimizer, learning_rate=1e-12, final_learning_rate=0.0)
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, **fields), optimizer=still)
+    metrics, _, sums = run(config)
+    losses = [figures["loss"] for figures in metrics]
+    clean = plain[0][0]["loss"]
+    assert all(abs(a - b) > 1e-4 * clean for a, b in itertools.combinations([*losses, clean], 2))
+    other, _, evaluated = run(config, "data=2,fsdp=2,tensor=2")
+    np.testing.assert_allclose([figures["loss"] for figures in other], losses, rtol=2e-5)
+    np.testing.assert_allclose(evaluated.mean, sums.mean, rtol=1e-5)
+    accumulated, _, evaluated = run(dataclasses.replace(config, accumulation=2))
+    assert all(np.isfinite(figures["loss"]) for figures in accumulated)
+    untouched = run(dataclasses.replace(CONFIG, optimizer=still), steps=1)[2]
+    for found in (sums, evaluated):
+        np.testing.assert_allclose(found.mean, untouched.mean, rtol=1e-5)
+
+
+def test_noise_is_for_visual_tokens():
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, noise=1.0))
+    noisy = Trainer(config, tiny.CONFIG, make_mesh("fsdp=1"))._noisy
+    rng, special = np.random.default_rng(0), tiny.CONFIG.tokens
+    tokens = rng.integers(0, special.visual_end, (400, 200)).astype(np.int32)
+    found = np.asarray(noisy(tokens, jax.random.key(0)))
+    visual = (tokens >= special.visual_start) & (tokens < special.visual_end)
+    np.testing.assert_array_equal(found[~visual], tokens[~visual])
+    assert ((found >= special.visual_start) & (found < special.visual_end))[visual].all()
+    changed = np.sum((found != tokens) & visual, axis=1) / visual.sum(axis=1)
+    kept = 1 - 1 / special.visual_count  # a random token may be the same
+    assert abs(changed.mean() - kept / 3) < 0.04 and changed.max() > 0.9 * kept and np.median(changed) < 0.3
 
 
 def test_metrics(plain):
