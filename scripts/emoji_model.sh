@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The embedded model from nothing, under out/: data, vision tokenizer, token data, decoder, figures. Each step is left out
 # where its result is there, and training goes on from its last checkpoint, so this may be stopped and started again.
-# Some minutes for each of the three trainings on one H100; VISION, PRETRAIN, SFT and EVALUATE hold further options, as in
+# The vision tokenizer takes some minutes on one H100. VISION, PRETRAIN, SFT and EVALUATE hold further options, as in
 # VISION="--set steps=100" bash scripts/emoji_model.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -455,35 +455,6 @@ def test_data_of_another_tokenizer(write, start, pictures):
 
 
 @pytest.mark.parametrize(
-    ("fields", "reason"),
-    [
-        ({"sequence_length": 1}, "sequence_length is 1"),
-        ({"packing": -1}, "packing is -1"),
-        ({"seed": 2**32}, "seed is 4294967296"),
-        ({"too_long": "cut"}, "too_long is 'cut'"),
-        ({"sources": ()}, "sources is empty"),
-        ({"loss_on_padding": True}, "loss_on_padding is true: it needs packing=0"),
-        ({"sources": (Source("d", TextOnly(), parts=2),)}, "parts of d is 2: parts need in_memory=True"),
-    ],
-)
-def test_bad_settings(fields, reason):
-    with pytest.raises(Emu3Error, match=reason):
-        DataConfig(**{"sources": (Source("d", TextOnly()),), "sequence_length": 8, **fields})
-
-
-@pytest.mark.parametrize("weight", [0, -1.0, float("nan"), "1"])
-def test_bad_weights(weight):
-    with pytest.raises(Emu3Error, match="weight of d is"):
-        Source("d", TextOnly(), weight)
-
-
-@pytest.mark.parametrize("parts", [0, 1.5, True])
-def test_bad_parts(parts):
-    with pytest.raises(Emu3Error, match="parts of d is"):
-        Source("d", TextOnly(), parts=parts)
-
-
-@pytest.mark.parametrize(
     ("options", "reason"), [({"batch_size": 0}, "batch_size is 0"), ({"process_index": 1}, "1 of 1")]
 )
 def test_bad_places(start, pictures, options, reason):

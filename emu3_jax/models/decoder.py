@@ -131,14 +131,11 @@ class Block(nn.Module):
         attention = Attention(self.config, self.implementation, adapter, self.kernels, name="attention")
         normed = RMSNorm(epsilon, adapter, name="attention_norm")(x_bsd)
         mixed, cache = attention(normed, rotations_bsr, segments_bs, cache, layer)
-        x_bsd = _residual(x_bsd + _dropped(mixed, self.dropout), cache)
+        dropped = nn.Dropout(self.dropout, deterministic=False)
+        x_bsd = _residual(x_bsd + dropped(mixed), cache)
         mlp = MLP(self.config, adapter, self.kernels, name="mlp")
         mixed = mlp(RMSNorm(epsilon, adapter, name="mlp_norm")(x_bsd))
-        return _residual(x_bsd + _dropped(mixed, self.dropout), cache), cache
-
-
-def _dropped(x_bsd: jax.Array, share: float) -> jax.Array:
-    return nn.Dropout(share, deterministic=False)(x_bsd) if share else x_bsd
+        return _residual(x_bsd + dropped(mixed), cache), cache
 
 
 def _residual(x_bsd: jax.Array, cache: KVCache | None) -> jax.Array:
@@ -250,7 +247,7 @@ class Decoder(nn.Module):
         else:
             arguments = (c, self.attention, self.adapter, self.kernels, self.dropout)
             self.layers = [block(*arguments) for _ in range(c.num_layers)]
-        self.embed_dropout = nn.Dropout(self.dropout, deterministic=not self.dropout)
+        self.embed_dropout = nn.Dropout(self.dropout, deterministic=False)
         self.norm = RMSNorm(c.rms_norm_eps, self.adapter)
         rows = c.tokens.visual_count if self.visual_head else c.vocab_size
         self.head = Embedding(c, "kernel", rows, self.adapter, self.kernels)
