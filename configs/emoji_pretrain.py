@@ -3,7 +3,7 @@
     python scripts/build_emoji.py out/emoji
     emu3-jax train configs/vision_emoji.py
     python scripts/emoji_bundle.py out/vision_emoji/model -o out/emoji_start
-    for set in t2i_train i2t_train clip_train text_train t2i_heldout i2t_heldout_style clip_heldout; do
+    for set in t2i_train t2i_upright i2t_train clip_train text_train t2i_heldout i2t_heldout_style clip_heldout; do
         emu3-jax prepare out/emoji/$set.jsonl --model out/emoji_start --keep-size -o out/emoji_tokens/$set
     done
     emu3-jax train configs/emoji_pretrain.py
@@ -45,8 +45,11 @@ def decoder() -> DecoderConfig:
 
 
 def config() -> TrainConfig:
+    captioned = TextToImage(loss="all", prompt_dropout=0.1, eos=True)
     sources = (
-        Source(f"{TOKENS}/t2i_train", TextToImage(loss="all", prompt_dropout=0.1, eos=True), weight=5.0, parts=2),
+        # Mostly the pictures as they are to be drawn; fewer of them smaller and off-centre, as an augmentation.
+        Source(f"{TOKENS}/t2i_upright", captioned, weight=3.5, parts=2),
+        Source(f"{TOKENS}/t2i_train", captioned, weight=1.5, parts=2),
         Source(f"{TOKENS}/i2t_train", ImageToText(), weight=4.0, parts=2),
         Source(f"{TOKENS}/clip_train", NextFrame(loss="all", prompt_dropout=0.1, eos=True), weight=1.5),
         Source(f"{TOKENS}/text_train", TextOnly(), weight=0.5, parts=4),
@@ -54,10 +57,11 @@ def config() -> TrainConfig:
     return TrainConfig(
         directory="out/emoji_pretrain",
         # A picture is seen some forty times: without dropout the loss on held-out ones rises after 1,000 steps.
-        model=ModelConfig("out/emoji_start", decoder(), random=True, remat="none", dropout=0.2, noise=1.0),
+        model=ModelConfig("out/emoji_start", decoder(), random=True, remat="none", dropout=0.1, noise=1.0),
         # A row is a clip, two pictures with text (338 tokens at most) or four texts.
         data=DataConfig(sources, sequence_length=680, packing=0, in_memory=True),
-        batch_size=96,
+        batch_size=192,
+        mesh="data=-1",
         steps=16_000,
         optimizer=OptimizerConfig(
             learning_rate=1.5e-3, final_learning_rate=1.5e-4, warmup_steps=200, clip_norm=1.0, eps=1e-8

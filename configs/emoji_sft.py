@@ -18,7 +18,7 @@ PRETRAINING = runpy.run_path(str(pathlib.Path(__file__).with_name("emoji_pretrai
 def config() -> TrainConfig:
     pretraining, tokens = PRETRAINING["config"](), PRETRAINING["TOKENS"]
     sources = (
-        Source(f"{tokens}/t2i_train", TextToImage(prompt_dropout=0.1, eos=True), weight=4.0, parts=2),
+        Source(f"{tokens}/t2i_upright", TextToImage(prompt_dropout=0.1, eos=True), weight=4.0, parts=2),
         Source(f"{tokens}/i2t_train", ImageToText(), weight=4.0, parts=2),
         Source(f"{tokens}/clip_train", NextFrame(prompt_dropout=0.1, eos=True), weight=2.0),
     )

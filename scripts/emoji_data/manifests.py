@@ -31,7 +31,10 @@ def build_manifests(items: list[Item], concepts: Iterable[Concept], seed: int) -
         return [line for source in sources for item in source if item["split"] == split for line in make(item)]
 
     def captions(item: Item) -> Iterator[Line]:
-        return _caption_lines(item, seed)
+        return _caption_lines(item, seed, _views(item))
+
+    def upright(item: Item) -> Iterator[Line]:
+        return _caption_lines(item, seed, [item["file"]])
 
     def questions(item: Item) -> Iterator[Line]:
         return _question_lines(item)
@@ -44,6 +47,7 @@ def build_manifests(items: list[Item], concepts: Iterable[Concept], seed: int) -
         "vision_train": vision,
         "vision_heldout": lines(_canonical_line, "concept", pictures),
         "t2i_train": lines(captions, "train", main, stills),
+        "t2i_upright": lines(upright, "train", main, stills),
         "t2i_heldout": lines(_canonical_line, "style", main) + lines(_canonical_line, "triple", stills),
         "i2t_train": lines(questions, "train", main, stills),
         "i2t_heldout_style": lines(questions, "style", main),
@@ -60,9 +64,9 @@ def caption(item: Item) -> str:
     return item["label"] if item["kind"].startswith("procedural") else f"{item['style']} emoji of {item['label']}"
 
 
-def _line(item: Item, ending: str, view: int = 0, **content) -> Line:
+def _line(item: Item, ending: str, file: str, **content) -> Line:
     medium = "clip" if item["kind"].endswith("clip") else "image"
-    return {medium: _views(item)[view], **content, "name": item["name"] + ending}
+    return {medium: file, **content, "name": item["name"] + ending}
 
 
 def _views(item: Item) -> list[str]:
@@ -71,11 +75,11 @@ def _views(item: Item) -> list[str]:
 
 
 def _canonical_line(item: Item) -> list[Line]:
-    return [_line(item, "", text=caption(item))]
+    return [_line(item, "", item["file"], text=caption(item))]
 
 
-def _caption_lines(item: Item, seed: int) -> Iterator[Line]:
-    """Every variant of the caption; the number of lines of each is its weight in training."""
+def _caption_lines(item: Item, seed: int, views: list[str]) -> Iterator[Line]:
+    """Every variant of the caption, in turn over `views`; the number of lines of each is its weight in training."""
     if item["kind"] == "procedural_picture":
         texts = [caption(item)] * STILL_REPEATS
     else:
@@ -83,7 +87,7 @@ def _caption_lines(item: Item, seed: int) -> Iterator[Line]:
         tagged = (", ".join((caption(item), *_some(item["tags"], chance))) for _ in range(2))
         texts = [caption(item)] * _CANONICAL + [*tagged, f"emoji of {item['label']}", item["label"]]
     for number, text in enumerate(texts):
-        yield _line(item, f"#{number}", number % len(_views(item)), text=text)
+        yield _line(item, f"#{number}", views[number % len(views)], text=text)
 
 
 def _question_lines(item: Item) -> Iterator[Line]:
@@ -101,10 +105,10 @@ def _question_lines(item: Item) -> Iterator[Line]:
             "What category is this?": item["group"],
             "What style is this?": item["style"],
         }
-    pairs = itertools.product(range(len(_views(item))), asked.items())
-    for number, (view, (question, answer)) in enumerate(pairs):
+    pairs = itertools.product(_views(item), asked.items())
+    for number, (file, (question, answer)) in enumerate(pairs):
         turns = [{"role": "user", "text": question}, {"role": "assistant", "text": answer}]
-        yield _line(item, f"#{number}", view, conversation=turns)
+        yield _line(item, f"#{number}", file, conversation=turns)
 
 
 def _text_lines(concept: Concept, seed: int) -> Iterator[Line]:
