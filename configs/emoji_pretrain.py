@@ -3,7 +3,7 @@
     python scripts/build_emoji.py out/emoji
     emu3-jax train configs/vision_emoji.py
     python scripts/emoji_bundle.py out/vision_emoji/model -o out/emoji_start
-    for set in t2i_train t2i_upright i2t_train clip_train text_train t2i_heldout i2t_heldout_style clip_heldout; do
+    for set in {t2i,i2t,clip,text}_train t2i_upright i2t_closeups {t2i,clip}_heldout i2t_heldout_style; do
         emu3-jax prepare out/emoji/$set.jsonl --model out/emoji_start --keep-size -o out/emoji_tokens/$set
     done
     emu3-jax train configs/emoji_pretrain.py
@@ -62,7 +62,7 @@ def config() -> TrainConfig:
         data=DataConfig(sources, sequence_length=680, packing=0, in_memory=True),
         batch_size=192,
         mesh="data=-1",
-        steps=16_000,
+        steps=13_000,
         optimizer=OptimizerConfig(
             learning_rate=1.5e-3, final_learning_rate=1.5e-4, warmup_steps=200, clip_norm=1.0, eps=1e-8
         ),

@@ -1,5 +1,8 @@
 """Fine-tuning of the embedded model after configs/emoji_pretrain.py: no loss on prompts, all of it on what is asked.
 
+Answers are learned by heart long before they are right for pictures that were never seen, so more than half of what is
+seen here are questions, most of them about close-ups, which pretraining did not have.
+
 emu3-jax train configs/emoji_sft.py
 emu3-jax evaluate configs/eval_emoji.py --set model=out/emoji_sft/model
 """
@@ -18,19 +21,20 @@ PRETRAINING = runpy.run_path(str(pathlib.Path(__file__).with_name("emoji_pretrai
 def config() -> TrainConfig:
     pretraining, tokens = PRETRAINING["config"](), PRETRAINING["TOKENS"]
     sources = (
-        Source(f"{tokens}/t2i_upright", TextToImage(prompt_dropout=0.1, eos=True), weight=4.0, parts=2),
-        Source(f"{tokens}/i2t_train", ImageToText(), weight=4.0, parts=2),
+        Source(f"{tokens}/t2i_upright", TextToImage(prompt_dropout=0.1, eos=True), weight=3.0, parts=2),
+        Source(f"{tokens}/i2t_train", ImageToText(), weight=2.0, parts=2),
+        Source(f"{tokens}/i2t_closeups", ImageToText(), weight=4.0, parts=2),
         Source(f"{tokens}/clip_train", NextFrame(prompt_dropout=0.1, eos=True), weight=2.0),
     )
     return dataclasses.replace(
         pretraining,
         directory="out/emoji_sft",
         model=dataclasses.replace(
-            pretraining.model, bundle="out/emoji_pretrain/model", decoder=None, random=False, noise=0.0
+            pretraining.model, bundle="out/emoji_pretrain/model", decoder=None, random=False, dropout=0.2
         ),
         data=dataclasses.replace(pretraining.data, sources=sources, seed=1),
-        steps=2_000,
+        steps=4_000,
         optimizer=OptimizerConfig(
-            learning_rate=2e-4, final_learning_rate=1e-5, warmup_steps=50, clip_norm=1.0, eps=1e-8
+            learning_rate=4e-4, final_learning_rate=1e-5, warmup_steps=50, clip_norm=1.0, eps=1e-8
         ),
     )

@@ -15,4 +15,4 @@ from emu3_jax.evaluation.config import EvaluateConfig
 
 
 def config() -> EvaluateConfig:
-    return EvaluateConfig(directory="out/evaluation", data="out/emoji", cases=256)
+    return EvaluateConfig(directory="out/evaluation", data="out/emoji", cases=256, procedural_guidance=2.0)

@@ -40,7 +40,7 @@ from emu3_jax.media.clips import load_clip, save_clip
 NOTICE = pathlib.Path(__file__).parent / "emoji_data" / "notice.txt"
 ALIKE = 16.0  # mean difference, of 255, below which two styles draw a concept the same way; unlike ones differ by 38
 PROCEDURAL_FPS = 4.0
-VIEWS = 4  # of a picture that the decoder is trained on, so that it sees more than one sequence of codes for it
+SMALLER, CLOSEUPS = 5, 6  # further views of a picture that the decoder is trained on: more than one sequence of codes
 SEED = 1  # with 0, the 24 clock faces make up a third of the concepts that are held out
 _BYTES_PER_PIXEL = 80_000  # of the whole directory, for each pixel of a picture: a generous bound for the disk
 
@@ -130,9 +130,9 @@ def _write_pictures(
     characters = {style: load_characters(tarballs[package]) for style, package in sources.drawings.items()}
     if not characters.get("vintage"):
         characters["vintage"] = characters["noto"]  # the older package lists no characters, its names are the same
-    loaded = {"3d": load_pictures(tarballs[sources.pictures_3d], labelled, size, VIEWS)}
+    loaded = {"3d": load_pictures(tarballs[sources.pictures_3d], labelled, size, SMALLER, CLOSEUPS)}
     for style, package in sources.drawings.items():
-        loaded[style] = load_drawings(tarballs[package], characters[style], labelled, size, VIEWS)
+        loaded[style] = load_drawings(tarballs[package], characters[style], labelled, size, SMALLER, CLOSEUPS)
     found: dict[str, dict[str, np.ndarray]] = collections.defaultdict(dict)
     for style in STYLES:
         for codepoint, result in tqdm(loaded[style], style, unit=" pictures", disable=None):
@@ -153,8 +153,10 @@ def _write_pictures(
             split = ("concept" if is_held_out(concept, seed) else "style") if style in held else "train"
             item = _item(name, "picture", style, concept, split)
             if split == "train" and item["group"] in MAIN_GROUPS:
-                item["views"] = [f"pictures/{style}/{codepoint}_{number}.webp" for number in range(1, VIEWS)]
-            for file, view in zip([item["file"], *item.get("views", [])], pixels, strict=False):
+                item["views"] = [f"{name}_{number}.webp" for number in range(1, 1 + SMALLER)]
+                item["closeups"] = [f"{name}_{number}.webp" for number in range(1 + SMALLER, 1 + SMALLER + CLOSEUPS)]
+            files = [item["file"], *item.get("views", []), *item.get("closeups", [])]
+            for file, view in zip(files, pixels, strict=False):
                 Image.fromarray(view).save(target / file, lossless=True)
             items.append(item)
     return sorted(items, key=lambda item: (STYLES.index(item["style"]), item["concept"])), held_clips

@@ -1,55 +1,68 @@
-"""The main job from one end to the other: a PyTorch checkpoint becomes pictures and answers.
+"""The embedded model at work: pictures for prompts, descriptions of pictures it never saw, and a clip.
 
-The model is small and its weights are random, so its pictures are noise. Everything around it is real: the checkpoint
-layout, the vocabulary, the photograph, and the commands, which are those that serve the published weights.
+One decoder does all three. It is small, trained by this project on emoji, and part of the package.
 """
 
 import argparse
+import os
 import pathlib
 import shlex
 import sys
+import textwrap
 
 from PIL import Image, ImageDraw, ImageFont
-from small_checkpoint import write_checkpoint
 
 from emu3_jax.cli import main as cli
+from emu3_jax.media.clips import load_clip
 from emu3_jax.media.images import save_png
 
-PHOTO = pathlib.Path(__file__).parent / "assets" / "chelsea.jpg"
-PROMPTS = ("a shiba inu in a spacesuit, studio light", "a lighthouse at dusk, oil painting")
-QUESTION = "Please describe the image"
+ASSETS = pathlib.Path(__file__).parent / "assets" / "emoji"
+# The model saw all of these things and styles in training, but not together where it says unseen.
+PROMPTS = {
+    "3d emoji of koala": "unseen",
+    "noto emoji of hamburger": "unseen",
+    "twemoji emoji of pineapple": "unseen",
+    "vintage emoji of guitar": "unseen",
+    "flat emoji of unicorn": "unseen",
+    "noto emoji of helicopter": "unseen",
+    "3d emoji of rainbow": "unseen",
+    "twemoji emoji of dog": "unseen",
+    "3d emoji of rocket": "",
+    "noto emoji of volcano": "",
+    "flat emoji of cactus": "",
+    "twemoji emoji of strawberry": "",
+}
+CLIP = "animated emoji of rooster"
+QUESTIONS = ("Describe the image.", "What category is this?")
+_SIDE, _STRIP, _MARGIN, _COLUMNS = 128, 44, 8, 4
 
 
-def run(output: pathlib.Path, area: int = 256 * 256) -> None:
-    """Runs every command. `area`: pixels of the pictures."""
-    bundle, codes = output / "bundle", output / "codes.npz"
-    if bundle.exists():
-        print(f"{bundle} is here from the last time (delete it to see it converted again)")
-    else:
-        print("# A small checkpoint in upstream's PyTorch layout. Its weights are random: expect noise, not art.")
-        print(f"$ python scripts/small_checkpoint.py {output / 'checkpoint'}")
-        sources = write_checkpoint(output / "checkpoint", area)
-        print("# PyTorch weights to a bundle, the directory that a model lives in")
-        emu3_jax("convert", *sources, "-o", bundle)
-    print("# A photograph to codes of the 32,768-entry codebook, and back")
-    emu3_jax("tokenize", PHOTO, "--model", bundle, "-o", codes)
-    emu3_jax("detokenize", codes, "--model", bundle, "-o", output / "reconstruction")
-    print("# Text to pictures")
-    emu3_jax("generate", *PROMPTS, "--model", bundle, "--seed", 1, "-o", output / "generated")
-    print("# A picture and a question to text")
-    emu3_jax("chat", PHOTO, "--prompt", QUESTION, "--model", bundle, "--max-new-tokens", 24)
+def run(output: pathlib.Path, model: pathlib.Path | None = None, area: int | None = None) -> None:
+    """Runs every command, with the embedded model or another like it, and its own `area` of pixels or another."""
+    chosen = () if model is None else ("--model", model)
+    drawn = chosen if area is None else (*chosen, "--area", area)
+    pictures, clips = output / "pictures", output / "clips"
+    files = [os.path.relpath(file) for file in sorted(ASSETS.glob("*.webp"))]
+    print("# Text to pictures: eight of these in styles that the model never saw them in")
+    emu3_jax("generate", *PROMPTS, "--seed", 1, "--batch-size", len(PROMPTS), "-o", pictures, *drawn)
+    print("# Pictures to text: four pictures that it never saw, two questions about each")
+    asked = [(file, question) for file in files for question in QUESTIONS]
+    emu3_jax(
+        "chat", *(file for file, _ in asked), "--prompt", *(question for _, question in asked), "--max-new-tokens", 32,
+        *chosen,
+    )  # fmt: skip
+    print("# Text to a clip: eight frames")
+    emu3_jax("video", CLIP, "--seed", 1, "-o", clips, *drawn)
 
-    pictures = {
-        "the photograph": PHOTO,
-        "reconstructed, random weights": output / "reconstruction" / f"{PHOTO.stem}.png",
-        **{f'"{prompt}"': output / "generated" / f"{i:03d}.png" for i, prompt in enumerate(PROMPTS)},
-    }
+    tiles = [(f"{prompt} ({note})" if note else prompt, pictures / f"{index:03d}.png") for index, (prompt, note) in
+             enumerate(PROMPTS.items())]  # fmt: skip
+    strip = output / "clip.png"
+    frames = load_clip(clips / "000.webp").frames
+    save_png(Image.fromarray(frames.swapaxes(0, 1).reshape(frames.shape[1], -1, 3)), strip, {"software": "emu3-jax"})
     sheet = output / "sheet.png"
-    save_png(contact_sheet(pictures), sheet, {"software": "emu3-jax", "weights": "random"})
-    print("\nThe weights are random, so the drawn pictures, the reconstruction and the answer mean nothing;")
-    print("with a published model converted (emu3-jax convert BAAI/Emu3-Gen BAAI/Emu3-VisionTokenizer -o gen)")
-    print("the same commands make real ones.")
-    print("\nAll pictures on one sheet:", sheet)
+    save_png(contact_sheet(tiles, (CLIP, strip)), sheet, {"software": "emu3-jax"})
+    print(f"\nThe pictures and the clip's frames on one sheet: {sheet}")
+    print(f"The clip: {clips / '000.webp'}")
 
 
 def emu3_jax(command: str, *arguments: object) -> None:
@@ -60,24 +73,32 @@ def emu3_jax(command: str, *arguments: object) -> None:
         sys.exit(code)
 
 
-def contact_sheet(pictures: dict[str, pathlib.Path], height: int = 256) -> Image.Image:
-    """The pictures side by side, all of one `height`, each with its name below."""
-    font, margin, strip = ImageFont.load_default(), 8, 24
-    scaled = []
-    for file in pictures.values():
+def contact_sheet(tiles: list[tuple[str, pathlib.Path]], clip: tuple[str, pathlib.Path]) -> Image.Image:
+    """Pictures in rows, each with its name below, and under them the frames of a clip."""
+    font, width = ImageFont.load_default(), _COLUMNS * (_SIDE + _MARGIN) + _MARGIN
+    rows = -(-len(tiles) // _COLUMNS)
+    with Image.open(clip[1]) as image:
+        scale = (width - 2 * _MARGIN) / image.width
+        frames = image.convert("RGB").resize(
+            (width - 2 * _MARGIN, round(image.height * scale)), Image.Resampling.BICUBIC
+        )
+    sheet = Image.new("RGB", (width, rows * (_SIDE + _STRIP) + frames.height + _STRIP + _MARGIN), "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, (name, file) in enumerate(tiles):
+        row, column = divmod(index, _COLUMNS)
+        left, top = _MARGIN + column * (_SIDE + _MARGIN), _MARGIN + row * (_SIDE + _STRIP)
         with Image.open(file) as image:
-            scaled.append(image.convert("RGB").resize((image.width * height // image.height, height)))
-    width = sum(image.width + margin for image in scaled) + margin
-    sheet = Image.new("RGB", (width, height + strip + 2 * margin), "white")
-    draw, left = ImageDraw.Draw(sheet), margin
-    for name, image in zip(pictures, scaled, strict=True):
-        sheet.paste(image, (left, margin))
-        draw.text((left, margin + height + 6), name, "black", font)
-        left += image.width + margin
+            sheet.paste(image.convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.BICUBIC), (left, top))
+        draw.text((left, top + _SIDE + 3), textwrap.fill(name, 22), "black", font)
+    top = _MARGIN + rows * (_SIDE + _STRIP)
+    sheet.paste(frames, (_MARGIN, top))
+    draw.text((_MARGIN, top + frames.height + 3), clip[0], "black", font)
     return sheet
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-o", "--output", type=pathlib.Path, default="out/demo", metavar="DIR")
-    run(parser.parse_args().output)
+    parser.add_argument("--model", type=pathlib.Path, metavar="BUNDLE", help="default: the embedded model")
+    options = parser.parse_args()
+    run(options.output, options.model)

@@ -23,6 +23,7 @@ from emu3_jax.files import new_directory
 
 LIMIT = 30_000_000  # bytes, of the whole directory
 NOTICE = pathlib.Path(__file__).parent / "emoji_data" / "notice.txt"
+NOTICE_OF_WEIGHTS = "The weights in this directory were learned from a data set of emoji. Its sources:\n\n"
 
 CARD = """# The embedded model
 
@@ -128,7 +129,7 @@ def write_assets(source: pathlib.Path, figures: dict[str, Any], target: pathlib.
             figures=json.dumps(figures, indent=2),
         )
         (temporary / "CARD.md").write_text(card)
-        shutil.copy(NOTICE, temporary / "NOTICE")
+        (temporary / "NOTICE").write_text(NOTICE_OF_WEIGHTS + NOTICE.read_text())
         write_checksums(temporary)
         size = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file())
         if size > LIMIT:

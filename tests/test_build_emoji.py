@@ -155,9 +155,9 @@ def test_build(build, tmp_path):
             with Image.open(data / item["file"]) as image:
                 assert (image.size, image.mode) == ((32, 32), "RGB")
                 assert item["style"] == "procedural" or image.getpixel((31, 0)) == (255, 255, 255)
-        views = [data / item["file"], *(data / view for view in item.get("views", ()))]
+        views = [data / view for view in (item["file"], *item.get("views", ()), *item.get("closeups", ()))]
         shown = item["kind"] == "picture" and item["split"] == "train" and item["group"] == GROUPS[3]
-        assert len(views) == (4 if shown else 1)
+        assert len(views) == (12 if shown else 1)
         assert (len({view.read_bytes() for view in views}) > 1) == shown
     kinds = {kind: row["all"] for kind, row in summary["items"].items()}
     pictures = {"picture 3d": 41, "picture flat": 40, "picture noto": 41, "picture vintage": 41, "picture twemoji": 41}
@@ -191,10 +191,12 @@ def test_manifests(build, tmp_path):
             splits[name] = {item["split"] for item in named if item}
             if name.startswith(("t2i", "i2t")):
                 assert {item["group"] for item in named} <= {GROUPS[3], "procedural"}
-    assert {name: split for name, split in splits.items() if name.endswith("train")} == {
+    assert {name: split for name, split in splits.items() if "heldout" not in name} == {
         "vision_train": {"train"},
         "t2i_train": {"train"},
+        "t2i_upright": {"train"},
         "i2t_train": {"train"},
+        "i2t_closeups": {"train"},
         "clip_train": {"train"},
         "text_train": set(),
     }
@@ -209,6 +211,11 @@ def test_manifests(build, tmp_path):
     assert set(texts[3].split(", ")[1:]) <= {"pet", "fur", "tail"}
     seen = [line["image"] for line in lines(data / "t2i_train.jsonl") if line["name"].startswith(first["name"] + "#")]
     assert set(seen) == {first["file"], *first["views"]}
+    upright = [line for line in lines(data / "t2i_upright.jsonl") if line["name"].startswith(first["name"] + "#")]
+    assert [line["text"] for line in upright] == texts
+    assert {line["image"] for line in upright} == {first["file"]}
+    close = [line for line in lines(data / "i2t_closeups.jsonl") if line["name"].startswith(first["name"] + "#")]
+    assert [line["image"] for line in close] == [file for file in first["closeups"] for _ in range(3)]
     asked = [line for line in lines(data / "i2t_train.jsonl") if line["image"] == first["views"][0]]
     assert [line["conversation"][1]["text"] for line in asked] == [texts[0], first["group"], first["style"]]
     held = {item["label"] for item in items.values() if item["split"] == "concept"}

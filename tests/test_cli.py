@@ -12,6 +12,7 @@ import pytest
 from conftest import GOLDEN, golden_npz
 from PIL import Image
 
+from emu3_jax.checkpoints import embedded
 from emu3_jax.cli.main import COMMANDS, main
 from emu3_jax.media.clips import load_clip
 from emu3_jax.media.images import read_png_metadata
@@ -151,7 +152,7 @@ def test_bench_of_a_bundle(golden_bundle, capsys):
     assert lines[-1]["picture"] == "32x32" and lines[-1]["prompt_to_pixels_s"] > 0
 
 
-def test_bad_input_gets_one_line_and_exit_code_2(golden_bundle, error_of, here):
+def test_bad_input_gets_one_line_and_exit_code_2(golden_bundle, error_of, here, monkeypatch):
     model = ("--model", golden_bundle, "-o", "out")
     small = ("--area", 1024, *model)
     (here / "text.png").write_text("not a picture")
@@ -167,7 +168,9 @@ def test_bad_input_gets_one_line_and_exit_code_2(golden_bundle, error_of, here):
     assert "4096 positions" in error_of("generate", "word " * 4500, *small)
     assert "guidance is -1.0" in error_of("generate", "a", "--guidance=-1", *small)
     assert "file" in error_of("generate", "a", "--area", 1024, "--model", golden_bundle, "-o", "file")
-    assert "no model was given" in error_of("generate", "a", "-o", "out")
+    with monkeypatch.context() as context:
+        context.setattr(embedded, "DIRECTORY", here / "none")
+        assert "no model was given" in error_of("generate", "a", "-o", "out")
     assert "absent" in error_of("generate", "a", "--model", "absent", "-o", "out")
     out = ("--model", golden_bundle, "-o", "new.npz")
     for name in ("text.png", "cut.png", "strip.png", "absent.png"):

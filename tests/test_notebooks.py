@@ -8,7 +8,7 @@ import sys
 import pytest
 
 NOTEBOOKS = sorted((pathlib.Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
-PARAMETERS = "MODEL = None\nAREA = 64 * 64\nREPOSITORY = {repository!r}"
+PARAMETERS = "MODEL = None\nAREA = None\nREPOSITORY = {repository!r}"
 
 
 def read(path: pathlib.Path):
@@ -56,7 +56,7 @@ def test_quickstart_runs(tmp_path, kernel):
     results = [output.data for output in outputs if output.output_type == "execute_result"]
     assert len([data for data in results if "image/png" in data]) == 3  # two drawn pictures, and the photograph twice
     info, answers = (data["text/plain"] for data in results if "image/png" not in data)
-    assert "'prompt': 'a shiba inu in a spacesuit, studio light'" in info and "'seed': '1'" in info
+    assert "'prompt': '3d emoji of koala'" in info and "'seed': '1'" in info
     assert len(ast.literal_eval(answers)) == 2
     printed = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
     assert "(32, 48) int32" in printed

@@ -18,6 +18,7 @@ from conftest import GOLDEN, golden_npz
 from prepare_entries import Entries
 
 from emu3_jax import Emu3Error
+from emu3_jax.checkpoints import embedded
 from emu3_jax.cli.main import main
 from emu3_jax.data import shards
 from emu3_jax.data.prepare import prepare
@@ -186,6 +187,7 @@ def test_a_full_disk(tmp_path, whole):
     program = """
         import resource, signal, sys
         from emu3_jax import Emu3Error
+from emu3_jax.checkpoints import embedded
         from emu3_jax.data.prepare import prepare
         from emu3_jax.data.shards import Codebook
         from prepare_entries import Entries
@@ -315,7 +317,8 @@ def test_the_reference_s_data_is_imported(golden_bundle, tmp_path, capsys):
     assert isinstance(record, Record) and record.text == "a shiba inu"
 
 
-def test_the_command_s_bad_input(tmp_path, capsys):
+def test_the_command_s_bad_input(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(embedded, "DIRECTORY", tmp_path / "none")
     (tmp_path / "m.jsonl").write_text('{"text": "a"}\n')
     assert run("prepare", tmp_path / "m.jsonl", "-o", tmp_path / "out") == 2
     assert "no model was given" in capsys.readouterr().err

@@ -37,7 +37,10 @@ def build_manifests(items: list[Item], concepts: Iterable[Concept], seed: int) -
         return _caption_lines(item, seed, [item["file"]])
 
     def questions(item: Item) -> Iterator[Line]:
-        return _question_lines(item)
+        return _question_lines(item, _views(item))
+
+    def closeups(item: Item) -> Iterator[Line]:
+        return _question_lines(item, item.get("closeups", []))
 
     def share(source: list[Item]) -> list[Item]:
         return [item for item in source if draw(seed, "vision", item["name"]) < VISION_SHARE]
@@ -50,6 +53,7 @@ def build_manifests(items: list[Item], concepts: Iterable[Concept], seed: int) -
         "t2i_upright": lines(upright, "train", main, stills),
         "t2i_heldout": lines(_canonical_line, "style", main) + lines(_canonical_line, "triple", stills),
         "i2t_train": lines(questions, "train", main, stills),
+        "i2t_closeups": lines(closeups, "train", main),
         "i2t_heldout_style": lines(questions, "style", main),
         "i2t_heldout_concept": lines(questions, "concept", main),
         "i2t_heldout_triple": lines(questions, "triple", stills),
@@ -70,7 +74,7 @@ def _line(item: Item, ending: str, file: str, **content) -> Line:
 
 
 def _views(item: Item) -> list[str]:
-    """The files that show the item."""
+    """The files that show the whole item."""
     return [item["file"], *item.get("views", [])]
 
 
@@ -90,8 +94,8 @@ def _caption_lines(item: Item, seed: int, views: list[str]) -> Iterator[Line]:
         yield _line(item, f"#{number}", views[number % len(views)], text=text)
 
 
-def _question_lines(item: Item) -> Iterator[Line]:
-    """A conversation for each question that the item answers, over each of its views."""
+def _question_lines(item: Item, views: list[str]) -> Iterator[Line]:
+    """A conversation for each question that the item answers, over each of `views`."""
     if item["kind"] == "procedural_picture":
         asked = {
             _DESCRIBE: caption(item),
@@ -105,7 +109,7 @@ def _question_lines(item: Item) -> Iterator[Line]:
             "What category is this?": item["group"],
             "What style is this?": item["style"],
         }
-    pairs = itertools.product(_views(item), asked.items())
+    pairs = itertools.product(views, asked.items())
     for number, (file, (question, answer)) in enumerate(pairs):
         turns = [{"role": "user", "text": question}, {"role": "assistant", "text": answer}]
         yield _line(item, f"#{number}", file, conversation=turns)

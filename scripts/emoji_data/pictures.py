@@ -1,6 +1,7 @@
 """Pictures and clips of the packages as small RGB arrays on white.
 
-Pictures come as V views: the first fills its square as the package has it, the others are smaller and off-centre.
+Pictures come as V views: the first fills its square as the package has it, the next ones are smaller and off-centre,
+the last ones are close-ups of a part, half of them mirrored.
 """
 
 import io
@@ -20,7 +21,8 @@ FRAMES = 8
 STILL = 4.0  # a clip in which no frame differs from the first by this much on average, of 255, does not move
 _BLANK = 1.0  # spread of the pixel values, of 255, below which a picture shows nothing
 _OVERSAMPLING = 4
-_VIEW = (0.78, 1.0)  # size of a view, as a share of the first's
+_VIEW = (0.78, 1.0)  # size of a smaller view, as a share of the first's
+_CLOSEUP = (1.15, 2.0)  # likewise of a close-up
 _SVG = (
     '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
     'width="{width}" height="{height}" viewBox="{left} {top} {width} {height}">{body}</svg>'
@@ -30,8 +32,10 @@ _SVG = (
 Picture = tuple[str, np.ndarray | str]
 
 
-def load_pictures(tarball: pathlib.Path, labelled: set[str], size: int, views: int) -> Iterator[Picture]:
-    """`views` of each of the pictures in a package of WebP files that are named by codepoint."""
+def load_pictures(
+    tarball: pathlib.Path, labelled: set[str], size: int, smaller: int, closeups: int
+) -> Iterator[Picture]:
+    """The pictures in a package of WebP files that are named by codepoint, each with so many further views."""
     seen = set()
     for name, data in read_members(tarball, ".webp"):
         codepoint, reason = _judge(pathlib.PurePath(name).stem, labelled, seen)
@@ -39,11 +43,11 @@ def load_pictures(tarball: pathlib.Path, labelled: set[str], size: int, views: i
             yield codepoint, reason
             continue
         with Image.open(io.BytesIO(data)) as picture:
-            yield codepoint, _unless_blank(_views(picture, size, views, codepoint))
+            yield codepoint, _unless_blank(_views(picture, size, smaller, closeups, codepoint))
 
 
 def load_drawings(
-    tarball: pathlib.Path, characters: dict[str, str], labelled: set[str], size: int, views: int
+    tarball: pathlib.Path, characters: dict[str, str], labelled: set[str], size: int, smaller: int, closeups: int
 ) -> Iterator[Picture]:
     """The drawings in an Iconify package.
 
@@ -52,7 +56,8 @@ def load_drawings(
         characters: names of drawings by codepoint.
         labelled: codepoints that have labels.
         size: side of the pictures.
-        views: of each.
+        smaller: further views of each that are smaller.
+        closeups: further views of each that are close-ups.
     """
     icons = _read_json(tarball, "package/icons.json")
     seen = set()
@@ -65,7 +70,7 @@ def load_drawings(
             codepoint,
             reason
             or _unless_broken(
-                lambda icon=icon, codepoint=codepoint: _views(_render(icon, size), size, views, codepoint)
+                lambda icon=icon, codepoint=codepoint: _views(_render(icon, size), size, smaller, closeups, codepoint)
             ),
         )
 
@@ -146,24 +151,29 @@ def _render(icon: dict, size: int) -> Image.Image:
         return picture.convert("RGBA")
 
 
-def _views(picture: Image.Image, size: int, count: int, codepoint: str) -> np.ndarray:
+def _views(picture: Image.Image, size: int, smaller: int, closeups: int, codepoint: str) -> np.ndarray:
     """The first is the whole picture; sizes and places of the others follow from the codepoint."""
     chance = random.Random(codepoint)
-    views = [_small(picture, size)]
-    for _ in range(1, count):
-        views.append(_small(picture, size, chance.uniform(*_VIEW), (chance.random(), chance.random())))
+
+    def draw(shares: tuple[float, float]) -> np.ndarray:
+        return _small(picture, size, chance.uniform(*shares), (chance.random(), chance.random()))
+
+    views = [_small(picture, size), *(draw(_VIEW) for _ in range(smaller))]
+    for _ in range(closeups):
+        view = draw(_CLOSEUP)
+        views.append(view[:, ::-1] if chance.random() < 0.5 else view)
     return np.stack(views)
 
 
 def _small(picture: Image.Image, size: int, share: float = 1.0, place: tuple[float, float] = (0.5, 0.5)) -> np.ndarray:
-    """The picture on a white square, at size x size, whose longer side takes up `share` of it, `place` of the way from
-    left and top."""
+    """The picture on a white square, at size x size, whose longer side is `share` of the square's. It lies, or is cut
+    where it is larger, `place` of the way from left and top."""
     picture = picture.convert("RGBA")
     side = round(max(picture.size) / share)
+    left, top = round((side - picture.width) * place[0]), round((side - picture.height) * place[1])
+    shown = picture.crop((-left, -top, side - left, side - top))  # transparent beyond the picture
     square = Image.new("RGBA", (side, side), "white")
-    square.alpha_composite(
-        picture, (round((side - picture.width) * place[0]), round((side - picture.height) * place[1]))
-    )
+    square.alpha_composite(shown)
     return np.asarray(square.convert("RGB").resize((size, size), Image.Resampling.LANCZOS))
 
 
