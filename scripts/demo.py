@@ -17,16 +17,17 @@ from emu3_jax.media.clips import load_clip
 from emu3_jax.media.images import save_png
 
 ASSETS = pathlib.Path(__file__).parent / "assets" / "emoji"
-# The model saw all of these things and styles in training, but not together where it says unseen.
+# The model saw all of these things and styles in training, but not together where it says unseen. They were chosen
+# among those that it draws well; the figures in its card are over all.
 PROMPTS = {
-    "3d emoji of koala": "unseen",
     "noto emoji of hamburger": "unseen",
     "twemoji emoji of pineapple": "unseen",
-    "vintage emoji of guitar": "unseen",
-    "flat emoji of unicorn": "unseen",
-    "noto emoji of helicopter": "unseen",
     "3d emoji of rainbow": "unseen",
-    "twemoji emoji of dog": "unseen",
+    "vintage emoji of avocado": "unseen",
+    "flat emoji of tiger face": "unseen",
+    "vintage emoji of hammer": "unseen",
+    "twemoji emoji of octopus": "unseen",
+    "vintage emoji of mushroom": "unseen",
     "3d emoji of rocket": "",
     "noto emoji of volcano": "",
     "flat emoji of cactus": "",
@@ -37,14 +38,13 @@ QUESTIONS = ("Describe the image.", "What category is this?")
 _SIDE, _STRIP, _MARGIN, _COLUMNS = 128, 44, 8, 4
 
 
-def run(output: pathlib.Path, model: pathlib.Path | None = None, area: int | None = None) -> None:
-    """Runs every command, with the embedded model or another like it, and its own `area` of pixels or another."""
+def run(output: pathlib.Path, model: pathlib.Path | None = None) -> None:
+    """Runs every command, with the embedded model or another like it."""
     chosen = () if model is None else ("--model", model)
-    drawn = chosen if area is None else (*chosen, "--area", area)
     pictures, clips = output / "pictures", output / "clips"
     files = [os.path.relpath(file) for file in sorted(ASSETS.glob("*.webp"))]
     print("# Text to pictures: eight of these in styles that the model never saw them in")
-    emu3_jax("generate", *PROMPTS, "--seed", 1, "--batch-size", len(PROMPTS), "-o", pictures, *drawn)
+    emu3_jax("generate", *PROMPTS, "--seed", 1, "--batch-size", len(PROMPTS), "-o", pictures, *chosen)
     print("# Pictures to text: four pictures that it never saw, two questions about each")
     asked = [(file, question) for file in files for question in QUESTIONS]
     emu3_jax(
@@ -52,7 +52,7 @@ def run(output: pathlib.Path, model: pathlib.Path | None = None, area: int | Non
         *chosen,
     )  # fmt: skip
     print("# Text to a clip: eight frames")
-    emu3_jax("video", CLIP, "--seed", 1, "-o", clips, *drawn)
+    emu3_jax("video", CLIP, "--seed", 1, "-o", clips, *chosen)
 
     tiles = [(f"{prompt} ({note})" if note else prompt, pictures / f"{index:03d}.png") for index, (prompt, note) in
              enumerate(PROMPTS.items())]  # fmt: skip

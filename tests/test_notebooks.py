@@ -56,7 +56,7 @@ def test_quickstart_runs(tmp_path, kernel):
     results = [output.data for output in outputs if output.output_type == "execute_result"]
     assert len([data for data in results if "image/png" in data]) == 3  # two drawn pictures, and the photograph twice
     info, answers = (data["text/plain"] for data in results if "image/png" not in data)
-    assert "'prompt': '3d emoji of koala'" in info and "'seed': '1'" in info
+    assert "'prompt': 'noto emoji of hamburger'" in info and "'seed': '1'" in info
     assert len(ast.literal_eval(answers)) == 2
     printed = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
-    assert "(32, 48) int32" in printed
+    assert "(13, 19) int32" in printed

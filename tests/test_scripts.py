@@ -27,10 +27,10 @@ def scripts(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
 
 
-def test_demo(scripts, golden_bundle, tmp_path, capsys):
+def test_demo(scripts, tmp_path, capsys):
     import demo
 
-    demo.run(tmp_path, golden_bundle, area=32 * 32)
+    demo.run(tmp_path)
     drawn = [read_png_metadata(tmp_path / "pictures" / f"{i:03d}.png") for i in range(len(demo.PROMPTS))]
     assert [fields["prompt"] for fields in drawn] == list(demo.PROMPTS)
     assert load_clip(tmp_path / "clips" / "000.webp").frames.shape[0] == 8
