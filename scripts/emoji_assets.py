@@ -41,7 +41,8 @@ emoji.
 
 ## Figures on what it never saw
 
-Printed by `emu3-jax evaluate configs/eval_emoji.py`; "aim" is what was wanted when the work began.
+Printed by `emu3-jax evaluate configs/eval_emoji.py`, with as many cases as stand below; "aim" is what was wanted when
+the work began. Shares above 100%: generated pictures are more typical of a thing than true ones in an unseen style are.
 
 {table}
 

@@ -187,7 +187,6 @@ def test_a_full_disk(tmp_path, whole):
     program = """
         import resource, signal, sys
         from emu3_jax import Emu3Error
-from emu3_jax.checkpoints import embedded
         from emu3_jax.data.prepare import prepare
         from emu3_jax.data.shards import Codebook
         from prepare_entries import Entries
