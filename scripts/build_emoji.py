@@ -42,7 +42,7 @@ ALIKE = 16.0  # mean difference, of 255, below which two styles draw a concept t
 PROCEDURAL_FPS = 4.0
 SMALLER, CLOSEUPS = 5, 6  # further views of a picture that the decoder is trained on: more than one sequence of codes
 SEED = 1  # with 0, the 24 clock faces make up a third of the concepts that are held out
-_BYTES_PER_PIXEL = 80_000  # of the whole directory, for each pixel of a picture: a generous bound for the disk
+_BYTES_PER_PIXEL = 300_000  # of the whole directory, for each pixel of a picture: a generous bound for the disk
 
 
 @dataclasses.dataclass(frozen=True)
