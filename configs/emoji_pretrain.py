@@ -56,7 +56,7 @@ def config() -> TrainConfig:
     )
     return TrainConfig(
         directory="out/emoji_pretrain",
-        # A picture is seen some forty times: without dropout the loss on held-out ones rises after 1,000 steps.
+        # A picture is seen hundreds of times: without dropout the loss on held-out ones rises after 1,000 steps.
         model=ModelConfig("out/emoji_start", decoder(), random=True, remat="none", dropout=0.1, noise=1.0),
         # A row is a clip, two pictures with text (338 tokens at most) or four texts.
         data=DataConfig(sources, sequence_length=680, packing=0, in_memory=True),

@@ -21,7 +21,7 @@ FRAMES = 8
 STILL = 4.0  # a clip in which no frame differs from the first by this much on average, of 255, does not move
 _BLANK = 1.0  # spread of the pixel values, of 255, below which a picture shows nothing
 _OVERSAMPLING = 4
-_VIEW = (0.78, 1.0)  # size of a smaller view, as a share of the first's
+_SMALLER = (0.78, 1.0)  # size of a smaller view, as a share of the first's
 _CLOSEUP = (1.15, 2.0)  # likewise of a close-up
 _SVG = (
     '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
@@ -158,7 +158,7 @@ def _views(picture: Image.Image, size: int, smaller: int, closeups: int, codepoi
     def draw(shares: tuple[float, float]) -> np.ndarray:
         return _small(picture, size, chance.uniform(*shares), (chance.random(), chance.random()))
 
-    views = [_small(picture, size), *(draw(_VIEW) for _ in range(smaller))]
+    views = [_small(picture, size), *(draw(_SMALLER) for _ in range(smaller))]
     for _ in range(closeups):
         view = draw(_CLOSEUP)
         views.append(view[:, ::-1] if chance.random() < 0.5 else view)
