@@ -53,6 +53,14 @@ def test_demo_stops_at_the_first_command_that_fails(scripts, tmp_path, capsys):
     assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("$ ")]) == 1
 
 
+def test_the_small_checkpoint_converts_and_draws(scripts, vocabulary, tmp_path):
+    from small_checkpoint import write_checkpoint
+
+    emu3_jax.convert(write_checkpoint(tmp_path / "checkpoint", area=64 * 64), tmp_path / "bundle")
+    (picture,) = emu3_jax.load(tmp_path / "bundle").generate("a cat", seed=1, progress=False)
+    assert picture.size == (64, 64) and picture.info["prompt"] == "a cat"
+
+
 def test_a_small_vocabulary_beside_a_vision_tokenizer(scripts, vocabulary, golden_bundle, tmp_path):
     from emoji_bundle import write_bundle
 
