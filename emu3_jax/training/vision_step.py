@@ -147,11 +147,12 @@ class VisionTrainer:
         )
         with train_as(mode):
             (loss, drawn), pull_back, found = jax.vjp(lambda p: self._loss(p, pixels), state.params, has_aux=True)
-            (gradients,) = pull_back((jnp.ones_like(loss), jnp.zeros_like(drawn)))
             metrics, discriminator = {"loss": loss, **found["metrics"]}, state.discriminator
+            slope = jnp.zeros_like(drawn)
             if discriminator is not None:
-                gradients, discriminator, judged = self._adversarial(state, pixels, drawn, gradients, pull_back)
+                slope, discriminator, judged = self._adversarial(state, pixels, loss, drawn, pull_back)
                 metrics |= judged
+            (gradients,) = pull_back((jnp.ones_like(loss), slope))
         gradient_norm = optax.tree.norm(gradients)
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
         params = _flat(optax.apply_updates(state.params, updates))
@@ -218,8 +219,8 @@ class VisionTrainer:
             "codes": found["codes"],
         }
 
-    def _adversarial(self, state: VisionState, pixels, drawn, gradients, pull_back):
-        """Adds the discriminator's pull to the gradients, and trains the discriminator; see VQGAN."""
+    def _adversarial(self, state: VisionState, pixels, loss, drawn, pull_back):
+        """The discriminator's weighted slope at the pixels drawn, and the discriminator trained; see VQGAN."""
         weights, (params, opt_state) = self.config.loss, state.discriminator
         true = _frames(pixels)
         on = (state.step >= weights.adversarial_from).astype(jnp.float32)
@@ -227,11 +228,13 @@ class VisionTrainer:
         def judge(out):
             return -self._discriminator.apply({"params": params}, out).mean()
 
-        value, d_drawn = jax.value_and_grad(judge)(drawn)
-        (pull,) = pull_back((jnp.zeros_like(value), d_drawn))
-        ratio = jnp.linalg.norm(_flat(gradients)[_LAST_LAYER]) / (jnp.linalg.norm(_flat(pull)[_LAST_LAYER]) + 1e-4)
+        def last_layer(*cotangents):  # XLA drops what lies behind that layer: nothing asks for it
+            return jnp.linalg.norm(_flat(pull_back(cotangents)[0])[_LAST_LAYER])
+
+        value, slope = jax.value_and_grad(judge)(drawn)
+        none = jnp.zeros_like(drawn)
+        ratio = last_layer(jnp.ones_like(loss), none) / (last_layer(jnp.zeros_like(loss), slope) + 1e-4)
         adaptive = on * weights.adversarial * jnp.clip(ratio, 0, 1e4)
-        gradients = jax.tree.map(lambda a, b: a + adaptive * b, gradients, pull)
 
         def judged(discriminator_params):
             judge_both = self._discriminator.apply({"params": discriminator_params}, jnp.concatenate([true, drawn]))
@@ -239,15 +242,15 @@ class VisionTrainer:
             return on * hinge(real, fake)
 
         drawn = jax.lax.stop_gradient(drawn)
-        loss, slope = jax.value_and_grad(judged)(params)
-        updates, opt_state = self.optimizer.update(slope, opt_state, params)
+        loss, gradients = jax.value_and_grad(judged)(params)
+        updates, opt_state = self.optimizer.update(gradients, opt_state, params)
         # Before its time the discriminator stays as it was, its optimiser too.
         kept = jax.tree.map(
             lambda new, old: jnp.where(on > 0, new, old),
             (optax.apply_updates(params, updates), opt_state),
             state.discriminator,
         )
-        return gradients, kept, {"adversarial": value, "discriminator": loss, "adaptive_weight": adaptive}
+        return adaptive * slope, kept, {"adversarial": value, "discriminator": loss, "adaptive_weight": adaptive}
 
     def _codes(self, state: VisionState, latents: jax.Array, codes: jax.Array, key: jax.Array):
         """The codebook after the step: codes follow their latents, and dead ones become latents of the batch."""
