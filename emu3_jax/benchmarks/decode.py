@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from emu3_jax.benchmarks.kernels import gpu_kernels
 from emu3_jax.benchmarks.machine import describe_machine
 from emu3_jax.compilation import enable_persistent_cache
 from emu3_jax.config import DecoderConfig
@@ -30,6 +31,7 @@ PRESETS = {
 }
 PROMPT_TOKENS = 64
 GUIDANCE, TOP_K = 3.0, 2048
+PROFILED = 16  # steps
 
 
 def run(
@@ -42,6 +44,7 @@ def run(
     model: str | None = None,
     quantize: str | None = None,
     kernels: str = "xla",
+    profile: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Yields figures as dicts: the machine and its bandwidths, then one per batch size and cache length.
 
@@ -58,6 +61,7 @@ def run(
         model: a bundle in place of the preset; "embedded" is the embedded model.
         quantize: narrow weights and cache, see `load`.
         kernels: what computes the steps, of `decode_kernels.CHOICES`.
+        profile: also lists a GPU's kernels at each cache length.
 
     Raises:
         Emu3Error: the bundle is absent, damaged, or lacks a part.
@@ -129,6 +133,13 @@ def run(
                 "bytes_per_step": moved,
                 "gb_per_s": round(moved / best / 1e9, 1),
             }
+            if profile:
+                state = _place(state, middle, PROMPT_TOKENS)
+                with gpu_kernels(PROFILED) as found:
+                    state = engine.decode(params, state, plan, np.int32(middle + PROFILED), config, variant)
+                    jax.block_until_ready(state)
+                if found:
+                    yield {"pictures": count, "cache_slots": slots, **found}
             position = last
         average = seconds / total
         summary = {

@@ -3,9 +3,7 @@
 import dataclasses
 import functools
 import math
-import pathlib
 import statistics
-import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from emu3_jax.benchmarks import train_transformers
-from emu3_jax.benchmarks.kernels import kernel_figures
+from emu3_jax.benchmarks.kernels import gpu_kernels
 from emu3_jax.benchmarks.machine import describe_machine
 from emu3_jax.compilation import enable_persistent_cache
 from emu3_jax.config import DecoderConfig
@@ -52,14 +50,14 @@ def run(
     steps: int = 5,
     compare: str | None = None,
     compiled: bool = False,
-    kernels: bool = False,
+    profile: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Yields figures as dicts: with `compare` the peer's (and with `compiled` its layers under `torch.compile`), then
     the machine and our step.
 
     Times are of `steps` steps after two that warm up; `losses` are of the first and the last. MFU is model FLOPs
     (`training.flops`) against the data sheet's peak; the same FLOPs count for both sides, whatever they recompute.
-    With `kernels`, two more steps are profiled, and a GPU's kernels come last.
+    With `profile`, two more steps are profiled, and a GPU's kernels come last.
 
     Raises:
         Emu3Error: the peer's packages are missing, or at the end, it failed; our figures came nevertheless.
@@ -99,16 +97,16 @@ def run(
         **({"rank": adapter, "base": base} if adapter else {}),
     }
     try:
-        figures = _measure(config, decoder, steps, kernels)
+        figures = _measure(config, decoder, steps, profile)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         yield {**labels, "out_of_memory": str(error).split("\n", 1)[0][:200]}
     else:
-        devices, profile = figures.pop("devices"), figures.pop("profile", None)
+        devices, kernels = figures.pop("devices"), figures.pop("kernels", None)
         yield {**labels, **figures, **rates(figures["ms_per_step"], rows * tokens, flops, peak * devices)}
-        if profile:
-            yield profile
+        if kernels:
+            yield kernels
     if failure:
         raise failure
 
@@ -126,7 +124,7 @@ def device_memory() -> dict[str, float]:
     return {"peak_gb": round(stats["peak_bytes_in_use"] / 1e9, 2)} if "peak_bytes_in_use" in stats else {}
 
 
-def _measure(config: TrainConfig, decoder: DecoderConfig, steps: int, kernels: bool) -> dict[str, Any]:
+def _measure(config: TrainConfig, decoder: DecoderConfig, steps: int, profile: bool) -> dict[str, Any]:
     mesh = make_mesh(config.mesh)
     trainer = Trainer(config, decoder, mesh)
     rng = np.random.default_rng(0)
@@ -151,14 +149,12 @@ def _measure(config: TrainConfig, decoder: DecoderConfig, steps: int, kernels: b
             losses.append(float(metrics["loss"]))
             jax.block_until_ready(state)
             times.append(time.perf_counter() - began)
-        profile = None
-        if kernels:
-            with tempfile.TemporaryDirectory() as directory:
-                with jax.profiler.trace(directory):
-                    for _ in range(PROFILED):
-                        state, metrics = compiled(state, frozen, batch)
-                    jax.block_until_ready(state)
-                profile = kernel_figures(pathlib.Path(directory), PROFILED)
+        kernels = None
+        if profile:
+            with gpu_kernels(PROFILED) as kernels:
+                for _ in range(PROFILED):
+                    state, metrics = compiled(state, frozen, batch)
+                jax.block_until_ready(state)
     if not all(map(math.isfinite, losses)):
         raise AssertionError(f"losses are {losses}")
     memory = compiled.memory_analysis()
@@ -171,7 +167,7 @@ def _measure(config: TrainConfig, decoder: DecoderConfig, steps: int, kernels: b
         "compile_s": round(compile_s, 1),
         "losses": [round(losses[0], 3), round(losses[-1], 3)],
         "devices": mesh.size,
-        "profile": profile,
+        "kernels": kernels,
     }
 
 

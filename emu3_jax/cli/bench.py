@@ -24,6 +24,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     decode.add_argument("--area", type=int, help="pixels of the picture (default: as many as the model draws)")
     decode.add_argument("--steps", type=int, default=256, help="steps timed per cache length (default: %(default)s)")
     decode.add_argument("--whole", action="store_true", help="also time one whole picture; of a bundle, to its pixels")
+    decode.add_argument("--profile", action="store_true", help="also the GPU kernels of a step, by their time")
     decode.add_argument("--compare", choices=("transformers",), help="also run this peer, same shapes, same device")
     vision = kinds.add_parser("vision", help="the vision tokenizer with random weights: seconds per picture")
     vision.add_argument("--size", type=int, default=256, help="picture's height and width (default: %(default)s)")
@@ -42,7 +43,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     train.add_argument("--mesh", default="fsdp=-1", metavar="AXIS=N[,...]", help="default: %(default)s")
     train.add_argument("--steps", type=int, default=5, help="timed steps (default: %(default)s)")
     train.add_argument("--compare", choices=("transformers",), help="also run this peer, same shapes, same device")
-    train.add_argument("--kernels", action="store_true", help="also the GPU kernels of two more steps, by their time")
+    train.add_argument("--profile", action="store_true", help="also the GPU kernels of two more steps, by their time")
     train.add_argument(
         "--compile", dest="compiled", action="store_true", help="also the peer with its layers under torch.compile"
     )
