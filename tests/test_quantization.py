@@ -31,7 +31,8 @@ def widened(params):
         if name.endswith("_codes"):
             stem = name.removesuffix("_codes")
             scales = params[f"{stem}_scales"]
-            plain[stem] = leaf.astype(jnp.float32) * (scales[:, None] if stem == "kernel" else scales)
+            wide = leaf.astype(jnp.float32) * scales.reshape(*scales.shape, *(1,) * (leaf.ndim - scales.ndim))
+            plain[stem] = wide if stem == "kernel" else jnp.moveaxis(wide, range(scales.ndim), range(-scales.ndim, 0))
         elif not name.endswith("_scales"):
             plain[name] = widened(leaf)
     return plain
@@ -44,9 +45,10 @@ def test_codes_times_scales_are_near_the_matrix(name, kind):
     matrix = jax.random.normal(jax.random.key(0), shape[name]).at[0].multiply(7.0)
     narrow = quantise(name, matrix, kind)
     codes, scales = narrow[f"{name}_codes"], narrow[f"{name}_scales"]
-    assert codes.dtype == KINDS[kind][0] and codes.shape == matrix.shape and scales.dtype == jnp.float32
-    outputs = (matrix.shape[0],) if name == "kernel" else matrix.shape[MATRICES[name].inputs :]
-    assert scales.shape == outputs
+    inputs = 0 if name == "kernel" else MATRICES[name].inputs
+    outputs = matrix.shape[:1] if name == "kernel" else matrix.shape[inputs:]
+    assert codes.dtype == KINDS[kind][0] and codes.shape == (*matrix.shape[inputs:], *matrix.shape[:inputs])
+    assert scales.dtype == jnp.float32 and scales.shape == outputs
     plain = widened({"x": narrow})["x"][name]
     spread = scales[:, None] if name == "kernel" else scales
     assert float((jnp.abs(plain - matrix) / spread).max()) <= SMALLEST[kind] * (1 + 1e-5)

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from emu3_jax.errors import Emu3Error
-from emu3_jax.models import decode_kernels
 from emu3_jax.models.attention import matmul_precision
 
 Shape = tuple[int, ...]
@@ -123,7 +122,7 @@ def project(
     No gradient flows to a matrix that is frozen and quantised; to another frozen one, none that is not asked for.
 
     Args:
-        module: the layer; it is in its compact `__call__`, and says in `kernels` what multiplies single tokens.
+        module: the layer, in its compact `__call__`.
         adapter: None for a float32 master weight by itself.
         equation: the einsum of x and the matrix, the matrix's input axes made one.
         x_bsi: [B, S, I], I the product of the matrix's input axes.
@@ -142,18 +141,12 @@ def project(
         return jnp.einsum(equation, x, w.reshape(fan_in, *outputs).astype(x.dtype), precision=precision)
 
     random = nn.initializers.normal(fan_in**-0.5)
-    kernels = "xla" if adapter is not None or x_bsi.shape[1] > 1 else module.kernels
     if module.has_variable("params", f"{name}_codes"):  # see `models.quantization`
         codes, scales = (module.get_variable("params", f"{name}_{leaf}") for leaf in ("codes", "scales"))
-        if kernels != "xla":
-            y = one_token_product(x_bsi, codes, fan_in, outputs, kernels)
-        else:
-            w = codes.reshape(fan_in, *outputs).astype(x_bsi.dtype)
-            y = jnp.einsum(equation, x_bsi, w, precision=precision, preferred_element_type=jnp.float32)
+        w = codes.reshape(*outputs, fan_in).astype(x_bsi.dtype)
+        contracted = (((2,), (len(outputs),)), ((), ()))
+        y = jax.lax.dot_general(x_bsi, w, contracted, precision=precision, preferred_element_type=jnp.float32)
         return (y * scales).astype(x_bsi.dtype)
-    if kernels != "xla":
-        matrix = declare(name, random, shape, axes, weight_dtype(adapter)).astype(x_bsi.dtype)
-        return one_token_product(x_bsi, matrix, fan_in, outputs, kernels).astype(x_bsi.dtype)
     if adapter is None or not adapter.quantised:
         y = product(x_bsi, declare(name, random, shape, axes, weight_dtype(adapter)))
         if adapter is None:
@@ -178,12 +171,6 @@ def project(
     return checkpoint_name(
         y + jnp.einsum("bsr,r...->bs...", low, b.astype(x_bsi.dtype), precision=precision), PROJECTION
     )
-
-
-def one_token_product(x_bsi: jax.Array, w: jax.Array, fan_in: int, outputs: Shape, kernels: str) -> jax.Array:
-    """[B, 1, I] times a matrix [..., out...] by a kernel: float32 [B, 1, out...]."""
-    y = decode_kernels.multiply(x_bsi[:, 0], w.reshape(fan_in, -1), interpret=kernels != "pallas")
-    return y.reshape(x_bsi.shape[0], 1, *outputs)
 
 
 # ------------------------------------------------------------------------------------------------ quantisation

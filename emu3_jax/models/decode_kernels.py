@@ -1,13 +1,12 @@
-"""Kernels for decoding one token at a time on GPUs, in Pallas (Triton): products with few rows, and attention.
+"""Attention of one token at a time over the KV cache on GPUs, a kernel in Pallas (Triton).
 
-Both only stream memory: weights, or the live part of the KV cache. Each splits what it sums over as well as what it
-gives, so that one small batch fills the chip, and reads narrow codes as they are.
+It only streams the live part of the cache. The cache is split between programs, so that one small batch fills the
+chip, and narrow codes are read as they are.
 
-R rows, I inputs, O outputs, P parts of a sum; B batch, T cache slots, K KV heads, G query heads per KV head, H width.
+B batch, T cache slots, K KV heads, G query heads per KV head, H width.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -18,62 +17,11 @@ from emu3_jax.models.attention import MASKED, matmul_precision
 
 _LEAST_ROWS = 16  # of a matrix unit's product
 _PROGRAMS = 264  # two for each multiprocessor of an H100
-_OUTPUTS, _INPUTS = 128, 128  # of a block of weights
 _SLOTS = 64  # of a block of the cache, whose number of slots is a multiple of it
 
 
-# "xla" leaves everything to the compiler; "pallas-interpreted" runs the kernels' programs anywhere, for tests.
+# "xla" leaves everything to the compiler; "pallas-interpreted" runs the kernel's program anywhere, for tests.
 CHOICES = ("xla", "pallas", "pallas-interpreted")
-
-
-@functools.partial(jax.jit, static_argnames=("outputs_first", "interpret"))
-def multiply(x_ri: jax.Array, w: jax.Array, *, outputs_first: bool = False, interpret: bool = False) -> jax.Array:
-    """x times w, for few rows.
-
-    Args:
-        x_ri: [R, I], float.
-        w: [I, O], or [O, I] with `outputs_first`; of x's dtype, or narrow codes (`models.quantization`).
-        interpret: runs the kernel's program anywhere, for tests.
-
-    Returns:
-        float32 [R, O].
-    """
-    rows, inputs = x_ri.shape
-    outputs = w.shape[0 if outputs_first else 1]
-    block_o, block_i = math.gcd(outputs, _OUTPUTS), math.gcd(inputs, _INPUTS)  # powers of two, as Triton wants
-    steps = inputs // block_i
-    most = max(1, _PROGRAMS * block_o // outputs)
-    parts = next(count for count in range(min(steps, most), 0, -1) if steps % count == 0)
-    padded = -(-rows // _LEAST_ROWS) * _LEAST_ROWS
-    x_ri = jnp.pad(x_ri, ((0, padded - rows), (0, 0)))
-    precision = matmul_precision(x_ri.dtype)
-
-    def kernel(x_ref, w_ref, out_ref):
-        first = pl.program_id(1) * (steps // parts)
-
-        def add(step, total):
-            here = pl.ds((first + step) * block_i, block_i)
-            block = w_ref[:, here] if outputs_first else w_ref[here, :]
-            return total + plt.dot(x_ref[:, here], block.astype(x_ri.dtype), trans_b=outputs_first, precision=precision)
-
-        out_ref[...] = jax.lax.fori_loop(0, steps // parts, add, jnp.zeros((padded, block_o), jnp.float32))
-
-    w_spec = (
-        pl.BlockSpec((block_o, inputs), lambda o, p: (o, 0))
-        if outputs_first
-        else pl.BlockSpec((inputs, block_o), lambda o, p: (0, o))
-    )
-    sums = pl.pallas_call(
-        kernel,
-        grid=(outputs // block_o, parts),
-        in_specs=[pl.BlockSpec((padded, inputs), lambda o, p: (0, 0)), w_spec],
-        out_specs=pl.BlockSpec((None, padded, block_o), lambda o, p: (p, 0, o)),
-        out_shape=jax.ShapeDtypeStruct((parts, padded, outputs), jnp.float32),
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=4),
-        interpret=interpret,
-        name="multiply",
-    )(x_ri, w)
-    return sums.sum(axis=0)[:rows]
 
 
 @functools.partial(jax.jit, static_argnames="interpret")
@@ -108,7 +56,6 @@ def attend_one(
     parts = min(slots // _SLOTS, max(1, _PROGRAMS // (b * kv_heads)))
     padded = max(_LEAST_ROWS, groups)
     precision, narrow = matmul_precision(dtype), k_scales_bkt is not None
-    q = jnp.pad(q_bkgh, ((0, 0), (0, 0), (0, padded - groups), (0, 0)))
 
     def kernel(query_ref, start_ref, q_ref, k_ref, v_ref, *refs):
         k_scales_ref, v_scales_ref = refs[:2] if narrow else (None, None)
@@ -117,7 +64,9 @@ def attend_one(
         # This part's blocks lie a stride apart, so that all parts have as much to do at any length.
         begin = first // _SLOTS + pl.program_id(2)
         count = jnp.maximum((last // _SLOTS - begin + parts) // parts, 0)
-        queries = q_ref[...]
+        first_query = query_ref[0] * 0  # not a constant, which would be checked: the rows beyond the group are masked
+        there = jax.lax.broadcasted_iota(jnp.int32, (padded, width), 0) < groups
+        queries = plt.load(q_ref.at[pl.ds(first_query, padded)], mask=there, other=0.0)
 
         def add(step, carry):
             total, top, mass = carry
@@ -140,7 +89,7 @@ def attend_one(
         empty = (jnp.zeros((padded, width), jnp.float32), lowest, jnp.zeros((padded,), jnp.float32))
         out_ref[...], top_ref[...], mass_ref[...] = jax.lax.fori_loop(0, count, add, empty)
 
-    head = pl.BlockSpec((None, None, padded, width), lambda i, k, p: (i, k, 0, 0))
+    head = pl.BlockSpec((None, None, groups, width), lambda i, k, p: (i, k, 0, 0))
     cache = pl.BlockSpec((None, None, slots, width), lambda i, k, p: (i, k, 0, 0))
     scales = pl.BlockSpec((None, None, slots), lambda i, k, p: (i, k, 0))
     one = pl.BlockSpec((None, None, None, padded), lambda i, k, p: (i, k, p, 0))
@@ -161,7 +110,7 @@ def attend_one(
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=3),
         interpret=interpret,
         name="attend_one",
-    )(query.reshape(1), start, q, k_bkth, v_bkth, *((k_scales_bkt, v_scales_bkt) if narrow else ()))
+    )(query.reshape(1), start, q_bkgh, k_bkth, v_bkth, *((k_scales_bkt, v_scales_bkt) if narrow else ()))
     # A part that saw nothing has a mass of 0 and the lowest top: it weighs nothing.
     share = jnp.exp(tops - tops.max(axis=2, keepdims=True))
     out = (totals * share[..., None]).sum(axis=2) / (masses * share).sum(axis=2)[..., None]

@@ -21,7 +21,7 @@ from emu3_jax.models.adapters import PROJECTION, Adapter, project, weight_dtype
 from emu3_jax.models.attention import attend, matmul_precision, self_attention
 from emu3_jax.models.attention_kernels import ATTENTION
 from emu3_jax.models.cache import KVCache
-from emu3_jax.models.decode_kernels import attend_one, multiply
+from emu3_jax.models.decode_kernels import attend_one
 
 
 class RMSNorm(nn.Module):
@@ -102,7 +102,6 @@ class MLP(nn.Module):
 
     config: DecoderConfig
     adapter: Adapter | None = None
-    kernels: str = "xla"
 
     @nn.compact
     def __call__(self, x_bsd: jax.Array) -> jax.Array:
@@ -133,7 +132,7 @@ class Block(nn.Module):
         mixed, cache = attention(normed, rotations_bsr, segments_bs, cache, layer)
         dropped = nn.Dropout(self.dropout, deterministic=False)
         x_bsd = _residual(x_bsd + dropped(mixed), cache)
-        mlp = MLP(self.config, adapter, self.kernels, name="mlp")
+        mlp = MLP(self.config, adapter, name="mlp")
         mixed = mlp(RMSNorm(epsilon, adapter, name="mlp_norm")(x_bsd))
         return _residual(x_bsd + dropped(mixed), cache), cache
 
@@ -150,7 +149,6 @@ class Embedding(nn.Module):
     weight_name: str
     rows: int
     adapter: Adapter | None = None
-    kernels: str = "xla"
 
     def setup(self):
         width = self.config.hidden_size
@@ -173,13 +171,9 @@ class Embedding(nn.Module):
         return x_bsd
 
     def logits(self, x_bsd: jax.Array) -> jax.Array:
-        if self.kernels != "xla" and x_bsd.shape[1] == 1:
-            table = self.table if self.scales is not None else self.table.astype(x_bsd.dtype)
-            logits = multiply(x_bsd[:, 0], table, outputs_first=True, interpret=self.kernels != "pallas")[:, None]
-        else:
-            table = self.table.astype(x_bsd.dtype)
-            precision = matmul_precision(x_bsd.dtype)
-            logits = jnp.einsum("bsd,vd->bsv", x_bsd, table, precision=precision, preferred_element_type=jnp.float32)
+        table = self.table.astype(x_bsd.dtype)
+        precision = matmul_precision(x_bsd.dtype)
+        logits = jnp.einsum("bsd,vd->bsv", x_bsd, table, precision=precision, preferred_element_type=jnp.float32)
         if self.scales is not None:
             logits = logits * self.scales
         # Whole rows: a split along the vocabulary would have the table, which is split by width, move at every step.
@@ -213,7 +207,7 @@ class Decoder(nn.Module):
             products with weights, and attention where a kernel does it).
         attention: the implementation for whole sequences; see `attention.self_attention`.
         adapter: low-rank adapters beside frozen matrices; `training.lora` makes and merges their parameters.
-        kernels: what computes single tokens on one device without adapters; see `decode_kernels.CHOICES`.
+        kernels: what computes attention of single tokens on one device; see `decode_kernels.CHOICES`.
         dropout: share of the embeddings, and of what each attention and MLP adds to them, that is zeroed, and the rest
             scaled up for it; takes a key named "dropout".
     """
@@ -250,7 +244,7 @@ class Decoder(nn.Module):
         self.embed_dropout = nn.Dropout(self.dropout, deterministic=False)
         self.norm = RMSNorm(c.rms_norm_eps, self.adapter)
         rows = c.tokens.visual_count if self.visual_head else c.vocab_size
-        self.head = Embedding(c, "kernel", rows, self.adapter, self.kernels)
+        self.head = Embedding(c, "kernel", rows, self.adapter)
 
     def __call__(self, tokens_bs, cache: KVCache | None = None, *, last_only: bool = False):
         """Logits of the next token after each token of `tokens_bs`.

@@ -1,8 +1,9 @@
 """Narrow weights and a narrow KV cache for decoding, which is as fast as memory is read.
 
 Symmetric, one scale for each output channel of a matrix, one for each key and each value of a head; scales multiply
-products, so that no wide copy of a weight or of the cache exists. A matrix M of the parameters becomes `M_codes` and
-`M_scales`, and the decoder multiplies with whichever it is given. The token table and the norms stay as they are.
+products, so that no wide copy of a weight or of the cache exists. A matrix M of the parameters becomes `M_codes`, its
+output axes first, so that what a product adds up lies together, and `M_scales`; the decoder multiplies with whichever
+it is given. The token table and the norms stay as they are.
 
 A module of our own rather than `qwix`, whose quantised weights cannot be reshaped on the way to a product, as `out` is.
 """
@@ -47,12 +48,12 @@ def quantise(name: str, matrix: jax.Array, kind: str) -> dict[str, jax.Array]:
         kind: of `KINDS`.
 
     Returns:
-        `{name}_codes` of the matrix's shape, and `{name}_scales`, float32 [out...].
+        `{name}_codes` [out..., in...], and `{name}_scales`, float32 [out...].
     """
-    dtype = KINDS[kind][0]
-    inputs = (1,) if name == _HEAD else tuple(range(MATRICES[name].inputs))
-    matrix = matrix.astype(jnp.float32)
-    codes, scales = _narrow(matrix, inputs, dtype)
+    inputs = 0 if name == _HEAD else MATRICES[name].inputs
+    matrix = jnp.moveaxis(matrix.astype(jnp.float32), range(inputs), range(-inputs, 0))
+    axes = tuple(range(1 if name == _HEAD else MATRICES[name].outputs, matrix.ndim))
+    codes, scales = _narrow(matrix, axes, KINDS[kind][0])
     return {name + CODES: codes, name + SCALES: scales}
 
 
