@@ -10,12 +10,26 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import hypothesis
+import jax
 import numpy as np
 import pytest
 
 # A busy machine is no reason to fail: hypothesis' deadline of 200 ms an example would make one.
 hypothesis.settings.register_profile("suite", deadline=None)
 hypothesis.settings.load_profile("suite")
+
+# What is compared with the reference, or is what users run, is compiled as for them. Elsewhere XLA's compiler, which
+# takes most of the suite's time, leaves its optimisations out: programs mean the same without them.
+AS_FOR_USERS = {
+    "test_decoder", "test_embedded", "test_embedded_model", "test_engine", "test_generation_oracle", "test_pipeline",
+    "test_plan", "test_training_decoder", "test_vision", "test_vision_oracle",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def optimisation(request):
+    jax.config.update("jax_disable_most_optimizations", request.module.__name__ not in AS_FOR_USERS)
+
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
