@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from emu3_jax.benchmarks import train, train_transformers
+from emu3_jax.benchmarks import peer, train, train_transformers
 from emu3_jax.cli.main import main
 from emu3_jax.errors import Emu3Error
 from emu3_jax.models.adapters import Adapter, dequantise_matrix
@@ -47,17 +47,17 @@ def test_the_peer():
 
 
 def test_a_missing_package_stops_at_once(monkeypatch):
-    monkeypatch.setattr(train_transformers.importlib.util, "find_spec", lambda name: None if name == "peft" else name)
+    monkeypatch.setattr(peer.importlib.util, "find_spec", lambda name: None if name == "peft" else name)
     with pytest.raises(Emu3Error, match="pip install peft"):
         next(train.run("small", tokens=16, adapter=2, compare="transformers"))
 
 
 def test_ours_come_though_the_peer_fails(monkeypatch):
-    def peer(*arguments):
+    def failing(*arguments):
         yield {"program": "transformers", "device": "NVIDIA H100", "ms_per_step": 1.0}
         raise Emu3Error("the peer failed")
 
-    monkeypatch.setattr(train_transformers, "in_a_process", peer)
+    monkeypatch.setattr(peer, "in_a_process", failing)
     monkeypatch.setattr(train, "_measure", lambda *arguments: {"ms_per_step": 1.0, "devices": 1})
     figures = train.run("small", tokens=16, mesh="fsdp=1", steps=1, compare="transformers")
     assert next(figures)["mfu"] >= 0

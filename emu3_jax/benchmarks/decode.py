@@ -14,8 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from emu3_jax.benchmarks import peer
 from emu3_jax.benchmarks.kernels import gpu_kernels
 from emu3_jax.benchmarks.machine import describe_machine
+from emu3_jax.checkpoints.bundle import Bundle
+from emu3_jax.checkpoints.embedded import embedded_bundle
 from emu3_jax.compilation import enable_persistent_cache
 from emu3_jax.config import DecoderConfig
 from emu3_jax.generation import engine
@@ -46,7 +49,8 @@ def run(
     kernels: str = "xla",
     profile: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """Yields figures as dicts: the machine and its bandwidths, then one per batch size and cache length.
+    """Yields figures as dicts: with `compare` the peer's, then the machine and its bandwidths, then one per batch size
+    and cache length.
 
     Times are the shortest of three runs of `steps` steps; `bytes_per_step` is what a step must move: the layers, the
     visual rows of the head and the live part of the cache.
@@ -57,15 +61,22 @@ def run(
         area: pixels of a picture; by default what the model draws.
         steps: timed for each cache length, at most the picture's.
         whole: also times a whole picture from prompt to last token, and with `model` to its pixels.
-        compare: "transformers" runs that peer on the same shapes afterwards.
+        compare: "transformers" runs that peer on the same shapes before.
         model: a bundle in place of the preset; "embedded" is the embedded model.
         quantize: narrow weights and cache, see `load`.
         kernels: what computes the steps, of `decode_kernels.CHOICES`.
         profile: also lists a GPU's kernels at each cache length.
 
     Raises:
-        Emu3Error: the bundle is absent, damaged, or lacks a part.
+        Emu3Error: the bundle is absent, damaged, or lacks a part; or the peer's packages are missing, or it failed.
     """
+    if compare:
+        peer.require()
+        # First: from its first device on, JAX holds the memory that the peer needs.
+        config = PRESETS[preset]
+        if model is not None:
+            config = Bundle.open(embedded_bundle() if model == "embedded" else model).decoder_config
+        yield from peer.in_a_process("decode_transformers", config, config.image_area if area is None else area)
     enable_persistent_cache()
     narrow_cache = quantize is not None and KINDS[quantize][1]
     loaded, factor = None, 8
@@ -174,11 +185,6 @@ def run(
                     loaded.generate(["a picture"] * count, area=area, guidance=GUIDANCE, top_k=TOP_K, batch_size=count)
                 summary["prompt_to_pixels_s"] = round(time.perf_counter() - began, 2)
         yield summary
-    if compare:
-        del params
-        from emu3_jax.benchmarks import decode_transformers
-
-        yield from decode_transformers.run(config, area)
 
 
 def bandwidths(large: bool) -> dict[str, float]:

@@ -5,8 +5,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from emu3_jax.benchmarks import peer
 from emu3_jax.config import DecoderConfig
-from emu3_jax.errors import Emu3Error
 
 PROMPT_TOKENS = 64
 GUIDANCE, TOP_K = 3.0, 2048
@@ -14,22 +14,20 @@ GUIDANCE, TOP_K = 3.0, 2048
 
 def run(config: DecoderConfig, area: int) -> Iterator[dict[str, Any]]:
     """Yields ms per image token of `generate()` as upstream's README calls it, and of a compiled static-cache step."""
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise Emu3Error(f"--compare transformers needs {error.name}: pip install 'emu3-jax[test]'") from error
+    import torch
+    import transformers
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     published = config.to_published("transformers")
     published.pop("model_type")
-    peer = transformers.Emu3TextConfig(**published)
-    peer._attn_implementation = "sdpa"
+    text_config = transformers.Emu3TextConfig(**published)
+    text_config._attn_implementation = "sdpa"
     dtype = getattr(torch, config.dtype)
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            model = transformers.Emu3ForCausalLM(peer).eval()
+            model = transformers.Emu3ForCausalLM(text_config).eval()
     finally:
         torch.set_default_dtype(previous)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
@@ -125,3 +123,7 @@ def _synchronize(device: str) -> None:
 
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    peer.main(run)

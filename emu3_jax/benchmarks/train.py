@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from emu3_jax.benchmarks import train_transformers
+from emu3_jax.benchmarks import peer
 from emu3_jax.benchmarks.kernels import gpu_kernels
 from emu3_jax.benchmarks.machine import describe_machine
 from emu3_jax.compilation import enable_persistent_cache
@@ -68,10 +68,10 @@ def run(
     flops = step_flops(decoder, rows * tokens, rows * tokens * (tokens + 1) / 2, frozen=adapter > 0)
     failure = None
     if compare:
-        train_transformers.require(adapter)
-        # First, and in a process of its own: from its first device on, JAX holds the memory that the peer needs.
+        peer.require(*(("peft",) if adapter else ()))
+        # First: from its first device on, JAX holds the memory that the peer needs.
         try:
-            for figures in train_transformers.in_a_process(decoder, tokens, rows, adapter, steps, compiled):
+            for figures in peer.in_a_process("train_transformers", decoder, tokens, rows, adapter, steps, compiled):
                 if "ms_per_step" in figures:
                     peak = peak_flops(figures["device"])
                     figures |= rates(figures["ms_per_step"], rows * tokens, flops, peak)

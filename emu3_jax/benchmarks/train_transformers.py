@@ -5,49 +5,17 @@ AdamW. Its own loss holds all logits at once; where that runs out of memory, a l
 """
 
 import gc
-import importlib.util
-import json
 import math
 import statistics
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
+from emu3_jax.benchmarks import peer
 from emu3_jax.config import DecoderConfig
-from emu3_jax.errors import Emu3Error
 
 CHUNK = 1024
-
-
-def require(rank: int) -> None:
-    """Raises `Emu3Error` if a package that the peer needs is missing."""
-    for package in ("torch", "transformers", *(("peft",) if rank else ())):
-        if importlib.util.find_spec(package) is None:
-            hint = "'emu3-jax[test]'" if package != "peft" else package
-            raise Emu3Error(f"--compare transformers needs {package}: pip install {hint}")
-
-
-def in_a_process(
-    config: DecoderConfig, tokens: int, rows: int, rank: int, steps: int, compiled: bool = False
-) -> Iterator[dict[str, Any]]:
-    """`run` in a process that gives all its memory back; figures come as it prints them.
-
-    Raises:
-        Emu3Error: the process failed, after the figures that it printed.
-    """
-    arguments = json.dumps([config.to_dict(), tokens, rows, rank, steps, compiled])
-    command = [sys.executable, "-m", "emu3_jax.benchmarks.train_transformers", arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            yield from (json.loads(line) for line in process.stdout if line.startswith("{"))
-        except BaseException:
-            process.kill()
-            raise
-    if process.returncode:
-        raise Emu3Error(f"the peer's process ended with status {process.returncode}: what it printed is above")
 
 
 def run(
@@ -116,13 +84,13 @@ def _model(config: DecoderConfig, rank: int, device: str):
     published = config.to_published("transformers")
     published.pop("model_type")
     published["attention_dropout"] = 0.0
-    peer = transformers.Emu3TextConfig(**published)
-    peer._attn_implementation = "sdpa"
+    text_config = transformers.Emu3TextConfig(**published)
+    text_config._attn_implementation = "sdpa"
     previous = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16 if rank else torch.float32)
     try:
         with torch.device(device):
-            model = transformers.Emu3ForCausalLM(peer)
+            model = transformers.Emu3ForCausalLM(text_config)
     finally:
         torch.set_default_dtype(previous)
     with warnings.catch_warnings():
@@ -180,6 +148,4 @@ def _first_sentence(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    described, *numbers = json.loads(sys.argv[1])
-    for line in run(DecoderConfig.from_dict(described), *numbers):
-        print(json.dumps(line), flush=True)
+    peer.main(run)
