@@ -1,6 +1,6 @@
 """The kernel for single tokens: interpreted, it equals plain attention, and so do whole runs."""
 
-import functools
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -8,28 +8,45 @@ import numpy as np
 import pytest
 import tiny
 
+from emu3_jax.errors import Emu3Error
 from emu3_jax.generation import engine
 from emu3_jax.generation.schedule import image_schedule, text_schedule
 from emu3_jax.models.attention import attend
-from emu3_jax.models.decode_kernels import attend_one
-from emu3_jax.models.quantization import narrow_rows, quantise_params
-
-attend_here = functools.partial(attend_one, interpret=True)
+from emu3_jax.models.cache import KVCache
+from emu3_jax.models.decode_kernels import attend_one, check_width
+from emu3_jax.models.decoder import rope, rotations
+from emu3_jax.models.quantization import quantise_params
 
 
 @pytest.mark.parametrize("narrow", [False, True])
-@pytest.mark.parametrize(("query", "groups"), [(66, 4), (127, 1), (128, 3), (511, 20)])
-def test_attention_of_one_query(query, groups, narrow):
+@pytest.mark.parametrize(("length", "groups"), [(67, 4), (127, 1), (128, 3), (511, 20)])
+def test_attention_of_one_token(length, groups, narrow):
+    width, rows = 32, jnp.asarray([0, 5, 66], jnp.int32)
+    config = dataclasses.replace(
+        tiny.CONFIG, hidden_size=2 * groups * width, num_heads=2 * groups, num_kv_heads=2, num_layers=1
+    )
+    cache = KVCache.create(config, rows, 512, narrow)
     keys = jax.random.split(jax.random.key(0), 3)
-    q = jax.random.normal(keys[0], (3, 2, groups, 32))
-    k, v = (jax.random.normal(key, (3, 2, 512, 32)) for key in keys[1:])
-    k, v = (x.at[:, :, query + 1 :].set(1e4) for x in (k, v))  # beyond the query: must not be seen
-    k_scales = v_scales = None
-    if narrow:
-        (k, k_scales), (v, v_scales) = narrow_rows(k), narrow_rows(v)
-    where = (jnp.int32(query), jnp.asarray([0, 5, 66], jnp.int32))
-    expected = attend(q[:, None], k, v, k_scales, v_scales, *where)[:, 0]
-    np.testing.assert_allclose(attend_here(q, k, v, k_scales, v_scales, *where), expected, atol=1e-5)
+    k, v = (jax.random.normal(key, (3, 2, 512, width)) for key in keys[:2])
+    k, v = (x.at[:, :, length:].set(1e4) for x in (k, v))  # from the token on: must not be seen
+    cache = cache.write(0, k, v).replace(length=jnp.int32(length))
+    qkv = jax.random.normal(keys[2], (3, 1, 2, groups + 2, width))
+    rotated = rotations(cache.positions(1), width, 1e4)
+    queries_keys = rope(qkv[:, :, :, : groups + 1], rotated)
+    new = (queries_keys[:, :, :, groups], qkv[:, :, :, groups + 1])
+    written = cache.write(0, *(jnp.swapaxes(x, 1, 2) for x in new))
+    expected = attend(queries_keys[:, :, :, :groups], *written.layer(0), cache.length, cache.start)[:, 0]
+    rotated = tuple(part[:, 0] for part in rotated)
+    found, kept = attend_one(qkv[:, 0], rotated, cache.layer(0), cache.length, rows, interpret=True)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    for array, other in zip(kept, written.layer(0), strict=True):
+        if other is not None:
+            np.testing.assert_allclose(array, other, atol=1e-6)
+
+
+def test_heads_of_other_widths_are_refused():
+    with pytest.raises(Emu3Error, match="power of two, not 24"):
+        check_width(24)
 
 
 @pytest.mark.parametrize("kind", [None, "int8", "fp8"])
@@ -58,8 +75,13 @@ def test_runs_of_text_are_equal_too():
 def test_the_kernel_lowers_for_cuda(dtype):
     """Of the published shapes; what Triton makes of it only a GPU can tell."""
     array = jax.ShapeDtypeStruct
-    cache = array((2, 8, 8704, 128), dtype)
+    kept = array((2, 8, 8704, 128), dtype)
     scales = array((2, 8, 8704), jnp.float32) if dtype == jnp.int8 else None
-    where = (array((), jnp.int32), array((2,), jnp.int32))
-    traced = jax.jit(attend_one).trace(array((2, 8, 4, 128), jnp.bfloat16), cache, cache, scales, scales, *where)
-    assert "triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
+    arguments = (
+        array((2, 8, 6, 128), jnp.bfloat16),
+        (array((2, 64), jnp.float32),) * 2,
+        (kept, kept, scales, scales),
+        array((), jnp.int32),
+        array((2,), jnp.int32),
+    )
+    assert "triton" in jax.jit(attend_one).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()

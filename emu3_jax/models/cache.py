@@ -71,6 +71,16 @@ class KVCache:
         scales = (self.key_scales[index], self.value_scales[index]) if self.narrow else (None, None)
         return self.keys[index], self.values[index], *scales
 
+    def with_layer(self, index: int, *arrays: jax.Array | None) -> "KVCache":
+        """The cache with other arrays in one layer, in `layer`'s order."""
+        new = dict(zip(_PER_SLOT, arrays, strict=True))
+
+        def replaced(name: str) -> tuple[jax.Array, ...]:
+            old = getattr(self, name)
+            return (*old[:index], new[name], *old[index + 1 :]) if old else old
+
+        return self.replace(**{name: replaced(name) for name in _PER_SLOT})
+
     def write(self, layer: int, keys: jax.Array, values: jax.Array) -> "KVCache":
         """Puts [B, K, S, H] new keys and values into the slots from `length` on; `length` itself stays."""
         new = {"keys": keys, "values": values}

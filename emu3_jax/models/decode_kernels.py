@@ -1,7 +1,7 @@
 """Attention of one token at a time over the KV cache on GPUs, a kernel in Pallas (Triton).
 
-It only streams the live part of the cache. The cache is split between programs, so that one small batch fills the
-chip, and narrow codes are read as they are.
+It rotates queries and key, writes key and value into the cache, narrow where the cache is, and streams the live part of
+the cache, which is split between programs, so that one small batch fills the chip. XLA makes ten kernels of the same.
 
 B batch, T cache slots, K KV heads, G query heads per KV head, H width.
 """
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from emu3_jax.errors import Emu3Error
 from emu3_jax.models.attention import MASKED, matmul_precision
 
 _LEAST_ROWS = 16  # of a matrix unit's product
@@ -23,95 +24,164 @@ _SLOTS = 64  # of a block of the cache, whose number of slots is a multiple of i
 # "xla" leaves everything to the compiler; "pallas-interpreted" runs the kernel's program anywhere, for tests.
 CHOICES = ("xla", "pallas", "pallas-interpreted")
 
+Cache = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]
+
+
+def check_width(width: int) -> None:
+    """Raises `Emu3Error` if the kernel cannot serve heads of this width."""
+    if width & (width - 1):
+        raise Emu3Error(f'kernels "pallas" take heads whose width is a power of two, not {width}: choose "xla"')
+
 
 @functools.partial(jax.jit, static_argnames="interpret")
 def attend_one(
-    q_bkgh: jax.Array,
-    k_bkth: jax.Array,
-    v_bkth: jax.Array,
-    k_scales_bkt: jax.Array | None,
-    v_scales_bkt: jax.Array | None,
-    query: jax.Array,
+    qkv_bkph: jax.Array,
+    rotations_br: tuple[jax.Array, jax.Array],
+    cache: Cache,
+    length: jax.Array,
     start: jax.Array,
     *,
     interpret: bool = False,
-) -> jax.Array:
-    """Attention of one query a row to the slots from `start` to its own; reads no other blocks of the cache.
+) -> tuple[jax.Array, Cache]:
+    """Attention of one token a row to the slots from `start` to its own; reads no other blocks of the cache.
 
     Args:
-        q_bkgh: [B, K, G, H], RoPE applied, not yet scaled.
-        k_bkth: [B, K, T, H], T a multiple of 64.
-        v_bkth: likewise.
-        k_scales_bkt: float32 [B, K, T], of a narrow cache; else None.
-        v_scales_bkt: likewise.
-        query: int32 scalar, the query's slot.
+        qkv_bkph: [B, K, G + 2, H]: queries, key and value of each KV head, as projected.
+        rotations_br: cosines and sines of the tokens' positions, float32 [B, H / 2] each.
+        cache: keys and values [B, K, T, H], T a multiple of 64, and float32 [B, K, T] scales of a narrow cache's, else
+            None.
+        length: int32 scalar, the token's slot.
         start: int32 [B], each row's first slot.
         interpret: runs the kernel's program anywhere, for tests.
 
     Returns:
-        [B, K, G, H] in the queries' dtype.
-    """
-    b, kv_heads, groups, width = q_bkgh.shape
-    slots, dtype = k_bkth.shape[2], q_bkgh.dtype
-    parts = min(slots // _SLOTS, max(1, _PROGRAMS // (b * kv_heads)))
-    padded = max(_LEAST_ROWS, groups)
-    precision, narrow = matmul_precision(dtype), k_scales_bkt is not None
+        [B, K, G, H] in the queries' dtype, and the cache with the token's key and value, in place where it is donated.
 
-    def kernel(query_ref, start_ref, q_ref, k_ref, v_ref, *refs):
-        k_scales_ref, v_scales_ref = refs[:2] if narrow else (None, None)
+    Raises:
+        Emu3Error: the heads' width is not a power of two.
+    """
+    b, kv_heads, groups, width = qkv_bkph.shape
+    groups -= 2
+    check_width(width)
+    kept = [array for array in cache if array is not None]
+    slots, dtype, half = kept[0].shape[2], qkv_bkph.dtype, width // 2
+    parts = min(slots // _SLOTS, max(1, _PROGRAMS // (b * kv_heads)))
+    padded = max(_LEAST_ROWS, 1 << (groups - 1).bit_length())
+    precision, narrow = matmul_precision(dtype), len(kept) == 4
+
+    def kernel(length_ref, start_ref, qkv_ref, cos_ref, sin_ref, *refs):
+        k_ref, v_ref, *scale_refs = refs[len(kept) : 2 * len(kept)]  # the results: in place they are the arguments too
         out_ref, top_ref, mass_ref = refs[-3:]
-        last, first = query_ref[0], start_ref[0]
+        length, first = length_ref[0], start_ref[0]
+        none = length * 0  # a start that is no constant: what reaches beyond the group is masked, not refused
+        there = jax.lax.broadcasted_iota(jnp.int32, (padded, half), 0) < groups
+
+        def queries(at):
+            return plt.load(qkv_ref.at[pl.ds(none, padded), pl.ds(at, half)], mask=there, other=0.0)
+
+        # All reading comes before what waits for it.
+        cos, sin, v = cos_ref[...], sin_ref[...], qkv_ref[groups + 1, :]
+        q_low, q_high = queries(0), queries(half)
+        k_low, k_high = (qkv_ref[groups, pl.ds(at, half)] for at in (0, half))
+
+        def rotated(low, high, cos, sin):
+            low, high = low.astype(jnp.float32), high.astype(jnp.float32)
+            return (low * cos - high * sin).astype(dtype), (high * cos + low * sin).astype(dtype)
+
+        q_low, q_high = rotated(q_low, q_high, cos[None], sin[None])
+        k_low, k_high = rotated(k_low, k_high, cos, sin)
+        k_scale = v_scale = 1.0
+        if narrow:
+            k_low, k_high, v = (x.astype(jnp.float32) for x in (k_low, k_high, v))
+            k_scale = jnp.maximum(jnp.max(jnp.abs(k_low)), jnp.max(jnp.abs(k_high))) / 127
+            v_scale = jnp.max(jnp.abs(v)) / 127
+            k_low, k_high, v = (_codes(x, s) for x, s in ((k_low, k_scale), (k_high, k_scale), (v, v_scale)))
+
+        writes = pl.program_id(2) == 0
+        for ref, at, new in ((k_ref, 0, k_low), (k_ref, half, k_high), (v_ref, 0, v)):
+            target = ref.at[length, pl.ds(at, len(new))]
+            plt.store(target, new.astype(ref.dtype), mask=jnp.broadcast_to(writes, new.shape))
+        for ref, scale in zip(scale_refs, (k_scale, v_scale), strict=False):
+            plt.store(ref.at[pl.ds(length, 1)], scale[None], mask=writes[None])
+
         # This part's blocks lie a stride apart, so that all parts have as much to do at any length.
         begin = first // _SLOTS + pl.program_id(2)
-        count = jnp.maximum((last // _SLOTS - begin + parts) // parts, 0)
-        first_query = query_ref[0] * 0  # not a constant, which would be checked: the rows beyond the group are masked
-        there = jax.lax.broadcasted_iota(jnp.int32, (padded, width), 0) < groups
-        queries = plt.load(q_ref.at[pl.ds(first_query, padded)], mask=there, other=0.0)
+        count = jnp.maximum(((length - 1) // _SLOTS - begin + parts) // parts, 0)
 
         def add(step, carry):
             total, top, mass = carry
             at = (begin + step * parts) * _SLOTS
             here = pl.ds(at, _SLOTS)
-            scores = plt.dot(queries, k_ref[here, :].astype(dtype), trans_b=True, precision=precision) * width**-0.5
+            scores = sum(
+                plt.dot(q, k_ref[here, pl.ds(first, half)].astype(dtype), trans_b=True, precision=precision)
+                for q, first in ((q_low, 0), (q_high, half))
+            )
+            scores = scores * width**-0.5
             if narrow:
-                scores = scores * k_scales_ref[here][None]
+                scores = scores * scale_refs[0][here][None]
             slot = at + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-            scores = jnp.where((slot >= first) & (slot <= last), scores, MASKED)
+            scores = jnp.where((slot >= first) & (slot < length), scores, MASKED)
             new = jnp.maximum(top, scores.max(axis=1))
             weights, shrunk = jnp.exp(scores - new[:, None]), jnp.exp(top - new)
             mass = mass * shrunk + weights.sum(axis=1)
             if narrow:
-                weights = weights * v_scales_ref[here][None]
+                weights = weights * scale_refs[1][here][None]
             part = plt.dot(weights.astype(dtype), v_ref[here, :].astype(dtype), precision=precision)
             return total * shrunk[:, None] + part, new, mass
 
         lowest = jnp.full((padded,), MASKED, jnp.float32)
         empty = (jnp.zeros((padded, width), jnp.float32), lowest, jnp.zeros((padded,), jnp.float32))
-        out_ref[...], top_ref[...], mass_ref[...] = jax.lax.fori_loop(0, count, add, empty)
+        total, top, mass = jax.lax.fori_loop(0, count, add, empty)
 
-    head = pl.BlockSpec((None, None, groups, width), lambda i, k, p: (i, k, 0, 0))
-    cache = pl.BlockSpec((None, None, slots, width), lambda i, k, p: (i, k, 0, 0))
-    scales = pl.BlockSpec((None, None, slots), lambda i, k, p: (i, k, 0))
-    one = pl.BlockSpec((None, None, None, padded), lambda i, k, p: (i, k, p, 0))
+        # The token itself, which the cache may not hold yet when another part looks: the part that writes it sees it.
+        products = (q.astype(jnp.float32) * k.astype(jnp.float32)[None] for q, k in ((q_low, k_low), (q_high, k_high)))
+        score = sum(x.sum(axis=1) for x in products) * (k_scale * width**-0.5)
+        new = jnp.where(writes, jnp.maximum(top, score), top)
+        weight, shrunk = jnp.where(writes, jnp.exp(score - new), 0.0), jnp.exp(top - new)
+        seen = (weight * v_scale).astype(dtype).astype(jnp.float32)[:, None] * v.astype(jnp.float32)[None]
+        out_ref[...], top_ref[...], mass_ref[...] = total * shrunk[:, None] + seen, new, mass * shrunk + weight
+
+    def per_row(*shape):
+        return pl.BlockSpec((None, *shape), lambda i, k, p: (i, *(0 for _ in shape)))
+
+    def per_head(*shape):
+        return pl.BlockSpec((None, None, *shape), lambda i, k, p: (i, k, *(0 for _ in shape)))
+
+    def per_part(*shape):
+        return pl.BlockSpec((None, None, None, *shape), lambda i, k, p: (i, k, p, *(0 for _ in shape)))
+
+    places = [per_head(*array.shape[2:]) for array in kept]
     shape = (b, kv_heads, parts, padded)
-    totals, tops, masses = pl.pallas_call(
+    *kept, totals, tops, masses = pl.pallas_call(
         kernel,
         grid=(b, kv_heads, parts),
         in_specs=[
             pl.BlockSpec((1,), lambda i, k, p: (0,)),
             pl.BlockSpec((1,), lambda i, k, p: (i,)),
-            head,
-            cache,
-            cache,
-            *([scales, scales] if narrow else []),
+            per_head(groups + 2, width),
+            per_row(half),
+            per_row(half),
+            *places,
         ],
-        out_specs=[pl.BlockSpec((None, None, None, padded, width), lambda i, k, p: (i, k, p, 0, 0)), one, one],
-        out_shape=[jax.ShapeDtypeStruct(s, jnp.float32) for s in ((*shape, width), shape, shape)],
+        out_specs=[*places, per_part(padded, width), per_part(padded), per_part(padded)],
+        out_shape=[
+            *(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in kept),
+            *(jax.ShapeDtypeStruct(s, jnp.float32) for s in ((*shape, width), shape, shape)),
+        ],
+        input_output_aliases={5 + index: index for index in range(len(kept))},
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=3),
         interpret=interpret,
         name="attend_one",
-    )(query.reshape(1), start, q_bkgh, k_bkth, v_bkth, *((k_scales_bkt, v_scales_bkt) if narrow else ()))
-    # A part that saw nothing has a mass of 0 and the lowest top: it weighs nothing.
+    )(length.reshape(1), start, qkv_bkph, *rotations_br, *kept)
+    # A part that saw nothing has a mass of 0, or the lowest top beside others: it weighs nothing.
     share = jnp.exp(tops - tops.max(axis=2, keepdims=True))
     out = (totals * share[..., None]).sum(axis=2) / (masses * share).sum(axis=2)[..., None]
-    return out[:, :, :groups].astype(dtype)
+    return out[:, :, :groups].astype(dtype), (*kept, *(None for _ in cache[len(kept) :]))
+
+
+def _codes(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """As `quantization.narrow_rows` has them, still in float32."""
+    unit = x / jnp.where(scale == 0, 1.0, scale)
+    above = jnp.floor(unit + 0.5)  # to the nearest, ties to even: Triton has no such operation
+    tie = (above - unit == 0.5) & (above.astype(jnp.int32) & 1 == 1)
+    return jnp.clip(jnp.where(tie, above - 1, above), -127, 127)

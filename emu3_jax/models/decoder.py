@@ -80,17 +80,19 @@ class Attention(nn.Module):
         g = c.num_heads // k
         axes = ("embed", "kv_heads", "heads_per_kv", "head_dim")
         qkv = project(self, self.adapter, "bsd,dkph->bskph", x_bsd, "qkv", (d, k, g + 2, h), axes)
-        queries_keys = rope(qkv[:, :, :, : g + 1], rotations_bsr)
-        queries, keys, values = queries_keys[:, :, :, :g], queries_keys[:, :, :, g], qkv[:, :, :, g + 1]
-        if cache is None:
-            mixed = self_attention(queries, keys, values, segments_bs, self.implementation)
+        if cache is not None and self.kernels != "xla" and x_bsd.shape[1] == 1:
+            rotated = tuple(part[:, 0] for part in rotations_bsr)
+            where, interpret = (cache.length, cache.start), self.kernels != "pallas"
+            mixed, kept = attend_one(qkv[:, 0], rotated, cache.layer(layer), *where, interpret=interpret)
+            cache = cache.with_layer(layer, *kept)
         else:
-            cache = cache.write(layer, jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2))
-            kept = cache.layer(layer)
-            if self.kernels == "xla" or x_bsd.shape[1] > 1:
-                mixed = attend(queries, *kept, cache.length, cache.start)
+            queries_keys = rope(qkv[:, :, :, : g + 1], rotations_bsr)
+            queries, keys, values = queries_keys[:, :, :, :g], queries_keys[:, :, :, g], qkv[:, :, :, g + 1]
+            if cache is None:
+                mixed = self_attention(queries, keys, values, segments_bs, self.implementation)
             else:
-                mixed = attend_one(queries[:, 0], *kept, cache.length, cache.start, interpret=self.kernels != "pallas")
+                cache = cache.write(layer, jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2))
+                mixed = attend(queries, *cache.layer(layer), cache.length, cache.start)
         # One contracted axis: with three, XLA may choose another order of them and transpose the weight every step.
         mixed = mixed.reshape(*x_bsd.shape[:2], c.num_heads * h)
         axes = ("kv_heads", "heads_per_kv", "head_dim", "embed")
