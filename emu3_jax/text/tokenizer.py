@@ -158,7 +158,7 @@ class Tokenizer:
             if not allow_special:
                 raise Emu3Error(
                     f"the text contains the special token {match[0]}: take it out, or pass allow_special=True "
-                    "where the text's author may write control tokens"
+                    "(--allow-special) where the text's author may write control tokens"
                 )
             ids += self._bpe.encode_ordinary(text[start : match.start()])
             ids.append(special_id)
