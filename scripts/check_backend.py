@@ -22,6 +22,7 @@ from emu3_jax.generation.sampling import RowSettings
 from emu3_jax.generation.schedule import image_schedule, text_schedule
 from emu3_jax.models.cache import KVCache
 from emu3_jax.models.decoder import Decoder
+from emu3_jax.models.quantization import quantise_params
 from emu3_jax.models.vision import VisionTokenizer
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "tests" / "golden"
@@ -93,16 +94,24 @@ def check_decoder(config: DecoderConfig, params: dict):
     prompt = ids[:length].tolist()
     negative = [config.tokens.bos, *prompt[prompt.index(config.tokens.boi) :]]  # the case's negative prompt is empty
     height, width = sequences["wide/image_size"][0]
-    got = engine.run(params, config, [prompt], [image_schedule(height, width)], greedy(1, 5.0), [negative])
-    yield "guided picture tokens", int((got[0] != ids[length:]).sum()), 0
-
-    for name, case in (("describe", 0), ("batch", 1)):
-        texts = json.loads((GOLDEN / "text.json").read_text())["understanding_prompt"][case]
-        pairs = zip(texts["input_ids"], texts["attention_mask"], strict=True)
-        rows = [[token for token, real in zip(*pair, strict=True) if real] for pair in pairs]
-        got = engine.run(params, config, rows, [text_schedule(24)] * len(rows), greedy(len(rows), 1.0))
-        expected = sequences[f"{name}/sequences"][:, int(sequences[f"{name}/prompt_length"]) :]
-        yield f"answer tokens ({name})", int((got != expected).sum()), 0
+    picture = ([prompt], [image_schedule(height, width)], greedy(1, 5.0), [negative])
+    for kernels in ("xla", "pallas") if jax.default_backend() == "gpu" else ("xla",):
+        got = engine.run(params, config, *picture, kernels=kernels)
+        yield f"guided picture tokens, {kernels}", int((got[0] != ids[length:]).sum()), 0
+        for name, case in (("describe", 0), ("batch", 1)):
+            texts = json.loads((GOLDEN / "text.json").read_text())["understanding_prompt"][case]
+            pairs = zip(texts["input_ids"], texts["attention_mask"], strict=True)
+            rows = [[token for token, real in zip(*pair, strict=True) if real] for pair in pairs]
+            answers = (rows, [text_schedule(24)] * len(rows), greedy(len(rows), 1.0))
+            got = engine.run(params, config, *answers, kernels=kernels)
+            expected = sequences[f"{name}/sequences"][:, int(sequences[f"{name}/prompt_length"]) :]
+            yield f"answer tokens ({name}), {kernels}", int((got != expected).sum()), 0
+    if jax.default_backend() == "gpu":
+        narrow = quantise_params(params, "int8")
+        first, second = (
+            engine.run(narrow, config, *picture, narrow_cache=True, kernels=kernels) for kernels in ("xla", "pallas")
+        )
+        yield "guided picture tokens, int8, of xla and pallas", int((first != second).sum()), 0
 
 
 def main() -> int:

@@ -140,8 +140,11 @@ def test_bench_prints_json_lines(capsys):
     assert lines[0]["copy_gb_per_s"] > 0 and lines[1]["cache_length"] == 64 + 36
     assert lines[-1]["picture"] == "64x64" and lines[-1]["tokens"] == 72
     moved = lines[1]["bytes_per_step"]
-    assert run("bench", "decode", "--preset", "small", "--steps", 2, "--area", 4096, "--quantize", "int8") == 0
+    assert (
+        run("bench", "decode", "--preset", "small", "--steps", 2, "--area", 4096, "--quantize", "int8", "--logits") == 0
+    )
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert 0 < lines[0]["logit_error"] < 0.05 and lines[0]["same_likeliest"] > 0.8
     assert lines[0]["quantize"] == "int8" and 0.5 < lines[1]["bytes_per_step"] / moved < 0.53
 
 

@@ -25,7 +25,8 @@ from emu3_jax.generation import engine
 from emu3_jax.generation.sampling import RowSettings
 from emu3_jax.generation.schedule import forced_ids, image_schedule
 from emu3_jax.loading import load
-from emu3_jax.models.decoder import Decoder
+from emu3_jax.models.cache import KVCache
+from emu3_jax.models.decoder import Decoder, visual_head_params
 from emu3_jax.models.quantization import KINDS, is_quantised, quantise
 
 PRESETS = {
@@ -48,6 +49,7 @@ def run(
     quantize: str | None = None,
     kernels: str = "xla",
     profile: bool = False,
+    logits: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Yields figures as dicts: with `compare` the peer's, then the machine and its bandwidths, then one per batch size
     and cache length.
@@ -66,6 +68,7 @@ def run(
         quantize: narrow weights and cache, see `load`.
         kernels: what computes the steps, of `decode_kernels.CHOICES`.
         profile: also lists a GPU's kernels at each cache length.
+        logits: also compares the logits of narrow weights and cache with those of wide ones, see `logit_errors`.
 
     Raises:
         Emu3Error: the bundle is absent, damaged, or lacks a part; or the peer's packages are missing, or it failed.
@@ -91,6 +94,8 @@ def run(
     if quantize is not None:
         about["quantize"] = quantize
     about["kernels"] = kernels
+    if logits and quantize is not None and model is None:
+        about |= logit_errors(config, params, quantize)
     yield {"bench": "decode", **about, **describe_machine(), **bandwidths(large)}
     weight_bytes = step_weight_bytes(params, config)
     area = config.image_area if area is None else area
@@ -204,6 +209,35 @@ def bandwidths(large: bool) -> dict[str, float]:
             best = min(best, (time.perf_counter() - began) / calls)
         figures[name] = round(factor * x.nbytes / best / 1e9, 1)
     return figures
+
+
+def logit_errors(config: DecoderConfig, narrow: Any, quantize: str) -> dict[str, float]:
+    """What narrowing does to the logits of `PROMPT_TOKENS` visual tokens under random weights.
+
+    Args:
+        config: of the decoder.
+        narrow: what `random_params` gave for `quantize`.
+        quantize: of `KINDS`; says whether the cache is narrow too.
+
+    Returns:
+        `logit_error`, the root mean square of the differences over that of the logits, and `same_likeliest`, the share
+        of positions whose likeliest visual token stays.
+    """
+    special = config.tokens
+    tokens = jax.random.randint(jax.random.key(1), (1, PROMPT_TOKENS), special.visual_start, special.visual_end)
+
+    @functools.partial(jax.jit, static_argnames="narrow_cache")
+    def logits(params, tokens, narrow_cache):
+        cache = KVCache.create(config, jnp.zeros(1, jnp.int32), PROMPT_TOKENS, narrow_cache)
+        params = visual_head_params(params, config)
+        return Decoder(config, visual_head=True).apply({"params": params}, tokens, cache)[0]
+
+    found = np.asarray(logits(narrow, tokens, KINDS[quantize][1]))
+    expected = np.asarray(logits(random_params(config), tokens, False))
+    return {
+        "logit_error": round(float(np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2))), 4),
+        "same_likeliest": round(float(np.mean(found.argmax(-1) == expected.argmax(-1))), 4),
+    }
 
 
 def step_weight_bytes(params: Any, config: DecoderConfig) -> int:

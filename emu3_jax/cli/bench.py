@@ -24,6 +24,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     decode.add_argument("--area", type=int, help="pixels of the picture (default: as many as the model draws)")
     decode.add_argument("--steps", type=int, default=256, help="steps timed per cache length (default: %(default)s)")
     decode.add_argument("--whole", action="store_true", help="also time one whole picture; of a bundle, to its pixels")
+    decode.add_argument(
+        "--logits", action="store_true", help="also how far --quantize moves the logits of a preset's random weights"
+    )
     decode.add_argument("--profile", action="store_true", help="also the GPU kernels of a step, by their time")
     decode.add_argument("--compare", choices=("transformers",), help="also run this peer, same shapes, same device")
     vision = kinds.add_parser("vision", help="the vision tokenizer with random weights: seconds per picture")
