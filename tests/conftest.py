@@ -18,17 +18,14 @@ import pytest
 hypothesis.settings.register_profile("suite", deadline=None)
 hypothesis.settings.load_profile("suite")
 
-# What is compared with the reference, or is what users run, is compiled as for them. Elsewhere XLA's compiler, which
-# takes most of the suite's time, leaves its optimisations out: programs mean the same without them.
-AS_FOR_USERS = {
-    "test_decoder", "test_embedded", "test_embedded_model", "test_engine", "test_generation_oracle", "test_pipeline",
-    "test_plan", "test_training_decoder", "test_vision", "test_vision_oracle",
-}  # fmt: skip
+# Modules that compile much and compute little: there XLA leaves its optimisations out, which takes most of their time.
+# Programs mean the same without them. What is compared with the reference is compiled as for users.
+COMPILED_QUICKLY = {"test_decode_kernels", "test_lora", "test_quantization"}
 
 
 @pytest.fixture(autouse=True, scope="module")
 def optimisation(request):
-    jax.config.update("jax_disable_most_optimizations", request.module.__name__ not in AS_FOR_USERS)
+    jax.config.update("jax_disable_most_optimizations", request.module.__name__ in COMPILED_QUICKLY)
 
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
