@@ -148,6 +148,12 @@ def test_bench_prints_json_lines(capsys):
     assert lines[0]["quantize"] == "int8" and 0.5 < lines[1]["bytes_per_step"] / moved < 0.53
 
 
+def test_bench_refuses_logits_that_nothing_moves(capsys):
+    for arguments in ((), ("--quantize", "int8", "--model")):
+        assert run("bench", "decode", "--preset", "small", "--logits", *arguments) == 2
+        assert "--logits compares" in capsys.readouterr().err
+
+
 def test_bench_of_a_bundle(golden_bundle, capsys):
     assert run("bench", "decode", "--model", golden_bundle, "--area", 1024, "--whole") == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

@@ -21,6 +21,7 @@ from emu3_jax.checkpoints.bundle import Bundle
 from emu3_jax.checkpoints.embedded import embedded_bundle
 from emu3_jax.compilation import enable_persistent_cache
 from emu3_jax.config import DecoderConfig
+from emu3_jax.errors import Emu3Error
 from emu3_jax.generation import engine
 from emu3_jax.generation.sampling import RowSettings
 from emu3_jax.generation.schedule import forced_ids, image_schedule
@@ -71,15 +72,24 @@ def run(
         logits: also compares the logits of narrow weights and cache with those of wide ones, see `logit_errors`.
 
     Raises:
-        Emu3Error: the bundle is absent, damaged, or lacks a part; or the peer's packages are missing, or it failed.
+        Emu3Error: the bundle is absent, damaged, or lacks a part; the peer's packages are missing, or at the end, it
+            failed; or `logits` has nothing to compare.
     """
+    if logits and (quantize is None or model is not None):
+        raise Emu3Error(
+            "--logits compares a preset's narrow weights with its wide ones: add --quantize, leave out --model"
+        )
+    failure = None
     if compare:
         peer.require()
         # First: from its first device on, JAX holds the memory that the peer needs.
         config = PRESETS[preset]
         if model is not None:
             config = Bundle.open(embedded_bundle() if model == "embedded" else model).decoder_config
-        yield from peer.in_a_process("decode_transformers", config, config.image_area if area is None else area)
+        try:
+            yield from peer.in_a_process("decode_transformers", config, config.image_area if area is None else area)
+        except Emu3Error as error:
+            failure = error
     enable_persistent_cache()
     narrow_cache = quantize is not None and KINDS[quantize][1]
     loaded, factor = None, 8
@@ -94,7 +104,7 @@ def run(
     if quantize is not None:
         about["quantize"] = quantize
     about["kernels"] = kernels
-    if logits and quantize is not None and model is None:
+    if logits:
         about |= logit_errors(config, params, quantize)
     yield {"bench": "decode", **about, **describe_machine(), **bandwidths(large)}
     weight_bytes = step_weight_bytes(params, config)
@@ -190,6 +200,8 @@ def run(
                     loaded.generate(["a picture"] * count, area=area, guidance=GUIDANCE, top_k=TOP_K, batch_size=count)
                 summary["prompt_to_pixels_s"] = round(time.perf_counter() - began, 2)
         yield summary
+    if failure:
+        raise failure
 
 
 def bandwidths(large: bool) -> dict[str, float]:

@@ -14,7 +14,7 @@ from jax.profiler import ProfileData
 # By the beginning or a part of a kernel's name; the first that matches counts.
 _KINDS = (
     ("attention", re.compile(r"cudnn|flash|fmha|attention|attend")),
-    ("matrix products", re.compile(r"gemm|nvjet|cutlass|xmma|cublas|multiply", re.IGNORECASE)),
+    ("matrix products", re.compile(r"gemm|nvjet|cutlass|xmma|cublas", re.IGNORECASE)),
     ("copies", re.compile(r"memcpy|memset|copy|dynamic-slice|dynamic_slice|dynamic-update|dynamic_update|slice_")),
     ("collectives", re.compile(r"nccl|all-reduce|all_gather")),
 )

@@ -83,18 +83,18 @@ class KVCache:
 
     def write(self, layer: int, keys: jax.Array, values: jax.Array) -> "KVCache":
         """Puts [B, K, S, H] new keys and values into the slots from `length` on; `length` itself stays."""
-        new = {"keys": keys, "values": values}
+        key_scales = value_scales = None
         if self.narrow:
-            new["keys"], new["key_scales"] = narrow_rows(keys)
-            new["values"], new["value_scales"] = narrow_rows(values)
+            (keys, key_scales), (values, value_scales) = narrow_rows(keys), narrow_rows(values)
 
-        def written(name: str, update: jax.Array) -> tuple[jax.Array, ...]:
-            old = getattr(self, name)
-            at = (0, 0, self.length, 0)[: update.ndim]
-            array = _place(lax.dynamic_update_slice(old[layer], update.astype(old[layer].dtype), at))
-            return (*old[:layer], array, *old[layer + 1 :])
+        def written(old: jax.Array | None, new: jax.Array | None) -> jax.Array | None:
+            if old is None:
+                return None
+            at = (0, 0, self.length, 0)[: new.ndim]
+            return _place(lax.dynamic_update_slice(old, new.astype(old.dtype), at))
 
-        return self.replace(**{name: written(name, update) for name, update in new.items()})
+        new = (keys, values, key_scales, value_scales)
+        return self.with_layer(layer, *map(written, self.layer(layer), new))
 
     def positions(self, count: int) -> jax.Array:
         """int32 [B, count]: positions of the next `count` tokens, counted from each row's own start."""

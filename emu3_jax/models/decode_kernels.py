@@ -1,7 +1,7 @@
 """Attention of one token at a time over the KV cache on GPUs, a kernel in Pallas (Triton).
 
 It rotates queries and key, writes key and value into the cache, narrow where the cache is, and streams the live part of
-the cache, which is split between programs, so that one small batch fills the chip. XLA makes ten kernels of the same.
+the cache, which is split between programs, so that one small batch fills the chip. For XLA these are many kernels.
 
 B batch, T cache slots, K KV heads, G query heads per KV head, H width.
 """
