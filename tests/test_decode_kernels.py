@@ -11,26 +11,29 @@ import tiny
 from emu3_jax.errors import Emu3Error
 from emu3_jax.generation import engine
 from emu3_jax.generation.schedule import image_schedule, text_schedule
-from emu3_jax.models.attention import attend
+from emu3_jax.models import attention_kernels
+from emu3_jax.models.attention import attend, choose_kernels
 from emu3_jax.models.cache import KVCache
 from emu3_jax.models.decode_kernels import attend_one, check_width
 from emu3_jax.models.decoder import rope, rotations
 from emu3_jax.models.quantization import quantise_params
+from emu3_jax.sharding.mesh import make_mesh
+from emu3_jax.sharding.rules import batch_shards, use_mesh
 
 
 @pytest.mark.parametrize("narrow", [False, True])
-@pytest.mark.parametrize(("length", "groups"), [(67, 4), (127, 1), (128, 3), (511, 20)])
-def test_attention_of_one_token(length, groups, narrow):
+@pytest.mark.parametrize(("length", "groups", "heads"), [(67, 4, 2), (127, 1, 12), (128, 3, 2), (511, 20, 2)])
+def test_attention_of_one_token(length, groups, heads, narrow):
     width, rows = 32, jnp.asarray([0, 5, 66], jnp.int32)
     config = dataclasses.replace(
-        tiny.CONFIG, hidden_size=2 * groups * width, num_heads=2 * groups, num_kv_heads=2, num_layers=1
+        tiny.CONFIG, hidden_size=heads * groups * width, num_heads=heads * groups, num_kv_heads=heads, num_layers=1
     )
     cache = KVCache.create(config, rows, 512, narrow)
     keys = jax.random.split(jax.random.key(0), 3)
-    k, v = (jax.random.normal(key, (3, 2, 512, width)) for key in keys[:2])
+    k, v = (jax.random.normal(key, (3, heads, 512, width)) for key in keys[:2])
     k, v = (x.at[:, :, length:].set(1e4) for x in (k, v))  # from the token on: must not be seen
     cache = cache.write(0, k, v).replace(length=jnp.int32(length))
-    qkv = jax.random.normal(keys[2], (3, 1, 2, groups + 2, width))
+    qkv = jax.random.normal(keys[2], (3, 1, heads, groups + 2, width))
     rotated = rotations(cache.positions(1), width, 1e4)
     queries_keys = rope(qkv[:, :, :, : groups + 1], rotated)
     new = (queries_keys[:, :, :, groups], qkv[:, :, :, groups + 1])
@@ -62,6 +65,41 @@ def test_runs_are_equal_token_by_token(kind, temperature):
     np.testing.assert_array_equal(run("pallas-interpreted"), run("xla"))
 
 
+@pytest.mark.parametrize("kind", [None, "int8"])
+def test_runs_on_a_mesh_are_equal_too(kind):
+    params = tiny.params() if kind is None else quantise_params(tiny.params(), kind)
+    settings = tiny.settings(4, temperature=[0.0, 1.0, 1.0, 0.0], top_k=6)
+    arguments = ([[17, 1, 2], [17], [17, 5, 6, 7], [17, 3]], [image_schedule(4, 4)] * 4, settings)
+    expected = engine.run(params, tiny.CONFIG, *arguments, narrow_cache=kind is not None)
+    mesh = make_mesh("data=2,tensor=2")
+    with use_mesh(mesh):
+        found = engine.run(
+            params, tiny.CONFIG, *arguments, narrow_cache=kind is not None, kernels="pallas-interpreted",
+            row_multiple=batch_shards(mesh),
+        )  # fmt: skip
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "width", "platform", "expected"),
+    [
+        ("xla", 128, "gpu", "xla"), ("pallas", 128, "cpu", "pallas"), ("auto", 128, "cpu", "xla"),
+        ("auto", 128, "tpu", "xla"), ("auto", 128, "gpu", "pallas"), ("auto", 96, "gpu", "xla"),
+        ("auto", 16, "gpu", "xla"),
+    ],
+)  # fmt: skip
+def test_the_choice_of_kernels(kernels, width, platform, expected, monkeypatch):
+    monkeypatch.setattr(attention_kernels, "cuda_capability", lambda: (9, 0))
+    assert choose_kernels(kernels, width, platform) == expected
+    monkeypatch.setattr(attention_kernels, "cuda_capability", lambda: (7, 5))
+    assert choose_kernels("auto", width, platform) == "xla"
+
+
+def test_unknown_kernels_are_refused():
+    with pytest.raises(Emu3Error, match="kernels 'triton' are unknown: choose one of auto, xla, pallas"):
+        choose_kernels("triton", 128)
+
+
 def test_runs_of_text_are_equal_too():
     settings = tiny.settings(2, temperature=[1.0, 0.0])
     arguments = ([[17, 1, 2], [17]], [text_schedule(30)] * 2, settings)
@@ -71,17 +109,18 @@ def test_runs_of_text_are_equal_too():
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.parametrize("rows", [2, 16])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8])
-def test_the_kernel_lowers_for_cuda(dtype):
+def test_the_kernel_lowers_for_cuda(dtype, rows):
     """Of the published shapes; what Triton makes of it only a GPU can tell."""
     array = jax.ShapeDtypeStruct
-    kept = array((2, 8, 8704, 128), dtype)
-    scales = array((2, 8, 8704), jnp.float32) if dtype == jnp.int8 else None
+    kept = array((rows, 8, 8704, 128), dtype)
+    scales = array((rows, 8, 8704), jnp.float32) if dtype == jnp.int8 else None
     arguments = (
-        array((2, 8, 6, 128), jnp.bfloat16),
-        (array((2, 64), jnp.float32),) * 2,
+        array((rows, 8, 6, 128), jnp.bfloat16),
+        (array((rows, 64), jnp.float32),) * 2,
         (kept, kept, scales, scales),
         array((), jnp.int32),
-        array((2,), jnp.int32),
+        array((rows,), jnp.int32),
     )
     assert "triton" in jax.jit(attend_one).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()

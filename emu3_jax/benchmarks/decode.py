@@ -26,6 +26,7 @@ from emu3_jax.generation import engine
 from emu3_jax.generation.sampling import RowSettings
 from emu3_jax.generation.schedule import forced_ids, image_schedule
 from emu3_jax.loading import load
+from emu3_jax.models.attention import choose_kernels
 from emu3_jax.models.cache import KVCache
 from emu3_jax.models.decoder import Decoder, visual_head_params
 from emu3_jax.models.quantization import KINDS, is_quantised, quantise
@@ -48,7 +49,7 @@ def run(
     compare: str | None = None,
     model: str | None = None,
     quantize: str | None = None,
-    kernels: str = "xla",
+    kernels: str = "auto",
     profile: bool = False,
     logits: bool = False,
 ) -> Iterator[dict[str, Any]]:
@@ -67,7 +68,7 @@ def run(
         compare: "transformers" runs that peer on the same shapes before.
         model: a bundle in place of the preset; "embedded" is the embedded model.
         quantize: narrow weights and cache, see `load`.
-        kernels: what computes the steps, of `decode_kernels.CHOICES`.
+        kernels: what computes attention of the steps, of `attention.KERNELS`.
         profile: also lists a GPU's kernels at each cache length.
         logits: also compares the logits of narrow weights and cache with those of wide ones, see `logit_errors`.
 
@@ -103,7 +104,7 @@ def run(
     large = model is None and preset == "8b"
     if quantize is not None:
         about["quantize"] = quantize
-    about["kernels"] = kernels
+    about["kernels"] = choose_kernels(kernels, config.head_dim)
     if logits:
         about |= logit_errors(config, params, quantize)
     yield {"bench": "decode", **about, **describe_machine(), **bandwidths(large)}

@@ -18,7 +18,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     common.add_quantize(decode)
     decode.add_argument(
-        "--kernels", choices=("xla", "pallas"), default="xla", help="what computes attention (default: %(default)s)"
+        "--kernels",
+        choices=("auto", "xla", "pallas"),
+        default="auto",
+        help="of attention (default: %(default)s)",
     )
     decode.add_argument("--rows", type=int, nargs="+", default=[1], help="pictures at once (default: 1)")
     decode.add_argument("--area", type=int, help="pixels of the picture (default: as many as the model draws)")

@@ -53,7 +53,7 @@ class Variant:
     use_top_k: bool
     use_top_p: bool
     narrow_cache: bool = False
-    kernels: str = "xla"  # of `decode_kernels.CHOICES`
+    kernels: str = "auto"  # of `attention.KERNELS`
 
 
 # The cache grows by this many slots, so that attention reads about half of a long picture's cache on average. Each
@@ -147,7 +147,7 @@ def run(
     on_progress: Callable[[int, int], None] | None = None,
     row_multiple: int = 1,
     narrow_cache: bool = False,
-    kernels: str = "xla",
+    kernels: str = "auto",
 ) -> np.ndarray:
     """Generates one sequence per row; a row's result does not depend on its batch mates.
 
@@ -162,7 +162,7 @@ def run(
         row_multiple: the rows that are computed together are filled up to a multiple of this, the parts into which a
             mesh splits them.
         narrow_cache: keys and values are kept as int8.
-        kernels: what computes the steps, of `decode_kernels.CHOICES`.
+        kernels: what computes the steps, of `attention.KERNELS`.
 
     Returns:
         int32 [B, longest schedule]: the generated ids; rows that end earlier are padded.

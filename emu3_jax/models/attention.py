@@ -105,6 +105,31 @@ def choose(
     return implementation
 
 
+# What computes attention of single tokens over the cache: "pallas" is `decode_kernels`, for NVIDIA GPUs;
+# "pallas-interpreted" runs its program anywhere, for tests; "xla" is `attend`, whatever the number of tokens.
+KERNELS = ("auto", "xla", "pallas", "pallas-interpreted")
+
+
+def choose_kernels(kernels: str, width: int, platform: str = "") -> str:
+    """What serves single tokens with heads of this width: the named one, or for "auto" the best where it will run.
+
+    Args:
+        kernels: one of `KERNELS`.
+        width: H.
+        platform: "cpu", "gpu" or "tpu"; by default where the program will run.
+
+    Raises:
+        Emu3Error: a name that is none.
+    """
+    if kernels not in KERNELS:
+        raise Emu3Error(f"kernels {kernels!r} are unknown: choose one of {', '.join(KERNELS)}")
+    if kernels != "auto":
+        return kernels
+    if (platform or _platform()) != "gpu" or (attention_kernels.cuda_capability() or (0, 0)) < (8, 0):
+        return "xla"
+    return "pallas" if width >= 32 and width & (width - 1) == 0 else "xla"  # what its matrix products take
+
+
 def _obstacle(implementation, shape, dtype, packed, undealt, platform) -> str | None:
     """Why this implementation cannot serve; None if it can."""
     if implementation == "xla":

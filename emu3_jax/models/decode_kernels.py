@@ -8,6 +8,7 @@ B batch, T cache slots, K KV heads, G query heads per KV head, H width.
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -17,12 +18,9 @@ from emu3_jax.errors import Emu3Error
 from emu3_jax.models.attention import MASKED, matmul_precision
 
 _LEAST_ROWS = 16  # of a matrix unit's product
-_PROGRAMS = 264  # two for each multiprocessor of an H100
-_SLOTS = 64  # of a block of the cache, whose number of slots is a multiple of it
+_MULTIPROCESSORS = 132  # of an H100
+_MOST_PARTS = 16  # into which one row's slots are split: as many as one kernel of XLA's combines
 
-
-# "xla" leaves everything to the compiler; "pallas-interpreted" runs the kernel's program anywhere, for tests.
-CHOICES = ("xla", "pallas", "pallas-interpreted")
 
 Cache = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]
 
@@ -45,6 +43,8 @@ def attend_one(
 ) -> tuple[jax.Array, Cache]:
     """Attention of one token a row to the slots from `start` to its own; reads no other blocks of the cache.
 
+    On a mesh each device computes its rows and heads.
+
     Args:
         qkv_bkph: [B, K, G + 2, H]: queries, key and value of each KV head, as projected.
         rotations_br: cosines and sines of the tokens' positions, float32 [B, H / 2] each.
@@ -60,12 +60,27 @@ def attend_one(
     Raises:
         Emu3Error: the heads' width is not a power of two.
     """
+    check_width(qkv_bkph.shape[-1])
+    local = functools.partial(_attend_one, interpret=interpret)
+    arguments = (qkv_bkph, rotations_br, cache, length, start)
+    if jax.sharding.get_abstract_mesh().empty:
+        return local(*arguments)
+    whole, rows, heads = (nn.logical_to_mesh_axes(axes) for axes in ((), ("batch",), ("batch", "kv_heads")))
+    shard = jax.shard_map(local, in_specs=(heads, rows, heads, whole, rows), out_specs=(heads, heads), check_vma=False)
+    return shard(*arguments)
+
+
+def _attend_one(qkv_bkph, rotations_br, cache: Cache, length, start, *, interpret: bool):
+    """`attend_one` of one device's rows and heads."""
     b, kv_heads, groups, width = qkv_bkph.shape
     groups -= 2
-    check_width(width)
     kept = [array for array in cache if array is not None]
     slots, dtype, half = kept[0].shape[2], qkv_bkph.dtype, width // 2
-    parts = min(slots // _SLOTS, max(1, _PROGRAMS // (b * kv_heads)))
+    # Programs of one warp wait for no other warp, which pays where narrow codes have to be widened; with few rows it
+    # would take too many parts to fill the chip with them.
+    single = len(kept) == 4 and b * kv_heads * _MOST_PARTS >= 4 * _MULTIPROCESSORS
+    block, warps, programs = (32, 1, 4 * _MULTIPROCESSORS) if single else (64, 4, 2 * _MULTIPROCESSORS)
+    parts = min(slots // block, max(1, programs // (b * kv_heads)), _MOST_PARTS)
     padded = max(_LEAST_ROWS, 1 << (groups - 1).bit_length())
     precision, narrow = matmul_precision(dtype), len(kept) == 4
 
@@ -105,13 +120,13 @@ def attend_one(
             plt.store(ref.at[pl.ds(length, 1)], scale[None], mask=writes[None])
 
         # This part's blocks lie a stride apart, so that all parts have as much to do at any length.
-        begin = first // _SLOTS + pl.program_id(2)
-        count = jnp.maximum(((length - 1) // _SLOTS - begin + parts) // parts, 0)
+        begin = first // block + pl.program_id(2)
+        count = jnp.maximum(((length - 1) // block - begin + parts) // parts, 0)
 
         def add(step, carry):
             total, top, mass = carry
-            at = (begin + step * parts) * _SLOTS
-            here = pl.ds(at, _SLOTS)
+            at = (begin + step * parts) * block
+            here = pl.ds(at, block)
             scores = sum(
                 plt.dot(q, k_ref[here, pl.ds(first, half)].astype(dtype), trans_b=True, precision=precision)
                 for q, first in ((q_low, 0), (q_high, half))
@@ -169,14 +184,18 @@ def attend_one(
             *(jax.ShapeDtypeStruct(s, jnp.float32) for s in ((*shape, width), shape, shape)),
         ],
         input_output_aliases={5 + index: index for index in range(len(kept))},
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=3),
+        compiler_params=plt.CompilerParams(num_warps=warps, num_stages=3),
         interpret=interpret,
         name="attend_one",
     )(length.reshape(1), start, qkv_bkph, *rotations_br, *kept)
+    # One by one, which XLA makes one kernel of; of reductions it makes several.
+    totals, tops, masses = ([x[:, :, part, :groups] for part in range(parts)] for x in (totals, tops, masses))
+    top = functools.reduce(jnp.maximum, tops)
     # A part that saw nothing has a mass of 0, or the lowest top beside others: it weighs nothing.
-    share = jnp.exp(tops - tops.max(axis=2, keepdims=True))
-    out = (totals * share[..., None]).sum(axis=2) / (masses * share).sum(axis=2)[..., None]
-    return out[:, :, :groups].astype(dtype), (*kept, *(None for _ in cache[len(kept) :]))
+    shares = [jnp.exp(x - top) for x in tops]
+    mass = sum(x * share for x, share in zip(masses, shares, strict=True))
+    out = sum(x * share[..., None] for x, share in zip(totals, shares, strict=True)) / mass[..., None]
+    return out.astype(dtype), (*kept, *(None for _ in cache[len(kept) :]))
 
 
 def _codes(x: jax.Array, scale: jax.Array) -> jax.Array:

@@ -18,7 +18,7 @@ import numpy as np
 
 from emu3_jax.config import DecoderConfig
 from emu3_jax.models.adapters import PROJECTION, Adapter, project, weight_dtype
-from emu3_jax.models.attention import attend, matmul_precision, self_attention
+from emu3_jax.models.attention import attend, choose_kernels, matmul_precision, self_attention
 from emu3_jax.models.attention_kernels import ATTENTION
 from emu3_jax.models.cache import KVCache
 from emu3_jax.models.decode_kernels import attend_one
@@ -71,7 +71,7 @@ class Attention(nn.Module):
     config: DecoderConfig
     implementation: str
     adapter: Adapter | None = None
-    kernels: str = "xla"
+    kernels: str = "auto"
 
     @nn.compact
     def __call__(self, x_bsd, rotations_bsr, segments_bs, cache: KVCache | None, layer: int):
@@ -80,9 +80,10 @@ class Attention(nn.Module):
         g = c.num_heads // k
         axes = ("embed", "kv_heads", "heads_per_kv", "head_dim")
         qkv = project(self, self.adapter, "bsd,dkph->bskph", x_bsd, "qkv", (d, k, g + 2, h), axes)
-        if cache is not None and self.kernels != "xla" and x_bsd.shape[1] == 1:
+        kernels = "xla" if cache is None or x_bsd.shape[1] > 1 else choose_kernels(self.kernels, h)
+        if kernels != "xla":
             rotated = tuple(part[:, 0] for part in rotations_bsr)
-            where, interpret = (cache.length, cache.start), self.kernels != "pallas"
+            where, interpret = (cache.length, cache.start), kernels != "pallas"
             mixed, kept = attend_one(qkv[:, 0], rotated, cache.layer(layer), *where, interpret=interpret)
             cache = cache.with_layer(layer, *kept)
         else:
@@ -123,7 +124,7 @@ class Block(nn.Module):
     config: DecoderConfig
     implementation: str
     adapter: Adapter | None = None
-    kernels: str = "xla"
+    kernels: str = "auto"
     dropout: float = 0.0
 
     @nn.compact
@@ -209,7 +210,7 @@ class Decoder(nn.Module):
             products with weights, and attention where a kernel does it).
         attention: the implementation for whole sequences; see `attention.self_attention`.
         adapter: low-rank adapters beside frozen matrices; `training.lora` makes and merges their parameters.
-        kernels: what computes attention of single tokens on one device; see `decode_kernels.CHOICES`.
+        kernels: what computes attention of single tokens over the cache; see `attention.choose_kernels`.
         dropout: share of the embeddings, and of what each attention and MLP adds to them, that is zeroed, and the rest
             scaled up for it; takes a key named "dropout".
     """
@@ -220,7 +221,7 @@ class Decoder(nn.Module):
     remat: str = "none"
     attention: str = "auto"
     adapter: Adapter | None = None
-    kernels: str = "xla"
+    kernels: str = "auto"
     dropout: float = 0.0
 
     def setup(self):
