@@ -23,6 +23,7 @@ def load(
     dtype: str | None = None,
     mesh: Mesh | str | Mapping[str, int] | None = None,
     quantize: str | None = None,
+    fast_pixels: bool = False,
 ) -> Emu3:
     """Loads a bundle onto the default device, or spread over a mesh of devices.
 
@@ -37,6 +38,8 @@ def load(
         quantize: "int8" keeps the decoder's matrices and the KV cache as int8, "int8-weights" the matrices alone, "fp8"
             the matrices as float8 (e4m3) and the cache as int8: half the memory, and other results. By
             default nothing is.
+        fast_pixels: codes are decoded at the device's default precision (TF32 on GPUs, bfloat16 on TPUs), several times
+            as fast and within a fraction of a step of 255 on average. Codes of pictures are always exact.
 
     Raises:
         Emu3Error: if a bundle is absent or damaged, the mesh does not fit the devices or the model, or `quantize` is
@@ -56,12 +59,14 @@ def load(
         params = bundle.load_decoder(shardings, dtype, quantize)
         narrow_cache = quantize is not None and KINDS[quantize][1]
         language = Language(config, params, bundle.tokenizer(), PRESETS[bundle.template], mesh, narrow_cache)
-    return Emu3(bundle.path.name, language, _load_vision(bundle, vision, mesh))
+    return Emu3(bundle.path.name, language, _load_vision(bundle, vision, mesh, fast_pixels))
 
 
-def _load_vision(bundle: Bundle, vision: "Emu3 | str | os.PathLike | None", mesh: Mesh | None) -> Vision | None:
+def _load_vision(
+    bundle: Bundle, vision: "Emu3 | str | os.PathLike | None", mesh: Mesh | None, fast: bool
+) -> Vision | None:
     if isinstance(vision, Emu3):
-        return vision.vision
+        return vision.vision and dataclasses.replace(vision.vision, fast=fast)
     source = bundle if vision is None else Bundle.open(vision)
     if vision is not None:
         source.require("vision")
@@ -69,4 +74,4 @@ def _load_vision(bundle: Bundle, vision: "Emu3 | str | os.PathLike | None", mesh
         return None
     config = source.vision_config
     params = source.load_vision(None if mesh is None else vision_shardings(config, mesh))
-    return Vision(config, source.image_config, params)
+    return Vision(config, source.image_config, params, fast)

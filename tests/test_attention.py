@@ -226,12 +226,12 @@ def test_a_named_kernel_that_cannot_serve_says_why(
 
 
 def test_the_mesh_says_where_the_program_will_run():
-    assert attention._platform() == "cpu"
+    assert attention.target_platform() == "cpu"
     device = jax.sharding.AbstractDevice(device_kind="TPU v5p", num_cores=1, platform="tpu")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2,), ("data",), abstract_device=device)):
-        assert attention._platform() == "tpu"
+        assert attention.target_platform() == "tpu"
     with use_mesh(make_mesh("data=2")):
-        assert attention._platform() == "cpu"
+        assert attention.target_platform() == "cpu"
 
 
 # ------------------------------------------------------------------------------------------------ meshes

@@ -118,11 +118,63 @@ def equations(jaxpr):
             yield from equations(inner)
 
 
+@pytest.mark.parametrize("case", ["image", "video"])
+def test_golden_cases_in_pairs_of_tf32(params, golden, case, monkeypatch):
+    """What GPUs compute: each operand in two parts that TF32 holds, whose products float32 holds."""
+    monkeypatch.setattr(vision_layers, "takes_tf32", lambda: True)
+    encode, decode = (
+        jax.jit(lambda x, method=method: VisionTokenizer(CONFIG).apply({"params": params}, x, method=method))
+        for method in ("encode", "decode")
+    )
+    codes = golden[f"{case}/codes"]
+    np.testing.assert_array_equal(encode(channels_last(golden[f"{case}/pixels"])), codes)
+    close(decode(codes), channels_last(golden[f"{case}/reconstruction"]))
+
+
+def test_pairs_of_tf32_are_as_good_as_float32():
+    """Against float64: the error of the sum of both orders of magnitude, and of single TF32 beside it."""
+    x, kernel = (
+        jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(1, 16, 16, 64), (3, 3, 64, 8)])
+    )
+    parts = [[np.asarray(part, np.float64) for part in vision_layers._tf32_parts(array)] for array in (x, kernel)]
+    for array, (high, low) in zip((x, kernel), parts, strict=True):
+        assert (np.asarray(jax.lax.reduce_precision(high.astype(np.float32), 8, 10)) == high).all()
+        assert np.abs(high + low - np.asarray(array, np.float64)).max() < 2**-22 * np.abs(array).max()
+
+    def product(x, kernel):  # of one output pixel
+        return np.einsum("ijc,ijco->o", x[:3, :3], kernel)
+
+    exact = product(np.asarray(x, np.float64), np.asarray(kernel, np.float64))
+    (high, low), (kernel_high, kernel_low) = parts
+    found = product(high, kernel_high) + product(high, kernel_low) + product(low, kernel_high)
+    assert np.abs(found - exact).max() < 1e-5 < np.abs(product(high, kernel_high) - exact).max()
+
+
+def products_of(function, *arguments) -> list:
+    jaxpr = jax.make_jaxpr(function)(*arguments)
+    return [e for e in equations(jaxpr.jaxpr) if e.primitive.name in ("dot_general", "conv_general_dilated")]
+
+
+def test_convolutions_are_pairs_on_gpus_alone(monkeypatch):
+    variables = {"params": nn.unbox(init_shapes(TINY))}
+    codes = jax.ShapeDtypeStruct((1, 1, 1), jnp.int32)
+
+    def convolutions(**kwargs):
+        decode = make_decoder(TINY, **kwargs).__wrapped__
+        found = products_of(lambda *args: decode(*args), variables["params"], codes)  # not one that JAX has seen
+        return [e.params["precision"] for e in found if e.primitive.name == "conv_general_dilated"]
+
+    plain, fast = convolutions(), convolutions(fast=True)
+    highest, default = jax.lax.Precision.HIGHEST, jax.lax.Precision.DEFAULT
+    assert set(plain) == {(highest, highest)} and set(fast) == {(default, default)} and len(fast) == len(plain)
+    monkeypatch.setattr(vision_layers, "takes_tf32", lambda: True)
+    assert convolutions() == [(default, default)] * 3 * len(plain) and convolutions(fast=True) == fast
+
+
 def test_every_product_is_float32_at_highest_precision():
     variables = {"params": nn.unbox(init_shapes(TINY))}
     clip = jax.ShapeDtypeStruct((1, 4, 8, 8, 3), jnp.float32)
-    jaxpr = jax.make_jaxpr(VisionTokenizer(TINY).apply)(variables, clip)
-    products = [e for e in equations(jaxpr.jaxpr) if e.primitive.name in ("dot_general", "conv_general_dilated")]
+    products = products_of(VisionTokenizer(TINY).apply, variables, clip)
     assert len(products) > 50
     for product in products:
         precision = product.params["precision"]

@@ -8,28 +8,34 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from jax.sharding import Mesh
 
 from emu3_jax.benchmarks import peer
 from emu3_jax.benchmarks.kernels import gpu_kernels
 from emu3_jax.benchmarks.machine import describe_machine
+from emu3_jax.benchmarks.vision import PRESETS as VISION_PRESETS
+from emu3_jax.benchmarks.vision import random_weights
 from emu3_jax.checkpoints.bundle import Bundle
 from emu3_jax.checkpoints.embedded import embedded_bundle
+from emu3_jax.checkpoints.layouts import decoder_params
 from emu3_jax.compilation import enable_persistent_cache
-from emu3_jax.config import DecoderConfig
+from emu3_jax.config import DecoderConfig, VisionConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.generation import engine
 from emu3_jax.generation.sampling import RowSettings
-from emu3_jax.generation.schedule import forced_ids, image_schedule
+from emu3_jax.generation.schedule import TokenClass, forced_ids, image_schedule, stack_schedules
 from emu3_jax.loading import load
 from emu3_jax.models.attention import choose_kernels
 from emu3_jax.models.cache import KVCache
 from emu3_jax.models.decoder import Decoder, visual_head_params
 from emu3_jax.models.quantization import KINDS, is_quantised, quantise
+from emu3_jax.models.vision import make_decoder
+from emu3_jax.sharding.mesh import make_mesh
+from emu3_jax.sharding.rules import decoder_shardings, use_mesh
 
 PRESETS = {
     "8b": DecoderConfig(),
@@ -50,6 +56,7 @@ def run(
     model: str | None = None,
     quantize: str | None = None,
     kernels: str = "auto",
+    mesh: str | None = None,
     profile: bool = False,
     logits: bool = False,
 ) -> Iterator[dict[str, Any]]:
@@ -57,25 +64,30 @@ def run(
     and cache length.
 
     Times are the shortest of three runs of `steps` steps; `bytes_per_step` is what a step must move: the layers, the
-    visual rows of the head and the live part of the cache.
+    visual rows of the head and the live part of the cache. On a mesh all devices' bytes count, of which each moves its
+    part; bandwidths are of one device.
 
     Args:
         preset: decoder shapes; the weights are random.
         rows: pictures at once, one benchmark for each.
         area: pixels of a picture; by default what the model draws.
         steps: timed for each cache length, at most the picture's.
-        whole: also times a whole picture from prompt to last token, and with `model` to its pixels.
+        whole: also times whole pictures from prompt to last token, and to their pixels.
         compare: "transformers" runs that peer on the same shapes before.
         model: a bundle in place of the preset; "embedded" is the embedded model.
         quantize: narrow weights and cache, see `load`.
         kernels: what computes attention of the steps, of `attention.KERNELS`.
+        mesh: spreads the preset's weights over devices, see `load`.
         profile: also lists a GPU's kernels at each cache length.
-        logits: also compares the logits of narrow weights and cache with those of wide ones, see `logit_errors`.
+        logits: also compares the logits of narrow weights and cache with those of wide ones, see `logit_errors`; last,
+            since both need memory.
 
     Raises:
         Emu3Error: the bundle is absent, damaged, or lacks a part; the peer's packages are missing, or at the end, it
-            failed; or `logits` has nothing to compare.
+            failed; `logits` has nothing to compare; or the mesh does not fit the devices or the preset.
     """
+    if mesh is not None and (logits or model is not None or compare is not None):
+        raise Emu3Error("--mesh spreads a preset's weights: leave out --logits, --model and --compare")
     if logits and (quantize is None or model is not None):
         raise Emu3Error(
             "--logits compares a preset's narrow weights with its wide ones: add --quantize, leave out --model"
@@ -92,28 +104,41 @@ def run(
         except Emu3Error as error:
             failure = error
     enable_persistent_cache()
+    measured = bandwidths(model is None and preset == "8b")  # before anything else needs the memory
+    devices = None if mesh is None else make_mesh(mesh)
+    with use_mesh(devices):
+        yield from _run(preset, rows, area, steps, whole, model, quantize, kernels, devices, profile, logits, measured)
+    if failure:
+        raise failure
+
+
+def _run(
+    preset, rows, area, steps, whole, model, quantize, kernels, mesh: Mesh | None, profile, logits, measured
+) -> Iterator[dict[str, Any]]:
+    """Our side of `run`."""
     narrow_cache = quantize is not None and KINDS[quantize][1]
-    loaded, factor = None, 8
+    loaded = None
     if model is None:
         config, about = PRESETS[preset], {"preset": preset}
-        params = random_params(config, quantize)
+        params = random_params(config, quantize, mesh)
+        vision_config = VISION_PRESETS[{"8b": "270m"}.get(preset, preset)]
+        about |= {} if mesh is None else {"mesh": dict(mesh.shape)}
     else:
         loaded = load(None if model == "embedded" else model, quantize=quantize)
         about = {"model": model}
-        config, params, factor = loaded.language.config, loaded.language.params, loaded.vision.config.spatial_factor
-    large = model is None and preset == "8b"
+        config, params, vision_config = loaded.language.config, loaded.language.params, loaded.vision.config
+    factor = vision_config.spatial_factor
     if quantize is not None:
         about["quantize"] = quantize
-    about["kernels"] = choose_kernels(kernels, config.head_dim)
-    if logits:
-        about |= logit_errors(config, params, quantize)
-    yield {"bench": "decode", **about, **describe_machine(), **bandwidths(large)}
+    about["kernels"] = kernels = choose_kernels(kernels, config.head_dim)
+    yield {"bench": "decode", **about, **describe_machine(), **measured}
     weight_bytes = step_weight_bytes(params, config)
     area = config.image_area if area is None else area
     side = round(math.sqrt(area) / factor)
     for count in rows:
-        schedule = np.tile(image_schedule(side, side), (count, 1))
-        total = schedule.shape[1] - 3
+        schedule = image_schedule(side, side)
+        total = len(schedule) - 3
+        stacked = stack_schedules([schedule] * count, engine.bucket(len(schedule)))
         timed = min(steps, total - 1)
         variant = engine.Variant(
             visual_only=True,
@@ -123,11 +148,11 @@ def run(
             narrow_cache=narrow_cache,
             kernels=kernels,
         )
-        plan = engine.Plan(jnp.asarray(forced_ids(schedule, config.tokens)), _settings(count))
+        plan = engine.Plan(jnp.asarray(forced_ids(stacked, config.tokens)), _settings(count))
         prompts = np.full((2 * count, PROMPT_TOKENS), 1, np.int32)
         start = np.zeros(2 * count, np.int32)
-        final = engine.bucket(PROMPT_TOKENS + schedule.shape[1])
-        slots = engine.cache_slots(PROMPT_TOKENS + 1, final)
+        final = PROMPT_TOKENS + stacked.shape[1]
+        slots = engine.cache_slots(PROMPT_TOKENS + 1, final, kernels)
         began = time.perf_counter()
         state = engine.prefill(params, prompts, start, plan, config, variant, slots)
         jax.block_until_ready(state)
@@ -135,11 +160,13 @@ def run(
         slot_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.cache) if leaf.ndim > 1) // slots
         seconds = 0.0
         position = 1
-        while position < total:  # one stop in the middle of each size of the cache
-            slots = engine.cache_slots(PROMPT_TOKENS + position + 1, final)
-            last = min(slots - PROMPT_TOKENS, total)
+        while position < total:  # one stop in the middle of each size that a growing cache would have
+            needed = PROMPT_TOKENS + position + 1
+            slots = engine.cache_slots(needed, final, kernels)
+            last = min(engine.cache_slots(needed, final, "xla") - PROMPT_TOKENS, total)
             middle = max((position + last - timed) // 2, 1)
-            state = state.replace(cache=state.cache.grow(slots))
+            if slots > state.cache.slots:
+                state = state.replace(cache=state.cache.grow(slots))
             best = math.inf
             for attempt in range(3):
                 state = _place(state, middle, PROMPT_TOKENS)
@@ -159,6 +186,7 @@ def run(
                 "ms_per_step": round(best * 1e3, 3),
                 "bytes_per_step": moved,
                 "gb_per_s": round(moved / best / 1e9, 1),
+                "share_of_copy": round(moved / best / 1e9 / measured["copy_gb_per_s"] / _parts(mesh), 3),
             }
             if profile:
                 state = _place(state, middle, PROMPT_TOKENS)
@@ -169,12 +197,16 @@ def run(
                     yield {"pictures": count, "cache_slots": slots, **found}
             position = last
         average = seconds / total
+        sampler = _sampler_seconds(config, variant, plan, count)
         summary = {
             "pictures": count,
             "picture": f"{side * factor}x{side * factor}",
             "tokens": total,
             "ms_per_token_average": round(average * 1e3, 3),
             "seconds_per_picture": round(average * total / count, 2),
+            "pictures_per_minute": round(60 * count / (average * total), 2),
+            "sampler_ms": round(sampler * 1e3, 4),
+            "sampler_share": round(sampler / average, 4),
             "first_calls_s": round(compile_s, 1),
             **_memory(),
         }
@@ -182,27 +214,29 @@ def run(
         if whole:
             row = [1] * PROMPT_TOKENS
             settings = jax.tree.map(np.asarray, _settings(count))
-            for _ in range(2):  # the second run finds everything compiled
-                began = time.perf_counter()
-                engine.run(
-                    params,
-                    config,
-                    [row] * count,
-                    list(schedule),
-                    settings,
-                    [row] * count,
-                    narrow_cache=narrow_cache,
-                    kernels=kernels,
-                )
+            began = time.perf_counter()
+            tokens = engine.run(  # what it runs has been compiled above
+                params,
+                config,
+                [row] * count,
+                [schedule] * count,
+                settings,
+                [row] * count,
+                narrow_cache=narrow_cache,
+                kernels=kernels,
+            )
             summary["whole_run_s"] = round(time.perf_counter() - began, 2)
+            if loaded is None:
+                summary["pixels_s"] = _draw(tokens, schedule, side, config, vision_config)
             if loaded is not None:
                 for _ in range(2):
                     began = time.perf_counter()
                     loaded.generate(["a picture"] * count, area=area, guidance=GUIDANCE, top_k=TOP_K, batch_size=count)
                 summary["prompt_to_pixels_s"] = round(time.perf_counter() - began, 2)
+            summary |= _memory()
         yield summary
-    if failure:
-        raise failure
+    if logits:
+        yield logit_errors(config, params, quantize)
 
 
 def bandwidths(large: bool) -> dict[str, float]:
@@ -222,6 +256,46 @@ def bandwidths(large: bool) -> dict[str, float]:
             best = min(best, (time.perf_counter() - began) / calls)
         figures[name] = round(factor * x.nbytes / best / 1e9, 1)
     return figures
+
+
+def _sampler_seconds(config: DecoderConfig, variant: engine.Variant, plan: engine.Plan, count: int) -> float:
+    """Of one step's guidance and sampling alone, in a loop of `PROFILED` of them."""
+    candidates = config.tokens.visual_count if variant.visual_only else config.vocab_size
+    logits = jax.random.normal(jax.random.key(0), (2 * count, candidates), jnp.float32)
+
+    @jax.jit
+    def loop(logits, plan):
+        ended = jnp.zeros((count,), bool)
+        state = engine.DecodeState(None, jnp.zeros_like(plan.forced), jnp.zeros((), jnp.int32), ended)
+
+        def step(_, carry):
+            logits, state = carry
+            state = engine.emit(logits, state, plan, config, variant)
+            return logits + state.step, state  # other logits at each step: nothing can leave the loop
+
+        return jax.lax.fori_loop(0, PROFILED, step, (logits, state))
+
+    best = math.inf
+    for _ in range(4):  # the first compiles
+        began = time.perf_counter()
+        jax.block_until_ready(loop(logits, plan))
+        best = min(best, time.perf_counter() - began)
+    return best / PROFILED
+
+
+def _draw(tokens: np.ndarray, schedule: np.ndarray, side: int, config: DecoderConfig, vision: VisionConfig) -> float:
+    """Seconds from the tokens of pictures to their pixels by a tokenizer of random weights, once it is compiled."""
+    params = traverse_util.unflatten_dict(jax.tree.map(jnp.asarray, random_weights(vision)))
+    codes = tokens[:, schedule == TokenClass.VISUAL].reshape(-1, 1, side, side) - config.tokens.visual_start
+    for _ in range(2):
+        began = time.perf_counter()
+        for picture in codes:
+            jax.block_until_ready(make_decoder(vision)(params, picture))
+    return round(time.perf_counter() - began, 3)
+
+
+def _parts(mesh: Mesh | None) -> int:
+    return 1 if mesh is None else mesh.size
 
 
 def logit_errors(config: DecoderConfig, narrow: Any, quantize: str) -> dict[str, float]:
@@ -262,14 +336,14 @@ def step_weight_bytes(params: Any, config: DecoderConfig) -> int:
     )
 
 
-def random_params(config: DecoderConfig, quantize: str | None = None) -> Any:
-    """Parameters of standard deviation 0.02 in the compute dtype, quantised if asked for.
+def random_params(config: DecoderConfig, quantize: str | None = None, mesh: Mesh | None = None) -> Any:
+    """Parameters of standard deviation 0.02 in the compute dtype, quantised or spread over a mesh if asked for.
 
     One leaf at a time: there is no float32 copy of all, and no wide one of what is quantised.
     """
-    shapes = nn.unbox(jax.eval_shape(Decoder(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
-    flat = traverse_util.flatten_dict(shapes)
-    keys = dict(zip(flat, jax.random.split(jax.random.key(0), len(flat)), strict=True))
+    places = {} if mesh is None else traverse_util.flatten_dict(decoder_shardings(config, mesh))
+    declared = decoder_params(config)
+    keys = jax.random.split(jax.random.key(0), len(declared))
 
     @functools.partial(jax.jit, static_argnames="shape")
     def draw(key, shape):
@@ -278,8 +352,10 @@ def random_params(config: DecoderConfig, quantize: str | None = None) -> Any:
         return jax.random.normal(key, shape, config.dtype) * jnp.asarray(0.02, config.dtype)
 
     params: dict[tuple[str, ...], jax.Array] = {}
-    for path, leaf in flat.items():
-        array = draw(keys[path], leaf.shape)
+    for key, (path, shape) in zip(keys, ((param.path, param.shape) for param in declared), strict=True):
+        array = draw(key, shape)
+        if mesh is not None:
+            array = jax.device_put(array, places[path])
         if quantize is not None and is_quantised(path):
             params |= {(*path[:-1], name): part for name, part in quantise(path[-1], array, quantize).items()}
         else:

@@ -7,8 +7,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import traverse_util
 
 from emu3_jax.benchmarks.machine import describe_machine
+from emu3_jax.checkpoints.bundle import Bundle
+from emu3_jax.checkpoints.embedded import embedded_bundle
 from emu3_jax.checkpoints.layouts import TRANSFORMERS_VISION, vision_counters, vision_params
 from emu3_jax.compilation import enable_persistent_cache
 from emu3_jax.config import VisionConfig
@@ -22,18 +25,39 @@ PRESETS = {
 Operations = dict[str, Callable[[np.ndarray], np.ndarray]]  # "encode": pixels to codes, "decode": codes to pixels
 
 
-def run(size: int = 256, preset: str = "270m", repeat: int = 5, compare: str | None = None) -> Iterator[dict[str, Any]]:
-    """Yields figures as dicts: the machine, each side, and with `compare` their ratios and how far the results differ.
+def run(
+    size: int = 256,
+    preset: str = "270m",
+    repeat: int = 5,
+    compare: str | None = None,
+    model: str | None = None,
+    fast: bool = False,
+) -> Iterator[dict[str, Any]]:
+    """Yields figures as dicts: the machine, each side, with `compare` their ratios and how far the results differ, and
+    with `fast` decoding at the device's default precision: how far its pixels, cut to what pictures hold, are from the
+    exact ones on average, in 255ths of the range.
 
     Times are the shortest of `repeat` rounds after one warm round, as in `bench decode`: what else the machine does can
     only add to them. A round times every side, so that all of them meet the same machine. Both sides hold the same
     random weights and see the same pixels and codes. `temporary_mb` is what XLA allocates beyond weights, input and
     output; `compile_s` is short where the persistent cache has the program.
 
+    Args:
+        size: of the picture.
+        preset: shapes; the weights are random.
+        repeat: rounds.
+        compare: "transformers" or None.
+        model: a bundle in place of the preset; "embedded" is the embedded model. The pixels are still random.
+        fast: see above.
+
     Raises:
-        Emu3Error: `size` fits no codes, or `compare` is asked for on an accelerator.
+        Emu3Error: the bundle is absent, damaged or has no vision tokenizer, `size` fits no codes, or `compare` is asked
+            for on an accelerator.
     """
-    config = PRESETS[preset]
+    bundle = None if model is None else Bundle.open(embedded_bundle() if model == "embedded" else model)
+    if bundle is not None:
+        bundle.require("vision")
+    config = PRESETS[preset] if bundle is None else bundle.vision_config
     if size <= 0 or size % config.spatial_factor:
         raise Emu3Error(f"--size is {size}: it must be a positive multiple of {config.spatial_factor}")
     if repeat < 1:
@@ -43,16 +67,20 @@ def run(size: int = 256, preset: str = "270m", repeat: int = 5, compare: str | N
             f"--compare {compare} runs on the processor, JAX on {jax.default_backend()}: set JAX_PLATFORMS=cpu"
         )
     enable_persistent_cache()
-    weights = random_weights(config)
+    if bundle is None:
+        weights, about = random_weights(config), {"preset": preset}
+    else:
+        weights, about = {param.path: array for param, array in bundle.arrays("vision")}, {"model": model}
     yield {
         "bench": "vision",
-        "preset": preset,
+        **about,
         "picture": f"{size}x{size}",
         "parameters": sum(array.size for array in weights.values()),
         **describe_machine(),
     }
     pixels = np.random.default_rng(1).uniform(-1, 1, (1, size, size, config.in_channels)).astype(np.float32)
-    ours, compiled = compile_operations(weights, pixels, config)
+    params = traverse_util.unflatten_dict(jax.tree.map(jax.device_put, weights))
+    ours, compiled = compile_operations(params, pixels, config)
     sides = {"emu3_jax": (ours, compiled)}
     if compare:
         sides["transformers"] = transformers_operations(weights, config)
@@ -78,6 +106,20 @@ def run(size: int = 256, preset: str = "270m", repeat: int = 5, compare: str | N
                 np.abs(peer["decode"] - own["decode"]).max() / np.abs(peer["decode"]).max()
             ),
         }
+    if fast:
+        decode, figures = _compiled(make_decoder(config, fast=True), params, codes)
+        exact, found = (np.clip(x, -1, 1) for x in (results["emu3_jax"]["decode"], decode(codes)))
+        times_fast = []
+        for _ in range(repeat):
+            began = time.perf_counter()
+            decode(codes)
+            times_fast.append(time.perf_counter() - began)
+        yield {
+            "side": "emu3_jax, fast",
+            "decode_s": round(min(times_fast), 3),
+            **{f"decode_{name}": value for name, value in figures.items()},
+            "mean_difference_255ths": round(float(np.abs(found - exact).mean()) * 127.5, 4),
+        }
 
 
 def random_weights(config: VisionConfig) -> dict[tuple[str, ...], np.ndarray]:
@@ -94,25 +136,26 @@ def random_weights(config: VisionConfig) -> dict[tuple[str, ...], np.ndarray]:
     return weights
 
 
-def compile_operations(
-    weights: dict[tuple[str, ...], np.ndarray], pixels: np.ndarray, config: VisionConfig
-) -> tuple[Operations, dict[str, Any]]:
+def compile_operations(params: Any, pixels: np.ndarray, config: VisionConfig) -> tuple[Operations, dict[str, Any]]:
     """Our encode and decode for the shape of `pixels`, and what compiling them said."""
-    params: dict[str, Any] = {}
-    for path, value in weights.items():
-        node = params
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = jax.device_put(value)
     codes = jax.eval_shape(make_encoder(config), params, pixels)
     operations, figures = {}, {}
     for name, function, example in (("encode", make_encoder(config), pixels), ("decode", make_decoder(config), codes)):
-        began = time.perf_counter()
-        compiled = function.lower(params, example).compile()
-        figures[f"{name}_compile_s"] = round(time.perf_counter() - began, 2)
-        figures[f"{name}_temporary_mb"] = round(compiled.memory_analysis().temp_size_in_bytes / 2**20)
-        operations[name] = lambda value, compiled=compiled: np.asarray(compiled(params, value))
+        operations[name], said = _compiled(function, params, example)
+        figures |= {f"{name}_{what}": value for what, value in said.items()}
     return operations, figures
+
+
+def _compiled(function: Any, params: Any, example: Any) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any]]:
+    """The jitted function for the example's shape, applied to `params`, and what compiling it said."""
+    began = time.perf_counter()
+    compiled = function.lower(params, example).compile()
+    seconds = time.perf_counter() - began
+    figures = {
+        "compile_s": round(seconds, 2),
+        "temporary_mb": round(compiled.memory_analysis().temp_size_in_bytes / 2**20),
+    }
+    return lambda value: np.asarray(compiled(params, value)), figures
 
 
 def transformers_operations(

@@ -30,11 +30,20 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     decode.add_argument(
         "--logits", action="store_true", help="also how far --quantize moves the logits of a preset's random weights"
     )
+    decode.add_argument("--mesh", metavar="AXIS=N[,...]", help="spread a preset over devices, for example tensor=2")
     decode.add_argument("--profile", action="store_true", help="also the GPU kernels of a step, by their time")
     decode.add_argument("--compare", choices=("transformers",), help="also run this peer, same shapes, same device")
     vision = kinds.add_parser("vision", help="the vision tokenizer with random weights: seconds per picture")
     vision.add_argument("--size", type=int, default=256, help="picture's height and width (default: %(default)s)")
     vision.add_argument("--preset", choices=("270m", "small"), default="270m", help="shapes (default: %(default)s)")
+    vision.add_argument(
+        "--model",
+        nargs="?",
+        const="embedded",
+        metavar="BUNDLE",
+        help="a bundle, or without a name the embedded model, in place of a preset",
+    )
+    vision.add_argument("--fast", action="store_true", help="also decoding at the device's default precision")
     vision.add_argument("--repeat", type=int, default=5, help="timed runs; the shortest counts (default: %(default)s)")
     vision.add_argument("--compare", choices=("transformers",), help="also run this peer, same shapes, same device")
     train = kinds.add_parser("train", help="the train step, random weights: ms per step, tokens/s, MFU, memory")

@@ -4,11 +4,12 @@ import argparse
 
 
 def add_model(command: argparse.ArgumentParser) -> None:
-    """`--model`, `--vision`, `--dtype`, `--quantize`, `--mesh`, `--quiet`."""
+    """`--model`, `--vision`, `--dtype`, `--quantize`, `--fast-pixels`, `--mesh`, `--quiet`."""
     command.add_argument("--model", metavar="BUNDLE", help="bundle to use (default: the embedded model)")
     command.add_argument("--vision", metavar="BUNDLE", help="take the vision tokenizer from this bundle")
     add_dtype(command)
     add_quantize(command)
+    command.add_argument("--fast-pixels", action="store_true", help="decode pixels at the device's default precision")
     command.add_argument("--mesh", metavar="AXIS=N[,...]", help="spread the model over devices, for example tensor=4")
     add_quiet(command)
 
@@ -81,7 +82,12 @@ def load_model(options: argparse.Namespace):
     import emu3_jax
 
     return emu3_jax.load(
-        options.model, vision=options.vision, dtype=options.dtype, mesh=options.mesh, quantize=options.quantize
+        options.model,
+        vision=options.vision,
+        dtype=options.dtype,
+        mesh=options.mesh,
+        quantize=options.quantize,
+        fast_pixels=options.fast_pixels,
     )
 
 

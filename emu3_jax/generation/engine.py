@@ -19,6 +19,7 @@ from emu3_jax.config import DecoderConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.generation import sampling
 from emu3_jax.generation.schedule import SAMPLED, TokenClass, forced_ids, sampled_steps, stack_schedules
+from emu3_jax.models.attention import choose_kernels
 from emu3_jax.models.cache import KVCache
 from emu3_jax.models.decoder import Decoder, visual_head_params
 
@@ -53,11 +54,11 @@ class Variant:
     use_top_k: bool
     use_top_p: bool
     narrow_cache: bool = False
-    kernels: str = "auto"  # of `attention.KERNELS`
+    kernels: str = "xla"  # of `attention.KERNELS`, chosen
 
 
-# The cache grows by this many slots, so that attention reads about half of a long picture's cache on average. Each
-# size is a program of its own: more of them cost more compilation than they save.
+# XLA's attention reads all slots of the cache, which therefore grows by this many, so that about half of a long
+# picture's are read on average. Each size is a program of its own: more of them cost more compilation than they save.
 CACHE_GROWTH = 2048
 
 
@@ -67,9 +68,15 @@ def bucket(length: int) -> int:
     return -(-length // size) * size
 
 
-def cache_slots(needed: int, final: int) -> int:
-    """Slots of the cache while `needed` of them are in use, `final` at the end."""
-    return min(-(-needed // CACHE_GROWTH) * CACHE_GROWTH, final)
+def cache_slots(needed: int, final: int, kernels: str) -> int:
+    """Slots of the cache while `needed` of them are in use, `final` at the end; all at once where unused ones are free.
+
+    Args:
+        needed: slots.
+        final: slots.
+        kernels: of `attention.KERNELS`, chosen: not "auto".
+    """
+    return min(-(-needed // CACHE_GROWTH) * CACHE_GROWTH, final) if kernels == "xla" else final
 
 
 @functools.partial(jax.jit, static_argnames=("config", "variant", "slots"))
@@ -84,7 +91,7 @@ def prefill(params, prompts, start, plan: Plan, config: DecoderConfig, variant: 
         step=jnp.zeros((), jnp.int32),
         ended=jnp.zeros((rows,), bool),
     )
-    return _whole(_emit(logits[:, 0], state, plan, config, variant))
+    return _whole(emit(logits[:, 0], state, plan, config, variant))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "variant"), donate_argnames=("state",))
@@ -99,7 +106,7 @@ def decode(params, state: DecodeState, plan: Plan, until, config: DecoderConfig,
         last = jax.lax.dynamic_slice_in_dim(state.tokens, state.step - 1, 1, axis=1)
         rows = jnp.concatenate([last, last]) if variant.guided else last
         logits, cache = forward(rows, state.cache)
-        return _emit(logits[:, 0], state.replace(cache=cache), plan, config, variant)
+        return emit(logits[:, 0], state.replace(cache=cache), plan, config, variant)
 
     return _whole(jax.lax.while_loop(proceed, step, state))
 
@@ -114,8 +121,8 @@ def _forward(params, config: DecoderConfig, variant: Variant) -> Callable:
     )
 
 
-def _emit(logits, state: DecodeState, plan: Plan, config: DecoderConfig, variant: Variant) -> DecodeState:
-    """Turns logits (float32 [R, V]) into the tokens of this step."""
+def emit(logits, state: DecodeState, plan: Plan, config: DecoderConfig, variant: Variant) -> DecodeState:
+    """Turns logits (float32 [R, V]) into the tokens of this step: guidance, sampling, schedule."""
     if variant.guided:
         rows = plan.forced.shape[0]
         logits = sampling.guide(logits[:rows], logits[rows:], plan.settings.guidance)
@@ -195,15 +202,15 @@ def run(
         use_top_k=bool((np.asarray(settings.top_k) < candidates).any()),
         use_top_p=bool((np.asarray(settings.top_p) < 1).any()),
         narrow_cache=narrow_cache,
-        kernels=kernels,
+        kernels=choose_kernels(kernels, config.head_dim),
     )
     # Arrays of the host: those of one device do not mix with weights that lie on several processes' devices.
     plan = Plan(forced=forced_ids(stacked, config.tokens), settings=settings)
-    final = bucket(width + stacked.shape[1])
-    state = prefill(params, padded, start, plan, config, variant, cache_slots(width + 1, final))
+    final = width + stacked.shape[1]
+    state = prefill(params, padded, start, plan, config, variant, cache_slots(width + 1, final, variant.kernels))
     taken = 1
     while taken < steps:
-        slots = cache_slots(width + taken + 1, final)
+        slots = cache_slots(width + taken + 1, final, variant.kernels)
         if slots > state.cache.slots:
             state = state.replace(cache=state.cache.grow(slots))
         until = min(taken + STEPS_PER_CALL, steps, slots - width)

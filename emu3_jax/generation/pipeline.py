@@ -28,11 +28,12 @@ from emu3_jax.text.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Vision:
-    """The vision tokenizer in memory; several models may hold the same one."""
+    """The vision tokenizer in memory; several models may hold the same one. `fast`: see `make_decoder`."""
 
     config: VisionConfig
     image: ImageConfig
     params: Any
+    fast: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,7 +317,7 @@ def _encode(vision: Vision, item: Media) -> np.ndarray:
 
 def _decode(vision: Vision, codes: np.ndarray) -> Image.Image | Clip:
     check_codes(codes, vision.config)
-    pixels = np.asarray(make_decoder(vision.config)(vision.params, codes[None].astype(np.int32)))[0]
+    pixels = np.asarray(make_decoder(vision.config, vision.fast)(vision.params, codes[None].astype(np.int32)))[0]
     frames = postprocess(pixels, vision.image)
     return Image.fromarray(frames) if codes.ndim == 2 else Clip(frames)
 

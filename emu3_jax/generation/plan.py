@@ -39,7 +39,7 @@ def programs(config: GenerateConfig, slice_: Slice) -> tuple[Mesh, list[Program]
     width = engine.bucket(config.prompt_tokens)
     grid = config.grid
     steps = engine.bucket(grid[0] * (grid[1] + 1) + 3)
-    final = engine.bucket(width + steps)
+    final = width + steps
     variant = engine.Variant(visual_only=True, guided=guided, use_top_k=True, use_top_p=False)
 
     def array(shape, dtype=jnp.int32) -> jax.ShapeDtypeStruct:
@@ -71,7 +71,7 @@ def programs(config: GenerateConfig, slice_: Slice) -> tuple[Mesh, list[Program]
 
         return lowered
 
-    first = engine.cache_slots(width + 1, final)
+    first = engine.cache_slots(width + 1, final, "xla")
     full = state(final)
     inputs = (plan, full.tokens, full.step, full.ended)
     result = [

@@ -93,7 +93,7 @@ def choose(
     """
     if implementation not in IMPLEMENTATIONS:
         raise Emu3Error(f"attention {implementation!r} is unknown: choose one of {', '.join(IMPLEMENTATIONS)}")
-    platform = platform or _platform()
+    platform = platform or target_platform()
     if implementation == "auto":
         kernel = {"tpu": "splash", "gpu": "cudnn"}.get(platform)
         # A single token is what `init` passes; its value is its result.
@@ -125,7 +125,7 @@ def choose_kernels(kernels: str, width: int, platform: str = "") -> str:
         raise Emu3Error(f"kernels {kernels!r} are unknown: choose one of {', '.join(KERNELS)}")
     if kernels != "auto":
         return kernels
-    if (platform or _platform()) != "gpu" or (attention_kernels.cuda_capability() or (0, 0)) < (8, 0):
+    if (platform or target_platform()) != "gpu" or (attention_kernels.cuda_capability() or (0, 0)) < (8, 0):
         return "xla"
     return "pallas" if width >= 32 and width & (width - 1) == 0 else "xla"  # what its matrix products take
 
@@ -168,7 +168,7 @@ def _obstacle(implementation, shape, dtype, packed, undealt, platform) -> str | 
     return None
 
 
-def _platform() -> str:
+def target_platform() -> str:
     """Where the program being traced will run: a mesh may hold devices that this machine lacks (`plan`)."""
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     device = device or jax.config.jax_default_device

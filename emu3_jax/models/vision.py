@@ -16,6 +16,7 @@ from emu3_jax.config import VisionConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.models.quantizer import Quantizer
 from emu3_jax.models.vision_layers import (
+    HIGHEST,
     AttentionBlock,
     CausalConv3d,
     Downsample,
@@ -28,6 +29,7 @@ from emu3_jax.models.vision_layers import (
     Upsample,
     block_of,
     conv3x3,
+    infer_with,
     training,
 )
 
@@ -332,9 +334,19 @@ def make_encoder(config: VisionConfig) -> Callable[[Any, jax.Array], jax.Array]:
 
 
 @functools.cache
-def make_decoder(config: VisionConfig) -> Callable[[Any, jax.Array], jax.Array]:
-    """The jitted `(params, codes) -> pixels` of `VisionTokenizer.decode`, compiled once per shape."""
-    return jax.jit(lambda params, codes: VisionTokenizer(config).apply({"params": params}, codes, method="decode"))
+def make_decoder(config: VisionConfig, fast: bool = False) -> Callable[[Any, jax.Array], jax.Array]:
+    """The jitted `(params, codes) -> pixels` of `VisionTokenizer.decode`, compiled once per shape.
+
+    `fast` takes float32 products at the device's default precision: TF32 on recent GPUs, bfloat16 on TPUs, no
+    difference on CPUs. Codes have no such choice: the nearest codebook vector can be another one.
+    """
+    precision = jax.lax.Precision.DEFAULT if fast else HIGHEST
+
+    def decode(params, codes):
+        with infer_with(precision):
+            return VisionTokenizer(config).apply({"params": params}, codes, method="decode")
+
+    return jax.jit(decode)
 
 
 def _doublings(factor: int) -> int:

@@ -4,7 +4,7 @@ Training alone may compute otherwise: see `Training`.
 
 Axes: B batch (the spatial blocks see the frames of clips here), T frames, H W rows and columns, C channels, S positions
 (H times W), Q the queries of one block. Layout is channels-last. Everything is float32 at the highest matmul precision:
-TF32 and bfloat16 passes change codes.
+single TF32 and bfloat16 passes change codes.
 
 Parameter names follow upstream's PyTorch modules segment by segment. Logical axes of the weights: "conv_time",
 "conv_rows", "conv_columns", "conv_in", "conv_out", and "channels" for what is per channel.
@@ -19,6 +19,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from emu3_jax.models.attention import target_platform
+from emu3_jax.models.attention_kernels import cuda_capability
 
 HIGHEST = jax.lax.Precision.HIGHEST
 GROUPS = 32
@@ -75,10 +78,51 @@ def train_as(mode: Training) -> Iterator[None]:
         _training.reset(token)
 
 
+_precision: contextvars.ContextVar[jax.lax.Precision] = contextvars.ContextVar("precision", default=HIGHEST)
+
+
+@contextlib.contextmanager
+def infer_with(precision: jax.lax.Precision) -> Iterator[None]:
+    """Makes the float32 products of what is traced within, not for training, as precise as this; as `train_as`."""
+    token = _precision.set(precision)
+    try:
+        yield
+    finally:
+        _precision.reset(token)
+
+
 def numerics() -> dict:
-    """Keyword arguments of Linen's layers: float32 at the highest precision but in training."""
+    """Keyword arguments of Linen's layers: float32, at the highest precision unless something else was asked for."""
     mode = training()
-    return {"precision": HIGHEST} if mode is None else {"precision": mode.precision, "dtype": mode.dtype}
+    return {"precision": _precision.get()} if mode is None else {"precision": mode.precision, "dtype": mode.dtype}
+
+
+def convolve(x: jax.Array, kernel: jax.Array, *args, precision: jax.lax.Precision, **kwargs) -> jax.Array:
+    """`jax.lax.conv_general_dilated`, of float32 at the highest precision on NVIDIA GPUs three times as fast.
+
+    There each operand is the sum of two TF32 numbers, and the matrix units take all products but the smallest, whose
+    share is that of a rounding to 23 bits; sums are float32. XLA splits products so on request, convolutions not.
+    """
+
+    def product(x, kernel, precision=jax.lax.Precision.DEFAULT):
+        return jax.lax.conv_general_dilated(x, kernel, *args, precision=precision, **kwargs)
+
+    exact = training() is None and precision == HIGHEST and x.dtype == kernel.dtype == jnp.float32
+    if not exact or not takes_tf32():
+        return product(x, kernel, precision)
+    (high, low), (kernel_high, kernel_low) = _tf32_parts(x), _tf32_parts(kernel)
+    return product(high, kernel_high) + (product(high, kernel_low) + product(low, kernel_high))
+
+
+def takes_tf32() -> bool:
+    """Whether the program being traced will run on a GPU whose matrix units take TF32."""
+    return target_platform() == "gpu" and (cuda_capability() or (0, 0)) >= (8, 0)
+
+
+def _tf32_parts(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Two TF32 numbers (10 bits of mantissa) whose sum is x but for the last two of its 24 bits."""
+    high = jax.lax.reduce_precision(x, 8, 10)
+    return high, jax.lax.reduce_precision(x - high, 8, 10)
 
 
 def block_of(kind: type[nn.Module]) -> type[nn.Module]:
@@ -98,6 +142,7 @@ def conv(
         padding=tuple(padding),
         kernel_init=nn.with_logical_partitioning(_conv_init, _CONV_AXES[3 - len(kernel) :]),
         bias_init=_channels_init,
+        conv_general_dilated=convolve,
         **numerics(),
         **kwargs,
     )
@@ -271,7 +316,7 @@ class UpsampleConv(nn.Module):
         taps = jnp.einsum("prk,qsl,klio->rsipqo", _PHASES, _PHASES, kernel, precision=HIGHEST)
         taps, precision = taps.reshape(2, 2, channels, 4 * channels).astype(x.dtype), numerics()["precision"]
         if training() is None:
-            out = jax.lax.conv_general_dilated(
+            out = convolve(
                 x,
                 taps,
                 window_strides=(1, 1),
@@ -334,7 +379,7 @@ class FoldedConv3d(nn.Module):
         sees = np.arange(taps)[:, None] + self.stride * np.arange(outputs) - _FRAMES_BEFORE
         falls = (np.arange(frames)[:, None, None] == sees).astype(np.float32)
         folded = jnp.einsum("fto,trsck->rsfcok", falls, kernel, precision=HIGHEST).astype(x.dtype)
-        out = jax.lax.conv_general_dilated(
+        out = convolve(
             x.transpose(0, 2, 3, 1, 4).reshape(b, height, width, frames * channels),
             folded.reshape(*window, frames * channels, outputs * self.features),
             window_strides=(1, 1),

@@ -1,0 +1,121 @@
+"""The whole table of decoding on this machine's GPU: `python scripts/bench_table.py` from a checkout.
+
+Runs `emu3-jax bench` for each part, every one in a process of its own, passes its JSON lines on to standard error, and
+prints one Markdown table with what is aimed at on an H100 80 GB beside what was measured. Exits with 1 if a part fails.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from typing import Any
+
+DECODE = ("decode", "--steps", "64")
+PARTS: dict[str, tuple[str, ...]] = {
+    "exact": (*DECODE, "--rows", "1", "4", "8", "16", "--compare", "transformers"),
+    "int8": (*DECODE, "--rows", "1", "4", "8", "16", "--quantize", "int8", "--logits"),
+    "int8-weights": (*DECODE, "--quantize", "int8-weights", "--logits"),
+    "fp8": (*DECODE, "--quantize", "fp8", "--logits"),
+    "vision": ("vision", "--size", "720", "--fast"),
+    "two": (*DECODE, "--mesh", "tensor=2"),
+}
+Figures = list[dict[str, Any]]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    everywhere = [part for part in PARTS if part != "two"]
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all but two)")
+    chosen = parser.parse_args().parts or everywhere
+    for part in chosen:
+        if part not in PARTS:
+            parser.error(f"part {part!r} is unknown: choose of {', '.join(PARTS)}")
+    results, failed = {}, False
+    for part in chosen:
+        results[part], ok = run(PARTS[part])
+        failed |= not ok
+    machine = next((line for figures in results.values() for line in figures if "device" in line), {})
+    print(", ".join(f"{key} {machine[key]}" for key in ("device", "copy_gb_per_s", "jax") if key in machine))
+    print("| what | aim (H100) | measured |\n|---|---|---|")
+    for row in rows(results):
+        print("| " + " | ".join(row) + " |")
+    return int(failed)
+
+
+def run(arguments: tuple[str, ...]) -> tuple[Figures, bool]:
+    """The figures that `emu3-jax bench` printed, and whether it succeeded."""
+    command = [sys.executable, "-m", "emu3_jax.cli.main", "bench", *arguments]
+    figures = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("{"):
+                print(line, end="", file=sys.stderr, flush=True)
+                figures.append(json.loads(line))
+    return figures, process.returncode == 0
+
+
+def rows(results: dict[str, Figures]):
+    """(what, aim, measured) of everything that there are figures for."""
+    pictures = {
+        part: {line["pictures"]: line for line in figures if "ms_per_token_average" in line}
+        for part, figures in results.items()
+    }
+    exact, narrow = pictures.get("exact", {}), pictures.get("int8", {})
+    if 1 in exact:
+        ms = exact[1]["ms_per_token_average"]
+        shares = [
+            line["share_of_copy"] for line in results["exact"] if line.get("pictures") == 1 and "gb_per_s" in line
+        ]
+        yield (
+            "exact, one guided 720x720 picture",
+            "5.8 ms a step, 90% of copy bandwidth",
+            (f"{ms} ms, {min(shares):.0%} to {max(shares):.0%}"),
+        )
+        for name, aim in (("generate()", 23), ("torch.compile", 2.3)):
+            times = [line["ms_per_token"] for line in results["exact"] if name in line.get("peer", "")]
+            if times:
+                ratio = min(times) / ms
+                yield f"times as fast as {name} of transformers", f"{aim}", f"{ratio:.1f} ({min(times)} ms at best)"
+        yield "compile, prefill and decode, first calls", "60 s", f"{exact[1]['first_calls_s']} s"
+        yield "sampler", "3% of a step", f"{exact[1]['sampler_share']:.1%}"
+    if 1 in narrow:
+        yield "int8 weights and cache, one picture", "3.2 ms a step", f"{narrow[1]['ms_per_token_average']} ms"
+    for part, figures in pictures.items():
+        for count, line in figures.items():
+            ratio = ""
+            if 1 in figures and count > 1:
+                ratio = f", {line['pictures_per_minute'] / figures[1]['pictures_per_minute']:.2f} times those of one"
+            aim = {("exact", 8): "4.8 times those of one", ("int8", 8): "5 s a picture"}.get((part, count), "")
+            yield (
+                f"{part}, {count} at once",
+                aim,
+                (
+                    f"{line['ms_per_token_average']} ms a step, {line['seconds_per_picture']} s a picture, "
+                    f"{line['pictures_per_minute']} a minute{ratio}, {line.get('peak_gb', '?')} GB at peak"
+                ),
+            )
+        error = next((line for line in results[part] if "logit_error" in line), None)
+        if error:
+            yield (
+                f"{part}, logits of random weights",
+                "",
+                (f"relative error {error['logit_error']}, same likeliest token {error['same_likeliest']:.0%}"),
+            )
+    sides = {line["side"]: line for line in results.get("vision", []) if "side" in line}
+    if "emu3_jax" in sides:
+        yield (
+            "VQ 720x720, decode and encode",
+            "0.4 s, 0.2 s",
+            (f"{sides['emu3_jax']['decode_s']} s, {sides['emu3_jax']['encode_s']} s"),
+        )
+    if "emu3_jax, fast" in sides:
+        fast = sides["emu3_jax, fast"]
+        yield (
+            "VQ 720x720, fast decode",
+            "0.1 s, under 1/255 off",
+            (f"{fast['decode_s']} s, {fast['mean_difference_255ths']}/255 off"),
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
