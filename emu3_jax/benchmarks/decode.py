@@ -29,6 +29,7 @@ from emu3_jax.generation import engine
 from emu3_jax.generation.sampling import RowSettings
 from emu3_jax.generation.schedule import TokenClass, forced_ids, image_schedule, stack_schedules
 from emu3_jax.loading import load
+from emu3_jax.models.adapters import MATRICES
 from emu3_jax.models.attention import choose_kernels
 from emu3_jax.models.cache import KVCache
 from emu3_jax.models.decoder import Decoder, visual_head_params
@@ -337,7 +338,7 @@ def step_weight_bytes(params: Any, config: DecoderConfig) -> int:
 
 
 def random_params(config: DecoderConfig, quantize: str | None = None, mesh: Mesh | None = None) -> Any:
-    """Parameters of standard deviation 0.02 in the compute dtype, quantised or spread over a mesh if asked for.
+    """Parameters as `Decoder.init` draws them, in the compute dtype, quantised or spread over a mesh if asked for.
 
     One leaf at a time: there is no float32 copy of all, and no wide one of what is quantised.
     """
@@ -345,15 +346,16 @@ def random_params(config: DecoderConfig, quantize: str | None = None, mesh: Mesh
     declared = decoder_params(config)
     keys = jax.random.split(jax.random.key(0), len(declared))
 
-    @functools.partial(jax.jit, static_argnames="shape")
-    def draw(key, shape):
+    @functools.partial(jax.jit, static_argnames=("shape", "fan_in"))
+    def draw(key, shape, fan_in):
         if len(shape) == 1:
             return jnp.ones(shape, config.dtype)
-        return jax.random.normal(key, shape, config.dtype) * jnp.asarray(0.02, config.dtype)
+        return jax.random.normal(key, shape, config.dtype) * jnp.asarray(fan_in**-0.5, config.dtype)
 
     params: dict[tuple[str, ...], jax.Array] = {}
     for key, (path, shape) in zip(keys, ((param.path, param.shape) for param in declared), strict=True):
-        array = draw(key, shape)
+        matrix = MATRICES.get(path[-1])
+        array = draw(key, shape, math.prod(shape[: matrix.inputs]) if matrix else config.hidden_size)
         if mesh is not None:
             array = jax.device_put(array, places[path])
         if quantize is not None and is_quantised(path):
