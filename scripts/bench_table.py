@@ -13,6 +13,7 @@ from typing import Any
 DECODE = ("decode", "--steps", "64")
 PARTS: dict[str, tuple[str, ...]] = {
     "exact": (*DECODE, "--rows", "1", "4", "8", "16", "--compare", "transformers"),
+    "again": (*DECODE, "--rows", "1"),
     "int8": (*DECODE, "--rows", "1", "4", "8", "16", "--quantize", "int8", "--logits"),
     "int8-weights": (*DECODE, "--quantize", "int8-weights", "--logits"),
     "fp8": (*DECODE, "--quantize", "fp8", "--logits"),
@@ -25,7 +26,9 @@ Figures = list[dict[str, Any]]
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     everywhere = [part for part in PARTS if part != "two"]
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all but two)")
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all but two, which needs two GPUs)"
+    )
     chosen = parser.parse_args().parts or everywhere
     for part in chosen:
         if part not in PARTS:
@@ -78,6 +81,12 @@ def rows(results: dict[str, Figures]):
                 yield f"times as fast as {name} of transformers", f"{aim}", f"{ratio:.1f} ({min(times)} ms at best)"
         yield "compile, prefill and decode, first calls", "60 s", f"{exact[1]['first_calls_s']} s"
         yield "sampler", "3% of a step", f"{exact[1]['sampler_share']:.1%}"
+    again, two = pictures.get("again", {}), pictures.get("two", {})
+    if 1 in again and 1 in exact:
+        yield "the same from the persistent cache", "10 s", f"{again[1]['first_calls_s']} s"
+    if 1 in again and 1 in two:
+        ratio = again[1]["ms_per_token_average"] / two[1]["ms_per_token_average"]
+        yield "two GPUs, tensor parallel", "1.7 times one", f"{ratio:.2f}"
     if 1 in narrow:
         yield "int8 weights and cache, one picture", "3.2 ms a step", f"{narrow[1]['ms_per_token_average']} ms"
     for part, figures in pictures.items():

@@ -111,7 +111,10 @@ def convolve(x: jax.Array, kernel: jax.Array, *args, precision: jax.lax.Precisio
     if not exact or not takes_tf32():
         return product(x, kernel, precision)
     (high, low), (kernel_high, kernel_low) = _tf32_parts(x), _tf32_parts(kernel)
-    return product(high, kernel_high) + (product(high, kernel_low) + product(low, kernel_high))
+    # One after the other, the smallest first: no more of these large arrays exist at once than must.
+    high, total = jax.lax.optimization_barrier((high, product(low, kernel_high)))
+    high, total = jax.lax.optimization_barrier((high, total + product(high, kernel_low)))
+    return total + product(high, kernel_high)
 
 
 def takes_tf32() -> bool:
