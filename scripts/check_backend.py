@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from emu3_jax.benchmarks.decode import random_params
 from emu3_jax.checkpoints.layouts import decoder_params, vision_params
 from emu3_jax.config import DecoderConfig, VisionConfig
 from emu3_jax.generation import engine
@@ -114,6 +115,56 @@ def check_decoder(config: DecoderConfig, params: dict):
         yield "guided picture tokens, int8, of xla and pallas", int((first != second).sum()), 0
 
 
+def check_narrow(config: DecoderConfig):
+    """Quantised products in bfloat16, at the 8 B model's widths, against float32 products of what the codes stand for.
+
+    Yields (what, relative error of the logits, limit). Wide bfloat16 weights come beside them: the measure of what
+    bfloat16 alone does.
+    """
+    config = dataclasses.replace(
+        config, hidden_size=4096, intermediate_size=14336, num_layers=2, num_heads=32, num_kv_heads=8, dtype="bfloat16"
+    )
+    exact = dataclasses.replace(config, dtype="float32")
+    tokens = jax.random.randint(jax.random.key(1), (2, 65), 0, config.vocab_size)
+
+    def logits(config, params, narrow_cache, kernels):
+        """Of a prompt of 64 tokens, and of the token after it."""
+        cache = KVCache.create(config, jnp.zeros(2, jnp.int32), 128, narrow_cache)
+        step = jax.jit(lambda p, t, c: Decoder(config, kernels=kernels).apply({"params": p}, t, c))
+        first, cache = step(params, tokens[:, :64], cache)
+        return np.asarray(first), np.asarray(step(params, tokens[:, 64:], cache)[0])
+
+    def error(found, expected):
+        return round(float(np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2))), 4)
+
+    choices = ("xla", "pallas") if jax.default_backend() == "gpu" else ("xla",)
+    for kind in (None, "int8", "fp8"):
+        params = random_params(config, kind)
+        plain = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), widened(params))
+        expected = logits(exact, plain, False, "xla")
+        del plain
+        for kernels in choices:
+            found = logits(config, params, kind is not None, kernels)
+            for what, one, other in zip(("64 tokens", "1 token"), found, expected, strict=True):
+                yield f"logits of {what}, {kind or 'bfloat16'}, {kernels}", error(one, other), 0.03
+
+
+def widened(params):
+    """What quantised parameters stand for, as plain ones."""
+    plain = {}
+    for name, leaf in params.items():
+        stem = name.removesuffix("_codes")
+        if isinstance(leaf, dict):
+            plain[name] = widened(leaf)
+        elif stem != name:
+            scales = params[f"{stem}_scales"]
+            wide = leaf.astype(jnp.float32) * scales.reshape(*scales.shape, *(1,) * (leaf.ndim - scales.ndim))
+            plain[stem] = wide if stem == "kernel" else jnp.moveaxis(wide, range(scales.ndim), range(-scales.ndim, 0))
+        elif not name.endswith("_scales"):
+            plain[name] = leaf
+    return plain
+
+
 def main() -> int:
     configs = json.loads((GOLDEN / "hf_configs.json").read_text())
     vision = VisionConfig.from_published(configs["vq"])
@@ -123,6 +174,7 @@ def main() -> int:
     for checks in (
         check_vision(vision, reference_params("vq", vision_params(vision))),
         check_decoder(decoder, reference_params("lm", decoder_params(decoder))),
+        check_narrow(decoder),
     ):
         for what, difference, limit in checks:
             failed |= not difference <= limit
