@@ -9,6 +9,7 @@ import dataclasses
 import importlib.util
 import json
 import pathlib
+import re
 import sys
 
 import jax
@@ -107,12 +108,27 @@ def check_decoder(config: DecoderConfig, params: dict):
             got = engine.run(params, config, *answers, kernels=kernels)
             expected = sequences[f"{name}/sequences"][:, int(sequences[f"{name}/prompt_length"]) :]
             yield f"answer tokens ({name}), {kernels}", int((got != expected).sum()), 0
+    for kernels in ("xla", "pallas") if jax.default_backend() == "gpu" else ("xla",):
+        yield f"copies of the cache, {kernels}", cache_copies(config, params, kernels), 0
     if jax.default_backend() == "gpu":
         narrow = quantise_params(params, "int8")
         first, second = (
             engine.run(narrow, config, *picture, narrow_cache=True, kernels=kernels) for kernels in ("xla", "pallas")
         )
         yield "guided picture tokens, int8, of xla and pallas", int((first != second).sum()), 0
+
+
+def cache_copies(config: DecoderConfig, params: dict, kernels: str) -> int:
+    """Copies of a layer's keys or values in the compiled loop."""
+    slots, rows = 4096, 4
+    plan = engine.Plan(jnp.zeros((rows, 64), jnp.int32), RowSettings(*(jnp.zeros(rows, d) for d in "fiffI")))
+    variant = engine.Variant(visual_only=True, guided=False, use_top_k=False, use_top_p=False, kernels=kernels)
+    start = jnp.zeros(rows, jnp.int32)
+    state = engine.prefill(params, jnp.zeros((rows, 64), jnp.int32), start, plan, config, variant, slots)
+    text = engine.decode.lower(params, state, plan, np.int32(8), config, variant).compile().as_text()
+    shape = ",".join(map(str, state.cache.keys[0].shape))
+    assert f"[{shape}]" in text
+    return len(re.findall(rf"= \(?\w+\[{shape}\]\S* copy(?:-start)?\(", text))
 
 
 def check_narrow(config: DecoderConfig):

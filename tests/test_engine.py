@@ -1,5 +1,7 @@
 """Prefill and the decode loop: golden sequences, rows independent of each other, exact sampling, one compilation."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -180,12 +182,15 @@ def test_one_compilation_per_shape_bucket():
     assert (engine.prefill._cache_size(), engine.decode._cache_size()) == (2, 2)
 
 
-def test_the_cache_is_donated():
+def test_the_cache_is_donated_and_never_copied():
     settings = jax.tree.map(jnp.asarray, tiny.settings(1))
     plan = engine.Plan(jnp.full((1, 64), SAMPLED, jnp.int32), settings)
     variant = engine.Variant(visual_only=True, guided=False, use_top_k=False, use_top_p=False)
     tokens, start = np.asarray([[17, 20, 19]], np.int32), np.zeros(1, np.int32)
     state = engine.prefill(tiny.params(), tokens, start, plan, tiny.CONFIG, variant, 64)
+    text = engine.decode.lower(tiny.params(), state, plan, np.int32(3), tiny.CONFIG, variant).compile().as_text()
+    shape = ",".join(map(str, state.cache.keys[0].shape))
+    assert f"[{shape}]" in text and not re.search(rf"= \(?\w+\[{shape}\]\S* copy(-start)?\(", text)
     after = engine.decode(tiny.params(), state, plan, np.int32(3), tiny.CONFIG, variant)
     assert all(leaf.is_deleted() for leaf in (*state.cache.keys, *state.cache.values))
     assert int(after.cache.length) == 3 + 2
