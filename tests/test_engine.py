@@ -183,10 +183,10 @@ def test_one_compilation_per_shape_bucket():
 
 
 def test_the_cache_is_donated_and_never_copied():
-    settings = jax.tree.map(jnp.asarray, tiny.settings(1))
-    plan = engine.Plan(jnp.full((1, 64), SAMPLED, jnp.int32), settings)
+    settings = jax.tree.map(jnp.asarray, tiny.settings(2))
+    plan = engine.Plan(jnp.full((2, 64), SAMPLED, jnp.int32), settings)
     variant = engine.Variant(visual_only=True, guided=False, use_top_k=False, use_top_p=False)
-    tokens, start = np.asarray([[17, 20, 19]], np.int32), np.zeros(1, np.int32)
+    tokens, start = np.asarray([[17, 20, 19]] * 2, np.int32), np.zeros(2, np.int32)
     state = engine.prefill(tiny.params(), tokens, start, plan, tiny.CONFIG, variant, 64)
     text = engine.decode.lower(tiny.params(), state, plan, np.int32(3), tiny.CONFIG, variant).compile().as_text()
     shape = ",".join(map(str, state.cache.keys[0].shape))
