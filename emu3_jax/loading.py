@@ -66,7 +66,8 @@ def _load_vision(
     bundle: Bundle, vision: "Emu3 | str | os.PathLike | None", mesh: Mesh | None, fast: bool
 ) -> Vision | None:
     if isinstance(vision, Emu3):
-        return vision.vision and dataclasses.replace(vision.vision, fast=fast)
+        shared = vision.vision
+        return shared if shared.fast == fast else dataclasses.replace(shared, fast=fast)
     source = bundle if vision is None else Bundle.open(vision)
     if vision is not None:
         source.require("vision")

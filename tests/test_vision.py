@@ -16,7 +16,7 @@ from emu3_jax.config import VisionConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.models import vision, vision_layers
 from emu3_jax.models.quantizer import Quantizer, nearest_codes
-from emu3_jax.models.vision import VisionTokenizer, check_codes, make_decoder, make_encoder
+from emu3_jax.models.vision import Stream, VisionTokenizer, check_codes, make_decoder, make_encoder
 
 CONFIG = VisionConfig.from_published(golden_json("hf_configs.json")["vq"])
 TINY = VisionConfig(
@@ -205,6 +205,33 @@ def test_no_frame_sees_a_later_code(params, golden):
     before, after = (make_decoder(CONFIG)(params, c) for c in (codes, changed))
     np.testing.assert_array_equal(before[:, :4], after[:, :4])
     assert not np.array_equal(before[:, 4:], after[:, 4:])
+
+
+@pytest.mark.parametrize("size", [4, 8, 16])
+def test_a_clip_in_parts_equals_the_whole(params, size):
+    clip = np.random.default_rng(0).uniform(-1, 1, (2, 20, 16, 24, 3)).astype(np.float32)  # no multiple of 8 or 16
+    codes = np.asarray(make_encoder(CONFIG)(params, clip))
+    encode, decode = (Stream(CONFIG, params, method) for method in ("encode", "decode"))
+    found = [np.asarray(encode(clip[:, first : first + size])) for first in range(0, 20, size)]
+    np.testing.assert_array_equal(np.concatenate(found, axis=1), codes)
+    assert (np.asarray(make_encoder(CONFIG)(params, clip[:, 16:])) != codes[:, 4:]).any()  # the past does matter
+    size //= CONFIG.temporal_factor
+    pixels = [np.asarray(decode(codes[:, first : first + size])) for first in range(0, 5, size)]
+    close(np.concatenate(pixels, axis=1), make_decoder(CONFIG)(params, codes))
+
+
+def test_parts_take_the_memory_of_a_short_clip():
+    """What any number of frames takes is what 16 take, and the past."""
+    params = nn.unbox(init_shapes(TINY))
+    part = jax.ShapeDtypeStruct((1, 16, 64, 64, 3), jnp.float32)
+    step = vision._make_step(TINY, "encode", False)
+    past = jax.eval_shape(step, params, {}, part)[1]
+
+    def size(function, *arguments):
+        memory = function.lower(*arguments).compile().memory_analysis()
+        return memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+
+    assert size(step, params, past, part) < 1.2 * size(make_encoder(TINY), params, part)
 
 
 def test_frames_in_groups_equal_frames_together(params, golden, monkeypatch):

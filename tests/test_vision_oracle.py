@@ -9,8 +9,11 @@ from transformers import Emu3VQVAE, Emu3VQVAEConfig
 
 from emu3_jax.benchmarks import vision as benchmark
 from emu3_jax.checkpoints.layouts import TRANSFORMERS_VISION, vision_params
-from emu3_jax.config import VisionConfig
+from emu3_jax.config import ImageConfig, VisionConfig
 from emu3_jax.errors import Emu3Error
+from emu3_jax.generation.pipeline import Emu3, Vision
+from emu3_jax.media.clips import Clip, preprocess_clip
+from emu3_jax.media.images import postprocess
 from emu3_jax.models.quantizer import nearest_codes
 from emu3_jax.models.vision import VisionTokenizer
 
@@ -66,6 +69,23 @@ class Pair:
     @torch.no_grad()
     def torch_decode(self, codes: np.ndarray) -> np.ndarray:
         return np.moveaxis(self.torch.decode(torch.from_numpy(codes.astype(np.int64))).numpy(), -3, -1)
+
+
+def test_independent_pieces_are_those_of_upstreams_script(pair):
+    """It cuts a clip into pieces of the temporal factor's frames and encodes them as a batch."""
+    f, t = pair.config.spatial_factor, pair.config.temporal_factor
+    frames = np.random.default_rng(0).integers(0, 256, (3 * t, 16 * f, 16 * f, 3), np.uint8)
+    image = ImageConfig(min_pixels=1)
+    model = Emu3("pair", vision=Vision(pair.config, image, pair.params))
+    pixels = preprocess_clip(Clip(frames), image, f)
+    _, codes = pair.torch_encode(pixels.reshape(3, t, *pixels.shape[1:]))
+    (found,) = model.tokenize([Clip(frames)], independent=True)
+    np.testing.assert_array_equal(found, codes[:, 0])
+    (whole,) = model.tokenize([Clip(frames)])
+    assert (whole[0] == found[0]).all() and (whole[1:] != found[1:]).any()
+    (clip,) = model.detokenize([found], independent=True)
+    expected = postprocess(pair.torch_decode(codes).reshape(3 * t, *pixels.shape[1:]), image)
+    assert np.abs(clip.frames.astype(int) - expected).max() <= 1  # roundings to whole steps
 
 
 @pytest.fixture(scope="module", params=CONFIGS)

@@ -30,6 +30,15 @@ def add_quantize(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_independent(command: argparse.ArgumentParser) -> None:
+    """`--independent`."""
+    command.add_argument(
+        "--independent",
+        action="store_true",
+        help="clips in pieces of 4 frames that know nothing of each other, as upstream's script cuts them",
+    )
+
+
 def add_quiet(command: argparse.ArgumentParser) -> None:
     """`--quiet`."""
     command.add_argument("--quiet", action="store_true", help="no progress bar")

@@ -11,6 +11,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     common.add_model(command)
     command.add_argument("--clip-format", choices=("webp", "gif"), default="webp", help="of clips (default: webp)")
     command.add_argument("--fps", type=float, default=12.0, help="frame rate of clips (default: %(default)s)")
+    common.add_independent(command)
     command.add_argument("-o", "--output", type=pathlib.Path, required=True, metavar="DIR")
 
 
@@ -27,7 +28,7 @@ def run(options: argparse.Namespace) -> None:
     model = common.load_model(options)
     with files_into(options.output) as directory:
         for name, codes in tqdm(arrays.items(), unit=" files", disable=True if options.quiet else None, leave=False):
-            (media,) = model.detokenize([codes])
+            (media,) = model.detokenize([codes], independent=options.independent)
             if isinstance(media, Clip):
                 written.append(f"{name}.{options.clip_format}")
                 save_clip(media.frames, directory / written[-1], options.fps)

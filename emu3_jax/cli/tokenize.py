@@ -9,6 +9,7 @@ from emu3_jax.cli import common
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("files", nargs="+", type=pathlib.Path, metavar="FILE", help="pictures or clips")
     common.add_model(command)
+    common.add_independent(command)
     command.add_argument("-o", "--output", type=pathlib.Path, required=True, metavar="CODES.npz")
 
 
@@ -28,7 +29,7 @@ def run(options: argparse.Namespace) -> None:
     model = common.load_model(options)
     with new_file(options.output) as temporary:
         bar = tqdm(options.files, unit=" files", disable=True if options.quiet else None, leave=False)
-        codes = {file.stem: model.tokenize([file])[0] for file in bar}
+        codes = {file.stem: model.tokenize([file], independent=options.independent)[0] for file in bar}
         np.savez(temporary, **codes)
     for stem, array in codes.items():
         print(f"{stem}: {'x'.join(map(str, array.shape))} codes")

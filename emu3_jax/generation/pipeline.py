@@ -1,6 +1,7 @@
 """`Emu3`: a loaded model that generates pictures, answers about them, and turns them into codes and back."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -20,10 +21,12 @@ from emu3_jax.media.clips import DEFAULT_FPS, Clip, preprocess_clip
 from emu3_jax.media.images import postprocess, preprocess
 from emu3_jax.media.inputs import Media, as_media
 from emu3_jax.media.sizes import generate_size
-from emu3_jax.models.vision import check_codes, make_decoder, make_encoder
+from emu3_jax.models.vision import Stream, check_codes, make_decoder, make_encoder
 from emu3_jax.sharding.rules import batch_shards, use_mesh
 from emu3_jax.text.prompts import PromptTemplates, generation_prompt, understanding_prompt
 from emu3_jax.text.tokenizer import Tokenizer
+
+PART_FRAMES = 16  # of a clip that pass the tokenizer together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,20 +100,27 @@ class Emu3:
             )
         return self._vision
 
-    def tokenize(self, media: Sequence[Media]) -> list[np.ndarray]:
+    def tokenize(self, media: Sequence[Media], *, independent: bool = False) -> list[np.ndarray]:
         """Encodes pictures to int32 codes [h, w] and clips to [t, h, w].
+
+        Long clips pass in parts, each of which sees what came before, so that memory does not grow with their length.
 
         Args:
             media: pictures (PIL images or files) and clips (`Clip`, animated files or folders of frames). A clip whose
                 frame count is not a multiple of the temporal factor is filled up with its last frame.
+            independent: cuts clips into pieces of the temporal factor's frames that know nothing of each other, as
+                upstream's script does. Other codes.
         """
         vision = self.vision
-        return [_encode(vision, item) for item in media]
+        return [_encode(vision, item, independent) for item in media]
 
-    def detokenize(self, codes: Sequence[np.ndarray]) -> list[Image.Image | Clip]:
-        """Decodes int codes: [h, w] to a picture, [t, h, w] to a clip of t times the temporal factor frames."""
+    def detokenize(self, codes: Sequence[np.ndarray], *, independent: bool = False) -> list[Image.Image | Clip]:
+        """Decodes int codes: [h, w] to a picture, [t, h, w] to a clip of t times the temporal factor frames.
+
+        `independent` is for codes that were made so.
+        """
         vision = self.vision
-        return [_decode(vision, np.asarray(item)) for item in codes]
+        return [_decode(vision, np.asarray(item), independent) for item in codes]
 
     def generate(self, prompts: str | Sequence[str], **options) -> list[Image.Image]:
         """Pictures for the prompts; see `generate_sequences` for the options. `image.info` says how each was made."""
@@ -298,16 +308,12 @@ class Emu3:
         return [language.tokenizer.decode(ids.tolist(), skip_special=True) for ids in generated]
 
 
-def _encode(vision: Vision, item: Media) -> np.ndarray:
-    factor = vision.config.spatial_factor
+def _encode(vision: Vision, item: Media, independent: bool = False) -> np.ndarray:
     media = as_media(item)
     try:
         if isinstance(media, Clip):
-            pixels = preprocess_clip(media, vision.image, factor)
-            missing = -len(pixels) % vision.config.temporal_factor
-            pixels = np.concatenate([pixels, np.repeat(pixels[-1:], missing, axis=0)])
-        else:
-            pixels = preprocess(media, vision.image, factor)
+            return _encode_clip(vision, media, independent)
+        pixels = preprocess(media, vision.image, vision.config.spatial_factor)
     except Emu3Error as error:
         if isinstance(item, str | os.PathLike):
             raise Emu3Error(f"{item}: {error}") from error
@@ -315,11 +321,32 @@ def _encode(vision: Vision, item: Media) -> np.ndarray:
     return np.asarray(make_encoder(vision.config)(vision.params, pixels[None]))[0]
 
 
-def _decode(vision: Vision, codes: np.ndarray) -> Image.Image | Clip:
+def _encode_clip(vision: Vision, clip: Clip, independent: bool) -> np.ndarray:
+    config, total = vision.config, len(clip.frames)
+    size = config.temporal_factor if independent else max(PART_FRAMES, config.temporal_factor)
+    encode = functools.partial(make_encoder(config), vision.params)
+    if total > size and not independent:
+        encode = Stream(config, vision.params, "encode")
+    codes = []
+    for first in range(0, total, size):
+        frames = clip.frames[first : first + size]
+        frames = np.concatenate([frames, np.repeat(frames[-1:], -len(frames) % config.temporal_factor, axis=0)])
+        pixels = preprocess_clip(Clip(frames, clip.fps), vision.image, config.spatial_factor)
+        codes.append(np.asarray(encode(pixels[None]))[0])
+    return np.concatenate(codes)
+
+
+def _decode(vision: Vision, codes: np.ndarray, independent: bool = False) -> Image.Image | Clip:
     check_codes(codes, vision.config)
-    pixels = np.asarray(make_decoder(vision.config, vision.fast)(vision.params, codes[None].astype(np.int32)))[0]
-    frames = postprocess(pixels, vision.image)
-    return Image.fromarray(frames) if codes.ndim == 2 else Clip(frames)
+    codes, config = codes.astype(np.int32), vision.config
+    decode = functools.partial(make_decoder(config, vision.fast), vision.params)
+    if codes.ndim == 2:
+        return Image.fromarray(postprocess(np.asarray(decode(codes[None]))[0], vision.image))
+    size = 1 if independent else max(PART_FRAMES // config.temporal_factor, 1)
+    if len(codes) > size and not independent:
+        decode = Stream(config, vision.params, "decode", vision.fast)
+    parts = [np.asarray(decode(codes[None, first : first + size]))[0] for first in range(0, len(codes), size)]
+    return Clip(np.concatenate([postprocess(part, vision.image) for part in parts]))
 
 
 def _run_batches(language, prompts, schedules, settings, negatives, batch_size, progress) -> list[np.ndarray]:

@@ -17,6 +17,7 @@ from emu3_jax.errors import Emu3Error
 from emu3_jax.models.quantizer import Quantizer
 from emu3_jax.models.vision_layers import (
     HIGHEST,
+    PAST,
     AttentionBlock,
     CausalConv3d,
     Downsample,
@@ -347,6 +348,46 @@ def make_decoder(config: VisionConfig, fast: bool = False) -> Callable[[Any, jax
             return VisionTokenizer(config).apply({"params": params}, codes, method="decode")
 
     return jax.jit(decode)
+
+
+class Stream:
+    """A clip that goes through the tokenizer in parts, each of which sees what came before: as the whole clip at once.
+
+    What the causal convolutions remember is two frames of each of their inputs, at the resolution of the codes; so the
+    memory that a clip takes does not grow with its length. Parts of one size share a program.
+    """
+
+    def __init__(self, config: VisionConfig, params: Any, method: str, fast: bool = False):
+        """`method`: "encode" or "decode"; `fast`: see `make_decoder`."""
+        self._step = _make_step(config, method, fast)
+        self._params = params
+        self._past = None
+
+    def __call__(self, part: jax.Array) -> jax.Array:
+        """The next part: pixels [B, T, H, W, in_channels] to codes, or codes [B, t, h, w] to pixels.
+
+        Raises:
+            Emu3Error: the shape is none that `VisionTokenizer.encode` takes.
+        """
+        if self._past is None:
+            shapes = jax.eval_shape(self._step, self._params, {}, part)[1]
+            self._past = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        result, self._past = self._step(self._params, self._past, part)
+        return result
+
+
+@functools.cache
+def _make_step(config: VisionConfig, method: str, fast: bool) -> Callable[[Any, Any, jax.Array], tuple[jax.Array, Any]]:
+    """The jitted `(params, past, part) -> (result, past)` of a stream."""
+
+    def step(params, past, part):
+        with infer_with(jax.lax.Precision.DEFAULT if fast else HIGHEST):
+            result, changed = VisionTokenizer(config).apply(
+                {"params": params, PAST: past}, part, method=method, mutable=[PAST]
+            )
+        return result, changed[PAST]
+
+    return jax.jit(step, donate_argnums=1)
 
 
 def _doublings(factor: int) -> int:

@@ -34,6 +34,7 @@ MAX_SCORES = 2**24
 _PHASES = np.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], np.float32)
 
 _FRAMES_BEFORE = 2  # of zeros, before the first one of a causal convolution
+PAST = "past"  # the collection of what causal convolutions see of the parts of a clip that came before
 
 _CONV_AXES = ("conv_time", "conv_rows", "conv_columns", "conv_in", "conv_out")
 _conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # upstream's Kaiming initialisation
@@ -343,7 +344,8 @@ class UpsampleConv(nn.Module):
 class CausalConv3d(nn.Module):
     """A 3D convolution that sees no later frame. [B, T, H, W, C] to [B, T', H, W, features].
 
-    Two frames of zeros go before the first, also where the kernel is four long, as in upstream.
+    Two frames of zeros go before the first, also where the kernel is four long, as in upstream. Where the collection
+    "past" is mutable, the last two frames of the call before take their place: a clip may come in parts.
     """
 
     features: int
@@ -353,6 +355,12 @@ class CausalConv3d(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         padding = ((_FRAMES_BEFORE, 0), *((k // 2, k // 2) for k in self.kernel[1:]))
+        if self.is_mutable_collection(PAST):
+            b, _, *rest = x.shape
+            past = self.variable(PAST, "frames", jnp.zeros, (b, _FRAMES_BEFORE, *rest), x.dtype)
+            x = jnp.concatenate([past.value, x], axis=1)
+            past.value = x[:, -_FRAMES_BEFORE:]
+            padding = ((0, 0), *padding[1:])
         if training() is None:
             return conv(self.features, self.kernel, padding, stride=(self.stride, 1, 1), name="conv")(x)
         return FoldedConv3d(self.features, self.kernel, self.stride, name="conv")(x)
