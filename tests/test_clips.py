@@ -1,6 +1,7 @@
 """Clips: animated files and folders of frames, their rates, and damaged input."""
 
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 from emu3_jax.config import ImageConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.media import clips
-from emu3_jax.media.clips import Clip, is_animated, load_clip, preprocess_clip, save_clip
+from emu3_jax.media.clips import Clip, is_animated, load_clip, preprocess_clip, resample, save_clip
 from emu3_jax.media.images import preprocess
 
 GREYS = (10, 60, 110, 160)
@@ -202,7 +203,7 @@ def test_bad_clips(frames, fps, message, tmp_path):
 @pytest.mark.parametrize(
     "name, fps, message",
     [
-        ("x.mp4", 24, r"x\.mp4: the name must end in \.webp or \.gif"),
+        ("x.mov", 24, r"x\.mov: the name must end in \.webp, \.png, \.gif, \.mp4 or \.webm"),
         ("x", 24, "the name must end in"),
         ("x.gif", 51, r"fps is 51: a \.gif clip shows from 0.1 to 50 frames per second"),
         ("x.webp", 1001, "from 0.1 to 1000"),
@@ -226,3 +227,89 @@ def test_round_trip_of_any_levels_and_rate(tmp_path_factory, levels, fps):
     clip = load_clip(path)
     np.testing.assert_array_equal(clip.frames, frames)
     assert 1000 / clip.fps == pytest.approx(round(1000 / fps))
+
+
+# ------------------------------------------------------------------------------------------------ videos and rates
+
+
+def shades(clip: Clip) -> list[int]:
+    """Of each frame, away from the coloured corner."""
+    return [int(frame[-1, -1, 0]) for frame in clip.frames]
+
+
+@pytest.mark.parametrize("fps, frames, expected, rate", [
+    (None, None, [10, 60, 110, 160], 8.0),
+    (4.0, None, [10, 110], 4.0),
+    (16.0, None, [10, 10, 60, 60, 110, 110, 160, 160], 16.0),
+    (12.0, None, [10, 10, 60, 110, 110, 160], 12.0),
+    (16.0, 3, [10, 10, 60], 16.0),
+    (1.0, None, [10], 1.0),
+    (4.0, 9, [10, 110], 4.0),
+    (None, 2, [10, 110], 4.0),
+    (None, 8, [10, 10, 60, 60, 110, 110, 160, 160], 16.0),
+])  # fmt: skip
+@pytest.mark.parametrize("suffix", [".png", ".mp4", ".webm"])
+def test_resampling(tmp_path, suffix, fps, frames, expected, rate):
+    """The same for files that hold frames as they are, and for videos, which are resampled while they are read."""
+    save_clip(_frames(height=32, width=48), tmp_path / f"x{suffix}", 8.0)
+    clip = load_clip(tmp_path / f"x{suffix}", fps=fps, frames=frames)
+    assert clip.fps == pytest.approx(rate)
+    np.testing.assert_allclose(shades(clip), expected, atol=0 if suffix == ".png" else 3)
+
+
+@settings(max_examples=50)
+@given(total=st.integers(1, 40), own=st.floats(0.5, 120), fps=st.floats(0.5, 120), frames=st.integers(1, 50))
+def test_resampled_clips_last_as_long(total, own, fps, frames):
+    clip = Clip(np.arange(total, dtype=np.uint8)[:, None, None, None].repeat(3, axis=3), own)
+    other = resample(clip, fps)
+    assert (
+        abs(len(other.frames) / fps - total / own) <= 1 / fps + 1e-6 and (np.diff(other.frames[:, 0, 0, 0]) >= 0).all()
+    )
+    assert other.frames[0, 0, 0, 0] == 0
+    assert len(resample(clip, fps, frames).frames) == min(frames, len(other.frames))
+    spread = resample(clip, None, frames)
+    assert len(spread.frames) == frames and spread.fps == pytest.approx(own * frames / total)
+    np.testing.assert_array_equal(resample(clip, own).frames, clip.frames)
+
+
+def test_videos_of_odd_sizes_and_without_sound_come_back(tmp_path):
+    frames = _frames(height=33, width=47)
+    save_clip(frames, tmp_path / "x.mp4", 24000 / 1001)
+    clip = load_clip(tmp_path / "x.mp4")
+    assert is_animated(tmp_path / "x.mp4") and clip.frames.shape == frames.shape
+    assert clip.fps == pytest.approx(24000 / 1001) and os.listdir(tmp_path) == ["x.mp4"]
+
+
+@pytest.mark.parametrize("name, data", [
+    ("empty.mp4", b""),
+    ("noise.webm", b"noise" * 100),
+    ("playlist.mp4", b"#EXTM3U\n#EXTINF:10,\nfile:///etc/hostname\n"),
+])  # fmt: skip
+def test_damaged_videos(tmp_path, name, data):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(Emu3Error, match=f"cannot read .*{name}: .*damaged or no video"):
+        load_clip(tmp_path / name)
+
+
+def test_a_video_that_ends_within_its_header(tmp_path):
+    save_clip(_frames(height=32, width=48), tmp_path / "x.mp4", 8.0)
+    (tmp_path / "cut.mp4").write_bytes((tmp_path / "x.mp4").read_bytes()[:300])
+    with pytest.raises(Emu3Error, match=r"cut\.mp4"):
+        load_clip(tmp_path / "cut.mp4")
+    with pytest.raises(Emu3Error, match=r"none\.mp4: there is no such file"):
+        load_clip(tmp_path / "none.mp4")
+
+
+def test_videos_need_pyav(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(Emu3Error, match=r"x\.mp4: video files need PyAV: pip install 'emu3-jax\[video\]'"):
+        load_clip(tmp_path / "x.mp4")
+    with pytest.raises(Emu3Error, match="need PyAV"):
+        save_clip(_frames(), tmp_path / "x.webm", 8.0)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("options, message", [({"fps": 0}, "fps is 0"), ({"frames": 0}, "frames is 0")])
+def test_rates_and_numbers_that_are_none(tmp_path, options, message):
+    with pytest.raises(Emu3Error, match=message):
+        load_clip(tmp_path, **options)

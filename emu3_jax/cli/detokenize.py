@@ -1,4 +1,4 @@
-"""Decode codes: DIR/NAME.png per [h, w] array, an animated DIR/NAME.webp or .gif per [t, h, w] array."""
+"""Decode codes: DIR/NAME.png per [h, w] array, an animated DIR/NAME.webp (or --clip-format) per [t, h, w] array."""
 
 import argparse
 import pathlib
@@ -9,7 +9,9 @@ from emu3_jax.cli import common
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("codes", type=pathlib.Path, metavar="CODES.npz")
     common.add_model(command)
-    command.add_argument("--clip-format", choices=("webp", "gif"), default="webp", help="of clips (default: webp)")
+    command.add_argument(
+        "--clip-format", choices=("webp", "png", "gif", "mp4", "webm"), default="webp", help="of clips (default: webp)"
+    )
     command.add_argument("--fps", type=float, default=12.0, help="frame rate of clips (default: %(default)s)")
     common.add_independent(command)
     command.add_argument("-o", "--output", type=pathlib.Path, required=True, metavar="DIR")

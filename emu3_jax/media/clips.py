@@ -1,4 +1,4 @@
-"""Clips to arrays and back: animated GIF, WebP and PNG files, and folders of frames."""
+"""Clips to arrays and back: animated GIF, WebP and PNG files, folders of frames, and videos."""
 
 import dataclasses
 import math
@@ -12,6 +12,7 @@ from emu3_jax.config import ImageConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.files import new_file
 from emu3_jax.media.images import load_image, open_picture, preprocess, to_rgb
+from emu3_jax.media.videos import is_video, read_video, write_video
 
 DEFAULT_FPS = 24.0  # where nothing tells the rate; Emu3 was trained on clips of 24 frames per second
 MAX_CLIP_BYTES = 4 * 2**30  # a few kilobytes of GIF can stand for more frames than memory holds
@@ -19,7 +20,7 @@ MAX_CLIP_BYTES = 4 * 2**30  # a few kilobytes of GIF can stand for more frames t
 # Other formats hold several pictures too, but as pages (TIFF) or previews (MPO, which phones write as .jpg).
 _ANIMATED_FORMATS = ("GIF", "WEBP", "PNG", "AVIF")
 _UNTIMED_MS = 100  # how long browsers show a frame that says 0
-_SHORTEST_MS = {".gif": 20, ".webp": 1}  # GIF counts hundredths of a second, and players slow down below two
+_SHORTEST_MS = {".gif": 20, ".webp": 1, ".png": 1}  # GIF counts hundredths of a second, and players slow down below two
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,28 +39,67 @@ class Clip:
 
 
 def is_animated(path: Path) -> bool:
-    """Whether `path` is a clip: a folder, or a GIF, WebP, PNG or AVIF file of more than one frame.
+    """Whether `path` is a clip: a folder, a video, or a GIF, WebP, PNG or AVIF file of more than one frame.
 
     Raises:
         Emu3Error: the file is missing or no picture.
     """
-    if Path(path).is_dir():
+    if Path(path).is_dir() or is_video(path):
         return True
     with open_picture(path) as image:
         return image.format in _ANIMATED_FORMATS and len(_frame_numbers(image)) > 1
 
 
-def load_clip(path: Path) -> Clip:
-    """Reads an animated file, or a folder of pictures in natural order (`frame2` before `frame10`).
+def load_clip(path: Path, *, fps: float | None = None, frames: int | None = None) -> Clip:
+    """Reads a video, an animated file, or a folder of pictures in natural order (`frame2` before `frame10`).
 
     An animated file plays at the rate of its shortest frame; a frame that is shown k times as long stands k times in
     the clip, since encoders merge equal frames. Transparent parts become white. A folder's frames are read like
-    single pictures, at 24 frames per second.
+    single pictures, at 24 frames per second. Videos of changing rate get their average one.
+
+    Args:
+        path: of the file or folder.
+        fps: the clip is resampled to this rate; see `resample`.
+        frames: with `fps` the clip ends after so many; without, that many are taken from all of it. With both, no more
+            of a long video is held in memory.
 
     Raises:
-        Emu3Error: a file is missing, damaged or too large, a folder holds no pictures, or frames differ in size.
+        Emu3Error: a file is missing, damaged or too large, a folder holds no pictures, frames differ in size, or PyAV
+            is missing for a video.
     """
-    return _load_folder(Path(path)) if Path(path).is_dir() else _load_animation(path)
+    _check_resampling(fps, frames)
+    path = Path(path)
+    if path.is_dir():
+        return resample(_load_folder(path), fps, frames)
+    if is_video(path):
+        return _load_video(path, fps, frames)
+    return resample(_load_animation(path), fps, frames)
+
+
+def resample(clip: Clip, fps: float | None = None, frames: int | None = None) -> Clip:
+    """The clip at another rate, or of another number of frames: frame i is what the clip shows at its instant.
+
+    Args:
+        clip: what to take frames from.
+        fps: the new rate: one frame for each instant before the clip's end.
+        frames: with `fps`, the clip ends after so many, if it has them; without, so many are spread over all of it, and
+            the duration stays.
+
+    Raises:
+        Emu3Error: a rate or number that is not legal.
+    """
+    _check_resampling(fps, frames)
+    total = len(clip.frames)
+    if fps is None and frames is None:
+        return clip
+    if fps is None:
+        count, fps = frames, clip.fps * frames / total
+    else:
+        count = max(1, math.ceil(total / clip.fps * fps - 1e-3))
+        count = count if frames is None else min(count, frames)
+    # A little more than the instant itself: what falls on a frame's beginning is that frame, however it is rounded.
+    shown = np.minimum((np.arange(count) * (clip.fps / fps) + 1e-6).astype(int), total - 1)
+    return Clip(clip.frames[shown], fps)
 
 
 def preprocess_clip(clip: Clip, config: ImageConfig, factor: int) -> np.ndarray:
@@ -72,17 +112,23 @@ def preprocess_clip(clip: Clip, config: ImageConfig, factor: int) -> np.ndarray:
 
 
 def save_clip(frames: np.ndarray, path: Path, fps: float) -> None:
-    """Writes uint8 frames `[T, H, W, 3]` as animated WebP (lossless) or GIF (256 colours), whole or not at all.
+    """Writes uint8 frames `[T, H, W, 3]` as a clip, whole or not at all.
 
-    Every frame is shown equally long: a whole number of milliseconds in WebP, of hundredths of a second in GIF.
+    Animated WebP and PNG lose nothing, GIF has 256 colours, MP4 and WebM (which need PyAV) lose a little. Every frame
+    is shown equally long: a whole number of milliseconds in WebP and PNG, of hundredths of a second in GIF.
 
     Raises:
-        Emu3Error: the ending is neither .webp nor .gif, the rate is out of range, or the file cannot be written.
+        Emu3Error: the ending is none of these, the rate is out of range, PyAV is missing, or the file cannot be
+            written.
     """
     clip, path = Clip(frames, fps), Path(path)
     suffix = path.suffix.lower()
+    if suffix in (".mp4", ".webm"):
+        with new_file(path) as temporary:
+            write_video(clip.frames, temporary, suffix, fps)
+        return
     if suffix not in _SHORTEST_MS:
-        raise Emu3Error(f"cannot write a clip to {path}: the name must end in .webp or .gif")
+        raise Emu3Error(f"cannot write a clip to {path}: the name must end in .webp, .png, .gif, .mp4 or .webm")
     shortest = _SHORTEST_MS[suffix]
     if not 0.1 <= fps <= 1000 / shortest:
         raise Emu3Error(f"fps is {fps}: a {suffix} clip shows from 0.1 to {1000 // shortest} frames per second")
@@ -93,6 +139,25 @@ def save_clip(frames: np.ndarray, path: Path, fps: float) -> None:
     first, *rest = (Image.fromarray(frame) for frame in clip.frames)
     with new_file(path) as temporary:
         first.save(temporary, format=suffix[1:].upper(), append_images=rest, **options)
+
+
+def _load_video(path: Path, fps: float | None, frames: int | None) -> Clip:
+    kept, rate = [], DEFAULT_FPS
+    for frame, found in read_video(path, fps):
+        kept.append(frame)
+        rate = found
+        _check_memory(f"the clip {path}", len(kept), (frame.shape[1], frame.shape[0]))
+        if fps is not None and len(kept) == frames:
+            break
+    clip = Clip(np.stack(kept), rate)
+    return clip if fps is not None else resample(clip, None, frames)
+
+
+def _check_resampling(fps: float | None, frames: int | None) -> None:
+    if fps is not None and not (math.isfinite(fps) and fps > 0):
+        raise Emu3Error(f"fps is {fps}: it must be a finite number > 0")
+    if frames is not None and not (isinstance(frames, int) and frames >= 1):
+        raise Emu3Error(f"frames is {frames!r}: it must be a whole number >= 1")
 
 
 def _load_animation(path: Path) -> Clip:
