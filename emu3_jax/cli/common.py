@@ -30,6 +30,12 @@ def add_quantize(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_clip_format(command: argparse.ArgumentParser, name: str) -> None:
+    """An option `name` with the endings that `save_clip` writes."""
+    formats = ("webp", "png", "gif", "mp4", "webm")
+    command.add_argument(name, choices=formats, default="webp", help="of clips (default: %(default)s)")
+
+
 def add_independent(command: argparse.ArgumentParser) -> None:
     """`--independent`."""
     command.add_argument(
