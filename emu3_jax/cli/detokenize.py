@@ -9,9 +9,7 @@ from emu3_jax.cli import common
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("codes", type=pathlib.Path, metavar="CODES.npz")
     common.add_model(command)
-    command.add_argument(
-        "--clip-format", choices=("webp", "png", "gif", "mp4", "webm"), default="webp", help="of clips (default: webp)"
-    )
+    common.add_clip_format(command, "--clip-format")
     command.add_argument("--fps", type=float, default=12.0, help="frame rate of clips (default: %(default)s)")
     common.add_independent(command)
     command.add_argument("-o", "--output", type=pathlib.Path, required=True, metavar="DIR")

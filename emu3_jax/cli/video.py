@@ -13,9 +13,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--fps", type=float, default=8.0, metavar="F", help="frames per second (default: %(default)s)")
     command.add_argument("--ratio", default="1:1", metavar="W:H", help="default: %(default)s")
     common.add_drawing(command)
-    command.add_argument(
-        "--format", choices=("webp", "png", "gif", "mp4", "webm"), default="webp", help="default: %(default)s"
-    )
+    common.add_clip_format(command, "--format")
     command.add_argument("-o", "--output", type=pathlib.Path, required=True, metavar="DIR")
 
 
