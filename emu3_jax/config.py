@@ -261,6 +261,9 @@ class SpecialTokens:
         return self.visual_start + self.visual_count
 
 
+CLIP_LAYOUTS = ("lines", "flat")
+
+
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """The decoder (upstream `Emu3Config`). Defaults are the published 8 B models; `dtype` is the compute dtype."""
@@ -275,10 +278,15 @@ class DecoderConfig:
     rms_norm_eps: float = 1e-5
     rope_theta: float = 1_000_000.0
     image_area: int = 720 * 720  # pixels; the area that pictures are generated at by default
+    clip_frames: int | None = None  # of the clips that it was trained on; None where nobody says
+    clip_layout: str = "lines"  # of their tokens: "lines" ends rows with EOL, "flat" does not
     dtype: str = "bfloat16"
     tokens: SpecialTokens = SpecialTokens()
 
     def __post_init__(self):
+        if self.clip_frames is not None:
+            _positive_int(self, "clip_frames")
+        _require(self.clip_layout in CLIP_LAYOUTS, "clip_layout", self.clip_layout, " or ".join(CLIP_LAYOUTS))
         _positive_int(
             self, "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
             "max_positions", "image_area",

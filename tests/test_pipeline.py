@@ -11,7 +11,11 @@ from PIL import Image
 
 import emu3_jax
 from emu3_jax import Clip, Emu3Error
-from emu3_jax.text.prompts import parse_images
+from emu3_jax.generation import engine
+from emu3_jax.generation.schedule import clip_schedule
+from emu3_jax.media.images import normalise
+from emu3_jax.models.vision import make_encoder
+from emu3_jax.text.prompts import frame_ids, generation_prompt, parse_images
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +86,8 @@ def test_clips_are_cut_to_their_frames_and_a_seed_means_the_same_in_any_company(
     np.testing.assert_array_equal(alone.frames, together[1].frames)
     (first,) = golden_model.generate_clips("b", frames=4, seed=6, guidance=1.0, **small())
     assert first.frames.shape == (4, 32, 32, 3)
-    for options, message in (({"frames": 0}, "frames is 0"), ({"frames": 4096}, "positions")):
-        with pytest.raises(Emu3Error, match=message):
-            golden_model.generate_clips("a", **small(**options))
+    with pytest.raises(Emu3Error, match="frames is 0"):
+        golden_model.generate_clips("a", **small(frames=0))
 
 
 def test_pictures_say_how_they_were_made(golden_model):
@@ -109,6 +112,79 @@ def test_the_default_area_is_the_models(golden_model, monkeypatch):
     with pytest.raises(Emu3Error, match="enough"):
         golden_model.generate("a")
     assert asked == [golden_model.language.config.image_area] == [518400]
+
+
+def test_clips_are_extended(golden_model):
+    rng = np.random.default_rng(0)
+    first, second = (Clip(rng.integers(0, 256, (count, 32, 32, 3), np.uint8), 6.0) for count in (5, 7))
+    clips = golden_model.generate_clips(["a", "b"], frames=6, extend=[first, second], seed=5, **small())
+    assert [clip.frames.shape for clip in clips] == [(11, 32, 32, 3), (13, 32, 32, 3)] and clips[0].fps == 6
+    for clip, given in zip(clips, (first, second), strict=True):
+        np.testing.assert_array_equal(clip.frames[: len(given.frames)], given.frames)
+    (alone,) = golden_model.generate_clips("b", frames=6, extend=second, seed=6, **small())
+    np.testing.assert_array_equal(alone.frames, clips[1].frames)
+    # The context matters: other frames before, other frames after.
+    (other,) = golden_model.generate_clips("b", frames=6, extend=Clip(second.frames[::-1]), seed=6, **small())
+    assert (other.frames[7:] != alone.frames[7:]).any()
+
+
+def test_what_is_extended_stands_before_the_new_tokens(golden_model, monkeypatch):
+    """Against the ids themselves: the prompt of the decoder is the whole clip's, cut where the new frames begin."""
+    seen = []
+    run = engine.run
+
+    def watched(params, config, prompts, schedules, *rest, **options):
+        seen.append((prompts[0], schedules[0]))
+        return run(params, config, prompts, schedules, *rest, **options)
+
+    monkeypatch.setattr(engine, "run", watched)
+    language = golden_model.language
+    clip = Clip(np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8))
+    (made,) = golden_model.generate_clips("a", frames=8, extend=clip, guidance=1.0, **small())
+    ((prompt, schedule),) = seen
+    pixels = normalise(clip.frames, golden_model.vision.image)
+    codes = np.asarray(make_encoder(golden_model.vision.config)(golden_model.vision.params, pixels[None]))[0]
+    special = language.config.tokens
+    head = generation_prompt(language.tokenizer, special, "a", 4, 4, 4)
+    assert prompt == [*head, *frame_ids(special, codes, "lines")]
+    np.testing.assert_array_equal(schedule, clip_schedule(4, 4, 4)[2 * (4 * 5 + 1) :])
+    assert len(made.frames) == 16
+
+
+def test_clips_longer_than_a_window_slide(golden_model):
+    (clip,) = golden_model.generate_clips("a", frames=14, window=8, seed=1, **small())
+    assert clip.frames.shape == (14, 32, 32, 3)
+    (first,) = golden_model.generate_clips("a", frames=8, window=8, seed=1, **small())
+    np.testing.assert_array_equal(clip.frames[:8], first.frames)
+    (next_one,) = golden_model.generate_clips(
+        "a", frames=4, window=8, extend=first, seed=(1 + 0x9E3779B9) % 2**32, **small()
+    )
+    np.testing.assert_array_equal(clip.frames[8:12], next_one.frames[8:])
+
+
+def test_a_picture_is_extended_at_its_ratio(golden_model):
+    (clip,) = golden_model.generate_clips("a", frames=4, extend=Image.new("RGB", (80, 40), "red"), **small(area=2048))
+    assert clip.frames.shape == (5, 32, 64, 3) and (clip.frames[0] == (255, 0, 0)).all()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"frames": 12, "window": 4}, "a window of 4 frames of 4x4 tokens does not do: .* call for 8 frames or more"),
+        ({"window": 4, "extend": Image.new("RGB", (32, 32))}, "call for 8 frames or more"),
+        ({"window": 10**6}, "frames or less"),
+        ({"extend": []}, "extend has 0 values for 1 rows"),
+    ],
+)
+def test_windows_and_clips_that_do_not_do(golden_model, options, message):
+    with pytest.raises(Emu3Error, match=message):
+        golden_model.generate_clips("a", **small(**options))
+
+
+def test_clips_to_extend_need_one_shape(golden_model):
+    pictures = [Image.new("RGB", (32, 32)), Image.new("RGB", (64, 32))]
+    with pytest.raises(Emu3Error, match="differ in size: give one ratio"):
+        golden_model.generate_clips(["a", "b"], extend=pictures, **small())
 
 
 def test_codes_of_files_images_arrays_and_clips(golden_model):

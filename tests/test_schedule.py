@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emu3_jax.config import SpecialTokens
-from emu3_jax.data.sequences import LAYOUTS, clip_ids
+from emu3_jax.config import CLIP_LAYOUTS, SpecialTokens
+from emu3_jax.data.sequences import clip_ids
 from emu3_jax.generation.schedule import (
     SAMPLED,
     clip_schedule,
@@ -60,7 +60,7 @@ def test_mixed_rows_are_padded_and_stop_at_the_last_choice():
     assert sampled_steps(np.zeros((2, 5), np.int8)) == 0
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", CLIP_LAYOUTS)
 def test_a_clip_s_schedule_is_what_training_shows(layout):
     special = special_tokens(300, 64)
     codes = np.arange(2 * 3 * 4).reshape(2, 3, 4)

@@ -1,4 +1,4 @@
-"""Generate one clip per prompt: DIR/000.webp ... For models trained on clips; no published weights are."""
+"""Generate or extend one clip per prompt: DIR/000.webp ... For models trained on clips; no published weights are."""
 
 import argparse
 import pathlib
@@ -9,9 +9,11 @@ from emu3_jax.cli import common
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("prompts", nargs="+", metavar="PROMPT", help="what to show")
     common.add_model(command)
-    command.add_argument("--frames", type=int, default=8, metavar="N", help="of each clip (default: %(default)s)")
-    command.add_argument("--fps", type=float, default=8.0, metavar="F", help="frames per second (default: %(default)s)")
-    command.add_argument("--ratio", default="1:1", metavar="W:H", help="default: %(default)s")
+    command.add_argument("--frames", type=int, default=8, metavar="N", help="new ones of each clip (default: 8)")
+    command.add_argument("--fps", type=float, metavar="F", help="frames per second (default: those of --extend, or 8)")
+    command.add_argument("--extend", type=pathlib.Path, metavar="CLIP", help="go on from this clip or picture")
+    command.add_argument("--window", type=int, metavar="N", help="frames of one pass (default: as in training)")
+    command.add_argument("--ratio", metavar="W:H", help="default: that of --extend, or 1:1")
     common.add_drawing(command)
     common.add_clip_format(command, "--format")
     command.add_argument("-o", "--output", type=pathlib.Path, required=True, metavar="DIR")
@@ -32,7 +34,9 @@ def run(options: argparse.Namespace) -> None:
         clips = model.generate_clips(
             options.prompts,
             frames=options.frames,
-            fps=options.fps,
+            fps=options.fps or (None if options.extend else 8.0),
+            extend=options.extend,
+            window=options.window,
             ratio=options.ratio,
             **common.drawing(options),
             progress=common.progress(options) if first else False,

@@ -15,14 +15,21 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
-from emu3_jax.config import SpecialTokens
+from emu3_jax.config import CLIP_LAYOUTS, SpecialTokens
 from emu3_jax.data.records import Record, Turn
 from emu3_jax.errors import Emu3Error
-from emu3_jax.text.prompts import CHAT, STAGE1, PromptTemplates, image_ids, media_head, understanding_prompt
+from emu3_jax.text.prompts import (
+    CHAT,
+    STAGE1,
+    PromptTemplates,
+    frame_ids,
+    image_ids,
+    media_head,
+    understanding_prompt,
+)
 from emu3_jax.text.tokenizer import Tokenizer
 
 LOSSES = ("vision", "text", "all")
-LAYOUTS = ("lines", "flat")
 
 # How turns after the first are put; the templates themselves only know one.
 _NEXT_TURNS = {CHAT: "USER: {text}. ASSISTANT:", STAGE1: "{text}"}
@@ -87,7 +94,7 @@ class NextFrame:
         loss: one of `LOSSES`.
         prompt_dropout: share of sequences without caption.
         eos: ends sequences with EOS.
-        layout: one of `LAYOUTS`.
+        layout: one of `CLIP_LAYOUTS`.
     """
 
     loss: str = "vision"
@@ -98,8 +105,8 @@ class NextFrame:
     def __post_init__(self):
         _check_loss(self.loss)
         _check_dropout(self.prompt_dropout)
-        if self.layout not in LAYOUTS:
-            raise Emu3Error(f"layout is {self.layout!r}: it must be one of {', '.join(LAYOUTS)}")
+        if self.layout not in CLIP_LAYOUTS:
+            raise Emu3Error(f"layout is {self.layout!r}: it must be one of {', '.join(CLIP_LAYOUTS)}")
 
     def sequence(
         self, record: Record, tokenizer: Tokenizer, templates: PromptTemplates, drop_prompt: bool = False
@@ -174,13 +181,8 @@ def clip_ids(tokenizer: Tokenizer, special: SpecialTokens, codes: np.ndarray, la
     Raises:
         Emu3Error: a code is outside the codebook.
     """
-    frames, rows, columns = codes.shape
     _check_codebook(codes, special)
-    visual = codes.astype(np.int64) + special.visual_start
-    if layout == "lines":
-        visual = np.pad(visual, ((0, 0), (0, 0), (0, 1)), constant_values=special.eol)
-    body = np.pad(visual.reshape(frames, -1), ((0, 0), (0, 1)), constant_values=special.eof)
-    return [*media_head(tokenizer, special, frames, rows, columns), *body.ravel().tolist(), special.eoi]
+    return [*media_head(tokenizer, special, *codes.shape), *frame_ids(special, codes, layout), special.eoi]
 
 
 def padded_row(

@@ -18,12 +18,12 @@ from emu3_jax.generation import engine
 from emu3_jax.generation.sampling import RowSettings
 from emu3_jax.generation.schedule import TokenClass, clip_schedule, image_schedule, text_schedule
 from emu3_jax.media.clips import DEFAULT_FPS, Clip, preprocess_clip
-from emu3_jax.media.images import postprocess, preprocess
+from emu3_jax.media.images import normalise, postprocess, preprocess
 from emu3_jax.media.inputs import Media, as_media
 from emu3_jax.media.sizes import generate_size
 from emu3_jax.models.vision import Stream, check_codes, make_decoder, make_encoder
 from emu3_jax.sharding.rules import batch_shards, use_mesh
-from emu3_jax.text.prompts import PromptTemplates, generation_prompt, understanding_prompt
+from emu3_jax.text.prompts import PromptTemplates, frame_ids, generation_prompt, understanding_prompt
 from emu3_jax.text.tokenizer import Tokenizer
 
 PART_FRAMES = 16  # of a clip that pass the tokenizer together
@@ -192,8 +192,10 @@ class Emu3:
         prompts: str | Sequence[str],
         *,
         frames: int = 8,
-        fps: float = DEFAULT_FPS,
-        ratio: str = "1:1",
+        fps: float | None = None,
+        extend: Media | Sequence[Media] | None = None,
+        window: int | None = None,
+        ratio: str | None = None,
         area: int | None = None,
         negative: str | Sequence[str] = "",
         guidance: float | Sequence[float] = 3.0,
@@ -208,47 +210,123 @@ class Emu3:
     ) -> list[Clip]:
         """Generates one clip per prompt, frame after frame, as `data.sequences.NextFrame` trains it.
 
-        No published weights generate clips: this is for models that this project trained. The arguments and errors
-        are those of `generate_sequences`, and:
+        No published weights generate clips: this is for models that this project trained. What is longer than `window`
+        is made in several passes, each of which sees the last half of the window, tokenized anew, as a clip that begins
+        there. The arguments and errors are those of `generate_sequences`, and:
 
         Args:
-            frames: of a clip; what the temporal factor does not divide is filled up, and cut off again.
-            fps: frames per second that the clips are labelled with.
+            frames: that are new; what the temporal factor does not divide is filled up, and cut off again.
+            fps: frames per second that the clips are labelled with; by default those of `extend`, or 24.
+            extend: what the new frames go on from: a clip, or a picture, for all prompts or one for each. The result
+                begins with it, scaled to the generated size. A clip of fewer frames than the temporal factor begins
+                with repetitions of its first, which are cut off again.
+            window: frames of one pass, old and new; by default those of the clips that the model was trained on, or
+                as many as its positions hold.
+            ratio: of all clips; by default that of `extend`, or 1:1.
         """
         language, vision = self.language, self.vision
         prompts = _prompts(prompts)
         if not isinstance(frames, int) or frames < 1:
             raise Emu3Error(f"frames is {frames!r}: it must be a whole number >= 1")
-        area = language.config.image_area if area is None else area
-        size = (-(-frames // vision.config.temporal_factor), *generate_size(ratio, area, vision.config.spatial_factor))
+        config, factor = language.config, vision.config.temporal_factor
+        given = [_as_clip(item) for item in _per_row("extend", extend, len(prompts))] if extend is not None else []
+        if ratio is None:
+            shapes = {clip.frames.shape[1:3] for clip in given}
+            if len(shapes) > 1:
+                raise Emu3Error("the clips to extend differ in size: give one ratio, or extend them one by one")
+            ratio = "{1}:{0}".format(*shapes.pop()) if shapes else "1:1"
+        fps = fps or (given[0].fps if given else DEFAULT_FPS)
+        area = config.image_area if area is None else area
+        size = generate_size(ratio, area, vision.config.spatial_factor)
         settings = _row_settings(len(prompts), 0.0 if greedy else temperature, top_k, top_p, guidance, seed)
         negatives = _per_row("negative", negative, len(prompts))
-        sizes, schedules = [size] * len(prompts), [clip_schedule(*size)] * len(prompts)
-        drawn = self._draw(prompts, negatives, sizes, schedules, settings, allow_special, batch_size, progress)
-        return [Clip(_decode(vision, codes).frames[:frames], fps) for _, _, codes in drawn]
+        made = [_fitted(clip, size, vision.config.spatial_factor) for clip in given]
+        if not given:
+            made = [np.zeros((0, *(side * vision.config.spatial_factor for side in size), 3), np.uint8)] * len(prompts)
+        missing = -(-frames // factor)
+        latents = self._window(window, [*prompts, *negatives], size, missing, bool(given), allow_special)
+        while missing:
+            old = min(latents // 2, -(-min(len(clip) for clip in made) // factor)) if len(made[0]) else 0
+            new = min(latents - old, missing)
+            contexts = [self._last_latents(clip, old) for clip in made]
+            sizes, schedule = [(old + new, *size)] * len(prompts), clip_schedule(old + new, *size, config.clip_layout)
+            known = len(frame_ids(config.tokens, np.zeros((old, *size), int), config.clip_layout)) if old else 0
+            drawn = self._draw(
+                prompts, negatives, sizes, [schedule[known:]] * len(prompts), settings, allow_special, batch_size,
+                progress, contexts,
+            )  # fmt: skip
+            for index, (_, _, codes) in enumerate(drawn):
+                whole = _decode(vision, codes).frames
+                made[index] = np.concatenate([made[index], whole[old * factor :]])
+            missing -= new
+            # Other random numbers in each pass: the same ones would make it the last one's like.
+            settings = settings.replace(seed=settings.seed + np.uint32(0x9E3779B9))
+        excess = -frames % factor
+        return [Clip(clip[: len(clip) - excess], fps) for clip in made]
+
+    def _window(self, window, texts, size, missing, extending, allow_special) -> int:
+        """Latent frames of one pass."""
+        config, factor = self.language.config, self.vision.config.temporal_factor
+        window = window or config.clip_frames
+        frame = size[0] * (size[1] + (config.clip_layout == "lines")) + 1
+        longest = max(
+            len(
+                generation_prompt(self.language.tokenizer, config.tokens, text, 999, *size, allow_special=allow_special)
+            )
+            for text in texts
+        )
+        fits = (config.max_positions - longest - 2) // frame
+        latents = min(fits, missing + missing * extending) if window is None else -(-window // factor)
+        least = 1 + (extending or latents < missing)
+        if latents < least or latents > fits:
+            needed = f"{least * factor} frames or more" if latents < least else f"{fits * factor} frames or less"
+            raise Emu3Error(
+                f"a window of {latents * factor} frames of {size[0]}x{size[1]} tokens does not do: with the longest "
+                f"prompt the model's {config.max_positions} positions and the task call for {needed}; change the "
+                "window, choose a smaller area or a shorter prompt"
+            )
+        return latents
+
+    def _last_latents(self, frames: np.ndarray, count: int) -> np.ndarray | None:
+        """Codes [count, h, w] of the clip's end."""
+        if not count:
+            return None
+        vision = self.vision
+        frames = frames[-count * vision.config.temporal_factor :]
+        lacking = count * vision.config.temporal_factor - len(frames)
+        frames = np.concatenate([np.repeat(frames[:1], lacking, axis=0), frames])
+        pixels = normalise(frames, vision.image)
+        return np.asarray(make_encoder(vision.config)(vision.params, pixels[None]))[0]
 
     def _draw(
-        self, prompts, negatives, sizes, schedules, settings, allow_special, batch_size, progress
+        self, prompts, negatives, sizes, schedules, settings, allow_special, batch_size, progress, contexts=None
     ) -> list[tuple[np.ndarray, int, np.ndarray]]:
-        """For each prompt its ids, how many of them are the prompt, and the codes drawn, in the shape of `sizes`."""
+        """For each prompt its ids, how many of them are the prompt, and the codes drawn, in the shape of `sizes`.
+
+        `contexts` are the codes of a clip's first frames, or None: they end the prompt, and begin the codes.
+        """
         language = self.language
         if batch_size < 1:
             raise Emu3Error(f"batch_size is {batch_size}: it must be at least 1")
         special = language.config.tokens
+        contexts = contexts or [None] * len(prompts)
+        known = [[] if codes is None else frame_ids(special, codes, language.config.clip_layout) for codes in contexts]
 
         def rows_of(texts):
             return [
-                generation_prompt(language.tokenizer, special, text, *size, allow_special=allow_special)
-                for text, size in zip(texts, sizes, strict=True)
+                generation_prompt(language.tokenizer, special, text, *size, allow_special=allow_special) + ids
+                for text, size, ids in zip(texts, sizes, known, strict=True)
             ]
 
         conditional, unconditional = rows_of(prompts), rows_of(negatives)
         engine.check_positions(language.config, conditional, schedules, unconditional)
         generated = _run_batches(language, conditional, schedules, settings, unconditional, batch_size, progress)
         results = []
-        for prompt, schedule, size, ids in zip(conditional, schedules, sizes, generated, strict=True):
-            codes = (ids[schedule == TokenClass.VISUAL] - special.visual_start).astype(np.int32).reshape(size)
-            results.append((np.concatenate([np.asarray(prompt, np.int32), ids]), len(prompt), codes))
+        for prompt, schedule, size, old, ids in zip(conditional, schedules, sizes, contexts, generated, strict=True):
+            codes = (ids[schedule == TokenClass.VISUAL] - special.visual_start).astype(np.int32)
+            if old is not None:
+                codes = np.concatenate([old.ravel(), codes])
+            results.append((np.concatenate([np.asarray(prompt, np.int32), ids]), len(prompt), codes.reshape(size)))
         return results
 
     def chat(
@@ -306,6 +384,20 @@ class Emu3:
             schedules.append(text_schedule(min(max_new_tokens, room)))
         generated = _run_batches(language, inputs, schedules, settings, None, batch_size, progress)
         return [language.tokenizer.decode(ids.tolist(), skip_special=True) for ids in generated]
+
+
+def _as_clip(item: Media) -> Clip:
+    media = as_media(item)
+    return media if isinstance(media, Clip) else Clip(np.asarray(media)[None])
+
+
+def _fitted(clip: Clip, size: tuple[int, int], factor: int) -> np.ndarray:
+    """uint8 frames of `size` tokens."""
+    height, width = (side * factor for side in size)
+    if clip.frames.shape[1:3] == (height, width):
+        return clip.frames
+    images = (Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC) for frame in clip.frames)
+    return np.stack([np.asarray(image) for image in images])
 
 
 def _encode(vision: Vision, item: Media, independent: bool = False) -> np.ndarray:

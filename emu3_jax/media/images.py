@@ -55,7 +55,11 @@ def preprocess(image: Image.Image, config: ImageConfig, factor: int) -> np.ndarr
     """
     image = to_rgb(image)
     height, width = smart_resize(image.height, image.width, factor, config.min_pixels, config.max_pixels)
-    pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+    return normalise(np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)), config)
+
+
+def normalise(pixels: np.ndarray, config: ImageConfig) -> np.ndarray:
+    """uint8 pixels `[..., H, W, 3]` to float32, with the config's mean and standard deviation."""
     scaled = (pixels * (1 / 255)).astype(np.float32)  # the product is float64, as in the reference
     return (scaled - np.float32(config.mean)) / np.float32(config.std)
 

@@ -133,6 +133,14 @@ def media_head(tokenizer: Tokenizer, special: SpecialTokens, *size: int) -> list
     return [special.boi, *tokenizer.encode("*".join(map(str, size))), special.img]
 
 
+def frame_ids(special: SpecialTokens, codes: np.ndarray, layout: str) -> list[int]:
+    """The frames of `codes` (int [t, h, w], inside the codebook), each followed by EOF; `layout`: of `CLIP_LAYOUTS`."""
+    visual = codes.astype(np.int64) + special.visual_start
+    if layout == "lines":
+        visual = np.pad(visual, ((0, 0), (0, 0), (0, 1)), constant_values=special.eol)
+    return np.pad(visual.reshape(len(codes), -1), ((0, 0), (0, 1)), constant_values=special.eof).ravel().tolist()
+
+
 def _parse_image(ids: list[int], special: SpecialTokens, picture: int) -> np.ndarray:
     """Codes of what stands between BOI and EOI; the rows decide the size, the size text before IMG does not."""
     body = ids[ids.index(special.img) + 1 :] if special.img in ids else ids

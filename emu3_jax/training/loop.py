@@ -85,7 +85,7 @@ def _decoder(config: TrainConfig, bundle: Bundle) -> DecoderConfig:
         for field in dataclasses.fields(DecoderConfig):
             old, new = getattr(found, field.name), getattr(wanted, field.name)
             # How the products are computed, and what pictures are by default, is no property of the weights.
-            if old != new and field.name not in ("dtype", "image_area", "max_positions"):
+            if old != new and field.name not in ("dtype", "image_area", "max_positions", "clip_frames", "clip_layout"):
                 raise Emu3Error(
                     f"{bundle.path} is of another model: its decoder has {field.name} {old!r}, the config {new!r}; "
                     "correct the config's model.decoder, or leave it out"
