@@ -40,6 +40,7 @@ def decoder() -> DecoderConfig:
         max_positions=1024,
         rope_theta=10_000.0,
         image_area=32 * 32,
+        clip_frames=8,
         tokens=tokens,
     )
 
