@@ -144,8 +144,19 @@ def test_bench_prints_json_lines(capsys):
         run("bench", "decode", "--preset", "small", "--steps", 2, "--area", 4096, "--quantize", "int8", "--logits") == 0
     )
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert 0 < lines[0]["logit_error"] < 0.05 and lines[0]["same_likeliest"] > 0.8
+    assert 0 < lines[-1]["logit_error"] < 0.05 and lines[-1]["same_likeliest"] > 0.8
     assert lines[0]["quantize"] == "int8" and 0.5 < lines[1]["bytes_per_step"] / moved < 0.53
+
+
+def test_bench_on_a_mesh_and_bad_combinations(capsys):
+    arguments = ("bench", "decode", "--preset", "small", "--steps", 2, "--area", 1024, "--mesh", "tensor=2")
+    assert run(*arguments, "--whole") == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert lines[0]["mesh"]["tensor"] == 2 and lines[-1]["pixels_s"] > 0 and 0 < lines[-1]["sampler_share"] < 1
+    assert run(*arguments, "--model") == 2
+    assert "--mesh spreads a preset" in capsys.readouterr().err
+    assert run(*arguments[:-1], "tensor=3") == 2
+    assert "mesh tensor=3" in capsys.readouterr().err
 
 
 def test_bench_refuses_logits_that_nothing_moves(capsys):
