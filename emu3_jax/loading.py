@@ -9,7 +9,8 @@ from jax.sharding import Mesh
 from emu3_jax.checkpoints.bundle import Bundle
 from emu3_jax.checkpoints.embedded import embedded_bundle
 from emu3_jax.compilation import enable_persistent_cache
-from emu3_jax.generation.pipeline import Emu3, Language, Vision
+from emu3_jax.generation.codec import Vision
+from emu3_jax.generation.pipeline import Emu3, Language
 from emu3_jax.models.quantization import KINDS, check_kind
 from emu3_jax.sharding.mesh import make_mesh
 from emu3_jax.sharding.rules import decoder_shardings, vision_shardings
@@ -38,8 +39,8 @@ def load(
         quantize: "int8" keeps the decoder's matrices and the KV cache as int8, "int8-weights" the matrices alone, "fp8"
             the matrices as float8 (e4m3) and the cache as int8: half the memory, and other results. By
             default nothing is.
-        fast_pixels: codes are decoded at the device's default precision (TF32 on GPUs, bfloat16 on TPUs), several times
-            as fast and within a fraction of a step of 255 on average. Codes of pictures are always exact.
+        fast_pixels: codes are decoded at the device's default precision (TF32 on GPUs, bfloat16 on TPUs): faster, and
+            other pixels by a little. Codes of pictures are always exact.
 
     Raises:
         Emu3Error: if a bundle is absent or damaged, the mesh does not fit the devices or the model, or `quantize` is

@@ -11,7 +11,8 @@ from emu3_jax.benchmarks import vision as benchmark
 from emu3_jax.checkpoints.layouts import TRANSFORMERS_VISION, vision_params
 from emu3_jax.config import ImageConfig, VisionConfig
 from emu3_jax.errors import Emu3Error
-from emu3_jax.generation.pipeline import Emu3, Vision
+from emu3_jax.generation.codec import Vision
+from emu3_jax.generation.pipeline import Emu3
 from emu3_jax.media.clips import Clip, preprocess_clip
 from emu3_jax.media.images import postprocess
 from emu3_jax.models.quantizer import nearest_codes

@@ -4,12 +4,11 @@ import argparse
 
 
 def add_model(command: argparse.ArgumentParser) -> None:
-    """`--model`, `--vision`, `--dtype`, `--quantize`, `--fast-pixels`, `--mesh`, `--quiet`."""
+    """`--model`, `--vision`, `--dtype`, `--quantize`, `--mesh`, `--quiet`."""
     command.add_argument("--model", metavar="BUNDLE", help="bundle to use (default: the embedded model)")
     command.add_argument("--vision", metavar="BUNDLE", help="take the vision tokenizer from this bundle")
     add_dtype(command)
     add_quantize(command)
-    command.add_argument("--fast-pixels", action="store_true", help="decode pixels at the device's default precision")
     command.add_argument("--mesh", metavar="AXIS=N[,...]", help="spread the model over devices, for example tensor=4")
     add_quiet(command)
 
@@ -28,6 +27,11 @@ def add_quantize(command: argparse.ArgumentParser) -> None:
         choices=("int8", "int8-weights", "fp8"),
         help="narrow weights and KV cache: half the memory, other results",
     )
+
+
+def add_fast_pixels(command: argparse.ArgumentParser) -> None:
+    """`--fast-pixels`."""
+    command.add_argument("--fast-pixels", action="store_true", help="decode pixels at the device's default precision")
 
 
 def add_clip_format(command: argparse.ArgumentParser, name: str) -> None:
@@ -102,7 +106,7 @@ def load_model(options: argparse.Namespace):
         dtype=options.dtype,
         mesh=options.mesh,
         quantize=options.quantize,
-        fast_pixels=options.fast_pixels,
+        fast_pixels=getattr(options, "fast_pixels", False),  # of the commands that draw
     )
 
 

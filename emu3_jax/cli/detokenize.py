@@ -9,6 +9,7 @@ from emu3_jax.cli import common
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("codes", type=pathlib.Path, metavar="CODES.npz")
     common.add_model(command)
+    common.add_fast_pixels(command)
     common.add_clip_format(command, "--clip-format")
     command.add_argument("--fps", type=float, default=12.0, help="frame rate of clips (default: %(default)s)")
     common.add_independent(command)
@@ -19,11 +20,13 @@ def run(options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from emu3_jax.files import files_into
-    from emu3_jax.media.clips import Clip, save_clip
+    from emu3_jax.media.clips import Clip, check_writable, save_clip
     from emu3_jax.media.codes import load_codes
     from emu3_jax.media.images import save_png
 
     arrays = load_codes(options.codes)
+    if any(codes.ndim == 3 for codes in arrays.values()):
+        check_writable(options.output / f"clip.{options.clip_format}", options.fps)
     written = []
     model = common.load_model(options)
     with files_into(options.output) as directory:

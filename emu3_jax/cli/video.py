@@ -9,6 +9,7 @@ from emu3_jax.cli import common
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("prompts", nargs="+", metavar="PROMPT", help="what to show")
     common.add_model(command)
+    common.add_fast_pixels(command)
     command.add_argument("--frames", type=int, default=8, metavar="N", help="new ones of each clip (default: 8)")
     command.add_argument("--fps", type=float, metavar="F", help="frames per second (default: those of --extend, or 8)")
     command.add_argument("--extend", type=pathlib.Path, metavar="CLIP", help="go on from this clip or picture")
@@ -24,9 +25,15 @@ def run(options: argparse.Namespace) -> None:
 
     from emu3_jax import distributed
     from emu3_jax.files import files_into
-    from emu3_jax.media.clips import save_clip
+    from emu3_jax.media.clips import Clip, check_writable, save_clip
+    from emu3_jax.media.inputs import as_media
 
     distributed.start()
+    extend = options.extend and as_media(options.extend)
+    fps = options.fps
+    if fps is None:
+        fps = extend.fps if isinstance(extend, Clip) else 8.0
+    check_writable(options.output / f"000.{options.format}", fps)
     model = common.load_model(options)
     # All processes of a mesh compute; the first one shows and writes.
     first = distributed.first()
@@ -34,8 +41,8 @@ def run(options: argparse.Namespace) -> None:
         clips = model.generate_clips(
             options.prompts,
             frames=options.frames,
-            fps=options.fps or (None if options.extend else 8.0),
-            extend=options.extend,
+            fps=fps,
+            extend=extend,
             window=options.window,
             ratio=options.ratio,
             **common.drawing(options),

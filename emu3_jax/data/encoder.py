@@ -6,7 +6,8 @@ from emu3_jax.checkpoints.bundle import Bundle
 from emu3_jax.checkpoints.embedded import embedded_bundle
 from emu3_jax.compilation import enable_persistent_cache
 from emu3_jax.data.shards import Codebook
-from emu3_jax.generation.pipeline import Emu3, Vision
+from emu3_jax.generation.codec import Vision
+from emu3_jax.generation.pipeline import Emu3
 
 
 def load_encoder(bundle: Bundle) -> Emu3:

@@ -13,7 +13,7 @@ from emu3_jax.evaluation import metrics
 from emu3_jax.evaluation.config import EvaluateConfig
 from emu3_jax.evaluation.items import Data, choose, in_batches
 from emu3_jax.evaluation.page import Cell, Row, Section
-from emu3_jax.generation.pipeline import Vision
+from emu3_jax.generation.codec import Vision
 from emu3_jax.media.images import postprocess, preprocess
 from emu3_jax.models.vision import make_decoder, make_encoder
 

@@ -1,8 +1,6 @@
 """`Emu3`: a loaded model that generates pictures, answers about them, and turns them into codes and back."""
 
 import dataclasses
-import functools
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,31 +10,18 @@ from jax.sharding import Mesh
 from PIL import Image
 from tqdm import tqdm
 
-from emu3_jax.config import DecoderConfig, ImageConfig, VisionConfig
+from emu3_jax.config import DecoderConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.generation import engine
+from emu3_jax.generation.codec import Vision, decode, encode, encode_end
 from emu3_jax.generation.sampling import RowSettings
 from emu3_jax.generation.schedule import TokenClass, clip_schedule, image_schedule, text_schedule
-from emu3_jax.media.clips import DEFAULT_FPS, Clip, preprocess_clip
-from emu3_jax.media.images import normalise, postprocess, preprocess
-from emu3_jax.media.inputs import Media, as_media
+from emu3_jax.media.clips import DEFAULT_FPS, Clip, check_fps, resize_frames
+from emu3_jax.media.inputs import Media, as_clip
 from emu3_jax.media.sizes import generate_size
-from emu3_jax.models.vision import Stream, check_codes, make_decoder, make_encoder
 from emu3_jax.sharding.rules import batch_shards, use_mesh
 from emu3_jax.text.prompts import PromptTemplates, frame_ids, generation_prompt, understanding_prompt
 from emu3_jax.text.tokenizer import Tokenizer
-
-PART_FRAMES = 16  # of a clip that pass the tokenizer together
-
-
-@dataclasses.dataclass(frozen=True)
-class Vision:
-    """The vision tokenizer in memory; several models may hold the same one. `fast`: see `make_decoder`."""
-
-    config: VisionConfig
-    image: ImageConfig
-    params: Any
-    fast: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +97,7 @@ class Emu3:
                 upstream's script does. Other codes.
         """
         vision = self.vision
-        return [_encode(vision, item, independent) for item in media]
+        return [encode(vision, item, independent) for item in media]
 
     def detokenize(self, codes: Sequence[np.ndarray], *, independent: bool = False) -> list[Image.Image | Clip]:
         """Decodes int codes: [h, w] to a picture, [t, h, w] to a clip of t times the temporal factor frames.
@@ -120,7 +105,7 @@ class Emu3:
         `independent` is for codes that were made so.
         """
         vision = self.vision
-        return [_decode(vision, np.asarray(item), independent) for item in codes]
+        return [decode(vision, np.asarray(item), independent) for item in codes]
 
     def generate(self, prompts: str | Sequence[str], **options) -> list[Image.Image]:
         """Pictures for the prompts; see `generate_sequences` for the options. `image.info` says how each was made."""
@@ -174,7 +159,7 @@ class Emu3:
         drawn = self._draw(prompts, negatives, sizes, schedules, settings, allow_special, batch_size, progress)
         results = []
         for index, (full, prompt_length, codes) in enumerate(drawn):
-            image = _decode(vision, codes)
+            image = decode(vision, codes)
             image.info = {
                 "prompt": prompts[index],
                 "negative": negatives[index],
@@ -228,41 +213,44 @@ class Emu3:
         prompts = _prompts(prompts)
         if not isinstance(frames, int) or frames < 1:
             raise Emu3Error(f"frames is {frames!r}: it must be a whole number >= 1")
+        if window is not None and (not isinstance(window, int) or window < 1):
+            raise Emu3Error(f"window is {window!r}: it must be a whole number >= 1")
+        check_fps(fps)
         config, factor = language.config, vision.config.temporal_factor
-        given = [_as_clip(item) for item in _per_row("extend", extend, len(prompts))] if extend is not None else []
+        given = [as_clip(item) for item in _per_row("extend", extend, len(prompts))] if extend is not None else []
         if ratio is None:
             shapes = {clip.frames.shape[1:3] for clip in given}
             if len(shapes) > 1:
                 raise Emu3Error("the clips to extend differ in size: give one ratio, or extend them one by one")
             ratio = "{1}:{0}".format(*shapes.pop()) if shapes else "1:1"
-        fps = fps or (given[0].fps if given else DEFAULT_FPS)
+        rates = [fps or clip.fps for clip in given] or [fps or DEFAULT_FPS] * len(prompts)
         area = config.image_area if area is None else area
         size = generate_size(ratio, area, vision.config.spatial_factor)
         settings = _row_settings(len(prompts), 0.0 if greedy else temperature, top_k, top_p, guidance, seed)
         negatives = _per_row("negative", negative, len(prompts))
-        made = [_fitted(clip, size, vision.config.spatial_factor) for clip in given]
-        if not given:
-            made = [np.zeros((0, *(side * vision.config.spatial_factor for side in size), 3), np.uint8)] * len(prompts)
+        height, width = (side * vision.config.spatial_factor for side in size)
+        made = [resize_frames(clip.frames, height, width) for clip in given]
+        made = made or [np.zeros((0, height, width, 3), np.uint8)] * len(prompts)
         missing = -(-frames // factor)
         latents = self._window(window, [*prompts, *negatives], size, missing, bool(given), allow_special)
         while missing:
             old = min(latents // 2, -(-min(len(clip) for clip in made) // factor)) if len(made[0]) else 0
             new = min(latents - old, missing)
-            contexts = [self._last_latents(clip, old) for clip in made]
+            contexts = [encode_end(vision, clip, old) if old else None for clip in made]
             sizes, schedule = [(old + new, *size)] * len(prompts), clip_schedule(old + new, *size, config.clip_layout)
-            known = len(frame_ids(config.tokens, np.zeros((old, *size), int), config.clip_layout)) if old else 0
+            known = len(clip_schedule(old, *size, config.clip_layout)) - 2  # without EOI and EOS
             drawn = self._draw(
                 prompts, negatives, sizes, [schedule[known:]] * len(prompts), settings, allow_special, batch_size,
                 progress, contexts,
             )  # fmt: skip
             for index, (_, _, codes) in enumerate(drawn):
-                whole = _decode(vision, codes).frames
+                whole = decode(vision, codes).frames
                 made[index] = np.concatenate([made[index], whole[old * factor :]])
             missing -= new
             # Other random numbers in each pass: the same ones would make it the last one's like.
             settings = settings.replace(seed=settings.seed + np.uint32(0x9E3779B9))
         excess = -frames % factor
-        return [Clip(clip[: len(clip) - excess], fps) for clip in made]
+        return [Clip(clip[: len(clip) - excess], rate) for clip, rate in zip(made, rates, strict=True)]
 
     def _window(self, window, texts, size, missing, extending, allow_special) -> int:
         """Latent frames of one pass."""
@@ -286,17 +274,6 @@ class Emu3:
                 "window, choose a smaller area or a shorter prompt"
             )
         return latents
-
-    def _last_latents(self, frames: np.ndarray, count: int) -> np.ndarray | None:
-        """Codes [count, h, w] of the clip's end."""
-        if not count:
-            return None
-        vision = self.vision
-        frames = frames[-count * vision.config.temporal_factor :]
-        lacking = count * vision.config.temporal_factor - len(frames)
-        frames = np.concatenate([np.repeat(frames[:1], lacking, axis=0), frames])
-        pixels = normalise(frames, vision.image)
-        return np.asarray(make_encoder(vision.config)(vision.params, pixels[None]))[0]
 
     def _draw(
         self, prompts, negatives, sizes, schedules, settings, allow_special, batch_size, progress, contexts=None
@@ -384,61 +361,6 @@ class Emu3:
             schedules.append(text_schedule(min(max_new_tokens, room)))
         generated = _run_batches(language, inputs, schedules, settings, None, batch_size, progress)
         return [language.tokenizer.decode(ids.tolist(), skip_special=True) for ids in generated]
-
-
-def _as_clip(item: Media) -> Clip:
-    media = as_media(item)
-    return media if isinstance(media, Clip) else Clip(np.asarray(media)[None])
-
-
-def _fitted(clip: Clip, size: tuple[int, int], factor: int) -> np.ndarray:
-    """uint8 frames of `size` tokens."""
-    height, width = (side * factor for side in size)
-    if clip.frames.shape[1:3] == (height, width):
-        return clip.frames
-    images = (Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC) for frame in clip.frames)
-    return np.stack([np.asarray(image) for image in images])
-
-
-def _encode(vision: Vision, item: Media, independent: bool = False) -> np.ndarray:
-    media = as_media(item)
-    try:
-        if isinstance(media, Clip):
-            return _encode_clip(vision, media, independent)
-        pixels = preprocess(media, vision.image, vision.config.spatial_factor)
-    except Emu3Error as error:
-        if isinstance(item, str | os.PathLike):
-            raise Emu3Error(f"{item}: {error}") from error
-        raise
-    return np.asarray(make_encoder(vision.config)(vision.params, pixels[None]))[0]
-
-
-def _encode_clip(vision: Vision, clip: Clip, independent: bool) -> np.ndarray:
-    config, total = vision.config, len(clip.frames)
-    size = config.temporal_factor if independent else max(PART_FRAMES, config.temporal_factor)
-    encode = functools.partial(make_encoder(config), vision.params)
-    if total > size and not independent:
-        encode = Stream(config, vision.params, "encode")
-    codes = []
-    for first in range(0, total, size):
-        frames = clip.frames[first : first + size]
-        frames = np.concatenate([frames, np.repeat(frames[-1:], -len(frames) % config.temporal_factor, axis=0)])
-        pixels = preprocess_clip(Clip(frames, clip.fps), vision.image, config.spatial_factor)
-        codes.append(np.asarray(encode(pixels[None]))[0])
-    return np.concatenate(codes)
-
-
-def _decode(vision: Vision, codes: np.ndarray, independent: bool = False) -> Image.Image | Clip:
-    check_codes(codes, vision.config)
-    codes, config = codes.astype(np.int32), vision.config
-    decode = functools.partial(make_decoder(config, vision.fast), vision.params)
-    if codes.ndim == 2:
-        return Image.fromarray(postprocess(np.asarray(decode(codes[None]))[0], vision.image))
-    size = 1 if independent else max(PART_FRAMES // config.temporal_factor, 1)
-    if len(codes) > size and not independent:
-        decode = Stream(config, vision.params, "decode", vision.fast)
-    parts = [np.asarray(decode(codes[None, first : first + size]))[0] for first in range(0, len(codes), size)]
-    return Clip(np.concatenate([postprocess(part, vision.image) for part in parts]))
 
 
 def _run_batches(language, prompts, schedules, settings, negatives, batch_size, progress) -> list[np.ndarray]:

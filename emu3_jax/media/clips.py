@@ -12,7 +12,7 @@ from emu3_jax.config import ImageConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.files import new_file
 from emu3_jax.media.images import load_image, open_picture, preprocess, to_rgb
-from emu3_jax.media.videos import is_video, read_video, write_video
+from emu3_jax.media.videos import CODECS, is_video, read_video, require_av, write_video
 
 DEFAULT_FPS = 24.0  # where nothing tells the rate; Emu3 was trained on clips of 24 frames per second
 MAX_CLIP_BYTES = 4 * 2**30  # a few kilobytes of GIF can stand for more frames than memory holds
@@ -102,6 +102,14 @@ def resample(clip: Clip, fps: float | None = None, frames: int | None = None) ->
     return Clip(clip.frames[shown], fps)
 
 
+def resize_frames(frames: np.ndarray, height: int, width: int) -> np.ndarray:
+    """uint8 frames [T, H, W, 3] at another size (bicubic)."""
+    if frames.shape[1:3] == (height, width):
+        return frames
+    images = (Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC) for frame in frames)
+    return np.stack([np.asarray(image) for image in images])
+
+
 def preprocess_clip(clip: Clip, config: ImageConfig, factor: int) -> np.ndarray:
     """Pixels for the vision tokenizer, float32 `[T, H, W, 3]`: each frame as `preprocess` does a picture.
 
@@ -122,16 +130,12 @@ def save_clip(frames: np.ndarray, path: Path, fps: float) -> None:
             written.
     """
     clip, path = Clip(frames, fps), Path(path)
+    check_writable(path, fps)
     suffix = path.suffix.lower()
-    if suffix in (".mp4", ".webm"):
+    if suffix not in _SHORTEST_MS:
         with new_file(path) as temporary:
             write_video(clip.frames, temporary, suffix, fps)
         return
-    if suffix not in _SHORTEST_MS:
-        raise Emu3Error(f"cannot write a clip to {path}: the name must end in .webp, .png, .gif, .mp4 or .webm")
-    shortest = _SHORTEST_MS[suffix]
-    if not 0.1 <= fps <= 1000 / shortest:
-        raise Emu3Error(f"fps is {fps}: a {suffix} clip shows from 0.1 to {1000 // shortest} frames per second")
     step = 10 if suffix == ".gif" else 1
     options = {"duration": step * round(1000 / fps / step), "loop": 0, "save_all": True}
     if suffix == ".webp":
@@ -139,6 +143,20 @@ def save_clip(frames: np.ndarray, path: Path, fps: float) -> None:
     first, *rest = (Image.fromarray(frame) for frame in clip.frames)
     with new_file(path) as temporary:
         first.save(temporary, format=suffix[1:].upper(), append_images=rest, **options)
+
+
+def check_writable(path: Path, fps: float) -> None:
+    """What `save_clip` will refuse, before the work that comes first. Raises `Emu3Error` as it does."""
+    suffix = Path(path).suffix.lower()
+    check_fps(fps)
+    if suffix in CODECS:
+        require_av(path)
+        return
+    if suffix not in _SHORTEST_MS:
+        raise Emu3Error(f"cannot write a clip to {path}: the name must end in .webp, .png, .gif, .mp4 or .webm")
+    shortest = _SHORTEST_MS[suffix]
+    if not 0.1 <= fps <= 1000 / shortest:
+        raise Emu3Error(f"fps is {fps}: a {suffix} clip shows from 0.1 to {1000 // shortest} frames per second")
 
 
 def _load_video(path: Path, fps: float | None, frames: int | None) -> Clip:
@@ -153,9 +171,14 @@ def _load_video(path: Path, fps: float | None, frames: int | None) -> Clip:
     return clip if fps is not None else resample(clip, None, frames)
 
 
-def _check_resampling(fps: float | None, frames: int | None) -> None:
+def check_fps(fps: float | None) -> None:
+    """Raises `Emu3Error` unless this is a rate, or None."""
     if fps is not None and not (math.isfinite(fps) and fps > 0):
         raise Emu3Error(f"fps is {fps}: it must be a finite number > 0")
+
+
+def _check_resampling(fps: float | None, frames: int | None) -> None:
+    check_fps(fps)
     if frames is not None and not (isinstance(frames, int) and frames >= 1):
         raise Emu3Error(f"frames is {frames!r}: it must be a whole number >= 1")
 

@@ -12,7 +12,10 @@ from emu3_jax.errors import Emu3Error
 SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
 # Of what a file may be and open: a playlist under another name would make FFmpeg read other files, or addresses.
 _OPTIONS = {"format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi", "protocol_whitelist": "file"}
-_CODECS = {".mp4": ("libx264", {"crf": "16"}), ".webm": ("libvpx-vp9", {"crf": "20", "b": "0"})}
+CODECS = {
+    ".mp4": ("libx264", {"crf": "16"}),
+    ".webm": ("libvpx-vp9", {"crf": "20", "b": "0"}),
+}  # of what can be written
 
 
 def is_video(path: Path) -> bool:
@@ -28,7 +31,7 @@ def read_video(path: Path, fps: float | None = None) -> Iterator[tuple[np.ndarra
     Raises:
         Emu3Error: PyAV or the file is missing, or the file is damaged, holds no video, or its frames change size.
     """
-    av = _av(path)
+    av = require_av(path)
     if not Path(path).is_file():
         raise Emu3Error(f"cannot read {path}: there is no such file")
     try:
@@ -79,8 +82,8 @@ def _at_a_rate(path: Path, frames: Iterator[Any], rate: float, last: float) -> I
 
 def write_video(frames: np.ndarray, path: Path, suffix: str, fps: float) -> None:
     """Writes uint8 frames [T, H, W, 3] as H.264 (.mp4) or VP9 (.webm), nearly without loss."""
-    av = _av(path)
-    codec, options = _CODECS[suffix]
+    av = require_av(path)
+    codec, options = CODECS[suffix]
     _, height, width, _ = frames.shape
     with av.open(str(path), "w", format=suffix[1:]) as container:
         stream = container.add_stream(codec, rate=fractions.Fraction(fps).limit_denominator(1001), options=options)
@@ -92,7 +95,8 @@ def write_video(frames: np.ndarray, path: Path, suffix: str, fps: float) -> None
         container.mux(stream.encode())
 
 
-def _av(path: Path) -> Any:
+def require_av(path: Path) -> Any:
+    """PyAV. Raises `Emu3Error` where it is missing."""
     try:
         import av
     except ImportError as error:
