@@ -3,6 +3,7 @@
 import pathlib
 import shutil
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -145,3 +146,19 @@ def test_old_python_is_named_in_one_line(tmp_path):
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1 and "Python 3.9.2" in done.stderr and "3.11" in done.stderr
     assert not (tmp_path / ".venv").exists()
+
+
+def test_the_table_of_decoding(scripts, monkeypatch, capsys):
+    import bench_table
+
+    small = ("decode", "--preset", "small", "--steps", "2", "--area", "1024", "--rows", "1", "2")
+    parts = {"exact": small, "int8": (*small, "--quantize", "int8", "--logits"), "broken": ("decode", "--mesh", "x")}
+    monkeypatch.setattr(bench_table, "PARTS", parts)
+    monkeypatch.setattr(sys, "argv", ["bench_table.py", "exact", "int8"])
+    assert bench_table.main() == 0
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    table = {row[0].removeprefix("| "): row[-1] for row in rows}
+    assert "ms a step" in table["exact, 2 at once"] and "times those of one" in table["int8, 2 at once"]
+    assert "relative error 0.0" in table["int8, logits of random weights"] and table["sampler"].endswith("% |")
+    monkeypatch.setattr(sys, "argv", ["bench_table.py", "broken"])
+    assert bench_table.main() == 1

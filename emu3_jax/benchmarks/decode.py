@@ -117,6 +117,7 @@ def _run(
     preset, rows, area, steps, whole, model, quantize, kernels, mesh: Mesh | None, profile, logits, measured
 ) -> Iterator[dict[str, Any]]:
     """Our side of `run`."""
+    devices = 1 if mesh is None else mesh.size
     narrow_cache = quantize is not None and KINDS[quantize][1]
     loaded = None
     if model is None:
@@ -187,7 +188,7 @@ def _run(
                 "ms_per_step": round(best * 1e3, 3),
                 "bytes_per_step": moved,
                 "gb_per_s": round(moved / best / 1e9, 1),
-                "share_of_copy": round(moved / best / 1e9 / measured["copy_gb_per_s"] / _parts(mesh), 3),
+                "share_of_copy": round(moved / best / 1e9 / measured["copy_gb_per_s"] / devices, 3),
             }
             if profile:
                 state = _place(state, middle, PROMPT_TOKENS)
@@ -293,10 +294,6 @@ def _draw(tokens: np.ndarray, schedule: np.ndarray, side: int, config: DecoderCo
         for picture in codes:
             jax.block_until_ready(make_decoder(vision)(params, picture))
     return round(time.perf_counter() - began, 3)
-
-
-def _parts(mesh: Mesh | None) -> int:
-    return 1 if mesh is None else mesh.size
 
 
 def logit_errors(config: DecoderConfig, narrow: Any, quantize: str) -> dict[str, float]:
