@@ -13,7 +13,7 @@ Parameter names follow upstream's PyTorch modules segment by segment. Logical ax
 import contextlib
 import contextvars
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import flax.linen as nn
 import jax
@@ -29,8 +29,6 @@ GROUP_NORM_EPS = 1e-6
 BATCH_NORM_EPS = 1e-5
 # Attention scores held at once: 64 MiB of float32. Up to 512x512 pixels one picture is one block.
 MAX_SCORES = 2**24
-# Numbers of a picture whose two TF32 parts exist at once: 128 MiB each.
-MAX_PARTS = 2**25
 
 # [phase, pixel, tap]: which taps of a 3-kernel fall on which of two neighbours, for an even and an odd output row.
 _PHASES = np.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], np.float32)
@@ -100,60 +98,24 @@ def numerics() -> dict:
     return {"precision": _precision.get()} if mode is None else {"precision": mode.precision, "dtype": mode.dtype}
 
 
-def convolve(
-    x: jax.Array,
-    kernel: jax.Array,
-    window_strides: Sequence[int] | None,
-    padding: Sequence[tuple[int, int]],
-    *,
-    precision: jax.lax.Precision,
-    **kwargs,
-) -> jax.Array:
+def convolve(x: jax.Array, kernel: jax.Array, *args, precision: jax.lax.Precision, **kwargs) -> jax.Array:
     """`jax.lax.conv_general_dilated`, of float32 at the highest precision on NVIDIA GPUs three times as fast.
 
     There each operand is the sum of two TF32 numbers, and the matrix units take all products but the smallest, whose
     share is that of a rounding to 23 bits; sums are float32. XLA splits products so on request, convolutions not.
     """
 
-    def product(x, kernel, padding, precision=jax.lax.Precision.DEFAULT):
-        return jax.lax.conv_general_dilated(x, kernel, window_strides, padding, precision=precision, **kwargs)
+    def product(x, kernel, precision=jax.lax.Precision.DEFAULT):
+        return jax.lax.conv_general_dilated(x, kernel, *args, precision=precision, **kwargs)
 
     exact = training() is None and precision == HIGHEST and x.dtype == kernel.dtype == jnp.float32
     if not exact or not takes_tf32():
-        return product(x, kernel, padding, precision)
-    kernel_high, kernel_low = _tf32_parts(kernel)
-
-    def products(x, padding):
-        high, low = _tf32_parts(x)
-        # One after the other, the smallest first: no more of these large arrays exist at once than must.
-        high, total = jax.lax.optimization_barrier((high, product(low, kernel_high, padding)))
-        high, total = jax.lax.optimization_barrier((high, total + product(high, kernel_low, padding)))
-        return total + product(high, kernel_high, padding)
-
-    bands = -(-x.size // MAX_PARTS)
-    if x.ndim != 4 or bands == 1 or any(stride != 1 for stride in window_strides or ()):
-        return products(x, padding)
-    return _in_bands(products, x, bands, kernel.shape[0], padding)
-
-
-def _in_bands(products: Callable, x: jax.Array, bands: int, taps: int, padding: Sequence[tuple[int, int]]) -> jax.Array:
-    """`products(x, padding)`, a convolution [B, H, W, C] by `taps` rows of kernel, of one band of rows after the other.
-
-    The two parts of a large picture are as large as it is: together with it they need not exist whole.
-    """
-    (top, bottom), *others = padding
-    padding = ((0, 0), *others)
-    x = jnp.pad(x, ((0, 0), (top, bottom), (0, 0), (0, 0)))
-    rows = x.shape[1] - taps + 1
-    height = -(-rows // bands)
-    out = jax.eval_shape(lambda x: products(x, padding), x)
-
-    def add(index, out):
-        first = jnp.minimum(index * height, rows - height)  # the last band begins in the one before
-        band = jax.lax.dynamic_slice_in_dim(x, first, height + taps - 1, axis=1)
-        return jax.lax.dynamic_update_slice_in_dim(out, products(band, padding), first, axis=1)
-
-    return jax.lax.fori_loop(0, bands, add, jnp.zeros(out.shape, out.dtype))
+        return product(x, kernel, precision)
+    (high, low), (kernel_high, kernel_low) = _tf32_parts(x), _tf32_parts(kernel)
+    # One after the other, the smallest first: no more of these large arrays exist at once than must.
+    high, total = jax.lax.optimization_barrier((high, product(low, kernel_high)))
+    high, total = jax.lax.optimization_barrier((high, total + product(high, kernel_low)))
+    return total + product(high, kernel_high)
 
 
 def takes_tf32() -> bool:
