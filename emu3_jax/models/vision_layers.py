@@ -245,6 +245,9 @@ class ResnetBlock(nn.Module):
         h = conv3x3(self.features, name="conv1")(nn.silu(norm("norm1", x, zq)))
         h = conv3x3(self.features, name="conv2")(nn.silu(norm("norm2", h, zq)))
         if x.shape[-1] != self.features:
+            if training() is None and takes_tf32():
+                # Not before h is there: the TF32 parts of both, of a large picture, would be the most that ever exists.
+                x, h = jax.lax.optimization_barrier((x, h))
             x = conv1x1(self.features, name="nin_shortcut")(x)
         return x + h
 
