@@ -15,6 +15,7 @@ from flax import traverse_util
 from jax.sharding import Mesh
 
 from emu3_jax.benchmarks import peer
+from emu3_jax.benchmarks.draw import normal
 from emu3_jax.benchmarks.kernels import gpu_kernels
 from emu3_jax.benchmarks.machine import describe_machine
 from emu3_jax.benchmarks.vision import PRESETS as VISION_PRESETS
@@ -347,9 +348,7 @@ def random_params(config: DecoderConfig, quantize: str | None = None, mesh: Mesh
     def draw(key, shape, fan_in):
         if len(shape) == 1:
             return jnp.ones(shape, config.dtype)
-        # Drawn in float32: of bfloat16's coarse uniform numbers JAX makes normal ones whose mean is -0.012 deviations,
-        # one direction common to all matrices that grows with width and depth until the logits hang on it.
-        return (jax.random.normal(key, shape) * fan_in**-0.5).astype(config.dtype)
+        return normal(key, shape, fan_in**-0.5, config.dtype)
 
     params: dict[tuple[str, ...], jax.Array] = {}
     for key, (path, shape) in zip(keys, ((param.path, param.shape) for param in declared), strict=True):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from emu3_jax.benchmarks import peer
+from emu3_jax.benchmarks.draw import normal
 from emu3_jax.benchmarks.kernels import gpu_kernels
 from emu3_jax.benchmarks.machine import describe_machine
 from emu3_jax.compilation import enable_persistent_cache
@@ -194,7 +195,7 @@ def _draw(name: str, shape: tuple[int, ...], dtype: jnp.dtype, key: jax.Array) -
             return jax.random.uniform(key, shape, dtype, 0.02, 0.05)
         if name.endswith("_q"):
             return jax.lax.bitcast_convert_type(jax.random.bits(key, shape, jnp.uint8), dtype)
-        return jax.random.normal(key, shape, dtype) * jnp.asarray(0.02, dtype)
+        return normal(key, shape, 0.02, dtype)
 
     if len(shape) < 3:
         return draw(key, shape)
