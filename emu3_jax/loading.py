@@ -14,7 +14,7 @@ from emu3_jax.generation.pipeline import Emu3, Language
 from emu3_jax.models.quantization import KINDS, check_kind
 from emu3_jax.sharding.mesh import make_mesh
 from emu3_jax.sharding.rules import decoder_shardings, vision_shardings
-from emu3_jax.text.prompts import PRESETS
+from emu3_jax.text.prompts import prompt_templates
 
 
 def load(
@@ -59,7 +59,8 @@ def load(
         shardings = None if mesh is None else decoder_shardings(config, mesh)
         params = bundle.load_decoder(shardings, dtype, quantize)
         narrow_cache = quantize is not None and KINDS[quantize][1]
-        language = Language(config, params, bundle.tokenizer(), PRESETS[bundle.template], mesh, narrow_cache)
+        templates = prompt_templates(bundle.template, config.clip_layout)
+        language = Language(config, params, bundle.tokenizer(), templates, mesh, narrow_cache)
     return Emu3(bundle.path.name, language, _load_vision(bundle, vision, mesh, fast_pixels))
 
 

@@ -101,7 +101,7 @@ def test_text_is_never_read_as_template(tokenizer):
 @pytest.mark.parametrize("template", ["", "{text}", "{image}", "{image}{image}{text}", "{image}{text}{text}", None])
 def test_bad_template(template):
     with pytest.raises(Emu3Error, match=r"must hold \{image\} and \{text\} once each"):
-        PromptTemplates(template)
+        PromptTemplates(template, next_turn="{image}{text}")
 
 
 def test_text_cannot_forge_control_tokens(tokenizer):
@@ -129,7 +129,7 @@ def test_text_cannot_reach_its_neighbours(tokenizer, text):
         (np.array([[0, 32768]]), "code 32768 is outside the codebook: legal codes are 0 to 32767"),
         (np.array([[-1, 5]]), "code -1 is outside"),
         (np.zeros((2, 0), int), r"must be integers \[h, w\], not int64 \[2, 0\]"),
-        (np.zeros((1, 2, 2), int), r"must be integers \[h, w\], not int64 \[1, 2, 2\]"),
+        (np.zeros((1, 2, 2, 2), int), r"must be integers \[h, w\], not int64 \[1, 2, 2, 2\]"),
         (np.zeros((2, 2)), "not float64"),
     ],
 )

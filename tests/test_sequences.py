@@ -1,5 +1,7 @@
 """Records to sequences: the golden training sample, every task, loss masks, bad records."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from conftest import golden_json, golden_npz
@@ -8,8 +10,8 @@ from hypothesis import strategies as st
 
 from emu3_jax import Emu3Error, SpecialTokens
 from emu3_jax.data.records import Record, Turn
-from emu3_jax.data.sequences import ImageToText, NextFrame, TextOnly, TextToImage, TokenSequence, clip_ids, padded_row
-from emu3_jax.text.prompts import CHAT, STAGE1, PromptTemplates, generation_prompt, understanding_prompt
+from emu3_jax.data.sequences import ImageToText, NextFrame, TextOnly, TextToImage, TokenSequence, padded_row
+from emu3_jax.text.prompts import CHAT, STAGE1, PromptTemplates, clip_ids, generation_prompt, understanding_prompt
 from emu3_jax.text.tokenizer import Tokenizer
 
 SPECIAL = SpecialTokens()
@@ -94,8 +96,26 @@ def test_every_answer_of_a_conversation_is_a_target(tokenizer):
     assert targets(sequence) == answers
     text = tokenizer.decode(sequence.tokens.tolist(), skip_special=True)
     assert text == "You are a helpful assistant. USER: 2*3Who. ASSISTANT:A dogUSER: Where. ASSISTANT:Outside"
-    with pytest.raises(Emu3Error, match="several turns"):
-        ImageToText().sequence(picture(conversation=turns), tokenizer, PromptTemplates("{image}Q {text}"))
+    other = PromptTemplates("{image}Q {text}", next_turn="{image}N {text}")
+    sequence = ImageToText().sequence(picture(conversation=turns), tokenizer, other)
+    text = tokenizer.decode(sequence.tokens.tolist(), skip_special=True)
+    assert text == "2*3Q WhoA dogN WhereOutside"
+
+
+@pytest.mark.parametrize("layout", ["lines", "flat"])
+def test_questions_about_a_clip_begin_as_chat_does(tokenizer, layout):
+    codes = np.arange(12, dtype=np.int32).reshape(2, 2, 3)
+    templates = dataclasses.replace(CHAT, clip_layout=layout)
+    turns = (Turn("user", "What moves"), Turn("assistant", "A dog"))
+    sequence = ImageToText().sequence(picture(codes=codes, conversation=turns), tokenizer, templates)
+    prompt = understanding_prompt(tokenizer, SPECIAL, templates, "What moves", codes)
+    assert sequence.tokens.tolist() == [*prompt, *tokenizer.encode("A dog"), SPECIAL.eos]
+    assert targets(sequence) == [*tokenizer.encode("A dog"), SPECIAL.eos]
+    clip = clip_ids(tokenizer, SPECIAL, codes, layout)
+    start = prompt.index(SPECIAL.boi)
+    assert prompt[start : start + len(clip)] == clip
+    several = understanding_prompt(tokenizer, SPECIAL, templates, "What moves", [codes, codes[0]])
+    assert several.count(SPECIAL.boi) == several.count(SPECIAL.eoi) == 2
 
 
 def test_a_conversation_needs_no_picture(tokenizer):
@@ -114,7 +134,8 @@ def test_text_only(tokenizer):
 @pytest.mark.parametrize("layout", ["lines", "flat"])
 def test_next_frame(tokenizer, layout):
     codes = np.arange(12, dtype=np.int32).reshape(2, 2, 3)
-    sequence = NextFrame(layout=layout).sequence(picture(codes=codes), tokenizer, CHAT)
+    templates = dataclasses.replace(CHAT, clip_layout=layout)
+    sequence = NextFrame().sequence(picture(codes=codes), tokenizer, templates)
     v, eol = SPECIAL.visual_start, [SPECIAL.eol] if layout == "lines" else []
     rows = [[v + 3 * row + i for i in range(3)] + eol for row in range(4)]
     frames = [*rows[0], *rows[1], SPECIAL.eof, *rows[2], *rows[3], SPECIAL.eof]
@@ -154,7 +175,7 @@ def test_what_is_text_what_is_vision_and_what_is_all(tokenizer, text, shape, eos
         (TextToImage(), picture(codes=np.zeros((1, 2, 2), np.int32)), "is a clip"),
         (NextFrame(), picture(), "is a picture, and next frame needs a clip"),
         (NextFrame(), picture(codes=np.full((1, 2, 2), 40000, np.int32)), "code 40000 is outside the codebook"),
-        (ImageToText(), picture(codes=np.zeros((1, 2, 2), np.int32)), "is a clip"),
+        (ImageToText(), picture(codes=np.full((1, 2, 2), 40000, np.int32)), "code 40000 is outside the codebook"),
         (TextToImage(), picture(codes=np.full((2, 2), 40000, np.int32)), "code 40000 is outside the codebook"),
         (TextToImage(), picture(text="<|image start|>"), "special token <|image start|>"),
         (TextOnly(), picture(text=""), "has no text"),
@@ -171,7 +192,8 @@ def test_records_of_another_kind(tokenizer, task, record, reason):
     [
         (lambda: TextToImage(loss="image"), "loss is 'image'"),
         (lambda: TextToImage(prompt_dropout=1.5), "prompt_dropout is 1.5"),
-        (lambda: NextFrame(layout="rows"), "layout is 'rows'"),
+        (lambda: PromptTemplates("{image}{text}", "{text}"), "once each"),
+        (lambda: PromptTemplates("{image}{text}", "{image}{text}", clip_layout="rows"), "clip_layout is 'rows'"),
         (lambda: ImageToText(loss="answers"), "loss is 'answers'"),
     ],
 )

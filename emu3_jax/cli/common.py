@@ -1,6 +1,8 @@
 """Arguments that several commands share."""
 
 import argparse
+import sys
+from collections.abc import Iterator
 
 
 def add_model(command: argparse.ArgumentParser) -> None:
@@ -113,3 +115,15 @@ def load_model(options: argparse.Namespace):
 def progress(options: argparse.Namespace) -> bool | None:
     """False silences the bar; None shows it on terminals."""
     return False if options.quiet else None
+
+
+def lines(mark: str) -> Iterator[str]:
+    """Lines of standard input that say something; on a terminal, `mark` asks for each."""
+    while True:
+        if sys.stdin.isatty():
+            print(mark, end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()

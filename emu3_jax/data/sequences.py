@@ -15,24 +15,13 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
-from emu3_jax.config import CLIP_LAYOUTS, SpecialTokens
+from emu3_jax.config import SpecialTokens
 from emu3_jax.data.records import Record, Turn
 from emu3_jax.errors import Emu3Error
-from emu3_jax.text.prompts import (
-    CHAT,
-    STAGE1,
-    PromptTemplates,
-    frame_ids,
-    image_ids,
-    media_head,
-    understanding_prompt,
-)
+from emu3_jax.text.prompts import PromptTemplates, clip_ids, image_ids, next_turn_prompt, understanding_prompt
 from emu3_jax.text.tokenizer import Tokenizer
 
 LOSSES = ("vision", "text", "all")
-
-# How turns after the first are put; the templates themselves only know one.
-_NEXT_TURNS = {CHAT: "USER: {text}. ASSISTANT:", STAGE1: "{text}"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,41 +76,37 @@ class TextToImage:
 class NextFrame:
     """BOS, caption, BOI, the size as `frames*rows*columns`, IMG, the frames of latents, EOI.
 
-    No weights that generate clips are published, so their layout is a choice: "lines" ends every row with EOL and every
-    frame with EOF, as the paper describes; "flat", of public forks, has no EOL.
+    How frames stand in the row is the model's `clip_layout`, see `text.prompts.clip_ids`. A model that is trained so
+    also goes on from given frames: those are the row's beginning.
 
     Attributes:
         loss: one of `LOSSES`.
         prompt_dropout: share of sequences without caption.
         eos: ends sequences with EOS.
-        layout: one of `CLIP_LAYOUTS`.
     """
 
     loss: str = "vision"
     prompt_dropout: float = 0.05
     eos: bool = False
-    layout: str = "lines"
 
     def __post_init__(self):
         _check_loss(self.loss)
         _check_dropout(self.prompt_dropout)
-        if self.layout not in CLIP_LAYOUTS:
-            raise Emu3Error(f"layout is {self.layout!r}: it must be one of {', '.join(CLIP_LAYOUTS)}")
 
     def sequence(
         self, record: Record, tokenizer: Tokenizer, templates: PromptTemplates, drop_prompt: bool = False
     ) -> TokenSequence:
         codes = _codes(record, 3, "next frame needs a clip")
-        media = clip_ids(tokenizer, tokenizer.special, codes, self.layout)
+        media = clip_ids(tokenizer, tokenizer.special, codes, templates.clip_layout)
         return _captioned(record, media, tokenizer, self.loss, self.eos, drop_prompt)
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageToText:
-    """The model's chat template with the picture and a question, the answer and EOS; more turns follow in kind.
+    """The model's chat template with the picture or clip and a question, the answer and EOS; more turns follow in kind.
 
     A record without conversation is its text as the answer to `question`. An answer is encoded by itself, because it
-    begins where the prompt's tokens end when the model is asked. Records without a picture are plain conversations.
+    begins where the prompt's tokens end when the model is asked. Records of text alone are plain conversations.
 
     Attributes:
         loss: one of `LOSSES`.
@@ -140,16 +125,13 @@ class ImageToText:
         self, record: Record, tokenizer: Tokenizer, templates: PromptTemplates, drop_prompt: bool = False
     ) -> TokenSequence:
         special = tokenizer.special
-        codes = record.codes if record.codes is None else _codes(record, 2, "image to text needs a picture")
         turns = record.conversation or (Turn("user", self.question), Turn("assistant", record.text))
         pieces = []
         for number, (question, answer) in enumerate(zip(turns[::2], turns[1::2], strict=True)):
             if number == 0:
-                prompt = understanding_prompt(tokenizer, special, templates, question.text, codes)
-            elif templates in _NEXT_TURNS:
-                prompt = tokenizer.encode(_NEXT_TURNS[templates].replace("{text}", question.text))
+                prompt = understanding_prompt(tokenizer, special, templates, question.text, record.codes)
             else:
-                raise Emu3Error("has several turns, and the model's template is known for one: split the conversation")
+                prompt = next_turn_prompt(tokenizer, special, templates, question.text)
             pieces += [(prompt, False), ([*tokenizer.encode(answer.text), special.eos], True)]
         return _assemble(pieces, special, self.loss)
 
@@ -173,16 +155,6 @@ class TextOnly:
         special = tokenizer.special
         pieces = [([special.bos], False), ([*tokenizer.encode(record.text), special.eos], True)]
         return _assemble(pieces, special, self.loss)
-
-
-def clip_ids(tokenizer: Tokenizer, special: SpecialTokens, codes: np.ndarray, layout: str) -> list[int]:
-    """BOI, the size as text, IMG, each frame of `codes` (int [t, h, w]) followed by EOF, EOI; see `NextFrame`.
-
-    Raises:
-        Emu3Error: a code is outside the codebook.
-    """
-    _check_codebook(codes, special)
-    return [*media_head(tokenizer, special, *codes.shape), *frame_ids(special, codes, layout), special.eoi]
 
 
 def padded_row(
@@ -232,14 +204,6 @@ def _codes(record: Record, axes: int, needed: str) -> np.ndarray:
         kind = "plain text" if record.codes is None else {2: "a picture", 3: "a clip"}[record.codes.ndim]
         raise Emu3Error(f"is {kind}, and {needed}: prepare such records apart, or choose another task")
     return record.codes
-
-
-def _check_codebook(codes: np.ndarray, special: SpecialTokens) -> None:
-    low, high = int(codes.min()), int(codes.max())
-    if low < 0 or high >= special.visual_count:
-        raise Emu3Error(
-            f"code {low if low < 0 else high} is outside the codebook: legal codes are 0 to {special.visual_count - 1}"
-        )
 
 
 def _check_loss(loss: str) -> None:

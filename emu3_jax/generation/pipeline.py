@@ -14,6 +14,7 @@ from emu3_jax.config import DecoderConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.generation import engine
 from emu3_jax.generation.codec import Vision, decode, encode, encode_end
+from emu3_jax.generation.conversation import Conversation, Showing
 from emu3_jax.generation.sampling import RowSettings
 from emu3_jax.generation.schedule import TokenClass, clip_schedule, image_schedule, text_schedule
 from emu3_jax.media.clips import DEFAULT_FPS, Clip, check_fps, resize_frames
@@ -311,6 +312,9 @@ class Emu3:
         images: Media | Sequence[Media | Sequence[Media]],
         prompts: str | Sequence[str],
         *,
+        clips_as: str = "auto",
+        frames: int | None = None,
+        fps: float | None = None,
         max_new_tokens: int = 1024,
         temperature: float | Sequence[float] = 0.0,
         top_k: int | Sequence[int] = 2048,
@@ -320,11 +324,14 @@ class Emu3:
         batch_size: int = 8,
         progress: bool | None = None,
     ) -> list[str]:
-        """Answers one prompt per picture (upstream `multimodal_understanding.py`).
+        """Answers one prompt per picture or clip (upstream `multimodal_understanding.py`).
 
         Args:
-            images: one picture, or one per row; a row may be a sequence of pictures, shown in order, or empty.
+            images: one picture or clip, or one per row; a row may be a sequence of them, shown in order, or empty.
             prompts: one for all rows, or one per row.
+            clips_as: how clips stand in the prompt, see `conversation.Showing`; likewise:
+            frames: how many of a clip's frames are shown.
+            fps: how many per second.
             max_new_tokens: an answer's longest length; answers also end where the model's positions do.
             temperature: 0, the default, is greedy as in the reference.
             top_k: candidates kept.
@@ -337,30 +344,65 @@ class Emu3:
         Raises:
             Emu3Error: on bad input; the message says which and what to do.
         """
-        language = self.language
+        language, showing = self.language, Showing(clips_as, frames, fps)
         rows = list(images) if isinstance(images, list | tuple) else [images]
         if not rows:
             raise Emu3Error("there is no picture: give at least one")
+        texts = _per_row("prompts", prompts, len(rows))
+        inputs = []
+        for row, text in zip(rows, texts, strict=True):
+            media = row if isinstance(row, list | tuple) else [row]
+            codes = [shown for item in media for shown in showing.codes(self, item)]
+            inputs.append(
+                understanding_prompt(
+                    language.tokenizer, language.config.tokens, language.templates, text, codes,
+                    allow_special=allow_special,
+                )
+            )  # fmt: skip
+        answers = self._answer(inputs, max_new_tokens, temperature, top_k, top_p, seed, batch_size, progress)
+        return [language.tokenizer.decode(ids.tolist(), skip_special=True) for ids in answers]
+
+    def converse(
+        self,
+        *,
+        clips_as: str = "auto",
+        frames: int | None = None,
+        fps: float | None = None,
+        max_new_tokens: int = 1024,
+        temperature: float = 0.0,
+        top_k: int = 2048,
+        top_p: float = 1.0,
+        seed: int = 0,
+        allow_special: bool = False,
+        progress: bool | None = None,
+    ) -> Conversation:
+        """A conversation of several turns, each with any number of pictures and clips: `converse().ask(text, media)`.
+
+        The arguments are those of `chat`.
+        """
+        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "batch_size": 1}
+        options |= {"max_new_tokens": max_new_tokens, "progress": progress}
+        return Conversation(self, Showing(clips_as, frames, fps), allow_special, options)
+
+    def _answer(
+        self, inputs, max_new_tokens, temperature, top_k, top_p, seed, batch_size, progress
+    ) -> list[np.ndarray]:
+        """The ids that follow each row of ids, which ends where an answer begins; see `chat`."""
+        language = self.language
         if max_new_tokens < 1 or batch_size < 1:
             raise Emu3Error(f"max_new_tokens is {max_new_tokens} and batch_size {batch_size}: both must be at least 1")
-        texts = _per_row("prompts", prompts, len(rows))
-        settings = _row_settings(len(rows), temperature, top_k, top_p, 1.0, seed)
-        inputs, schedules = [], []
-        for index, (row, text) in enumerate(zip(rows, texts, strict=True)):
-            codes = self.tokenize(row if isinstance(row, list | tuple) else [row])
-            ids = understanding_prompt(
-                language.tokenizer, language.config.tokens, language.templates, text, codes, allow_special=allow_special
-            )
+        settings = _row_settings(len(inputs), temperature, top_k, top_p, 1.0, seed)
+        schedules = []
+        for index, ids in enumerate(inputs):
             room = language.config.max_positions - len(ids)
             if room < 1:
                 raise Emu3Error(
-                    f"row {index}: the picture and its prompt take {len(ids)} tokens, the model has "
-                    f"{language.config.max_positions} positions: shorten the prompt or use a smaller picture"
+                    f"row {index}: what is shown and asked takes {len(ids)} tokens, the model has "
+                    f"{language.config.max_positions} positions: shorten the prompt, use smaller or fewer pictures, or "
+                    "fewer frames of a clip"
                 )
-            inputs.append(ids)
             schedules.append(text_schedule(min(max_new_tokens, room)))
-        generated = _run_batches(language, inputs, schedules, settings, None, batch_size, progress)
-        return [language.tokenizer.decode(ids.tolist(), skip_special=True) for ids in generated]
+        return _run_batches(language, inputs, schedules, settings, None, batch_size, progress)
 
 
 def _run_batches(language, prompts, schedules, settings, negatives, batch_size, progress) -> list[np.ndarray]:

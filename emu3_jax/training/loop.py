@@ -26,7 +26,7 @@ from emu3_jax.generation.pipeline import Emu3, Language
 from emu3_jax.media.images import save_png
 from emu3_jax.sharding.mesh import make_mesh
 from emu3_jax.sharding.rules import use_mesh, vision_shardings
-from emu3_jax.text.prompts import PRESETS
+from emu3_jax.text.prompts import prompt_templates
 from emu3_jax.training import weights
 from emu3_jax.training.config import TrainConfig
 from emu3_jax.training.flops import peak_flops, step_flops
@@ -109,7 +109,7 @@ class _Run:
         self.config, self.bundle, self.mesh, self.rows, self.directory = config, bundle, mesh, rows, directory
         self.first = jax.process_index() == 0
         self.trainer = Trainer(config, decoder, mesh)
-        self.tokenizer, self.templates = bundle.tokenizer(), PRESETS[bundle.template]
+        self.tokenizer, self.templates = bundle.tokenizer(), prompt_templates(bundle.template, decoder.clip_layout)
         if self.tokenizer.special != decoder.tokens:
             found, wanted = ((t.visual_start, t.visual_count) for t in (self.tokenizer.special, decoder.tokens))
             raise Emu3Error(
