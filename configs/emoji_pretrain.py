@@ -3,9 +3,7 @@
     python scripts/build_emoji.py out/emoji
     emu3-jax train configs/vision_emoji.py
     python scripts/emoji_bundle.py out/vision_emoji/model -o out/emoji_start
-    for set in {t2i,i2t,clip,text}_train t2i_upright i2t_closeups {t2i,clip}_heldout i2t_heldout_style; do
-        emu3-jax prepare out/emoji/$set.jsonl --model out/emoji_start --keep-size -o out/emoji_tokens/$set
-    done
+    emu3-jax prepare out/emoji/SET.jsonl --model out/emoji_start --keep-size -o out/emoji_tokens/SET    # each below
     emu3-jax train configs/emoji_pretrain.py
     emu3-jax train configs/emoji_sft.py
 
@@ -24,6 +22,7 @@ HELD_OUT = (
     ("t2i", Source(f"{TOKENS}/t2i_heldout", TextToImage())),
     ("i2t", Source(f"{TOKENS}/i2t_heldout_style", ImageToText())),
     ("clip", Source(f"{TOKENS}/clip_heldout", NextFrame())),
+    ("clip_questions", Source(f"{TOKENS}/clip_questions_heldout", ImageToText())),
 )
 PROMPTS = ("3d emoji of dog face", "noto emoji of pizza", "flat emoji of rocket", "twemoji emoji of rose")
 
@@ -52,15 +51,16 @@ def config() -> TrainConfig:
         Source(f"{TOKENS}/t2i_upright", captioned, weight=3.5, parts=2),
         Source(f"{TOKENS}/t2i_train", captioned, weight=1.5, parts=2),
         Source(f"{TOKENS}/i2t_train", ImageToText(), weight=4.0, parts=2),
-        Source(f"{TOKENS}/clip_train", NextFrame(loss="all", prompt_dropout=0.1, eos=True), weight=1.5),
+        Source(f"{TOKENS}/clip_train", NextFrame(loss="all", prompt_dropout=0.1, eos=True), weight=1.6),
+        Source(f"{TOKENS}/clip_questions", ImageToText(), weight=0.6),
         Source(f"{TOKENS}/text_train", TextOnly(), weight=0.5, parts=4),
     )
     return TrainConfig(
         directory="out/emoji_pretrain",
         # A picture is seen hundreds of times: without dropout the loss on held-out ones rises after 1,000 steps.
         model=ModelConfig("out/emoji_start", decoder(), random=True, remat="none", dropout=0.1, noise=1.0),
-        # A row is a clip, two pictures with text (338 tokens at most) or four texts.
-        data=DataConfig(sources, sequence_length=680, packing=0, in_memory=True),
+        # A row is a clip, with or without questions, two pictures with text (338 tokens at most) or four texts.
+        data=DataConfig(sources, sequence_length=688, packing=0, in_memory=True),
         batch_size=192,
         mesh="data=-1",
         steps=13_000,

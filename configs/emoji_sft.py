@@ -24,7 +24,8 @@ def config() -> TrainConfig:
         Source(f"{tokens}/t2i_upright", TextToImage(prompt_dropout=0.1, eos=True), weight=3.0, parts=2),
         Source(f"{tokens}/i2t_train", ImageToText(), weight=2.0, parts=2),
         Source(f"{tokens}/i2t_closeups", ImageToText(), weight=4.0, parts=2),
-        Source(f"{tokens}/clip_train", NextFrame(prompt_dropout=0.1, eos=True), weight=2.0),
+        Source(f"{tokens}/clip_train", NextFrame(prompt_dropout=0.1, eos=True), weight=2.2),
+        Source(f"{tokens}/clip_questions", ImageToText(), weight=1.0),
     )
     return dataclasses.replace(
         pretraining,
@@ -33,7 +34,7 @@ def config() -> TrainConfig:
             pretraining.model, bundle="out/emoji_pretrain/model", decoder=None, random=False, dropout=0.2
         ),
         data=dataclasses.replace(pretraining.data, sources=sources, seed=1),
-        steps=4_000,
+        steps=4_400,
         optimizer=OptimizerConfig(
             learning_rate=4e-4, final_learning_rate=1e-5, warmup_steps=50, clip_norm=1.0, eps=1e-8
         ),

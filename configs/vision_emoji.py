@@ -23,9 +23,9 @@ def config() -> VisionTrainConfig:
             attention_stages=(1,),
         ),
         pixels=PixelConfig(
-            ("out/emoji/vision_train.jsonl",), size=32, stills=128, clips=24, frames=8, in_memory=True, augment=0.6
+            ("out/emoji/vision_train.jsonl",), size=32, stills=96, clips=32, frames=8, in_memory=True, augment=0.6
         ),
-        steps=12_000,
+        steps=11_000,
         optimizer=OptimizerConfig(
             learning_rate=6e-4,
             final_learning_rate=1e-5,

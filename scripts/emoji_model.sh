@@ -11,7 +11,8 @@ emu3_jax() { "$python" -m emu3_jax.cli.main "$@"; }
 [ -d out/emoji ] || "$python" scripts/build_emoji.py out/emoji
 [ -d out/vision_emoji/model ] || emu3_jax train configs/vision_emoji.py ${VISION:-}
 [ -d out/emoji_start ] || "$python" scripts/emoji_bundle.py out/vision_emoji/model -o out/emoji_start
-for set in {t2i,i2t,clip,text}_train t2i_upright i2t_closeups {t2i,clip}_heldout i2t_heldout_style; do
+for set in {t2i,i2t,clip,text}_train t2i_upright i2t_closeups clip_questions {t2i,clip}_heldout i2t_heldout_style \
+    clip_questions_heldout; do
     [ -f out/emoji_tokens/$set/index.json ] ||
         emu3_jax prepare out/emoji/$set.jsonl --model out/emoji_start --keep-size -o out/emoji_tokens/$set
 done

@@ -175,6 +175,10 @@ def test_build(build, tmp_path):
     assert load_clip(data / "clips" / f"{ANIMALS[0]}.webp").fps == pytest.approx(8 / 0.64)
 
 
+def _texts(line: dict) -> list[str]:
+    return [turn["text"] for turn in line["conversation"]]
+
+
 def test_manifests(build, tmp_path):
     summary = build()
     data = tmp_path / "data"
@@ -198,6 +202,7 @@ def test_manifests(build, tmp_path):
         "i2t_train": {"train"},
         "i2t_closeups": {"train"},
         "clip_train": {"train"},
+        "clip_questions": {"train"},
         "text_train": set(),
     }
     assert splits["i2t_heldout_style"] == {"style"}
@@ -218,6 +223,16 @@ def test_manifests(build, tmp_path):
     assert [line["image"] for line in close] == [file for file in first["closeups"] for _ in range(3)]
     asked = [line for line in lines(data / "i2t_train.jsonl") if line["image"] == first["views"][0]]
     assert [line["conversation"][1]["text"] for line in asked] == [texts[0], first["group"], first["style"]]
+    moving = next(item for item in items.values() if item["kind"] == "procedural_clip" and item["split"] == "train")
+    about = [line for line in lines(data / "clip_questions.jsonl") if line["clip"] == moving["file"]]
+    pairs = [dict(zip(turns[::2], turns[1::2], strict=True)) for turns in (_texts(line) for line in about)]
+    assert pairs[0] == pairs[1] and list(pairs[0]) != list(pairs[1])
+    assert pairs[0] == {
+        "Describe the clip.": moving["label"],
+        "What colour is the shape?": moving["colour"],
+        "What shape is this?": moving["shape"],
+        "What does the shape do?": moving["motion"],
+    }
     held = {item["label"] for item in items.values() if item["split"] == "concept"}
     assert held
     assert not any(line["text"].split(":")[0].split(".")[0] in held for line in lines(data / "text_train.jsonl"))

@@ -12,11 +12,14 @@ from emoji_data.concepts import MAIN_GROUPS, Concept, draw, is_held_out
 Item = dict
 Line = dict
 
-VISION_SHARE = 0.25  # of the procedural pictures and clips, which are many and alike
+# Of the procedural pictures and clips, which are many and alike; more of the clips, whose small shapes blur first.
+VISION_SHARES = {"procedural_picture": 0.25, "procedural_clip": 0.5}
 STILL_REPEATS = 3  # times that a procedural still stands among the captioned pictures
 _CANONICAL = 3  # times that the full caption stands beside the four variants
 _TAGS = (2, 4)  # tags in a caption
 _DESCRIBE = "Describe the image."
+_DESCRIBE_CLIP = "Describe the clip."
+_CLIP_CONVERSATIONS = 2  # about each clip
 
 
 def build_manifests(items: list[Item], concepts: Iterable[Concept], seed: int) -> dict[str, list[Line]]:
@@ -39,11 +42,14 @@ def build_manifests(items: list[Item], concepts: Iterable[Concept], seed: int) -
     def questions(item: Item) -> Iterator[Line]:
         return _question_lines(item, _views(item))
 
+    def about_clips(item: Item) -> Iterator[Line]:
+        return _clip_conversations(item, seed)
+
     def closeups(item: Item) -> Iterator[Line]:
         return _question_lines(item, item.get("closeups", []))
 
     def share(source: list[Item]) -> list[Item]:
-        return [item for item in source if draw(seed, "vision", item["name"]) < VISION_SHARE]
+        return [item for item in source if draw(seed, "vision", item["name"]) < VISION_SHARES[item["kind"]]]
 
     vision = lines(_canonical_line, "train", pictures, clips, share(stills), share(drawn_clips))
     return {
@@ -59,6 +65,8 @@ def build_manifests(items: list[Item], concepts: Iterable[Concept], seed: int) -
         "i2t_heldout_triple": lines(questions, "triple", stills),
         "clip_train": lines(_canonical_line, "train", clips, drawn_clips),
         "clip_heldout": lines(_canonical_line, "style", clips) + lines(_canonical_line, "triple", drawn_clips),
+        "clip_questions": lines(about_clips, "train", clips, drawn_clips),
+        "clip_questions_heldout": lines(about_clips, "style", clips) + lines(about_clips, "triple", drawn_clips),
         "text_train": [line for concept in concepts for line in _text_lines(concept, seed)],
     }
 
@@ -113,6 +121,25 @@ def _question_lines(item: Item, views: list[str]) -> Iterator[Line]:
     for number, (file, (question, answer)) in enumerate(pairs):
         turns = [{"role": "user", "text": question}, {"role": "assistant", "text": answer}]
         yield _line(item, f"#{number}", file, conversation=turns)
+
+
+def _clip_conversations(item: Item, seed: int) -> Iterator[Line]:
+    """All questions about a clip, one after the other in one conversation, each time in another order."""
+    if item["kind"] == "procedural_clip":
+        asked = {
+            _DESCRIBE_CLIP: caption(item),
+            "What colour is the shape?": item["colour"],
+            "What shape is this?": item["shape"],
+            "What does the shape do?": item["motion"],
+        }
+    else:
+        asked = {_DESCRIBE_CLIP: caption(item), "What category is this?": item["group"]}
+    orders = list(itertools.permutations(asked.items()))
+    random.Random(f"{seed} {item['name']} questions").shuffle(orders)
+    for number, pairs in enumerate(orders[:_CLIP_CONVERSATIONS]):
+        roles = itertools.cycle(("user", "assistant"))
+        turns = [{"role": next(roles), "text": text} for pair in pairs for text in pair]
+        yield _line(item, f"#{number}", item["file"], conversation=turns)
 
 
 def _text_lines(concept: Concept, seed: int) -> Iterator[Line]:
