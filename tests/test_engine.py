@@ -12,7 +12,7 @@ from test_sampling import CRITICAL, chi_squared, softmax
 
 from emu3_jax.errors import Emu3Error
 from emu3_jax.generation import engine
-from emu3_jax.generation.schedule import SAMPLED, image_schedule, text_schedule
+from emu3_jax.generation.schedule import SAMPLED, TokenClass, clip_schedule, image_schedule, text_schedule
 from emu3_jax.text.prompts import generation_prompt
 
 SPECIAL = tiny.TOKENS
@@ -110,7 +110,36 @@ def test_growing_the_cache_and_short_calls_change_nothing(monkeypatch):
     progress = []
     small = run_rows([0, 1, 2, 3], on_progress=lambda taken, steps: progress.append((taken, steps)))
     np.testing.assert_array_equal(small, whole)
-    assert progress == [(taken, 15) for taken in (4, 7, 8, 11, 14, 15)]
+    assert progress == [(taken, 15) for taken in (1, 4, 7, 8, 11, 14, 15)]
+
+
+def test_tokens_are_told_while_the_device_has_its_next_call(monkeypatch):
+    monkeypatch.setattr(engine, "STEPS_PER_CALL", 4)
+    asked, told = [1], []  # steps that the device was asked for, the prompt's own included
+    decode = engine.decode
+
+    def watched(params, state, plan, until, config, variant):
+        asked.append(int(until))
+        return decode(params, state, plan, until, config, variant)
+
+    monkeypatch.setattr(engine, "decode", watched)
+    ids = run_rows([0, 1, 2, 3], on_tokens=lambda tokens: told.append((tokens.copy(), asked[-1])))
+    assert [tokens.shape for tokens, _ in told] == [(4, taken) for taken in (1, 5, 9, 13, 15)]
+    assert [ahead for _, ahead in told] == [5, 9, 13, 15, 15]
+    for tokens, _ in told:
+        np.testing.assert_array_equal(tokens, ids[:, : tokens.shape[1]])
+
+
+def test_calls_end_with_the_frames_of_clips(monkeypatch):
+    monkeypatch.setattr(engine, "STEPS_PER_CALL", 10)
+    told = []
+    schedule = clip_schedule(3, 2, 3)  # 9 tokens a frame; each frame's EOF is forced after them
+    engine.run(
+        tiny.params(), tiny.CONFIG, [[17, 20, 19]], [schedule], tiny.settings(1),
+        on_tokens=lambda tokens: told.append(tokens.shape[1]),
+    )  # fmt: skip
+    assert told == [1, 8, 17, 25]
+    assert (schedule[[8, 17]] == TokenClass.EOF).all() and schedule[24] == TokenClass.VISUAL
 
 
 def test_first_and_second_token_are_drawn_from_the_exact_distribution():
@@ -152,11 +181,9 @@ def test_answers_end_at_eos_and_the_loop_ends_with_them():
     kernel = params["head"]["kernel"]
     eos_only = {**params, "head": {"kernel": jnp.zeros_like(kernel).at[SPECIAL.eos].set(1e3)}}
     # The head is linear: with every other row zero, EOS wins exactly when its logit is positive.
-    progress = []
     prompts = [[17, token] for token in range(12)]
     ids = engine.run(
-        eos_only, tiny.CONFIG, prompts, [text_schedule(150)] * 12, tiny.settings(12, temperature=0.0),
-        on_progress=lambda taken, steps: progress.append((taken, steps)),
+        eos_only, tiny.CONFIG, prompts, [text_schedule(150)] * 12, tiny.settings(12, temperature=0.0)
     )  # fmt: skip
     for row in ids:
         ends = np.flatnonzero(row == SPECIAL.eos)
@@ -165,10 +192,13 @@ def test_answers_end_at_eos_and_the_loop_ends_with_them():
             assert (row[ends[0] + 1 :] == SPECIAL.pad).all()
     ended = [row for row in range(12) if SPECIAL.eos in ids[row]]
     assert len(ended) > 0
+    progress = []
     alone = engine.run(
-        eos_only, tiny.CONFIG, [prompts[ended[0]]], [text_schedule(150)], tiny.settings(1, temperature=0.0)
-    )
+        eos_only, tiny.CONFIG, [prompts[ended[0]]], [text_schedule(150)], tiny.settings(1, temperature=0.0),
+        on_progress=lambda taken, steps: progress.append((taken, steps)),
+    )  # fmt: skip
     np.testing.assert_array_equal(alone[0], ids[ended[0]])
+    assert list(alone[0]).index(SPECIAL.eos) < 129 and progress in ([(1, 150)], [(1, 150), (129, 150)])
 
 
 def test_one_compilation_per_shape_bucket():

@@ -6,8 +6,9 @@ T steps of the schedule, P prompt slots.
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import flax.linen as nn
 import flax.struct
@@ -152,6 +153,7 @@ def run(
     settings: sampling.RowSettings,
     negatives: Sequence[Sequence[int]] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    on_tokens: Callable[[np.ndarray], None] | None = None,
     row_multiple: int = 1,
     narrow_cache: bool = False,
     kernels: str = "auto",
@@ -166,6 +168,8 @@ def run(
         settings: how each row samples.
         negatives: the unconditional prompt of each row; None for no guidance.
         on_progress: called with (steps taken, steps in all) now and then.
+        on_tokens: called as often, with the ids so far, int32 [B, steps taken]; the device goes on meanwhile. The last
+            call has every id that is sampled, not what is forced after it.
         row_multiple: the rows that are computed together are filled up to a multiple of this, the parts into which a
             mesh splits them.
         narrow_cache: keys and values are kept as int8.
@@ -189,6 +193,7 @@ def run(
     length = max(len(s) for s in schedules)
     stacked = stack_schedules(list(schedules), bucket(length))
     steps = sampled_steps(stacked)
+    ends = (stacked == TokenClass.EOF).all(axis=0)  # of a clip's frames, which can be shown then
     rows = [*prompts, *(negatives or ())]
     width = bucket(max(len(row) for row in rows))
     start = np.asarray([width - len(row) for row in rows], np.int32)
@@ -206,27 +211,44 @@ def run(
     )
     # Arrays of the host: those of one device do not mix with weights that lie on several processes' devices.
     plan = Plan(forced=forced_ids(stacked, config.tokens), settings=settings)
-    final = width + stacked.shape[1]
-    state = prefill(params, padded, start, plan, config, variant, cache_slots(width + 1, final, variant.kernels))
-    taken = 1
-    while taken < steps:
-        slots = cache_slots(width + taken + 1, final, variant.kernels)
-        if slots > state.cache.slots:
-            state = state.replace(cache=state.cache.grow(slots))
-        until = min(taken + STEPS_PER_CALL, steps, slots - width)
-        state = decode(params, state, plan, np.int32(until), config, variant)
-        taken = until
+    calls = _calls(params, padded, start, plan, config, variant, steps, np.flatnonzero(ends))
+    # In pairs: the device has its next call before the host looks at what the last one made.
+    for (taken, tokens, ended), _ in itertools.pairwise(itertools.chain(calls, [None])):
+        tokens = np.array(tokens)[:count, :length]
         if on_progress is not None:
-            jax.block_until_ready(state.step)
             on_progress(taken, steps)
-        if not visual_only and bool(state.ended.all()):
+        if on_tokens is not None:
+            on_tokens(tokens[:, :taken])
+        if np.asarray(ended).all():
             break
-    tokens = np.array(state.tokens[:, :length])[:count]
     # What follows the last choice is forced and needs no forward pass.
     tail = forced_ids(stacked[:count, steps:length], config.tokens)
     if visual_only:
         tokens[:, steps:] = tail
     return tokens
+
+
+def _calls(
+    params, prompts, start, plan: Plan, config: DecoderConfig, variant: Variant, steps: int, stops: np.ndarray
+) -> Iterator[tuple[int, jax.Array, jax.Array]]:
+    """After each call of a program: the steps taken, `DecodeState.tokens` and `.ended`, none of which need be ready.
+
+    Calls also end at `stops`, in steps, which rise.
+    """
+    width = prompts.shape[1]
+    final = width + plan.forced.shape[1]
+    state = prefill(params, prompts, start, plan, config, variant, cache_slots(width + 1, final, variant.kernels))
+    taken = 1
+    while True:
+        yield taken, jnp.copy(state.tokens), jnp.copy(state.ended)  # the next call takes the state's own memory
+        if taken >= steps:
+            return
+        slots = cache_slots(width + taken + 1, final, variant.kernels)
+        if slots > state.cache.slots:
+            state = state.replace(cache=state.cache.grow(slots))
+        until = min(taken + STEPS_PER_CALL, steps, slots - width, *stops[stops > taken][:1])
+        state = decode(params, state, plan, np.int32(until), config, variant)
+        taken = until
 
 
 def check_positions(config: DecoderConfig, prompts, schedules, negatives=None) -> None:
