@@ -370,8 +370,11 @@ class Stream:
             Emu3Error: the shape is none that `VisionTokenizer.encode` takes.
         """
         if self._past is None:
+            # Where the weights lie, as what a step returns: elsewhere the second step would compile anew, and on a mesh
+            # of several processes the first would not run.
+            place = getattr(jax.tree.leaves(self._params)[0], "sharding", None)
             shapes = jax.eval_shape(self._step, self._params, {}, part)[1]
-            self._past = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+            self._past = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=place), shapes)
         result, self._past = self._step(self._params, self._past, part)
         return result
 
