@@ -44,6 +44,47 @@ def test_worn_clips_read_back():
         assert procedural.read_clip(np.stack(frames)) == clip
 
 
+def test_second_halves_read_back():
+    half = procedural.FRAMES // 2
+    for number, clip in enumerate(itertools.islice(all_clips(), 0, None, 5)):
+        assert seen_of(procedural.read_extension(draw_clip(clip, 32), half)) == seen_of(clip)
+        if number % 2 == 0:  # the given frames are true ones, the new ones worn
+            frames = draw_clip(clip, SIDE)
+            frames[half:] = [worn(frame, number * 8 + i) for i, frame in enumerate(frames[half:])]
+            assert seen_of(procedural.read_extension(frames, half)) == seen_of(clip)
+
+
+def seen_of(clip: Motion) -> tuple[str | None, ...]:
+    """What an extension is asked for; a shape that grows has another size in its second half."""
+    return clip.colour, clip.shape, clip.background, clip.motion
+
+
+@pytest.mark.parametrize("motion", procedural.MOTIONS)
+def test_an_extension_has_to_go_on(motion):
+    """The given half's own motion does not count, nor does another one, nor another shape in the new frames."""
+    half = procedural.FRAMES // 2
+    clip = Motion("green", "star", "small", "gray", motion)
+    given = draw_clip(clip, SIDE)[:half]
+    still = np.concatenate([given, given[-1:].repeat(half, axis=0)])
+    assert procedural.read_extension(still, half).motion is None
+    other = next(m for m in procedural.MOTIONS if m != motion)
+    changed = draw_clip(Motion("purple", "circle", "small", "gray", other), SIDE)[half:]
+    seen = procedural.read_extension(np.concatenate([given, changed]), half)
+    assert (seen.colour, seen.shape) == ("purple", "circle") and seen.motion != motion
+    gone = np.concatenate([given, np.full_like(given, 150)])
+    assert procedural.read_extension(gone, half) == Motion(None, None, None, "gray", None)
+
+
+def test_a_part_of_the_way_is_told_by_its_span():
+    """What is too little for a whole clip is enough for a part of one, and never without `span`."""
+    clip = draw_clip(Motion("red", "circle", "large", "white", "moves left"), SIDE)
+    assert procedural.read_clip(clip[4:]).motion is None
+    assert procedural.read_clip(clip[4:], span=3 / 7).motion == "moves left"
+    clip = draw_clip(Motion("red", "circle", "large", "white", "grows"), SIDE)
+    assert procedural.read_clip(clip[4:]).motion is None
+    assert procedural.read_clip(clip[4:], span=3 / 7).motion == "grows"
+
+
 @pytest.mark.parametrize("side", [32, 64])
 def test_other_sides(side):
     for still in itertools.islice(all_stills(), 0, None, 37):

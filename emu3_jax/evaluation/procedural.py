@@ -44,6 +44,7 @@ _FAINTEST = 45.0  # distance in RGB that counts as a shape
 _UNCLEAR = 0.45  # share of the silhouette's area on which the best shape may disagree
 _COMPARED = 4  # frames of a clip whose silhouettes are compared with the shapes
 _MOVED = 0.09  # share of the side; a large shape at an edge lies 0.2 off the centre
+_GROWN = 1.25  # of the radius over a whole clip, where the drawing has _GROWTH
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,19 +127,34 @@ def read_still(pixels: np.ndarray) -> Still:
     return Still(seen.colour, shape, size, seen.background, position)
 
 
-def read_clip(frames: np.ndarray) -> Motion:
+def read_clip(frames: np.ndarray, span: float = 1.0) -> Motion:
     """Reads frames, uint8 or float in 0..255, [T, side, side, 3], T >= 3. Where nothing stands out, all but the
-    background is None."""
+    background is None. `span` is the share of a whole clip's way that the frames cover: they have to move, or grow,
+    by that share only."""
     frames = np.asarray(frames, np.float64)
     seen = _see(frames)
     if seen is None:
         return Motion(None, None, None, _background(frames), None)
     visible = np.flatnonzero(seen.visible)
-    motion = _motion(seen, visible)
+    motion = _motion(seen, visible, span)
     # Where the shape grows, the first frame alone has the size that the caption tells.
     compared = visible[:: -(-len(visible) // _COMPARED)]
     shape, size = _shape_and_size(seen, compared, visible[:1] if motion == "grows" else visible)
     return Motion(seen.colour, shape, size, seen.background, motion)
+
+
+def read_extension(frames: np.ndarray, given: int) -> Motion:
+    """Reads what follows the first `given` of a clip's FRAMES frames, uint8 or float in 0..255, [T, side, side, 3].
+
+    Colour, shape, size and background are those of the new frames alone. Their motion is seen from the last given frame
+    on, so that it has to go on from there, and the motion of the given frames does not count for it.
+    """
+    new = read_clip(frames[given:], (FRAMES - given - 1) / (FRAMES - 1))
+    seen = _see(np.asarray(frames[given - 1 :], np.float64))
+    if new.colour is None or seen is None:
+        return dataclasses.replace(new, motion=None)
+    motion = _motion(seen, np.flatnonzero(seen.visible), (FRAMES - given) / (FRAMES - 1))
+    return dataclasses.replace(new, motion=motion)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,16 +214,16 @@ def _shape_and_size(seen: _Seen, frames, sized=None) -> tuple[str | None, str | 
     return best, min(SIZES, key=lambda size: abs(np.log(radius / SIZES[size])))
 
 
-def _motion(seen: _Seen, visible: np.ndarray) -> str | None:
+def _motion(seen: _Seen, visible: np.ndarray, span: float) -> str | None:
     first, last = visible[0], visible[-1]
     if len(visible) < last - first + 1:  # hidden in between
         return "blinks"
     if len(visible) < 3:
         return None
-    moved = _direction(seen.centres[last] - seen.centres[first], 2 * _MOVED, tuple(_DIRECTIONS.items()))
+    moved = _direction(seen.centres[last] - seen.centres[first], 2 * _MOVED * span, tuple(_DIRECTIONS.items()))
     if moved:
         return moved
-    return "grows" if np.sqrt(seen.areas[last] / seen.areas[first]) > 1.25 else None
+    return "grows" if np.sqrt(seen.areas[last] / seen.areas[first]) > _GROWN**span else None
 
 
 def _direction(offset: np.ndarray, least: float, directions: tuple) -> str | None:
