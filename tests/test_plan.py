@@ -9,9 +9,11 @@ import jax
 import pytest
 
 from emu3_jax.cli.main import main
+from emu3_jax.data.sequences import NextFrame
 from emu3_jax.errors import Emu3Error
 from emu3_jax.generation import plan as generation_plan
 from emu3_jax.generation.config import GenerateConfig
+from emu3_jax.generation.schedule import clip_schedule
 from emu3_jax.sharding import plan
 from emu3_jax.sharding.collectives import Collective, collectives
 from emu3_jax.training import plan as training_plan
@@ -101,6 +103,38 @@ def test_generate(small, capsys):
 
 
 @libtpu
+def test_context_parallelism(small, trained):
+    """Two devices to a row: each holds half of its tokens, and trades them for heads in every layer."""
+    slice_ = plan.tpu_slice("v5e:2x2")
+    config = load_config(small / "train.py", ["mesh=fsdp=2,sequence=2", "batch_size=2"])
+    (step,) = plan.compile_plan(slice_, *training_plan.programs(config, slice_))["programs"]
+    (whole,) = trained["programs"]
+    assert step["fits"] and step["name"] == "training step of 2 rows of 256 tokens"
+    for name in ("weights", "optimizer"):  # over all four chips, as without
+        assert step["bytes"][name] == whole["bytes"][name]
+    assert step["bytes"]["inputs"] == 128 * (3 * 4 + 1) + 4 + 8
+    assert step["flops"] == pytest.approx(whole["flops"] / 2)
+    # Queries, keys and values out, the result back: 4 + 2 + 2 + 4 heads of a chip's 128 tokens, in each layer forward,
+    # again for the backward pass, and back. The embedding's exchange is there without.
+    traded, without = (sum(c["bytes"] for c in p["collectives"] if c["kind"] == "all-to-all") for p in (step, whole))
+    assert traded - without == 3 * 3 * 128 * (4 + 2 + 2 + 4) * 64 * 2
+
+
+@libtpu
+@pytest.mark.parametrize(("layout", "steps"), [("lines", 3 * (12 * 13 + 1) + 2), ("flat", 3 * (12 * 12 + 1) + 2)])
+def test_clips(small, layout, steps):
+    """Nine frames are three of latents, the last of them filled up; the plan names its steps and holds their cache."""
+    config = load_config(small / "generate.py", ["frames=9", "area=9216", f"decoder.clip_layout={layout}"])
+    assert config.grid == (3, 12, 12) and len(clip_schedule(*config.grid, layout)) == config.steps == steps
+    _, (_, decode) = generation_plan.programs(config, plan.tpu_slice("v5e:2x2"))
+    assert decode.name == f"decoding step {steps} of 2 clips of 3x12x12 tokens"
+    slots = 64 + -(-steps // 64) * 64
+    assert plan.chip_bytes(decode.arguments["cache"]) == 2 * 3 * (4 // 2) * (2 // 2) * slots * 64 * 2 + 2 * 4 + 4
+    one = dataclasses.replace(config, pictures=1, mesh="tensor=2")
+    assert f"step {steps} of 1 clip of" in generation_plan.programs(one, plan.tpu_slice("v5e:2x2"))[1][1].name
+
+
+@libtpu
 def test_out_of_memory_is_a_plan(small, capsys):
     code = main(["plan", str(small / "train.py"), "--topology", "v5e:2x2", "--hbm-limit", "0.001"])
     shown = capsys.readouterr()
@@ -132,6 +166,7 @@ def test_what_xla_says_about_memory():
         ("train", ["v5e:2x2", "--rows-per-chip", "0"], "--rows-per-chip is 0"),
         ("generate", ["v5e:2x2", "--rows-per-chip", "1"], "set `pictures`"),
         ("generate", ["v5e:2x2", "--set", "area=4000000"], "positions"),
+        ("generate", ["v5e:2x2", "--set", "frames=1000000000"], "choose fewer frames, a smaller area or prompt_tokens"),
     ],
 )
 def test_bad_input(small, capsys, config, arguments, message):
@@ -159,6 +194,39 @@ def test_full_size_states(name):
     assert plan.chip_bytes(step.arguments["inputs"]) == 10_240 * (3 * 4 + 1) + 4 + 8
     # 6 FLOPs a weight and token, and attention.
     assert 6 * 7.7e9 < step.flops / (64 * 10_240) < 6 * 10e9
+
+
+@libtpu
+def test_full_size_clips_in_training():
+    """The paper's context: eight chips of a v5p:4x4x8 to a row of 131,072 tokens."""
+    config = load_config(CONFIGS / "video_8b.py")
+    length = config.data.sequence_length
+    assert length == 131_072 <= config.model.decoder.max_positions and config.data.packing
+    assert any(isinstance(source.task, NextFrame) for source in config.data.sources)
+    mesh, (step,) = training_plan.programs(config, plan.tpu_slice("v5p:4x4x8"))
+    assert mesh.size == 128 and mesh.shape["sequence"] == 8 and length % mesh.shape["sequence"] == 0
+    weights = plan.chip_bytes(step.arguments["weights"])
+    assert weights == 4 * (EMU3_MATRICES // 128 + 65 * 4096)
+    assert plan.chip_bytes(step.arguments["optimizer"]) == 2 * weights + 2 * 4
+    rows = config.batch_size // mesh.shape["fsdp"]
+    assert plan.chip_bytes(step.arguments["inputs"]) == rows * length // 8 * (3 * 4 + 1) + 4 + 8
+    # 6 FLOPs a weight and token, and attention, which is two thirds.
+    weights = 6 * (EMU3_MATRICES - 184622 * 4096)
+    assert step.flops / (config.batch_size * length) == pytest.approx(weights + 12 * 32 * 4096 * (length + 1) / 2)
+
+
+@libtpu
+def test_full_size_clips_in_generation():
+    """5 s at 24 frames per second: its steps, and a cache of 131,072 bytes a slot and row over four chips."""
+    config = load_config(CONFIGS / "generate_video_8b.py")
+    assert config.steps == 124_832 == len(clip_schedule(30, 64, 64))
+    assert config.decoder.max_positions == load_config(CONFIGS / "video_8b.py").model.decoder.max_positions
+    _, (prefill, decode, growth) = generation_plan.programs(config, plan.tpu_slice("v5p:2x2x1"))
+    assert prefill.name == "prefill of 2 rows of 64 tokens"
+    assert decode.name == "decoding step 124832 of 1 clip of 30x64x64 tokens"
+    assert growth.name == "growth of the cache to 124992 slots"
+    assert plan.chip_bytes(decode.arguments["cache"]) == 2 * 131_072 * 124_992 // 4 + 2 * 4 + 4
+    assert plan.chip_bytes(growth.arguments["cache"]) == 2 * 131_072 * 61 * 2048 // 4 + 2 * 4 + 4
 
 
 @libtpu
@@ -199,6 +267,14 @@ def test_collectives_of_a_scan():
 
 def test_generate_config_is_validated():
     assert GenerateConfig().grid == (90, 90)
-    for field, value in {"pictures": 0, "prompt_tokens": 2000, "guidance": -1.0, "decoder": 8, "ratio": "9:1"}.items():
+    for field, value in {
+        "pictures": 0,
+        "frames": 0,
+        "temporal_factor": 2.5,
+        "prompt_tokens": 2000,
+        "guidance": -1.0,
+        "decoder": 8,
+        "ratio": "9:1",
+    }.items():
         with pytest.raises(Emu3Error, match=field.split("_")[0]):
             dataclasses.replace(GenerateConfig(), **{field: value})

@@ -1,4 +1,4 @@
-"""The programs that draw pictures, to be compiled for a TPU slice by `sharding.plan`."""
+"""The programs that draw pictures and clips, to be compiled for a TPU slice by `sharding.plan`."""
 
 import dataclasses
 import math
@@ -37,8 +37,7 @@ def programs(config: GenerateConfig, slice_: Slice) -> tuple[Mesh, list[Program]
     pictures = -(-config.pictures // multiple) * multiple
     rows = pictures * (2 if guided else 1)
     width = engine.bucket(config.prompt_tokens)
-    grid = config.grid
-    steps = engine.bucket(grid[0] * (grid[1] + 1) + 3)
+    steps = engine.bucket(config.steps)
     final = width + steps
     variant = engine.Variant(visual_only=True, guided=guided, use_top_k=True, use_top_p=False)
 
@@ -74,6 +73,9 @@ def programs(config: GenerateConfig, slice_: Slice) -> tuple[Mesh, list[Program]
     first = engine.cache_slots(width + 1, final, "xla")
     full = state(final)
     inputs = (plan, full.tokens, full.step, full.ended)
+    # A picture's count leaves out EOF, EOI and EOS. A clip's is all its tokens: frames end with EOF throughout.
+    clips = "clip" if pictures == 1 else "clips"
+    last, what = (config.steps - 3, "pictures") if config.frames is None else (config.steps, clips)
     result = [
         Program(
             f"prefill of {rows} rows of {width} tokens",
@@ -82,7 +84,7 @@ def programs(config: GenerateConfig, slice_: Slice) -> tuple[Mesh, list[Program]
             flops=_flops(decoder, rows * width, rows * width * (width + 1) / 2, rows),
         ),
         Program(
-            f"decoding step {grid[0] * (grid[1] + 1)} of {pictures} pictures of {grid[0]}x{grid[1]} tokens",
+            f"decoding step {last} of {pictures} {what} of {'x'.join(map(str, config.grid))} tokens",
             within(lambda: engine.decode.lower(params, full, plan, array(()), decoder, variant)),
             {"weights": params, "cache": full.cache, "inputs": inputs},
             flops=_flops(decoder, rows, rows * final, rows),
