@@ -11,10 +11,12 @@ import torch
 import transformers
 
 from emu3_jax.data.config import DataConfig, Source
-from emu3_jax.data.sequences import TextOnly
+from emu3_jax.data.records import Record
+from emu3_jax.data.sequences import NextFrame, TextOnly, TokenSequence, padded_row
 from emu3_jax.models.adapters import Adapter
 from emu3_jax.sharding.mesh import make_mesh
 from emu3_jax.sharding.rules import use_mesh
+from emu3_jax.text.prompts import CHAT
 from emu3_jax.training.config import ModelConfig, OptimizerConfig, TrainConfig
 from emu3_jax.training.flops import matrix_weights, peak_flops, step_flops
 from emu3_jax.training.host_rows import HostRows
@@ -45,7 +47,31 @@ def batch():
     }
 
 
-def run(config=CONFIG, mesh="fsdp=1", steps=3):
+class Letters:
+    """A tokenizer of `tiny.TOKENS`, for captions and sizes: a character is one of the 16 ids of text."""
+
+    special = tiny.TOKENS
+
+    def encode(self, text, allow_special=False):
+        return [ord(letter) % 16 for letter in text]
+
+
+def clips():
+    """Rows of two clips each, of 2x2x2 and 1x2x3 codes, as next frames; at 48 tokens there is some padding."""
+    rng, task, rows = np.random.default_rng(0), NextFrame(loss="all", eos=True), []
+    for _ in range(ROWS):
+        made = [
+            task.sequence(Record("", "up", rng.integers(0, 8, shape)), Letters(), CHAT)
+            for shape in ((2, 2, 2), (1, 2, 3))
+        ]
+        parts = [padded_row(sequence, len(sequence), tiny.TOKENS.pad) for sequence in made]
+        parts[1]["segment_ids"] *= 2
+        rest = padded_row(TokenSequence(np.zeros(0, np.int32), np.zeros(0, bool)), 48 - sum(map(len, made)), 16)
+        rows.append({name: np.concatenate([part[name] for part in (*parts, rest)]) for name in rest})
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def run(config=CONFIG, mesh="fsdp=1", steps=3, batch=batch):
     """Metrics of some steps, and the parameters after them."""
     mesh = make_mesh(mesh)
     trainer = Trainer(config, tiny.CONFIG, mesh)
@@ -85,6 +111,17 @@ def test_meshes_and_accumulation_change_nothing(plain, mesh, accumulation):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), state.params, plain[1].params)
     np.testing.assert_allclose(sums.mean, plain[2].mean, rtol=1e-4)
     np.testing.assert_array_equal(state.key, plain[1].key)
+
+
+def test_clips_over_the_sequence():
+    """Packed clips whose frames lie on several devices. Two KV heads to four devices: each goes to two."""
+    metrics, state, sums = run(steps=2, batch=clips)
+    split, split_state, split_sums = run(mesh="fsdp=2,sequence=4", steps=2, batch=clips)
+    for found, wanted in zip(split, metrics, strict=True):
+        np.testing.assert_allclose(list(found.values()), list(wanted.values()), rtol=2e-5)
+    assert metrics[0]["loss_vision"] > 0 and metrics[0]["tokens"] < ROWS * 48
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), split_state.params, state.params)
+    np.testing.assert_allclose(split_sums.mean, sums.mean, rtol=1e-4)
 
 
 @pytest.mark.parametrize("fields", [{"dropout": 0.3}, {"noise": 1.0}])
