@@ -14,7 +14,7 @@ class GenerateConfig:
     Attributes:
         decoder: the decoder's shapes; its weights are in `decoder.dtype`.
         pictures: pictures, or clips, that are drawn at once; what the mesh's rows leave over is filled up.
-        frames: of each clip, all of one pass; None for pictures.
+        frames: of each clip, drawn in one pass; None for pictures. Those that they go on from are part of the prompt.
         temporal_factor: of the vision tokenizer, frames to one latent frame; what it leaves over is filled up.
         ratio: width:height.
         area: pixels; None for what the model draws by default.
