@@ -2,7 +2,10 @@
 
 import os
 import sys
+import tracemalloc
+from fractions import Fraction
 
+import av
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,7 +15,8 @@ from PIL import Image
 from emu3_jax.config import ImageConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.media import clips
-from emu3_jax.media.clips import Clip, is_animated, load_clip, preprocess_clip, resample, save_clip
+from emu3_jax.media.clips import Clip, load_clip, preprocess_clip, resample, save_clip
+from emu3_jax.media.frames import is_animated, open_clip
 from emu3_jax.media.images import preprocess
 
 GREYS = (10, 60, 110, 160)
@@ -75,8 +79,12 @@ def test_longer_frames_are_repeated(tmp_path):
     assert clip.fps == 25.0
 
 
-def test_frames_without_duration_last_a_tenth(tmp_path):
-    assert load_clip(_save(tmp_path / "x.gif", _frames())).fps == 10.0
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
+def test_frames_without_duration_last_a_tenth(tmp_path, suffix):
+    path = _save(tmp_path / f"x.{suffix}", _frames(), duration=0)
+    assert load_clip(path).fps == open_clip(path).fps == 10.0
+    path = _save(tmp_path / f"y.{suffix}", _frames(), duration=[50, 0, 50, 0])
+    assert [len(load_clip(path).frames), load_clip(path).fps] == [6, 20.0]
 
 
 @pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
@@ -152,9 +160,14 @@ def test_truncated_files(tmp_path, suffix, share):
 
 
 def test_missing_files(tmp_path):
-    for read in (is_animated, load_clip):
-        with pytest.raises(Emu3Error, match=r"cannot read .*absent\.gif: No such file"):
+    for read, wanted in ((is_animated, "picture or clip"), (load_clip, "clip"), (open_clip, "clip")):
+        with pytest.raises(
+            Emu3Error, match=rf"cannot read .*absent\.gif: No such file .*; give a {wanted} that exists"
+        ):
             read(tmp_path / "absent.gif")
+        with pytest.raises(Emu3Error, match=rf"x\.gif is not a {wanted} that can be read: give a GIF, WebP, PNG, MP4"):
+            (tmp_path / "x.gif").write_text("not an animation")
+            read(tmp_path / "x.gif")
 
 
 def test_clips_too_large_for_memory(tmp_path, monkeypatch):
@@ -291,11 +304,62 @@ def test_damaged_videos(tmp_path, name, data):
         load_clip(tmp_path / name)
 
 
-def test_a_video_that_ends_within_its_header(tmp_path):
-    save_clip(_frames(height=32, width=48), tmp_path / "x.mp4", 8.0)
-    (tmp_path / "cut.mp4").write_bytes((tmp_path / "x.mp4").read_bytes()[:300])
-    with pytest.raises(Emu3Error, match=r"cut\.mp4"):
-        load_clip(tmp_path / "cut.mp4")
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """Ten seconds by ending; "first.mp4" has its header first, where most players write it last."""
+    noise = np.random.default_rng(0).integers(0, 256, (80, 8, 8, 3), np.uint8).repeat(8, axis=1).repeat(8, axis=2)
+    found = {}
+    kinds = {"last.mp4": "mp4", "first.mp4": "mp4", "x.webm": "webm", "x.mkv": "matroska", "x.avi": "avi"}
+    for name, form in kinds.items():
+        file = tmp_path_factory.getbasetemp() / name
+        options = {"movflags": "faststart"} if name == "first.mp4" else {}
+        with av.open(str(file), "w", format=form, options=options) as container:
+            stream = container.add_stream({"webm": "libvpx", "avi": "mpeg4"}.get(form, "libx264"), rate=8)
+            stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+            for frame in noise:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode())
+        found[name] = file.read_bytes()
+    return found
+
+
+@pytest.mark.parametrize("name", ["last.mp4", "first.mp4", "x.webm", "x.mkv", "x.avi"])
+def test_videos_that_are_cut_off(tmp_path, videos, name):
+    """Where a decoder would just give fewer frames too."""
+    (tmp_path / name).write_bytes(videos[name])
+    assert len(load_clip(tmp_path / name).frames) == sum(1 for _ in open_clip(tmp_path / name)) == 80
+    for share in (0.1, 0.5, 0.9):
+        (tmp_path / name).write_bytes(videos[name][: int(share * len(videos[name]))])
+        with pytest.raises(Emu3Error, match=rf"{name}.*(damaged|cut off)"):
+            load_clip(tmp_path / name)
+        with pytest.raises(Emu3Error, match=rf"{name}.*(damaged|cut off)"):
+            list(open_clip(tmp_path / name))
+    # Who asks for its beginning alone does not learn of the end.
+    if name == "x.webm":
+        assert len(load_clip(tmp_path / name, fps=8.0, frames=5).frames) == 5
+
+
+def test_a_video_that_changes_its_size(tmp_path):
+    with av.open(str(tmp_path / "x.webm"), "w", format="webm") as container:
+        stream = container.add_stream("libvpx", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        smaller = av.CodecContext.create("libvpx", "w")
+        smaller.width, smaller.height, smaller.pix_fmt, smaller.time_base = 32, 48, "yuv420p", Fraction(1, 8)
+        for first, encoder, shape in ((0, stream, (64, 64, 3)), (4, smaller, (48, 32, 3))):
+            for number in range(first, first + 4):
+                frame = av.VideoFrame.from_ndarray(np.full(shape, 30 * number, np.uint8), format="rgb24")
+                frame.pts, frame.time_base = number, Fraction(1, 8)
+                for packet in encoder.encode(frame):
+                    packet.stream = stream
+                    container.mux(packet)
+            for packet in encoder.encode():
+                packet.stream = stream
+                container.mux(packet)
+    with pytest.raises(Emu3Error, match=r"x\.webm changes from 64x64 to 32x48 pixels: all frames need one size"):
+        load_clip(tmp_path / "x.webm")
+
+
+def test_missing_videos(tmp_path):
     with pytest.raises(Emu3Error, match=r"none\.mp4: there is no such file"):
         load_clip(tmp_path / "none.mp4")
 
@@ -313,3 +377,88 @@ def test_videos_need_pyav(tmp_path, monkeypatch):
 def test_rates_and_numbers_that_are_none(tmp_path, options, message):
     with pytest.raises(Emu3Error, match=message):
         load_clip(tmp_path, **options)
+
+
+# ------------------------------------------------------------------------------------------------ frame by frame
+
+
+@pytest.mark.parametrize("options", [{}, {"fps": 3.0}, {"fps": 20.0}, {"fps": 20.0, "frames": 5}, {"frames": 3},
+                                     {"frames": 30}])  # fmt: skip
+@pytest.mark.parametrize("kind", ["gif", "webp", "png", "mp4", "webm", "folder"])
+def test_frames_one_by_one_are_those_of_the_loaded_clip(tmp_path, kind, options):
+    frames = _frames(range(0, 250, 25), 32, 48)
+    path = tmp_path / ("x" if kind == "folder" else f"x.{kind}")
+    if kind == "folder":
+        path.mkdir()
+        for number, frame in enumerate(frames):
+            Image.fromarray(frame).save(path / f"{number}.png")
+    elif kind in ("mp4", "webm"):
+        save_clip(frames, path, 8.0)
+    else:
+        _save(
+            path,
+            frames,
+            duration=[40, 80, 40, 40, 120, 40, 40, 40, 40, 80],
+            **{"lossless": True} if kind == "webp" else {},
+        )
+    reader = open_clip(path, **options)
+    assert reader.count is None or reader.count == len(list(reader))
+    clip = Clip(np.stack(list(reader)), reader.fps)  # read a second time
+    loaded, plain = load_clip(path, **options), load_clip(path)
+    np.testing.assert_array_equal(clip.frames, loaded.frames)
+    assert clip.fps == loaded.fps
+    if kind not in ("mp4", "webm") or "fps" not in options:  # a video's frames have instants of their own
+        np.testing.assert_array_equal(clip.frames, resample(plain, **options).frames)
+
+
+@pytest.mark.parametrize("kind", ["gif", "webp", "mp4", "folder"])
+def test_reading_frame_by_frame_holds_a_few(tmp_path, kind):
+    frames = np.random.default_rng(0).integers(0, 256, (48, 8, 8, 3), np.uint8).repeat(16, axis=1).repeat(16, axis=2)
+    path = tmp_path / ("x" if kind == "folder" else f"x.{kind}")
+    if kind == "folder":
+        path.mkdir()
+        for number, frame in enumerate(frames):
+            Image.fromarray(frame).save(path / f"{number}.png")
+    else:
+        save_clip(frames, path, 8.0)
+
+    def peak(read) -> float:  # in frames
+        read()  # what is imported on first use
+        tracemalloc.start()
+        try:
+            read()
+            return tracemalloc.get_traced_memory()[1] / frames[0].nbytes
+        finally:
+            tracemalloc.stop()
+
+    for options in ({}, {"fps": 16.0}, {"frames": 40}):
+        assert peak(lambda options=options: all(frame.any() for frame in open_clip(path, **options))) < 10
+    assert peak(lambda: load_clip(path)) > 48
+
+
+def test_clips_beyond_the_limit_are_read_frame_by_frame(tmp_path, monkeypatch):
+    monkeypatch.setattr(clips, "MAX_CLIP_BYTES", 5 * 16 * 24 * 3)
+    path = _save(tmp_path / "x.gif", _frames(range(0, 160, 20)), duration=40)
+    assert sum(1 for _ in open_clip(path)) == 8
+    assert load_clip(path, frames=4).frames[:, -1, -1, 0].tolist() == [0, 40, 80, 120]
+    with pytest.raises(Emu3Error, match=r"the clip .*x\.gif is 6 frames of 24x16 pixels"):
+        load_clip(path, frames=6)
+
+
+def test_a_file_of_one_frame_is_a_picture_a_folder_or_video_a_clip(tmp_path):
+    for suffix in ("gif", "webp", "png"):
+        assert not is_animated(_save(tmp_path / f"x.{suffix}", _frames()[:1], duration=40))
+    save_clip(_frames(height=32, width=48)[:1], tmp_path / "x.mp4", 8.0)
+    (tmp_path / "x").mkdir()
+    Image.fromarray(_frames()[0]).save(tmp_path / "x" / "0.png")
+    for path in (tmp_path / "x.mp4", tmp_path / "x"):
+        assert is_animated(path) and len(load_clip(path).frames) == 1 == len(list(open_clip(path)))
+
+
+def test_a_folder_of_different_sizes_is_found_while_it_is_read(tmp_path):
+    for number in range(3):
+        Image.new("RGB", (24, 16 + number // 2)).save(tmp_path / f"{number}.png")
+    reader = iter(open_clip(tmp_path))
+    assert next(reader).shape == next(reader).shape == (16, 24, 3)
+    with pytest.raises(Emu3Error, match=r"2\.png is 24x17 pixels, but the clip's first frame is 24x16"):
+        next(reader)

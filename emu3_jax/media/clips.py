@@ -2,24 +2,29 @@
 
 import dataclasses
 import math
-import re
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from emu3_jax.config import ImageConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.files import new_file
-from emu3_jax.media.images import load_image, open_picture, preprocess, to_rgb
-from emu3_jax.media.videos import CODECS, is_video, read_video, require_av, write_video
+from emu3_jax.media.frames import (
+    DEFAULT_FPS,
+    check_fps,
+    check_resampling,
+    flatten,
+    frame_repeats,
+    open_clip,
+    shown_frames,
+    timed_frames,
+)
+from emu3_jax.media.images import preprocess
+from emu3_jax.media.videos import CODECS, is_video, require_av, write_video
 
-DEFAULT_FPS = 24.0  # where nothing tells the rate; Emu3 was trained on clips of 24 frames per second
 MAX_CLIP_BYTES = 4 * 2**30  # a few kilobytes of GIF can stand for more frames than memory holds
 
-# Other formats hold several pictures too, but as pages (TIFF) or previews (MPO, which phones write as .jpg).
-_ANIMATED_FORMATS = ("GIF", "WEBP", "PNG", "AVIF")
-_UNTIMED_MS = 100  # how long browsers show a frame that says 0
 _SHORTEST_MS = {".gif": 20, ".webp": 1, ".png": 1}  # GIF counts hundredths of a second, and players slow down below two
 
 
@@ -38,42 +43,33 @@ class Clip:
             raise Emu3Error(f"a clip's fps is {self.fps}: it must be a finite number > 0")
 
 
-def is_animated(path: Path) -> bool:
-    """Whether `path` is a clip: a folder, a video, or a GIF, WebP, PNG or AVIF file of more than one frame.
-
-    Raises:
-        Emu3Error: the file is missing or no picture.
-    """
-    if Path(path).is_dir() or is_video(path):
-        return True
-    with open_picture(path) as image:
-        return image.format in _ANIMATED_FORMATS and len(_frame_numbers(image)) > 1
-
-
 def load_clip(path: Path, *, fps: float | None = None, frames: int | None = None) -> Clip:
     """Reads a video, an animated file, or a folder of pictures in natural order (`frame2` before `frame10`).
 
     An animated file plays at the rate of its shortest frame; a frame that is shown k times as long stands k times in
     the clip, since encoders merge equal frames. Transparent parts become white. A folder's frames are read like
-    single pictures, at 24 frames per second. Videos of changing rate get their average one.
+    single pictures, at 24 frames per second. Videos of changing rate get their average one. `frames.open_clip` reads
+    the same frames one after the other.
 
     Args:
         path: of the file or folder.
         fps: the clip is resampled to this rate; see `resample`.
-        frames: with `fps` the clip ends after so many; without, that many are taken from all of it. With both, no more
-            of a long video is held in memory.
+        frames: with `fps` the clip ends after so many; without, that many are taken from all of it. Only frames that
+            are taken count against `MAX_CLIP_BYTES`.
 
     Raises:
         Emu3Error: a file is missing, damaged or too large, a folder holds no pictures, frames differ in size, or PyAV
             is missing for a video.
     """
-    _check_resampling(fps, frames)
+    check_resampling(fps, frames)
     path = Path(path)
-    if path.is_dir():
-        return resample(_load_folder(path), fps, frames)
-    if is_video(path):
-        return _load_video(path, fps, frames)
-    return resample(_load_animation(path), fps, frames)
+    if fps is None and frames is None and not (path.is_dir() or is_video(path)):
+        return _load_animation(path)
+    reader, kept = open_clip(path, fps=fps, frames=frames), []
+    for frame in reader:
+        kept.append(frame)
+        _check_memory(f"the clip {path}", reader.count or len(kept), (frame.shape[1], frame.shape[0]))
+    return Clip(np.stack(kept), reader.fps)
 
 
 def resample(clip: Clip, fps: float | None = None, frames: int | None = None) -> Clip:
@@ -88,18 +84,11 @@ def resample(clip: Clip, fps: float | None = None, frames: int | None = None) ->
     Raises:
         Emu3Error: a rate or number that is not legal.
     """
-    _check_resampling(fps, frames)
-    total = len(clip.frames)
+    check_resampling(fps, frames)
     if fps is None and frames is None:
         return clip
-    if fps is None:
-        count, fps = frames, clip.fps * frames / total
-    else:
-        count = max(1, math.ceil(total / clip.fps * fps - 1e-3))
-        count = count if frames is None else min(count, frames)
-    # A little more than the instant itself: what falls on a frame's beginning is that frame, however it is rounded.
-    shown = np.minimum((np.arange(count) * (clip.fps / fps) + 1e-6).astype(int), total - 1)
-    return Clip(clip.frames[shown], fps)
+    shown, rate = shown_frames(len(clip.frames), clip.fps, fps, frames)
+    return Clip(clip.frames[shown], rate)
 
 
 def resize_frames(frames: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -159,80 +148,16 @@ def check_writable(path: Path, fps: float) -> None:
         raise Emu3Error(f"fps is {fps}: a {suffix} clip shows from 0.1 to {1000 // shortest} frames per second")
 
 
-def _load_video(path: Path, fps: float | None, frames: int | None) -> Clip:
-    kept, rate = [], DEFAULT_FPS
-    for frame, found in read_video(path, fps):
-        kept.append(frame)
-        rate = found
-        _check_memory(f"the clip {path}", len(kept), (frame.shape[1], frame.shape[0]))
-        if fps is not None and len(kept) == frames:
-            break
-    clip = Clip(np.stack(kept), rate)
-    return clip if fps is not None else resample(clip, None, frames)
-
-
-def check_fps(fps: float | None) -> None:
-    """Raises `Emu3Error` unless this is a rate, or None."""
-    if fps is not None and not (math.isfinite(fps) and fps > 0):
-        raise Emu3Error(f"fps is {fps}: it must be a finite number > 0")
-
-
-def _check_resampling(fps: float | None, frames: int | None) -> None:
-    check_fps(fps)
-    if frames is not None and not (isinstance(frames, int) and frames >= 1):
-        raise Emu3Error(f"frames is {frames!r}: it must be a whole number >= 1")
-
-
 def _load_animation(path: Path) -> Clip:
-    with open_picture(path) as image:
-        numbers = _frame_numbers(image)
-        _check_memory("the clip", len(numbers), image.size)
-        frames, durations = [], []
-        for number in numbers:
-            image.seek(number)
-            image.load()  # WebP tells a frame's duration only after it
-            durations.append(image.info.get("duration") or _UNTIMED_MS)
-            frames.append(np.asarray(_flatten(image)))
-        shortest = min(durations)
-        repeats = [round(duration / shortest) for duration in durations]
-        _check_memory("the clip", sum(repeats), image.size)
-    return Clip(np.repeat(np.stack(frames), repeats, axis=0), 1000 * sum(repeats) / sum(durations))
-
-
-def _load_folder(folder: Path) -> Clip:
-    endings = Image.registered_extensions()
-    try:
-        names = [p.name for p in folder.iterdir() if p.suffix.lower() in endings and not p.name.startswith(".")]
-    except OSError as error:
-        raise Emu3Error(f"cannot read the folder {folder}: {error.strerror}; give a folder of pictures") from error
-    if not names:
-        raise Emu3Error(f"the folder {folder} holds no pictures: give one with a clip's frames (PNG, JPEG, ...)")
-    frames = []
-    for name in sorted(names, key=_natural_order):
-        frame = np.asarray(load_image(folder / name))
-        if frames and frame.shape != frames[0].shape:
-            (height, width, _), (rows, columns, _) = frame.shape, frames[0].shape
-            raise Emu3Error(
-                f"{folder / name} is {width}x{height} pixels, but the clip's first frame is {columns}x{rows}: "
-                "all frames need one size"
-            )
-        frames.append(frame)
-        _check_memory(f"the clip {folder}", len(names), (frame.shape[1], frame.shape[0]))
-    return Clip(np.stack(frames), DEFAULT_FPS)
-
-
-def _frame_numbers(image: Image.Image) -> range:
-    """Numbers of the frames that play; a PNG may begin with a still for viewers that know no animation."""
-    return range(1 if getattr(image, "default_image", False) else 0, getattr(image, "n_frames", 1))
-
-
-def _flatten(image: Image.Image) -> Image.Image:
-    """The frame in RGB and upright, on white: what lies under transparent parts of an animation is arbitrary."""
-    image = ImageOps.exif_transpose(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return to_rgb(image)
+    """In one pass, where `open_clip` needs two: all frames stay in memory anyway."""
+    frames, durations = [], []
+    for image, duration in timed_frames(path):
+        _check_memory(f"{path}: the clip", getattr(image, "n_frames", 1), image.size)
+        frames.append(flatten(image))
+        durations.append(duration)
+    repeats, fps = frame_repeats(durations)
+    _check_memory(f"{path}: the clip", sum(repeats), (frames[0].shape[1], frames[0].shape[0]))
+    return Clip(np.repeat(np.stack(frames), repeats, axis=0), fps)
 
 
 def _check_memory(clip: str, frames: int, size: tuple[int, int]) -> None:
@@ -241,8 +166,3 @@ def _check_memory(clip: str, frames: int, size: tuple[int, int]) -> None:
             f"{clip} is {frames} frames of {size[0]}x{size[1]} pixels, more than {MAX_CLIP_BYTES // 2**30} GiB: "
             "cut it or scale it down"
         )
-
-
-def _natural_order(name: str) -> list[tuple[int, str]]:
-    """Sort key in which runs of digits count as numbers."""
-    return [(int(part), part) if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]

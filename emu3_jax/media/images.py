@@ -99,20 +99,26 @@ def read_png_metadata(path: Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def open_picture(path: Path) -> Iterator[Image.Image]:
-    """Opens a picture or animation lazily; what fails while it is decoded in the `with` block becomes `Emu3Error`."""
+def open_picture(path: Path, wanted: str = "picture") -> Iterator[Image.Image]:
+    """Opens a picture or animation lazily; what fails while it is decoded in the `with` block becomes `Emu3Error`.
+
+    `wanted` is what errors call it: "picture", "clip" or "picture or clip".
+    """
     try:
         with Image.open(path) as image:
             yield image
     except Emu3Error as error:
         raise Emu3Error(f"{path}: {error}") from error
     except Image.UnidentifiedImageError as error:
-        raise Emu3Error(f"{path} is not a picture that Pillow can read: give a PNG, JPEG, WebP or the like") from error
+        examples = "a PNG, JPEG, WebP or the like" if wanted == "picture" else "a GIF, WebP, PNG, MP4 or WebM file"
+        raise Emu3Error(f"{path} is not a {wanted} that can be read: give {examples}") from error
     except Image.DecompressionBombError as error:
         raise Emu3Error(f"{path} is too large ({error}): scale the picture down") from error
+    except FileNotFoundError as error:
+        raise Emu3Error(f"cannot read {path}: {error.strerror}; give a {wanted} that exists") from error
     except Exception as error:  # Pillow's decoders raise errors of many kinds for damaged files
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise Emu3Error(f"cannot read {path}: {reason}; give an undamaged picture file") from error
+        raise Emu3Error(f"cannot read {path}: {reason}; give an undamaged {wanted}") from error
 
 
 def _to_8_bits(values: np.ndarray, mode: str) -> np.ndarray:

@@ -1,6 +1,8 @@
 """MP4, WebM and other video files, by PyAV, which is optional."""
 
+import contextlib
 import fractions
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,14 +25,28 @@ def is_video(path: Path) -> bool:
     return Path(path).suffix.lower() in SUFFIXES
 
 
-def read_video(path: Path, fps: float | None = None) -> Iterator[tuple[np.ndarray, float]]:
-    """Yields uint8 frames [H, W, 3] at a constant rate, and that rate: `fps`, or the file's own on average.
+def video_rate(path: Path) -> float:
+    """The frames per second that a video has on average. Raises as `read_video`."""
+    with _opened(path) as (_, _, rate):
+        return rate
+
+
+def read_video(path: Path, fps: float | None = None) -> Iterator[np.ndarray]:
+    """Yields uint8 frames [H, W, 3] at a constant rate: `fps`, or the file's own on average.
 
     A frame is what the video shows at its instant; frames in between are dropped, and missing ones shown again.
 
     Raises:
         Emu3Error: PyAV or the file is missing, or the file is damaged, holds no video, or its frames change size.
     """
+    with _opened(path) as (container, stream, own):
+        frames = _decoded(path, container, stream)
+        yield from _at_a_rate(path, frames, fps or own, 1 / own, _promised_end(container, stream))
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, Any, float]]:
+    """The container, its video stream and that one's average rate; what fails within the block is an `Emu3Error`."""
     av = require_av(path)
     if not Path(path).is_file():
         raise Emu3Error(f"cannot read {path}: there is no such file")
@@ -40,18 +56,38 @@ def read_video(path: Path, fps: float | None = None) -> Iterator[tuple[np.ndarra
                 raise Emu3Error(f"{path} holds no video: give a file that does")
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
-            own = float(stream.average_rate or stream.guessed_rate or 0)
-            if not own > 0:
+            rate = float(stream.average_rate or stream.guessed_rate or 0)
+            if not rate > 0:
                 raise Emu3Error(f"cannot read {path}: it does not tell its rate; convert it to MP4 or WebM")
-            rate = fps or own
-            yield from ((frame, rate) for frame in _at_a_rate(path, container.decode(stream), rate, 1 / own))
+            yield container, stream, rate
     except av.error.FFmpegError as error:
         reason = getattr(error, "strerror", None) or error
         raise Emu3Error(f"cannot read {path}: {reason}; it is damaged or no video") from error
 
 
-def _at_a_rate(path: Path, frames: Iterator[Any], rate: float, last: float) -> Iterator[np.ndarray]:
-    """`last`: seconds for which the last frame is shown."""
+def _decoded(path: Path, container: Any, stream: Any) -> Iterator[Any]:
+    for packet in container.demux(stream):
+        if packet.is_corrupt:  # as where the file ends within it; decoders with several threads may pass that over
+            raise Emu3Error(f"{path} is damaged or cut off: a part of its video is incomplete; give the whole file")
+        yield from packet.decode()
+
+
+def _promised_end(container: Any, stream: Any) -> float | None:
+    """The second at which a Matroska or WebM file says that its video ends; cut off, these just end earlier."""
+    if stream.duration is not None:
+        return None
+    tag = re.fullmatch(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
+    if tag:
+        hours, minutes, seconds = map(float, tag.groups())
+        return 3600 * hours + 60 * minutes + seconds
+    alone = container.duration is not None and len(container.streams) == 1
+    return container.duration / 1e6 if alone else None  # which is in microseconds
+
+
+def _at_a_rate(
+    path: Path, frames: Iterator[Any], rate: float, last: float, promised: float | None
+) -> Iterator[np.ndarray]:
+    """`last`: seconds for which the last frame is shown; `promised`: when the video should end, if that is known."""
     shown, start, time, count, shape = None, None, 0.0, 0, None
 
     def due(until: float) -> bool:
@@ -75,6 +111,11 @@ def _at_a_rate(path: Path, frames: Iterator[Any], rate: float, last: float) -> I
         shape = shown.shape
     if shown is None:
         raise Emu3Error(f"{path} holds no frames: it is empty or cut off")
+    if promised is not None and time + last < promised - max(0.5, 0.02 * promised):
+        raise Emu3Error(
+            f"{path} is cut off: it says that it lasts {promised:.1f} seconds, and ends after {time + last:.1f}; "
+            "give the whole file"
+        )
     while count == 0 or due(time + last):
         yield shown
         count += 1
