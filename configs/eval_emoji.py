@@ -7,8 +7,8 @@
 Prints the figures as JSON and writes them, with a page of pictures, to out/evaluation: how well the vision tokenizer
 reconstructs concepts it never saw (PSNR, SSIM, use of the codebook), whether generated pictures show what was asked
 for at five guidance scales (by a judge that is trained once and kept beside the data, with its ceilings on the true
-pictures), whether descriptions and categories are right, and whether shapes have the colour, form and place or motion
-asked for.
+pictures), whether descriptions and categories are right, whether shapes have the colour, form and place or motion
+asked for, also in a clip whose first half is given, and how much animated subjects move, beside the true clips.
 """
 
 from emu3_jax.evaluation.config import EvaluateConfig

@@ -18,7 +18,7 @@ from emu3_jax.checkpoints.bundle import VOCABULARY, LazyArray, write_config, wri
 from emu3_jax.checkpoints.layouts import decoder_params
 from emu3_jax.cli.main import main
 from emu3_jax.config import DecoderConfig, ImageConfig, VisionConfig
-from emu3_jax.evaluation import metrics
+from emu3_jax.evaluation import control, metrics, motion
 from emu3_jax.evaluation.config import GROUPS, EvaluateConfig, JudgeConfig
 from emu3_jax.evaluation.image_to_text import parse
 from emu3_jax.evaluation.items import Data, choose
@@ -26,7 +26,7 @@ from emu3_jax.evaluation.judge import get_judge, train
 from emu3_jax.evaluation.page import Cell, Curve, Row, Section, render
 from emu3_jax.evaluation.procedural import Motion, Still, draw_clip, draw_still
 from emu3_jax.evaluation.reconstruction import Reconstructor
-from emu3_jax.media.clips import save_clip
+from emu3_jax.media.clips import Clip, save_clip
 from emu3_jax.text.tokenizer import Tokenizer, special_tokens
 
 SIDE, RANKS = 24, 512
@@ -68,7 +68,10 @@ def lazy(weights) -> list[LazyArray]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> pathlib.Path:
-    """Six concepts in three styles, two drawn shapes and two clips, in the layout of scripts/build_emoji.py."""
+    """Six concepts in three styles, three of them as clips, and two drawn shapes, still and moving.
+
+    In the layout of scripts/build_emoji.py.
+    """
     root = tmp_path_factory.mktemp("evaluation") / "data"
     root.mkdir()
     lines = []
@@ -89,9 +92,10 @@ def data(tmp_path_factory) -> pathlib.Path:
         for shade, style in enumerate(("3d", "flat", "noto")):
             split = "concept" if number == 5 else "style" if (number + shade) % 5 == 0 else "train"
             add(f"{style}-{number}", "picture", split, drawn // (shade + 1), style=style, **about)
-        if number > 3:
+        if number > 2:
             frames = np.stack([np.roll(drawn, step, axis=1) for step in range(8)])
-            add(f"clip-{number}", "clip", "concept" if number == 5 else "train", frames, style="animated", **about)
+            split = ("style", "train", "concept")[number - 3]
+            add(f"clip-{number}", "clip", split, frames, style="animated", **about)
     for colour, split in (("red", "triple"), ("blue", "train")):
         still = Still(colour, "square", "large", "white", "left")
         add(f"{colour}-still", "procedural_picture", split, draw_still(still, SIDE), label=still.caption,
@@ -190,6 +194,14 @@ def test_nearest_picture(monkeypatch):
     assert distances[0] == 0
 
 
+def test_motion_energy():
+    clips = np.zeros((3, 4, 2, 2, 3), np.uint8)
+    clips[1, 2:] = 255  # one of three steps, in all pixels; downwards and upwards alike
+    clips[2, 1, 0, 0, 0] = 10  # two of three steps, in one of twelve values
+    np.testing.assert_allclose(metrics.motion_energy(clips), [0, 255**2 / 3, 100 * 2 / 3 / 12])
+    np.testing.assert_allclose(metrics.motion_energy(255 - clips), metrics.motion_energy(clips))
+
+
 # ------------------------------------------------------------------------------------------------ the judge
 
 
@@ -253,11 +265,11 @@ def test_reconstruction_is_that_of_the_model(bundle, data):
     reconstruct = Reconstructor(model.vision, batch_size=4, progress=False)
     items = Data(data)
     stills, clips = (items.pixels(items.where(kind)) for kind in ("picture", "clip"))
-    assert stills.shape == (18, SIDE, SIDE, 3) and clips.shape == (2, 8, SIDE, SIDE, 3)
+    assert stills.shape == (18, SIDE, SIDE, 3) and clips.shape == (3, 8, SIDE, SIDE, 3)
     np.testing.assert_array_equal(reconstruct.encode(stills), model.tokenize(list(stills)))
     np.testing.assert_array_equal(reconstruct.encode(clips), model.tokenize(list(clips)))
     codes = reconstruct.encode(clips[:, :6])  # filled up to eight frames
-    assert codes.shape == (2, 2, 3, 3) and reconstruct(clips[:, :6]).shape == clips[:, :6].shape
+    assert codes.shape == (3, 2, 3, 3) and reconstruct(clips[:, :6]).shape == clips[:, :6].shape
     expected = [np.asarray(image) for image in model.detokenize(reconstruct.encode(stills[:3]))]
     # A batch may round otherwise in the last bit.
     assert np.abs(reconstruct(stills[:3]).astype(int) - np.stack(expected)).max() <= 1
@@ -292,7 +304,7 @@ def test_the_page_escapes_and_needs_no_other_file():
     [
         ("cases", 0), ("batch_size", 0), ("guidance", ()), ("guidance", (2.0, 1.0)), ("guidance", 3.0), ("top_p", 0),
         ("figures", ("speed",)), ("directory", ""), ("groups", ()), ("judge", None), ("seed", -1), ("rows", -1),
-        ("codebook_cases", 0),
+        ("codebook_cases", 0), ("clip_guidance", -1.0),
     ],
 )  # fmt: skip
 def test_configs_are_checked(field, value):
@@ -319,13 +331,13 @@ def test_from_end_to_end(evaluate, config, capsys, tmp_path):
     assert figures["model"] == "tiny" and figures["skipped"] == {}
 
     stills, clips = figures["reconstruction"]["pictures"], figures["reconstruction"]["clips"]
-    assert (stills["cases"], stills["codebook_cases"], clips["cases"], clips["codebook_cases"]) == (3, 20, 1, 4)
+    assert (stills["cases"], stills["codebook_cases"], clips["cases"], clips["codebook_cases"]) == (3, 20, 1, 5)
     for part in (stills, clips):
         assert 0 < part["psnr_db"] < 60 and part["ssim"] < 1
         assert 0 < part["codebook_use_percent"] <= 100 and 1 <= part["perplexity"] <= 64
 
     codebook = figures["reconstruction"]["codebook"]
-    assert codebook["codes"] == 64 and codebook["counted"] == 9 * (20 + 4 * 2) and 0 < codebook["use_percent"] <= 100
+    assert codebook["codes"] == 64 and codebook["counted"] == 9 * (20 + 5 * 2) and 0 < codebook["use_percent"] <= 100
 
     drawn = figures["text_to_image"]
     assert drawn["cases"] == drawn["judge"]["cases"] == 3 and drawn["judge"]["concepts"] == 5
@@ -342,12 +354,20 @@ def test_from_end_to_end(evaluate, config, capsys, tmp_path):
     said = figures["image_to_text"]
     assert said["description"]["cases"] == said["category"]["cases"] == 3
     assert said["description"]["label_exact"] == 0 and said["category"]["always_the_commonest"] == 1
-    assert figures["procedural"]["stills"]["cases"] == figures["procedural"]["clips"]["cases"] == 1
-    assert figures["procedural"]["stills"]["truth_all_right"] == figures["procedural"]["clips"]["truth_all_right"] == 1
-    assert {"position_right", "all_right"} <= set(figures["procedural"]["stills"])
-    assert "motion_right" in figures["procedural"]["clips"]
+    drawn = figures["procedural"]
+    assert list(drawn) == ["stills", "clips", "extensions"]
+    for name, part in drawn.items():
+        assert part["cases"] == part["truth_all_right"] == 1 and part["guidance"] == 3
+        last = "position_right" if name == "stills" else "motion_right"
+        assert {"colour_right", "shape_right", last, "all_right", "reconstruction_all_right"} <= set(part)
+    moving = figures["motion"]
+    assert moving["cases"] == 1 and moving["guidance"] == 3
+    assert moving["true_energy"] > 0 and moving["generated_energy"] >= 0
+    assert moving["ratio"] == pytest.approx(moving["generated_energy"] / moving["true_energy"], abs=1e-5)
+    assert moving["within_twice"] == (0.5 <= moving["ratio"] <= 2)
 
     page = (out / "index.html").read_text()
+    assert "animated emoji of face 3" in page and "Procedural extensions" in page
     assert "3d emoji of face 0" in page and "guidance 1" in page and "<svg" in page
 
     # Again, with the kept judge: the same to the letter.
@@ -361,8 +381,61 @@ def test_fewer_cases_and_figures(evaluate, capsys, tmp_path):
     figures = json.loads(capsys.readouterr().out)
     assert figures["reconstruction"]["pictures"]["codebook_cases"] == 4
     assert figures["reconstruction"]["pictures"]["cases"] == 2
-    assert set(figures["skipped"]) == {"text_to_image", "image_to_text", "procedural"}
+    assert set(figures["skipped"]) == {"text_to_image", "image_to_text", "procedural", "motion"}
     assert not list((tmp_path / "data").glob("judge-*"))
+
+
+class Drawer:
+    """Stands for a model: makes what `draw` says of a row's number and of the frames that it was given."""
+
+    def __init__(self, draw):
+        self.draw, self.asked = draw, []
+
+    def generate_clips(self, prompts, *, extend=None, **options):
+        self.asked.append({"prompts": prompts, **options})
+        given = [None] * len(prompts) if extend is None else [clip.frames for clip in extend]
+        return [Clip(self.draw(number, frames)) for number, frames in enumerate(given)]
+
+
+def test_extensions_are_read_from_the_new_frames_alone(bundle, data, config, monkeypatch):
+    """What the truth shows in its first half must not count: a clip that stops there is wrong in its motion only."""
+    monkeypatch.setattr(control, "generate", lambda model, prompts, side, *_: pictures(len(prompts)))
+    reconstruct = Reconstructor(emu3_jax.load(bundle).vision, 4, progress=False)
+    clip = Motion("red", "square", "large", "white", "moves up")
+    whole = draw_clip(clip, SIDE)
+    for ending, shares in (
+        (whole[4:], (1, 1, 1, 1)),
+        (whole[3:4].repeat(4, axis=0), (1, 1, 0, 0)),
+        (draw_clip(dataclasses.replace(clip, colour="blue"), SIDE)[4:], (0, 1, 1, 0)),
+        (np.full_like(whole[4:], 255), (0, 0, 0, 0)),
+    ):
+
+        def draw(number, given, ending=ending):
+            return whole if given is None else np.concatenate([given, ending])
+
+        model = Drawer(draw)
+        figures, sections = control.measure(model, Data(data), config, reconstruct, {}, False)
+        got = figures["extensions"]
+        assert tuple(got[f"{name}_right"] for name in ("colour", "shape", "motion", "all")) == shares
+        assert got["truth_all_right"] == 1 and figures["clips"]["all_right"] == 1
+        assert [asked["frames"] for asked in model.asked] == [8, 4]
+        np.testing.assert_array_equal(sections[2].rows[0].cells[1].pixels, np.concatenate([whole[:4], ending]))
+
+
+def test_motion_is_compared_with_the_true_clip(bundle, data, config):
+    reconstruct = Reconstructor(emu3_jax.load(bundle).vision, 4, progress=False)
+    items = Data(data)
+    true = items.pixels(items.where("clip", "style"))
+    energy = metrics.motion_energy(true)[0]
+    stopped = true[0].copy()
+    stopped[4:] = stopped[3]
+    for drawn, ratio, within in ((true[0], 1, 1), (true[0] // 2, 0.25, 0), (stopped, 3 / 7, 0), (true[0] * 0, 0, 0)):
+        model = Drawer(lambda number, given, drawn=drawn: drawn)
+        figures, sections = motion.measure(model, items, config, reconstruct, {}, False)
+        assert figures["true_energy"] == pytest.approx(energy)
+        assert figures["ratio"] == pytest.approx(ratio, rel=0.1) and figures["within_twice"] == within
+        assert model.asked[0]["prompts"] == ["animated emoji of face 3"] and model.asked[0]["frames"] == 8
+        assert sections[0].rows[0].cells[2].right == bool(within)
 
 
 def test_a_model_without_decoder(evaluate, bundle, capsys, tmp_path):

@@ -6,7 +6,7 @@ from typing import Any
 from emu3_jax.fields import check_field, is_number, is_whole
 from emu3_jax.models.quantization import KINDS
 
-FIGURES = ("reconstruction", "text_to_image", "image_to_text", "procedural")
+FIGURES = ("reconstruction", "text_to_image", "image_to_text", "procedural", "motion")
 # The groups whose labels tell what is seen; the model is trained to draw and name these.
 GROUPS = (
     "smileys & emotion", "animals & nature", "food & drink", "travel & places", "activities", "objects",
@@ -61,13 +61,14 @@ class EvaluateConfig:
         quantize: narrow weights and KV cache of the decoder, as `emu3_jax.load` takes it; None for neither.
         data: the directory with items.jsonl that scripts/build_emoji.py wrote.
         figures: which are measured, of `FIGURES`.
-        groups: of the pictures that are drawn, described and judged; reconstruction takes those of all groups.
+        groups: of the pictures and clips that are drawn, described and judged; reconstruction takes all groups.
         cases: of each figure at most, a fixed choice by `seed`; None for all.
         codebook_cases: pictures, and clips, over which use of the codebook is counted, likewise; fewer than all use
             less of it, which the figures do not correct.
         batch_size: pictures that are encoded, decoded or generated at once, and four times as many judged.
         guidance: classifier-free guidance scales of text to image, each of which gives one point of the curve.
         procedural_guidance: the scale at which procedural prompts are drawn.
+        clip_guidance: the scale at which clips of animated subjects are drawn.
         temperature: of generation; 0 is greedy. Answers are always greedy.
         top_k: candidates kept.
         top_p: probability mass kept.
@@ -87,6 +88,7 @@ class EvaluateConfig:
     batch_size: int = 32
     guidance: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0, 5.0)
     procedural_guidance: float = 3.0
+    clip_guidance: float = 3.0
     temperature: float = 1.0
     top_k: int = 2048
     top_p: float = 1.0
@@ -111,7 +113,7 @@ class EvaluateConfig:
         ok = isinstance(self.guidance, tuple) and self.guidance and all(is_number(g) and g >= 0 for g in self.guidance)
         ok = ok and list(self.guidance) == sorted(set(self.guidance))
         check_field(self, "guidance", ok, "a tuple of numbers >= 0 in rising order, at least one")
-        for field in ("procedural_guidance", "temperature"):
+        for field in ("procedural_guidance", "clip_guidance", "temperature"):
             value = getattr(self, field)
             check_field(self, field, is_number(value) and value >= 0, "a number >= 0")
         check_field(self, "top_k", is_whole(self.top_k, 1), "a whole number >= 1")

@@ -70,6 +70,18 @@ def distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.abs(a.astype(np.int16) - b.astype(np.int16)).mean(axis=(1, 2, 3), dtype=np.float64)
 
 
+def motion_energy(clips: np.ndarray) -> np.ndarray:
+    """Mean squared difference of each clip's consecutive frames, in squared steps of 8-bit pixels.
+
+    Args:
+        clips: uint8 [N, T, H, W, 3]; T >= 2.
+
+    Returns:
+        float64 [N].
+    """
+    return np.array([(np.diff(clip.astype(np.float64), axis=0) ** 2).mean() for clip in clips])
+
+
 def nearest(pictures: np.ndarray, among: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The nearest of other pictures to each picture, by `distance`.
 

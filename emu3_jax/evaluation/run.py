@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from emu3_jax.errors import Emu3Error
-from emu3_jax.evaluation import control, image_to_text, reconstruction, text_to_image
+from emu3_jax.evaluation import control, image_to_text, motion, reconstruction, text_to_image
 from emu3_jax.evaluation.config import EvaluateConfig
 from emu3_jax.evaluation.items import Data
 from emu3_jax.evaluation.page import render
@@ -45,7 +45,8 @@ def evaluate(
         "reconstruction": lambda: reconstruction.measure(data, config, reconstruct, skipped, progress),
         "text_to_image": lambda: text_to_image.measure(model, data, config, reconstruct, skipped, progress),
         "image_to_text": lambda: image_to_text.measure(model, data, config, skipped, progress),
-        "procedural": lambda: control.measure(model, data, config, skipped, progress),
+        "procedural": lambda: control.measure(model, data, config, reconstruct, skipped, progress),
+        "motion": lambda: motion.measure(model, data, config, reconstruct, skipped, progress),
     }.items():
         if name not in config.figures:
             skipped[name] = "the config does not name it"
