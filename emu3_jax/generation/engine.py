@@ -15,6 +15,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from emu3_jax.config import DecoderConfig
 from emu3_jax.errors import Emu3Error
@@ -23,6 +24,7 @@ from emu3_jax.generation.schedule import SAMPLED, TokenClass, forced_ids, sample
 from emu3_jax.models.attention import choose_kernels
 from emu3_jax.models.cache import KVCache
 from emu3_jax.models.decoder import Decoder, visual_head_params
+from emu3_jax.sharding.rules import use_mesh
 
 # Steps per call of the loop. Between calls the host reports progress and notices that all rows have ended.
 STEPS_PER_CALL = 128
@@ -154,6 +156,7 @@ def run(
     negatives: Sequence[Sequence[int]] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     on_tokens: Callable[[np.ndarray], None] | None = None,
+    mesh: Mesh | None = None,
     row_multiple: int = 1,
     narrow_cache: bool = False,
     kernels: str = "auto",
@@ -170,6 +173,7 @@ def run(
         on_progress: called with (steps taken, steps in all) now and then.
         on_tokens: called as often, with the ids so far, int32 [B, steps taken]; the device goes on meanwhile. The last
             call has every id that is sampled, not what is forced after it.
+        mesh: what the parameters are spread over, if anything. The callbacks run outside of it.
         row_multiple: the rows that are computed together are filled up to a multiple of this, the parts into which a
             mesh splits them.
         narrow_cache: keys and values are kept as int8.
@@ -211,7 +215,7 @@ def run(
     )
     # Arrays of the host: those of one device do not mix with weights that lie on several processes' devices.
     plan = Plan(forced=forced_ids(stacked, config.tokens), settings=settings)
-    calls = _calls(params, padded, start, plan, config, variant, steps, np.flatnonzero(ends))
+    calls = _calls(params, padded, start, plan, config, variant, steps, np.flatnonzero(ends), mesh)
     # In pairs: the device has its next call before the host looks at what the last one made.
     for (taken, tokens, ended), _ in itertools.pairwise(itertools.chain(calls, [None])):
         tokens = np.array(tokens)[:count, :length]
@@ -229,7 +233,7 @@ def run(
 
 
 def _calls(
-    params, prompts, start, plan: Plan, config: DecoderConfig, variant: Variant, steps: int, stops: np.ndarray
+    params, prompts, start, plan: Plan, config: DecoderConfig, variant: Variant, steps: int, stops: np.ndarray, mesh
 ) -> Iterator[tuple[int, jax.Array, jax.Array]]:
     """After each call of a program: the steps taken, `DecodeState.tokens` and `.ended`, none of which need be ready.
 
@@ -237,18 +241,19 @@ def _calls(
     """
     width = prompts.shape[1]
     final = width + plan.forced.shape[1]
-    state = prefill(params, prompts, start, plan, config, variant, cache_slots(width + 1, final, variant.kernels))
-    taken = 1
+    slots, taken = cache_slots(width + 1, final, variant.kernels), 1
+    with use_mesh(mesh):
+        state = prefill(params, prompts, start, plan, config, variant, slots)
     while True:
         yield taken, jnp.copy(state.tokens), jnp.copy(state.ended)  # the next call takes the state's own memory
         if taken >= steps:
             return
         slots = cache_slots(width + taken + 1, final, variant.kernels)
-        if slots > state.cache.slots:
-            state = state.replace(cache=state.cache.grow(slots))
-        until = min(taken + STEPS_PER_CALL, steps, slots - width, *stops[stops > taken][:1])
-        state = decode(params, state, plan, np.int32(until), config, variant)
-        taken = until
+        taken = min(taken + STEPS_PER_CALL, steps, slots - width, *stops[stops > taken][:1])
+        with use_mesh(mesh):
+            if slots > state.cache.slots:
+                state = state.replace(cache=state.cache.grow(slots))
+            state = decode(params, state, plan, np.int32(taken), config, variant)
 
 
 def check_positions(config: DecoderConfig, prompts, schedules, negatives=None) -> None:

@@ -1,6 +1,7 @@
 """`Emu3`: a loaded model that generates pictures, answers about them, and turns them into codes and back."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from tqdm import tqdm
 from emu3_jax.config import DecoderConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.generation import engine
+from emu3_jax.generation.clips import GrowingClip, OnFrames, latents_of_a_pass
 from emu3_jax.generation.codec import Vision, decode, encode, encode_end
 from emu3_jax.generation.conversation import Conversation, Showing
 from emu3_jax.generation.sampling import RowSettings
@@ -20,7 +22,7 @@ from emu3_jax.generation.schedule import TokenClass, clip_schedule, image_schedu
 from emu3_jax.media.clips import DEFAULT_FPS, Clip, check_fps, resize_frames
 from emu3_jax.media.inputs import Media, as_clip
 from emu3_jax.media.sizes import generate_size
-from emu3_jax.sharding.rules import batch_shards, use_mesh
+from emu3_jax.sharding.rules import batch_shards
 from emu3_jax.text.prompts import PromptTemplates, frame_ids, generation_prompt, understanding_prompt
 from emu3_jax.text.tokenizer import Tokenizer
 
@@ -182,6 +184,7 @@ class Emu3:
         extend: Media | Sequence[Media] | None = None,
         window: int | None = None,
         ratio: str | None = None,
+        on_frames: OnFrames | None = None,
         area: int | None = None,
         negative: str | Sequence[str] = "",
         guidance: float | Sequence[float] = 3.0,
@@ -209,6 +212,9 @@ class Emu3:
             window: frames of one pass, old and new; by default those of the clips that the model was trained on, or
                 as many as its positions hold.
             ratio: of all clips; by default that of `extend`, or 1:1.
+            on_frames: called with the row, a number and frames (uint8 [n, H, W, 3]) as soon as these are there, while
+                later ones are still being sampled: the row's clip has them from that number on. Each new frame comes
+                once, a row's in their order; those of `extend` do not come.
         """
         language, vision = self.language, self.vision
         prompts = _prompts(prompts)
@@ -230,58 +236,46 @@ class Emu3:
         settings = _row_settings(len(prompts), 0.0 if greedy else temperature, top_k, top_p, guidance, seed)
         negatives = _per_row("negative", negative, len(prompts))
         height, width = (side * vision.config.spatial_factor for side in size)
-        made = [resize_frames(clip.frames, height, width) for clip in given]
-        made = made or [np.zeros((0, height, width, 3), np.uint8)] * len(prompts)
+        given_frames = [resize_frames(clip.frames, height, width) for clip in given]
+        made = [
+            GrowingClip(
+                vision, config.tokens.visual_start, old, frames, on_frames and functools.partial(on_frames, row)
+            )
+            for row, old in enumerate(given_frames or [np.zeros((0, height, width, 3), np.uint8)] * len(prompts))
+        ]
         missing = -(-frames // factor)
-        latents = self._window(window, [*prompts, *negatives], size, missing, bool(given), allow_special)
+        texts = [*prompts, *negatives]
+        latents = latents_of_a_pass(language, factor, window, texts, size, missing, bool(given), allow_special)
+
+        def on_tokens(first: int, ids: np.ndarray) -> None:
+            for clip, row in zip(made[first : first + len(ids)], ids, strict=True):
+                clip.take(row)
+
         while missing:
-            old = min(latents // 2, -(-min(len(clip) for clip in made) // factor)) if len(made[0]) else 0
+            old = min(latents // 2, -(-min(len(clip.frames) for clip in made) // factor))
             new = min(latents - old, missing)
-            contexts = [encode_end(vision, clip, old) if old else None for clip in made]
             sizes, schedule = [(old + new, *size)] * len(prompts), clip_schedule(old + new, *size, config.clip_layout)
-            known = len(clip_schedule(old, *size, config.clip_layout)) - 2  # without EOI and EOS
-            drawn = self._draw(
-                prompts, negatives, sizes, [schedule[known:]] * len(prompts), settings, allow_special, batch_size,
-                progress, contexts,
+            schedule = schedule[len(clip_schedule(old, *size, config.clip_layout)) - 2 :]  # of the new: EOI, EOS follow
+            contexts = [encode_end(vision, clip.frames, old) if old else None for clip in made]
+            for clip, context in zip(made, contexts, strict=True):
+                clip.begin(context, schedule)
+            self._draw(
+                prompts, negatives, sizes, [schedule] * len(prompts), settings, allow_special, batch_size, progress,
+                contexts, on_tokens,
             )  # fmt: skip
-            for index, (_, _, codes) in enumerate(drawn):
-                whole = decode(vision, codes).frames
-                made[index] = np.concatenate([made[index], whole[old * factor :]])
             missing -= new
             # Other random numbers in each pass: the same ones would make it the last one's like.
             settings = settings.replace(seed=settings.seed + np.uint32(0x9E3779B9))
-        excess = -frames % factor
-        return [Clip(clip[: len(clip) - excess], rate) for clip, rate in zip(made, rates, strict=True)]
-
-    def _window(self, window, texts, size, missing, extending, allow_special) -> int:
-        """Latent frames of one pass."""
-        config, factor = self.language.config, self.vision.config.temporal_factor
-        window = window or config.clip_frames
-        frame = size[0] * (size[1] + (config.clip_layout == "lines")) + 1
-        longest = max(
-            len(
-                generation_prompt(self.language.tokenizer, config.tokens, text, 999, *size, allow_special=allow_special)
-            )
-            for text in texts
-        )
-        fits = (config.max_positions - longest - 2) // frame
-        latents = min(fits, missing + missing * extending) if window is None else -(-window // factor)
-        least = 1 + (extending or latents < missing)
-        if latents < least or latents > fits:
-            needed = f"{least * factor} frames or more" if latents < least else f"{fits * factor} frames or less"
-            raise Emu3Error(
-                f"a window of {latents * factor} frames of {size[0]}x{size[1]} tokens does not do: with the longest "
-                f"prompt the model's {config.max_positions} positions and the task call for {needed}; change the "
-                "window, choose a smaller area or a shorter prompt"
-            )
-        return latents
+        return [Clip(clip.frames, rate) for clip, rate in zip(made, rates, strict=True)]
 
     def _draw(
-        self, prompts, negatives, sizes, schedules, settings, allow_special, batch_size, progress, contexts=None
-    ) -> list[tuple[np.ndarray, int, np.ndarray]]:
+        self, prompts, negatives, sizes, schedules, settings, allow_special, batch_size, progress, contexts=None,
+        on_tokens=None,
+    ) -> list[tuple[np.ndarray, int, np.ndarray]]:  # fmt: skip
         """For each prompt its ids, how many of them are the prompt, and the codes drawn, in the shape of `sizes`.
 
         `contexts` are the codes of a clip's first frames, or None: they end the prompt, and begin the codes.
+        `on_tokens`: see `_run_batches`.
         """
         language = self.language
         if batch_size < 1:
@@ -298,7 +292,9 @@ class Emu3:
 
         conditional, unconditional = rows_of(prompts), rows_of(negatives)
         engine.check_positions(language.config, conditional, schedules, unconditional)
-        generated = _run_batches(language, conditional, schedules, settings, unconditional, batch_size, progress)
+        generated = _run_batches(
+            language, conditional, schedules, settings, unconditional, batch_size, progress, on_tokens
+        )
         results = []
         for prompt, schedule, size, old, ids in zip(conditional, schedules, sizes, contexts, generated, strict=True):
             codes = (ids[schedule == TokenClass.VISUAL] - special.visual_start).astype(np.int32)
@@ -405,13 +401,18 @@ class Emu3:
         return _run_batches(language, inputs, schedules, settings, None, batch_size, progress)
 
 
-def _run_batches(language, prompts, schedules, settings, negatives, batch_size, progress) -> list[np.ndarray]:
-    """Runs the engine over batches; returns each row's generated ids, cut to its own schedule."""
+def _run_batches(
+    language, prompts, schedules, settings, negatives, batch_size, progress, on_tokens=None
+) -> list[np.ndarray]:
+    """Runs the engine over batches; returns each row's generated ids, cut to its own schedule.
+
+    `on_tokens` is called with the number of a batch's first row and what `engine.run` tells of the batch.
+    """
     guided = negatives is not None and bool((settings.guidance != 1.0).any())
     rows: list[np.ndarray] = []
     total = sum(max(len(s) for s in schedules[i : i + batch_size]) for i in range(0, len(prompts), batch_size))
     bar = tqdm(total=total, unit=" tokens", disable=None if progress is None else not progress, leave=False)
-    with bar, use_mesh(language.mesh):
+    with bar:
         for first in range(0, len(prompts), batch_size):
             batch = slice(first, first + batch_size)
             base = bar.n
@@ -423,6 +424,8 @@ def _run_batches(language, prompts, schedules, settings, negatives, batch_size, 
                 jax.tree.map(lambda leaf, batch=batch: leaf[batch], settings),
                 negatives[batch] if guided else None,
                 on_progress=lambda taken, _, base=base: bar.update(base + taken - bar.n),
+                on_tokens=on_tokens and functools.partial(on_tokens, first),
+                mesh=language.mesh,
                 row_multiple=batch_shards(language.mesh),
                 narrow_cache=language.narrow_cache,
             )
