@@ -17,6 +17,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--ratio", metavar="W:H", help="default: that of --extend, or 1:1")
     common.add_drawing(command)
     common.add_clip_format(command, "--format")
+    command.add_argument(
+        "--live",
+        type=pathlib.Path,
+        metavar="FRAMES",
+        help="also write each new frame to FRAMES/000/0000.png ... at once; those stay if the command is interrupted",
+    )
     command.add_argument("-o", "--output", type=pathlib.Path, required=True, metavar="DIR")
 
 
@@ -27,6 +33,7 @@ def run(options: argparse.Namespace) -> None:
     from emu3_jax.files import files_into
     from emu3_jax.media.clips import Clip, check_writable, save_clip
     from emu3_jax.media.inputs import as_media
+    from emu3_jax.media.live import live_frames
 
     distributed.start()
     extend = options.extend and as_media(options.extend)
@@ -37,7 +44,10 @@ def run(options: argparse.Namespace) -> None:
     model = common.load_model(options)
     # All processes of a mesh compute; the first one shows and writes.
     first = distributed.first()
-    with files_into(options.output) if first else contextlib.nullcontext() as directory:
+    with (
+        files_into(options.output) if first else contextlib.nullcontext() as directory,
+        live_frames(options.live) if first and options.live else contextlib.nullcontext() as on_frames,
+    ):
         clips = model.generate_clips(
             options.prompts,
             frames=options.frames,
@@ -45,6 +55,7 @@ def run(options: argparse.Namespace) -> None:
             extend=extend,
             window=options.window,
             ratio=options.ratio,
+            on_frames=on_frames,
             **common.drawing(options),
             progress=common.progress(options) if first else False,
         )
