@@ -76,8 +76,16 @@ _ROWS = (
     ("Category of unseen concepts right", 0.60, "{:.1%}", "image_to_text.category.right"),
     ("Shapes, unseen triples: colour, shape and place all right", 0.95, "{:.1%}", "procedural.stills.all_right"),
     ("Moving shapes, unseen triples: all right", 0.95, "{:.1%}", "procedural.clips.all_right"),
+    ("Moving shapes, unseen triples: motion right", 0.90, "{:.1%}", "procedural.clips.motion_right"),
+    (
+        "Moving shapes, first half given: motion of the second right",
+        0.90,
+        "{:.1%}",
+        "procedural.extensions.motion_right",
+    ),
     ("Moving shapes, first half given: second half all right", 0.90, "{:.1%}", "procedural.extensions.all_right"),
     ("Motion energy of unseen animated subjects, times the true clips'", "0.5 to 2", "{:.2f}", "motion.ratio"),
+    ("The same of their reconstructions", None, "{:.2f}", "motion.reconstruction_ratio"),
 )
 
 

@@ -199,6 +199,7 @@ def test_motion_energy():
     clips[1, 2:] = 255  # one of three steps, in all pixels; downwards and upwards alike
     clips[2, 1, 0, 0, 0] = 10  # two of three steps, in one of twelve values
     np.testing.assert_allclose(metrics.motion_energy(clips), [0, 255**2 / 3, 100 * 2 / 3 / 12])
+    np.testing.assert_allclose(metrics.motion_energy(clips, power=1), [0, 255 / 3, 10 * 2 / 3 / 12])
     np.testing.assert_allclose(metrics.motion_energy(255 - clips), metrics.motion_energy(clips))
 
 
@@ -364,6 +365,9 @@ def test_from_end_to_end(evaluate, config, capsys, tmp_path):
     assert moving["cases"] == 1 and moving["guidance"] == 3
     assert moving["true_energy"] > 0 and moving["generated_energy"] >= 0
     assert moving["ratio"] == pytest.approx(moving["generated_energy"] / moving["true_energy"], abs=1e-5)
+    assert moving["reconstruction_ratio"] == pytest.approx(
+        moving["reconstruction_energy"] / moving["true_energy"], abs=1e-5
+    )
     assert moving["within_twice"] == (0.5 <= moving["ratio"] <= 2)
 
     page = (out / "index.html").read_text()
@@ -429,11 +433,17 @@ def test_motion_is_compared_with_the_true_clip(bundle, data, config):
     energy = metrics.motion_energy(true)[0]
     stopped = true[0].copy()
     stopped[4:] = stopped[3]
-    for drawn, ratio, within in ((true[0], 1, 1), (true[0] // 2, 0.25, 0), (stopped, 3 / 7, 0), (true[0] * 0, 0, 0)):
+    for drawn, ratio, differs, within in (
+        (true[0], 1, 1, 1),
+        (true[0] // 2, 0.25, 0.5, 0),
+        (stopped, 3 / 7, 3 / 7, 0),
+        (true[0] * 0, 0, 0, 0),
+    ):
         model = Drawer(lambda number, given, drawn=drawn: drawn)
         figures, sections = motion.measure(model, items, config, reconstruct, {}, False)
         assert figures["true_energy"] == pytest.approx(energy)
         assert figures["ratio"] == pytest.approx(ratio, rel=0.1) and figures["within_twice"] == within
+        assert figures["difference_ratio"] == pytest.approx(differs, rel=0.1)
         assert model.asked[0]["prompts"] == ["animated emoji of face 3"] and model.asked[0]["frames"] == 8
         assert sections[0].rows[0].cells[2].right == bool(within)
 

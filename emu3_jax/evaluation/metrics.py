@@ -70,8 +70,10 @@ def distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.abs(a.astype(np.int16) - b.astype(np.int16)).mean(axis=(1, 2, 3), dtype=np.float64)
 
 
-def motion_energy(clips: np.ndarray) -> np.ndarray:
+def motion_energy(clips: np.ndarray, power: int = 2) -> np.ndarray:
     """Mean squared difference of each clip's consecutive frames, in squared steps of 8-bit pixels.
+
+    `power` 1 is the mean absolute difference instead.
 
     Args:
         clips: uint8 [N, T, H, W, 3]; T >= 2.
@@ -79,7 +81,7 @@ def motion_energy(clips: np.ndarray) -> np.ndarray:
     Returns:
         float64 [N].
     """
-    return np.array([(np.diff(clip.astype(np.float64), axis=0) ** 2).mean() for clip in clips])
+    return np.array([(np.abs(np.diff(clip.astype(np.float64), axis=0)) ** power).mean() for clip in clips])
 
 
 def nearest(pictures: np.ndarray, among: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
