@@ -9,6 +9,7 @@ from emu3_jax.config import CLIP_LAYOUTS, SpecialTokens
 from emu3_jax.data.sequences import clip_ids
 from emu3_jax.generation.schedule import (
     SAMPLED,
+    TokenClass,
     clip_schedule,
     forced_ids,
     image_schedule,
@@ -75,3 +76,25 @@ def test_a_clip_s_schedule_is_what_training_shows(layout):
     assert len(body) == len(forced)
     expected = [SAMPLED if i >= special.visual_start else i for i in body]
     assert forced.tolist() == expected
+
+
+@given(st.integers(1, 6), st.integers(1, 12), st.integers(1, 12), st.sampled_from(CLIP_LAYOUTS))
+def test_a_clip_is_its_frames_each_with_eof(frames, rows, columns, layout):
+    schedule = clip_schedule(frames, rows, columns, layout)
+    lines = layout == "lines"
+    assert len(schedule) == frames * (rows * (columns + lines) + 1) + 2
+    assert schedule[-2:].tolist() == [TokenClass.EOI, TokenClass.EOS]
+    counts = {TokenClass.VISUAL: frames * rows * columns, TokenClass.EOL: frames * rows * lines}
+    counts |= {TokenClass.EOF: frames, TokenClass.EOI: 1, TokenClass.EOS: 1}
+    assert {kind: int((schedule == kind).sum()) for kind in TokenClass} == {
+        kind: counts.get(kind, 0) for kind in TokenClass
+    }
+    # Every frame is the same, and ends with its EOF; every row of "lines" with its EOL.
+    frame = schedule[:-2].reshape(frames, -1)
+    assert (frame == frame[0]).all() and frame[0, -1] == TokenClass.EOF
+    grid = frame[0, :-1].reshape(rows, columns + lines)
+    assert (grid[:, :columns] == TokenClass.VISUAL).all() and (grid[:, columns:] == TokenClass.EOL).all()
+    # A clip of one frame is a picture's schedule; the last choice is the last frame's last one.
+    if lines and frames == 1:
+        np.testing.assert_array_equal(schedule, image_schedule(rows, columns))
+    assert sampled_steps(schedule[None]) == len(schedule) - 3 - lines
