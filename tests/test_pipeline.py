@@ -162,6 +162,15 @@ def test_clips_longer_than_a_window_slide(golden_model):
     np.testing.assert_array_equal(clip.frames[8:12], next_one.frames[8:])
 
 
+def test_of_a_long_context_its_end_is_seen(golden_model):
+    long = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), np.uint8)
+    options = small(frames=8, window=16, seed=1)
+    (clip,) = golden_model.generate_clips("a", extend=Clip(long), **options)
+    np.testing.assert_array_equal(clip.frames[:40], long)
+    (short,) = golden_model.generate_clips("a", extend=Clip(long[-8:]), **options)
+    np.testing.assert_array_equal(clip.frames[40:], short.frames[8:])
+
+
 def test_a_picture_is_extended_at_its_ratio(golden_model):
     (clip,) = golden_model.generate_clips("a", frames=4, extend=Image.new("RGB", (80, 40), "red"), **small(area=2048))
     assert clip.frames.shape == (5, 32, 64, 3) and (clip.frames[0] == (255, 0, 0)).all()
@@ -172,7 +181,17 @@ def test_a_picture_is_extended_at_its_ratio(golden_model):
     [
         ({"frames": 12, "window": 4}, "a window of 4 frames of 4x4 tokens does not do: .* call for 8 frames or more"),
         ({"window": 4, "extend": Image.new("RGB", (32, 32))}, "call for 8 frames or more"),
-        ({"window": 10**6}, "frames or less"),
+        (
+            {"window": 10**6},
+            "a window of 1000000 frames .* the model's 4096 positions and the task call for 7.. frames or less",
+        ),
+        ({"window": 0}, "window is 0: it must be a whole number >= 1"),
+        (
+            {"area": 480 * 480, "extend": Image.new("RGB", (32, 32))},
+            "beside the longest prompt the model's 4096 positions hold 4 frames of 60x60 tokens, 8 are needed: choose",
+        ),
+        ({"area": 720 * 720, "frames": 4}, "hold 0 frames of 90x90 tokens, 4 are needed: choose a smaller area or a"),
+        ({"negative": "word " * 4090}, "hold 0 frames of 4x4 tokens"),
         ({"extend": []}, "extend has 0 values for 1 rows"),
     ],
 )

@@ -134,7 +134,13 @@ def latents_of_a_pass(
     )
     fits = (config.max_positions - longest - 2) // frame
     latents = min(fits, missing + missing * extending) if window is None else -(-window // factor)
-    least = 1 + (extending or latents < missing)
+    least = 1 + (extending or latents < missing > 1)  # where passes follow each other, each has old and new frames
+    if fits < least:
+        raise Emu3Error(
+            f"beside the longest prompt the model's {config.max_positions} positions hold {max(fits, 0) * factor} "
+            f"frames of {size[0]}x{size[1]} tokens, {least * factor} are needed: choose a smaller area or a shorter "
+            "prompt"
+        )
     if latents < least or latents > fits:
         needed = f"{least * factor} frames or more" if latents < least else f"{fits * factor} frames or less"
         raise Emu3Error(
