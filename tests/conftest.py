@@ -20,7 +20,7 @@ hypothesis.settings.load_profile("suite")
 
 # Modules that compile much and compute little: there XLA leaves its optimisations out, which takes most of their time.
 # Programs mean the same without them. What is compared with the reference is compiled as for users.
-COMPILED_QUICKLY = {"test_decode_kernels", "test_lora", "test_quantization", "test_vision_training"}
+COMPILED_QUICKLY = {"test_codec", "test_decode_kernels", "test_lora", "test_quantization", "test_vision_training"}
 
 
 @pytest.fixture(autouse=True, scope="module")

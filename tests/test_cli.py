@@ -14,7 +14,7 @@ from PIL import Image
 
 from emu3_jax.checkpoints import embedded
 from emu3_jax.cli.main import COMMANDS, main
-from emu3_jax.media.clips import load_clip
+from emu3_jax.media.clips import load_clip, save_clip
 from emu3_jax.media.images import read_png_metadata
 
 
@@ -81,6 +81,77 @@ def test_a_clip_there_and_back(golden_bundle, here):
     for kind in ("webp", "gif"):
         assert run("detokenize", "codes.npz", "--model", golden_bundle, "--clip-format", kind, "-o", "clips") == 0
         assert picture(f"clips/clip.{kind}").shape == (64, 64, 3)
+    cut = ("detokenize", "codes.npz", "--model", golden_bundle, "--frames", 6, "--clip-format", "png", "-o", "cut")
+    assert run(*cut) == 0 and len(load_clip(here / "cut" / "clip.png").frames) == 6
+
+
+@pytest.fixture
+def loaded(golden_model, monkeypatch):
+    """Commands get the golden model without loading it anew, which takes most of their time."""
+    monkeypatch.setattr("emu3_jax.load", lambda *_, **__: golden_model)
+
+
+def test_tokenize_resamples_clips_and_tiles_frames(golden_bundle, golden_model, here, loaded):
+    save_clip(np.random.default_rng(0).integers(0, 256, (12, 64, 96, 3), np.uint8), here / "clip.png", 10.0)
+    arguments = ("tokenize", "clip.png", GOLDEN / "gray.png", "--model", golden_bundle, "-o", "codes.npz")
+    for options, extra in (
+        ({"fps": 5.0, "frames": 4}, ("--fps", 5, "--frames", 4)),
+        ({"frames": 8}, ("--frames", 8)),
+        ({"frames": 4, "tile": 64}, ("--frames", 4, "--tile", 64)),
+    ):
+        assert run(*arguments, *extra) == 0
+        codes = load_npz("codes.npz")
+        expected = golden_model.tokenize([here / "clip.png", GOLDEN / "gray.png"], **options)
+        assert codes["clip"].shape == (options["frames"] // 4, 8, 12)
+        for name, array in zip(("clip", "gray"), expected, strict=True):
+            np.testing.assert_array_equal(codes[name], array)
+    whole = golden_model.tokenize([here / "clip.png"], frames=4)[0]
+    assert (whole != codes["clip"]).any()
+    assert run("detokenize", "codes.npz", "--model", golden_bundle, "--tile", 64, "-o", "clips") == 0
+    assert load_clip(here / "clips" / "clip.webp").frames.shape == (4, 64, 96, 3)
+
+
+def test_bad_clips_get_one_line_and_exit_code_2(golden_bundle, error_of, here, loaded):
+    out = ("--model", golden_bundle, "-o", "new.npz")
+    frames = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), np.uint8)
+    for suffix in ("gif", "webp", "png", "mp4", "webm"):
+        save_clip(frames, here / f"whole.{suffix}", 2.0)
+        data = (here / f"whole.{suffix}").read_bytes()
+        (here / f"cut.{suffix}").write_bytes(data[: len(data) // 2])
+        (here / f"text.{suffix}").write_text("not a clip")
+        for name in (f"cut.{suffix}", f"text.{suffix}", f"absent.{suffix}"):
+            assert name in error_of("tokenize", name, *out)
+    assert "give a picture or clip that exists" in error_of("tokenize", "absent", *out)
+    (here / "sizes").mkdir()
+    assert "holds no pictures" in error_of("tokenize", "sizes", *out)
+    for number, side in enumerate((64, 64, 72)):
+        Image.new("RGB", (side, 64)).save(here / "sizes" / f"{number}.png")
+    assert "2.png is 72x64 pixels, but the clip's first frame is 64x64" in error_of("tokenize", "sizes", *out)
+    assert "fps is 0" in error_of("tokenize", "whole.gif", "--fps", 0, *out)
+    assert "frames is -1" in error_of("tokenize", "whole.gif", "--frames=-1", *out)
+    assert "tile is 60" in error_of("tokenize", "whole.gif", "--tile", 60, *out)
+    np.savez(here / "codes.npz", x=np.zeros((2, 8, 8), int))
+    for options in (("--tile", 8), ("--frames", 0)):
+        assert f"{options[0][2:]} is {options[1]}" in error_of(
+            "detokenize", "codes.npz", *options, "--model", golden_bundle, "-o", "out"
+        )
+
+
+def test_clips_of_one_frame_and_without_durations(golden_bundle, here, loaded):
+    """Animated files of one frame are pictures; folders and videos of one are clips, filled up to the first four."""
+    frames = np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), np.uint8)
+    for suffix in ("gif", "mp4"):
+        save_clip(frames[:1], here / f"{suffix}_one.{suffix}", 10.0)
+    (here / "folder_one").mkdir()
+    Image.fromarray(frames[0]).save(here / "folder_one" / "0.png")
+    first, *rest = (Image.fromarray(frame) for frame in frames)
+    first.save(here / "untimed.gif", save_all=True, append_images=rest, duration=0)
+    files = ("gif_one.gif", "mp4_one.mp4", "folder_one", "untimed.gif")
+    assert run("tokenize", *files, "--model", golden_bundle, "-o", "codes.npz") == 0
+    shapes = {name: codes.shape for name, codes in load_npz("codes.npz").items()}
+    assert shapes == {"gif_one": (8, 8), "mp4_one": (1, 8, 8), "folder_one": (1, 8, 8), "untimed": (2, 8, 8)}
+    assert run("tokenize", "untimed.gif", "--fps", 20, "--model", golden_bundle, "-o", "codes.npz") == 0
+    assert load_npz("codes.npz")["untimed"].shape == (3, 8, 8)  # 6 frames at 10 per second are 12 at 20
 
 
 def test_generate_equals_the_golden_pictures(golden_bundle, here):

@@ -51,6 +51,29 @@ def add_independent(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_resampling(command: argparse.ArgumentParser) -> None:
+    """`--fps` and `--frames` of clips that are read."""
+    command.add_argument(
+        "--fps",
+        type=float,
+        metavar="F",
+        help="of clips, take F frames a second (default: as they are); not of pictures",
+    )
+    command.add_argument(
+        "--frames", type=int, metavar="N", help="take N frames spread over each clip; with --fps, the first N at most"
+    )
+
+
+def add_tile(command: argparse.ArgumentParser) -> None:
+    """`--tile`."""
+    command.add_argument(
+        "--tile",
+        type=int,
+        metavar="PIXELS",
+        help="large frames in overlapping tiles of this side, for less memory: an approximation, with other results",
+    )
+
+
 def add_quiet(command: argparse.ArgumentParser) -> None:
     """`--quiet`."""
     command.add_argument("--quiet", action="store_true", help="no progress bar")

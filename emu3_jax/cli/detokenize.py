@@ -12,7 +12,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     common.add_fast_pixels(command)
     common.add_clip_format(command, "--clip-format")
     command.add_argument("--fps", type=float, default=12.0, help="frame rate of clips (default: %(default)s)")
+    command.add_argument(
+        "--frames", type=int, metavar="N", help="end clips after N frames: tokenize fills them up to a multiple of 4"
+    )
     common.add_independent(command)
+    common.add_tile(command)
     command.add_argument("-o", "--output", type=pathlib.Path, required=True, metavar="DIR")
 
 
@@ -27,11 +31,12 @@ def run(options: argparse.Namespace) -> None:
     arrays = load_codes(options.codes)
     if any(codes.ndim == 3 for codes in arrays.values()):
         check_writable(options.output / f"clip.{options.clip_format}", options.fps)
+    settings = {name: getattr(options, name) for name in ("independent", "frames", "tile")}
     written = []
     model = common.load_model(options)
     with files_into(options.output) as directory:
         for name, codes in tqdm(arrays.items(), unit=" files", disable=True if options.quiet else None, leave=False):
-            (media,) = model.detokenize([codes], independent=options.independent)
+            (media,) = model.detokenize([codes], **settings)
             if isinstance(media, Clip):
                 written.append(f"{name}.{options.clip_format}")
                 save_clip(media.frames, directory / written[-1], options.fps)

@@ -9,7 +9,9 @@ from emu3_jax.cli import common
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("files", nargs="+", type=pathlib.Path, metavar="FILE", help="pictures or clips")
     common.add_model(command)
+    common.add_resampling(command)
     common.add_independent(command)
+    common.add_tile(command)
     command.add_argument("-o", "--output", type=pathlib.Path, required=True, metavar="CODES.npz")
 
 
@@ -29,7 +31,8 @@ def run(options: argparse.Namespace) -> None:
     model = common.load_model(options)
     with new_file(options.output) as temporary:
         bar = tqdm(options.files, unit=" files", disable=True if options.quiet else None, leave=False)
-        codes = {file.stem: model.tokenize([file], independent=options.independent)[0] for file in bar}
+        settings = {name: getattr(options, name) for name in ("independent", "fps", "frames", "tile")}
+        codes = {file.stem: model.tokenize([file], **settings)[0] for file in bar}
         np.savez(temporary, **codes)
     for stem, array in codes.items():
         print(f"{stem}: {'x'.join(map(str, array.shape))} codes")

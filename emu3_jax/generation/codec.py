@@ -1,9 +1,11 @@
 """Pictures and clips to codes and back: what happens around the vision tokenizer's programs."""
 
+import contextlib
 import dataclasses
 import functools
+import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -11,9 +13,11 @@ from PIL import Image
 
 from emu3_jax.config import ImageConfig, VisionConfig
 from emu3_jax.errors import Emu3Error
+from emu3_jax.generation.tiles import Step, check_tile, tiled_decoder, tiled_encoder
 from emu3_jax.media.clips import Clip, preprocess_clip
+from emu3_jax.media.frames import FrameReader, check_resampling
 from emu3_jax.media.images import normalise, postprocess, preprocess
-from emu3_jax.media.inputs import Media, as_media
+from emu3_jax.media.inputs import Media, open_media
 from emu3_jax.models.vision import Stream, check_codes, make_decoder, make_encoder
 
 PART_FRAMES = 16  # of a clip that pass the tokenizer together
@@ -29,22 +33,29 @@ class Vision:
     fast: bool = False
 
 
-def encode(vision: Vision, item: Media, independent: bool = False) -> np.ndarray:
+def encode(
+    vision: Vision,
+    item: Media,
+    independent: bool = False,
+    *,
+    fps: float | None = None,
+    frames: int | None = None,
+    tile: int | None = None,
+) -> np.ndarray:
     """int32 codes [h, w] of a picture, [t, h, w] of a clip; see `Emu3.tokenize`."""
-    media = as_media(item)
-    try:
-        if isinstance(media, Clip):
+    factor = vision.config.spatial_factor
+    check_tile(tile, factor)
+    media = open_media(item, fps=fps, frames=frames)
 
-            def prepare(frames: np.ndarray) -> np.ndarray:
-                return preprocess_clip(Clip(frames), vision.image, vision.config.spatial_factor)
+    def prepare(part: np.ndarray) -> np.ndarray:
+        with _errors_name(item):
+            return preprocess_clip(Clip(part), vision.image, factor)
 
-            return _encode_frames(vision, media.frames, prepare, independent)
-        pixels = preprocess(media, vision.image, vision.config.spatial_factor)
-    except Emu3Error as error:
-        if isinstance(item, str | os.PathLike):
-            raise Emu3Error(f"{item}: {error}") from error
-        raise
-    return np.asarray(make_encoder(vision.config)(vision.params, pixels[None]))[0]
+    if isinstance(media, FrameReader):
+        return _encode_frames(vision, media, prepare, independent, tile)
+    with _errors_name(item):
+        pixels = preprocess(media, vision.image, factor)
+    return np.asarray(_step(vision, "encode", tile=tile)(pixels[None]))[0]
 
 
 def encode_end(vision: Vision, frames: np.ndarray, count: int) -> np.ndarray:
@@ -58,32 +69,78 @@ def encode_end(vision: Vision, frames: np.ndarray, count: int) -> np.ndarray:
     return _encode_frames(vision, frames, lambda part: normalise(part, vision.image))
 
 
-def _encode_frames(
-    vision: Vision, frames: np.ndarray, prepare: Callable[[np.ndarray], np.ndarray], independent: bool = False
-) -> np.ndarray:
-    """`prepare` makes pixels for the tokenizer of a part of the frames."""
+def decode(
+    vision: Vision,
+    codes: np.ndarray,
+    independent: bool = False,
+    *,
+    frames: int | None = None,
+    tile: int | None = None,
+) -> Image.Image | Clip:
+    """The picture of codes [h, w], or the clip of [t, h, w]; see `Emu3.detokenize`."""
     config = vision.config
-    size = config.temporal_factor if independent else max(PART_FRAMES, config.temporal_factor)
-    step = functools.partial(make_encoder(config), vision.params)
-    if len(frames) > size and not independent:
-        step = Stream(config, vision.params, "encode")
-    codes = []
-    for first in range(0, len(frames), size):
-        part = frames[first : first + size]
-        part = np.concatenate([part, np.repeat(part[-1:], -len(part) % config.temporal_factor, axis=0)])
+    check_resampling(None, frames)
+    check_tile(tile, config.spatial_factor)
+    check_codes(codes, config)
+    codes = codes.astype(np.int32)
+    if codes.ndim == 2:
+        pixels = _step(vision, "decode", tile=tile)(codes[None])
+        return Image.fromarray(postprocess(np.asarray(pixels)[0], vision.image))
+    size = 1 if independent else max(PART_FRAMES // config.temporal_factor, 1)
+    step = _step(vision, "decode", in_parts=len(codes) > size and not independent, tile=tile)
+    parts = [np.asarray(step(codes[None, first : first + size]))[0] for first in range(0, len(codes), size)]
+    return Clip(np.concatenate([postprocess(part, vision.image) for part in parts])[:frames])
+
+
+def _encode_frames(
+    vision: Vision,
+    frames: Iterable[np.ndarray],
+    prepare: Callable[[np.ndarray], np.ndarray],
+    independent: bool = False,
+    tile: int | None = None,
+) -> np.ndarray:
+    """`prepare` makes pixels for the tokenizer of a part of the frames. No more frames than a part's are held."""
+    factor = vision.config.temporal_factor
+    step, codes = None, []
+    for part, last in _parts(frames, factor if independent else max(PART_FRAMES, factor)):
+        if step is None:
+            step = _step(vision, "encode", in_parts=not (last or independent), tile=tile)
+        part = np.concatenate([part, np.repeat(part[-1:], -len(part) % factor, axis=0)])
         codes.append(np.asarray(step(prepare(part)[None]))[0])
     return np.concatenate(codes)
 
 
-def decode(vision: Vision, codes: np.ndarray, independent: bool = False) -> Image.Image | Clip:
-    """The picture of codes [h, w], or the clip of [t, h, w]; see `Emu3.detokenize`."""
-    check_codes(codes, vision.config)
-    codes, config = codes.astype(np.int32), vision.config
-    step = functools.partial(make_decoder(config, vision.fast), vision.params)
-    if codes.ndim == 2:
-        return Image.fromarray(postprocess(np.asarray(step(codes[None]))[0], vision.image))
-    size = 1 if independent else max(PART_FRAMES // config.temporal_factor, 1)
-    if len(codes) > size and not independent:
-        step = Stream(config, vision.params, "decode", vision.fast)
-    parts = [np.asarray(step(codes[None, first : first + size]))[0] for first in range(0, len(codes), size)]
-    return Clip(np.concatenate([postprocess(part, vision.image) for part in parts]))
+def _parts(frames: Iterable[np.ndarray], size: int) -> Iterator[tuple[np.ndarray, bool]]:
+    """Frames [n, H, W, 3], `size` of them or, in the last part, fewer; and whether it is the last."""
+    frames = iter(frames)
+    first = next(frames, None)
+    while first is not None:
+        part = np.stack([first, *itertools.islice(frames, size - 1)])
+        first = next(frames, None)
+        yield part, first is None
+
+
+def _step(vision: Vision, method: str, *, in_parts: bool = False, tile: int | None = None) -> Step:
+    """The function from pixels to codes or back, for `method` "encode" or "decode"; `in_parts`: it has a memory."""
+
+    def new_step() -> Step:
+        if in_parts:
+            return Stream(vision.config, vision.params, method, method == "decode" and vision.fast)
+        make = make_encoder(vision.config) if method == "encode" else make_decoder(vision.config, vision.fast)
+        return functools.partial(make, vision.params)
+
+    if tile is None:
+        return new_step()
+    tiled = tiled_encoder if method == "encode" else tiled_decoder
+    return tiled(new_step, tile, vision.config.spatial_factor)
+
+
+@contextlib.contextmanager
+def _errors_name(item: Media) -> Iterator[None]:
+    """Errors of the block begin with the file's name, if `item` is one."""
+    try:
+        yield
+    except Emu3Error as error:
+        if isinstance(item, str | os.PathLike):
+            raise Emu3Error(f"{item}: {error}") from error
+        raise

@@ -88,27 +88,59 @@ class Emu3:
             )
         return self._vision
 
-    def tokenize(self, media: Sequence[Media], *, independent: bool = False) -> list[np.ndarray]:
+    def tokenize(
+        self,
+        media: Sequence[Media],
+        *,
+        independent: bool = False,
+        fps: float | None = None,
+        frames: int | None = None,
+        tile: int | None = None,
+    ) -> list[np.ndarray]:
         """Encodes pictures to int32 codes [h, w] and clips to [t, h, w].
 
-        Long clips pass in parts, each of which sees what came before, so that memory does not grow with their length.
+        Long clips pass in parts, each of which sees what came before, and files are read as they pass: memory does not
+        grow with their length.
 
         Args:
-            media: pictures (PIL images or files) and clips (`Clip`, animated files or folders of frames). A clip whose
-                frame count is not a multiple of the temporal factor is filled up with its last frame.
+            media: pictures (PIL images or files) and clips (`Clip`, animated files, videos or folders of frames). A
+                clip whose frame count is not a multiple of the temporal factor is filled up with its last frame.
             independent: cuts clips into pieces of the temporal factor's frames that know nothing of each other, as
                 upstream's script does. Other codes.
+            fps: clips are resampled to this rate first; pictures stay as they are.
+            frames: with `fps`, clips end after so many; without, so many are spread over each whole clip.
+            tile: frames larger than squares of this side, in pixels, pass in overlapping tiles of it, each by itself,
+                in the memory of one tile. An approximation, with other codes: the tokenizer's norms and attention see
+                a whole frame. A multiple of the spatial factor.
+
+        Raises:
+            Emu3Error: on bad input; the message says which and what to do.
         """
         vision = self.vision
-        return [encode(vision, item, independent) for item in media]
+        return [encode(vision, item, independent, fps=fps, frames=frames, tile=tile) for item in media]
 
-    def detokenize(self, codes: Sequence[np.ndarray], *, independent: bool = False) -> list[Image.Image | Clip]:
+    def detokenize(
+        self,
+        codes: Sequence[np.ndarray],
+        *,
+        independent: bool = False,
+        frames: int | None = None,
+        tile: int | None = None,
+    ) -> list[Image.Image | Clip]:
         """Decodes int codes: [h, w] to a picture, [t, h, w] to a clip of t times the temporal factor frames.
 
-        `independent` is for codes that were made so.
+        Args:
+            codes: as `tokenize` returns them.
+            independent: for codes that were made so.
+            frames: clips end after so many, where they are longer: what `tokenize` filled up is cut off.
+            tile: large frames in overlapping tiles, as for `tokenize`; one fades into the next. Other pixels, but codes
+                need not have been made so.
+
+        Raises:
+            Emu3Error: on bad input.
         """
         vision = self.vision
-        return [decode(vision, np.asarray(item), independent) for item in codes]
+        return [decode(vision, np.asarray(item), independent, frames=frames, tile=tile) for item in codes]
 
     def generate(self, prompts: str | Sequence[str], **options) -> list[Image.Image]:
         """Pictures for the prompts; see `generate_sequences` for the options. `image.info` says how each was made."""
