@@ -74,6 +74,13 @@ _ROWS = (
     ("Descriptions of unseen pictures: style right", 0.95, "{:.1%}", "image_to_text.description.style_right"),
     ("Descriptions of unseen pictures: label exact", 0.60, "{:.1%}", "image_to_text.description.label_exact"),
     ("Category of unseen concepts right", 0.60, "{:.1%}", "image_to_text.category.right"),
+    (
+        "Descriptions of moving shapes, unseen triples: caption exact",
+        None,
+        "{:.1%}",
+        "image_to_text.clips.caption_exact",
+    ),
+    ("The same: motion right", None, "{:.1%}", "image_to_text.clips.motion_right"),
     ("Shapes, unseen triples: colour, shape and place all right", 0.95, "{:.1%}", "procedural.stills.all_right"),
     ("Moving shapes, unseen triples: all right", 0.95, "{:.1%}", "procedural.clips.all_right"),
     ("Moving shapes, unseen triples: motion right", 0.90, "{:.1%}", "procedural.clips.motion_right"),
@@ -84,8 +91,15 @@ _ROWS = (
         "procedural.extensions.motion_right",
     ),
     ("Moving shapes, first half given: second half all right", 0.90, "{:.1%}", "procedural.extensions.all_right"),
-    ("Motion energy of unseen animated subjects, times the true clips'", "0.5 to 2", "{:.2f}", "motion.ratio"),
-    ("The same of their reconstructions", None, "{:.2f}", "motion.reconstruction_ratio"),
+    (
+        "Unseen animated subjects: absolute differences of consecutive frames, times the true clips'",
+        "0.5 to 2",
+        "{:.2f}",
+        "motion.difference_ratio",
+    ),
+    ("The same of the true clips' reconstructions", None, "{:.2f}", "motion.reconstruction_difference_ratio"),
+    ("Squared differences, times the true clips'", "0.5 to 2", "{:.2f}", "motion.ratio"),
+    ("The same of the true clips' reconstructions", None, "{:.2f}", "motion.reconstruction_ratio"),
 )
 
 

@@ -1,4 +1,4 @@
-"""Whether the model says what pictures show: style, label and category, by the exact text of its answers."""
+"""Whether the model says what pictures and clips show, by the exact text of its answers."""
 
 from typing import Any
 
@@ -9,8 +9,9 @@ from emu3_jax.evaluation.config import EvaluateConfig
 from emu3_jax.evaluation.items import Data, Item, choose
 from emu3_jax.evaluation.page import Cell, Row, Section
 from emu3_jax.generation.pipeline import Emu3
+from emu3_jax.media.clips import Clip
 
-DESCRIBE, CATEGORY = "Describe the image.", "What category is this?"
+DESCRIBE, CATEGORY, DESCRIBE_CLIP = "Describe the image.", "What category is this?", "Describe the clip."
 _LONGEST = 48  # tokens of an answer; right ones are shorter
 _BETWEEN = " emoji of "
 
@@ -24,7 +25,7 @@ def parse(answer: str) -> tuple[str, str]:
 def measure(
     model: Emu3, data: Data, config: EvaluateConfig, skipped: dict[str, str], progress: bool | None
 ) -> tuple[dict[str, Any], list[Section]]:
-    """Descriptions of held-out styles, and categories of held-out concepts.
+    """Descriptions of held-out styles, categories of held-out concepts, descriptions of held-out moving shapes.
 
     Returns:
         the figures, and the page's sections.
@@ -32,23 +33,25 @@ def measure(
     figures: dict[str, Any] = {}
     sections = []
 
-    def ask(name: str, split: str, question: str) -> tuple[list[Item], list[str]]:
-        cases = choose(data.where("picture", split, config.groups), config.cases, config.seed, f"image_to_text.{name}")
+    def ask(name: str, kind: str, split: str, question: str) -> tuple[list[Item], list[str]]:
+        moving = kind == "procedural_clip"
+        groups = None if moving else config.groups
+        cases = choose(data.where(kind, split, groups), config.cases, config.seed, f"image_to_text.{name}")
         if not cases:
-            skipped[f"image_to_text.{name}"] = f"the data have no pictures of the split {split}"
+            skipped[f"image_to_text.{name}"] = (
+                f"the data have no {'clips' if moving else 'pictures'} of the split {split}"
+            )
             return [], []
-        pictures = [Image.fromarray(pixels) for pixels in data.pixels(cases)]
-        answers = model.chat(
-            pictures, question, max_new_tokens=_LONGEST, batch_size=config.batch_size, progress=progress
-        )
-        return cases, answers
+        media = [Clip(pixels) if moving else Image.fromarray(pixels) for pixels in data.pixels(cases)]
+        answers = model.chat(media, question, max_new_tokens=_LONGEST, batch_size=config.batch_size, progress=progress)
+        return cases, [answer.strip().removesuffix(".") for answer in answers]
 
     def show(title: str, text: str, cases: list[Item], answers: list[str], right: list[bool]) -> None:
         shown = zip(cases[: config.rows], data.pixels(cases), answers, right, strict=False)
         rows = tuple(Row(item.caption, (Cell(answer, pixels, ok),)) for item, pixels, answer, ok in shown)
         sections.append(Section(title, text, rows))
 
-    cases, answers = ask("description", "style", DESCRIBE)
+    cases, answers = ask("description", "picture", "style", DESCRIBE)
     if cases:
         said = [parse(answer) for answer in answers]
         right = [item.label == label for item, (_, label) in zip(cases, said, strict=True)]
@@ -60,9 +63,9 @@ def measure(
             "both": float(np.mean([a and b for a, b in zip(right, styles, strict=True)])),
         }
         show(DESCRIBE, "Styles that are held out; green where the label is right.", cases, answers, right)
-    cases, answers = ask("category", "concept", CATEGORY)
+    cases, answers = ask("category", "picture", "concept", CATEGORY)
     if cases:
-        right = [answer.strip().removesuffix(".") == item.group for item, answer in zip(cases, answers, strict=True)]
+        right = [answer == item.group for item, answer in zip(cases, answers, strict=True)]
         _, counts = np.unique([item.group for item in cases], return_counts=True)
         figures["category"] = {
             "cases": len(cases),
@@ -70,4 +73,12 @@ def measure(
             "always_the_commonest": float(counts.max() / len(cases)),
         }
         show(CATEGORY, "Concepts that are held out; green where the category is right.", cases, answers, right)
+    cases, answers = ask("clips", "procedural_clip", "triple", DESCRIBE_CLIP)
+    if cases:
+        right = [answer == item.label for item, answer in zip(cases, answers, strict=True)]
+        figures["clips"] = {"cases": len(cases), "caption_exact": float(np.mean(right))}
+        for name in cases[0].scene:
+            said = [item.scene[name] in answer for item, answer in zip(cases, answers, strict=True)]
+            figures["clips"][f"{name}_right"] = float(np.mean(said))
+        show(DESCRIBE_CLIP, "Triples that are held out; green where all is right.", cases, answers, right)
     return figures, sections

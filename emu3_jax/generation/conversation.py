@@ -45,9 +45,9 @@ class Showing:
         Raises:
             Emu3Error: the item is neither, or a number is not legal.
         """
-        media = as_media(item)
+        vision, media = model.vision, as_media(item)
         if not isinstance(media, Clip):
-            return [encode(model.vision, item)]
+            return [encode(vision, item)]
         trained = model.language.config.clip_frames
         together = self.clips_as == "clip" or (self.clips_as == "auto" and trained is not None)
         most = (trained or len(media.frames)) if together else _FRAMES_SHOWN
@@ -55,7 +55,7 @@ class Showing:
             media = resample(media, None, most)
         else:
             media = resample(media, self.fps, self.frames)
-        return [encode(model.vision, media)] if together else [encode(model.vision, frame) for frame in media.frames]
+        return [encode(vision, media)] if together else [encode(vision, frame) for frame in media.frames]
 
 
 class Conversation:
