@@ -1,4 +1,4 @@
-"""The embedded model at work: pictures for prompts, descriptions of pictures it never saw, and a clip.
+"""The embedded model at work: pictures for prompts, descriptions of what it never saw, and clips.
 
 One decoder does all three. It is small, trained by this project on emoji, and part of the package.
 """
@@ -10,6 +10,7 @@ import shlex
 import sys
 import textwrap
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from emu3_jax.cli import main as cli
@@ -26,43 +27,52 @@ PROMPTS = {
     "vintage emoji of avocado": "unseen",
     "flat emoji of tiger face": "unseen",
     "vintage emoji of hammer": "unseen",
-    "twemoji emoji of octopus": "unseen",
+    "vintage emoji of sailboat": "unseen",
     "vintage emoji of mushroom": "unseen",
     "3d emoji of rocket": "",
     "noto emoji of volcano": "",
     "flat emoji of cactus": "",
     "twemoji emoji of strawberry": "",
 }
-CLIP = "animated emoji of rooster"
+CLIPS = ("animated emoji of beating heart", "a large yellow heart moves right on a black background")
+# The first half of a clip of a triple of colour, shape and motion that was not in training.
+HALF, GOES_ON = "star-moves-down.webp", "a large purple star moves down on a white background"
 QUESTIONS = ("Describe the image.", "What category is this?")
-_SIDE, _STRIP, _MARGIN, _COLUMNS = 128, 44, 8, 4
+_SIDE, _STRIP, _LINE, _MARGIN, _COLUMNS = 128, 44, 26, 8, 4
 
 
 def run(output: pathlib.Path, model: pathlib.Path | None = None) -> None:
     """Runs every command, with the embedded model or another like it."""
     chosen = () if model is None else ("--model", model)
-    pictures, clips = output / "pictures", output / "clips"
-    files = [os.path.relpath(file) for file in sorted(ASSETS.glob("*.webp"))]
+    pictures, clips, extended = output / "pictures", output / "clips", output / "extended"
+    files, half = [os.path.relpath(file) for file in sorted(ASSETS.glob("*.webp")) if file.name != HALF], ASSETS / HALF
     print("# Text to pictures: eight of these in styles that the model never saw them in")
-    emu3_jax("generate", *PROMPTS, "--seed", 1, "--batch-size", len(PROMPTS), "-o", pictures, *chosen)
+    emu3_jax("generate", *PROMPTS, "--seed", 13, "--batch-size", len(PROMPTS), "-o", pictures, *chosen)
     print("# Pictures to text: four pictures that it never saw, two questions about each")
     asked = [(file, question) for file in files for question in QUESTIONS]
     emu3_jax(
         "chat", *(file for file, _ in asked), "--prompt", *(question for _, question in asked), "--max-new-tokens", 32,
         *chosen,
     )  # fmt: skip
-    print("# Text to a clip: eight frames")
-    emu3_jax("video", CLIP, "--seed", 1, "-o", clips, *chosen)
+    print("# Text to clips: eight frames each")
+    emu3_jax("video", *CLIPS, "--seed", 1, "-o", clips, *chosen)
+    print("# What happens next: four frames are given, four are new")
+    emu3_jax("video", GOES_ON, "--extend", os.path.relpath(half), "--frames", 4, "-o", extended, *chosen)
+    print("# A clip to text, question after question")
+    emu3_jax(
+        "chat", extended / "000.webp", "--together", "--prompt", "Describe the clip.", "What does the shape do?",
+        "--max-new-tokens", 32, *chosen,
+    )  # fmt: skip
 
     tiles = [(f"{prompt} ({note})" if note else prompt, pictures / f"{index:03d}.png") for index, (prompt, note) in
              enumerate(PROMPTS.items())]  # fmt: skip
-    strip = output / "clip.png"
-    frames = load_clip(clips / "000.webp").frames
-    save_png(Image.fromarray(frames.swapaxes(0, 1).reshape(frames.shape[1], -1, 3)), strip, {"software": "emu3-jax"})
+    shown = [(prompt, clips / f"{index:03d}.webp") for index, prompt in enumerate(CLIPS)]
+    shown.append((f"{GOES_ON} (the first four frames were given)", extended / "000.webp"))
+    strips = [(name, load_clip(file).frames) for name, file in shown]
     sheet = output / "sheet.png"
-    save_png(contact_sheet(tiles, (CLIP, strip)), sheet, {"software": "emu3-jax"})
-    print(f"\nThe pictures and the clip's frames on one sheet: {sheet}")
-    print(f"The clip: {clips / '000.webp'}")
+    save_png(contact_sheet(tiles, strips), sheet, {"software": "emu3-jax"})
+    print(f"\nThe pictures and the clips' frames on one sheet: {sheet}")
+    print(f"The clips: {' '.join(str(file) for _, file in shown)}")
 
 
 def emu3_jax(command: str, *arguments: object) -> None:
@@ -73,16 +83,17 @@ def emu3_jax(command: str, *arguments: object) -> None:
         sys.exit(code)
 
 
-def contact_sheet(tiles: list[tuple[str, pathlib.Path]], clip: tuple[str, pathlib.Path]) -> Image.Image:
-    """Pictures in rows, each with its name below, and under them the frames of a clip."""
+def contact_sheet(tiles: list[tuple[str, pathlib.Path]], clips: list[tuple[str, np.ndarray]]) -> Image.Image:
+    """Pictures in rows, each with its name below, and under them the frames [T, H, W, 3] of clips."""
     font, width = ImageFont.load_default(), _COLUMNS * (_SIDE + _MARGIN) + _MARGIN
     rows = -(-len(tiles) // _COLUMNS)
-    with Image.open(clip[1]) as image:
-        scale = (width - 2 * _MARGIN) / image.width
-        frames = image.convert("RGB").resize(
-            (width - 2 * _MARGIN, round(image.height * scale)), Image.Resampling.BICUBIC
-        )
-    sheet = Image.new("RGB", (width, rows * (_SIDE + _STRIP) + frames.height + _STRIP + _MARGIN), "white")
+    strips = []
+    for name, frames in clips:
+        strip = Image.fromarray(frames.swapaxes(0, 1).reshape(frames.shape[1], -1, 3))
+        size = (width - 2 * _MARGIN, round(strip.height * (width - 2 * _MARGIN) / strip.width))
+        strips.append((name, strip.resize(size, Image.Resampling.BICUBIC)))
+    height = rows * (_SIDE + _STRIP) + sum(strip.height + _LINE for _, strip in strips) + 2 * _MARGIN
+    sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
     for index, (name, file) in enumerate(tiles):
         row, column = divmod(index, _COLUMNS)
@@ -91,8 +102,10 @@ def contact_sheet(tiles: list[tuple[str, pathlib.Path]], clip: tuple[str, pathli
             sheet.paste(image.convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.BICUBIC), (left, top))
         draw.text((left, top + _SIDE + 3), textwrap.fill(name, 22), "black", font)
     top = _MARGIN + rows * (_SIDE + _STRIP)
-    sheet.paste(frames, (_MARGIN, top))
-    draw.text((_MARGIN, top + frames.height + 3), clip[0], "black", font)
+    for name, strip in strips:
+        sheet.paste(strip, (_MARGIN, top))
+        draw.text((_MARGIN, top + strip.height + 3), name, "black", font)
+        top += strip.height + _LINE
     return sheet
 
 

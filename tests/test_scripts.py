@@ -13,6 +13,7 @@ import emu3_jax
 from emu3_jax.checkpoints import embedded
 from emu3_jax.checkpoints.bundle import Bundle
 from emu3_jax.errors import Emu3Error
+from emu3_jax.evaluation.procedural import Motion, draw_clip
 from emu3_jax.media.clips import load_clip
 from emu3_jax.media.images import read_png_metadata
 from emu3_jax.text.tokenizer import special_tokens
@@ -34,14 +35,20 @@ def test_demo(scripts, tmp_path, capsys):
     demo.run(tmp_path)
     drawn = [read_png_metadata(tmp_path / "pictures" / f"{i:03d}.png") for i in range(len(demo.PROMPTS))]
     assert [fields["prompt"] for fields in drawn] == list(demo.PROMPTS)
-    assert load_clip(tmp_path / "clips" / "000.webp").frames.shape[0] == 8
+    for file in ("clips/000.webp", "clips/001.webp", "extended/000.webp"):
+        assert load_clip(tmp_path / file).frames.shape[0] == 8
+    given = load_clip(demo.ASSETS / demo.HALF).frames
+    np.testing.assert_array_equal(load_clip(tmp_path / "extended" / "000.webp").frames[:4], given)
+    np.testing.assert_array_equal(given, draw_clip(Motion("purple", "star", "large", "white", "moves down"), 32)[:4])
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width == 4 * 136 + 8
         first, clip = sheet.crop((8, 8, 136, 136)), sheet.crop((8, 524, 536, 590))
+        assert sheet.height > 524 + 3 * 66
         assert np.asarray(first).std() > 1 and np.asarray(clip).std() > 1
     told = capsys.readouterr().out
     commands = [line.split()[2] for line in told.splitlines() if line.startswith("$ emu3-jax ")]
-    assert commands == ["generate", "chat", "video"]
+    assert commands == ["generate", "chat", "video", "video", "chat"]
+    assert "\nmoves down\n" in told
     assert sum(line.startswith("scripts/assets/emoji/koala-3d.webp: ") for line in told.splitlines()) == 2
 
 
