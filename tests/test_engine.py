@@ -1,5 +1,6 @@
 """Prefill and the decode loop: golden sequences, rows independent of each other, exact sampling, one compilation."""
 
+import itertools
 import re
 
 import jax
@@ -111,6 +112,20 @@ def test_growing_the_cache_and_short_calls_change_nothing(monkeypatch):
     small = run_rows([0, 1, 2, 3], on_progress=lambda taken, steps: progress.append((taken, steps)))
     np.testing.assert_array_equal(small, whole)
     assert progress == [(taken, 15) for taken in (1, 4, 7, 8, 11, 14, 15)]
+
+
+def test_a_cache_grows_through_few_sizes():
+    def sizes(final: int) -> list[int]:
+        found = [engine.cache_slots(1, final, "xla")]
+        while found[-1] < final:
+            found.append(engine.cache_slots(found[-1] + 1, final, "xla"))
+        return found
+
+    assert sizes(8256) == [2048, 4096, 6144, 8192, 8256]  # a picture of 720x720
+    long = sizes(124_992)  # a clip of 5 s
+    assert len(long) == 20 and long[-1] == 124_992
+    assert all(b - a <= max(2048, b // 4) for a, b in itertools.pairwise(long))
+    assert engine.cache_slots(1, 124_992, "pallas") == 124_992
 
 
 def test_tokens_are_told_while_the_device_has_its_next_call(monkeypatch):

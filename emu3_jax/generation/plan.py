@@ -90,8 +90,10 @@ def programs(config: GenerateConfig, slice_: Slice) -> tuple[Mesh, list[Program]
             flops=_flops(decoder, rows, rows * final, rows),
         ),
     ]
-    previous = (final - 1) // engine.CACHE_GROWTH * engine.CACHE_GROWTH
-    if previous >= first:
+    previous = first
+    while (larger := engine.cache_slots(previous + 1, final, "xla")) < final:
+        previous = larger
+    if previous < final:
         old = cache(previous)
         grow = jax.jit(lambda cache: cache.grow(final))
         result.append(
