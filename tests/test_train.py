@@ -23,6 +23,7 @@ from emu3_jax.data.prepare import prepare
 from emu3_jax.data.sequences import TextToImage
 from emu3_jax.data.shards import Codebook
 from emu3_jax.models.adapters import Adapter
+from emu3_jax.training import loop
 from emu3_jax.training.config import ModelConfig, OptimizerConfig, SampleConfig, TrainConfig, load_config
 from emu3_jax.training.loop import train
 from emu3_jax.training.metrics import read_metrics
@@ -223,6 +224,15 @@ def test_another_model(base, whole, golden_bundle):
     model = dataclasses.replace(base.model, decoder=other, random=True)
     message_of(dataclasses.replace(base, directory=str(whole), model=model), "checkpoints of another model.*num_layers")
     message_of(dataclasses.replace(base, directory=str(whole), adapter=Adapter()), "checkpoints of another model")
+
+
+def test_what_is_no_shape_may_be_new(base, golden_bundle):
+    bundle = Bundle.open(golden_bundle)
+    other = dataclasses.replace(bundle.decoder_config, max_positions=8192, clip_frames=8, clip_layout="flat")
+    model = dataclasses.replace(base.model, bundle=str(golden_bundle), decoder=other)
+    assert loop._decoder(dataclasses.replace(base, model=model), bundle) == other
+    model = dataclasses.replace(model, decoder=None)
+    assert loop._decoder(dataclasses.replace(base, model=model), bundle) == bundle.decoder_config
 
 
 def test_other_data(base, whole):

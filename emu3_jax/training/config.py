@@ -66,7 +66,8 @@ class ModelConfig:
     Attributes:
         bundle: the model's directory: its tokenizer, its weights unless `random`, and for pictures while training its
             vision tokenizer. Not needed by `plan`.
-        decoder: the decoder's shapes; None for those of the bundle. With weights from the bundle they must be equal.
+        decoder: the decoder's shapes; None for those of the bundle. With weights from the bundle they must be equal;
+            `image_area`, `max_positions` and what clips are may be new ones, and are the trained model's.
         random: starts from random weights, for pretraining.
         dtype: of the products; the weights that are trained are float32.
         remat: what the backward pass computes again, layer by layer: "none", "dots" or "full", see `Decoder`.

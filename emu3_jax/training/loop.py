@@ -76,22 +76,24 @@ def train(config: TrainConfig, progress: bool | None = None) -> Outcome:
 
 
 def _decoder(config: TrainConfig, bundle: Bundle) -> DecoderConfig:
-    """The decoder's config, which where weights come from the bundle must be the bundle's."""
+    """The decoder's config; where weights come from the bundle it must be the bundle's, but for what is no shape."""
     wanted = config.model.decoder
     if config.model.random:
         return wanted
     bundle.require("decoder")
     found = bundle.decoder_config
-    if wanted is not None:
-        for field in dataclasses.fields(DecoderConfig):
-            old, new = getattr(found, field.name), getattr(wanted, field.name)
-            # How the products are computed, and what pictures are by default, is no property of the weights.
-            if old != new and field.name not in ("dtype", "image_area", "max_positions", "clip_frames", "clip_layout"):
-                raise Emu3Error(
-                    f"{bundle.path} is of another model: its decoder has {field.name} {old!r}, the config {new!r}; "
-                    "correct the config's model.decoder, or leave it out"
-                )
-    return found
+    if wanted is None:
+        return found
+    # What is trained now may be longer, larger, or clips for the first time: no property of the weights.
+    chosen = ("image_area", "max_positions", "clip_frames", "clip_layout")
+    for field in dataclasses.fields(DecoderConfig):
+        old, new = getattr(found, field.name), getattr(wanted, field.name)
+        if old != new and field.name not in (*chosen, "dtype"):  # the products' dtype is `ModelConfig.dtype`
+            raise Emu3Error(
+                f"{bundle.path} is of another model: its decoder has {field.name} {old!r}, the config {new!r}; "
+                "correct the config's model.decoder, or leave it out"
+            )
+    return dataclasses.replace(found, **{name: getattr(wanted, name) for name in chosen})
 
 
 def _check_parts(config: TrainConfig, rows: HostRows, mesh) -> None:
