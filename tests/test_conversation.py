@@ -143,3 +143,6 @@ def test_the_command_holds_a_conversation(golden_bundle, golden_model, capsys, t
     monkeypatch.setattr("sys.stdin", io.StringIO("What is this\n\nAnd why\n"))
     assert main(command) == 0
     assert capsys.readouterr().out == "".join(f"{answer}\n" for answer in expected)
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    assert main(command) == 2
+    assert "there is no question" in capsys.readouterr().err

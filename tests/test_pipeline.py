@@ -294,7 +294,7 @@ def test_control_tokens_work_where_the_caller_says_so(golden_model):
         ([GOLDEN / "gray.png"], {"prompts": ["a", "b"]}, "prompts has 2 values for 1 rows"),
         ([GOLDEN / "gray.png"], {"max_new_tokens": 0}, "max_new_tokens is 0"),
         ([GOLDEN / "gray.png"], {"prompts": "<|extra_204|>"}, re.escape("<|extra_204|>")),
-        ([[GOLDEN / "photo.png"] * 20], {}, "row 0: the picture and its prompt take .* the model has 4096 positions"),
+        ([[GOLDEN / "photo.png"] * 20], {}, "row 0: what is shown and asked takes .* the model has 4096 positions"),
         ([pathlib.Path("absent.png")], {}, "absent.png"),
         ([np.zeros((5, 50, 3), np.uint8)], {}, "8"),
         ([np.zeros((16, 100, 3), np.uint8)], {}, "5"),

@@ -35,6 +35,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     import json
 
+    from emu3_jax.errors import Emu3Error
+
     def show(answer: str, line: str, **about) -> None:
         print(json.dumps({**about, "answer": answer}, ensure_ascii=False) if options.json else line, flush=True)
 
@@ -57,6 +59,8 @@ def run(options: argparse.Namespace) -> None:
             answer = conversation.ask(question, media)
             show(answer, answer, files=options.files, prompt=question)
             media = []  # shown with the first question
+        if not conversation.turns:
+            raise Emu3Error("there is no question: give --prompt TEXT, or questions on standard input, one a line")
         return
     prompts = options.prompt * len(options.files) if len(options.prompt) == 1 else options.prompt
     answers = model.chat(options.files, prompts, batch_size=options.batch_size, **settings)
