@@ -17,7 +17,7 @@ from emu3_jax.generation import engine
 from emu3_jax.generation.clips import GrowingClip, OnFrames, latents_of_a_pass
 from emu3_jax.generation.codec import Vision, decode, encode, encode_end
 from emu3_jax.generation.conversation import Conversation, Showing
-from emu3_jax.generation.sampling import RowSettings
+from emu3_jax.generation.rows import describe, per_row, prompt_list, row_settings
 from emu3_jax.generation.schedule import TokenClass, clip_schedule, image_schedule, text_schedule
 from emu3_jax.media.clips import DEFAULT_FPS, Clip, check_fps, resize_frames
 from emu3_jax.media.inputs import Media, as_clip
@@ -184,12 +184,12 @@ class Emu3:
             Emu3Error: on bad input; the message says which and what to do.
         """
         language, vision = self.language, self.vision
-        prompts = _prompts(prompts)
+        prompts = prompt_list(prompts)
         area = language.config.image_area if area is None else area
-        ratios = _per_row("ratio", ratio, len(prompts))
+        ratios = per_row("ratio", ratio, len(prompts))
         sizes = [generate_size(r, area, vision.config.spatial_factor) for r in ratios]
-        settings = _row_settings(len(prompts), 0.0 if greedy else temperature, top_k, top_p, guidance, seed)
-        negatives = _per_row("negative", negative, len(prompts))
+        settings = row_settings(len(prompts), 0.0 if greedy else temperature, top_k, top_p, guidance, seed)
+        negatives = per_row("negative", negative, len(prompts))
         schedules = [image_schedule(*size) for size in sizes]
         drawn = self._draw(prompts, negatives, sizes, schedules, settings, allow_special, batch_size, progress)
         results = []
@@ -200,7 +200,7 @@ class Emu3:
                 "negative": negatives[index],
                 "size": f"{image.width}x{image.height}",
                 "ratio": ratios[index],
-                **_describe(settings, index),
+                **describe(settings, index),
                 "model": self.name,
                 "software": "emu3-jax",
             }
@@ -249,14 +249,14 @@ class Emu3:
                 once, a row's in their order; those of `extend` do not come.
         """
         language, vision = self.language, self.vision
-        prompts = _prompts(prompts)
+        prompts = prompt_list(prompts)
         if not isinstance(frames, int) or frames < 1:
             raise Emu3Error(f"frames is {frames!r}: it must be a whole number >= 1")
         if window is not None and (not isinstance(window, int) or window < 1):
             raise Emu3Error(f"window is {window!r}: it must be a whole number >= 1")
         check_fps(fps)
         config, factor = language.config, vision.config.temporal_factor
-        given = [as_clip(item) for item in _per_row("extend", extend, len(prompts))] if extend is not None else []
+        given = [as_clip(item) for item in per_row("extend", extend, len(prompts))] if extend is not None else []
         if ratio is None:
             shapes = {clip.frames.shape[1:3] for clip in given}
             if len(shapes) > 1:
@@ -265,8 +265,8 @@ class Emu3:
         rates = [fps or clip.fps for clip in given] or [fps or DEFAULT_FPS] * len(prompts)
         area = config.image_area if area is None else area
         size = generate_size(ratio, area, vision.config.spatial_factor)
-        settings = _row_settings(len(prompts), 0.0 if greedy else temperature, top_k, top_p, guidance, seed)
-        negatives = _per_row("negative", negative, len(prompts))
+        settings = row_settings(len(prompts), 0.0 if greedy else temperature, top_k, top_p, guidance, seed)
+        negatives = per_row("negative", negative, len(prompts))
         height, width = (side * vision.config.spatial_factor for side in size)
         given_frames = [resize_frames(clip.frames, height, width) for clip in given]
         made = [
@@ -376,7 +376,7 @@ class Emu3:
         rows = list(images) if isinstance(images, list | tuple) else [images]
         if not rows:
             raise Emu3Error("there is no picture: give at least one")
-        texts = _per_row("prompts", prompts, len(rows))
+        texts = per_row("prompts", prompts, len(rows))
         inputs = []
         for row, text in zip(rows, texts, strict=True):
             media = row if isinstance(row, list | tuple) else [row]
@@ -419,7 +419,7 @@ class Emu3:
         language = self.language
         if max_new_tokens < 1 or batch_size < 1:
             raise Emu3Error(f"max_new_tokens is {max_new_tokens} and batch_size {batch_size}: both must be at least 1")
-        settings = _row_settings(len(inputs), temperature, top_k, top_p, 1.0, seed)
+        settings = row_settings(len(inputs), temperature, top_k, top_p, 1.0, seed)
         schedules = []
         for index, ids in enumerate(inputs):
             room = language.config.max_positions - len(ids)
@@ -464,49 +464,3 @@ def _run_batches(
             rows.extend(row[: len(schedule)] for row, schedule in zip(ids, schedules[batch], strict=True))
             bar.update(base + max(len(s) for s in schedules[batch]) - bar.n)
     return rows
-
-
-def _prompts(prompts: str | Sequence[str]) -> list[str]:
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not prompts:
-        raise Emu3Error("there is no prompt: give at least one")
-    return prompts
-
-
-def _per_row(name: str, value: Any, count: int) -> list[Any]:
-    """One value per row from a single value or a sequence."""
-    if isinstance(value, str) or not isinstance(value, Sequence | np.ndarray):
-        return [value] * count
-    if len(value) != count:
-        raise Emu3Error(f"{name} has {len(value)} values for {count} rows: give one for all, or one for each")
-    return list(value)
-
-
-def _row_settings(count: int, temperature, top_k, top_p, guidance, seed) -> RowSettings:
-    """Validated settings, one per row; a single seed counts up."""
-    if not isinstance(seed, Sequence | np.ndarray):
-        seed = [seed + index for index in range(count)]
-    limits = {
-        "temperature": (temperature, np.float32, lambda v: 0 <= v < np.inf, "a number >= 0"),
-        "top_k": (top_k, np.int32, lambda v: 1 <= v < 2**31 and v == int(v), "a whole number >= 1"),
-        "top_p": (top_p, np.float32, lambda v: 0 < v <= 1, "above 0 and at most 1"),
-        "guidance": (guidance, np.float32, lambda v: 0 <= v < np.inf, "a number >= 0"),
-        "seed": (seed, np.uint32, lambda v: 0 <= v < 2**32 and v == int(v), "a whole number from 0 to 2**32 - 1"),
-    }
-    columns = {}
-    for name, (value, dtype, legal, words) in limits.items():
-        values = _per_row(name, value, count)
-        for found in values:
-            if not (isinstance(found, int | float | np.number) and legal(found)):
-                raise Emu3Error(f"{name} is {found!r}: it must be {words}")
-        columns[name] = np.asarray(values, dtype)
-    return RowSettings(**columns)
-
-
-def _describe(settings: RowSettings, index: int) -> dict[str, str]:
-    return {
-        name.replace("_", "-"): f"{getattr(settings, name)[index]:g}"
-        if name != "seed"
-        else str(int(settings.seed[index]))
-        for name in ("seed", "guidance", "temperature", "top_k", "top_p")
-    }
