@@ -20,12 +20,25 @@ hypothesis.settings.load_profile("suite")
 
 # Modules that compile much and compute little: there XLA leaves its optimisations out, which takes most of their time.
 # Programs mean the same without them. What is compared with the reference is compiled as for users.
-COMPILED_QUICKLY = {"test_codec", "test_decode_kernels", "test_lora", "test_quantization", "test_vision_training"}
+COMPILED_QUICKLY = {
+    "test_codec",
+    "test_decode_kernels",
+    "test_lora",
+    "test_quantization",
+    "test_training_step",
+    "test_vision_training",
+}
 
 
 @pytest.fixture(autouse=True, scope="module")
 def optimisation(request):
-    jax.config.update("jax_disable_most_optimizations", request.module.__name__ in COMPILED_QUICKLY)
+    """Sets how a module compiles: in this process, and in those that it starts."""
+    name, quickly = "jax_disable_most_optimizations", request.module.__name__ in COMPILED_QUICKLY
+    if os.environ.get(name.upper()) != str(int(quickly)):
+        os.environ[name.upper()] = str(int(quickly))
+        jax.config.update(name, quickly)
+        # jit's own cache knows nothing of the setting: it would hand one module's programs to the next.
+        jax.clear_caches()
 
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"

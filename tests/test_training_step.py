@@ -1,4 +1,4 @@
-"""The step: the same on every mesh and however accumulated; AdamW and its schedule as torch's and transformers'."""
+"""The step: the same on every mesh and however accumulated; dropout, noise and figures."""
 
 import dataclasses
 import itertools
@@ -7,8 +7,6 @@ import jax
 import numpy as np
 import pytest
 import tiny
-import torch
-import transformers
 
 from emu3_jax.data.config import DataConfig, Source
 from emu3_jax.data.records import Record
@@ -20,7 +18,6 @@ from emu3_jax.text.prompts import CHAT
 from emu3_jax.training.config import ModelConfig, OptimizerConfig, TrainConfig
 from emu3_jax.training.flops import matrix_weights, peak_flops, step_flops
 from emu3_jax.training.host_rows import HostRows
-from emu3_jax.training.optimizer import learning_rate, make_optimizer
 from emu3_jax.training.step import Trainer
 
 ROWS, LENGTH = 8, 16
@@ -91,6 +88,12 @@ def plain():
     return run()
 
 
+@pytest.fixture(scope="module")
+def untouched():
+    """What a plain evaluation of the initial parameters finds."""
+    return run(steps=0)[2]
+
+
 @pytest.mark.parametrize(
     ("mesh", "accumulation"),
     [
@@ -125,7 +128,7 @@ def test_clips_over_the_sequence():
 
 
 @pytest.mark.parametrize("fields", [{"dropout": 0.3}, {"noise": 1.0}])
-def test_dropout_and_noise(plain, fields):
+def test_dropout_and_noise(plain, untouched, fields):
     """They change the training, and each step of it anew, the same on any mesh; never the evaluation."""
     still = dataclasses.replace(CONFIG.optimizer, learning_rate=1e-12, final_learning_rate=0.0)
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, **fields), optimizer=still)
@@ -138,7 +141,6 @@ def test_dropout_and_noise(plain, fields):
     np.testing.assert_allclose(evaluated.mean, sums.mean, rtol=1e-5)
     accumulated, _, evaluated = run(dataclasses.replace(config, accumulation=2))
     assert all(np.isfinite(figures["loss"]) for figures in accumulated)
-    untouched = run(dataclasses.replace(CONFIG, optimizer=still), steps=1)[2]
     for found in (sums, evaluated):
         np.testing.assert_allclose(found.mean, untouched.mean, rtol=1e-5)
 
@@ -177,42 +179,6 @@ def test_only_adapters_have_an_optimiser_state():
     assert names == {f"{matrix}_{side}" for matrix in ("qkv", "out", "gate_up", "down") for side in "ab"}
     frozen = {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(trainer.abstract_frozen())}
     assert frozen == {"embedding", "kernel", "qkv", "out", "gate_up", "down", "scale"}
-
-
-def test_the_schedule_is_transformers():
-    config, steps = OptimizerConfig(warmup_steps=30), 200
-    ours = learning_rate(config, steps)
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
-    theirs = transformers.get_cosine_with_min_lr_schedule_with_warmup(
-        optimizer, 30, steps, min_lr=config.final_learning_rate
-    )
-    for step in range(steps):
-        np.testing.assert_allclose(ours(step), theirs.get_last_lr()[0], rtol=1e-5, atol=1e-12)
-        optimizer.step()
-        theirs.step()
-
-
-def test_the_optimizer_is_torchs():
-    """Clipping, moments and decay over some steps; the norms' scales do not decay."""
-    config = OptimizerConfig(learning_rate=1e-2, final_learning_rate=1e-2, warmup_steps=0, clip_norm=0.5)
-    ours = make_optimizer(config, 100)
-    rng = np.random.default_rng(0)
-    params = {"kernel": rng.standard_normal((4, 3)), "scale": rng.standard_normal(3)}
-    params = {name: value.astype(np.float32) for name, value in params.items()}
-    peers = {name: torch.nn.Parameter(torch.from_numpy(value.copy())) for name, value in params.items()}
-    groups = [{"params": [peers["kernel"]], "weight_decay": 0.1}, {"params": [peers["scale"]], "weight_decay": 0.0}]
-    theirs = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-6)
-    state = ours.init(params)
-    for _ in range(5):
-        gradients = {name: rng.standard_normal(value.shape).astype(np.float32) for name, value in params.items()}
-        updates, state = ours.update(gradients, state, params)
-        params = {name: params[name] + updates[name] for name in params}
-        for name, peer in peers.items():
-            peer.grad = torch.from_numpy(gradients[name].copy())
-        torch.nn.utils.clip_grad_norm_(list(peers.values()), 0.5)
-        theirs.step()
-    for name, peer in peers.items():
-        np.testing.assert_allclose(params[name], peer.detach().numpy(), rtol=1e-5, atol=1e-6)
 
 
 def test_flops_of_the_published_model():
