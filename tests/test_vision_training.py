@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 import shutil
@@ -30,6 +31,7 @@ from emu3_jax.models.vision_layers import (
     train_as,
 )
 from emu3_jax.sharding.mesh import make_mesh
+from emu3_jax.training import vision as vision_loop
 from emu3_jax.training import vision_step
 from emu3_jax.training.config import OptimizerConfig
 from emu3_jax.training.metrics import read_metrics
@@ -94,6 +96,26 @@ def config(manifest, tmp_path):
     )
 
 
+@pytest.fixture(scope="module")
+def trainers():
+    """`VisionTrainer`, but one for all configs with the same programs: they are traced and compiled once."""
+
+    @functools.cache
+    def made(config, mesh):
+        return VisionTrainer(config, mesh)
+
+    def trainer(config, mesh):
+        return made(dataclasses.replace(config, directory="", evaluation=(), export_dtype="float32"), mesh)
+
+    return trainer
+
+
+@pytest.fixture
+def in_loops(trainers, monkeypatch):
+    """Training loops take their trainers from there."""
+    monkeypatch.setattr(vision_loop, "VisionTrainer", trainers)
+
+
 def batch(config, number=0):
     p = config.pixels
     data = PixelData(p.manifests, p.size, p.frames, in_memory=True, workers=1)
@@ -103,12 +125,12 @@ def batch(config, number=0):
 # ------------------------------------------------------------------------------------------------ the parts
 
 
-def test_stills_and_clips_together_are_as_they_are_alone():
+def test_stills_and_clips_together_are_as_they_are_alone(config, trainers):
     rng = np.random.default_rng(0)
     stills = jnp.asarray(rng.uniform(-1, 1, (2, 16, 16, 3)), jnp.float32)
     clips = jnp.asarray(rng.uniform(-1, 1, (1, 8, 16, 16, 3)), jnp.float32)
     model = VisionTokenizer(VISION)
-    variables = jax.jit(model.init)(jax.random.key(0), stills)
+    variables = {"params": trainers(config, make_mesh("data=1")).initial_state().params}
 
     @jax.jit
     def together(variables):
@@ -143,18 +165,23 @@ def test_convolutions_of_folded_frames(layer, frames):
         with train_as(mode) if mode else contextlib.nullcontext():
             return layer.apply(parameters, x)
 
+    def start(mode):
+        with train_as(mode) if mode else contextlib.nullcontext():
+            return nn.unbox(jax.jit(lambda key: layer.init(key, x))(jax.random.key(1)))
+
     mode = Training(jnp.dtype(jnp.float32), HIGHEST, jnp.ones(()), remat=False)
-    parameters = nn.unbox(layer.init(jax.random.key(1), x))
-    with train_as(mode):
-        trained = nn.unbox(layer.init(jax.random.key(1), x))
+    parameters, trained = start(None), start(mode)
     jax.tree.map(np.testing.assert_array_equal, trained, parameters)
-    np.testing.assert_allclose(drawn(parameters, mode), drawn(parameters, None), atol=1e-5)
-    slopes = [jax.grad(lambda p, mode=m: (drawn(p, mode) ** 3).sum())(parameters) for m in (mode, None)]
+    outputs, slopes = [], []
+    for m in (mode, None):
+        outputs.append(jax.jit(lambda p, mode=m: drawn(p, mode))(parameters))
+        slopes.append(jax.jit(jax.grad(lambda p, mode=m: (drawn(p, mode) ** 3).sum()))(parameters))
+    np.testing.assert_allclose(*outputs, atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3), *slopes)
 
 
-def test_dead_codes_become_the_worst_coded_latents(config):
-    trainer = VisionTrainer(config, make_mesh("data=1"))
+def test_dead_codes_become_the_worst_coded_latents(config, trainers):
+    trainer = trainers(config, make_mesh("data=1"))
     state = trainer.initial_state()
     codebook = state.params["quantize"]["embedding"]
     # Almost all latents are a code; one lies far off, and every dead code moves there.
@@ -181,12 +208,13 @@ def test_similarity_is_1_for_equals_and_less_for_others():
 def test_augmentation_keeps_some_pictures_and_treats_frames_alike(config):
     pixels = np.random.default_rng(0).integers(0, 256, (64, 16, 16, 3)).astype(np.uint8)
     settings = dataclasses.replace(config.pixels, augment=0.5)
-    found = np.asarray(augmented(pixels, jax.random.key(0), settings))
+    compiled = jax.jit(augmented, static_argnums=2)
+    found = np.asarray(compiled(pixels, jax.random.key(0), settings))
     kept = np.isclose(found, pixels / 127.5 - 1, atol=1e-6).all(axis=(1, 2, 3))
     assert 16 < kept.sum() < 48
     assert np.abs(found).max() <= 1
     clips = np.repeat(pixels[:8, None], 3, axis=1)
-    changed = np.asarray(augmented(clips, jax.random.key(0), dataclasses.replace(settings, augment=1.0)))
+    changed = np.asarray(compiled(clips, jax.random.key(0), dataclasses.replace(settings, augment=1.0)))
     np.testing.assert_allclose(changed[:, 0], changed[:, 2], atol=1e-6)
     assert np.abs(changed[:, 0] - (pixels[:8] / 127.5 - 1)).max() > 0.1
 
@@ -227,8 +255,8 @@ def test_larger_pictures_are_scaled_and_cropped(tmp_path):
 # ------------------------------------------------------------------------------------------------ the step
 
 
-def test_a_step_follows_statistics_and_revives_codes(config):
-    trainer = VisionTrainer(config, make_mesh("data=1"))
+def test_a_step_follows_statistics_and_revives_codes(config, trainers):
+    trainer = trainers(config, make_mesh("data=1"))
     state = trainer.initial_state()
     before = jax.tree.map(np.asarray, state.params)
     state, metrics = trainer.step(state, batch(config))  # with a learning rate of 0
@@ -242,10 +270,10 @@ def test_a_step_follows_statistics_and_revives_codes(config):
     assert metrics["codes_revived"] < 56 and 0 < metrics["codes_used"] <= 1
 
 
-def test_a_mesh_changes_nothing(config):
+def test_a_mesh_changes_nothing(config, trainers):
     found = []
     for mesh in ("data=1", "data=2"):
-        trainer = VisionTrainer(config, make_mesh(mesh))
+        trainer = trainers(config, make_mesh(mesh))
         state, _ = trainer.step(trainer.initial_state(), jax.device_put(batch(config), trainer.batch_sharding))
         found.append(trainer.step(state, jax.device_put(batch(config, 1), trainer.batch_sharding))[1])
     for name in ("loss", "gradient_norm", "psnr"):
@@ -273,7 +301,7 @@ def test_the_discriminator_waits_for_its_step(config):
 # ------------------------------------------------------------------------------------------------ the loop
 
 
-def test_a_run_and_one_that_goes_on_are_equal_and_export_what_they_evaluated(config, tmp_path):
+def test_a_run_and_one_that_goes_on_are_equal_and_export_what_they_evaluated(config, in_loops, tmp_path):
     whole = train_vision(config, progress=False)
     losses = {line["step"]: line["loss"] for line in read_metrics(tmp_path / "run") if line["group"] == "train"}
     assert losses[8] < losses[1]
@@ -306,7 +334,7 @@ def test_a_run_and_one_that_goes_on_are_equal_and_export_what_they_evaluated(con
     assert read_metrics(tmp_path / "further")[0]["loss"] < losses[1]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(config, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run(config, in_loops, monkeypatch):
     start = VisionTrainer.initial_state
 
     def broken(self, params=None):
@@ -350,7 +378,7 @@ def test_bad_input(config, manifest, tmp_path, capsys):
     assert "needs a TrainConfig or VisionTrainConfig" in capsys.readouterr().err
 
 
-def test_other_pictures_or_another_model_are_refused(config):
+def test_other_pictures_or_another_model_are_refused(config, in_loops):
     config = dataclasses.replace(config, evaluation=())
     train_vision(config, progress=False)
     other = dataclasses.replace(config, pixels=dataclasses.replace(config.pixels, seed=7))
