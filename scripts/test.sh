@@ -13,10 +13,7 @@ in_venv test install
 .venv/bin/python -m ruff check
 .venv/bin/python -m ruff format --check
 # A second run finds its programs compiled. Only a cache of limited size is locked, as two workers need it to be. What a
-# killed run left half-written is compiled again: that costs time, and is no error. Programs that took a fifth of a
-# second are kept too: the tests compile many of these more than once.
+# killed run left half-written is compiled again: that costs time, and is no error.
 export JAX_COMPILATION_CACHE_DIR="$PWD/.venv/compiled" JAX_COMPILATION_CACHE_MAX_SIZE=2000000000
-export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.2
-# Modules begin in the order of tests/conftest.py, the longest first.
-exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+exec .venv/bin/python -m pytest -n 2 --dist loadfile \
     -W "default:Error reading persistent compilation cache" -W "default:Error writing persistent compilation cache" "$@"

@@ -41,25 +41,6 @@ def optimisation(request):
         jax.clear_caches()
 
 
-# The longest modules, about the longest first: a worker that began one last would go on alone for minutes.
-LONGEST = (
-    "test_vision_training",
-    "test_two_processes",
-    "test_train",
-    "test_scripts",
-    "test_vision",
-    "test_training_step",
-    "test_sharding",
-    "test_cli",
-    "test_lora",
-)
-
-
-def pytest_collection_modifyitems(items):
-    places = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
-
-
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
