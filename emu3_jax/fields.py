@@ -1,15 +1,73 @@
-"""How frozen configs check their fields when they are made."""
+"""How frozen configs check their fields when they are made, and how they are made from JSON objects."""
 
-import math
-from typing import Any
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
 
 from emu3_jax.errors import Emu3Error
 
+Config = TypeVar("Config")
+
+
+class FieldError(Emu3Error):
+    """A field of a config holds an illegal value. Only what read the value from a file knows the remedy: `read_from`.
+
+    Attributes:
+        field: its name.
+        value: what it holds.
+        legal: what it may hold, in words.
+    """
+
+    def __init__(self, config: str, field: str, value: Any, legal: str):
+        super().__init__(f"{config} field {field} is {value!r}: it must be {legal}")
+        self.field, self.value, self.legal = field, value, legal
+
+
+@contextlib.contextmanager
+def read_from(file: Path) -> Iterator[None]:
+    """For a block that makes configs of what `file` holds: its errors name the file, where a bad value is corrected."""
+    try:
+        yield
+    except FieldError as error:
+        message = f"config field {error.field} is {error.value!r}: it must be {error.legal}; correct it in {file.name}"
+        raise Emu3Error(f"{file}: {message}") from error
+    except Emu3Error as error:
+        raise Emu3Error(f"{file}: {error}") from error
+
+
+# ------------------------------------------------------------------------------------------------ checks
+
 
 def check_field(config: Any, field: str, ok: Any, legal: str) -> None:
-    """Raises an `Emu3Error` that names the config's class, the field, its value and what is `legal`, unless `ok`."""
+    """Raises a `FieldError` that names the config's class, the field, its value and what is `legal`, unless `ok`."""
     if not ok:
-        raise Emu3Error(f"{type(config).__name__} field {field} is {getattr(config, field)!r}: it must be {legal}")
+        raise FieldError(type(config).__name__, field, getattr(config, field), legal)
+
+
+def check_positive_whole(config: Any, *fields: str) -> None:
+    """Raises a `FieldError` unless each of the fields is an int > 0."""
+    for field in fields:
+        check_field(config, field, is_whole(getattr(config, field), 1), "a whole number > 0")
+
+
+def check_positive_number(config: Any, *fields: str) -> None:
+    """Raises a `FieldError` unless each of the fields is a finite number > 0."""
+    for field in fields:
+        value = getattr(config, field)
+        check_field(config, field, is_number(value) and value > 0, "a finite number > 0")
+
+
+def tuple_field(
+    config: Any, field: str, is_entry: Callable[[Any], bool], legal: str, *, length: int | None = None
+) -> None:
+    """Stores a list as a tuple; raises a `FieldError` unless every entry `is_entry`, and there are `length` of them."""
+    value = getattr(config, field)
+    ok = isinstance(value, list | tuple) and all(map(is_entry, value)) and length in (None, len(value))
+    check_field(config, field, ok, legal)
+    object.__setattr__(config, field, tuple(value))
 
 
 def is_whole(value: Any, least: float) -> bool:
@@ -18,5 +76,24 @@ def is_whole(value: Any, least: float) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether `value` is a finite int or float."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether `value` is a finite int or float; True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+# ------------------------------------------------------------------------------------------------ JSON objects
+
+
+def from_json(cls: type[Config], data: Mapping[str, Any]) -> Config:
+    """Makes `cls` of the fields in `data`; absent ones keep their defaults.
+
+    Raises:
+        Emu3Error: `data` is no object, a field is unknown, or `cls` refuses a value.
+    """
+    if not isinstance(data, Mapping):
+        raise Emu3Error(
+            f"the {cls.__name__} is {data!r:.40}: it must be an object of named fields; convert the model again"
+        )
+    unknown = sorted(set(data) - {field.name for field in dataclasses.fields(cls)})
+    if unknown:
+        raise Emu3Error(f"unknown {cls.__name__} field {unknown[0]!r}: remove it, or convert the model again")
+    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in data.items()})

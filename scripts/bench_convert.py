@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from emu3_jax.checkpoints.layouts import decoder_params
+from emu3_jax.checkpoints.published_config import decoder_to_published
 from emu3_jax.checkpoints.tensors import write_safetensors
 from emu3_jax.config import DecoderConfig
 
@@ -41,7 +42,7 @@ print(json.dumps({"bytes_read": bytes_read() - before, "peak_rss_bytes": peak, "
 
 def write_checkpoint(directory: Path, config: DecoderConfig) -> int:
     """Writes a sharded upstream checkpoint of random finite weights; returns the bytes of its weights."""
-    (directory / "config.json").write_text(json.dumps(config.to_published("upstream")))
+    (directory / "config.json").write_text(json.dumps(decoder_to_published(config, "upstream")))
     shards, size = [[]], 0
     for weight in (w for param in decoder_params(config) for w in param.weights):
         nbytes = int(np.prod(weight.shape, dtype=np.int64)) * BFLOAT16.itemsize

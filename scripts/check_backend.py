@@ -18,6 +18,7 @@ import numpy as np
 
 from emu3_jax.benchmarks.decode import random_params
 from emu3_jax.checkpoints.layouts import decoder_params, vision_params
+from emu3_jax.checkpoints.published_config import decoder_from_published, vision_from_published
 from emu3_jax.config import DecoderConfig, VisionConfig
 from emu3_jax.generation import engine
 from emu3_jax.generation.sampling import RowSettings
@@ -183,8 +184,8 @@ def widened(params):
 
 def main() -> int:
     configs = json.loads((GOLDEN / "hf_configs.json").read_text())
-    vision = VisionConfig.from_published(configs["vq"])
-    decoder = dataclasses.replace(DecoderConfig.from_published(configs["lm"]), dtype="float32")
+    vision = vision_from_published(configs["vq"])
+    decoder = dataclasses.replace(decoder_from_published(configs["lm"]), dtype="float32")
     print(json.dumps({"device": jax.devices()[0].device_kind, "jax": jax.__version__}))
     failed = False
     for checks in (

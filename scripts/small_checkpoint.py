@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from emu3_jax.checkpoints.layouts import Weight, decoder_params, vision_counters, vision_params
+from emu3_jax.checkpoints.published_config import decoder_to_published, image_to_published, vision_to_published
 from emu3_jax.checkpoints.tensors import write_safetensors
 from emu3_jax.config import DecoderConfig, ImageConfig, VisionConfig
 from emu3_jax.errors import Emu3Error
@@ -42,14 +43,14 @@ def write_checkpoint(directory: pathlib.Path, area: int = 256 * 256) -> list[pat
         part.mkdir(parents=True, exist_ok=True)
     vocabulary = public_vocabulary()
 
-    config = DECODER.to_published("upstream") | {"image_area": area}
+    config = decoder_to_published(DECODER, "upstream") | {"image_area": area}
     (decoder / "config.json").write_text(json.dumps(config, indent=2))
     (decoder / "emu3.tiktoken").write_bytes(vocabulary)
     weights = [w for param in decoder_params(DECODER) for w in param.weights]
     _write_weights(decoder / "model.safetensors", weights, np.dtype(ml_dtypes.bfloat16))
 
-    (vision / "config.json").write_text(json.dumps(VISION.to_published("upstream"), indent=2))
-    image = ImageConfig(min_pixels=area // 4, max_pixels=area * 3 // 2).to_published("upstream")
+    (vision / "config.json").write_text(json.dumps(vision_to_published(VISION, "upstream"), indent=2))
+    image = image_to_published(ImageConfig(min_pixels=area // 4, max_pixels=area * 3 // 2), "upstream")
     (vision / "preprocessor_config.json").write_text(json.dumps(image, indent=2))
     weights = [w for param in vision_params(VISION) for w in param.weights] + vision_counters(VISION)
     _write_weights(vision / "model.safetensors", weights, np.dtype(np.float32))

@@ -111,8 +111,19 @@ def edit(file, **changes):
     [
         ("decoder", {"format": 2}, r"decoder/config\.json: format is 2, this version reads 1"),
         ("decoder", {"rms_norm_eps": 0}, r"decoder/config\.json: config field rms_norm_eps is 0"),
+        (
+            "decoder",
+            {"num_layers": -1},
+            r"^\S+decoder/config\.json: config field num_layers is -1: it must be a whole number > 0; "
+            r"correct it in config\.json$",
+        ),
+        ("decoder", {"tokens": {"pad": -1}}, r"decoder/config\.json: config field pad is -1: .* correct it in config"),
         ("decoder", {"colour": 0}, r"decoder/config\.json: unknown DecoderConfig field 'colour'"),
         ("vision", {"vision": {"embed_dim": 0}}, r"vision/config\.json: config field embed_dim is 0"),
+        ("vision", {"image": {"std": 0}}, r"vision/config\.json: config field std is 0: .* correct it in config\.json"),
+        ("vision", {"image": 3}, r"vision/config\.json: the ImageConfig is 3: it must be an object of named fields"),
+        ("vision", {"num_batches_tracked": None}, r"vision/config\.json: config field num_batches_tracked is None"),
+        ("vision", {"num_batches_tracked": {"x": "y"}}, r"num_batches_tracked is {'x': 'y'}: it must be an object of"),
         ("tokenizer", {"template": "odd"}, r"template is 'odd'; legal are chat and stage1"),
     ],
 )

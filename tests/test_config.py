@@ -3,14 +3,25 @@
 import dataclasses
 import json
 import math
+import pathlib
+import re
 
 import pytest
 from conftest import golden_json
 from hypothesis import given
 from hypothesis import strategies as st
 
+from emu3_jax.checkpoints.published_config import (
+    decoder_from_published,
+    decoder_to_published,
+    image_from_published,
+    image_to_published,
+    vision_from_published,
+    vision_to_published,
+)
 from emu3_jax.config import DecoderConfig, ImageConfig, SpecialTokens, VisionConfig
 from emu3_jax.errors import Emu3Error
+from emu3_jax.fields import FieldError, read_from
 
 UPSTREAM_DECODER = {
     "model_type": "Emu3", "vocab_size": 184622, "hidden_size": 4096, "intermediate_size": 14336,
@@ -61,32 +72,32 @@ SMALL = DecoderConfig(
 
 @pytest.mark.parametrize("data", [UPSTREAM_DECODER, TRANSFORMERS_4, TRANSFORMERS_5, TRANSFORMERS_5["text_config"]])
 def test_published_decoders_are_the_default(data):
-    assert DecoderConfig.from_published(data) == DecoderConfig()
+    assert decoder_from_published(data) == DecoderConfig()
 
 
 @pytest.mark.parametrize("data", [UPSTREAM_VISION, VQ])
 def test_published_vision_tokenizers_are_the_default(data):
-    assert VisionConfig.from_published(data) == VisionConfig()
+    assert vision_from_published(data) == VisionConfig()
 
 
 def test_published_preprocessor_is_the_default():
-    assert ImageConfig.from_published(IMAGE) == ImageConfig()
-    assert ImageConfig.from_published({**IMAGE, "image_mean": 0.5, "image_std": 0.5}) == ImageConfig()
+    assert image_from_published(IMAGE) == ImageConfig()
+    assert image_from_published({**IMAGE, "image_mean": 0.5, "image_std": 0.5}) == ImageConfig()
 
 
 def test_absent_fields_keep_the_published_defaults():
-    assert DecoderConfig.from_published({}) == DecoderConfig()
-    assert VisionConfig.from_published({}) == VisionConfig()
+    assert decoder_from_published({}) == DecoderConfig()
+    assert vision_from_published({}) == VisionConfig()
 
 
 def test_golden_configs():
     configs = golden_json("hf_configs.json")
-    decoder = DecoderConfig.from_published(configs["lm"])
+    decoder = decoder_from_published(configs["lm"])
     assert (decoder.hidden_size, decoder.num_layers, decoder.head_dim) == (64, 2, 16)
     assert decoder.tokens == SpecialTokens()
-    vision = VisionConfig.from_published(configs["vq"])
+    vision = vision_from_published(configs["vq"])
     assert (vision.base_channels, vision.num_res_blocks, vision.spatial_factor) == (32, 1, 8)
-    image = ImageConfig.from_published(configs["image_processor"])
+    image = image_from_published(configs["image_processor"])
     assert (image.min_pixels, image.max_pixels) == (4096, 16384)
 
 
@@ -94,19 +105,19 @@ def test_live_transformers_configs():
     from transformers import Emu3Config
 
     data = json.loads(Emu3Config().to_json_string())
-    assert VisionConfig.from_published(data["vq_config"]) == VisionConfig()
-    assert DecoderConfig.from_published(data) == DecoderConfig()
+    assert vision_from_published(data["vq_config"]) == VisionConfig()
+    assert decoder_from_published(data) == DecoderConfig()
 
 
 def test_transformers_reads_what_we_write():
     from transformers.models.emu3.configuration_emu3 import Emu3TextConfig, Emu3VQVAEConfig
 
-    theirs = Emu3TextConfig(**SMALL.to_published("transformers")).to_dict()
-    found = DecoderConfig.from_published(json.loads(json.dumps(theirs)), codebook_size=16)
+    theirs = Emu3TextConfig(**decoder_to_published(SMALL, "transformers")).to_dict()
+    found = decoder_from_published(json.loads(json.dumps(theirs)), codebook_size=16)
     assert found == dataclasses.replace(SMALL, image_area=DecoderConfig.image_area)  # upstream's own field
     vision = VisionConfig(codebook_size=64, base_channels=32, channel_multipliers=(1, 2), attention_stages=(1,))
-    theirs = Emu3VQVAEConfig(**vision.to_published("transformers")).to_dict()
-    assert VisionConfig.from_published(theirs) == vision
+    theirs = Emu3VQVAEConfig(**vision_to_published(vision, "transformers")).to_dict()
+    assert vision_from_published(theirs) == vision
 
 
 def _through_json(data):
@@ -114,16 +125,16 @@ def _through_json(data):
 
 
 def test_upstream_round_trip():
-    written = _through_json(SMALL.to_published("upstream"))
-    assert DecoderConfig.from_published(written, codebook_size=16) == SMALL
+    written = _through_json(decoder_to_published(SMALL, "upstream"))
+    assert decoder_from_published(written, codebook_size=16) == SMALL
     vision = VisionConfig(embed_dim=8, latent_channels=8, channel_multipliers=(1, 4), attention_stages=())
-    assert VisionConfig.from_published(_through_json(vision.to_published("upstream"))) == vision
+    assert vision_from_published(_through_json(vision_to_published(vision, "upstream"))) == vision
 
 
 @pytest.mark.parametrize("layout", ["upstream", "transformers"])
 def test_image_round_trip(layout):
     config = ImageConfig(64, 4096, mean=(0.1, 0.2, 0.3), std=(1.0, 0.5, 0.25))
-    assert ImageConfig.from_published(_through_json(config.to_published(layout))) == config
+    assert image_from_published(_through_json(image_to_published(config, layout))) == config
 
 
 @pytest.mark.parametrize("config", [SMALL, VisionConfig(base_channels=32), ImageConfig(64, 128)])
@@ -133,7 +144,7 @@ def test_own_json_round_trip(config):
 
 def test_small_vocabulary_shifts_the_control_tokens():
     text = {"vocab_size": SMALL.vocab_size, "pad_token_id": 1000, "bos_token_id": 1206, "eos_token_id": 1207}
-    assert DecoderConfig.from_published(text, codebook_size=16).tokens == SMALL.tokens
+    assert decoder_from_published(text, codebook_size=16).tokens == SMALL.tokens
 
 
 def test_unknown_and_missing_fields_of_our_own_files():
@@ -150,9 +161,11 @@ def test_unknown_and_missing_fields_of_our_own_files():
         (DecoderConfig, {"hidden_size": 32}, "even head width"),
         (DecoderConfig, {"num_kv_heads": 5}, "num_heads is 32: it must be a multiple of num_kv_heads"),
         (DecoderConfig, {"num_layers": 0}, "num_layers is 0: it must be a whole number > 0"),
+        (DecoderConfig, {"num_layers": -1}, "num_layers is -1: it must be a whole number > 0"),
         (DecoderConfig, {"num_layers": True}, "num_layers is True"),
         (DecoderConfig, {"rms_norm_eps": math.nan}, "rms_norm_eps is nan: it must be a finite number > 0"),
         (DecoderConfig, {"rope_theta": -1.0}, "rope_theta is -1.0"),
+        (DecoderConfig, {"rope_theta": 10**400}, "rope_theta is 1000"),
         (DecoderConfig, {"dtype": "int8"}, "dtype is 'int8': it must be bfloat16, float16 or float32"),
         (DecoderConfig, {"vocab_size": 184621}, r"vocab_size is 184621: .* highest token id \(184621\)"),
         (SpecialTokens, {"eos": 151849}, "bos is 151849: it must be different from eos"),
@@ -170,38 +183,76 @@ def test_unknown_and_missing_fields_of_our_own_files():
     ],
 )
 def test_fields_out_of_range(cls, change, message):
-    with pytest.raises(Emu3Error, match=message):
+    with pytest.raises(Emu3Error, match=message) as error:
         cls(**change)
+    assert str(error.value).startswith(f"{cls.__name__} field ")
+    assert "config.json" not in str(error.value)  # these come from Python
 
 
 @pytest.mark.parametrize(
-    "cls, data, message",
+    "read, data, message",
     [
-        (DecoderConfig, {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        (DecoderConfig, {"tie_word_embeddings": True}, "tie_word_embeddings is True"),
-        (DecoderConfig, {"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling is 'linear'"),
-        (DecoderConfig, {"rope_parameters": {"rope_type": "yarn"}}, "rope_scaling is 'yarn'"),
-        (DecoderConfig, {"vocab_size": 300}, "vocab_size is 300: it must be more than the codebook"),
-        (VisionConfig, {"double_z": True}, "double_z is True"),
-        (ImageConfig, {"resample": 2}, r"resample is 2: it must be 3 \(bicubic\)"),
-        (ImageConfig, {"rescale_factor": 1 / 127.5}, "rescale_factor"),
+        (decoder_from_published, {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        (decoder_from_published, {"tie_word_embeddings": True}, "tie_word_embeddings is True"),
+        (decoder_from_published, {"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling is 'linear'"),
+        (decoder_from_published, {"rope_parameters": {"rope_type": "yarn"}}, "rope_scaling is 'yarn'"),
+        (decoder_from_published, {"vocab_size": 300}, "vocab_size is 300: it must be more than the codebook"),
+        (vision_from_published, {"double_z": True}, "double_z is True"),
+        (image_from_published, {"resample": 2}, r"resample is 2: it must be 3 \(bicubic\)"),
+        (image_from_published, {"rescale_factor": 1 / 127.5}, "rescale_factor"),
     ],
 )
-def test_published_features_that_no_emu3_uses(cls, data, message):
+def test_published_features_that_no_emu3_uses(read, data, message):
     with pytest.raises(Emu3Error, match=message):
-        cls.from_published(data)
+        read(data)
+
+
+@pytest.mark.parametrize(
+    "read, data, message",
+    [
+        (decoder_from_published, {"num_hidden_layers": -1}, "num_hidden_layers is -1: it must be a whole number > 0"),
+        (
+            decoder_from_published,
+            {"num_attention_heads": 3, "hidden_size": 64},
+            "hidden_size is 64: it must be a multiple of num_attention_heads (3)",
+        ),
+        (decoder_from_published, {"rope_parameters": {"rope_theta": 0}}, "rope_theta is 0: it must be a finite number"),
+        (
+            decoder_from_published,
+            {"bos_token_id": 151850},
+            "bos_token_id is 151850: it must be different from eos_token_id",
+        ),
+        (vision_from_published, {"double_latent": True}, "double_latent is True: it must be false"),
+        (vision_from_published, {"ch": 48}, "ch is 48: it must be a multiple of 32"),
+        (vision_from_published, {"base_channels": 48}, "base_channels is 48: it must be a multiple of 32"),
+        (vision_from_published, {"z_channels": 8}, "embed_dim is 4: it must be equal to z_channels (8)"),
+        (image_from_published, {"image_std": [1.0, 0.0, 1.0]}, "image_std is (1.0, 0.0, 1.0): it must be three finite"),
+    ],
+)
+def test_published_fields_are_called_by_their_names_in_the_file(read, data, message):
+    with pytest.raises(FieldError, match=f"^config field {re.escape(message)}"):
+        read(data)
+
+
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])
+def test_a_value_is_corrected_in_the_file_that_it_came_from(name):
+    file = pathlib.Path("model") / name
+    with pytest.raises(Emu3Error) as error, read_from(file):
+        ImageConfig(min_pixels=0)
+    found = f"{file}: config field min_pixels is 0: it must be a whole number > 0; correct it in {name}"
+    assert str(error.value) == found
 
 
 _PUBLISHED = [
-    (DecoderConfig, UPSTREAM_DECODER),
-    (DecoderConfig, TRANSFORMERS_4),
-    (DecoderConfig, TRANSFORMERS_5),
-    (DecoderConfig, TRANSFORMERS_5["text_config"]),
-    (VisionConfig, UPSTREAM_VISION),
-    (VisionConfig, VQ),
-    (ImageConfig, IMAGE),
+    (decoder_from_published, UPSTREAM_DECODER),
+    (decoder_from_published, TRANSFORMERS_4),
+    (decoder_from_published, TRANSFORMERS_5),
+    (decoder_from_published, TRANSFORMERS_5["text_config"]),
+    (vision_from_published, UPSTREAM_VISION),
+    (vision_from_published, VQ),
+    (image_from_published, IMAGE),
 ]
-_OWN = [(cls, _through_json(cls().to_dict())) for cls in (DecoderConfig, VisionConfig, ImageConfig)]
+_OWN = [(cls.from_dict, _through_json(cls().to_dict())) for cls in (DecoderConfig, VisionConfig, ImageConfig)]
 junk = st.recursive(
     st.none() | st.booleans() | st.integers(-2, 2**40) | st.floats() | st.text(max_size=3),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["type", "rope_theta", "x"]), inner),
@@ -212,18 +263,23 @@ junk = st.recursive(
 @given(data=st.data(), junk=junk, own=st.booleans())
 def test_any_field_may_hold_anything(data, junk, own):
     """A config is built or refused by name, whatever a file's field holds."""
-    cls, fields = data.draw(st.sampled_from(_OWN if own else _PUBLISHED))
+    read, fields = data.draw(st.sampled_from(_OWN if own else _PUBLISHED))
     name = data.draw(st.sampled_from(sorted(fields)))
     try:
-        config = (cls.from_dict if own else cls.from_published)({**fields, name: junk})
+        config = read({**fields, name: junk})
     except Emu3Error:
         return
-    assert cls.from_dict(_through_json(config.to_dict())) == config
+    assert type(config).from_dict(_through_json(config.to_dict())) == config
 
 
 @pytest.mark.parametrize("data", [None, [], "text", 3])
 @pytest.mark.parametrize("cls", [DecoderConfig, VisionConfig, ImageConfig])
 def test_files_that_hold_no_object(cls, data):
-    for read in (cls.from_published, cls.from_dict):
+    published = {
+        DecoderConfig: decoder_from_published,
+        VisionConfig: vision_from_published,
+        ImageConfig: image_from_published,
+    }
+    for read in (published[cls], cls.from_dict):
         with pytest.raises(Emu3Error, match="must be an object"):
             read(data)

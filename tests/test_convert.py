@@ -296,6 +296,14 @@ def test_damaged_sources(copy, tmp_path):
     described["text_config"]["rms_norm_eps"] = -1
     config.write_text(json.dumps(described))
     refused(r"config\.json: config field rms_norm_eps is -1", [copy], out)
+    described["text_config"] |= {"rms_norm_eps": 1e-5, "num_hidden_layers": -1}
+    config.write_text(json.dumps(described))
+    refused(
+        r"^\S+copy/config\.json: config field num_hidden_layers is -1: it must be a whole number > 0; "
+        r"correct it in config\.json$",
+        [copy],
+        out,
+    )
     config.unlink()
     refused(r"config\.json: not found", [copy], out)
     assert [p.name for p in tmp_path.iterdir()] == ["copy"]

@@ -160,6 +160,22 @@ def test_a_field_out_of_range_does_not_stop_the_examination(copy):
     assert "rms_norm_eps is 0" in found[0] and "zero throughout" in found[1]
 
 
+def test_bad_values_of_published_files_name_the_file(copy):
+    """Each with the field as the file calls it, the value, what is legal and the remedy, in one line."""
+    edit(copy, text_config=[])
+    assert_one(complaints(copy), "error: ")
+    edit(copy, text_config={"num_hidden_layers": 0})
+    (copy / "preprocessor_config.json").write_text(json.dumps({"image_mean": 0.5, "image_std": 0}))
+    must = "it must be a whole number > 0; correct it in config.json"
+    image = "it must be three finite numbers > 0; correct it in preprocessor_config.json"
+    assert complaints(copy) == [
+        f"error: {copy / 'preprocessor_config.json'}: config field image_std is (0, 0, 0): {image}",
+        f"error: {copy / 'config.json'}: config field num_hidden_layers is 0: {must}",
+    ]
+    (copy / "preprocessor_config.json").write_text(json.dumps({"image_processor": 3}))
+    assert "config field image_processor is 3: it must be an object" in complaints(copy)[0]
+
+
 def test_vocabularies(copy):
     (copy / "emu3.tiktoken").unlink()
     assert_one(complaints(copy), "warn: there is no vocabulary file")

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
+from emu3_jax.checkpoints.published_config import image_from_published
 from emu3_jax.config import ImageConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.files import new_file
@@ -24,7 +25,7 @@ from emu3_jax.media.images import (
 )
 
 NAMES = list(golden_json("prompts.json")["images"])
-CONFIG = ImageConfig.from_published(golden_json("hf_configs.json")["image_processor"])
+CONFIG = image_from_published(golden_json("hf_configs.json")["image_processor"])
 RAMP = np.arange(0, 256, dtype=np.uint8).reshape(16, 16)
 COLOURS = np.stack([RAMP, RAMP.T, 255 - RAMP], axis=-1)
 

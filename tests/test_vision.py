@@ -12,13 +12,14 @@ from flax import traverse_util
 from jax.extend.core import jaxprs_in_params
 
 from emu3_jax.checkpoints.layouts import vision_counters, vision_params
+from emu3_jax.checkpoints.published_config import vision_from_published
 from emu3_jax.config import VisionConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.models import vision, vision_layers
 from emu3_jax.models.quantizer import Quantizer, nearest_codes
 from emu3_jax.models.vision import Stream, VisionTokenizer, check_codes, make_decoder, make_encoder
 
-CONFIG = VisionConfig.from_published(golden_json("hf_configs.json")["vq"])
+CONFIG = vision_from_published(golden_json("hf_configs.json")["vq"])
 TINY = VisionConfig(
     codebook_size=64, base_channels=32, channel_multipliers=(1, 1), num_res_blocks=1, attention_stages=(1,)
 )

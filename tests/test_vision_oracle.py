@@ -9,6 +9,7 @@ from transformers import Emu3VQVAE, Emu3VQVAEConfig
 
 from emu3_jax.benchmarks import vision as benchmark
 from emu3_jax.checkpoints.layouts import TRANSFORMERS_VISION, vision_params
+from emu3_jax.checkpoints.published_config import vision_to_published
 from emu3_jax.config import ImageConfig, VisionConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.generation.codec import Vision
@@ -39,7 +40,7 @@ class Pair:
     def __init__(self, config: VisionConfig):
         torch.manual_seed(0)
         self.config = config
-        self.torch = Emu3VQVAE(Emu3VQVAEConfig(**config.to_published("transformers")))
+        self.torch = Emu3VQVAE(Emu3VQVAEConfig(**vision_to_published(config, "transformers")))
         for name, tensor in self.torch.state_dict().items():  # norms and statistics that do something
             if tensor.ndim == 1 and tensor.is_floating_point():
                 positive = name.endswith(("weight", "running_var"))

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from emu3_jax.benchmarks import peer
+from emu3_jax.checkpoints.published_config import decoder_to_published
 from emu3_jax.config import DecoderConfig
 
 PROMPT_TOKENS = 64
@@ -18,7 +19,7 @@ def run(config: DecoderConfig, area: int) -> Iterator[dict[str, Any]]:
     import transformers
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    published = config.to_published("transformers")
+    published = decoder_to_published(config, "transformers")
     published.pop("model_type")
     text_config = transformers.Emu3TextConfig(**published)
     text_config._attn_implementation = "sdpa"

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from emu3_jax.benchmarks import peer
+from emu3_jax.checkpoints.published_config import decoder_to_published
 from emu3_jax.config import DecoderConfig
 
 CHUNK = 1024
@@ -81,7 +82,7 @@ def _model(config: DecoderConfig, rank: int, device: str):
     import torch
     import transformers
 
-    published = config.to_published("transformers")
+    published = decoder_to_published(config, "transformers")
     published.pop("model_type")
     published["attention_dropout"] = 0.0
     text_config = transformers.Emu3TextConfig(**published)

@@ -13,6 +13,7 @@ from emu3_jax.benchmarks.machine import describe_machine
 from emu3_jax.checkpoints.bundle import Bundle
 from emu3_jax.checkpoints.embedded import embedded_bundle
 from emu3_jax.checkpoints.layouts import TRANSFORMERS_VISION, vision_counters, vision_params
+from emu3_jax.checkpoints.published_config import vision_to_published
 from emu3_jax.compilation import enable_persistent_cache
 from emu3_jax.config import VisionConfig
 from emu3_jax.errors import Emu3Error
@@ -169,7 +170,7 @@ def transformers_operations(
     except ImportError as error:
         raise Emu3Error(f"--compare transformers needs {error.name}: pip install 'emu3-jax[test]'") from error
     with torch.device("meta"):  # no time spent on an initialisation that is overwritten
-        model = Emu3VQVAE(Emu3VQVAEConfig(**config.to_published("transformers")))
+        model = Emu3VQVAE(Emu3VQVAEConfig(**vision_to_published(config, "transformers")))
     state = {}
     for param in vision_params(config):
         for weight, array in zip(param.weights, param.unpack(weights[param.path]), strict=True):

@@ -22,6 +22,7 @@ from emu3_jax.checkpoints.layouts import Param, decoder_params, vision_params
 from emu3_jax.checkpoints.tensors import read_json
 from emu3_jax.config import DecoderConfig, ImageConfig, SpecialTokens, VisionConfig
 from emu3_jax.errors import Emu3Error
+from emu3_jax.fields import FieldError, is_whole, read_from
 from emu3_jax.models.quantization import is_quantised, quantise
 from emu3_jax.text.tokenizer import Tokenizer, count_ranks, special_tokens
 
@@ -200,39 +201,46 @@ class Bundle:
 
     @functools.cached_property
     def decoder_config(self) -> DecoderConfig:
-        return self._config("decoder", DecoderConfig.from_dict)
+        with self._config("decoder") as config:
+            return DecoderConfig.from_dict(config)
 
     @functools.cached_property
     def vision_config(self) -> VisionConfig:
-        return self._config("vision", lambda config: VisionConfig.from_dict(config["vision"]))
+        with self._config("vision") as config:
+            return VisionConfig.from_dict(config["vision"])
 
     @functools.cached_property
     def image_config(self) -> ImageConfig:
-        return self._config("vision", lambda config: ImageConfig.from_dict(config["image"]))
+        with self._config("vision") as config:
+            return ImageConfig.from_dict(config["image"])
 
     @functools.cached_property
     def num_batches_tracked(self) -> dict[str, int]:
         """The counters of PyTorch's batch norms by upstream's names, kept for `export` alone."""
-        return self._config("vision", lambda config: dict(config["num_batches_tracked"]))
+        with self._config("vision") as config:
+            counters = config["num_batches_tracked"]
+            if not isinstance(counters, dict) or not all(is_whole(value, 0) for value in counters.values()):
+                raise FieldError("config", "num_batches_tracked", counters, "an object of whole numbers >= 0")
+            return counters
 
     @functools.cached_property
     def template(self) -> str:
         """The prompt template's name: "chat" or "stage1"."""
-        template = self._config("tokenizer", lambda config: config["template"])
-        if template not in TEMPLATES:
-            file = self.path / "tokenizer" / "config.json"
-            raise Emu3Error(f"{file}: template is {template!r}; legal are {' and '.join(TEMPLATES)}; correct it")
-        return template
+        with self._config("tokenizer") as config:
+            template = config["template"]
+            if template not in TEMPLATES:
+                raise Emu3Error(f"template is {template!r}; legal are {' and '.join(TEMPLATES)}; correct it")
+            return template
 
-    def _config(self, part: str, parse: Callable[[Mapping[str, Any]], Any]) -> Any:
+    @contextlib.contextmanager
+    def _config(self, part: str) -> Iterator[dict[str, Any]]:
+        """What the part's `config.json` holds; errors within the block name the file."""
         self.require(part)
-        file = self.path / part / "config.json"
-        try:
-            return parse(self._configs[part])
-        except KeyError as error:
-            raise Emu3Error(f"{file}: has no field {error}: convert the model again") from error
-        except Emu3Error as error:
-            raise Emu3Error(f"{file}: {error}") from error
+        with read_from(self.path / part / "config.json"):
+            try:
+                yield self._configs[part]
+            except KeyError as error:
+                raise Emu3Error(f"has no field {error}: convert the model again") from error
 
     def tokenizer(self) -> Tokenizer:
         """The text tokenizer, its ids checked against the decoder's config where the bundle holds both.

@@ -115,8 +115,8 @@ def _published(path: Path) -> _Patient:
     if "decoder" in parts:
         codes = vision.codebook_size if vision else None
         patient.decoder = _attempt(findings, lambda: source.decoder_config(codes))
-        findings += _config_gaps(source)
     if patient.decoder:
+        findings += _config_gaps(source)
         patient.tokenizer = lambda: source.tokenizer(patient.decoder.tokens)
     complete = all(c is not None for c in ([vision] * ("vision" in parts) + [patient.decoder] * ("decoder" in parts)))
     if complete:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from emu3_jax.checkpoints import layouts
 from emu3_jax.checkpoints.bundle import VOCABULARY, Bundle
 from emu3_jax.checkpoints.layouts import Layout
+from emu3_jax.checkpoints.published_config import decoder_to_published, image_to_published, vision_to_published
 from emu3_jax.checkpoints.tensors import write_safetensors
 from emu3_jax.checkpoints.transformers_tokenizer import special_ids, write_tokenizer
 from emu3_jax.errors import Emu3Error
@@ -70,22 +71,23 @@ def export(
 
 def _write_upstream(bundle: Bundle, part: str, directory: Path, write_weights: Any) -> None:
     if part == "decoder":
-        _write_json(directory / "config.json", {**bundle.decoder_config.to_published("upstream"), **_dtype(bundle)})
+        config = decoder_to_published(bundle.decoder_config, "upstream")
+        _write_json(directory / "config.json", {**config, **_dtype(bundle)})
         write_weights([(part, layouts.UPSTREAM_DECODER)], directory)
         if bundle.has("tokenizer"):
             tokenizer = bundle.tokenizer()
             tokenizer.to_file(directory / VOCABULARY)
             (directory / VISION_TOKENS_FILE).write_text(tokenizer.vision_tokens_text())
     else:
-        _write_json(directory / "config.json", bundle.vision_config.to_published("upstream"))
-        _write_json(directory / "preprocessor_config.json", bundle.image_config.to_published("upstream"))
+        _write_json(directory / "config.json", vision_to_published(bundle.vision_config, "upstream"))
+        _write_json(directory / "preprocessor_config.json", image_to_published(bundle.image_config, "upstream"))
         write_weights([(part, layouts.UPSTREAM_VISION)], directory)
 
 
 def _write_transformers(bundle: Bundle, parts: list[str], directory: Path, write_weights: Any) -> None:
     tokenizer = bundle.tokenizer() if bundle.has("tokenizer") else None
-    text = bundle.decoder_config.to_published("transformers") if "decoder" in parts else {}
-    vision = bundle.vision_config.to_published("transformers") if "vision" in parts else {}
+    text = decoder_to_published(bundle.decoder_config, "transformers") if "decoder" in parts else {}
+    vision = vision_to_published(bundle.vision_config, "transformers") if "vision" in parts else {}
     if len(parts) > 1:
         tokens = bundle.decoder_config.tokens
         visual = {f"<|visual token {code:06d}|>": tokens.visual_start + code for code in range(tokens.visual_count)}
@@ -111,7 +113,7 @@ def _write_transformers(bundle: Bundle, parts: list[str], directory: Path, write
         ids = {key: text[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         _write_json(directory / "generation_config.json", ids)
     if vision:
-        image = bundle.image_config.to_published("transformers")
+        image = image_to_published(bundle.image_config, "transformers")
         _write_json(directory / "preprocessor_config.json", {**image, "processor_class": "Emu3Processor"})
     if tokenizer:
         write_tokenizer(directory, bundle.path / "tokenizer" / VOCABULARY, tokenizer, bundle.template)

@@ -1,16 +1,23 @@
 """A published checkpoint directory, upstream's or transformers': what it holds, found out from its files."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from emu3_jax.checkpoints import layouts
 from emu3_jax.checkpoints.layouts import Layout, Weight
+from emu3_jax.checkpoints.published_config import (
+    decoder_from_published,
+    image_from_published,
+    object_field,
+    vision_from_published,
+)
 from emu3_jax.checkpoints.tensors import Tensor, read_json, read_safetensors_header
 from emu3_jax.checkpoints.torch_pickle import read_torch_file
 from emu3_jax.config import DecoderConfig, ImageConfig, SpecialTokens, VisionConfig
 from emu3_jax.errors import Emu3Error
+from emu3_jax.fields import read_from
 from emu3_jax.text.tokenizer import Tokenizer
 
 UPSTREAM_VOCABULARY = "emu3.tiktoken"
@@ -44,11 +51,13 @@ class Published:
         return cls(path, config, layout, tensors)
 
     def vision_config(self) -> VisionConfig:
-        return self._configured(lambda: VisionConfig.from_published(self._section("vq_config")))
+        with read_from(self.path / "config.json"):
+            return vision_from_published(self._section("vq_config"))
 
     def decoder_config(self, codebook_size: int | None = None) -> DecoderConfig:
         """`codebook_size` is the vision tokenizer's, where upstream's decoder directory does not say it."""
-        return self._configured(lambda: DecoderConfig.from_published(self.config, codebook_size))
+        with read_from(self.path / "config.json"):
+            return decoder_from_published(self.config, codebook_size)
 
     def _section(self, name: str) -> dict[str, Any]:
         if "vision" in self.layout.parts and "decoder" not in self.layout.parts:
@@ -58,23 +67,15 @@ class Published:
             raise Emu3Error(f"has no {name}, which the {self.layout.title} layout needs: use the file of these weights")
         return section
 
-    def _configured(self, parse: Callable[[], Any]) -> Any:
-        try:
-            return parse()
-        except Emu3Error as error:
-            raise Emu3Error(f"{self.path / 'config.json'}: {error}") from error
-
     def image_config(self) -> ImageConfig:
         """From `preprocessor_config.json`, or the newer `processor_config.json`; the published values without both."""
         for name in ("preprocessor_config.json", "processor_config.json"):
             file = self.path / name
             data = read_json(file) if file.is_file() else {}
-            data = data.get("image_processor", data)
-            if "image_mean" in data:
-                try:
-                    return ImageConfig.from_published(data)
-                except Emu3Error as error:
-                    raise Emu3Error(f"{file}: {error}") from error
+            with read_from(file):
+                data = object_field(data, "image_processor") or data
+                if "image_mean" in data:
+                    return image_from_published(data)
         return ImageConfig()
 
     def tokenizer(self, special: SpecialTokens) -> Tokenizer | None:
