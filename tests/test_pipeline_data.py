@@ -430,6 +430,18 @@ def test_records_longer_than_a_row(start, pictures, tokenizer):
         next(start(source, sequence_length=4, too_long="skip"))
 
 
+def test_records_skipped_in_evaluation_are_counted(pictures, tokenizer):
+    source, counts, left = Source(pictures, TextToImage()), [], 0
+    for index in range(2):
+        batches = evaluation_batches(
+            source, tokenizer, CHAT, 2, 20, too_long="skip", process_index=index, process_count=2
+        )
+        left += len(segments(batches))
+        counts.append(batches.skipped)
+        batches.close()
+    assert min(counts) > 0 and left + sum(counts) == 13
+
+
 def test_records_of_another_kind_are_named(start, documents):
     with pytest.raises(Emu3Error, match=rf"{documents}: record 'd\d+': is plain text, and text to image"):
         next(start(Source(documents, TextToImage())))

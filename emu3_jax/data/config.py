@@ -14,7 +14,7 @@ class Source:
     Attributes:
         path: a directory that `emu3-jax prepare` wrote.
         task: how its records become sequences, one of the classes of `emu3_jax.data.sequences`.
-        weight: how many of its records are drawn, in proportion to the other sources' weights.
+        weight: how many of its records are read, in proportion to the other sources' weights.
         parts: equal parts of a row, each of which holds one record; more than 1 only where whole rows are in memory.
     """
 

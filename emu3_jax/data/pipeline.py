@@ -20,11 +20,13 @@ import hashlib
 import math
 import weakref
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from emu3_jax.data.config import DataConfig, Source
+from emu3_jax.data.epochs import Epochs, drops_prompt
 from emu3_jax.data.sequences import TokenSequence, padded_row
 from emu3_jax.data.shards import PreparedData
 from emu3_jax.data.tables import Table, TableBatches
@@ -87,6 +89,23 @@ class Batches:
         return _too_long(self._iterator[0].get_state())
 
 
+def open_source(source: Source, tokenizer: Tokenizer, codebook_sha256: str | None) -> PreparedData:
+    """A source's records.
+
+    Args:
+        source: where they are.
+        tokenizer: the model's.
+        codebook_sha256: of the model's vision tokenizer where it is at hand, see `Codebook`; else only the number of
+            codes is compared.
+
+    Raises:
+        Emu3Error: the source is missing, damaged, or of another codebook.
+    """
+    data = PreparedData(Path(source.path))
+    data.require_codebook(tokenizer.special.visual_count, codebook_sha256)
+    return data
+
+
 def training_batches(
     config: DataConfig,
     tokenizer: Tokenizer,
@@ -104,7 +123,7 @@ def training_batches(
         tokenizer: the model's.
         templates: the model's.
         batch_size: rows of this process.
-        codebook_sha256: of the model's vision tokenizer where it is at hand, see `Codebook`; else sizes are compared.
+        codebook_sha256: see `open_source`.
         process_index: `jax.process_index()`.
         process_count: `jax.process_count()`.
 
@@ -113,49 +132,79 @@ def training_batches(
             that is too long or not of the task's kind.
     """
     _check_place(batch_size, process_index, process_count)
-    pad = tokenizer.special.pad
-    streams, tables, identity, epoch = [], [], [], 0
-    total = sum(source.weight for source in config.sources)
-    for number, source in enumerate(config.sources):
-        data = PreparedData(source.path)
-        data.require_codebook(tokenizer.special.visual_count, codebook_sha256)
-        key = (config.seed, number)
-        arguments = (source, tokenizer, templates, data, key)
-        identity.append((data.index.job, source.task, source.weight, source.parts))
-        if config.whole_rows:
-            length = config.sequence_length // source.parts
-            room = "a row" if source.parts == 1 else f"each of the {source.parts} parts of a row"
-            build = functools.partial(_fitting_sequence, _Builder(*arguments), length, room)
-            row = (length, pad, config.loss_on_padding)
-            tables.append(Table(build, len(data), source.task.prompt_dropout, key, *row, source.parts))
-            continue
-        if config.in_memory:
-            stream = grain.MapDataset.range(len(data)).repeat().map_with_index(_KeepingBuilder(*arguments).draw)
-        else:
-            seed = int(np.random.SeedSequence(key).generate_state(1)[0])
-            stream = grain.MapDataset.range(len(data)).map_with_index(_Builder(*arguments).draw).shuffle(seed).repeat()
-        streams.append(stream[process_index::process_count])
-        epoch = max(epoch, math.ceil(len(data) * total / source.weight))
+    process = (process_index, process_count)
+    keep = config.in_memory and not config.whole_rows
+    builders = [
+        _Builder(source, tokenizer, templates, open_source(source, tokenizer, codebook_sha256), keep=keep)
+        for source in config.sources
+    ]
     # Not the sources' paths: data may move.
-    settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)} | {"sources": identity}
-    identity = [settings, templates, batch_size, process_index, process_count]
-    if config.whole_rows:
-        weights, process = [source.weight for source in config.sources], (process_index, process_count)
-        rows = TableBatches(tables, weights, batch_size, config.sequence_length, config.seed, process)
-        return Batches(rows, identity)
-    mixture = grain.MapDataset.mix(streams, [source.weight for source in config.sources])
-    # Where nothing is read, threads would only wait for each other.
-    reading = grain.ReadOptions(num_threads=0) if config.in_memory else _READING
-    fitting = _FittingIterDataset(mixture.to_iter_dataset(reading), config.sequence_length, config.too_long, epoch)
-    if config.packing:
-        rows = _packed(fitting, config.sequence_length, config.packing, pad)
-    else:
-        rows = fitting.map(
-            lambda item: padded_row(
-                TokenSequence(**item), config.sequence_length, pad, loss_on_padding=config.loss_on_padding
+    sources = [(b.data.index.job, b.source.task, b.source.weight, b.source.parts) for b in builders]
+    settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)} | {"sources": sources}
+    rows = _table_rows if config.whole_rows else _stream_rows
+    dataset = rows(config, builders, tokenizer.special.pad, batch_size, process)
+    return Batches(dataset, [settings, templates, batch_size, process_index, process_count])
+
+
+def _table_rows(
+    config: DataConfig, builders: Sequence["_Builder"], pad: int, batch_size: int, process: tuple[int, int]
+) -> "grain.IterDataset[Batch]":
+    """Batches of rows that are kept as they are."""
+    tables = []
+    for number, builder in enumerate(builders):
+        parts = builder.source.parts
+        length = config.sequence_length // parts
+        room = "a row" if parts == 1 else f"each of the {parts} parts of a row"
+        tables.append(
+            Table(
+                functools.partial(_fitting_sequence, builder, length, room),
+                len(builder.data),
+                dropout=builder.source.task.prompt_dropout,
+                key=(config.seed, number),
+                length=length,
+                pad=pad,
+                loss_on_padding=config.loss_on_padding,
+                parts=parts,
             )
         )
-    return Batches(rows.batch(batch_size, drop_remainder=True), identity)
+    return TableBatches(
+        tables,
+        [builder.source.weight for builder in builders],
+        batch_size=batch_size,
+        length=config.sequence_length,
+        seed=config.seed,
+        process=process,
+    )
+
+
+def _stream_rows(
+    config: DataConfig, builders: Sequence["_Builder"], pad: int, batch_size: int, process: tuple[int, int]
+) -> "grain.IterDataset[Batch]":
+    """Batches of rows that are made of sequences as they come."""
+    process_index, process_count = process
+    weights = [builder.source.weight for builder in builders]
+    streams, epoch = [], 0
+    for number, builder in enumerate(builders):
+        records, key = len(builder.data), (config.seed, number)
+        stream = _Stream(builder, key)
+        numbers = grain.MapDataset.range(records)
+        if config.in_memory:
+            sequences = numbers.repeat().map_with_index(stream.shuffled)
+        else:
+            seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+            sequences = numbers.map_with_index(stream.unshuffled).shuffle(seed).repeat()
+        streams.append(sequences[process_index::process_count])
+        epoch = max(epoch, math.ceil(records * sum(weights) / builder.source.weight))
+    mixture = grain.MapDataset.mix(streams, weights)
+    # Where nothing is read, threads would only wait for each other.
+    reading = grain.ReadOptions(num_threads=0) if config.in_memory else _READING
+    length = config.sequence_length
+    fitting = _FittingIterDataset(mixture.to_iter_dataset(reading), length, config.too_long, epoch)
+    if config.packing:
+        rows = _packed(fitting, length, config.packing, pad)
+    else:
+        rows = _padded(fitting, length, pad, config.loss_on_padding)
+    return rows.batch(batch_size, drop_remainder=True)
 
 
 def evaluation_batches(
@@ -177,28 +226,32 @@ def evaluation_batches(
     are those of `training_batches`.
     """
     _check_place(batch_size, process_index, process_count)
-    data = PreparedData(source.path)
-    data.require_codebook(tokenizer.special.visual_count, codebook_sha256)
-    builder = _Builder(source, tokenizer, templates, data, (0, 0))
-    pad = tokenizer.special.pad
+    data = open_source(source, tokenizer, codebook_sha256)
+    builder = _Builder(source, tokenizer, templates, data)
     empty = TokenSequence(np.zeros(0, np.int32), np.zeros(0, bool))
 
-    def row(index: int) -> Batch:
-        sequence = empty
-        if index < len(data):
-            item = builder.build(index, drop_prompt=False)
-            if _fits(item, sequence_length, too_long):
-                sequence = TokenSequence(item["tokens"], item["loss_mask"])
-        return padded_row(sequence, sequence_length, pad)
+    def sequence(index: int) -> _Built:
+        return builder.build(index, drop_prompt=False) if index < len(data) else _Built("", empty)
 
     rounds = -(-len(data) // (batch_size * process_count))
-    rows = grain.MapDataset.range(rounds * batch_size * process_count).map(row)[process_index::process_count]
+    sequences = grain.MapDataset.range(rounds * batch_size * process_count).map(sequence)
+    mine = sequences[process_index::process_count].to_iter_dataset(_READING)
+    fitting = _FittingIterDataset(mine, sequence_length, too_long, 1, instead=empty)
+    rows = _padded(fitting, sequence_length, tokenizer.special.pad)
     identity = [data.index.job, source.task, templates, batch_size, sequence_length, process_index, process_count]
-    return Batches(rows.to_iter_dataset(_READING).batch(batch_size, drop_remainder=True), identity)
+    return Batches(rows.batch(batch_size, drop_remainder=True), identity)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Built:
+    """The sequence of a record, and what errors call the record."""
+
+    name: str
+    sequence: TokenSequence
 
 
 class _Builder:
-    """Records of one source to sequences, with the record's name for errors."""
+    """Records of one source to sequences; with `keep`, each is built once."""
 
     def __init__(
         self,
@@ -206,101 +259,111 @@ class _Builder:
         tokenizer: Tokenizer,
         templates: PromptTemplates,
         data: PreparedData,
-        key: tuple[int, int],
+        *,
+        keep: bool = False,
     ):
-        self._source, self._tokenizer, self._templates, self._data, self._key = source, tokenizer, templates, data, key
+        self.source, self.data = source, data
+        self._tokenizer, self._templates = tokenizer, templates
+        self._kept: dict[tuple[int, bool], _Built] | None = {} if keep else None
 
-    def draw(self, index: int, _: int) -> dict[str, Any]:
-        """The sequence at `index` in the endless stream before shuffling: record after record, epoch after epoch."""
-        epoch, record = divmod(index, len(self._data))
-        return self.build(record, self._drops(epoch, record))
+    def build(self, record: int, drop_prompt: bool) -> _Built:
+        """The sequence of a record, with its prompt or without."""
+        if self._kept is None:
+            return self._build(record, drop_prompt)
+        key = (record, drop_prompt)
+        if key not in self._kept:
+            self._kept[key] = self._build(record, drop_prompt)
+        return self._kept[key]
 
-    def _drops(self, epoch: int, record: int) -> bool:
-        """Whether the prompt is dropped. It belongs to record and epoch, so that no order of reading changes it."""
-        dropout = self._source.task.prompt_dropout
-        if not dropout:
-            return False
-        state = np.random.SeedSequence([*self._key, epoch, record]).generate_state(1, np.uint64)
-        return bool(state[0] < dropout * 2.0**64)
-
-    def build(self, index: int, drop_prompt: bool) -> dict[str, Any]:
-        """Of a record: `tokens` and `loss_mask`, and in `name` what errors call it."""
-        record = self._data[index]
-        name = f"{self._source.path}: record {record.name!r}"
+    def _build(self, index: int, drop_prompt: bool) -> _Built:
+        record = self.data[index]
+        name = f"{self.source.path}: record {record.name!r}"
         try:
-            sequence = self._source.task.sequence(record, self._tokenizer, self._templates, drop_prompt)
+            sequence = self.source.task.sequence(record, self._tokenizer, self._templates, drop_prompt)
         except Emu3Error as error:
             raise Emu3Error(f"{name}: {error}") from error
         mask = sequence.loss_mask.copy()
         mask[0] = False  # nothing stands before it to predict it from
-        return {"name": name, "tokens": sequence.tokens, "loss_mask": mask}
+        return _Built(name, TokenSequence(sequence.tokens, mask))
 
 
-class _KeepingBuilder(_Builder):
-    """Holds what it has built, and shuffles by one permutation an epoch: a tenth of the time a record."""
+class _Stream:
+    """The endless stream of one source's sequences, epoch after epoch, for Grain's `map_with_index`."""
 
-    def __init__(self, *arguments: Any):
-        super().__init__(*arguments)
-        self._kept: dict[tuple[int, bool], dict[str, Any]] = {}
-        self._orders: dict[int, np.ndarray] = {}
+    def __init__(self, builder: _Builder, key: tuple[int, int]):
+        self._builder, self._key = builder, key
+        self._records = len(builder.data)
+        self._epochs = Epochs(self._records, key)
 
-    def draw(self, index: int, _: int) -> dict[str, Any]:
-        """The sequence at `index` in the endless, shuffled stream."""
-        epoch, place = divmod(index, len(self._data))
-        order = self._orders.get(epoch)
-        if order is None:
-            # Threads may make it twice, with the same result; readers are never further apart than two epochs.
-            order = np.random.default_rng([*self._key, epoch]).permutation(len(self._data))
-            self._orders = {e: o for e, o in self._orders.items() if e >= epoch - 1} | {epoch: order}
-        record = int(order[place])
-        key = (record, self._drops(epoch, record))
-        if key not in self._kept:
-            self._kept[key] = self.build(*key)
-        return self._kept[key]
+    def unshuffled(self, index: int, _: int) -> _Built:
+        """The sequence at `index` where every epoch has the records in their order; Grain shuffles them then."""
+        epoch, record = divmod(index, self._records)
+        return self._built(epoch, record)
+
+    def shuffled(self, index: int, _: int) -> _Built:
+        """The sequence at `index` where each epoch has its own order: a tenth of the time of Grain's shuffle."""
+        epoch, place = divmod(index, self._records)
+        return self._built(epoch, int(self._epochs.order(epoch)[place]))
+
+    def _built(self, epoch: int, record: int) -> _Built:
+        share = self._builder.source.task.prompt_dropout
+        return self._builder.build(record, drops_prompt(self._key, epoch, record, share))
 
 
 def _fitting_sequence(builder: _Builder, length: int, room: str, record: int, drop_prompt: bool) -> TokenSequence:
-    item = builder.build(record, drop_prompt)
-    _fits(item, length, "stop", room)
-    return TokenSequence(item["tokens"], item["loss_mask"])
+    built = builder.build(record, drop_prompt)
+    _fits(built, length, "stop", room)
+    return built.sequence
 
 
-def _fits(item: Mapping[str, Any], length: int, too_long: str, room: str = "a row") -> bool:
-    tokens = len(item["tokens"])
+def _fits(built: _Built, length: int, too_long: str, room: str = "a row") -> bool:
+    tokens = len(built.sequence)
     if tokens > length and too_long == "stop":
         raise Emu3Error(
-            f"{item['name']} has {tokens} tokens, {room} has {length}: raise sequence_length, prepare with a smaller "
+            f"{built.name} has {tokens} tokens, {room} has {length}: raise sequence_length, prepare with a smaller "
             'area, or set too_long to "skip"'
         )
     return tokens <= length
 
 
 class _FittingIterDataset(grain.IterDataset):
-    """Passes on sequences that fit a row; counts the others, or stops at the first.
+    """From `_Built` sequences to their arrays `tokens` and `loss_mask`; those longer than a row are counted, or stop.
 
-    `epoch` is how many sequences hold all records: when none of so many fits, none ever will.
+    `instead` stands in for a sequence that is too long; without it, the next one that fits comes. `epoch` sequences
+    hold all records: when none of so many fits, none ever will.
     """
 
-    def __init__(self, parent: grain.IterDataset, length: int, too_long: str, epoch: int):
+    def __init__(
+        self,
+        parent: "grain.IterDataset[_Built]",
+        length: int,
+        too_long: str,
+        epoch: int,
+        *,
+        instead: TokenSequence | None = None,
+    ):
         super().__init__(parent)
-        self._settings = (length, too_long, epoch)
+        self.length, self.too_long, self.epoch, self.instead = length, too_long, epoch, instead
 
     def __iter__(self) -> "_FittingIterator":
-        return _FittingIterator(iter(self._parent), *self._settings)
+        return _FittingIterator(self, iter(self._parent))
 
 
 class _FittingIterator(grain.DatasetIterator):
-    def __init__(self, parent: grain.DatasetIterator, length: int, too_long: str, epoch: int):
+    def __init__(self, dataset: _FittingIterDataset, parent: grain.DatasetIterator):
         super().__init__(parent)
-        self._length, self._too_long, self._epoch, self._count = length, too_long, epoch, 0
+        self._dataset, self._count = dataset, 0
 
-    def __next__(self) -> Batch:
-        for _ in range(self._epoch):
-            item = next(self._parent)
-            if _fits(item, self._length, self._too_long):
-                return {"tokens": item["tokens"], "loss_mask": item["loss_mask"]}
+    def __next__(self) -> dict[str, np.ndarray]:
+        settings = self._dataset
+        for _ in range(settings.epoch):
+            built: _Built = next(self._parent)
+            if _fits(built, settings.length, settings.too_long):
+                return _arrays(built.sequence)
             self._count += 1
-        raise Emu3Error(f"no record fits a row of {self._length} tokens: raise sequence_length")
+            if settings.instead is not None:
+                return _arrays(settings.instead)
+        raise Emu3Error(f"no record fits a row of {settings.length} tokens: raise sequence_length")
 
     def get_state(self) -> dict[str, Any]:
         return {"parent": self._parent.get_state(), "too_long": self._count}
@@ -308,6 +371,19 @@ class _FittingIterator(grain.DatasetIterator):
     def set_state(self, state: dict[str, Any]) -> None:
         self._parent.set_state(state["parent"])
         self._count = state["too_long"]
+
+
+def _arrays(sequence: TokenSequence) -> dict[str, np.ndarray]:
+    return {"tokens": sequence.tokens, "loss_mask": sequence.loss_mask}
+
+
+def _padded(
+    sequences: _FittingIterDataset, length: int, pad: int, loss_on_padding: bool = False
+) -> "grain.IterDataset[Batch]":
+    """Rows of one sequence each."""
+    return sequences.map(
+        lambda arrays: padded_row(TokenSequence(**arrays), length, pad, loss_on_padding=loss_on_padding)
+    )
 
 
 def _packed(sequences: grain.IterDataset, length: int, bins: int, pad: int) -> grain.IterDataset:

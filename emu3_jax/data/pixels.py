@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from emu3_jax.data.epochs import Epochs
 from emu3_jax.data.manifest import Manifest
 from emu3_jax.errors import Emu3Error
 from emu3_jax.media.clips import load_clip
@@ -52,7 +53,11 @@ class PixelData:
                     self.clips.append(entry.clip)
         self.size, self.frames, self._seed, self._workers = size, frames, seed, workers
         self._held: dict[Path, np.ndarray] = {}
-        self._orders: dict[tuple[str, int, int], np.ndarray] = {}
+        # The length of the kind's name tells the two orders apart; runs in progress depend on it.
+        self._epochs = {
+            kind: Epochs(len(files), (seed,), suffix=(len(kind),))
+            for kind, files in (("stills", self.stills), ("clips", self.clips))
+        }
         # Names in their order, not places: data may move.
         names = [
             [Path(file.parent.name, file.name).as_posix() for file in files] for files in (self.stills, self.clips)
@@ -103,7 +108,7 @@ class PixelData:
         ):
             if count:
                 places = np.arange(number * count, (number + 1) * count)[part]
-                chosen, table = self._shuffled(kind, places, len(files)), self._tables[kind]
+                (_, chosen), table = self._epochs[kind].at(places), self._tables[kind]
                 if table is not None:
                     batch[kind] = table[chosen]
                 else:
@@ -123,21 +128,6 @@ class PixelData:
                 ready = waiting.pop(0)
                 waiting.append(pool.submit(self.batch, first + _AHEAD - 1, stills, clips, part))
                 yield ready.result()
-
-    def _shuffled(self, kind: str, places: np.ndarray, count: int) -> np.ndarray:
-        """Which files stand at these places of the endless stream, shuffled anew each epoch."""
-        epochs, within = np.divmod(places, count)
-        chosen = np.empty_like(places)
-        for epoch in np.unique(epochs).tolist():
-            key = (kind, epoch, count)
-            if key not in self._orders:
-                rng = np.random.default_rng([self._seed, epoch, len(kind)])
-                # Threads may do this twice, with the same result; the last epochs alone are kept.
-                kept = {k: v for k, v in self._orders.items() if k[1] >= epoch - 1}
-                self._orders = kept | {key: rng.permutation(count)}
-            here = epochs == epoch
-            chosen[here] = self._orders[key][within[here]]
-        return chosen
 
     def _still(self, file: Path, index: int) -> np.ndarray:
         held = self._held.get(file)

@@ -12,18 +12,20 @@ from typing import Any
 import grain
 import numpy as np
 
+from emu3_jax.data.epochs import Epochs, Recent, drops_prompts
 from emu3_jax.data.sequences import TokenSequence, padded_row
 
 Batch = dict[str, np.ndarray]
 
 
 class Table:
-    """The rows of one source, each built when it is first drawn."""
+    """The rows of one source, each built when a batch first needs it."""
 
     def __init__(
         self,
         build: Callable[[int, bool], TokenSequence],
         records: int,
+        *,
         dropout: float,
         key: Sequence[int],
         length: int,
@@ -31,57 +33,55 @@ class Table:
         loss_on_padding: bool,
         parts: int = 1,
     ):
-        """`build` makes the sequence of a record, its prompt dropped or not, no longer than `length`.
+        """Makes room for all rows.
 
-        A row of a batch holds `parts` of this table's rows, `length` tokens each.
+        Args:
+            build: the sequence of a record, its prompt dropped or not, no longer than `length`.
+            records: of the source.
+            dropout: share of prompts that are dropped.
+            key: decides the order of the records, and whose prompts are dropped.
+            length: tokens of a row of this table.
+            pad: id that fills a row.
+            loss_on_padding: see `padded_row`.
+            parts: rows of this table in a row of a batch.
         """
-        self.parts = parts
-        self._build, self._records, self._dropout, self._key = build, records, dropout, key
-        self.pad, self._row = pad, (length, pad, loss_on_padding)
+        self.parts, self.pad = parts, pad
+        self._build, self._records, self._loss_on_padding = build, records, loss_on_padding
+        self._epochs = Epochs(records, key)
+        self._dropped: Recent[np.ndarray] = Recent(lambda epoch: drops_prompts(key, epoch, records, dropout))
         rows = records * (2 if dropout else 1)  # the second half have their prompts dropped
         # Pages that are never written take no memory.
         self.tokens, self.loss_mask = np.zeros((rows, length), np.int32), np.zeros((rows, length), bool)
         self.sizes = np.zeros(rows, np.int32)  # 0: not built yet
-        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def rows(self, places: np.ndarray) -> np.ndarray:
         """Which rows stand at these places of the endless stream, shuffled anew each epoch; all are built."""
-        epochs, within = np.divmod(places, self._records)
-        rows = np.empty_like(places)
+        epochs, records = self._epochs.at(places)
+        rows = records.copy()
         for epoch in np.unique(epochs).tolist():
-            order, dropped = self._epoch(epoch)
             here = epochs == epoch
-            records = order[within[here]]
-            rows[here] = records + self._records * dropped[records]
+            rows[here] += self._records * self._dropped(epoch)[records[here]]
         for row in np.unique(rows[self.sizes[rows] == 0]).tolist():
             drop, record = divmod(row, self._records)
             sequence = self._build(record, bool(drop))
-            length, pad, loss_on_padding = self._row
-            padded = padded_row(sequence, length, pad, loss_on_padding=loss_on_padding)
+            length = self.tokens.shape[1]
+            padded = padded_row(sequence, length, self.pad, loss_on_padding=self._loss_on_padding)
             self.tokens[row], self.loss_mask[row] = padded["tokens"], padded["loss_mask"]
             self.sizes[row] = len(sequence)
         return rows
-
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The order of the records, and whose prompts are dropped."""
-        if epoch not in self._epochs:
-            order = np.random.default_rng([*self._key, epoch]).permutation(self._records)
-            dropped = np.random.default_rng([*self._key, epoch, 1]).random(self._records) < self._dropout
-            kept = {number: value for number, value in self._epochs.items() if number >= epoch - 1}
-            self._epochs = kept | {epoch: (order, dropped)}
-        return self._epochs[epoch]
 
 
 class TableBatches(grain.IterDataset):
     """Endless batches of the rows of some tables, each row from one of them by chance, as their weights say.
 
-    All processes together draw one batch and each has its share of it. Batch n is a function of the seed and n.
+    All processes together make one batch and each has its share of it. Batch n is a function of the seed and n.
     """
 
     def __init__(
         self,
         tables: Sequence[Table],
         weights: Sequence[float],
+        *,
         batch_size: int,
         length: int,
         seed: int,
@@ -108,10 +108,10 @@ class _TableIterator(grain.DatasetIterator):
     def __next__(self) -> Batch:
         data = self._dataset
         index, processes = data.process
-        sources, drawn = self._draw(self._number)
+        sources, counts = self._sources(self._number)
         # Where the first record of each row stands in the stream of its source.
         places = np.empty_like(sources)
-        for number, (parts, count) in enumerate(zip(data.parts.tolist(), drawn.tolist(), strict=True)):
+        for number, (parts, count) in enumerate(zip(data.parts.tolist(), counts.tolist(), strict=True)):
             places[sources == number] = self._before[number] + parts * np.arange(count)
         sources, places = sources[index::processes], places[index::processes]
         shape = (len(sources), data.length)
@@ -131,10 +131,10 @@ class _TableIterator(grain.DatasetIterator):
             ):
                 batch[here, : parts * length] = of_table.reshape(-1, parts * length)
         self._number += 1
-        self._before = self._before + drawn * data.parts
+        self._before = self._before + counts * data.parts
         return {"tokens": tokens, "segment_ids": segment_ids, "positions": positions, "loss_mask": loss_mask}
 
-    def _draw(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+    def _sources(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """The source of every row of the batch of all processes, and how many rows each has in it."""
         data = self._dataset
         rows = data.batch_size * data.process[1]
@@ -146,5 +146,5 @@ class _TableIterator(grain.DatasetIterator):
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._number = state["batch"]
-        counts = (self._draw(number)[1] for number in range(self._number))
+        counts = (self._sources(number)[1] for number in range(self._number))
         self._before = sum(counts, start=np.zeros(len(self._dataset.tables), np.int64)) * self._dataset.parts
