@@ -19,9 +19,9 @@ from emu3_jax import Emu3Error
 from emu3_jax.checkpoints.bundle import Bundle
 from emu3_jax.cli.main import main
 from emu3_jax.data.config import DataConfig, Source
+from emu3_jax.data.encoder import bundle_codebook
 from emu3_jax.data.prepare import prepare
 from emu3_jax.data.sequences import TextToImage
-from emu3_jax.data.shards import Codebook
 from emu3_jax.models.adapters import Adapter
 from emu3_jax.training import loop
 from emu3_jax.training.config import ModelConfig, OptimizerConfig, SampleConfig, TrainConfig, load_config
@@ -32,9 +32,9 @@ STEPS = 12
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> str:
+def data(golden_bundle, tmp_path_factory) -> str:
     directory = tmp_path_factory.mktemp("train") / "data"
-    prepare(Entries(), directory, Codebook(32768, "0" * 64), shards=2)
+    prepare(Entries(), directory, bundle_codebook(Bundle.open(golden_bundle)), shards=2)
     return str(directory)
 
 

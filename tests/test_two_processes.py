@@ -22,9 +22,9 @@ from emu3_jax import Emu3Error, distributed
 from emu3_jax.checkpoints.bundle import Bundle
 from emu3_jax.cli.main import main
 from emu3_jax.data.config import DataConfig, Source
+from emu3_jax.data.encoder import bundle_codebook
 from emu3_jax.data.prepare import prepare
 from emu3_jax.data.sequences import TextToImage
-from emu3_jax.data.shards import Codebook
 from emu3_jax.training.config import ModelConfig, OptimizerConfig, TrainConfig
 from emu3_jax.training.loop import train
 from emu3_jax.training.metrics import read_metrics
@@ -116,7 +116,7 @@ def assert_same_weights(left: pathlib.Path, right: pathlib.Path) -> None:
 def base(golden_bundle, tmp_path_factory) -> TrainConfig:
     """Each process reads its own half of the rows; the weights lie on all four devices."""
     data = tmp_path_factory.mktemp("two") / "data"
-    prepare(Entries(), data, Codebook(32768, "0" * 64), shards=2)
+    prepare(Entries(), data, bundle_codebook(Bundle.open(golden_bundle)), shards=2)
     return TrainConfig(
         directory="",
         model=ModelConfig(str(golden_bundle), dtype="float32"),

@@ -319,6 +319,12 @@ class Bundle:
             for param in group:
                 yield param, arrays.pop(param.path)
 
+    def array(self, part: str, path: tuple[str, ...]) -> np.ndarray:
+        """One array of a part, as it is stored; nothing else is read."""
+        self.stored(part)
+        targets = traverse_util.unflatten_dict({path: ocp.RestoreArgs(restore_type=np.ndarray)})
+        return traverse_util.flatten_dict(self._read(part, targets))[path]
+
     def stored(self, part: str) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
         """Shapes and dtypes of a part's arrays on disk, when they are exactly those that its config calls for."""
         self.require(part)

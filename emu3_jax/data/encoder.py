@@ -8,6 +8,7 @@ from emu3_jax.compilation import enable_persistent_cache
 from emu3_jax.data.shards import Codebook
 from emu3_jax.generation.codec import Vision
 from emu3_jax.generation.pipeline import Emu3
+from emu3_jax.models.quantizer import CODEBOOK
 
 
 def load_encoder(bundle: Bundle) -> Emu3:
@@ -25,8 +26,5 @@ def open_bundle(path: str | os.PathLike | None) -> Bundle:
 
 
 def bundle_codebook(bundle: Bundle) -> Codebook:
-    """The codebook of the bundle's vision tokenizer; no other weights are kept."""
-    for param, array in bundle.arrays("vision"):
-        if param.path == ("quantize", "embedding"):
-            return Codebook.of(array)
-    raise AssertionError("every vision tokenizer has a codebook")
+    """The codebook of the bundle's vision tokenizer; no other weights are read."""
+    return Codebook.of(bundle.array("vision", CODEBOOK))

@@ -209,6 +209,7 @@ class PreparedData:
             )
         if sha256 is not None and ours.sha256 != sha256:
             raise Emu3Error(
-                f"{self.directory} was prepared with another vision tokenizer (codebook {ours.sha256[:12]}, the model "
-                f"has {sha256[:12]}): prepare the data with this model"
+                f"{self.directory} was prepared with another vision tokenizer: the checksum of its codebook is "
+                f"{ours.sha256[:12]}, that of the model's is {sha256[:12]}; prepare the data with this model "
+                "(emu3-jax prepare --model)"
             )

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 POSITION_BLOCK = 64
 CODE_BLOCK = 256
 
+CODEBOOK = ("quantize", "embedding")  # where the vectors lie among the vision tokenizer's parameters
+
 
 class Quantizer(nn.Module):
     """`codebook_size` vectors of width `embed_dim` (upstream `Emu3VisionVQVectorQuantizer`)."""

@@ -18,6 +18,7 @@ from emu3_jax import distributed
 from emu3_jax.checkpoints.bundle import Bundle
 from emu3_jax.compilation import enable_persistent_cache
 from emu3_jax.config import DecoderConfig
+from emu3_jax.data.encoder import bundle_codebook
 from emu3_jax.data.pipeline import Batches, evaluation_batches, training_batches
 from emu3_jax.errors import Emu3Error
 from emu3_jax.files import files_into, new_file
@@ -118,11 +119,13 @@ class _Run:
                 f"{bundle.path}: its vocabulary and codebook give {found[1]} visual ids from {found[0]} on, the "
                 f"config's model.decoder.tokens say {wanted[1]} from {wanted[0]} on: make the two agree"
             )
+        self.codebook = bundle_codebook(bundle).sha256 if bundle.has("vision") else None
         self.batches: Batches = training_batches(
             config.data,
             self.tokenizer,
             self.templates,
             rows.count,
+            codebook_sha256=self.codebook,
             process_index=rows.group,
             process_count=rows.groups,
         )
@@ -270,6 +273,7 @@ class _Run:
                 self.rows.count,
                 config.data.sequence_length,
                 too_long=config.data.too_long,
+                codebook_sha256=self.codebook,
                 process_index=self.rows.group,
                 process_count=self.rows.groups,
             )

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from emu3_jax.fields import check_field
+from emu3_jax.models.quantizer import CODEBOOK
 from emu3_jax.models.vision import VisionTokenizer
 from emu3_jax.models.vision_layers import Training, train_as
 from emu3_jax.training.optimizer import learning_rate, make_optimizer
@@ -24,7 +25,6 @@ from emu3_jax.training.vision_losses import Discriminator, hinge, structural_sim
 
 Batch = Mapping[str, jax.Array]  # uint8 `stills` [B, H, W, 3], `clips` [b, T, H, W, 3]; see data.pixels
 
-CODEBOOK = ("quantize", "embedding")
 _LAST_LAYER = ("decoder", "conv_out", "kernel")  # where the adaptive weight compares gradients
 _SCORES = 2**28  # distances of latents to codes that exist at once: 1 GiB
 
