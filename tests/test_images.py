@@ -19,7 +19,6 @@ from emu3_jax.media.images import (
     load_image,
     postprocess,
     preprocess,
-    read_png_metadata,
     save_png,
     to_rgb,
 )
@@ -189,6 +188,11 @@ def test_exif_orientation(tmp_path, orientation, suffix):
 # Files
 
 
+def text_fields(path):
+    with Image.open(path) as image:
+        return image.text
+
+
 def test_png_metadata_round_trip(tmp_path):
     metadata = {
         "prompt": "日本語 🦄 naïve\nsecond line",
@@ -198,20 +202,14 @@ def test_png_metadata_round_trip(tmp_path):
         "long": "ab" * 5000,
     }
     save_png(Image.fromarray(COLOURS), tmp_path / "x.png", metadata)
-    assert read_png_metadata(tmp_path / "x.png") == metadata
+    assert text_fields(tmp_path / "x.png") == metadata
     np.testing.assert_array_equal(np.asarray(load_image(tmp_path / "x.png")), COLOURS)
     assert os.listdir(tmp_path) == ["x.png"]
 
 
 def test_png_metadata_of_an_argument_that_is_not_utf8(tmp_path):
     save_png(Image.new("RGB", (8, 8)), tmp_path / "x.png", {"prompt": "a\udcffb"})
-    assert read_png_metadata(tmp_path / "x.png") == {"prompt": "a?b"}
-
-
-def test_metadata_of_other_files(tmp_path):
-    Image.new("RGB", (8, 8)).save(tmp_path / "x.jpg")
-    with pytest.raises(Emu3Error, match=r"x\.jpg: this is a JPEG file"):
-        read_png_metadata(tmp_path / "x.jpg")
+    assert text_fields(tmp_path / "x.png") == {"prompt": "a?b"}
 
 
 def test_full_disk_leaves_nothing(tmp_path):

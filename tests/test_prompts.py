@@ -1,4 +1,4 @@
-"""Prompt templates: golden rows of ids, and sequences back to text and codes."""
+"""Prompt templates: golden rows of ids, and what pictures and texts may do to their neighbours."""
 
 import numpy as np
 import pytest
@@ -17,9 +17,6 @@ from emu3_jax.text.prompts import (
     PromptTemplates,
     generation_prompt,
     image_ids,
-    left_pad,
-    parse_images,
-    split_multimodal,
     understanding_prompt,
 )
 from emu3_jax.text.tokenizer import Tokenizer
@@ -38,14 +35,32 @@ def _codes(name):
     return golden_npz("images.npz")[f"{name}/codes"][0]
 
 
+def assert_left_padded(rows, case):
+    """The reference's batch holds these rows: pads on the left, which the mask leaves out, up to the longest row."""
+    assert max(map(len, rows)) == len(case["input_ids"][0])
+    for row, ids, mask in zip(rows, case["input_ids"], case["attention_mask"], strict=True):
+        pads = len(ids) - len(row)
+        assert ids == [T.pad] * pads + row
+        assert mask == [0] * pads + [1] * len(row)
+
+
+def pictures_in(ids):
+    """The codes of each picture in a row of ids, by the rows that EOL ends."""
+    ids, pictures = list(ids), []
+    while T.img in ids:
+        body, ids = ids[ids.index(T.img) + 1 : ids.index(T.eof)], ids[ids.index(T.eoi) + 1 :]
+        rows = np.array(body).reshape(-1, body.index(T.eol) + 1)
+        assert (rows[:, -1] == T.eol).all()
+        pictures.append(rows[:, :-1] - T.visual_start)
+    return pictures
+
+
 @pytest.mark.parametrize("case", GOLDEN["generation_prompt"])
 def test_generation_prompt_equals_reference(tokenizer, case):
     sizes = [generate_size(ratio, case["image_area"]) for ratio in case["ratio"]]
     assert [list(size) for size in sizes] == case["image_size"]
     rows = [generation_prompt(tokenizer, T, text, *size) for text, size in zip(case["text"], sizes, strict=True)]
-    ids, mask = left_pad(rows, T.pad)
-    np.testing.assert_array_equal(ids, case["input_ids"])
-    np.testing.assert_array_equal(mask, np.array(case["attention_mask"], bool))
+    assert_left_padded(rows, case)
 
 
 @pytest.mark.parametrize("case", GOLDEN["understanding_prompt"])
@@ -54,12 +69,9 @@ def test_understanding_prompt_equals_reference(tokenizer, case):
         understanding_prompt(tokenizer, T, CHAT, text, _codes(name))
         for text, name in zip(case["text"], case["images"], strict=True)
     ]
-    ids, mask = left_pad(rows, T.pad)
-    assert (ids.dtype, mask.dtype) == (np.int32, np.bool_)
-    np.testing.assert_array_equal(ids, case["input_ids"])
-    np.testing.assert_array_equal(mask, np.array(case["attention_mask"], bool))
-    for row, name in zip(ids, case["images"], strict=True):
-        np.testing.assert_array_equal(parse_images(row, T), [_codes(name)])
+    assert_left_padded(rows, case)
+    for ids, name in zip(case["input_ids"], case["images"], strict=True):
+        np.testing.assert_array_equal(pictures_in(ids), [_codes(name)])
 
 
 def test_presets():
@@ -138,50 +150,21 @@ def test_bad_codes(tokenizer, codes, message):
         understanding_prompt(tokenizer, T, CHAT, "x", [codes])
 
 
-def test_left_pad():
-    ids, mask = left_pad([[1, 2, 3], [], [4]], 9)
-    np.testing.assert_array_equal(ids, [[1, 2, 3], [9, 9, 9], [9, 9, 4]])
-    np.testing.assert_array_equal(mask, [[1, 1, 1], [0, 0, 0], [0, 0, 1]])
-    with pytest.raises(Emu3Error, match="list of prompts is empty"):
-        left_pad([], 9)
-
-
 images = hnp.arrays(np.int32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=5), elements=st.integers(0, 32767))
-texts = st.lists(st.integers(0, T.pad - 1), min_size=1, max_size=4)
 
 
-@given(parts=st.lists(st.tuples(texts, images), max_size=3), tail=st.lists(st.integers(0, T.pad - 1), max_size=2))
-def test_split_inverts_interleaving(tokenizer, parts, tail):
-    ids = [i for text, codes in parts for i in (*text, *image_ids(tokenizer, T, codes))] + tail
-    expected = [part for pair in parts for part in pair] + ([tail] if tail else [])
-    found = split_multimodal(ids, T)
-    assert len(found) == len(expected)
-    for ours, theirs in zip(found, expected, strict=True):
-        assert type(ours) is type(theirs)
+@given(pictures=st.lists(images, max_size=3), text=st.sampled_from(["", "x", "a longer text"]))
+def test_pictures_of_any_size_stand_in_a_prompt(tokenizer, pictures, text):
+    found = pictures_in(understanding_prompt(tokenizer, T, CHAT, text, pictures))
+    assert len(found) == len(pictures)
+    for ours, theirs in zip(found, pictures, strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("case", ["square", "wide"])
-def test_golden_generation_is_parsed(case):
+def test_a_golden_generation_in_our_ids(tokenizer, case):
     golden = golden_npz("generate.npz")
-    (codes,) = parse_images(golden[f"{case}/sequences"][0], T)
+    ids = golden[f"{case}/sequences"][0].tolist()
+    (codes,) = pictures_in(ids)
     assert codes.shape == tuple(golden[f"{case}/image_size"][0])
-    assert codes.dtype == np.int32
-
-
-V = T.visual_start
-
-
-@pytest.mark.parametrize(
-    "body, message",
-    [
-        ([T.img, V, V, T.eol, V, T.eol, T.eof, T.eoi], "row 1 of picture 0 has 1 tokens, but row 0 has 2"),
-        ([T.img, V, V, T.eol], "picture 0 begins at token 1 and does not end"),
-        ([T.img, V, 17, T.eol, T.eof, T.eoi], "picture 0 holds token 17 in row 0"),
-        ([T.img, V, T.eol, T.pad, T.eol, T.eof, T.eoi], "picture 0 holds token 151643 in row 1"),
-        ([17, T.img, T.eof, T.eoi], "picture 0 has no visual tokens"),
-    ],
-)
-def test_malformed_pictures(body, message):
-    with pytest.raises(Emu3Error, match=message):
-        parse_images([T.bos, T.boi, *body], T)
+    assert image_ids(tokenizer, T, codes) == ids[ids.index(T.boi) : ids.index(T.eoi) + 1]

@@ -15,7 +15,6 @@ from emu3_jax.checkpoints.bundle import Bundle
 from emu3_jax.errors import Emu3Error
 from emu3_jax.evaluation.procedural import Motion, draw_clip
 from emu3_jax.media.clips import load_clip
-from emu3_jax.media.images import read_png_metadata
 from emu3_jax.text.tokenizer import special_tokens
 
 SCRIPTS = pathlib.Path(__file__).parents[1] / "scripts"
@@ -33,8 +32,9 @@ def test_demo(scripts, tmp_path, capsys):
     import demo
 
     demo.run(tmp_path)
-    drawn = [read_png_metadata(tmp_path / "pictures" / f"{i:03d}.png") for i in range(len(demo.PROMPTS))]
-    assert [fields["prompt"] for fields in drawn] == list(demo.PROMPTS)
+    for index, prompt in enumerate(demo.PROMPTS):
+        with Image.open(tmp_path / "pictures" / f"{index:03d}.png") as image:
+            assert image.text["prompt"] == prompt
     for file in ("clips/000.webp", "clips/001.webp", "extended/000.webp"):
         assert load_clip(tmp_path / file).frames.shape[0] == 8
     given = load_clip(demo.ASSETS / demo.HALF).frames

@@ -86,18 +86,6 @@ def save_png(image: Image.Image, path: Path, metadata: Mapping[str, str]) -> Non
         image.save(temporary, format="PNG", pnginfo=info)
 
 
-def read_png_metadata(path: Path) -> dict[str, str]:
-    """The text fields of a PNG file, as `save_png` wrote them.
-
-    Raises:
-        Emu3Error: the file is missing, damaged or not a PNG.
-    """
-    with open_picture(path) as image:
-        if not isinstance(image, PngImagePlugin.PngImageFile):
-            raise Emu3Error(f"this is a {image.format} file, and only PNG files carry the text fields: give a PNG")
-        return {key: str(value) for key, value in image.text.items()}
-
-
 @contextlib.contextmanager
 def open_picture(path: Path, wanted: str = "picture") -> Iterator[Image.Image]:
     """Opens a picture or animation lazily; what fails while it is decoded in the `with` block becomes `Emu3Error`.

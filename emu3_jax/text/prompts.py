@@ -1,7 +1,7 @@
-"""Prompt templates: text and pictures' codes to one row of token ids, and rows of ids back to text and codes."""
+"""Prompt templates: text and the codes of pictures and clips to one row of token ids."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -149,48 +149,6 @@ def _checked(codes: np.ndarray, axes: int, wanted: str, special: SpecialTokens) 
     return codes
 
 
-def left_pad(rows: Sequence[Sequence[int]], pad: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of ids as one batch: ids int32 `[B, S]`, padded on the left with `pad`, and mask bool `[B, S]`.
-
-    Raises:
-        Emu3Error: there are no rows.
-    """
-    if not rows:
-        raise Emu3Error("the list of prompts is empty: give at least one prompt")
-    length = max(map(len, rows))
-    ids = np.full((len(rows), length), pad, np.int32)
-    for row, values in zip(ids, rows, strict=True):
-        row[length - len(values) :] = values
-    mask = np.arange(length) >= length - np.array([[len(row)] for row in rows])
-    return ids, mask
-
-
-def split_multimodal(ids: Iterable[int], special: SpecialTokens) -> list[list[int] | np.ndarray]:
-    """Cuts a sequence into runs of text ids (lists) and pictures (codes, int32 `[h, w]`), in their order.
-
-    Raises:
-        Emu3Error: a picture does not end, holds other than visual tokens in rows, or its rows differ in length.
-    """
-    ids = [int(i) for i in ids]
-    parts: list[list[int] | np.ndarray] = []
-    start, pictures = 0, 0
-    while special.boi in ids[start:]:
-        begin = ids.index(special.boi, start)
-        if special.eoi not in ids[begin:]:
-            raise Emu3Error(f"picture {pictures} begins at token {begin} and does not end: generate more tokens")
-        end = ids.index(special.eoi, begin)
-        if begin > start:
-            parts.append(ids[start:begin])
-        parts.append(_parse_image(ids[begin + 1 : end], special, pictures))
-        start, pictures = end + 1, pictures + 1
-    return parts + ([ids[start:]] if start < len(ids) else [])
-
-
-def parse_images(ids: Iterable[int], special: SpecialTokens) -> list[np.ndarray]:
-    """The codes (int32 `[h, w]`) of every picture in a sequence; the errors are those of `split_multimodal`."""
-    return [part for part in split_multimodal(ids, special) if isinstance(part, np.ndarray)]
-
-
 def media_head(tokenizer: Tokenizer, special: SpecialTokens, *size: int) -> list[int]:
     """BOI, the size as text ("90*90"; a clip's "2*90*90" begins with its latent frames) and IMG."""
     return [special.boi, *tokenizer.encode("*".join(map(str, size))), special.img]
@@ -202,28 +160,3 @@ def frame_ids(special: SpecialTokens, codes: np.ndarray, layout: str) -> list[in
     if layout == "lines":
         visual = np.pad(visual, ((0, 0), (0, 0), (0, 1)), constant_values=special.eol)
     return np.pad(visual.reshape(len(codes), -1), ((0, 0), (0, 1)), constant_values=special.eof).ravel().tolist()
-
-
-def _parse_image(ids: list[int], special: SpecialTokens, picture: int) -> np.ndarray:
-    """Codes of what stands between BOI and EOI; the rows decide the size, the size text before IMG does not."""
-    body = ids[ids.index(special.img) + 1 :] if special.img in ids else ids
-    rows: list[list[int]] = [[]]
-    for i in body:
-        if i in (special.eol, special.eof):
-            rows.append([])
-        elif special.visual_start <= i < special.visual_end:
-            rows[-1].append(i - special.visual_start)
-        else:
-            raise Emu3Error(
-                f"picture {picture} holds token {i} in row {len(rows) - 1}: only visual tokens belong there"
-            )
-    rows = [row for row in rows if row]
-    if not rows:
-        raise Emu3Error(f"picture {picture} has no visual tokens: generate with the size's token schedule")
-    for number, row in enumerate(rows):
-        if len(row) != len(rows[0]):
-            raise Emu3Error(
-                f"row {number} of picture {picture} has {len(row)} tokens, but row 0 has {len(rows[0])}: "
-                "every row needs the same length; generate with the size's token schedule"
-            )
-    return np.array(rows, np.int32)

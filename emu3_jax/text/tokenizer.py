@@ -74,11 +74,11 @@ class Tokenizer:
         self._bpe = tiktoken.Encoding("emu3", pat_str=PATTERN, mergeable_ranks=dict(ranks), special_tokens={})
 
     @classmethod
-    def from_files(cls, vocabulary: Path, special: SpecialTokens, vision_tokens: Path | None = None) -> "Tokenizer":
+    def from_files(cls, vocabulary: Path, special: SpecialTokens) -> "Tokenizer":
         """Reads upstream's vocabulary file, lines of base64 and rank (`emu3.tiktoken`).
 
-        The list of image and visual tokens, `vision_tokens` or `emu3_vision_tokens.txt` beside the vocabulary, adds
-        nothing to it: where the file exists, it is checked.
+        The list of image and visual tokens beside it, `emu3_vision_tokens.txt`, adds nothing to the vocabulary: where
+        the file exists, it is checked.
 
         Raises:
             Emu3Error: a file is unreadable, damaged, or disagrees with `special`.
@@ -95,7 +95,7 @@ class Tokenizer:
                     "and its rank; fetch the file again"
                 ) from error
         tokenizer = cls._named(vocabulary, ranks, special)
-        listing = vocabulary.with_name(VISION_TOKENS_FILE) if vision_tokens is None else Path(vision_tokens)
+        listing = vocabulary.with_name(VISION_TOKENS_FILE)
         if listing.exists():
             tokenizer._check_vision_tokens(listing)
         return tokenizer
