@@ -9,5 +9,5 @@ install() {
 }
 
 in_venv demo install
-echo "# To type these commands yourself: source .venv/bin/activate"
-exec .venv/bin/python scripts/demo.py "$@"
+echo "# To type these commands yourself: source $VENV/bin/activate"
+exec "$VENV/bin/python" scripts/demo.py "$@"

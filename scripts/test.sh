@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# One command on a machine with Python 3.11 or newer: makes .venv, installs the test extra there, runs ruff and pytest.
-# Arguments go to pytest: bash scripts/test.sh -k decoder
+# One command on a machine with Python 3.11 or newer: makes .venv, installs the test extra there, runs ruff, mypy and
+# pytest. Arguments go to pytest: bash scripts/test.sh -k decoder
+# PYTHON and VENV choose the interpreter and the virtual environment (see venv.sh).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/venv.sh
@@ -10,10 +11,11 @@ install() {
 }
 
 in_venv test install
-.venv/bin/python -m ruff check
-.venv/bin/python -m ruff format --check
+"$VENV/bin/python" -m ruff check
+"$VENV/bin/python" -m ruff format --check
+"$VENV/bin/python" -m mypy
 # A second run finds its programs compiled. Only a cache of limited size is locked, as two workers need it to be. What a
 # killed run left half-written is compiled again: that costs time, and is no error.
-export JAX_COMPILATION_CACHE_DIR="$PWD/.venv/compiled" JAX_COMPILATION_CACHE_MAX_SIZE=2000000000
-exec .venv/bin/python -m pytest -n 2 --dist loadfile \
+export JAX_COMPILATION_CACHE_DIR="$(realpath "$VENV")/compiled" JAX_COMPILATION_CACHE_MAX_SIZE=2000000000
+exec "$VENV/bin/python" -m pytest -n 2 --dist loadfile \
     -W "default:Error reading persistent compilation cache" -W "default:Error writing persistent compilation cache" "$@"

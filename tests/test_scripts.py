@@ -1,7 +1,7 @@
 """The demo does what it promises, and the shell scripts are sound."""
 
+import os
 import pathlib
-import shutil
 import subprocess
 import sys
 
@@ -125,14 +125,26 @@ def test_shell_scripts_parse(script):
     subprocess.run(["bash", "-n", script], check=True)
 
 
+def in_venv(directory: pathlib.Path, name: str, install: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """`in_venv` with a function of these shell commands, run in `directory`."""
+    script = f"source {SCRIPTS / 'venv.sh'}; install() {{ {install}; }}; in_venv {name} install; echo ready"
+    # What chose the environment of this very run chooses nothing here.
+    inherited = {key: value for key, value in os.environ.items() if key not in ("PYTHON", "VENV")}
+    return subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=directory,
+        env=inherited | variables,
+        capture_output=True,
+        text=True,
+    )
+
+
 def test_environment_is_made_once(tmp_path):
     """`in_venv` installs for each name once, and again when pyproject.toml has changed; not if that failed."""
-    shutil.copy(SCRIPTS / "venv.sh", tmp_path)
     (tmp_path / "pyproject.toml").write_text("a = 1")
 
     def run(name: str, install: str) -> tuple[int, str]:
-        script = f"set -euo pipefail; source venv.sh; install() {{ {install}; }}; in_venv {name} install; echo ready"
-        done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+        done = in_venv(tmp_path, name, install)
         return done.returncode, done.stdout
 
     assert run("demo", "false") == (1, ANNOUNCED)
@@ -143,18 +155,33 @@ def test_environment_is_made_once(tmp_path):
     assert run("demo", "echo installed") == (0, ANNOUNCED + "installed\nready\n")
 
 
+def test_environment_of_another_python(tmp_path):
+    """`VENV` names the directory and `PYTHON` what makes it; what another Python made is not taken for it."""
+    (tmp_path / "pyproject.toml").touch()
+    done = in_venv(tmp_path, "test", "true", PYTHON=sys.executable, VENV=".venv-other")
+    assert (done.returncode, done.stdout) == (0, ANNOUNCED.replace(".venv", ".venv-other") + "ready\n")
+    assert (tmp_path / ".venv-other" / "bin" / "python").exists() and not (tmp_path / ".venv").exists()
+    other = tmp_path / "python3.99"
+    other.write_text("#!/bin/sh\necho Python 3.99.0\n")
+    other.chmod(0o755)
+    done = in_venv(tmp_path, "test", "true", PYTHON=str(other), VENV=".venv-other")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert len(done.stderr.splitlines()) == 1 and ".venv-other holds Python 3.1" in done.stderr
+    assert "is Python 3.99.0" in done.stderr and "VENV" in done.stderr
+
+
 def test_old_python_is_named_in_one_line(tmp_path):
     tools = tmp_path / "bin"
     tools.mkdir()
     for name in ("python3", "python3.11", "python3.12", "python3.13"):
         (tools / name).write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.2\nexit 1\n')
         (tools / name).chmod(0o755)
-    path = f"{tools}:/usr/bin:/bin"
-    script = f"cd {tmp_path}; touch pyproject.toml; source {SCRIPTS / 'venv.sh'}; set -e; in_venv demo true"
-    done = subprocess.run(["bash", "-c", script], env={"PATH": path}, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert len(done.stderr.splitlines()) == 1 and "Python 3.9.2" in done.stderr and "3.11" in done.stderr
-    assert not (tmp_path / ".venv").exists()
+    (tmp_path / "pyproject.toml").touch()
+    for chosen in ({}, {"PYTHON": "python3.12"}):
+        done = in_venv(tmp_path, "demo", "true", PATH=f"{tools}:/usr/bin:/bin", **chosen)
+        assert done.returncode == 1
+        assert len(done.stderr.splitlines()) == 1 and "Python 3.9.2" in done.stderr and "3.11" in done.stderr
+        assert not (tmp_path / ".venv").exists()
 
 
 def test_the_table_of_decoding(scripts, monkeypatch, capsys):
