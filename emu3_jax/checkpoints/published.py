@@ -1,7 +1,7 @@
 """A published checkpoint directory, upstream's or transformers': what it holds, found out from its files."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ class Published:
         """From `preprocessor_config.json`, or the newer `processor_config.json`; the published values without both."""
         for name in ("preprocessor_config.json", "processor_config.json"):
             file = self.path / name
-            data = read_json(file) if file.is_file() else {}
+            data: Mapping[str, Any] = read_json(file) if file.is_file() else {}
             with read_from(file):
                 data = object_field(data, "image_processor") or data
                 if "image_mean" in data:
