@@ -1,5 +1,6 @@
 """Shared fixtures: 8 forced CPU devices, the golden case and the checkpoint that its weights were drawn for."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -13,32 +14,54 @@ import hypothesis
 import jax
 import numpy as np
 import pytest
+from jax._src import compiler
 
 # A busy machine is no reason to fail: hypothesis' deadline of 200 ms an example would make one.
 hypothesis.settings.register_profile("suite", deadline=None)
 hypothesis.settings.load_profile("suite")
 
-# Modules that compile much and compute little: there XLA leaves its optimisations out, which takes most of their time.
-# Programs mean the same without them. What is compared with the reference is compiled as for users.
-COMPILED_QUICKLY = {
-    "test_codec",
-    "test_decode_kernels",
-    "test_lora",
-    "test_quantization",
-    "test_training_step",
-    "test_vision_training",
-}
+FLAGS = os.environ["XLA_FLAGS"]
+quickly = False  # how the module that runs is compiled; see `optimisation`
+
+
+@functools.cache
+def left_out() -> dict[str, bool]:
+    """XLA's options that take the most time of compiling and that JAX has no setting for; jaxlib 0.12 has none."""
+    options = {"xla_cpu_use_fusion_emitters": False}
+    try:
+        jax.jit(lambda x: x, compiler_options=options).lower(0).compile()
+    except jax.errors.JaxRuntimeError:
+        return {}
+    return options
+
+
+def _compile_options(*arguments, env_options_overrides=None, _get=compiler.get_compile_options, **options):
+    """JAX's own, with `left_out`. There is no other way to give XLA options for all programs but not for good."""
+    overrides = {**left_out(), **(env_options_overrides or {})} if quickly else env_options_overrides
+    return _get(*arguments, env_options_overrides=overrides, **options)
+
+
+compiler.get_compile_options = _compile_options
 
 
 @pytest.fixture(autouse=True, scope="module")
 def optimisation(request):
-    """Sets how a module compiles: in this process, and in those that it starts."""
-    name, quickly = "jax_disable_most_optimizations", request.module.__name__ in COMPILED_QUICKLY
-    if os.environ.get(name.upper()) != str(int(quickly)):
-        os.environ[name.upper()] = str(int(quickly))
-        jax.config.update(name, quickly)
+    """Sets how a module compiles: in this process, and in those that it starts.
+
+    Modules that compile much and compute little are marked `compiled_quickly`: there XLA leaves its optimisations out,
+    which takes most of their time. Programs mean the same without them. What is compared with the reference is compiled
+    as for users.
+    """
+    global quickly
+    wanted = request.node.get_closest_marker("compiled_quickly") is not None
+    if quickly != wanted:
+        flags = [f"--{name}={str(value).lower()}" for name, value in left_out().items()] if wanted else []
+        os.environ["XLA_FLAGS"] = " ".join([FLAGS, *flags])  # for other processes: XLA has read its own
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(wanted))
+        jax.config.update("jax_disable_most_optimizations", wanted)
         # jit's own cache knows nothing of the setting: it would hand one module's programs to the next.
         jax.clear_caches()
+        quickly = wanted
 
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"

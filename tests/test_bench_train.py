@@ -16,6 +16,8 @@ from emu3_jax.models.adapters import Adapter, dequantise_matrix
 from emu3_jax.models.decoder import Decoder
 from emu3_jax.training.flops import step_flops
 
+pytestmark = pytest.mark.compiled_quickly
+
 
 @pytest.fixture(autouse=True)
 def tiny_preset(monkeypatch):

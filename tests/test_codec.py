@@ -25,6 +25,8 @@ from emu3_jax.media.clips import Clip, load_clip, resample, save_clip
 from emu3_jax.media.frames import FrameReader
 from emu3_jax.models.vision import VisionTokenizer, make_decoder, make_encoder
 
+pytestmark = pytest.mark.compiled_quickly
+
 CONFIG = VisionConfig(
     codebook_size=64, base_channels=32, channel_multipliers=(1, 1), num_res_blocks=1, attention_stages=()
 )  # 2 pixels to a code

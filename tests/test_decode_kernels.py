@@ -20,6 +20,8 @@ from emu3_jax.models.quantization import quantise_params
 from emu3_jax.sharding.mesh import make_mesh
 from emu3_jax.sharding.rules import batch_shards, use_mesh
 
+pytestmark = pytest.mark.compiled_quickly
+
 
 @pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize(("length", "groups", "heads"), [(67, 4, 2), (127, 1, 12), (128, 3, 2), (511, 20, 2)])

@@ -34,6 +34,8 @@ from emu3_jax.training import lora
 from emu3_jax.training.lora import freeze_stacked, initial, join, split
 from emu3_jax.training.losses import chunked_cross_entropy, next_tokens
 
+pytestmark = pytest.mark.compiled_quickly
+
 freeze = jax.jit(lora.freeze, static_argnums=1)
 merge = jax.jit(lora.merge, static_argnums=(2, 3))
 
