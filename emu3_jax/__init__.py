@@ -1,6 +1,20 @@
 """Emu3 in JAX: one decoder over discrete tokens writes and reads pictures, clips and text."""
 
 import importlib
+import typing
+
+if typing.TYPE_CHECKING:  # what `_PUBLIC` loads, for editors and type checkers
+    from emu3_jax.checkpoints.convert import convert as convert
+    from emu3_jax.checkpoints.export import export as export
+    from emu3_jax.config import DecoderConfig as DecoderConfig
+    from emu3_jax.config import ImageConfig as ImageConfig
+    from emu3_jax.config import SpecialTokens as SpecialTokens
+    from emu3_jax.config import VisionConfig as VisionConfig
+    from emu3_jax.errors import Emu3Error as Emu3Error
+    from emu3_jax.generation.pipeline import Emu3 as Emu3
+    from emu3_jax.generation.pipeline import Generation as Generation
+    from emu3_jax.loading import load as load
+    from emu3_jax.media.clips import Clip as Clip
 
 # Loaded on first use, so that `emu3-jax --help` need not wait for JAX.
 _PUBLIC = {
@@ -20,7 +34,7 @@ _PUBLIC = {
 __all__ = sorted(_PUBLIC)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> typing.Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_PUBLIC[name]), name)

@@ -1,0 +1,75 @@
+"""What pip reads of the package: pairs of jax and flax, types, and the public names that type checkers see."""
+
+import ast
+import inspect
+import pathlib
+import sys
+import tomllib
+
+import flax
+import jax
+import pytest
+from packaging.requirements import Requirement
+
+import emu3_jax
+
+ROOT = pathlib.Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+DEPENDENCIES = [Requirement(line) for line in PROJECT["project"]["dependencies"]]
+
+
+def allowed(python: str, **versions: str) -> bool:
+    """Whether the dependencies permit these versions on that Python."""
+    return all(
+        requirement.specifier.contains(versions[requirement.name])
+        for requirement in DEPENDENCIES
+        if requirement.name in versions
+        and (requirement.marker is None or requirement.marker.evaluate({"python_version": python}))
+    )
+
+
+@pytest.mark.parametrize(
+    ("python", "jax", "flax"),
+    [
+        ("3.11", "0.10.2", "0.12.8"),
+        ("3.12", "0.11.1", "0.12.10"),
+        ("3.12", "0.11.2", "0.12.10"),
+        ("3.12", "0.12.0.1", "0.12.12"),
+        ("3.13", "0.12.0.1", "0.12.12"),
+    ],
+)
+def test_pairs_that_import_are_allowed(python, jax, flax):
+    assert allowed(python, jax=jax, flax=flax)
+
+
+@pytest.mark.parametrize("python", ["3.12", "3.13"])
+@pytest.mark.parametrize(
+    ("jax", "flax"), [("0.11.1", "0.12.8"), ("0.11.2", "0.12.9"), ("0.12.0.1", "0.12.8"), ("0.12.0.1", "0.12.9")]
+)
+def test_pairs_that_cannot_import_are_not(python, jax, flax):
+    assert not allowed(python, jax=jax, flax=flax)
+
+
+def test_this_pair_is_allowed():
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    assert allowed(python, jax=jax.__version__, flax=flax.__version__)
+
+
+def test_type_checkers_see_the_public_names():
+    tree = ast.parse(inspect.getsource(emu3_jax))
+    seen = {
+        alias.asname: node.module
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if alias.name == alias.asname
+    }
+    assert seen == emu3_jax._PUBLIC
+    assert (ROOT / "emu3_jax" / "py.typed").is_file()
+    assert "py.typed" in PROJECT["tool"]["setuptools"]["package-data"]["emu3_jax"]
+
+
+def test_commits_are_checked_by_the_same_ruff():
+    (ruff,) = (line for line in PROJECT["project"]["optional-dependencies"]["test-quick"] if line.startswith("ruff"))
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    assert hooks.count(f'additional_dependencies: ["{ruff}"]') == hooks.count("- id: ruff") == 2
