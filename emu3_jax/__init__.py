@@ -22,7 +22,7 @@ _PUBLIC = {
     "DecoderConfig": "emu3_jax.config",
     "Emu3": "emu3_jax.generation.pipeline",
     "Emu3Error": "emu3_jax.errors",
-    "Generation": "emu3_jax.generation.pipeline",
+    "Generation": "emu3_jax.generation.pictures",
     "ImageConfig": "emu3_jax.config",
     "SpecialTokens": "emu3_jax.config",
     "VisionConfig": "emu3_jax.config",

@@ -10,7 +10,8 @@ from emu3_jax.checkpoints.bundle import Bundle
 from emu3_jax.checkpoints.embedded import embedded_bundle
 from emu3_jax.compilation import enable_persistent_cache
 from emu3_jax.generation.codec import Vision
-from emu3_jax.generation.pipeline import Emu3, Language
+from emu3_jax.generation.language import Language
+from emu3_jax.generation.pipeline import Emu3
 from emu3_jax.models.quantization import KINDS, check_kind
 from emu3_jax.sharding.mesh import make_mesh
 from emu3_jax.sharding.rules import decoder_shardings, vision_shardings

@@ -20,9 +20,10 @@ from emu3_jax.benchmarks.decode import random_params
 from emu3_jax.checkpoints.layouts import decoder_params, vision_params
 from emu3_jax.checkpoints.published_config import decoder_from_published, vision_from_published
 from emu3_jax.config import DecoderConfig, VisionConfig
-from emu3_jax.generation import engine
-from emu3_jax.generation.sampling import RowSettings
+from emu3_jax.generation import session
+from emu3_jax.generation.rows import Sampling
 from emu3_jax.generation.schedule import image_schedule, text_schedule
+from emu3_jax.generation.session import DecodeSession, Row
 from emu3_jax.models.cache import KVCache
 from emu3_jax.models.decoder import Decoder
 from emu3_jax.models.quantization import quantise_params
@@ -88,25 +89,20 @@ def check_decoder(config: DecoderConfig, params: dict):
 
     sequences = golden("generate.npz")
 
-    def greedy(rows: int, guidance: float) -> RowSettings:
-        values = {"temperature": 0.0, "top_k": 2**30, "top_p": 1.0, "guidance": guidance, "seed": 0}
-        dtypes = (np.float32, np.int32, np.float32, np.float32, np.uint32)
-        return RowSettings(**{k: np.full(rows, v, d) for (k, v), d in zip(values.items(), dtypes, strict=True)})
-
     ids, length = sequences["wide/sequences"][0], int(sequences["wide/prompt_length"])
     prompt = ids[:length].tolist()
     negative = [config.tokens.bos, *prompt[prompt.index(config.tokens.boi) :]]  # the case's negative prompt is empty
     height, width = sequences["wide/image_size"][0]
-    picture = ([prompt], [image_schedule(height, width)], greedy(1, 5.0), [negative])
+    picture = [Row(prompt, image_schedule(height, width), negative)], Sampling(0.0, guidance=5.0).settings(1)
     for kernels in ("xla", "pallas") if jax.default_backend() == "gpu" else ("xla",):
-        got = engine.run(params, config, *picture, kernels=kernels)
+        got = session.run(params, config, *picture, kernels=kernels)
         yield f"guided picture tokens, {kernels}", int((got[0] != ids[length:]).sum()), 0
         for name, case in (("describe", 0), ("batch", 1)):
             texts = json.loads((GOLDEN / "text.json").read_text())["understanding_prompt"][case]
             pairs = zip(texts["input_ids"], texts["attention_mask"], strict=True)
             rows = [[token for token, real in zip(*pair, strict=True) if real] for pair in pairs]
-            answers = (rows, [text_schedule(24)] * len(rows), greedy(len(rows), 1.0))
-            got = engine.run(params, config, *answers, kernels=kernels)
+            answers = [Row(row, text_schedule(24)) for row in rows], Sampling(0.0, guidance=1.0).settings(len(rows))
+            got = session.run(params, config, *answers, kernels=kernels)
             expected = sequences[f"{name}/sequences"][:, int(sequences[f"{name}/prompt_length"]) :]
             yield f"answer tokens ({name}), {kernels}", int((got != expected).sum()), 0
     for kernels in ("xla", "pallas") if jax.default_backend() == "gpu" else ("xla",):
@@ -114,7 +110,7 @@ def check_decoder(config: DecoderConfig, params: dict):
     if jax.default_backend() == "gpu":
         narrow = quantise_params(params, "int8")
         first, second = (
-            engine.run(narrow, config, *picture, narrow_cache=True, kernels=kernels) for kernels in ("xla", "pallas")
+            session.run(narrow, config, *picture, narrow_cache=True, kernels=kernels) for kernels in ("xla", "pallas")
         )
         yield "guided picture tokens, int8, of xla and pallas", int((first != second).sum()), 0
 
@@ -122,12 +118,10 @@ def check_decoder(config: DecoderConfig, params: dict):
 def cache_copies(config: DecoderConfig, params: dict, kernels: str) -> int:
     """Copies of a layer's keys or values in the compiled loop."""
     slots, rows = 4096, 4
-    plan = engine.Plan(jnp.zeros((rows, 64), jnp.int32), RowSettings(*(jnp.zeros(rows, d) for d in "fiffI")))
-    variant = engine.Variant(visual_only=True, guided=False, use_top_k=False, use_top_p=False, kernels=kernels)
-    start = jnp.zeros(rows, jnp.int32)
-    state = engine.prefill(params, jnp.zeros((rows, 64), jnp.int32), start, plan, config, variant, slots)
-    text = engine.decode.lower(params, state, plan, np.int32(8), config, variant).compile().as_text()
-    shape = ",".join(map(str, state.cache.keys[0].shape))
+    row = Row([config.tokens.pad] * 64, image_schedule(38, 100))
+    decoding = DecodeSession(params, config, [row] * rows, Sampling(guidance=1.0).settings(rows), kernels=kernels)
+    text = decoding.lower_decode(slots).compile().as_text()
+    shape = ",".join(map(str, decoding.abstract_state(slots).cache.keys[0].shape))
     assert f"[{shape}]" in text
     return len(re.findall(rf"= \(?\w+\[{shape}\]\S* copy(?:-start)?\(", text))
 

@@ -1,6 +1,5 @@
 """Conversations about pictures and clips: the rows that training makes of them, what is shown of a clip, bad input."""
 
-import dataclasses
 import io
 import json
 
@@ -31,12 +30,12 @@ def asked(golden_model, monkeypatch) -> list[list[int]]:
     rows = []
     special = golden_model.language.config.tokens
 
-    def answer(self, inputs, *_, **__):
+    def answer(language, inputs, *_, **__):
         rows.extend(inputs)
-        ids = [*self.language.tokenizer.encode("A dog"), special.eos, special.pad]
+        ids = [*language.tokenizer.encode("A dog"), special.eos, special.pad]
         return [np.asarray(ids, np.int32)] * len(inputs)
 
-    monkeypatch.setattr(type(golden_model), "_answer", answer)
+    monkeypatch.setattr("emu3_jax.generation.conversation.answer", answer)
     return rows
 
 
@@ -83,7 +82,7 @@ def test_later_turns_show_pictures_too(golden_model, asked):
     ],
 )
 def test_frames_of_a_clip_as_pictures(golden_model, clip, showing, greys):
-    codes = showing.codes(golden_model, clip)
+    codes = showing.codes(golden_model.vision, clip, golden_model.language.config.clip_frames)
     expected = golden_model.tokenize([clip.frames[grey] for grey in greys])
     assert len(codes) == len(expected)
     for one, other in zip(codes, expected, strict=True):
@@ -91,12 +90,9 @@ def test_frames_of_a_clip_as_pictures(golden_model, clip, showing, greys):
 
 
 def test_a_clip_as_one_for_models_that_know_clips(golden_model, clip):
-    (codes,) = Showing("clip").codes(golden_model, clip)
+    (codes,) = Showing("clip").codes(golden_model.vision, clip, None)
     np.testing.assert_array_equal(codes, golden_model.tokenize([clip])[0])
-    language = golden_model.language
-    knows = dataclasses.replace(language, config=dataclasses.replace(language.config, clip_frames=4))
-    model = type(golden_model)("knows clips", knows, golden_model.vision)
-    (codes,) = Showing().codes(model, clip)
+    (codes,) = Showing().codes(golden_model.vision, clip, trained=4)
     np.testing.assert_array_equal(codes, golden_model.tokenize([Clip(clip.frames[[0, 3, 6, 9]])])[0])
 
 

@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from emu3_jax.errors import Emu3Error
-from emu3_jax.generation import engine
+from emu3_jax.generation import session
 from emu3_jax.generation.schedule import image_schedule, text_schedule
 from emu3_jax.models import attention_kernels
 from emu3_jax.models.attention import attend, choose_kernels
@@ -18,7 +18,6 @@ from emu3_jax.models.decode_kernels import attend_one, check_width
 from emu3_jax.models.decoder import rope, rotations
 from emu3_jax.models.quantization import quantise_params
 from emu3_jax.sharding.mesh import make_mesh
-from emu3_jax.sharding.rules import batch_shards, use_mesh
 
 pytestmark = pytest.mark.compiled_quickly
 
@@ -59,10 +58,10 @@ def test_heads_of_other_widths_are_refused():
 def test_runs_are_equal_token_by_token(kind, temperature):
     params = tiny.params() if kind is None else quantise_params(tiny.params(), kind)
     settings = tiny.settings(3, temperature=temperature, guidance=2.0, top_k=6)
-    arguments = ([[17, 1, 2], [17], [17, 5, 6, 7]], [image_schedule(6, 6)] * 3, settings, [[17]] * 3)
+    arguments = tiny.rows([[17, 1, 2], [17], [17, 5, 6, 7]], [image_schedule(6, 6)] * 3, [[17]] * 3), settings
 
     def run(kernels):
-        return engine.run(params, tiny.CONFIG, *arguments, narrow_cache=kind is not None, kernels=kernels)
+        return session.run(params, tiny.CONFIG, *arguments, narrow_cache=kind is not None, kernels=kernels)
 
     np.testing.assert_array_equal(run("pallas-interpreted"), run("xla"))
 
@@ -71,14 +70,12 @@ def test_runs_are_equal_token_by_token(kind, temperature):
 def test_runs_on_a_mesh_are_equal_too(kind):
     params = tiny.params() if kind is None else quantise_params(tiny.params(), kind)
     settings = tiny.settings(4, temperature=[0.0, 1.0, 1.0, 0.0], top_k=6)
-    arguments = ([[17, 1, 2], [17], [17, 5, 6, 7], [17, 3]], [image_schedule(4, 4)] * 4, settings)
-    expected = engine.run(params, tiny.CONFIG, *arguments, narrow_cache=kind is not None)
+    arguments = tiny.rows([[17, 1, 2], [17], [17, 5, 6, 7], [17, 3]], [image_schedule(4, 4)] * 4), settings
+    expected = session.run(params, tiny.CONFIG, *arguments, narrow_cache=kind is not None)
     mesh = make_mesh("data=2,tensor=2")
-    with use_mesh(mesh):
-        found = engine.run(
-            params, tiny.CONFIG, *arguments, narrow_cache=kind is not None, kernels="pallas-interpreted",
-            row_multiple=batch_shards(mesh),
-        )  # fmt: skip
+    found = session.run(
+        params, tiny.CONFIG, *arguments, mesh=mesh, narrow_cache=kind is not None, kernels="pallas-interpreted"
+    )
     np.testing.assert_array_equal(found, expected)
 
 
@@ -104,9 +101,10 @@ def test_unknown_kernels_are_refused():
 
 def test_runs_of_text_are_equal_too():
     settings = tiny.settings(2, temperature=[1.0, 0.0])
-    arguments = ([[17, 1, 2], [17]], [text_schedule(30)] * 2, settings)
+    arguments = tiny.rows([[17, 1, 2], [17]], [text_schedule(30)] * 2), settings
     found, expected = (
-        engine.run(tiny.params(), tiny.CONFIG, *arguments, kernels=kernels) for kernels in ("pallas-interpreted", "xla")
+        session.run(tiny.params(), tiny.CONFIG, *arguments, kernels=kernels)
+        for kernels in ("pallas-interpreted", "xla")
     )
     np.testing.assert_array_equal(found, expected)
 

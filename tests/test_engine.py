@@ -1,4 +1,4 @@
-"""Prefill and the decode loop: golden sequences, rows independent of each other, exact sampling, one compilation."""
+"""The decode session: golden sequences, rows independent of each other, exact sampling, one compilation, programs."""
 
 import itertools
 import re
@@ -12,8 +12,10 @@ from conftest import golden_json, golden_npz
 from test_sampling import CRITICAL, chi_squared, softmax
 
 from emu3_jax.errors import Emu3Error
-from emu3_jax.generation import engine
-from emu3_jax.generation.schedule import SAMPLED, TokenClass, clip_schedule, image_schedule, text_schedule
+from emu3_jax.generation import engine, session
+from emu3_jax.generation.schedule import TokenClass, clip_schedule, image_schedule, text_schedule
+from emu3_jax.sharding.mesh import make_mesh
+from emu3_jax.sharding.rules import decoder_shardings
 from emu3_jax.text.prompts import generation_prompt
 
 SPECIAL = tiny.TOKENS
@@ -36,13 +38,11 @@ def test_golden_greedy_pictures_under_guidance(name, golden, golden_model):
     length = int(golden[f"{name}/prompt_length"])
     sequence = golden[f"{name}/sequences"][0]
     assert prompt == sequence[:length].tolist()
-    ids = engine.run(
+    ids = session.run(
         language.params,
         language.config,
-        [prompt],
-        [image_schedule(height, width)],
+        [session.Row(prompt, image_schedule(height, width), negative)],
         tiny.settings(1, temperature=0.0, guidance=case["guidance"]),
-        [negative],
     )
     np.testing.assert_array_equal(ids[0], sequence[length:])
 
@@ -56,7 +56,8 @@ def test_golden_greedy_answers_alone_and_batched(name, case, golden, golden_mode
     ]
     language = golden_model.language
     settings = tiny.settings(len(rows), temperature=0.0)
-    ids = engine.run(language.params, language.config, rows, [text_schedule(24)] * len(rows), settings)
+    rows = tiny.rows(rows, [text_schedule(24)] * len(rows))
+    ids = session.run(language.params, language.config, rows, settings)
     np.testing.assert_array_equal(ids, golden[f"{name}/sequences"][:, int(golden[f"{name}/prompt_length"]) :])
 
 
@@ -74,16 +75,9 @@ def mixed_rows():
 
 def run_rows(order, **changes):
     prompts, negatives, schedules, settings = mixed_rows()
-    picked = jax.tree.map(lambda leaf: leaf[np.asarray(order)], settings)
-    return engine.run(
-        tiny.params(),
-        tiny.CONFIG,
-        [prompts[i] for i in order],
-        [schedules[i] for i in order],
-        picked,
-        [negatives[i] for i in order],
-        **changes,
-    )
+    rows = tiny.rows(prompts, schedules, negatives)
+    picked = settings.take(np.asarray(order))
+    return session.run(tiny.params(), tiny.CONFIG, [rows[i] for i in order], picked, **changes)
 
 
 def test_a_row_does_not_depend_on_its_batch_mates():
@@ -106,8 +100,8 @@ def test_generated_tokens_obey_the_schedule():
 
 def test_growing_the_cache_and_short_calls_change_nothing(monkeypatch):
     whole = run_rows([0, 1, 2, 3])
-    monkeypatch.setattr(engine, "CACHE_GROWTH", 72)
-    monkeypatch.setattr(engine, "STEPS_PER_CALL", 3)
+    monkeypatch.setattr(session, "CACHE_GROWTH", 72)
+    monkeypatch.setattr(session, "STEPS_PER_CALL", 3)
     progress = []
     small = run_rows([0, 1, 2, 3], on_progress=lambda taken, steps: progress.append((taken, steps)))
     np.testing.assert_array_equal(small, whole)
@@ -116,26 +110,26 @@ def test_growing_the_cache_and_short_calls_change_nothing(monkeypatch):
 
 def test_a_cache_grows_through_few_sizes():
     def sizes(final: int) -> list[int]:
-        found = [engine.cache_slots(1, final, "xla")]
+        found = [session.cache_slots(1, final, "xla")]
         while found[-1] < final:
-            found.append(engine.cache_slots(found[-1] + 1, final, "xla"))
+            found.append(session.cache_slots(found[-1] + 1, final, "xla"))
         return found
 
     assert sizes(8256) == [2048, 4096, 6144, 8192, 8256]  # a picture of 720x720
     long = sizes(124_992)  # a clip of 5 s
     assert len(long) == 20 and long[-1] == 124_992
     assert all(b - a <= max(2048, b // 4) for a, b in itertools.pairwise(long))
-    assert engine.cache_slots(1, 124_992, "pallas") == 124_992
+    assert session.cache_slots(1, 124_992, "pallas") == 124_992
 
 
 def test_tokens_are_told_while_the_device_has_its_next_call(monkeypatch):
-    monkeypatch.setattr(engine, "STEPS_PER_CALL", 4)
+    monkeypatch.setattr(session, "STEPS_PER_CALL", 4)
     asked, told = [1], []  # steps that the device was asked for, the prompt's own included
     decode = engine.decode
 
-    def watched(params, state, plan, until, config, variant):
+    def watched(params, state, plan, until, **static):
         asked.append(int(until))
-        return decode(params, state, plan, until, config, variant)
+        return decode(params, state, plan, until, **static)
 
     monkeypatch.setattr(engine, "decode", watched)
     ids = run_rows([0, 1, 2, 3], on_tokens=lambda tokens: told.append((tokens.copy(), asked[-1])))
@@ -146,11 +140,11 @@ def test_tokens_are_told_while_the_device_has_its_next_call(monkeypatch):
 
 
 def test_calls_end_with_the_frames_of_clips(monkeypatch):
-    monkeypatch.setattr(engine, "STEPS_PER_CALL", 10)
+    monkeypatch.setattr(session, "STEPS_PER_CALL", 10)
     told = []
     schedule = clip_schedule(3, 2, 3)  # 9 tokens a frame; each frame's EOF is forced after them
-    engine.run(
-        tiny.params(), tiny.CONFIG, [[17, 20, 19]], [schedule], tiny.settings(1),
+    session.run(
+        tiny.params(), tiny.CONFIG, [session.Row([17, 20, 19], schedule)], tiny.settings(1),
         on_tokens=lambda tokens: told.append(tokens.shape[1]),
     )  # fmt: skip
     assert told == [1, 8, 17, 25]
@@ -161,13 +155,11 @@ def test_first_and_second_token_are_drawn_from_the_exact_distribution():
     """4,000 guided rows that differ in nothing but their seeds, against probabilities from full forward passes."""
     count, scale, temperature = 4000, 2.0, 1.5
     prompt, negative = [17, 1, 2, 20, 19], [17, 5, 20, 19]
-    ids = engine.run(
+    ids = session.run(
         tiny.params(),
         tiny.CONFIG,
-        [prompt] * count,
-        [image_schedule(1, 2)] * count,
+        [session.Row(prompt, image_schedule(1, 2), negative)] * count,
         tiny.settings(count, guidance=scale, temperature=temperature),
-        [negative] * count,
     )
 
     def guided(extra):
@@ -197,9 +189,8 @@ def test_answers_end_at_eos_and_the_loop_ends_with_them():
     eos_only = {**params, "head": {"kernel": jnp.zeros_like(kernel).at[SPECIAL.eos].set(1e3)}}
     # The head is linear: with every other row zero, EOS wins exactly when its logit is positive.
     prompts = [[17, token] for token in range(12)]
-    ids = engine.run(
-        eos_only, tiny.CONFIG, prompts, [text_schedule(150)] * 12, tiny.settings(12, temperature=0.0)
-    )  # fmt: skip
+    rows = tiny.rows(prompts, [text_schedule(150)] * 12)
+    ids = session.run(eos_only, tiny.CONFIG, rows, tiny.settings(12, temperature=0.0))
     for row in ids:
         ends = np.flatnonzero(row == SPECIAL.eos)
         assert len(ends) <= 1
@@ -208,8 +199,8 @@ def test_answers_end_at_eos_and_the_loop_ends_with_them():
     ended = [row for row in range(12) if SPECIAL.eos in ids[row]]
     assert len(ended) > 0
     progress = []
-    alone = engine.run(
-        eos_only, tiny.CONFIG, [prompts[ended[0]]], [text_schedule(150)], tiny.settings(1, temperature=0.0),
+    alone = session.run(
+        eos_only, tiny.CONFIG, [rows[ended[0]]], tiny.settings(1, temperature=0.0),
         on_progress=lambda taken, steps: progress.append((taken, steps)),
     )  # fmt: skip
     np.testing.assert_array_equal(alone[0], ids[ended[0]])
@@ -228,21 +219,66 @@ def test_one_compilation_per_shape_bucket():
 
 
 def test_the_cache_is_donated_and_never_copied():
-    settings = jax.tree.map(jnp.asarray, tiny.settings(2))
-    plan = engine.Plan(jnp.full((2, 64), SAMPLED, jnp.int32), settings)
-    variant = engine.Variant(visual_only=True, guided=False, use_top_k=False, use_top_p=False)
-    tokens, start = np.asarray([[17, 20, 19]] * 2, np.int32), np.zeros(2, np.int32)
-    state = engine.prefill(tiny.params(), tokens, start, plan, tiny.CONFIG, variant, 64)
-    text = engine.decode.lower(tiny.params(), state, plan, np.int32(3), tiny.CONFIG, variant).compile().as_text()
+    rows = [session.Row([17, 20, 19], image_schedule(7, 7))] * 2
+    decoding = session.DecodeSession(tiny.params(), tiny.CONFIG, rows, tiny.settings(2))
+    decoding.start()
+    state = decoding.state
+    text = decoding.lower_decode(state.cache.slots).compile().as_text()
     shape = ",".join(map(str, state.cache.keys[0].shape))
     assert f"[{shape}]" in text and not re.search(rf"= \(?\w+\[{shape}\]\S* copy(-start)?\(", text)
-    after = engine.decode(tiny.params(), state, plan, np.int32(3), tiny.CONFIG, variant)
+    decoding.advance(3)
     assert all(leaf.is_deleted() for leaf in (*state.cache.keys, *state.cache.values))
-    assert int(after.cache.length) == 3 + 2
+    assert int(decoding.state.cache.length) == decoding.shapes.width + 2
 
 
 def test_a_prompt_past_the_positions_is_refused():
     with pytest.raises(Emu3Error, match="row 1: a prompt of 250 tokens and 18 to generate exceed the model's 256"):
-        engine.run(
-            tiny.params(), tiny.CONFIG, [[17], [17] * 250], [image_schedule(3, 4)] * 2, tiny.settings(2)
-        )  # fmt: skip
+        rows = tiny.rows([[17], [17] * 250], [image_schedule(3, 4)] * 2)
+        session.run(tiny.params(), tiny.CONFIG, rows, tiny.settings(2))
+
+
+def test_a_row_without_a_negative_prompt_beside_guided_ones():
+    """It is computed twice, and its distribution stays as it is."""
+    prompts, negatives, schedules, _ = mixed_rows()
+    settings = tiny.settings(4, guidance=2.0)
+    rows = tiny.rows(prompts, schedules, [None, *negatives[1:]])
+    together = session.run(tiny.params(), tiny.CONFIG, rows, settings)
+    alone = session.run(tiny.params(), tiny.CONFIG, rows[:1], settings.take(slice(1)))
+    np.testing.assert_array_equal(together[0, : len(schedules[0])], alone[0])
+
+
+def test_a_session_by_hand_gives_what_run_gives():
+    prompts, negatives, schedules, settings = mixed_rows()
+    rows = tiny.rows(prompts, schedules, negatives)
+    decoding = session.DecodeSession(tiny.params(), tiny.CONFIG, rows, settings)
+    with pytest.raises(RuntimeError, match="call start first"):
+        decoding.advance()
+    first = decoding.start()
+    later = [decoding.advance(until) for until in (4, 9, decoding.steps)]
+    assert decoding.advance() is None
+    whole = run_rows([0, 1, 2, 3])
+    for snapshot in (first, *later):
+        np.testing.assert_array_equal(decoding.tokens(snapshot), whole[:, : snapshot.taken])
+        assert not decoding.ended(snapshot).any()
+    np.testing.assert_array_equal(decoding.results(later[-1]), whole)
+
+
+@pytest.mark.parametrize("mesh", [None, "data=2,tensor=2"])
+def test_what_a_session_lowers_is_what_it_runs(mesh):
+    mesh = mesh and make_mesh(mesh)
+    params = tiny.params() if mesh is None else jax.device_put(tiny.params(), decoder_shardings(tiny.CONFIG, mesh))
+    rows = tiny.rows([[17, 1, 2, 20, 19]] * 3, [image_schedule(3, 4)] * 3, [[17, 20, 19]] * 3)
+    decoding = session.DecodeSession(params, tiny.CONFIG, rows, tiny.settings(3), mesh=mesh)
+    decoding.start()
+
+    def described(tree):
+        def place(leaf):
+            return None if mesh is None else leaf.sharding.shard_shape(leaf.shape)
+
+        return jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype), place(leaf)), tree)
+
+    abstract = decoding.abstract_state(decoding.state.cache.slots)
+    assert described(abstract) == described(decoding.state)
+    assert list(decoding.shapes.cache_sizes()) == [decoding.state.cache.slots]
+    assert "while" in decoding.lower_decode(decoding.state.cache.slots).as_text()
+    assert decoding.lower_prefill().as_text() and decoding.lower_growth(64, 128).as_text()

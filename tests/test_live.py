@@ -11,7 +11,7 @@ from test_two_processes import Pair
 import emu3_jax
 from emu3_jax import Clip, Emu3Error
 from emu3_jax.cli.main import main
-from emu3_jax.generation import engine
+from emu3_jax.generation import engine, session
 from emu3_jax.media.clips import load_clip
 from emu3_jax.media.images import postprocess
 from emu3_jax.media.live import live_frames
@@ -26,9 +26,9 @@ class Watch:
         self.told, self.asked = [], 0
         decode = engine.decode
 
-        def watched(params, state, plan, until, config, variant):
+        def watched(params, state, plan, until, **static):
             self.asked = int(until)
-            return decode(params, state, plan, until, config, variant)
+            return decode(params, state, plan, until, **static)
 
         monkeypatch.setattr(engine, "decode", watched)
 
@@ -51,7 +51,7 @@ def small(**changes):
 
 
 def test_frames_come_while_later_ones_are_sampled(golden_model, monkeypatch):
-    monkeypatch.setattr(engine, "STEPS_PER_CALL", 7)
+    monkeypatch.setattr(session, "STEPS_PER_CALL", 7)
     watch = Watch(monkeypatch)
     (clip,) = golden_model.generate_clips("a", frames=10, on_frames=watch, **small())
     watch.assert_tells(0, 0, clip)
@@ -90,13 +90,13 @@ def test_given_frames_are_not_told_and_passes_tell_new_ones_only(golden_model, m
 
 def test_frames_are_those_of_the_whole_clip_decoded(golden_model, monkeypatch):
     seen = []
-    run = engine.run
+    run = session.run
 
     def watched(*arguments, **options):
         seen.append(run(*arguments, **options))
         return seen[-1]
 
-    monkeypatch.setattr(engine, "run", watched)
+    monkeypatch.setattr(session, "run", watched)
     (clip,) = golden_model.generate_clips("a", frames=12, guidance=1.0, **small())
     tokens, part = golden_model.language.config.tokens, golden_model.vision
     ids = seen[0][0]
@@ -190,7 +190,7 @@ def video(tmp_path, monkeypatch, capsys):
 
 
 def test_the_embedded_model_writes_frames_while_it_samples(video, tmp_path, monkeypatch):
-    seen, run = [], engine.run
+    seen, run = [], session.run
 
     def watched(*arguments, on_tokens, **options):
         def told(ids):
@@ -199,7 +199,7 @@ def test_the_embedded_model_writes_frames_while_it_samples(video, tmp_path, monk
 
         return run(*arguments, on_tokens=told, **options)
 
-    monkeypatch.setattr(engine, "run", watched)
+    monkeypatch.setattr(session, "run", watched)
     assert video("--frames", "8") == (0, "out/000.webp\n", "")
     # 273 tokens a latent frame. After 400 of 545 the first one's pictures are there, and no clip yet.
     names = [f"{number:04d}.png" for number in range(8)]
@@ -213,7 +213,7 @@ def test_the_embedded_model_writes_frames_while_it_samples(video, tmp_path, monk
 
 
 def test_an_interrupted_command_leaves_its_frames_and_no_clip(video, tmp_path, monkeypatch):
-    run = engine.run
+    run = session.run
 
     def interrupted(*arguments, on_tokens, **options):
         def told(ids):
@@ -223,7 +223,7 @@ def test_an_interrupted_command_leaves_its_frames_and_no_clip(video, tmp_path, m
 
         return run(*arguments, on_tokens=told, **options)
 
-    monkeypatch.setattr(engine, "run", interrupted)
+    monkeypatch.setattr(session, "run", interrupted)
     assert video("--frames", "8") == (130, "", "emu3-jax: interrupted\n")
     assert sorted(os.listdir(tmp_path)) == ["live"] and len(os.listdir(tmp_path / "live" / "000")) == 4
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 import emu3_jax
 from emu3_jax import Clip, Emu3Error
-from emu3_jax.generation import engine
+from emu3_jax.generation import session
 from emu3_jax.generation.schedule import clip_schedule
 from emu3_jax.media.images import normalise
 from emu3_jax.models.vision import make_encoder
@@ -109,7 +109,7 @@ def test_the_default_area_is_the_models(golden_model, monkeypatch):
         asked.append(area)
         raise Emu3Error("enough")
 
-    monkeypatch.setattr("emu3_jax.generation.pipeline.generate_size", stop)
+    monkeypatch.setattr("emu3_jax.generation.pictures.generate_size", stop)
     with pytest.raises(Emu3Error, match="enough"):
         golden_model.generate("a")
     assert asked == [golden_model.language.config.image_area] == [518400]
@@ -132,13 +132,13 @@ def test_clips_are_extended(golden_model):
 def test_what_is_extended_stands_before_the_new_tokens(golden_model, monkeypatch):
     """Against the ids themselves: the prompt of the decoder is the whole clip's, cut where the new frames begin."""
     seen = []
-    run = engine.run
+    run = session.run
 
-    def watched(params, config, prompts, schedules, *rest, **options):
-        seen.append((prompts[0], schedules[0]))
-        return run(params, config, prompts, schedules, *rest, **options)
+    def watched(params, config, rows, *rest, **options):
+        seen.append((rows[0].prompt, rows[0].schedule))
+        return run(params, config, rows, *rest, **options)
 
-    monkeypatch.setattr(engine, "run", watched)
+    monkeypatch.setattr(session, "run", watched)
     language = golden_model.language
     clip = Clip(np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8))
     (made,) = golden_model.generate_clips("a", frames=8, extend=clip, guidance=1.0, **small())

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from emu3_jax.benchmarks.draw import normal
 from tiny import forward
 
 import emu3_jax
-from emu3_jax.benchmarks.draw import normal
 from emu3_jax.cli.main import main
 from emu3_jax.errors import Emu3Error
-from emu3_jax.generation import engine
+from emu3_jax.generation import session
 from emu3_jax.generation.schedule import image_schedule
 from emu3_jax.models.adapters import MATRICES
 from emu3_jax.models.attention import attend
@@ -107,11 +107,8 @@ def test_the_engine_draws_the_same_whatever_stands_beside_a_row():
     settings = tiny.settings(3, guidance=2.0)
 
     def run(rows):
-        some = jax.tree.map(lambda column: column[rows], settings)
-        given = [prompts[row] for row in rows]
-        return engine.run(
-            params, tiny.CONFIG, given, [schedule] * len(rows), some, [[17]] * len(rows), narrow_cache=True
-        )
+        given = [session.Row(prompts[row], schedule, [17]) for row in rows]
+        return session.run(params, tiny.CONFIG, given, settings.take(rows), narrow_cache=True)
 
     together = run([0, 1, 2])
     for row in range(3):

@@ -16,8 +16,8 @@ import emu3_jax
 from emu3_jax.cli.main import main
 from emu3_jax.config import DecoderConfig, VisionConfig
 from emu3_jax.errors import Emu3Error
-from emu3_jax.generation import engine
-from emu3_jax.generation.schedule import SAMPLED, image_schedule, text_schedule
+from emu3_jax.generation import engine, session
+from emu3_jax.generation.schedule import image_schedule, text_schedule
 from emu3_jax.models.decoder import Block, Decoder
 from emu3_jax.models.vision import make_decoder, make_encoder
 from emu3_jax.sharding.mesh import make_mesh
@@ -140,13 +140,11 @@ def test_the_residual_stream_lies_as_declared(sizes):
 
 def compiled_decode(mesh, config, params, visual_only):
     """The state after prefill, and the text of the compiled loop."""
-    settings = jax.tree.map(jnp.asarray, tiny.settings(2))
-    plan = engine.Plan(jnp.full((2, 64), SAMPLED, jnp.int32), settings)
-    variant = engine.Variant(visual_only=visual_only, guided=True, use_top_k=True, use_top_p=False)
-    with use_mesh(mesh):
-        prompts, start = np.full((4, 16), 17, np.int32), np.zeros(4, np.int32)
-        state = engine.prefill(params, prompts, start, plan, config, variant, 64)
-        return state, engine.decode.lower(params, state, plan, np.int32(5), config, variant).compile().as_text()
+    schedule = image_schedule(7, 7) if visual_only else text_schedule(60)
+    rows = [session.Row([17] * 16, schedule, [17] * 16)] * 2
+    decoding = session.DecodeSession(params, config, rows, tiny.settings(2, top_k=4), mesh=mesh)
+    decoding.start()
+    return decoding.state, decoding.lower_decode(decoding.state.cache.slots).compile().as_text()
 
 
 @pytest.mark.parametrize("visual_only", [True, False])
@@ -182,16 +180,13 @@ def test_golden_pictures_on_every_mesh(sizes, golden_model):
     )
     params = jax.device_put(language.params, decoder_shardings(language.config, mesh))
     engine.decode.clear_cache()
-    with use_mesh(mesh):
-        ids = engine.run(
-            params,
-            language.config,
-            [prompt],
-            [image_schedule(height, width)],
-            tiny.settings(1, temperature=0.0, guidance=case["guidance"]),
-            [negative],
-            row_multiple=batch_shards(mesh),
-        )
+    ids = session.run(
+        params,
+        language.config,
+        [session.Row(prompt, image_schedule(height, width), negative)],
+        tiny.settings(1, temperature=0.0, guidance=case["guidance"]),
+        mesh=mesh,
+    )
     np.testing.assert_array_equal(ids[0], golden["wide/sequences"][0, int(golden["wide/prompt_length"]) :])
     assert engine.decode._cache_size() == 1  # what a call returns lies where the next expects it
 
@@ -199,11 +194,11 @@ def test_golden_pictures_on_every_mesh(sizes, golden_model):
 def test_sampled_rows_that_do_not_fill_the_mesh():
     prompts, schedules = [[17, 1, 2], [17], [17, 5, 6, 7]], [text_schedule(5), text_schedule(9), text_schedule(7)]
     settings = tiny.settings(3, temperature=[1.0, 0.8, 1.2], top_k=[8, 3, 32])
-    alone = engine.run(tiny.params(), tiny.CONFIG, prompts, schedules, settings)
+    rows = tiny.rows(prompts, schedules)
+    alone = session.run(tiny.params(), tiny.CONFIG, rows, settings)
     mesh = make_mesh("data=4,tensor=2")
     params = jax.device_put(tiny.params(), decoder_shardings(tiny.CONFIG, mesh))
-    with use_mesh(mesh):
-        spread = engine.run(params, tiny.CONFIG, prompts, schedules, settings, row_multiple=batch_shards(mesh))
+    spread = session.run(params, tiny.CONFIG, rows, settings, mesh=mesh)
     np.testing.assert_array_equal(spread, alone)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from emu3_jax.config import DecoderConfig, SpecialTokens
 from emu3_jax.generation.sampling import RowSettings
+from emu3_jax.generation.session import Row
 from emu3_jax.models.decoder import Decoder
 
 TOKENS = SpecialTokens(
@@ -36,10 +37,9 @@ def forward(params, tokens, cache=None, config: DecoderConfig = CONFIG, last_onl
 def settings(count: int, **columns) -> RowSettings:
     """Plain sampling, or what `columns` say; each column is one value or one per row."""
     defaults = {"temperature": 1.0, "top_k": 10**6, "top_p": 1.0, "guidance": 1.0, "seed": np.arange(count)}
-    dtypes = {"temperature": np.float32, "top_k": np.int32, "top_p": np.float32, "guidance": np.float32}
-    return RowSettings(
-        **{
-            name: np.broadcast_to(np.asarray(columns.get(name, default), dtypes.get(name, np.uint32)), (count,))
-            for name, default in defaults.items()
-        }
-    )
+    return RowSettings.of(count, **{**defaults, **columns})
+
+
+def rows(prompts, schedules, negatives=None) -> list[Row]:
+    """Rows of a session, from one list for each of their parts."""
+    return [Row(*row) for row in zip(prompts, schedules, negatives or [None] * len(prompts), strict=True)]

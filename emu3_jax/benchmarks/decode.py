@@ -15,9 +15,9 @@ from flax import traverse_util
 from jax.sharding import Mesh
 
 from emu3_jax.benchmarks import peer
-from emu3_jax.benchmarks.draw import normal
 from emu3_jax.benchmarks.kernels import gpu_kernels
 from emu3_jax.benchmarks.machine import describe_machine
+from emu3_jax.benchmarks.random_weights import normal
 from emu3_jax.benchmarks.vision import PRESETS as VISION_PRESETS
 from emu3_jax.benchmarks.vision import random_weights
 from emu3_jax.checkpoints.bundle import Bundle
@@ -26,9 +26,12 @@ from emu3_jax.checkpoints.layouts import decoder_params
 from emu3_jax.compilation import enable_persistent_cache
 from emu3_jax.config import DecoderConfig, VisionConfig
 from emu3_jax.errors import Emu3Error
-from emu3_jax.generation import engine
-from emu3_jax.generation.sampling import RowSettings
-from emu3_jax.generation.schedule import TokenClass, forced_ids, image_schedule, stack_schedules
+from emu3_jax.generation import engine, session
+from emu3_jax.generation.defaults import GUIDANCE, TOP_K
+from emu3_jax.generation.pipeline import Emu3
+from emu3_jax.generation.rows import Sampling
+from emu3_jax.generation.schedule import TokenClass, image_schedule
+from emu3_jax.generation.session import DecodeSession, Row
 from emu3_jax.loading import load
 from emu3_jax.models.adapters import MATRICES
 from emu3_jax.models.attention import choose_kernels
@@ -44,11 +47,11 @@ PRESETS = {
     "small": DecoderConfig(hidden_size=256, intermediate_size=512, num_layers=2, num_heads=4, num_kv_heads=2),
 }
 PROMPT_TOKENS = 64
-GUIDANCE, TOP_K = 3.0, 2048
 PROFILED = 16  # steps
 
 
 def run(
+    *,
     preset: str = "8b",
     rows: tuple[int, ...] = (1,),
     area: int | None = None,
@@ -109,137 +112,135 @@ def run(
     measured = bandwidths(model is None and preset == "8b")  # before anything else needs the memory
     devices = None if mesh is None else make_mesh(mesh)
     with use_mesh(devices):
-        yield from _run(preset, rows, area, steps, whole, model, quantize, kernels, devices, profile, logits, measured)
+        subject = _subject(preset, model, quantize, kernels, devices)
+        yield {"bench": "decode", **subject.about, **describe_machine(), **measured}
+        config = subject.config
+        side = round(math.sqrt(config.image_area if area is None else area) / subject.vision_config.spatial_factor)
+        for count in rows:
+            copy = measured["copy_gb_per_s"]
+            yield from _measure(subject, count, side, steps=steps, whole=whole, profile=profile, copy=copy)
+        if logits:
+            yield logit_errors(config, subject.params, quantize)
     if failure:
         raise failure
 
 
-def _run(
-    preset, rows, area, steps, whole, model, quantize, kernels, mesh: Mesh | None, profile, logits, measured
-) -> Iterator[dict[str, Any]]:
-    """Our side of `run`."""
-    devices = 1 if mesh is None else mesh.size
-    narrow_cache = quantize is not None and KINDS[quantize][1]
-    loaded = None
+@dataclasses.dataclass(frozen=True)
+class _Subject:
+    """What is measured: a decoder of random weights, or a bundle, which is then `loaded`."""
+
+    about: dict[str, Any]
+    config: DecoderConfig
+    params: Any
+    vision_config: VisionConfig
+    loaded: Emu3 | None
+    mesh: Mesh | None
+    narrow_cache: bool
+    kernels: str
+
+
+def _subject(preset: str, model: str | None, quantize: str | None, kernels: str, mesh: Mesh | None) -> _Subject:
+    about: dict[str, Any]
     if model is None:
-        config, about = PRESETS[preset], {"preset": preset}
+        config, loaded, about = PRESETS[preset], None, {"preset": preset}
         params = random_params(config, quantize, mesh)
         vision_config = VISION_PRESETS[{"8b": "270m"}.get(preset, preset)]
         about |= {} if mesh is None else {"mesh": dict(mesh.shape)}
     else:
-        loaded = load(None if model == "embedded" else model, quantize=quantize)
-        about = {"model": model}
+        loaded, about = load(None if model == "embedded" else model, quantize=quantize), {"model": model}
         config, params, vision_config = loaded.language.config, loaded.language.params, loaded.vision.config
-    factor = vision_config.spatial_factor
     if quantize is not None:
         about["quantize"] = quantize
     about["kernels"] = kernels = choose_kernels(kernels, config.head_dim)
-    yield {"bench": "decode", **about, **describe_machine(), **measured}
-    weight_bytes = step_weight_bytes(params, config)
-    area = config.image_area if area is None else area
-    side = round(math.sqrt(area) / factor)
-    for count in rows:
-        schedule = image_schedule(side, side)
-        total = len(schedule) - 3
-        stacked = stack_schedules([schedule] * count, engine.bucket(len(schedule)))
-        timed = min(steps, total - 1)
-        variant = engine.Variant(
-            visual_only=True,
-            guided=True,
-            use_top_k=True,
-            use_top_p=False,
-            narrow_cache=narrow_cache,
-            kernels=kernels,
-        )
-        plan = engine.Plan(jnp.asarray(forced_ids(stacked, config.tokens)), _settings(count))
-        prompts = np.full((2 * count, PROMPT_TOKENS), 1, np.int32)
-        start = np.zeros(2 * count, np.int32)
-        final = PROMPT_TOKENS + stacked.shape[1]
-        slots = engine.cache_slots(PROMPT_TOKENS + 1, final, kernels)
-        began = time.perf_counter()
-        state = engine.prefill(params, prompts, start, plan, config, variant, slots)
-        jax.block_until_ready(state)
-        compile_s = time.perf_counter() - began
-        slot_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.cache) if leaf.ndim > 1) // slots
-        seconds = 0.0
-        position = 1
-        while position < total:  # one stop in the middle of each size that a growing cache would have
-            needed = PROMPT_TOKENS + position + 1
-            slots = engine.cache_slots(needed, final, kernels)
-            last = min(engine.cache_slots(needed, final, "xla") - PROMPT_TOKENS, total)
-            middle = max((position + last - timed) // 2, 1)
-            if slots > state.cache.slots:
-                state = state.replace(cache=state.cache.grow(slots))
-            best = math.inf
-            for attempt in range(3):
-                state = _place(state, middle, PROMPT_TOKENS)
-                jax.block_until_ready(state)
-                began = time.perf_counter()
-                state = engine.decode(params, state, plan, np.int32(middle + timed), config, variant)
-                jax.block_until_ready(state)
-                took = time.perf_counter() - began
-                compile_s += took if attempt == 0 else 0
-                best = min(best, took / timed)
-            seconds += best * (last - position)
-            moved = weight_bytes + slot_bytes * (PROMPT_TOKENS + middle + timed // 2)
-            yield {
-                "pictures": count,
-                "cache_length": PROMPT_TOKENS + middle + timed // 2,
-                "cache_slots": slots,
-                "ms_per_step": round(best * 1e3, 3),
-                "bytes_per_step": moved,
-                "gb_per_s": round(moved / best / 1e9, 1),
-                "share_of_copy": round(moved / best / 1e9 / measured["copy_gb_per_s"] / devices, 3),
-            }
-            if profile:
-                state = _place(state, middle, PROMPT_TOKENS)
-                with gpu_kernels(PROFILED) as found:
-                    state = engine.decode(params, state, plan, np.int32(middle + PROFILED), config, variant)
-                    jax.block_until_ready(state)
-                if found:
-                    yield {"pictures": count, "cache_slots": slots, **found}
-            position = last
-        average = seconds / total
-        sampler = _sampler_seconds(config, variant, plan, count)
-        summary = {
+    narrow_cache = quantize is not None and KINDS[quantize][1]
+    return _Subject(about, config, params, vision_config, loaded, mesh, narrow_cache, kernels)
+
+
+def _measure(
+    subject: _Subject, count: int, side: int, *, steps: int, whole: bool, profile: bool, copy: float
+) -> Iterator[dict[str, Any]]:
+    """Figures of `count` pictures of `side` x `side` tokens at once; `copy` is a device's copy bandwidth in GB/s."""
+    config, params = subject.config, subject.params
+    schedule = image_schedule(side, side)
+    total = len(schedule) - 3
+    timed = min(steps, total - 1)
+    prompt = [1] * PROMPT_TOKENS
+    pictures = [Row(prompt, schedule, prompt)] * count
+    settings = Sampling(top_k=TOP_K, guidance=GUIDANCE).settings(count)
+    options: dict[str, Any] = {
+        "mesh": subject.mesh, "narrow_cache": subject.narrow_cache, "kernels": subject.kernels,
+    }  # fmt: skip
+    decoding = DecodeSession(params, config, pictures, settings, **options)
+    began = time.perf_counter()
+    decoding.start()
+    jax.block_until_ready(decoding.state)
+    compile_s = time.perf_counter() - began
+    weight_bytes, slot_bytes = step_weight_bytes(params, config), _slot_bytes(decoding)
+    devices = 1 if subject.mesh is None else subject.mesh.size
+    seconds = 0.0
+    position = 1
+    while position < total:  # one stop in the middle of each size that a growing cache would have
+        needed, final = PROMPT_TOKENS + position + 1, decoding.shapes.width + decoding.shapes.steps
+        last = min(session.cache_slots(needed, final, "xla") - PROMPT_TOKENS, total)
+        middle = max((position + last - timed) // 2, 1)
+        attempts = [_timed(decoding, middle, timed) for _ in range(3)]  # the first one may compile
+        compile_s += attempts[0]
+        best = min(attempts) / timed
+        seconds += best * (last - position)
+        moved = weight_bytes + slot_bytes * (PROMPT_TOKENS + middle + timed // 2)
+        slots = decoding.state.cache.slots
+        yield {
             "pictures": count,
-            "picture": f"{side * factor}x{side * factor}",
-            "tokens": total,
-            "ms_per_token_average": round(average * 1e3, 3),
-            "seconds_per_picture": round(average * total / count, 2),
-            "pictures_per_minute": round(60 * count / (average * total), 2),
-            "sampler_ms": round(sampler * 1e3, 4),
-            "sampler_share": round(sampler / average, 4),
-            "first_calls_s": round(compile_s, 1),
-            **_memory(),
+            "cache_length": PROMPT_TOKENS + middle + timed // 2,
+            "cache_slots": slots,
+            "ms_per_step": round(best * 1e3, 3),
+            "bytes_per_step": moved,
+            "gb_per_s": round(moved / best / 1e9, 1),
+            "share_of_copy": round(moved / best / 1e9 / copy / devices, 3),
         }
-        del state
-        if whole:
-            row = [1] * PROMPT_TOKENS
-            settings = jax.tree.map(np.asarray, _settings(count))
-            began = time.perf_counter()
-            tokens = engine.run(  # what it runs has been compiled above
-                params,
-                config,
-                [row] * count,
-                [schedule] * count,
-                settings,
-                [row] * count,
-                narrow_cache=narrow_cache,
-                kernels=kernels,
-            )
-            summary["whole_run_s"] = round(time.perf_counter() - began, 2)
-            if loaded is None:
-                summary["pixels_s"] = _draw(tokens, schedule, side, config, vision_config)
-            if loaded is not None:
-                for _ in range(2):
-                    began = time.perf_counter()
-                    loaded.generate(["a picture"] * count, area=area, guidance=GUIDANCE, top_k=TOP_K, batch_size=count)
-                summary["prompt_to_pixels_s"] = round(time.perf_counter() - began, 2)
-            summary |= _memory()
-        yield summary
-    if logits:
-        yield logit_errors(config, params, quantize)
+        if profile:
+            with gpu_kernels(PROFILED) as found:
+                _timed(decoding, middle, PROFILED)
+            if found:
+                yield {"pictures": count, "cache_slots": slots, **found}
+        position = last
+    average = seconds / total
+    sampler = _sampler_seconds(config, decoding, count)
+    summary = {
+        "pictures": count,
+        "picture": "{0}x{0}".format(side * subject.vision_config.spatial_factor),
+        "tokens": total,
+        "ms_per_token_average": round(average * 1e3, 3),
+        "seconds_per_picture": round(average * total / count, 2),
+        "pictures_per_minute": round(60 * count / (average * total), 2),
+        "sampler_ms": round(sampler * 1e3, 4),
+        "sampler_share": round(sampler / average, 4),
+        "first_calls_s": round(compile_s, 1),
+        **_memory(),
+    }
+    del decoding
+    if whole:
+        began = time.perf_counter()
+        tokens = session.run(params, config, pictures, settings, **options)  # its programs have been compiled above
+        summary["whole_run_s"] = round(time.perf_counter() - began, 2)
+        if subject.loaded is None:
+            summary["pixels_s"] = _pixel_seconds(tokens, schedule, side, config, subject.vision_config)
+        else:
+            area = (side * subject.vision_config.spatial_factor) ** 2
+            for _ in range(2):
+                began = time.perf_counter()
+                subject.loaded.generate(
+                    ["a picture"] * count, area=area, guidance=GUIDANCE, top_k=TOP_K, batch_size=count
+                )
+            summary["prompt_to_pixels_s"] = round(time.perf_counter() - began, 2)
+        summary |= _memory()
+    yield summary
+
+
+def _slot_bytes(decoding: DecodeSession) -> int:
+    """Bytes of one slot of the cache, over all rows and layers."""
+    cache = decoding.state.cache
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(cache) if leaf.ndim > 1) // cache.slots
 
 
 def bandwidths(large: bool) -> dict[str, float]:
@@ -261,8 +262,9 @@ def bandwidths(large: bool) -> dict[str, float]:
     return figures
 
 
-def _sampler_seconds(config: DecoderConfig, variant: engine.Variant, plan: engine.Plan, count: int) -> float:
+def _sampler_seconds(config: DecoderConfig, decoding: DecodeSession, count: int) -> float:
     """Of one step's guidance and sampling alone, in a loop of `PROFILED` of them."""
+    plan, variant = jax.tree.map(jnp.asarray, decoding.plan), decoding.shapes.variant
     candidates = config.tokens.visual_count if variant.visual_only else config.vocab_size
     logits = jax.random.normal(jax.random.key(0), (2 * count, candidates), jnp.float32)
 
@@ -286,7 +288,9 @@ def _sampler_seconds(config: DecoderConfig, variant: engine.Variant, plan: engin
     return best / PROFILED
 
 
-def _draw(tokens: np.ndarray, schedule: np.ndarray, side: int, config: DecoderConfig, vision: VisionConfig) -> float:
+def _pixel_seconds(
+    tokens: np.ndarray, schedule: np.ndarray, side: int, config: DecoderConfig, vision: VisionConfig
+) -> float:
     """Seconds from the tokens of pictures to their pixels by a tokenizer of random weights, once it is compiled."""
     params = traverse_util.unflatten_dict(jax.tree.map(jnp.asarray, random_weights(vision)))
     codes = tokens[:, schedule == TokenClass.VISUAL].reshape(-1, 1, side, side) - config.tokens.visual_start
@@ -363,20 +367,14 @@ def random_params(config: DecoderConfig, quantize: str | None = None, mesh: Mesh
     return traverse_util.unflatten_dict(params)
 
 
-def _settings(count: int) -> RowSettings:
-    return RowSettings(
-        temperature=jnp.ones(count, jnp.float32),
-        top_k=jnp.full(count, TOP_K, jnp.int32),
-        top_p=jnp.ones(count, jnp.float32),
-        guidance=jnp.full(count, GUIDANCE, jnp.float32),
-        seed=jnp.arange(count, dtype=jnp.uint32),
-    )
-
-
-def _place(state: engine.DecodeState, step: int, prompt: int) -> engine.DecodeState:
-    """The state as if `step` steps had been taken: same shapes, so the same program."""
-    cache = dataclasses.replace(state.cache, length=jnp.asarray(prompt + step - 1, jnp.int32))
-    return dataclasses.replace(state, cache=cache, step=jnp.asarray(step, jnp.int32))
+def _timed(decoding: DecodeSession, first: int, steps: int) -> float:
+    """Seconds that `steps` steps take from step `first` on. Every call has the same shapes, so the same program."""
+    decoding.place(first)
+    jax.block_until_ready(decoding.state)
+    began = time.perf_counter()
+    decoding.advance(first + steps)
+    jax.block_until_ready(decoding.state)
+    return time.perf_counter() - began
 
 
 def _memory() -> dict[str, float]:

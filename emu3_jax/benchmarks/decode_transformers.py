@@ -8,9 +8,9 @@ from typing import Any
 from emu3_jax.benchmarks import peer
 from emu3_jax.checkpoints.published_config import decoder_to_published
 from emu3_jax.config import DecoderConfig
+from emu3_jax.generation.defaults import GUIDANCE, TOP_K
 
 PROMPT_TOKENS = 64
-GUIDANCE, TOP_K = 3.0, 2048
 
 
 def run(config: DecoderConfig, area: int) -> Iterator[dict[str, Any]]:

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from emu3_jax.benchmarks import peer
-from emu3_jax.benchmarks.draw import normal
 from emu3_jax.benchmarks.kernels import gpu_kernels
 from emu3_jax.benchmarks.machine import describe_machine
+from emu3_jax.benchmarks.random_weights import normal
 from emu3_jax.compilation import enable_persistent_cache
 from emu3_jax.config import DecoderConfig
 from emu3_jax.data.config import DataConfig, Source

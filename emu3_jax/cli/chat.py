@@ -6,6 +6,7 @@ Without --prompt, questions are read from standard input, one a line.
 import argparse
 
 from emu3_jax.cli import common
+from emu3_jax.generation import defaults
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -27,7 +28,13 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--frames", type=int, metavar="N", help="of a clip (default: those of the training; as pictures, 8)"
     )
     command.add_argument("--fps", type=float, metavar="F", help="of a clip's frames that are shown (default: spread)")
-    command.add_argument("--max-new-tokens", type=int, default=1024, metavar="N", help="longest answer (default: 1024)")
+    command.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=defaults.MAX_NEW_TOKENS,
+        metavar="N",
+        help="longest answer (default: %(default)s)",
+    )
     common.add_sampling(command, temperature=0.0)
     command.add_argument("--json", action="store_true", help="one JSON object a line: file or files, prompt, answer")
 

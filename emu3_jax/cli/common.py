@@ -4,6 +4,8 @@ import argparse
 import sys
 from collections.abc import Iterator
 
+from emu3_jax.generation import defaults
+
 
 def add_model(command: argparse.ArgumentParser) -> None:
     """`--model`, `--vision`, `--dtype`, `--quantize`, `--mesh`, `--quiet`."""
@@ -94,18 +96,33 @@ def add_drawing(command: argparse.ArgumentParser) -> None:
     """What is drawn beside the prompts, and how tokens are drawn."""
     command.add_argument("--area", type=int, help="pixels (default: what the model was trained for)")
     command.add_argument("--negative", nargs="+", default=[""], metavar="TEXT", help="what to avoid, or one each")
-    command.add_argument("--guidance", type=float, nargs="+", default=[3.0], help="scale, or one each (default: 3.0)")
-    add_sampling(command, temperature=1.0)
+    command.add_argument(
+        "--guidance",
+        type=float,
+        nargs="+",
+        default=[defaults.GUIDANCE],
+        help=f"scale, or one each (default: {defaults.GUIDANCE})",
+    )
+    add_sampling(command, temperature=defaults.TEMPERATURE)
 
 
 def add_sampling(command: argparse.ArgumentParser, temperature: float) -> None:
     """How tokens are drawn."""
     command.add_argument("--temperature", type=float, default=temperature, help="0 is greedy (default: %(default)s)")
-    command.add_argument("--top-k", type=int, default=2048, help="candidates kept (default: %(default)s)")
-    command.add_argument("--top-p", type=float, default=1.0, help="probability mass kept (default: %(default)s)")
-    command.add_argument("--seed", type=int, default=0, help="seed of the first row; each next row adds 1 (default: 0)")
+    command.add_argument("--top-k", type=int, default=defaults.TOP_K, help="candidates kept (default: %(default)s)")
+    command.add_argument(
+        "--top-p", type=float, default=defaults.TOP_P, help="probability mass kept (default: %(default)s)"
+    )
+    command.add_argument(
+        "--seed",
+        type=int,
+        default=defaults.SEED,
+        help="seed of the first row; each next row adds 1 (default: %(default)s)",
+    )
     command.add_argument("--greedy", action="store_true", help="always take the likeliest token")
-    command.add_argument("--batch-size", type=int, default=8, help="rows computed at once (default: %(default)s)")
+    command.add_argument(
+        "--batch-size", type=int, default=defaults.BATCH_SIZE, help="rows computed at once (default: %(default)s)"
+    )
     command.add_argument("--allow-special", action="store_true", help="let control tokens in prompts act as such")
 
 

@@ -4,14 +4,19 @@ import argparse
 import pathlib
 
 from emu3_jax.cli import common
+from emu3_jax.generation import defaults
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("prompts", nargs="+", metavar="PROMPT", help="what to show")
     common.add_model(command)
     common.add_fast_pixels(command)
-    command.add_argument("--frames", type=int, default=8, metavar="N", help="new ones of each clip (default: 8)")
-    command.add_argument("--fps", type=float, metavar="F", help="frames per second (default: those of --extend, or 8)")
+    command.add_argument(
+        "--frames", type=int, default=defaults.FRAMES, metavar="N", help="new ones of each clip (default: %(default)s)"
+    )
+    command.add_argument(
+        "--fps", type=float, metavar="F", help=f"frames per second (default: those of --extend, or {defaults.FPS:g})"
+    )
     command.add_argument("--extend", type=pathlib.Path, metavar="CLIP", help="go on from this clip or picture")
     command.add_argument("--window", type=int, metavar="N", help="frames of one pass (default: as in training)")
     command.add_argument("--ratio", metavar="W:H", help="default: that of --extend, or 1:1")
@@ -39,7 +44,7 @@ def run(options: argparse.Namespace) -> None:
     extend = options.extend and as_media(options.extend)
     fps = options.fps
     if fps is None:
-        fps = extend.fps if isinstance(extend, Clip) else 8.0
+        fps = extend.fps if isinstance(extend, Clip) else defaults.FPS
     check_writable(options.output / f"000.{options.format}", fps)
     model = common.load_model(options)
     # All processes of a mesh compute; the first one shows and writes.

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from emu3_jax.fields import check_field, is_number, is_whole
+from emu3_jax.generation import defaults
 from emu3_jax.models.quantization import KINDS
 
 FIGURES = ("reconstruction", "text_to_image", "image_to_text", "procedural", "motion")
@@ -90,7 +91,7 @@ class EvaluateConfig:
     procedural_guidance: float = 3.0
     clip_guidance: float = 3.0
     temperature: float = 1.0
-    top_k: int = 2048
+    top_k: int = defaults.TOP_K
     top_p: float = 1.0
     seed: int = 0
     rows: int = 24

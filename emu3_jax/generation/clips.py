@@ -1,20 +1,24 @@
 """Clips as they are generated: decoded while later frames are sampled, in passes that fit the model's positions."""
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
 from emu3_jax.errors import Emu3Error
-from emu3_jax.generation.codec import Vision
-from emu3_jax.generation.schedule import TokenClass
+from emu3_jax.fields import is_whole
+from emu3_jax.generation import defaults
+from emu3_jax.generation.codec import Vision, encode_end
+from emu3_jax.generation.language import Batching, Grid, Language, generate_grids
+from emu3_jax.generation.rows import Sampling, per_row, prompt_list
+from emu3_jax.generation.schedule import TokenClass, clip_schedule, frames_that_fit
+from emu3_jax.media.clips import Clip, check_fps, resize_frames
 from emu3_jax.media.images import postprocess
+from emu3_jax.media.inputs import Media, as_media
+from emu3_jax.media.sizes import generate_size
 from emu3_jax.models.vision import Stream, check_codes
 from emu3_jax.text.prompts import generation_prompt
-
-if TYPE_CHECKING:
-    from emu3_jax.generation.pipeline import Language
 
 # Told of frames: the row, the number of the first in its clip, and they themselves, uint8 [n, H, W, 3].
 OnFrames = Callable[[int, int, np.ndarray], None]
@@ -48,7 +52,7 @@ class GrowingClip:
         self._frames = np.empty((len(given) + count, *given.shape[1:]), np.uint8)
         self._frames[: len(given)] = given
         self._length = len(given)
-        self._drawn: list[jax.Array] = []  # pixels [1, T, H, W, 3] that the device was asked for
+        self._pending: list[jax.Array] = []  # pixels [1, T, H, W, 3] that the device was asked for
 
     @property
     def frames(self) -> np.ndarray:
@@ -84,28 +88,111 @@ class GrowingClip:
             check_codes(latent, self._vision.config)
             pixels = self._stream(latent[None, None])
             if self._asked >= len(self._context):
-                self._drawn.append(pixels)
+                self._pending.append(pixels)
             self._asked += 1
         if len(new) == self._visual.sum():  # the pass is over: there will be no next call to wait for
             self._collect()
 
     def _collect(self) -> None:
-        for pixels in self._drawn:
+        for pixels in self._pending:
             first, room = self._length, len(self._frames) - self._length
             frames = postprocess(np.asarray(pixels)[0], self._vision.image)[:room]
             self._length += len(frames)
             self._frames[first : self._length] = frames
             if self._shown is not None:
                 self._shown(first, frames)
-        self._drawn = []
+        self._pending = []
 
 
-def latents_of_a_pass(
-    language: "Language",
-    factor: int,
+def generate_clips(
+    language: Language,
+    vision: Vision,
+    prompts: str | Sequence[str],
+    sampling: Sampling,
+    *,
+    frames: int,
+    fps: float | None,
+    extend: Media | Sequence[Media] | None,
     window: int | None,
+    ratio: str | None,
+    area: int | None,
+    negative: str | Sequence[str],
+    batching: Batching,
+    allow_special: bool,
+    on_frames: OnFrames | None,
+) -> list[Clip]:
+    """One clip for each prompt; see `Emu3.generate_clips`."""
+    prompts = prompt_list(prompts)
+    for name, number in (("frames", frames), ("window", window)):
+        if not (is_whole(number, 1) or (name == "window" and number is None)):
+            raise Emu3Error(f"{name} is {number!r}: it must be a whole number >= 1")
+    check_fps(fps)
+    config, factor = language.config, vision.config.temporal_factor
+    media = [as_media(item) for item in per_row("extend", extend, len(prompts))] if extend is not None else []
+    rates = [fps or (item.fps if isinstance(item, Clip) else defaults.FPS) for item in media or prompts]
+    given = [item.frames if isinstance(item, Clip) else np.asarray(item)[None] for item in media]
+    area = config.image_area if area is None else area
+    size = generate_size(_common_ratio(given) if ratio is None else ratio, area, vision.config.spatial_factor)
+    height, width = (side * vision.config.spatial_factor for side in size)
+    settings = sampling.settings(len(prompts))
+    negatives = per_row("negative", negative, len(prompts))
+    nothing = np.zeros((0, height, width, 3), np.uint8)
+    clips = [
+        GrowingClip(
+            vision,
+            config.tokens.visual_start,
+            resize_frames(given[row], height, width) if given else nothing,
+            frames,
+            on_frames and functools.partial(on_frames, row),
+        )
+        for row in range(len(prompts))
+    ]
+    missing = -(-frames // factor)
+    texts = [*prompts, *negatives]
+    latents = _latents_of_a_pass(
+        language, texts, size, factor=factor, window=window, missing=missing, extending=bool(given),
+        allow_special=allow_special,
+    )  # fmt: skip
+
+    def on_tokens(first: int, ids: np.ndarray) -> None:
+        for clip, row in zip(clips[first : first + len(ids)], ids, strict=True):
+            clip.take(row)
+
+    while missing:
+        old = min(latents // 2, -(-min(len(clip.frames) for clip in clips) // factor))
+        new = min(latents - old, missing)
+        contexts = [encode_end(vision, clip.frames, old) if old else None for clip in clips]
+        schedule = clip_schedule(old + new, *size, config.clip_layout, given=old)
+        for clip, context in zip(clips, contexts, strict=True):
+            clip.begin(context, schedule)
+        grids = [
+            Grid(prompt, negative, (old + new, *size), context)
+            for prompt, negative, context in zip(prompts, negatives, contexts, strict=True)
+        ]
+        generate_grids(
+            language, grids, settings, batching=batching, allow_special=allow_special, on_tokens=on_tokens
+        )  # fmt: skip
+        missing -= new
+        # Change the seeds per pass, or each pass resembles the previous one.
+        settings = settings.replace(seed=settings.seed + np.uint32(0x9E3779B9))
+    return [Clip(clip.frames, rate) for clip, rate in zip(clips, rates, strict=True)]
+
+
+def _common_ratio(given: Sequence[np.ndarray]) -> str:
+    """The ratio of given frames [T, H, W, 3]; 1:1 where there are none. Raises `Emu3Error` where sizes differ."""
+    shapes = {frames.shape[1:3] for frames in given}
+    if len(shapes) > 1:
+        raise Emu3Error("the clips to extend differ in size: give one ratio, or extend them one by one")
+    return "{1}:{0}".format(*shapes.pop()) if shapes else "1:1"
+
+
+def _latents_of_a_pass(
+    language: Language,
     texts: Sequence[str],
     size: tuple[int, int],
+    *,
+    factor: int,
+    window: int | None,
     missing: int,
     extending: bool,
     allow_special: bool,
@@ -114,10 +201,10 @@ def latents_of_a_pass(
 
     Args:
         language: the decoder.
-        factor: frames of one latent frame.
-        window: frames of one pass, if somebody says; see `Emu3.generate_clips`.
         texts: of all prompts.
         size: rows and columns of a latent frame.
+        factor: frames of one latent frame.
+        window: frames of one pass, if somebody says; see `Emu3.generate_clips`.
         missing: latent frames that are to be generated.
         extending: whether others come before them.
         allow_special: see `Emu3.generate_clips`.
@@ -127,12 +214,11 @@ def latents_of_a_pass(
     """
     config = language.config
     window = window or config.clip_frames
-    frame = size[0] * (size[1] + (config.clip_layout == "lines")) + 1
     longest = max(
         len(generation_prompt(language.tokenizer, config.tokens, text, 999, *size, allow_special=allow_special))
         for text in texts
     )
-    fits = (config.max_positions - longest - 2) // frame
+    fits = frames_that_fit(config.max_positions - longest, *size, config.clip_layout)
     latents = min(fits, missing + missing * extending) if window is None else -(-window // factor)
     least = 1 + (extending or latents < missing > 1)  # where passes follow each other, each has old and new frames
     if fits < least:

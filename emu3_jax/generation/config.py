@@ -2,8 +2,13 @@
 
 import dataclasses
 
+import numpy as np
+
 from emu3_jax.config import DecoderConfig
 from emu3_jax.errors import Emu3Error
+from emu3_jax.fields import check_field, is_number, is_whole
+from emu3_jax.generation import defaults
+from emu3_jax.generation.schedule import grid_schedule
 from emu3_jax.media.sizes import generate_size
 
 
@@ -13,13 +18,14 @@ class GenerateConfig:
 
     Attributes:
         decoder: the decoder's shapes; its weights are in `decoder.dtype`.
-        pictures: pictures, or clips, that are drawn at once; what the mesh's rows leave over is filled up.
-        frames: of each clip, drawn in one pass; None for pictures. Those that they go on from are part of the prompt.
+        pictures: pictures, or clips, that are generated at once; what the mesh's rows leave over is filled up.
+        frames: of each clip, generated in one pass; None for pictures. Frames that a clip goes on from are part of the
+            prompt.
         temporal_factor: of the vision tokenizer, frames to one latent frame; what it leaves over is filled up.
         ratio: width:height.
-        area: pixels; None for what the model draws by default.
+        area: pixels; None for the model's default.
         guidance: classifier-free guidance scale; 1 is none, and halves the rows.
-        prompt_tokens: of the longest prompt, with all that comes before the first token that is drawn.
+        prompt_tokens: of the longest prompt, with all that comes before the first generated token.
         mesh: sizes of the axes data, fsdp, sequence and tensor; -1 is all that is left.
     """
 
@@ -29,21 +35,16 @@ class GenerateConfig:
     temporal_factor: int = 4
     ratio: str = "1:1"
     area: int | None = None
-    guidance: float = 3.0
+    guidance: float = defaults.GUIDANCE
     prompt_tokens: int = 64
     mesh: str = "tensor=-1"
 
     def __post_init__(self):
-        for field in ("pictures", "frames", "temporal_factor", "prompt_tokens"):
-            value = getattr(self, field)
-            if field == "frames" and value is None:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise Emu3Error(f"GenerateConfig field {field} is {value!r}: it must be a whole number >= 1")
-        if not isinstance(self.decoder, DecoderConfig):
-            raise Emu3Error(f"GenerateConfig field decoder is {self.decoder!r}: it must be a DecoderConfig")
-        if not isinstance(self.guidance, int | float) or not 0 <= self.guidance < float("inf"):
-            raise Emu3Error(f"GenerateConfig field guidance is {self.guidance!r}: it must be a number >= 0")
+        for field in ("pictures", "temporal_factor", "prompt_tokens"):
+            check_field(self, field, is_whole(getattr(self, field), 1), "a whole number >= 1")
+        check_field(self, "frames", self.frames is None or is_whole(self.frames, 1), "a whole number >= 1, or None")
+        check_field(self, "decoder", isinstance(self.decoder, DecoderConfig), "a DecoderConfig")
+        check_field(self, "guidance", is_number(self.guidance) and self.guidance >= 0, "a number >= 0")
         length = self.prompt_tokens + self.steps
         if length > self.decoder.max_positions:
             what, less = ("picture", "") if self.frames is None else ("clip", "fewer frames, ")
@@ -60,9 +61,11 @@ class GenerateConfig:
         return size if self.frames is None else (-(-self.frames // self.temporal_factor), *size)
 
     @property
+    def schedule(self) -> np.ndarray:
+        """The token classes of one picture or clip, to EOS; see `generation.schedule`."""
+        return grid_schedule(self.grid, self.decoder.clip_layout)
+
+    @property
     def steps(self) -> int:
-        """Tokens that are drawn or forced, to EOS; see `generation.schedule`."""
-        *frames, rows, columns = self.grid
-        if not frames:
-            return rows * (columns + 1) + 3
-        return frames[0] * (rows * (columns + (self.decoder.clip_layout == "lines")) + 1) + 2
+        """Tokens that are sampled or forced, to EOS."""
+        return len(self.schedule)

@@ -2,18 +2,17 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from emu3_jax.errors import Emu3Error
-from emu3_jax.generation.codec import encode
+from emu3_jax.generation import defaults
+from emu3_jax.generation.codec import Vision, encode
+from emu3_jax.generation.language import Batching, Language, answer
+from emu3_jax.generation.rows import Sampling, per_row
 from emu3_jax.media.clips import Clip, resample
 from emu3_jax.media.inputs import Media, as_media
 from emu3_jax.text.prompts import next_turn_prompt, understanding_prompt
-
-if TYPE_CHECKING:
-    from emu3_jax.generation.pipeline import Emu3
 
 CLIPS_AS = ("auto", "clip", "images")
 _FRAMES_SHOWN = 8  # of a clip as pictures, where nobody says: each takes as many tokens as a picture
@@ -39,16 +38,20 @@ class Showing:
         if self.clips_as not in CLIPS_AS:
             raise Emu3Error(f"clips_as is {self.clips_as!r}: it must be one of {', '.join(CLIPS_AS)}")
 
-    def codes(self, model: "Emu3", item: Media) -> list[np.ndarray]:
+    def codes(self, vision: Vision, item: Media, trained: int | None) -> list[np.ndarray]:
         """Codes of a picture, [h, w], or of a clip: [t, h, w], or a list of [h, w].
+
+        Args:
+            vision: what encodes.
+            item: the picture or clip.
+            trained: frames of the clips that the decoder was trained on (`DecoderConfig.clip_frames`), or None.
 
         Raises:
             Emu3Error: the item is neither, or a number is not legal.
         """
-        vision, media = model.vision, as_media(item)
+        media = as_media(item)
         if not isinstance(media, Clip):
             return [encode(vision, item)]
-        trained = model.language.config.clip_frames
         together = self.clips_as == "clip" or (self.clips_as == "auto" and trained is not None)
         most = (trained or len(media.frames)) if together else _FRAMES_SHOWN
         if self.frames is None and self.fps is None and len(media.frames) > most:
@@ -58,6 +61,57 @@ class Showing:
         return [encode(vision, media)] if together else [encode(vision, frame) for frame in media.frames]
 
 
+@dataclasses.dataclass(frozen=True)
+class Asking:
+    """How questions are put and answered, the same for all turns of a conversation.
+
+    Attributes:
+        showing: how clips stand in a prompt.
+        sampling: how tokens of answers are sampled.
+        batching: how rows are computed.
+        max_new_tokens: an answer's longest length.
+        allow_special: lets control tokens in questions act as such.
+    """
+
+    showing: Showing
+    sampling: Sampling
+    batching: Batching
+    max_new_tokens: int = defaults.MAX_NEW_TOKENS
+    allow_special: bool = False
+
+    def answer(self, language: Language, inputs: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """The ids of each row's answer; see `language.answer`."""
+        return answer(language, inputs, self.sampling, max_new_tokens=self.max_new_tokens, batching=self.batching)
+
+
+def _codes(language: Language, vision: Vision, showing: Showing, media: Media | Sequence[Media]) -> list[np.ndarray]:
+    """Codes of all that is shown with one question."""
+    items = media if isinstance(media, list | tuple) else [media]
+    return [codes for item in items for codes in showing.codes(vision, item, language.config.clip_frames)]
+
+
+def answer_questions(
+    language: Language,
+    vision: Vision,
+    media: Media | Sequence[Media | Sequence[Media]],
+    questions: str | Sequence[str],
+    asking: Asking,
+) -> list[str]:
+    """One answer for each picture, clip or sequence of such; see `Emu3.chat`."""
+    rows = list(media) if isinstance(media, list | tuple) else [media]
+    if not rows:
+        raise Emu3Error("there is no picture: give at least one")
+    inputs = [
+        understanding_prompt(
+            language.tokenizer, language.config.tokens, language.templates, text,
+            _codes(language, vision, asking.showing, shown), allow_special=asking.allow_special,
+        )
+        for text, shown in zip(per_row("prompts", questions, len(rows)), rows, strict=True)
+    ]  # fmt: skip
+    answers = asking.answer(language, inputs)
+    return [language.tokenizer.decode(ids.tolist(), skip_special=True) for ids in answers]
+
+
 class Conversation:
     """A conversation with a model; made by `Emu3.converse`.
 
@@ -65,10 +119,9 @@ class Conversation:
         turns: the questions and answers so far.
     """
 
-    def __init__(self, model: "Emu3", showing: Showing, allow_special: bool, options: dict[str, Any]):
-        """`options`: of `Emu3._answer`."""
+    def __init__(self, language: Language, vision: Vision, asking: Asking):
         self.turns: list[tuple[str, str]] = []
-        self._model, self._showing, self._allow_special, self._options = model, showing, allow_special, options
+        self._language, self._vision, self._asking = language, vision, asking
         self._ids: list[int] = []
 
     def ask(self, text: str, media: Media | Sequence[Media] = ()) -> str:
@@ -77,18 +130,16 @@ class Conversation:
         Raises:
             Emu3Error: on bad input, or where the conversation fills the model's positions. It stays as it was.
         """
-        model = self._model
-        media = media if isinstance(media, list | tuple) else [media]
-        codes = [shown for item in media for shown in self._showing.codes(model, item)]
-        language = model.language
+        language, asking = self._language, self._asking
+        codes = _codes(language, self._vision, asking.showing, media)
         prompt = next_turn_prompt if self._ids else understanding_prompt
         turn = prompt(
             language.tokenizer, language.config.tokens, language.templates, text, codes,
-            allow_special=self._allow_special,
+            allow_special=asking.allow_special,
         )  # fmt: skip
-        (answer,) = model._answer([[*self._ids, *turn]], **self._options)
+        (generated,) = asking.answer(language, [[*self._ids, *turn]])
         eos = language.config.tokens.eos
-        ids = answer.tolist()
+        ids = generated.tolist()
         ids = ids[: ids.index(eos)] if eos in ids else ids
         self._ids += [*turn, *ids, eos]
         self.turns.append((text, language.tokenizer.decode(ids, skip_special=True)))

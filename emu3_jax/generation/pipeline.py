@@ -1,62 +1,20 @@
 """`Emu3`: a loaded model that generates pictures, answers about them, and turns them into codes and back."""
 
-import dataclasses
-import functools
 from collections.abc import Sequence
-from typing import Any
 
-import jax
 import numpy as np
-from jax.sharding import Mesh
 from PIL import Image
-from tqdm import tqdm
 
-from emu3_jax.config import DecoderConfig
 from emu3_jax.errors import Emu3Error
-from emu3_jax.generation import engine
-from emu3_jax.generation.clips import GrowingClip, OnFrames, latents_of_a_pass
-from emu3_jax.generation.codec import Vision, decode, encode, encode_end
-from emu3_jax.generation.conversation import Conversation, Showing
-from emu3_jax.generation.rows import describe, per_row, prompt_list, row_settings
-from emu3_jax.generation.schedule import TokenClass, clip_schedule, image_schedule, text_schedule
-from emu3_jax.media.clips import DEFAULT_FPS, Clip, check_fps, resize_frames
-from emu3_jax.media.inputs import Media, as_clip
-from emu3_jax.media.sizes import generate_size
-from emu3_jax.sharding.rules import batch_shards
-from emu3_jax.text.prompts import PromptTemplates, frame_ids, generation_prompt, understanding_prompt
-from emu3_jax.text.tokenizer import Tokenizer
-
-
-@dataclasses.dataclass(frozen=True)
-class Language:
-    """The decoder in memory, with the tokenizer and prompt templates that it was trained with.
-
-    `mesh` is what its parameters are spread over, if anything; `narrow_cache`: keys and values are kept as int8.
-    """
-
-    config: DecoderConfig
-    params: Any
-    tokenizer: Tokenizer
-    templates: PromptTemplates
-    mesh: Mesh | None = None
-    narrow_cache: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Generation:
-    """One generated picture.
-
-    Attributes:
-        ids: int32 [prompt + generated], from BOS to EOS.
-        prompt_length: how many of `ids` are the prompt.
-        codes: int32 [h, w], the picture's codes.
-        image: the picture; `image.info` says how it was made.
-    """
-
-    ids: np.ndarray
-    prompt_length: int
-    codes: np.ndarray
-    image: Image.Image
+from emu3_jax.generation import defaults
+from emu3_jax.generation.clips import OnFrames, generate_clips
+from emu3_jax.generation.codec import Vision, decode, encode
+from emu3_jax.generation.conversation import Asking, Conversation, Showing, answer_questions
+from emu3_jax.generation.language import Batching, Language
+from emu3_jax.generation.pictures import Generation, generate_pictures
+from emu3_jax.generation.rows import Sampling
+from emu3_jax.media.clips import Clip
+from emu3_jax.media.inputs import Media
 
 
 class Emu3:
@@ -142,9 +100,30 @@ class Emu3:
         vision = self.vision
         return [decode(vision, np.asarray(item), independent, frames=frames, tile=tile) for item in codes]
 
-    def generate(self, prompts: str | Sequence[str], **options) -> list[Image.Image]:
-        """Pictures for the prompts; see `generate_sequences` for the options. `image.info` says how each was made."""
-        return [generation.image for generation in self.generate_sequences(prompts, **options)]
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        ratio: str | Sequence[str] = "1:1",
+        area: int | None = None,
+        negative: str | Sequence[str] = "",
+        guidance: float | Sequence[float] = defaults.GUIDANCE,
+        temperature: float | Sequence[float] = defaults.TEMPERATURE,
+        top_k: int | Sequence[int] = defaults.TOP_K,
+        top_p: float | Sequence[float] = defaults.TOP_P,
+        seed: int | Sequence[int] = defaults.SEED,
+        greedy: bool = False,
+        allow_special: bool = False,
+        batch_size: int = defaults.BATCH_SIZE,
+        progress: bool | None = None,
+    ) -> list[Image.Image]:
+        """Pictures for the prompts; `image.info` says how each was made. Arguments and errors: `generate_sequences`."""
+        generations = self.generate_sequences(
+            prompts, ratio=ratio, area=area, negative=negative, guidance=guidance, temperature=temperature,
+            top_k=top_k, top_p=top_p, seed=seed, greedy=greedy, allow_special=allow_special, batch_size=batch_size,
+            progress=progress,
+        )  # fmt: skip
+        return [generation.image for generation in generations]
 
     def generate_sequences(
         self,
@@ -153,20 +132,20 @@ class Emu3:
         ratio: str | Sequence[str] = "1:1",
         area: int | None = None,
         negative: str | Sequence[str] = "",
-        guidance: float | Sequence[float] = 3.0,
-        temperature: float | Sequence[float] = 1.0,
-        top_k: int | Sequence[int] = 2048,
-        top_p: float | Sequence[float] = 1.0,
-        seed: int | Sequence[int] = 0,
+        guidance: float | Sequence[float] = defaults.GUIDANCE,
+        temperature: float | Sequence[float] = defaults.TEMPERATURE,
+        top_k: int | Sequence[int] = defaults.TOP_K,
+        top_p: float | Sequence[float] = defaults.TOP_P,
+        seed: int | Sequence[int] = defaults.SEED,
         greedy: bool = False,
         allow_special: bool = False,
-        batch_size: int = 8,
+        batch_size: int = defaults.BATCH_SIZE,
         progress: bool | None = None,
     ) -> list[Generation]:
         """Generates one picture per prompt, with tokens (upstream `image_generation.py`).
 
         Args:
-            prompts: what to draw.
+            prompts: what to show.
             ratio: width:height.
             area: pixels; by default the area that the model was trained for.
             negative: the unconditional branch of guidance.
@@ -183,35 +162,17 @@ class Emu3:
         Raises:
             Emu3Error: on bad input; the message says which and what to do.
         """
-        language, vision = self.language, self.vision
-        prompts = prompt_list(prompts)
-        area = language.config.image_area if area is None else area
-        ratios = per_row("ratio", ratio, len(prompts))
-        sizes = [generate_size(r, area, vision.config.spatial_factor) for r in ratios]
-        settings = row_settings(len(prompts), 0.0 if greedy else temperature, top_k, top_p, guidance, seed)
-        negatives = per_row("negative", negative, len(prompts))
-        schedules = [image_schedule(*size) for size in sizes]
-        drawn = self._draw(prompts, negatives, sizes, schedules, settings, allow_special, batch_size, progress)
-        results = []
-        for index, (full, prompt_length, codes) in enumerate(drawn):
-            image = decode(vision, codes)
-            image.info = {
-                "prompt": prompts[index],
-                "negative": negatives[index],
-                "size": f"{image.width}x{image.height}",
-                "ratio": ratios[index],
-                **describe(settings, index),
-                "model": self.name,
-                "software": "emu3-jax",
-            }
-            results.append(Generation(full, prompt_length, codes, image))
-        return results
+        return generate_pictures(
+            self.language, self.vision, prompts, Sampling(0.0 if greedy else temperature, top_k, top_p, guidance, seed),
+            ratio=ratio, area=area, negative=negative, batching=Batching(batch_size, progress),
+            allow_special=allow_special, name=self.name,
+        )  # fmt: skip
 
     def generate_clips(
         self,
         prompts: str | Sequence[str],
         *,
-        frames: int = 8,
+        frames: int = defaults.FRAMES,
         fps: float | None = None,
         extend: Media | Sequence[Media] | None = None,
         window: int | None = None,
@@ -219,14 +180,14 @@ class Emu3:
         on_frames: OnFrames | None = None,
         area: int | None = None,
         negative: str | Sequence[str] = "",
-        guidance: float | Sequence[float] = 3.0,
-        temperature: float | Sequence[float] = 1.0,
-        top_k: int | Sequence[int] = 2048,
-        top_p: float | Sequence[float] = 1.0,
-        seed: int | Sequence[int] = 0,
+        guidance: float | Sequence[float] = defaults.GUIDANCE,
+        temperature: float | Sequence[float] = defaults.TEMPERATURE,
+        top_k: int | Sequence[int] = defaults.TOP_K,
+        top_p: float | Sequence[float] = defaults.TOP_P,
+        seed: int | Sequence[int] = defaults.SEED,
         greedy: bool = False,
         allow_special: bool = False,
-        batch_size: int = 8,
+        batch_size: int = defaults.BATCH_SIZE,
         progress: bool | None = None,
     ) -> list[Clip]:
         """Generates one clip per prompt, frame after frame, as `data.sequences.NextFrame` trains it.
@@ -237,7 +198,7 @@ class Emu3:
 
         Args:
             frames: that are new; what the temporal factor does not divide is filled up, and cut off again.
-            fps: frames per second that the clips are labelled with; by default those of `extend`, or 24.
+            fps: frames per second that the clips are labelled with; by default those of the clip in `extend`, or 8.
             extend: what the new frames go on from: a clip, or a picture, for all prompts or one for each. The result
                 begins with it, scaled to the generated size. A clip of fewer frames than the temporal factor begins
                 with repetitions of its first, which are cut off again.
@@ -248,92 +209,11 @@ class Emu3:
                 later ones are still being sampled: the row's clip has them from that number on. Each new frame comes
                 once, a row's in their order; those of `extend` do not come.
         """
-        language, vision = self.language, self.vision
-        prompts = prompt_list(prompts)
-        if not isinstance(frames, int) or frames < 1:
-            raise Emu3Error(f"frames is {frames!r}: it must be a whole number >= 1")
-        if window is not None and (not isinstance(window, int) or window < 1):
-            raise Emu3Error(f"window is {window!r}: it must be a whole number >= 1")
-        check_fps(fps)
-        config, factor = language.config, vision.config.temporal_factor
-        given = [as_clip(item) for item in per_row("extend", extend, len(prompts))] if extend is not None else []
-        if ratio is None:
-            shapes = {clip.frames.shape[1:3] for clip in given}
-            if len(shapes) > 1:
-                raise Emu3Error("the clips to extend differ in size: give one ratio, or extend them one by one")
-            ratio = "{1}:{0}".format(*shapes.pop()) if shapes else "1:1"
-        rates = [fps or clip.fps for clip in given] or [fps or DEFAULT_FPS] * len(prompts)
-        area = config.image_area if area is None else area
-        size = generate_size(ratio, area, vision.config.spatial_factor)
-        settings = row_settings(len(prompts), 0.0 if greedy else temperature, top_k, top_p, guidance, seed)
-        negatives = per_row("negative", negative, len(prompts))
-        height, width = (side * vision.config.spatial_factor for side in size)
-        given_frames = [resize_frames(clip.frames, height, width) for clip in given]
-        made = [
-            GrowingClip(
-                vision, config.tokens.visual_start, old, frames, on_frames and functools.partial(on_frames, row)
-            )
-            for row, old in enumerate(given_frames or [np.zeros((0, height, width, 3), np.uint8)] * len(prompts))
-        ]
-        missing = -(-frames // factor)
-        texts = [*prompts, *negatives]
-        latents = latents_of_a_pass(language, factor, window, texts, size, missing, bool(given), allow_special)
-
-        def on_tokens(first: int, ids: np.ndarray) -> None:
-            for clip, row in zip(made[first : first + len(ids)], ids, strict=True):
-                clip.take(row)
-
-        while missing:
-            old = min(latents // 2, -(-min(len(clip.frames) for clip in made) // factor))
-            new = min(latents - old, missing)
-            sizes, schedule = [(old + new, *size)] * len(prompts), clip_schedule(old + new, *size, config.clip_layout)
-            schedule = schedule[len(clip_schedule(old, *size, config.clip_layout)) - 2 :]  # of the new: EOI, EOS follow
-            contexts = [encode_end(vision, clip.frames, old) if old else None for clip in made]
-            for clip, context in zip(made, contexts, strict=True):
-                clip.begin(context, schedule)
-            self._draw(
-                prompts, negatives, sizes, [schedule] * len(prompts), settings, allow_special, batch_size, progress,
-                contexts, on_tokens,
-            )  # fmt: skip
-            missing -= new
-            # Other random numbers in each pass: the same ones would make it the last one's like.
-            settings = settings.replace(seed=settings.seed + np.uint32(0x9E3779B9))
-        return [Clip(clip.frames, rate) for clip, rate in zip(made, rates, strict=True)]
-
-    def _draw(
-        self, prompts, negatives, sizes, schedules, settings, allow_special, batch_size, progress, contexts=None,
-        on_tokens=None,
-    ) -> list[tuple[np.ndarray, int, np.ndarray]]:  # fmt: skip
-        """For each prompt its ids, how many of them are the prompt, and the codes drawn, in the shape of `sizes`.
-
-        `contexts` are the codes of a clip's first frames, or None: they end the prompt, and begin the codes.
-        `on_tokens`: see `_run_batches`.
-        """
-        language = self.language
-        if batch_size < 1:
-            raise Emu3Error(f"batch_size is {batch_size}: it must be at least 1")
-        special = language.config.tokens
-        contexts = contexts or [None] * len(prompts)
-        known = [[] if codes is None else frame_ids(special, codes, language.config.clip_layout) for codes in contexts]
-
-        def rows_of(texts):
-            return [
-                generation_prompt(language.tokenizer, special, text, *size, allow_special=allow_special) + ids
-                for text, size, ids in zip(texts, sizes, known, strict=True)
-            ]
-
-        conditional, unconditional = rows_of(prompts), rows_of(negatives)
-        engine.check_positions(language.config, conditional, schedules, unconditional)
-        generated = _run_batches(
-            language, conditional, schedules, settings, unconditional, batch_size, progress, on_tokens
-        )
-        results = []
-        for prompt, schedule, size, old, ids in zip(conditional, schedules, sizes, contexts, generated, strict=True):
-            codes = (ids[schedule == TokenClass.VISUAL] - special.visual_start).astype(np.int32)
-            if old is not None:
-                codes = np.concatenate([old.ravel(), codes])
-            results.append((np.concatenate([np.asarray(prompt, np.int32), ids]), len(prompt), codes.reshape(size)))
-        return results
+        return generate_clips(
+            self.language, self.vision, prompts, Sampling(0.0 if greedy else temperature, top_k, top_p, guidance, seed),
+            frames=frames, fps=fps, extend=extend, window=window, ratio=ratio, area=area, negative=negative,
+            batching=Batching(batch_size, progress), allow_special=allow_special, on_frames=on_frames,
+        )  # fmt: skip
 
     def chat(
         self,
@@ -343,13 +223,13 @@ class Emu3:
         clips_as: str = "auto",
         frames: int | None = None,
         fps: float | None = None,
-        max_new_tokens: int = 1024,
+        max_new_tokens: int = defaults.MAX_NEW_TOKENS,
         temperature: float | Sequence[float] = 0.0,
-        top_k: int | Sequence[int] = 2048,
-        top_p: float | Sequence[float] = 1.0,
-        seed: int | Sequence[int] = 0,
+        top_k: int | Sequence[int] = defaults.TOP_K,
+        top_p: float | Sequence[float] = defaults.TOP_P,
+        seed: int | Sequence[int] = defaults.SEED,
         allow_special: bool = False,
-        batch_size: int = 8,
+        batch_size: int = defaults.BATCH_SIZE,
         progress: bool | None = None,
     ) -> list[str]:
         """Answers one prompt per picture or clip (upstream `multimodal_understanding.py`).
@@ -372,23 +252,14 @@ class Emu3:
         Raises:
             Emu3Error: on bad input; the message says which and what to do.
         """
-        language, showing = self.language, Showing(clips_as, frames, fps)
-        rows = list(images) if isinstance(images, list | tuple) else [images]
-        if not rows:
-            raise Emu3Error("there is no picture: give at least one")
-        texts = per_row("prompts", prompts, len(rows))
-        inputs = []
-        for row, text in zip(rows, texts, strict=True):
-            media = row if isinstance(row, list | tuple) else [row]
-            codes = [shown for item in media for shown in showing.codes(self, item)]
-            inputs.append(
-                understanding_prompt(
-                    language.tokenizer, language.config.tokens, language.templates, text, codes,
-                    allow_special=allow_special,
-                )
-            )  # fmt: skip
-        answers = self._answer(inputs, max_new_tokens, temperature, top_k, top_p, seed, batch_size, progress)
-        return [language.tokenizer.decode(ids.tolist(), skip_special=True) for ids in answers]
+        asking = Asking(
+            Showing(clips_as, frames, fps),
+            Sampling(temperature, top_k, top_p, guidance=1.0, seed=seed),
+            Batching(batch_size, progress),
+            max_new_tokens,
+            allow_special,
+        )
+        return answer_questions(self.language, self.vision, images, prompts, asking)
 
     def converse(
         self,
@@ -396,11 +267,11 @@ class Emu3:
         clips_as: str = "auto",
         frames: int | None = None,
         fps: float | None = None,
-        max_new_tokens: int = 1024,
+        max_new_tokens: int = defaults.MAX_NEW_TOKENS,
         temperature: float = 0.0,
-        top_k: int = 2048,
-        top_p: float = 1.0,
-        seed: int = 0,
+        top_k: int = defaults.TOP_K,
+        top_p: float = defaults.TOP_P,
+        seed: int = defaults.SEED,
         allow_special: bool = False,
         progress: bool | None = None,
     ) -> Conversation:
@@ -408,59 +279,11 @@ class Emu3:
 
         The arguments are those of `chat`.
         """
-        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "batch_size": 1}
-        options |= {"max_new_tokens": max_new_tokens, "progress": progress}
-        return Conversation(self, Showing(clips_as, frames, fps), allow_special, options)
-
-    def _answer(
-        self, inputs, max_new_tokens, temperature, top_k, top_p, seed, batch_size, progress
-    ) -> list[np.ndarray]:
-        """The ids that follow each row of ids, which ends where an answer begins; see `chat`."""
-        language = self.language
-        if max_new_tokens < 1 or batch_size < 1:
-            raise Emu3Error(f"max_new_tokens is {max_new_tokens} and batch_size {batch_size}: both must be at least 1")
-        settings = row_settings(len(inputs), temperature, top_k, top_p, 1.0, seed)
-        schedules = []
-        for index, ids in enumerate(inputs):
-            room = language.config.max_positions - len(ids)
-            if room < 1:
-                raise Emu3Error(
-                    f"row {index}: what is shown and asked takes {len(ids)} tokens, the model has "
-                    f"{language.config.max_positions} positions: shorten the prompt, use smaller or fewer pictures, or "
-                    "fewer frames of a clip"
-                )
-            schedules.append(text_schedule(min(max_new_tokens, room)))
-        return _run_batches(language, inputs, schedules, settings, None, batch_size, progress)
-
-
-def _run_batches(
-    language, prompts, schedules, settings, negatives, batch_size, progress, on_tokens=None
-) -> list[np.ndarray]:
-    """Runs the engine over batches; returns each row's generated ids, cut to its own schedule.
-
-    `on_tokens` is called with the number of a batch's first row and what `engine.run` tells of the batch.
-    """
-    guided = negatives is not None and bool((settings.guidance != 1.0).any())
-    rows: list[np.ndarray] = []
-    total = sum(max(len(s) for s in schedules[i : i + batch_size]) for i in range(0, len(prompts), batch_size))
-    bar = tqdm(total=total, unit=" tokens", disable=None if progress is None else not progress, leave=False)
-    with bar:
-        for first in range(0, len(prompts), batch_size):
-            batch = slice(first, first + batch_size)
-            base = bar.n
-            ids = engine.run(
-                language.params,
-                language.config,
-                prompts[batch],
-                schedules[batch],
-                jax.tree.map(lambda leaf, batch=batch: leaf[batch], settings),
-                negatives[batch] if guided else None,
-                on_progress=lambda taken, _, base=base: bar.update(base + taken - bar.n),
-                on_tokens=on_tokens and functools.partial(on_tokens, first),
-                mesh=language.mesh,
-                row_multiple=batch_shards(language.mesh),
-                narrow_cache=language.narrow_cache,
-            )
-            rows.extend(row[: len(schedule)] for row, schedule in zip(ids, schedules[batch], strict=True))
-            bar.update(base + max(len(s) for s in schedules[batch]) - bar.n)
-    return rows
+        asking = Asking(
+            Showing(clips_as, frames, fps),
+            Sampling(temperature, top_k, top_p, guidance=1.0, seed=seed),
+            Batching(1, progress),
+            max_new_tokens,
+            allow_special,
+        )
+        return Conversation(self.language, self.vision, asking)

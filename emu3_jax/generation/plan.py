@@ -1,105 +1,68 @@
-"""The programs that draw pictures and clips, to be compiled for a TPU slice by `sharding.plan`."""
+"""The programs that generate pictures and clips, to be compiled for a TPU slice by `sharding.plan`."""
 
-import dataclasses
-import math
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from emu3_jax.config import DecoderConfig
-from emu3_jax.generation import engine
 from emu3_jax.generation.config import GenerateConfig
-from emu3_jax.generation.sampling import RowSettings
-from emu3_jax.models.cache import KVCache
+from emu3_jax.generation.rows import Sampling
+from emu3_jax.generation.session import DecodeSession, Row
 from emu3_jax.models.decoder import Decoder
 from emu3_jax.sharding.mesh import make_mesh
 from emu3_jax.sharding.plan import Program, Slice
-from emu3_jax.sharding.rules import batch_shards, cache_shardings, decoder_shardings, use_mesh
+from emu3_jax.sharding.rules import decoder_shardings
 
 
 def programs(config: GenerateConfig, slice_: Slice) -> tuple[Mesh, list[Program]]:
-    """Prefill, decoding at the full length of the cache, and the last growth of the cache, as `engine.run` does them.
+    """Prefill, decoding at the full length of the cache, and the last growth of the cache, of the session that runs.
 
     Raises:
         Emu3Error: the mesh does not fit the chips or the decoder.
     """
     decoder = config.decoder
     mesh = make_mesh(config.mesh, slice_.devices)
-    whole = NamedSharding(mesh, P())
-    guided = config.guidance != 1
-    multiple = batch_shards(mesh)
-    if guided:
-        multiple //= math.gcd(2, multiple)
-    pictures = -(-config.pictures // multiple) * multiple
-    rows = pictures * (2 if guided else 1)
-    width = engine.bucket(config.prompt_tokens)
-    steps = engine.bucket(config.steps)
-    final = width + steps
-    variant = engine.Variant(visual_only=True, guided=guided, use_top_k=True, use_top_p=False)
-
-    def array(shape, dtype=jnp.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
-
     params = _params(decoder, mesh)
-    column = {"top_k": jnp.int32, "seed": jnp.uint32}
-    names = [field.name for field in dataclasses.fields(RowSettings)]
-    settings = RowSettings(**{name: array((pictures,), column.get(name, jnp.float32)) for name in names})
-    plan = engine.Plan(forced=array((pictures, steps)), settings=settings)
-    prompts, start = array((rows, width)), array((rows,))
-    places = cache_shardings(decoder, mesh)
-
-    def cache(slots: int) -> KVCache:
-        empty = jax.eval_shape(lambda: KVCache.create(decoder, jnp.zeros((rows,), jnp.int32), slots))
-        return jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), empty, places
-        )
-
-    def state(slots: int) -> engine.DecodeState:
-        return engine.DecodeState(
-            cache=cache(slots), tokens=array((pictures, steps)), step=array(()), ended=array((pictures,), jnp.bool_)
-        )
-
-    def within(lower):
-        def lowered():
-            with use_mesh(mesh):
-                return lower()
-
-        return lowered
-
-    first = engine.cache_slots(width + 1, final, "xla")
-    full = state(final)
+    prompt = [decoder.tokens.pad] * config.prompt_tokens
+    row = Row(prompt, config.schedule, prompt if config.guidance != 1 else None)
+    settings = Sampling(guidance=config.guidance).settings(config.pictures)
+    session = DecodeSession(params, decoder, [row] * config.pictures, settings, mesh=mesh, kernels="xla")
+    shapes = session.shapes
+    rows, width = shapes.computed_rows, shapes.width
+    sizes = list(shapes.cache_sizes())
+    full = session.abstract_state(sizes[-1])
+    prompts, start, plan = session.abstract_inputs()
     inputs = (plan, full.tokens, full.step, full.ended)
     # A picture's count leaves out EOF, EOI and EOS. A clip's is all its tokens: frames end with EOF throughout.
-    clips = "clip" if pictures == 1 else "clips"
+    clips = "clip" if shapes.rows == 1 else "clips"
     last, what = (config.steps - 3, "pictures") if config.frames is None else (config.steps, clips)
     result = [
         Program(
             f"prefill of {rows} rows of {width} tokens",
-            within(lambda: engine.prefill.lower(params, prompts, start, plan, decoder, variant, first)),
+            session.lower_prefill,
             {"weights": params, "inputs": (prompts, start, plan)},
             flops=_flops(decoder, rows * width, rows * width * (width + 1) / 2, rows),
         ),
         Program(
-            f"decoding step {last} of {pictures} {what} of {'x'.join(map(str, config.grid))} tokens",
-            within(lambda: engine.decode.lower(params, full, plan, array(()), decoder, variant)),
+            f"decoding step {last} of {shapes.rows} {what} of {'x'.join(map(str, config.grid))} tokens",
+            lambda: session.lower_decode(sizes[-1]),
             {"weights": params, "cache": full.cache, "inputs": inputs},
-            flops=_flops(decoder, rows, rows * final, rows),
+            flops=_flops(decoder, rows, rows * sizes[-1], rows),
         ),
     ]
-    previous = first
-    while (larger := engine.cache_slots(previous + 1, final, "xla")) < final:
-        previous = larger
-    if previous < final:
-        old = cache(previous)
-        grow = jax.jit(lambda cache: cache.grow(final))
+    if len(sizes) > 1:
+        old, new = sizes[-2:]
         result.append(
-            Program(f"growth of the cache to {final} slots", within(lambda: grow.lower(old)), {"cache": old},
-                    beside={"weights": params, "inputs": inputs})
-        )  # fmt: skip
+            Program(
+                f"growth of the cache to {new} slots",
+                lambda: session.lower_growth(old, new),
+                {"cache": session.abstract_state(old).cache},
+                beside={"weights": params, "inputs": inputs},
+            )
+        )
     return mesh, result
 
 

@@ -1,11 +1,13 @@
 """What callers say of rows: one value for all or one for each, checked, as the decode loop wants it."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from emu3_jax.errors import Emu3Error
+from emu3_jax.generation import defaults
 from emu3_jax.generation.sampling import RowSettings
 
 
@@ -19,32 +21,67 @@ def prompt_list(prompts: str | Sequence[str]) -> list[str]:
 
 def per_row(name: str, value: Any, count: int) -> list[Any]:
     """One value per row from a single value or a sequence. Raises `Emu3Error` if it has another length."""
-    if isinstance(value, str) or not isinstance(value, Sequence | np.ndarray):
+    if not _is_sequence(value):
         return [value] * count
     if len(value) != count:
         raise Emu3Error(f"{name} has {len(value)} values for {count} rows: give one for all, or one for each")
     return list(value)
 
 
-def row_settings(count: int, temperature, top_k, top_p, guidance, seed) -> RowSettings:
-    """Settings, one per row; a single seed counts up. Raises `Emu3Error` on a value that is not legal."""
-    if not isinstance(seed, Sequence | np.ndarray):
-        seed = [seed + index for index in range(count)]
-    limits = {
-        "temperature": (temperature, np.float32, lambda v: 0 <= v < np.inf, "a number >= 0"),
-        "top_k": (top_k, np.int32, lambda v: 1 <= v < 2**31 and v == int(v), "a whole number >= 1"),
-        "top_p": (top_p, np.float32, lambda v: 0 < v <= 1, "above 0 and at most 1"),
-        "guidance": (guidance, np.float32, lambda v: 0 <= v < np.inf, "a number >= 0"),
-        "seed": (seed, np.uint32, lambda v: 0 <= v < 2**32 and v == int(v), "a whole number from 0 to 2**32 - 1"),
-    }
-    columns = {}
-    for name, (value, dtype, legal, words) in limits.items():
-        values = per_row(name, value, count)
-        for found in values:
-            if not (isinstance(found, int | float | np.number) and legal(found)):
-                raise Emu3Error(f"{name} is {found!r}: it must be {words}")
-        columns[name] = np.asarray(values, dtype)
-    return RowSettings(**columns)
+# Which values are legal, and how the message about another one says so.
+_LEGAL = {
+    "temperature": (lambda v: 0 <= v < np.inf, "a number >= 0"),
+    "top_k": (lambda v: 1 <= v < 2**31 and v == int(v), "a whole number >= 1"),
+    "top_p": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
+    "guidance": (lambda v: 0 <= v < np.inf, "a number >= 0"),
+    "seed": (lambda v: 0 <= v < 2**32 and v == int(v), "a whole number from 0 to 2**32 - 1"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are sampled. Each field is one value for all rows, or a sequence with one value for each row.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_k: candidates kept.
+        top_p: probability mass kept.
+        guidance: classifier-free guidance scale; 1 is none.
+        seed: one number counts up over the rows; a sequence gives each row its own.
+
+    Raises:
+        Emu3Error: a value is not legal.
+    """
+
+    temperature: float | Sequence[float] = defaults.TEMPERATURE
+    top_k: int | Sequence[int] = defaults.TOP_K
+    top_p: float | Sequence[float] = defaults.TOP_P
+    guidance: float | Sequence[float] = defaults.GUIDANCE
+    seed: int | Sequence[int] = defaults.SEED
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            _check(field.name, list(value) if _is_sequence(value) else [value])
+
+    def settings(self, count: int) -> RowSettings:
+        """The settings of `count` rows. Raises `Emu3Error` if a field has values for another number of rows."""
+        columns = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if not _is_sequence(self.seed):
+            columns["seed"] = [self.seed + index for index in range(count)]
+            _check("seed", columns["seed"])
+        return RowSettings.of(count, **{name: per_row(name, value, count) for name, value in columns.items()})
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, Sequence | np.ndarray) and not isinstance(value, str)
+
+
+def _check(name: str, values: list[Any]) -> None:
+    legal, words = _LEGAL[name]
+    for value in values:
+        if not (isinstance(value, int | float | np.number) and legal(value)):
+            raise Emu3Error(f"{name} is {value!r}: it must be {words}")
 
 
 def describe(settings: RowSettings, index: int) -> dict[str, str]:

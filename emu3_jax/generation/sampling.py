@@ -3,6 +3,8 @@
 B rows, V candidates.
 """
 
+from typing import Any, ClassVar
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -21,7 +23,7 @@ class RowSettings:
         top_k: int32 [B]; candidates kept, ties with the last one included. V or more keeps all.
         top_p: float32 [B] in (0, 1]; the smallest set of likeliest candidates whose mass reaches it is kept.
         guidance: float32 [B]; 1 leaves the conditional distribution as it is.
-        seed: uint32 [B]; step i of row b draws with fold_in(key(seed[b]), i).
+        seed: uint32 [B]; step i of row b samples with the key fold_in(key(seed[b]), i).
     """
 
     temperature: jax.Array
@@ -29,6 +31,24 @@ class RowSettings:
     top_p: jax.Array
     guidance: jax.Array
     seed: jax.Array
+
+    DTYPES: ClassVar = {
+        "temperature": np.float32, "top_k": np.int32, "top_p": np.float32, "guidance": np.float32, "seed": np.uint32,
+    }  # fmt: skip
+
+    @classmethod
+    def of(cls, count: int, **columns: Any) -> "RowSettings":
+        """Settings of `count` rows in the host's memory; each column is one value for all rows, or one for each."""
+        return cls(
+            **{
+                name: np.broadcast_to(np.asarray(columns[name], dtype), (count,)).copy()
+                for name, dtype in cls.DTYPES.items()
+            }
+        )
+
+    def take(self, rows: Any) -> "RowSettings":
+        """The settings of these rows: a slice, or an array of row numbers."""
+        return jax.tree.map(lambda column: column[rows], self)
 
 
 def guide(conditional: jax.Array, unconditional: jax.Array, scale: jax.Array) -> jax.Array:
@@ -48,7 +68,7 @@ def guide(conditional: jax.Array, unconditional: jax.Array, scale: jax.Array) ->
 
 
 def sample(logits: jax.Array, step: jax.Array, settings: RowSettings, *, use_top_k: bool, use_top_p: bool) -> jax.Array:
-    """Draws one candidate per row: temperature, then top-k, then top-p, in the reference's order.
+    """Samples one candidate per row: temperature, then top-k, then top-p, in the reference's order.
 
     Args:
         logits: float32 [B, V].
@@ -67,8 +87,8 @@ def sample(logits: jax.Array, step: jax.Array, settings: RowSettings, *, use_top
     if use_top_p:
         scaled = keep_top_p(scaled, settings.top_p)
     keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), step))(settings.seed)
-    drawn = jax.vmap(jax.random.categorical)(keys, scaled)
-    return jnp.where(greedy, jnp.argmax(logits, axis=-1), drawn).astype(jnp.int32)
+    sampled = jax.vmap(jax.random.categorical)(keys, scaled)
+    return jnp.where(greedy, jnp.argmax(logits, axis=-1), sampled).astype(jnp.int32)
 
 
 def keep_top_k(logits: jax.Array, top_k: jax.Array) -> jax.Array:

@@ -27,27 +27,53 @@ class TokenClass(enum.IntEnum):
 SAMPLED = -1
 
 
+# What ends a picture or a clip.
+_END = (TokenClass.EOI, TokenClass.EOS)
+
+
+def frame_schedule(rows: int, columns: int, layout: str = "lines") -> np.ndarray:
+    """Token classes, int8, of a picture or of one latent frame of a clip, up to its EOF.
+
+    Args:
+        rows: of visual tokens.
+        columns: of visual tokens.
+        layout: of `config.CLIP_LAYOUTS`: "lines" ends each row with EOL, as pictures do; "flat" does not.
+    """
+    frame = np.full((rows, columns + (layout == "lines")), TokenClass.VISUAL, np.int8)
+    frame[:, columns:] = TokenClass.EOL
+    return np.append(frame, np.int8(TokenClass.EOF))
+
+
 def image_schedule(rows: int, columns: int) -> np.ndarray:
     """Token classes, int8 [rows * (columns + 1) + 3], of a picture of `rows` x `columns` visual tokens.
 
     Each row of visual tokens is followed by EOL; after the last one come EOF, EOI and EOS.
     """
-    line = [TokenClass.VISUAL] * columns + [TokenClass.EOL]
-    return np.asarray(line * rows + [TokenClass.EOF, TokenClass.EOI, TokenClass.EOS], np.int8)
+    return clip_schedule(1, rows, columns)
 
 
-def clip_schedule(frames: int, rows: int, columns: int, layout: str = "lines") -> np.ndarray:
-    """Token classes of a clip of `frames` latent frames: each is rows of visual tokens and EOF; then EOI and EOS.
+def clip_schedule(frames: int, rows: int, columns: int, layout: str = "lines", *, given: int = 0) -> np.ndarray:
+    """Token classes, int8, of a clip: each latent frame as `frame_schedule` says, then EOI and EOS.
 
     Args:
-        frames: of latents, a quarter of the clip's in published tokenizers.
+        frames: latent frames, a quarter of the clip's frames in published tokenizers.
         rows: of visual tokens.
         columns: of visual tokens.
-        layout: "lines" ends each row with EOL; "flat" does not. See `data.sequences.NextFrame`.
+        layout: see `frame_schedule`.
+        given: latent frames that the prompt holds already; the schedule is that of the others.
     """
-    line = [TokenClass.VISUAL] * columns + [TokenClass.EOL] * (layout == "lines")
-    frame = line * rows + [TokenClass.EOF]
-    return np.asarray(frame * frames + [TokenClass.EOI, TokenClass.EOS], np.int8)
+    tokens = np.tile(frame_schedule(rows, columns, layout), frames - given)
+    return np.append(tokens, np.asarray(_END, np.int8))
+
+
+def grid_schedule(size: tuple[int, ...], layout: str, *, given: int = 0) -> np.ndarray:
+    """The schedule of a picture of `size` (rows, columns), or of a clip of (latent frames, rows, columns)."""
+    return image_schedule(*size) if len(size) == 2 else clip_schedule(*size, layout, given=given)
+
+
+def frames_that_fit(tokens: int, rows: int, columns: int, layout: str) -> int:
+    """How many latent frames a clip of at most `tokens` tokens has, its end included; below 0 where none would."""
+    return (tokens - len(_END)) // len(frame_schedule(rows, columns, layout))
 
 
 def text_schedule(count: int) -> np.ndarray:

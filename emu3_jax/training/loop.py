@@ -23,7 +23,8 @@ from emu3_jax.data.pipeline import Batches, evaluation_batches, training_batches
 from emu3_jax.errors import Emu3Error
 from emu3_jax.files import files_into, new_file
 from emu3_jax.generation.codec import Vision
-from emu3_jax.generation.pipeline import Emu3, Language
+from emu3_jax.generation.language import Language
+from emu3_jax.generation.pipeline import Emu3
 from emu3_jax.media.images import save_png
 from emu3_jax.sharding.mesh import make_mesh
 from emu3_jax.sharding.rules import use_mesh, vision_shardings

@@ -1,0 +1,207 @@
+"""The decoder in memory, and the functions that generate pictures' and clips' codes and answers with it, in batches."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from emu3_jax.config import DecoderConfig
+from emu3_jax.errors import Emu3Error
+from emu3_jax.fields import is_whole
+from emu3_jax.generation import defaults, session
+from emu3_jax.generation.rows import Sampling
+from emu3_jax.generation.sampling import RowSettings
+from emu3_jax.generation.schedule import TokenClass, grid_schedule, text_schedule
+from emu3_jax.generation.session import Row
+from emu3_jax.text.prompts import PromptTemplates, frame_ids, generation_prompt
+from emu3_jax.text.tokenizer import Tokenizer
+
+# Told of tokens while later ones are sampled: the number of a batch's first row, and the batch's ids so far, int32
+# [B, steps taken].
+OnTokens = Callable[[int, np.ndarray], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Language:
+    """The decoder in memory, with the tokenizer and prompt templates that it was trained with.
+
+    Attributes:
+        config: the decoder's.
+        params: its parameters.
+        tokenizer: of text.
+        templates: of prompts.
+        mesh: what the parameters are spread over, if anything.
+        narrow_cache: keys and values are kept as int8.
+    """
+
+    config: DecoderConfig
+    params: Any
+    tokenizer: Tokenizer
+    templates: PromptTemplates
+    mesh: Mesh | None = None
+    narrow_cache: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Batching:
+    """How rows are computed.
+
+    Attributes:
+        batch_size: rows at once.
+        progress: a bar on stderr; None shows it if that is a terminal.
+    """
+
+    batch_size: int = defaults.BATCH_SIZE
+    progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        if not is_whole(self.batch_size, 1):
+            raise Emu3Error(f"batch_size is {self.batch_size!r}: it must be a whole number >= 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """A grid of codes to generate: a picture's, or a clip's.
+
+    Attributes:
+        prompt: what to show.
+        negative: the unconditional branch of guidance.
+        size: rows and columns; before them, of a clip, its latent frames.
+        given: codes [t, h, w] of a clip's first latent frames, which the prompt holds; or None.
+    """
+
+    prompt: str
+    negative: str
+    size: tuple[int, ...]
+    given: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratedGrid:
+    """What became of a `Grid`.
+
+    Attributes:
+        ids: int32 [prompt + generated].
+        prompt_length: how many of `ids` are the prompt.
+        codes: int32, in the shape of the grid's size; they begin with what was given.
+    """
+
+    ids: np.ndarray
+    prompt_length: int
+    codes: np.ndarray
+
+
+def generate_grids(
+    language: Language,
+    grids: Sequence[Grid],
+    settings: RowSettings,
+    *,
+    batching: Batching,
+    allow_special: bool = False,
+    on_tokens: OnTokens | None = None,
+) -> list[GeneratedGrid]:
+    """Generates the codes of pictures or clips.
+
+    Args:
+        language: the decoder.
+        grids: one per row.
+        settings: how each row samples. Where no row's guidance scale differs from 1, nothing unconditional is computed.
+        batching: how rows are computed.
+        allow_special: lets control tokens in prompts act as such.
+        on_tokens: see `OnTokens`.
+
+    Raises:
+        Emu3Error: a control token in a prompt that may have none, or a row that exceeds the model's positions.
+    """
+    special, layout = language.config.tokens, language.config.clip_layout
+
+    def prompt_ids(text: str, grid: Grid) -> list[int]:
+        head = generation_prompt(language.tokenizer, special, text, *grid.size, allow_special=allow_special)
+        return head if grid.given is None else head + frame_ids(special, grid.given, layout)
+
+    schedules = [grid_schedule(grid.size, layout, given=0 if grid.given is None else len(grid.given)) for grid in grids]
+    prompts = [prompt_ids(grid.prompt, grid) for grid in grids]
+    rows = [
+        Row(prompt, schedule, prompt_ids(grid.negative, grid))
+        for prompt, schedule, grid in zip(prompts, schedules, grids, strict=True)
+    ]
+    session.check_positions(language.config, rows)
+    if (settings.guidance == 1.0).all():
+        rows = [dataclasses.replace(row, negative=None) for row in rows]
+    results = []
+    for grid, row, ids in zip(grids, rows, _run_batches(language, rows, settings, batching, on_tokens), strict=True):
+        codes = (ids[row.schedule == TokenClass.VISUAL] - special.visual_start).astype(np.int32)
+        if grid.given is not None:
+            codes = np.concatenate([grid.given.ravel(), codes])
+        full = np.concatenate([np.asarray(row.prompt, np.int32), ids])
+        results.append(GeneratedGrid(full, len(row.prompt), codes.reshape(grid.size)))
+    return results
+
+
+def answer(
+    language: Language,
+    inputs: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    max_new_tokens: int,
+    batching: Batching,
+) -> list[np.ndarray]:
+    """The ids that follow each row of ids.
+
+    Args:
+        language: the decoder.
+        inputs: rows of ids that end where an answer begins.
+        sampling: how tokens are sampled; no row is guided.
+        max_new_tokens: an answer's longest length; answers also end where the model's positions do.
+        batching: how rows are computed.
+
+    Raises:
+        Emu3Error: a row leaves no position for an answer, or a number is not legal.
+    """
+    if not is_whole(max_new_tokens, 1):
+        raise Emu3Error(f"max_new_tokens is {max_new_tokens!r}: it must be a whole number >= 1")
+    positions = language.config.max_positions
+    rows = []
+    for index, ids in enumerate(inputs):
+        room = positions - len(ids)
+        if room < 1:
+            raise Emu3Error(
+                f"row {index}: what is shown and asked takes {len(ids)} tokens, the model has {positions} positions: "
+                "shorten the prompt, use smaller or fewer pictures, or fewer frames of a clip"
+            )
+        rows.append(Row(ids, text_schedule(min(max_new_tokens, room))))
+    return _run_batches(language, rows, sampling.settings(len(rows)), batching)
+
+
+def _run_batches(
+    language: Language,
+    rows: Sequence[Row],
+    settings: RowSettings,
+    batching: Batching,
+    on_tokens: OnTokens | None = None,
+) -> list[np.ndarray]:
+    """Each row's generated ids, cut to its own schedule."""
+    batches = [slice(first, first + batching.batch_size) for first in range(0, len(rows), batching.batch_size)]
+    lengths = [max(len(row.schedule) for row in rows[batch]) for batch in batches]
+    silent = None if batching.progress is None else not batching.progress
+    results: list[np.ndarray] = []
+    with tqdm(total=sum(lengths), unit=" tokens", disable=silent, leave=False) as bar:
+        for batch, length in zip(batches, lengths, strict=True):
+            before = bar.n
+            ids = session.run(
+                language.params,
+                language.config,
+                rows[batch],
+                settings.take(batch),
+                on_progress=lambda taken, _, before=before: bar.update(before + taken - bar.n),
+                on_tokens=on_tokens and functools.partial(on_tokens, batch.start),
+                mesh=language.mesh,
+                narrow_cache=language.narrow_cache,
+            )
+            results.extend(row_ids[: len(row.schedule)] for row_ids, row in zip(ids, rows[batch], strict=True))
+            bar.update(before + length - bar.n)
+    return results
