@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from emu3_jax.benchmarks.draw import normal
 from tiny import forward
 
 import emu3_jax
+from emu3_jax.benchmarks.random_weights import normal
 from emu3_jax.cli.main import main
 from emu3_jax.errors import Emu3Error
 from emu3_jax.generation import session

@@ -75,7 +75,7 @@ def run(
     Args:
         preset: decoder shapes; the weights are random.
         rows: pictures at once, one benchmark for each.
-        area: pixels of a picture; by default what the model draws.
+        area: pixels of a picture; by default the model's default.
         steps: timed for each cache length, at most the picture's.
         whole: also times whole pictures from prompt to last token, and to their pixels.
         compare: "transformers" runs that peer on the same shapes before.
@@ -340,7 +340,7 @@ def step_weight_bytes(params: Any, config: DecoderConfig) -> int:
 
 
 def random_params(config: DecoderConfig, quantize: str | None = None, mesh: Mesh | None = None) -> Any:
-    """Parameters as `Decoder.init` draws them, in the compute dtype, quantised or spread over a mesh if asked for.
+    """Parameters as `Decoder.init` makes them, in the compute dtype, quantised or spread over a mesh if asked for.
 
     One leaf at a time: there is no float32 copy of all, and no wide one of what is quantised.
     """
@@ -349,7 +349,7 @@ def random_params(config: DecoderConfig, quantize: str | None = None, mesh: Mesh
     keys = jax.random.split(jax.random.key(0), len(declared))
 
     @functools.partial(jax.jit, static_argnames=("shape", "fan_in"))
-    def draw(key, shape, fan_in):
+    def random(key, shape, fan_in):
         if len(shape) == 1:
             return jnp.ones(shape, config.dtype)
         return normal(key, shape, fan_in**-0.5, config.dtype)
@@ -357,7 +357,7 @@ def random_params(config: DecoderConfig, quantize: str | None = None, mesh: Mesh
     params: dict[tuple[str, ...], jax.Array] = {}
     for key, (path, shape) in zip(keys, ((param.path, param.shape) for param in declared), strict=True):
         matrix = MATRICES.get(path[-1])
-        array = draw(key, shape, math.prod(shape[: matrix.inputs]) if matrix else config.hidden_size)
+        array = random(key, shape, math.prod(shape[: matrix.inputs]) if matrix else config.hidden_size)
         if mesh is not None:
             array = jax.device_put(array, places[path])
         if quantize is not None and is_quantised(path):

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,7 @@ class Bundle:
         self._configs = configs
 
     @classmethod
-    def open(cls, path: str | Path) -> "Bundle":
+    def open(cls, path: str | os.PathLike) -> "Bundle":
         """Opens the bundle at `path`.
 
         Raises:

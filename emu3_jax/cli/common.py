@@ -92,8 +92,8 @@ def add_set(command: argparse.ArgumentParser) -> None:
     )
 
 
-def add_drawing(command: argparse.ArgumentParser) -> None:
-    """What is drawn beside the prompts, and how tokens are drawn."""
+def add_generation(command: argparse.ArgumentParser) -> None:
+    """What is generated beside the prompts, and how tokens are sampled."""
     command.add_argument("--area", type=int, help="pixels (default: what the model was trained for)")
     command.add_argument("--negative", nargs="+", default=[""], metavar="TEXT", help="what to avoid, or one each")
     command.add_argument(
@@ -107,7 +107,7 @@ def add_drawing(command: argparse.ArgumentParser) -> None:
 
 
 def add_sampling(command: argparse.ArgumentParser, temperature: float) -> None:
-    """How tokens are drawn."""
+    """How tokens are sampled."""
     command.add_argument("--temperature", type=float, default=temperature, help="0 is greedy (default: %(default)s)")
     command.add_argument("--top-k", type=int, default=defaults.TOP_K, help="candidates kept (default: %(default)s)")
     command.add_argument(
@@ -131,8 +131,8 @@ def one_or_each(values: list):
     return values[0] if len(values) == 1 else values
 
 
-def drawing(options: argparse.Namespace) -> dict:
-    """What the options of `add_drawing` say, as keyword arguments of `generate_sequences` and `generate_clips`."""
+def generation(options: argparse.Namespace) -> dict:
+    """What the options of `add_generation` say, as keyword arguments of `generate_sequences` and `generate_clips`."""
     same = ("area", "temperature", "top_k", "top_p", "seed", "greedy", "allow_special", "batch_size")
     each = {name: one_or_each(getattr(options, name)) for name in ("negative", "guidance")}
     return {**{name: getattr(options, name) for name in same}, **each}
@@ -148,7 +148,7 @@ def load_model(options: argparse.Namespace):
         dtype=options.dtype,
         mesh=options.mesh,
         quantize=options.quantize,
-        fast_pixels=getattr(options, "fast_pixels", False),  # of the commands that draw
+        fast_pixels=getattr(options, "fast_pixels", False),  # of the commands that generate
     )
 
 

@@ -11,7 +11,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     common.add_model(command)
     common.add_fast_pixels(command)
     command.add_argument("--ratio", nargs="+", default=["1:1"], metavar="W:H", help="one for all prompts, or one each")
-    common.add_drawing(command)
+    common.add_generation(command)
     command.add_argument("--save-tokens", action="store_true", help="also write DIR/tokens.npz: row i, the full ids")
     command.add_argument("-o", "--output", type=pathlib.Path, required=True, metavar="DIR")
 
@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> None:
         generations = model.generate_sequences(
             options.prompts,
             ratio=common.one_or_each(options.ratio),
-            **common.drawing(options),
+            **common.generation(options),
             progress=common.progress(options) if first else False,
         )
         if not first:

@@ -20,7 +20,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--extend", type=pathlib.Path, metavar="CLIP", help="go on from this clip or picture")
     command.add_argument("--window", type=int, metavar="N", help="frames of one pass (default: as in training)")
     command.add_argument("--ratio", metavar="W:H", help="default: that of --extend, or 1:1")
-    common.add_drawing(command)
+    common.add_generation(command)
     common.add_clip_format(command, "--format")
     command.add_argument(
         "--live",
@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> None:
             window=options.window,
             ratio=options.ratio,
             on_frames=on_frames,
-            **common.drawing(options),
+            **common.generation(options),
             progress=common.progress(options) if first else False,
         )
         if not first:

@@ -84,12 +84,17 @@ def decode(
     check_codes(codes, config)
     codes = codes.astype(np.int32)
     if codes.ndim == 2:
-        pixels = _step(vision, "decode", tile=tile)(codes[None])
-        return Image.fromarray(postprocess(np.asarray(pixels)[0], vision.image))
+        return decode_picture(vision, codes, tile=tile)
     size = 1 if independent else max(PART_FRAMES // config.temporal_factor, 1)
     step = _step(vision, "decode", in_parts=len(codes) > size and not independent, tile=tile)
     parts = [np.asarray(step(codes[None, first : first + size]))[0] for first in range(0, len(codes), size)]
     return Clip(np.concatenate([postprocess(part, vision.image) for part in parts])[:frames])
+
+
+def decode_picture(vision: Vision, codes: np.ndarray, *, tile: int | None = None) -> Image.Image:
+    """The picture of codes, int32 [h, w], all inside the codebook; `tile`: see `Emu3.detokenize`."""
+    pixels = _step(vision, "decode", tile=tile)(codes[None])
+    return Image.fromarray(postprocess(np.asarray(pixels)[0], vision.image))
 
 
 def _encode_frames(

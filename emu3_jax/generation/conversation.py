@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -86,8 +87,12 @@ class Asking:
 
 def _codes(language: Language, vision: Vision, showing: Showing, media: Media | Sequence[Media]) -> list[np.ndarray]:
     """Codes of all that is shown with one question."""
-    items = media if isinstance(media, list | tuple) else [media]
-    return [codes for item in items for codes in showing.codes(vision, item, language.config.clip_frames)]
+    return [codes for item in _several(media) for codes in showing.codes(vision, item, language.config.clip_frames)]
+
+
+def _several(value: Any) -> list[Any]:
+    """The entries of a list or tuple; anything else alone."""
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def answer_questions(
@@ -98,7 +103,7 @@ def answer_questions(
     asking: Asking,
 ) -> list[str]:
     """One answer for each picture, clip or sequence of such; see `Emu3.chat`."""
-    rows = list(media) if isinstance(media, list | tuple) else [media]
+    rows = _several(media)
     if not rows:
         raise Emu3Error("there is no picture: give at least one")
     inputs = [

@@ -20,16 +20,14 @@ from emu3_jax.models.cache import KVCache
 from emu3_jax.models.decoder import Decoder, visual_head_params
 
 
-@flax.struct.dataclass
-class Plan:
+class Plan(flax.struct.PyTreeNode):
     """What the loop obeys: constant while it runs."""
 
-    forced: jax.Array  # int32 [B, T]: the id of each step, SAMPLED where there is a choice
+    forced: sampling.Array  # int32 [B, T]: the id of each step, SAMPLED where there is a choice
     settings: sampling.RowSettings
 
 
-@flax.struct.dataclass
-class DecodeState:
+class DecodeState(flax.struct.PyTreeNode):
     """What the loop carries."""
 
     cache: KVCache

@@ -192,12 +192,16 @@ def _run_batches(
     with tqdm(total=sum(lengths), unit=" tokens", disable=silent, leave=False) as bar:
         for batch, length in zip(batches, lengths, strict=True):
             before = bar.n
+
+            def on_progress(taken: int, _: int, before: int = before) -> None:
+                bar.update(before + taken - bar.n)
+
             ids = session.run(
                 language.params,
                 language.config,
                 rows[batch],
                 settings.take(batch),
-                on_progress=lambda taken, _, before=before: bar.update(before + taken - bar.n),
+                on_progress=on_progress,
                 on_tokens=on_tokens and functools.partial(on_tokens, batch.start),
                 mesh=language.mesh,
                 narrow_cache=language.narrow_cache,

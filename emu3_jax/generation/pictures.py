@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from emu3_jax.generation.codec import Vision, decode
+from emu3_jax.generation.codec import Vision, decode_picture
 from emu3_jax.generation.language import Batching, Grid, Language, generate_grids
 from emu3_jax.generation.rows import Sampling, describe, per_row, prompt_list
 from emu3_jax.media.sizes import generate_size
@@ -53,15 +54,13 @@ def generate_pictures(
     made = generate_grids(language, grids, settings, batching=batching, allow_special=allow_special)
     results = []
     for index, grid in enumerate(made):
-        image = decode(vision, grid.codes)
-        image.info = {
+        image = decode_picture(vision, grid.codes)
+        about: dict[Any, Any] = {
             "prompt": prompts[index],
             "negative": negatives[index],
             "size": f"{image.width}x{image.height}",
-            "ratio": ratios[index],
-            **describe(settings, index),
-            "model": name,
-            "software": "emu3-jax",
         }
+        about |= {"ratio": ratios[index], **describe(settings, index), "model": name, "software": "emu3-jax"}
+        image.info = about
         results.append(Generation(grid.ids, grid.prompt_length, grid.codes, image))
     return results

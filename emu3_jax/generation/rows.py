@@ -1,7 +1,7 @@
 """What callers say of rows: one value for all or one for each, checked, as the decode loop wants it."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ def per_row(name: str, value: Any, count: int) -> list[Any]:
 
 
 # Which values are legal, and how the message about another one says so.
-_LEGAL = {
+_LEGAL: dict[str, tuple[Callable[[Any], bool], str]] = {
     "temperature": (lambda v: 0 <= v < np.inf, "a number >= 0"),
     "top_k": (lambda v: 1 <= v < 2**31 and v == int(v), "a whole number >= 1"),
     "top_p": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
@@ -66,9 +66,9 @@ class Sampling:
 
     def settings(self, count: int) -> RowSettings:
         """The settings of `count` rows. Raises `Emu3Error` if a field has values for another number of rows."""
-        columns = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        columns: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         if not _is_sequence(self.seed):
-            columns["seed"] = [self.seed + index for index in range(count)]
+            columns["seed"] = [columns["seed"] + index for index in range(count)]
             _check("seed", columns["seed"])
         return RowSettings.of(count, **{name: per_row(name, value, count) for name, value in columns.items()})
 

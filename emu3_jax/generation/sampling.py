@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# Of the host or of devices.
+Array = jax.Array | np.ndarray
+
 # Bits settled per pass of the threshold search.
 _DIGIT = 4
 
 
-@flax.struct.dataclass
-class RowSettings:
+class RowSettings(flax.struct.PyTreeNode):
     """How each row samples; every leaf has one entry per row, so a row never depends on its batch mates.
 
     Attributes:
@@ -26,13 +28,13 @@ class RowSettings:
         seed: uint32 [B]; step i of row b samples with the key fold_in(key(seed[b]), i).
     """
 
-    temperature: jax.Array
-    top_k: jax.Array
-    top_p: jax.Array
-    guidance: jax.Array
-    seed: jax.Array
+    temperature: Array
+    top_k: Array
+    top_p: Array
+    guidance: Array
+    seed: Array
 
-    DTYPES: ClassVar = {
+    DTYPES: ClassVar[dict[str, Any]] = {
         "temperature": np.float32, "top_k": np.int32, "top_p": np.float32, "guidance": np.float32, "seed": np.uint32,
     }  # fmt: skip
 
@@ -51,7 +53,7 @@ class RowSettings:
         return jax.tree.map(lambda column: column[rows], self)
 
 
-def guide(conditional: jax.Array, unconditional: jax.Array, scale: jax.Array) -> jax.Array:
+def guide(conditional: jax.Array, unconditional: jax.Array, scale: Array) -> jax.Array:
     """Classifier-free guidance on log-probabilities, as the reference computes it.
 
     Args:
@@ -91,7 +93,7 @@ def sample(logits: jax.Array, step: jax.Array, settings: RowSettings, *, use_top
     return jnp.where(greedy, jnp.argmax(logits, axis=-1), sampled).astype(jnp.int32)
 
 
-def keep_top_k(logits: jax.Array, top_k: jax.Array) -> jax.Array:
+def keep_top_k(logits: jax.Array, top_k: Array) -> jax.Array:
     """float32 [B, V] with all but the `top_k` (int32 [B]) largest at -inf; ties with the last one stay."""
     keys = _sortable(logits)
     target = jnp.minimum(top_k, logits.shape[-1]).astype(jnp.float32)
@@ -99,7 +101,7 @@ def keep_top_k(logits: jax.Array, top_k: jax.Array) -> jax.Array:
     return jnp.where(keys >= threshold[:, None], logits, -jnp.inf)
 
 
-def keep_top_p(logits: jax.Array, top_p: jax.Array) -> jax.Array:
+def keep_top_p(logits: jax.Array, top_p: Array) -> jax.Array:
     """float32 [B, V] with candidates at -inf when those above them hold a mass of `top_p` (float32 [B]) or more."""
     keys = _sortable(logits)
     kept = keys >= _largest_threshold(keys, jax.nn.softmax(logits, axis=-1), top_p)[:, None]
@@ -112,7 +114,7 @@ def _sortable(x: jax.Array) -> jax.Array:
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
-def _largest_threshold(keys: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
+def _largest_threshold(keys: jax.Array, weights: jax.Array, target: Array) -> jax.Array:
     """uint32 [B]: the largest t for which the weights of the candidates with key >= t sum to at least `target`.
 
     A search over the digits of t, most significant first: exact, without sorting, and with a `target` per row.

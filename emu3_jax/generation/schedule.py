@@ -68,7 +68,10 @@ def clip_schedule(frames: int, rows: int, columns: int, layout: str = "lines", *
 
 def grid_schedule(size: tuple[int, ...], layout: str, *, given: int = 0) -> np.ndarray:
     """The schedule of a picture of `size` (rows, columns), or of a clip of (latent frames, rows, columns)."""
-    return image_schedule(*size) if len(size) == 2 else clip_schedule(*size, layout, given=given)
+    if len(size) == 2:
+        return image_schedule(*size)
+    frames, rows, columns = size
+    return clip_schedule(frames, rows, columns, layout, given=given)
 
 
 def frames_that_fit(tokens: int, rows: int, columns: int, layout: str) -> int:

@@ -7,11 +7,13 @@ import collections
 import itertools
 from collections.abc import Callable
 
+import jax
 import numpy as np
 
 from emu3_jax.errors import Emu3Error
 
-Step = Callable[[np.ndarray], np.ndarray]
+# Of pixels or codes to the other.
+Step = Callable[[np.ndarray], np.ndarray | jax.Array]
 
 _LEAST_CODES = 4  # along a tile's side, of which one fourth overlaps
 
@@ -35,7 +37,7 @@ def tiled_encoder(new_step: Callable[[], Step], tile: int, factor: int) -> Step:
     Returns:
         The function from pixels [..., H, W, C] to codes [..., h, w].
     """
-    steps = collections.defaultdict(new_step)
+    steps: dict[tuple[int, int], Step] = collections.defaultdict(new_step)
 
     def encode(pixels: np.ndarray) -> np.ndarray:
         rows, columns = (_spans(side // factor, tile // factor) for side in pixels.shape[-3:-1])
@@ -57,16 +59,16 @@ def tiled_decoder(new_step: Callable[[], Step], tile: int, factor: int) -> Step:
 
     The arguments are those of `tiled_encoder`, but steps go from codes to pixels, as the returned function does.
     """
-    steps = collections.defaultdict(new_step)
+    steps: dict[tuple[int, int], Step] = collections.defaultdict(new_step)
 
     def decode(codes: np.ndarray) -> np.ndarray:
         rows, columns = (_spans(side, tile // factor) for side in codes.shape[-2:])
         if len(rows) == len(columns) == 1:
             return np.asarray(steps[0, 0](codes))
-        total = weights = None
+        total = np.zeros(0, np.float32)
         for (top, bottom, *_), (left, right, *_) in itertools.product(rows, columns):
             pixels = np.asarray(steps[top, left](codes[..., top:bottom, left:right]))
-            if total is None:
+            if not total.size:
                 height, width = (side * factor for side in codes.shape[-2:])
                 total = np.zeros((*pixels.shape[:-3], height, width, pixels.shape[-1]), np.float32)
                 weights = np.zeros((height, width, 1), np.float32)

@@ -363,7 +363,7 @@ class Stream:
         self._params = params
         self._past = None
 
-    def __call__(self, part: jax.Array) -> jax.Array:
+    def __call__(self, part: jax.Array | np.ndarray) -> jax.Array:
         """The next part: pixels [B, T, H, W, in_channels] to codes, or codes [B, t, h, w] to pixels.
 
         Raises:
