@@ -11,8 +11,8 @@ if typing.TYPE_CHECKING:  # what `_PUBLIC` loads, for editors and type checkers
     from emu3_jax.config import SpecialTokens as SpecialTokens
     from emu3_jax.config import VisionConfig as VisionConfig
     from emu3_jax.errors import Emu3Error as Emu3Error
+    from emu3_jax.generation.pictures import Generation as Generation
     from emu3_jax.generation.pipeline import Emu3 as Emu3
-    from emu3_jax.generation.pipeline import Generation as Generation
     from emu3_jax.loading import load as load
     from emu3_jax.media.clips import Clip as Clip
 
