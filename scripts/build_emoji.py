@@ -227,9 +227,9 @@ def _write_scenes(
         name = "procedural/" + "-".join(dataclasses.astuple(scene)).replace(" ", "-")
         path = target / f"{name}.webp"
         if moving:
-            save_clip(procedural.draw_clip(scene, size), path, PROCEDURAL_FPS)
+            save_clip(procedural.rasterise_clip(scene, size), path, PROCEDURAL_FPS)
         else:
-            Image.fromarray(procedural.draw_still(scene, size)).save(path, lossless=True)
+            Image.fromarray(procedural.rasterise_still(scene, size)).save(path, lossless=True)
         kind, last = ("clip", scene.motion) if moving else ("picture", scene.position)
         held = is_held_out_triple(kind, scene.colour, scene.shape, last, seed)
         item = {

@@ -41,7 +41,7 @@ def test_our_side(capsys, arguments):
 
 
 def test_the_peer():
-    plain, chunked = train_transformers.run(tiny.CONFIG, 16, 1, 0, 1)
+    plain, chunked = train_transformers.run(tiny.CONFIG, tokens=16, rows=1, rank=0, steps=1)
     assert plain["ms_per_step"] > 0 and "chunked" in chunked["program"]
     # Random weights give about the same loss as knowing nothing, however it is computed.
     for figures in (plain, chunked):
@@ -55,7 +55,7 @@ def test_a_missing_package_stops_at_once(monkeypatch):
 
 
 def test_ours_come_though_the_peer_fails(monkeypatch):
-    def failing(*arguments):
+    def failing(*arguments, **named):
         yield {"program": "transformers", "device": "NVIDIA H100", "ms_per_step": 1.0}
         raise Emu3Error("the peer failed")
 
@@ -79,7 +79,7 @@ def test_frozen_weights_are_random(base):
     )
     gate_up = {k: v for k, v in shapes["params"]["layers"]["mlp"].items() if not k.endswith(("_a", "_b"))}
     key = jax.random.key(0)
-    drawn = {k: train._draw(k, v.shape, v.dtype, key) for k, v in gate_up.items()}
+    drawn = {k: train._random_leaf(k, v.shape, v.dtype, key) for k, v in gate_up.items()}
     assert {k: (v.shape, v.dtype) for k, v in drawn.items()} == {k: (v.shape, v.dtype) for k, v in gate_up.items()}
     weights = (
         dequantise_matrix("gate_up", drawn["gate_up_q"], drawn["gate_up_scale"], base)

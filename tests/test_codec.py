@@ -17,7 +17,7 @@ from PIL import Image
 import emu3_jax
 from emu3_jax.config import ImageConfig, VisionConfig
 from emu3_jax.errors import Emu3Error
-from emu3_jax.evaluation.procedural import all_stills, draw_still
+from emu3_jax.evaluation.procedural import all_stills, rasterise_still
 from emu3_jax.generation import codec
 from emu3_jax.generation.codec import Vision, decode, encode
 from emu3_jax.generation.tiles import _spans, check_tile, tiled_decoder, tiled_encoder
@@ -257,7 +257,7 @@ def test_tiles_of_the_embedded_model_are_near_the_whole():
         return np.abs(np.asarray(picture, float) - np.asarray(other, float)).mean()
 
     for still in list(all_stills())[100::700]:
-        picture = draw_still(still, 64)
+        picture = rasterise_still(still, 64)
         codes = encode(model, picture)
         whole = decode(model, codes)
         assert 0 < error(decode(model, codes, tile=48), whole) < 5  # of 255

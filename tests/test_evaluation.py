@@ -24,7 +24,7 @@ from emu3_jax.evaluation.image_to_text import parse
 from emu3_jax.evaluation.items import Data, choose
 from emu3_jax.evaluation.judge import get_judge, train
 from emu3_jax.evaluation.page import Cell, Curve, Row, Section, render
-from emu3_jax.evaluation.procedural import Motion, Still, draw_clip, draw_still
+from emu3_jax.evaluation.procedural import Motion, Still, rasterise_clip, rasterise_still
 from emu3_jax.evaluation.reconstruction import Reconstructor
 from emu3_jax.media.clips import Clip, save_clip
 from emu3_jax.text.tokenizer import Tokenizer, special_tokens
@@ -98,10 +98,10 @@ def data(tmp_path_factory) -> pathlib.Path:
             add(f"clip-{number}", "clip", split, frames, style="animated", **about)
     for colour, split in (("red", "triple"), ("blue", "train")):
         still = Still(colour, "square", "large", "white", "left")
-        add(f"{colour}-still", "procedural_picture", split, draw_still(still, SIDE), label=still.caption,
+        add(f"{colour}-still", "procedural_picture", split, rasterise_still(still, SIDE), label=still.caption,
             **dataclasses.asdict(still))  # fmt: skip
         clip = Motion(colour, "square", "large", "white", "moves up")
-        add(f"{colour}-clip", "procedural_clip", split, draw_clip(clip, SIDE), label=clip.caption,
+        add(f"{colour}-clip", "procedural_clip", split, rasterise_clip(clip, SIDE), label=clip.caption,
             **dataclasses.asdict(clip))  # fmt: skip
     (root / "items.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return root
@@ -221,25 +221,27 @@ def test_a_judge_learns_and_is_kept(toy, tmp_path):
     drawn, labels = toy
     names = [f"concept {label}" for label in labels]
     learned, kept_out = drawn[:32], drawn[32:]
-    judge = get_judge(tmp_path, TOY, learned, names[:32], lambda: learned, "t", progress=False)
+    judge = get_judge(tmp_path, TOY, learned, names[:32], reconstruct=lambda: learned, tokenizer="t", progress=False)
     assert judge.concepts == ("concept 0", "concept 1", "concept 2", "concept 3") and judge.pictures == 32
     assert (judge.ranks(kept_out, names[32:], batch_size=5) == 0).mean() > 0.9
     assert judge.verdicts(kept_out) == judge.verdicts(kept_out, batch_size=3)
 
-    again = get_judge(tmp_path, TOY, learned, names[:32], lambda: pytest.fail(FAILS), "t", progress=False)
+    again = get_judge(
+        tmp_path, TOY, learned, names[:32], reconstruct=lambda: pytest.fail(FAILS), tokenizer="t", progress=False
+    )
     assert again.file == judge.file and os.listdir(tmp_path) == [judge.file.name]
     np.testing.assert_array_equal(again.ranks(drawn, names), judge.ranks(drawn, names))
 
     others = [
-        get_judge(tmp_path, TOY, learned, names[:32], lambda: learned, "another"),
-        get_judge(tmp_path, TOY, learned[::-1], names[:32], lambda: learned, "t"),
+        get_judge(tmp_path, TOY, learned, names[:32], reconstruct=lambda: learned, tokenizer="another"),
+        get_judge(tmp_path, TOY, learned[::-1], names[:32], reconstruct=lambda: learned, tokenizer="t"),
     ]
     assert len({judge.file, *(other.file for other in others)}) == 3
     judge.file.write_bytes(judge.file.read_bytes()[:100])
     with pytest.raises(Emu3Error, match="delete it"):
-        get_judge(tmp_path, TOY, learned, names[:32], lambda: learned, "t")
+        get_judge(tmp_path, TOY, learned, names[:32], reconstruct=lambda: learned, tokenizer="t")
     with pytest.raises(Emu3Error, match="needs two"):
-        get_judge(tmp_path, TOY, learned, ["one"] * 32, lambda: learned, "t")
+        get_judge(tmp_path, TOY, learned, ["one"] * 32, reconstruct=lambda: learned, tokenizer="t")
 
 
 def test_training_a_judge_twice_gives_the_same(toy):
@@ -253,7 +255,12 @@ def test_training_a_judge_twice_gives_the_same(toy):
 def test_a_judge_that_cannot_be_kept(toy, tmp_path, capsys):
     drawn, labels = toy
     judge = get_judge(
-        tmp_path / "absent", TOY, drawn[:32], [str(label) for label in labels[:32]], lambda: drawn[:32], "t"
+        tmp_path / "absent",
+        TOY,
+        drawn[:32],
+        [str(label) for label in labels[:32]],
+        reconstruct=lambda: drawn[:32],
+        tokenizer="t",
     )
     assert judge.file is None and "trained again" in capsys.readouterr().err
 
@@ -403,14 +410,14 @@ class Drawer:
 
 def test_extensions_are_read_from_the_new_frames_alone(bundle, data, config, monkeypatch):
     """What the truth shows in its first half must not count: a clip that stops there is wrong in its motion only."""
-    monkeypatch.setattr(control, "generate", lambda model, prompts, side, *_: pictures(len(prompts)))
+    monkeypatch.setattr(control, "generate", lambda model, prompts, side, **_: pictures(len(prompts)))
     reconstruct = Reconstructor(emu3_jax.load(bundle).vision, 4, progress=False)
     clip = Motion("red", "square", "large", "white", "moves up")
-    whole = draw_clip(clip, SIDE)
+    whole = rasterise_clip(clip, SIDE)
     for ending, shares in (
         (whole[4:], (1, 1, 1, 1)),
         (whole[3:4].repeat(4, axis=0), (1, 1, 0, 0)),
-        (draw_clip(dataclasses.replace(clip, colour="blue"), SIDE)[4:], (0, 1, 1, 0)),
+        (rasterise_clip(dataclasses.replace(clip, colour="blue"), SIDE)[4:], (0, 1, 1, 0)),
         (np.full_like(whole[4:], 255), (0, 0, 0, 0)),
     ):
 
@@ -418,7 +425,7 @@ def test_extensions_are_read_from_the_new_frames_alone(bundle, data, config, mon
             return whole if given is None else np.concatenate([given, ending])
 
         model = Drawer(draw)
-        figures, sections = control.measure(model, Data(data), config, reconstruct, {}, False)
+        figures, sections = control.measure(model, Data(data), config, reconstruct, skipped={}, progress=False)
         got = figures["extensions"]
         assert tuple(got[f"{name}_right"] for name in ("colour", "shape", "motion", "all")) == shares
         assert got["truth_all_right"] == 1 and figures["clips"]["all_right"] == 1
@@ -440,7 +447,7 @@ def test_motion_is_compared_with_the_true_clip(bundle, data, config):
         (true[0] * 0, 0, 0, 0),
     ):
         model = Drawer(lambda number, given, drawn=drawn: drawn)
-        figures, sections = motion.measure(model, items, config, reconstruct, {}, False)
+        figures, sections = motion.measure(model, items, config, reconstruct, skipped={}, progress=False)
         assert figures["true_energy"] == pytest.approx(energy)
         assert figures["ratio"] == pytest.approx(ratio, rel=0.1) and figures["within_twice"] == within
         assert figures["difference_ratio"] == pytest.approx(differs, rel=0.1)

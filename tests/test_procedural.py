@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from emu3_jax.evaluation import procedural
-from emu3_jax.evaluation.procedural import Motion, Still, all_clips, all_stills, draw_clip, draw_still
+from emu3_jax.evaluation.procedural import Motion, Still, all_clips, all_stills, rasterise_clip, rasterise_still
 from emu3_jax.media.clips import load_clip, save_clip
 
 SIDE = 48
@@ -25,7 +25,7 @@ def test_every_still_reads_back():
     assert len(set(stills)) == 8 * 6 * 2 * 3 * 5
     assert len({still.caption for still in stills}) == len(stills)
     for number, still in enumerate(stills):
-        pixels = draw_still(still, SIDE)
+        pixels = rasterise_still(still, SIDE)
         assert procedural.read_still(worn(pixels, number)) == still
         assert procedural.read_still(pixels) == still
 
@@ -35,21 +35,22 @@ def test_every_clip_reads_back():
     assert len(set(clips)) == 8 * 6 * 2 * 3 * 6
     assert len({clip.caption for clip in clips}) == len(clips)
     for clip in clips:
-        assert procedural.read_clip(draw_clip(clip, 32)) == clip  # small, to be quick; the next test has the full size
+        frames = rasterise_clip(clip, 32)  # small, to be quick; the next test has the full size
+        assert procedural.read_clip(frames) == clip
 
 
 def test_worn_clips_read_back():
     for number, clip in enumerate(itertools.islice(all_clips(), 0, None, 5)):  # 5 shares no factor with the attributes
-        frames = [worn(frame, number * 8 + i) for i, frame in enumerate(draw_clip(clip, SIDE))]
+        frames = [worn(frame, number * 8 + i) for i, frame in enumerate(rasterise_clip(clip, SIDE))]
         assert procedural.read_clip(np.stack(frames)) == clip
 
 
 def test_second_halves_read_back():
     half = procedural.FRAMES // 2
     for number, clip in enumerate(itertools.islice(all_clips(), 0, None, 5)):
-        assert seen_of(procedural.read_extension(draw_clip(clip, 32), half)) == seen_of(clip)
+        assert seen_of(procedural.read_extension(rasterise_clip(clip, 32), half)) == seen_of(clip)
         if number % 2 == 0:  # the given frames are true ones, the new ones worn
-            frames = draw_clip(clip, SIDE)
+            frames = rasterise_clip(clip, SIDE)
             frames[half:] = [worn(frame, number * 8 + i) for i, frame in enumerate(frames[half:])]
             assert seen_of(procedural.read_extension(frames, half)) == seen_of(clip)
 
@@ -64,11 +65,11 @@ def test_an_extension_has_to_go_on(motion):
     """The given half's own motion does not count, nor does another one, nor another shape in the new frames."""
     half = procedural.FRAMES // 2
     clip = Motion("green", "star", "small", "gray", motion)
-    given = draw_clip(clip, SIDE)[:half]
+    given = rasterise_clip(clip, SIDE)[:half]
     still = np.concatenate([given, given[-1:].repeat(half, axis=0)])
     assert procedural.read_extension(still, half).motion is None
     other = next(m for m in procedural.MOTIONS if m != motion)
-    changed = draw_clip(Motion("purple", "circle", "small", "gray", other), SIDE)[half:]
+    changed = rasterise_clip(Motion("purple", "circle", "small", "gray", other), SIDE)[half:]
     seen = procedural.read_extension(np.concatenate([given, changed]), half)
     assert (seen.colour, seen.shape) == ("purple", "circle") and seen.motion != motion
     gone = np.concatenate([given, np.full_like(given, 150)])
@@ -77,10 +78,10 @@ def test_an_extension_has_to_go_on(motion):
 
 def test_a_part_of_the_way_is_told_by_its_span():
     """What is too little for a whole clip is enough for a part of one, and never without `span`."""
-    clip = draw_clip(Motion("red", "circle", "large", "white", "moves left"), SIDE)
+    clip = rasterise_clip(Motion("red", "circle", "large", "white", "moves left"), SIDE)
     assert procedural.read_clip(clip[4:]).motion is None
     assert procedural.read_clip(clip[4:], span=3 / 7).motion == "moves left"
-    clip = draw_clip(Motion("red", "circle", "large", "white", "grows"), SIDE)
+    clip = rasterise_clip(Motion("red", "circle", "large", "white", "grows"), SIDE)
     assert procedural.read_clip(clip[4:]).motion is None
     assert procedural.read_clip(clip[4:], span=3 / 7).motion == "grows"
 
@@ -88,9 +89,9 @@ def test_a_part_of_the_way_is_told_by_its_span():
 @pytest.mark.parametrize("side", [32, 64])
 def test_other_sides(side):
     for still in itertools.islice(all_stills(), 0, None, 37):
-        assert procedural.read_still(draw_still(still, side)) == still
+        assert procedural.read_still(rasterise_still(still, side)) == still
     for clip in itertools.islice(all_clips(), 0, None, 97):
-        assert procedural.read_clip(draw_clip(clip, side)) == clip
+        assert procedural.read_clip(rasterise_clip(clip, side)) == clip
 
 
 def test_captions():
@@ -110,7 +111,7 @@ def test_captions():
 
 def test_a_shape_that_is_a_little_off_its_place_is_still_read():
     still = Still("green", "heart", "large", "white", "left")
-    moved = np.roll(draw_still(still, SIDE), (2, 1), axis=(0, 1))
+    moved = np.roll(rasterise_still(still, SIDE), (2, 1), axis=(0, 1))
     assert procedural.read_still(moved) == still
 
 
@@ -120,17 +121,17 @@ def test_what_is_not_there_is_not_read():
     assert procedural.read_clip(np.stack([ground] * 8)) == Motion(None, None, None, "gray", None)
     noise = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
     assert procedural.read_still(noise).shape is None
-    two = draw_still(Still("red", "circle", "small", "white", "left"), SIDE)
-    two = np.minimum(two, draw_still(Still("red", "circle", "small", "white", "right"), SIDE))
+    two = rasterise_still(Still("red", "circle", "small", "white", "left"), SIDE)
+    two = np.minimum(two, rasterise_still(Still("red", "circle", "small", "white", "right"), SIDE))
     assert procedural.read_still(two).shape is None
-    pixels = draw_still(Still("red", "star", "small", "white", "top"), SIDE)
+    pixels = rasterise_still(Still("red", "star", "small", "white", "top"), SIDE)
     assert procedural.read_clip(np.stack([pixels] * 8)).motion is None
 
 
 @pytest.mark.parametrize("motion", procedural.MOTIONS)
 def test_clips_survive_their_files(tmp_path, motion):
     """Encoders merge equal frames, and `load_clip` counts them again: blinking must not hide their number."""
-    frames = draw_clip(Motion("red", "star", "small", "white", motion), SIDE)
+    frames = rasterise_clip(Motion("red", "star", "small", "white", motion), SIDE)
     save_clip(frames, tmp_path / "clip.webp", fps=4)
     clip = load_clip(tmp_path / "clip.webp")
     assert np.array_equal(clip.frames, frames)
@@ -140,7 +141,7 @@ def test_clips_survive_their_files(tmp_path, motion):
 def test_drawing_does_not_change():
     """Data and evaluator may be of different ages: what is drawn and said must stay the same."""
     still = Still("brown", "triangle", "small", "black", "bottom")
-    pixels = draw_still(still, SIDE)
+    pixels = rasterise_still(still, SIDE)
     assert pixels.dtype == np.uint8
     assert pixels[38, 24].tolist() == list(procedural.COLOURS["brown"])
     assert pixels[0, 0].tolist() == list(procedural.BACKGROUNDS["black"])

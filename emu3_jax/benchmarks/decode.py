@@ -105,7 +105,9 @@ def run(
         if model is not None:
             config = Bundle.open(embedded_bundle() if model == "embedded" else model).decoder_config
         try:
-            yield from peer.in_a_process("decode_transformers", config, config.image_area if area is None else area)
+            yield from peer.in_a_process(
+                "decode_transformers", config, area=config.image_area if area is None else area
+            )
         except Emu3Error as error:
             failure = error
     enable_persistent_cache()

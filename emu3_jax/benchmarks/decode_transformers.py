@@ -42,7 +42,7 @@ def run(config: DecoderConfig, area: int) -> Iterator[dict[str, Any]]:
             **versions,
         }
     for context in (PROMPT_TOKENS, length // 2):
-        seconds = _compiled(model, config, context, PROMPT_TOKENS + length + 512, device)
+        seconds = _compiled(model, config, context, slots=PROMPT_TOKENS + length + 512, device=device)
         yield {
             "peer": "transformers, static cache, torch.compile, doubled batch",
             "cache_length": context,
@@ -86,7 +86,7 @@ def _generate(model, config: DecoderConfig, context: int, device: str) -> float:
     return (timed(many) - timed(few)) / (many - few)
 
 
-def _compiled(model, config: DecoderConfig, context: int, slots: int, device: str, steps: int = 100) -> float:
+def _compiled(model, config: DecoderConfig, context: int, *, slots: int, device: str, steps: int = 100) -> float:
     """Seconds per token of the best a torch user can write: doubled batch, static cache, compiled step."""
     import torch
     from transformers import StaticCache

@@ -19,7 +19,7 @@ def require(*packages: str) -> None:
             raise Emu3Error(f"--compare transformers needs {package}: pip install {hint}")
 
 
-def in_a_process(module: str, config: DecoderConfig, *arguments: Any) -> Iterator[dict[str, Any]]:
+def in_a_process(module: str, config: DecoderConfig, **arguments: Any) -> Iterator[dict[str, Any]]:
     """Figures as a peer's `main` prints them, in a process that gives all its memory back.
 
     Args:
@@ -30,7 +30,7 @@ def in_a_process(module: str, config: DecoderConfig, *arguments: Any) -> Iterato
     Raises:
         Emu3Error: the process failed, after the figures that it printed.
     """
-    command = [sys.executable, "-m", f"emu3_jax.benchmarks.{module}", json.dumps([config.to_dict(), *arguments])]
+    command = [sys.executable, "-m", f"emu3_jax.benchmarks.{module}", json.dumps([config.to_dict(), arguments])]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             yield from (json.loads(line) for line in process.stdout if line.startswith("{"))
@@ -42,7 +42,7 @@ def in_a_process(module: str, config: DecoderConfig, *arguments: Any) -> Iterato
 
 
 def main(run: Callable[..., Iterator[dict[str, Any]]]) -> None:
-    """Prints the figures of a peer's `run(config, ...)`."""
-    config, *arguments = json.loads(sys.argv[1])
-    for figures in run(DecoderConfig.from_dict(config), *arguments):
+    """Prints the figures of a peer's `run(config, ...)`, called with what `in_a_process` was."""
+    config, arguments = json.loads(sys.argv[1])
+    for figures in run(DecoderConfig.from_dict(config), **arguments):
         print(json.dumps(figures), flush=True)

@@ -40,6 +40,7 @@ PROFILED = 2  # steps
 
 def run(
     preset: str = "8b",
+    *,
     layers: int | None = None,
     tokens: int = 10240,
     rows: int = 1,
@@ -72,7 +73,8 @@ def run(
         peer.require(*(("peft",) if adapter else ()))
         # First: from its first device on, JAX holds the memory that the peer needs.
         try:
-            for figures in peer.in_a_process("train_transformers", decoder, tokens, rows, adapter, steps, compiled):
+            options = {"tokens": tokens, "rows": rows, "rank": adapter, "steps": steps, "compiled": compiled}
+            for figures in peer.in_a_process("train_transformers", decoder, **options):
                 if "ms_per_step" in figures:
                     peak = peak_flops(figures["device"])
                     figures |= rates(figures["ms_per_step"], rows * tokens, flops, peak)
@@ -181,14 +183,14 @@ def _random_frozen(trainer: Trainer) -> Any:
     keys = jax.random.split(jax.random.key(0), max(len(leaves), 1))
 
     def make(path, leaf, key):
-        draw = functools.partial(_draw, path[-1].key, leaf.shape, leaf.dtype)
-        return jax.jit(draw, out_shardings=leaf.sharding)(key)
+        random = functools.partial(_random_leaf, path[-1].key, leaf.shape, leaf.dtype)
+        return jax.jit(random, out_shardings=leaf.sharding)(key)
 
     return jax.tree.unflatten(tree, [make(path, leaf, key) for (path, leaf), key in zip(leaves, keys, strict=False)])
 
 
-def _draw(name: str, shape: tuple[int, ...], dtype: jnp.dtype, key: jax.Array) -> jax.Array:
-    def draw(key, shape):
+def _random_leaf(name: str, shape: tuple[int, ...], dtype: jnp.dtype, key: jax.Array) -> jax.Array:
+    def random(key, shape):
         if name == "scale":
             return jnp.ones(shape, dtype)
         if name.endswith("_scale"):
@@ -198,6 +200,6 @@ def _draw(name: str, shape: tuple[int, ...], dtype: jnp.dtype, key: jax.Array) -
         return normal(key, shape, 0.02, dtype)
 
     if len(shape) < 3:
-        return draw(key, shape)
+        return random(key, shape)
     # Layer by layer: no more than one layer's random bits exist.
-    return jax.lax.map(lambda key: draw(key, shape[1:]), jax.random.split(key, shape[0]))
+    return jax.lax.map(lambda key: random(key, shape[1:]), jax.random.split(key, shape[0]))

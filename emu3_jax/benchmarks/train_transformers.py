@@ -4,6 +4,7 @@ bfloat16 autocast over float32 masters (or LoRA by `peft` over bfloat16 weights)
 AdamW. Its own loss holds all logits at once; where that runs out of memory, a loss in checkpointed chunks stands in.
 """
 
+import functools
 import gc
 import math
 import statistics
@@ -20,7 +21,7 @@ CHUNK = 1024
 
 
 def run(
-    config: DecoderConfig, tokens: int, rows: int, rank: int, steps: int, compiled: bool = False
+    config: DecoderConfig, *, tokens: int, rows: int, rank: int, steps: int, compiled: bool = False
 ) -> Iterator[dict[str, Any]]:
     """Yields figures of a step with the model's own loss, with a chunked one, and with that the other ways there are:
     FlashAttention 2 where it is installed, compiled layers where they are asked for.
@@ -55,9 +56,10 @@ def run(
         label = {"program": f"transformers, {way}", **described}
         try:
             began = time.perf_counter()
-            taken = [_step(model, trained, optimizer, ids, "chunked" in way, device)]
+            step = functools.partial(_step, model, trained, optimizer, ids, chunked="chunked" in way, device=device)
+            taken = [step()]
             first = time.perf_counter() - began
-            taken += [_step(model, trained, optimizer, ids, "chunked" in way, device) for _ in range(1 + steps)]
+            taken += [step() for _ in range(1 + steps)]
         except torch.OutOfMemoryError as error:
             yield {**label, "out_of_memory": _first_sentence(error)}
         else:
@@ -107,7 +109,7 @@ def _model(config: DecoderConfig, rank: int, device: str):
     return model.train()
 
 
-def _step(model, trained, optimizer, ids, chunked: bool, device: str) -> tuple[float, float]:
+def _step(model, trained, optimizer, ids, *, chunked: bool, device: str) -> tuple[float, float]:
     """Seconds and loss of one step."""
     import torch
 

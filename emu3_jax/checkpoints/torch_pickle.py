@@ -127,7 +127,7 @@ def read_torch_file(file: Path) -> list[Tensor]:
         views = views["state_dict"]
     if not isinstance(views, dict) or not all(isinstance(k, str) and isinstance(v, _View) for k, v in views.items()):
         raise Emu3Error(f"{file}: not a state dict of names and tensors; {_RESAVE}")
-    return [_tensor(file, name, view, root, entries, starts) for name, view in views.items()]
+    return [_tensor(file, name, view, root=root, entries=entries, starts=starts) for name, view in views.items()]
 
 
 def _data_offset(stream: io.BufferedReader, file: Path, info: zipfile.ZipInfo) -> int:
@@ -142,7 +142,13 @@ def _data_offset(stream: io.BufferedReader, file: Path, info: zipfile.ZipInfo) -
 
 
 def _tensor(
-    file: Path, name: str, view: _View, root: str, entries: Mapping[str, zipfile.ZipInfo], starts: Mapping[str, int]
+    file: Path,
+    name: str,
+    view: _View,
+    *,
+    root: str,
+    entries: Mapping[str, zipfile.ZipInfo],
+    starts: Mapping[str, int],
 ) -> Tensor:
     storage, entry = view.storage, f"{root}data/{view.storage.key}"
     end = view.start + strided_span(view.shape, view.strides)

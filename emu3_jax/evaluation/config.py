@@ -8,7 +8,7 @@ from emu3_jax.generation import defaults
 from emu3_jax.models.quantization import KINDS
 
 FIGURES = ("reconstruction", "text_to_image", "image_to_text", "procedural", "motion")
-# The groups whose labels tell what is seen; the model is trained to draw and name these.
+# The groups whose labels tell what is seen; the model is trained to generate and name these.
 GROUPS = (
     "smileys & emotion", "animals & nature", "food & drink", "travel & places", "activities", "objects",
 )  # fmt: skip
@@ -62,14 +62,14 @@ class EvaluateConfig:
         quantize: narrow weights and KV cache of the decoder, as `emu3_jax.load` takes it; None for neither.
         data: the directory with items.jsonl that scripts/build_emoji.py wrote.
         figures: which are measured, of `FIGURES`.
-        groups: of the pictures and clips that are drawn, described and judged; reconstruction takes all groups.
+        groups: of the pictures and clips that are generated, described and judged; reconstruction takes all groups.
         cases: of each figure at most, a fixed choice by `seed`; None for all.
         codebook_cases: pictures, and clips, over which use of the codebook is counted, likewise; fewer than all use
             less of it, which the figures do not correct.
         batch_size: pictures that are encoded, decoded or generated at once, and four times as many judged.
         guidance: classifier-free guidance scales of text to image, each of which gives one point of the curve.
-        procedural_guidance: the scale at which procedural prompts are drawn.
-        clip_guidance: the scale at which clips of animated subjects are drawn.
+        procedural_guidance: the scale at which pictures and clips of procedural prompts are generated.
+        clip_guidance: the scale at which clips of animated subjects are generated.
         temperature: of generation; 0 is greedy. Answers are always greedy.
         top_k: candidates kept.
         top_p: probability mass kept.
@@ -125,5 +125,5 @@ class EvaluateConfig:
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """How pictures and clips are drawn, as keyword arguments of `Emu3`."""
+        """How pictures and clips are sampled, as keyword arguments of `Emu3`."""
         return {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "seed", "batch_size")}

@@ -15,7 +15,7 @@ from emu3_jax.evaluation.text_to_image import generate
 from emu3_jax.generation.pipeline import Emu3
 
 _GIVEN = FRAMES // 2  # frames of the clips that are extended
-# What is drawn, of which kind of item, and how it is read.
+# What is generated, of which kind of item, and how it is read.
 _TASKS = {
     "stills": ("picture", read_still),
     "clips": ("clip", read_clip),
@@ -28,6 +28,7 @@ def measure(
     data: Data,
     config: EvaluateConfig,
     reconstruct: Reconstructor,
+    *,
     skipped: dict[str, str],
     progress: bool | None,
 ) -> tuple[dict[str, Any], list[Section]]:
@@ -49,11 +50,12 @@ def measure(
         truth = data.pixels(cases)
         again = reconstruct(truth)
         prompts, scale = [item.caption for item in cases], config.procedural_guidance
+        options = {"guidance": scale, "config": config, "progress": progress}
         if kind == "picture":
-            made = generate(model, prompts, truth.shape[1:3], scale, config, progress)
+            made = generate(model, prompts, truth.shape[1:3], **options)
         else:
             given = truth[:, :_GIVEN] if name == "extensions" else None
-            made = animate(model, prompts, FRAMES, truth.shape[2:4], scale, config, progress, given)
+            made = animate(model, prompts, FRAMES, truth.shape[2:4], given=given, **options)
         if name == "extensions":
             again[:, :_GIVEN] = truth[:, :_GIVEN]  # as a generated clip has them
         names = list(cases[0].scene)

@@ -23,7 +23,7 @@ def parse(answer: str) -> tuple[str, str]:
 
 
 def measure(
-    model: Emu3, data: Data, config: EvaluateConfig, skipped: dict[str, str], progress: bool | None
+    model: Emu3, data: Data, config: EvaluateConfig, *, skipped: dict[str, str], progress: bool | None
 ) -> tuple[dict[str, Any], list[Section]]:
     """Descriptions of held-out styles, categories of held-out concepts, descriptions of held-out moving shapes.
 

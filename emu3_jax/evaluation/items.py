@@ -27,7 +27,7 @@ class Item:
         name: unique.
         file: relative to the data's directory.
         kind: "picture", "clip", "procedural_picture" or "procedural_clip".
-        style: how it is drawn.
+        style: of the drawing.
         concept: codepoint of what it shows; pictures of one concept in several styles share it.
         label: in words; of procedural ones the whole caption.
         group: the concept's category.
@@ -47,7 +47,7 @@ class Item:
 
     @property
     def caption(self) -> str:
-        """What the model is asked to draw, and should say of the picture."""
+        """What the model is asked to generate, and should say of the picture."""
         return self.label if self.kind.startswith("procedural") else f"{self.style} emoji of {self.label}"
 
 
@@ -92,8 +92,8 @@ def choose(items: Sequence[Item], cases: int | None, seed: int, figure: str) -> 
     """At most `cases` of the items, in their order; the choice depends on `seed`, `figure` and the items alone."""
     if cases is None or len(items) <= cases:
         return list(items)
-    draw = np.random.default_rng([seed, zlib.crc32(figure.encode())])
-    return [items[i] for i in sorted(draw.choice(len(items), cases, replace=False))]
+    rng = np.random.default_rng([seed, zlib.crc32(figure.encode())])
+    return [items[i] for i in sorted(rng.choice(len(items), cases, replace=False))]
 
 
 def in_batches(call: Callable[[np.ndarray], np.ndarray], array: np.ndarray, size: int, bar: tqdm) -> np.ndarray:

@@ -123,6 +123,7 @@ def get_judge(
     config: JudgeConfig,
     pictures: np.ndarray,
     concepts: Sequence[str],
+    *,
     reconstruct: Callable[[], np.ndarray],
     tokenizer: str,
     progress: bool | None = None,
@@ -153,7 +154,7 @@ def get_judge(
     judge = Judge(names, config.width, None, file, len(pictures))
     if file.exists():
         return dataclasses.replace(judge, params=_load(file, config.width, len(names), pictures.shape[1:]))
-    params = train(config, pictures, reconstruct(), np.searchsorted(names, concepts), len(names), progress)
+    params = train(config, pictures, reconstruct(), np.searchsorted(names, concepts), len(names), progress=progress)
     try:
         with new_file(file) as temporary, temporary.open("wb") as stream:
             np.savez(stream, **traverse_util.flatten_dict(params, sep="/"))
@@ -169,6 +170,7 @@ def train(
     reconstructions: np.ndarray,
     labels: np.ndarray,
     concepts: int,
+    *,
     progress: bool | None = None,
 ) -> Any:
     """Trains a network from random weights; the result depends on the arguments alone.
@@ -186,8 +188,8 @@ def train(
     Returns:
         The parameters, nested dicts of NumPy arrays.
     """
-    network, draw = Network(config.width, concepts), np.random.default_rng(config.seed)
-    params = _random_params(network, pictures.shape[1:], draw)
+    network, rng = Network(config.width, concepts), np.random.default_rng(config.seed)
+    params = _random_params(network, pictures.shape[1:], rng)
     optimizer, step = _make_step(config, concepts)
     both = jnp.asarray(np.stack([pictures, reconstructions]))
     labels = np.asarray(labels, np.int32)
@@ -196,10 +198,10 @@ def train(
     disable = None if progress is None else not progress
     with tqdm(total=config.steps, desc="training the judge", unit=" steps", disable=disable, leave=False) as bar:
         for number in range(1, config.steps + 1):  # a scan over steps would leave XLA one CPU core for convolutions
-            rows = draw.integers(0, len(labels), config.batch_size)
-            second = (draw.random(config.batch_size) < config.reconstructions).astype(np.int32)
-            change = Change.drawn(draw, config.batch_size)
-            params, state, loss = step(params, state, both, second, rows, labels[rows], change)
+            rows = rng.integers(0, len(labels), config.batch_size)
+            second = (rng.random(config.batch_size) < config.reconstructions).astype(np.int32)
+            change = Change.random(rng, config.batch_size)
+            params, state, loss = step(params, state, both, second=second, rows=rows, label=labels[rows], change=change)
             if number % _STEPS_PER_REPORT == 0 or number == config.steps:
                 bar.set_postfix(loss=f"{float(loss):.2f}", refresh=False)
                 bar.update(number - bar.n)
@@ -207,7 +209,7 @@ def train(
 
 
 class Change(NamedTuple):
-    """How each of B pictures is changed, float32. Drawn by NumPy: the same numbers on every device, and no compilation.
+    """How each of B pictures is changed, float32. NumPy's random numbers: the same on every device, and no compilation.
 
     Attributes:
         scale: of what is shown, [B, 1].
@@ -226,14 +228,14 @@ class Change(NamedTuple):
     offset: np.ndarray
 
     @classmethod
-    def drawn(cls, draw: np.random.Generator, count: int) -> "Change":
+    def random(cls, rng: np.random.Generator, count: int) -> "Change":
         change = cls(
-            scale=(1 + _SCALE) ** draw.uniform(-1, 1, (count, 1)),
-            shift=draw.uniform(-_SHIFT, _SHIFT, (count, 2)),
-            blur=draw.random((count, 1, 1, 1)) ** 2,
-            mix=np.eye(3) + 0.1 * draw.standard_normal((count, 3, 3)),
-            gain=draw.uniform(0.75, 1.25, (count, 1, 1, 1)),
-            offset=0.1 * draw.standard_normal((count, 1, 1, 3)),
+            scale=(1 + _SCALE) ** rng.uniform(-1, 1, (count, 1)),
+            shift=rng.uniform(-_SHIFT, _SHIFT, (count, 2)),
+            blur=rng.random((count, 1, 1, 1)) ** 2,
+            mix=np.eye(3) + 0.1 * rng.standard_normal((count, 3, 3)),
+            gain=rng.uniform(0.75, 1.25, (count, 1, 1, 1)),
+            offset=0.1 * rng.standard_normal((count, 1, 1, 3)),
         )
         return cls(*(field.astype(np.float32) for field in change))
 
@@ -269,7 +271,7 @@ def _make_step(config: JudgeConfig, concepts: int) -> tuple[optax.GradientTransf
     optimizer = optax.adamw(rate, weight_decay=config.weight_decay)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, state, both, second, rows, label, change):  # the pictures are an argument: constants are folded
+    def step(params, state, both, *, second, rows, label, change):  # the pictures are an argument: constants are folded
         pixels = augment(both[second, rows].astype(jnp.float32) / 255, change)
         target = optax.smooth_labels(jax.nn.one_hot(label, concepts), config.label_smoothing)
 
@@ -283,7 +285,7 @@ def _make_step(config: JudgeConfig, concepts: int) -> tuple[optax.GradientTransf
     return optimizer, step
 
 
-def _random_params(network: Network, shape: tuple[int, ...], draw: np.random.Generator) -> Any:
+def _random_params(network: Network, shape: tuple[int, ...], rng: np.random.Generator) -> Any:
     """Kernels of variance 2 / fan-in, for the ReLU after them; norms that do nothing yet."""
     zeros = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     shapes = traverse_util.flatten_dict(jax.eval_shape(network.init, jax.random.key(0), zeros)["params"])
@@ -291,7 +293,7 @@ def _random_params(network: Network, shape: tuple[int, ...], draw: np.random.Gen
     for path, leaf in shapes.items():
         if path[-1] == "kernel":
             scale = math.sqrt(2 / math.prod(leaf.shape[:-1]))
-            params[path] = jnp.asarray(scale * draw.standard_normal(leaf.shape, np.float32))
+            params[path] = jnp.asarray(scale * rng.standard_normal(leaf.shape, np.float32))
         else:
             params[path] = jnp.full(leaf.shape, 1.0 if path[-1] == "scale" else 0.0, jnp.float32)
     return traverse_util.unflatten_dict(params)

@@ -1,4 +1,4 @@
-"""Whether generated clips of animated subjects move as much as the true ones, and the drawing of clips."""
+"""Whether generated clips of animated subjects move as much as the true ones, and how clips are generated."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +21,7 @@ def animate(
     prompts: list[str],
     frames: int,
     side: tuple[int, int],
+    *,
     guidance: float,
     config: EvaluateConfig,
     progress: bool | None,
@@ -57,6 +58,7 @@ def measure(
     data: Data,
     config: EvaluateConfig,
     reconstruct: Reconstructor,
+    *,
     skipped: dict[str, str],
     progress: bool | None,
 ) -> tuple[dict[str, Any], list[Section]]:
@@ -78,7 +80,15 @@ def measure(
     truth = data.pixels(cases)
     again = reconstruct(truth)
     prompts = [item.caption for item in cases]
-    made = animate(model, prompts, truth.shape[1], truth.shape[2:4], config.clip_guidance, config, progress)
+    made = animate(
+        model,
+        prompts,
+        truth.shape[1],
+        truth.shape[2:4],
+        guidance=config.clip_guidance,
+        config=config,
+        progress=progress,
+    )
     clips = {"true": truth, "reconstruction": again, "generated": made}
     energies = {name: motion_energy(pixels) for name, pixels in clips.items()}
     true, reconstructed, generated = energies.values()

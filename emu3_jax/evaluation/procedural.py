@@ -1,9 +1,9 @@
-"""Coloured shapes on plain backgrounds: drawing them, captioning them, and reading them back from pixels.
+"""Coloured shapes on plain backgrounds: rasterising them, captioning them, and reading them back from pixels.
 
 Captions of such pictures and clips can be scored exactly, without a judge that was trained. Reading goes by analysis:
 the border gives the background, what differs from it gives colour and place, and the silhouette is compared with every
-shape drawn at that place and size. It therefore bears the blur, noise and small shifts of a generated picture, and says
-None where it cannot tell. Only NumPy is needed.
+shape rasterised at that place and size. It therefore bears the blur, noise and small shifts of a generated picture, and
+says None where it cannot tell. Only NumPy is needed.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ _FAINTEST = 45.0  # distance in RGB that counts as a shape
 _UNCLEAR = 0.45  # share of the silhouette's area on which the best shape may disagree
 _COMPARED = 4  # frames of a clip whose silhouettes are compared with the shapes
 _MOVED = 0.09  # share of the side; a large shape at an edge lies 0.2 off the centre
-_GROWN = 1.25  # of the radius over a whole clip, where the drawing has _GROWTH
+_GROWN = 1.25  # of the radius over a whole clip, where `rasterise_clip` has _GROWTH
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,22 +81,22 @@ class Motion:
 
 
 def all_stills() -> Iterator[Still]:
-    """Every still that can be drawn, 1,440 in all."""
+    """Every still that there is, 1,440 in all."""
     return itertools.starmap(Still, itertools.product(COLOURS, SHAPES, SIZES, BACKGROUNDS, POSITIONS))
 
 
 def all_clips() -> Iterator[Motion]:
-    """Every clip that can be drawn, 1,728 in all."""
+    """Every clip that there is, 1,728 in all."""
     return itertools.starmap(Motion, itertools.product(COLOURS, SHAPES, SIZES, BACKGROUNDS, MOTIONS))
 
 
-def draw_still(still: Still, side: int) -> np.ndarray:
+def rasterise_still(still: Still, side: int) -> np.ndarray:
     """The picture, uint8 [side, side, 3]."""
     radius = SIZES[still.size]
     return _paint(still, _mask(still.shape, side, *_place(POSITIONS[still.position], radius), radius))
 
 
-def draw_clip(clip: Motion, side: int) -> np.ndarray:
+def rasterise_clip(clip: Motion, side: int) -> np.ndarray:
     """The frames, uint8 [FRAMES, side, side, 3]. A growing shape has its size at the start."""
     radius = SIZES[clip.size]
     frames = []
@@ -194,7 +194,7 @@ def _see(frames: np.ndarray) -> _Seen | None:
 
 
 def _shape_and_size(seen: _Seen, frames, sized=None) -> tuple[str | None, str | None]:
-    """The shape whose drawings agree best over `frames`, and its size in `sized`; None where none agrees."""
+    """The shape whose silhouette agrees best over `frames`, and its size in `sized`; None where none agrees."""
     side = seen.masks.shape[-1]
     errors = {}
     for shape in SHAPES:
@@ -202,9 +202,9 @@ def _shape_and_size(seen: _Seen, frames, sized=None) -> tuple[str | None, str | 
         wrong = np.zeros(len(_BLURS))
         for i in frames:
             radius = float(np.sqrt(seen.areas[i] / unit_area))
-            drawn = _draw(shape, side, *(seen.centres[i] - radius * unit_centre), radius, 4)
+            expected = _rasterise(shape, side, *(seen.centres[i] - radius * unit_centre), radius, samples=4)
             for number, blur in enumerate(_BLURS):
-                difference = np.abs(_sharpen(_blurred(drawn, blur)) - seen.masks[i]).sum()
+                difference = np.abs(_sharpen(_blurred(expected, blur)) - seen.masks[i]).sum()
                 wrong[number] += difference / max(seen.masks[i].sum(), 1e-9)
         errors[shape] = wrong.min() / len(frames)
     best = min(errors, key=errors.get)
@@ -241,7 +241,7 @@ def _background(frames: np.ndarray) -> str:
 
 
 def _border(frames: np.ndarray) -> np.ndarray:
-    """The outermost pixels of all frames, [N, 3]. No drawing reaches them."""
+    """The outermost pixels of all frames, [N, 3]. No shape reaches them."""
     edges = (frames[:, 0], frames[:, -1], frames[:, :, 0], frames[:, :, -1])
     return np.concatenate([edge.reshape(-1, 3) for edge in edges])
 
@@ -263,11 +263,11 @@ def _paint(scene: Still | Motion, mask: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(maxsize=1024)
 def _mask(shape: str, side: int, x: float, y: float, radius: float) -> np.ndarray:
-    """The drawing's silhouette; a few hundred of them serve all colours and backgrounds."""
-    return _draw(shape, side, x, y, radius)
+    """A shape's silhouette; a few hundred of them serve all colours and backgrounds."""
+    return _rasterise(shape, side, x, y, radius)
 
 
-def _draw(shape: str, side: int, x: float, y: float, radius: float, samples: int = _SAMPLES) -> np.ndarray:
+def _rasterise(shape: str, side: int, x: float, y: float, radius: float, *, samples: int = _SAMPLES) -> np.ndarray:
     """How much of each pixel the shape covers, [side, side] from 0 to 1."""
     mask = np.zeros((side, side))
     rows, columns = (_span(centre, _REACH * radius, side) for centre in (y, x))
@@ -312,7 +312,7 @@ def _kernel(side: int, deviation: float) -> np.ndarray:
 @functools.cache
 def _unit(shape: str) -> tuple[float, np.ndarray]:
     """Area and centre of mass (x, y) of the shape with radius 1 about the origin."""
-    mask = _draw(shape, 256, 0.5, 0.5, 0.25, 2)
+    mask = _rasterise(shape, 256, 0.5, 0.5, 0.25, samples=2)
     steps = (np.arange(256) + 0.5) / 256 - 0.5
     centre = np.array([(mask.sum(0) * steps).sum(), (mask.sum(1) * steps).sum()]) / mask.sum()
     return float(mask.mean()) * 16, centre * 4

@@ -89,6 +89,7 @@ def measure(
     data: Data,
     config: EvaluateConfig,
     reconstruct: Reconstructor,
+    *,
     skipped: dict[str, str],
     progress: bool | None = None,
 ) -> tuple[dict[str, Any], list[Section]]:

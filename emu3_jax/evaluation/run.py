@@ -41,12 +41,13 @@ def evaluate(
     if config.quantize is not None:
         figures["quantize"] = config.quantize
     sections, skipped = [], {}
+    options = {"skipped": skipped, "progress": progress}
     for name, measure in {
-        "reconstruction": lambda: reconstruction.measure(data, config, reconstruct, skipped, progress),
-        "text_to_image": lambda: text_to_image.measure(model, data, config, reconstruct, skipped, progress),
-        "image_to_text": lambda: image_to_text.measure(model, data, config, skipped, progress),
-        "procedural": lambda: control.measure(model, data, config, reconstruct, skipped, progress),
-        "motion": lambda: motion.measure(model, data, config, reconstruct, skipped, progress),
+        "reconstruction": lambda: reconstruction.measure(data, config, reconstruct, **options),
+        "text_to_image": lambda: text_to_image.measure(model, data, config, reconstruct, **options),
+        "image_to_text": lambda: image_to_text.measure(model, data, config, **options),
+        "procedural": lambda: control.measure(model, data, config, reconstruct, **options),
+        "motion": lambda: motion.measure(model, data, config, reconstruct, **options),
     }.items():
         if name not in config.figures:
             skipped[name] = "the config does not name it"

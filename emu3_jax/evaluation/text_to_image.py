@@ -6,7 +6,7 @@ import numpy as np
 
 from emu3_jax.evaluation import metrics
 from emu3_jax.evaluation.config import EvaluateConfig
-from emu3_jax.evaluation.items import Data, choose
+from emu3_jax.evaluation.items import Data, Item, choose
 from emu3_jax.evaluation.judge import Judge, get_judge
 from emu3_jax.evaluation.page import Cell, Curve, Row, Section
 from emu3_jax.evaluation.reconstruction import Reconstructor
@@ -17,6 +17,7 @@ def generate(
     model: Emu3,
     prompts: list[str],
     side: tuple[int, int],
+    *,
     guidance: float,
     config: EvaluateConfig,
     progress: bool | None,
@@ -39,6 +40,7 @@ def measure(
     data: Data,
     config: EvaluateConfig,
     reconstruct: Reconstructor,
+    *,
     skipped: dict[str, str],
     progress: bool | None,
 ) -> tuple[dict[str, Any], list[Section]]:
@@ -66,9 +68,9 @@ def measure(
         config.judge,
         train_pixels,
         [item.concept for item in training],
-        lambda: reconstruct(train_pixels),
-        reconstruct.digest(),
-        progress,
+        reconstruct=lambda: reconstruct(train_pixels),
+        tokenizer=reconstruct.digest(),
+        progress=progress,
     )
     concepts, prompts = [item.concept for item in cases], [item.caption for item in cases]
     truth = data.pixels(cases)
@@ -93,7 +95,7 @@ def measure(
     references = {"truth": closeness(truth), "reconstruction": closeness(again)}
     curve, pictures = [], {}
     for scale in config.guidance:
-        pictures[scale] = generate(model, prompts, truth.shape[1:3], scale, config, progress)
+        pictures[scale] = generate(model, prompts, truth.shape[1:3], guidance=scale, config=config, progress=progress)
         scores = score(pictures[scale])
         shares = {
             f"{name}_share_of_{ceiling}": scores[name] / values[name] if values[name] else None
@@ -118,27 +120,37 @@ def measure(
         "best_guidance": best,
         "guidance": curve,
     }
-    return figures, [_section(data, config, judge, cases, truth, again, pictures[best], curve, best)]
+    columns = {"truth": truth, "reconstruction": again, f"generated, guidance {best:g}": pictures[best]}
+    return figures, [_section(data, config, judge, cases, columns=columns, curve=curve)]
 
 
 def _top(ranks: np.ndarray) -> dict[str, float]:
     return {"top1": float((ranks < 1).mean()), "top5": float((ranks < 5).mean())}
 
 
-def _section(data, config, judge: Judge, cases, truth, again, generated, curve, best) -> Section:
+def _section(
+    data: Data,
+    config: EvaluateConfig,
+    judge: Judge,
+    cases: list[Item],
+    *,
+    columns: dict[str, np.ndarray],
+    curve: list[dict[str, Any]],
+) -> Section:
+    """The page's section; `columns` are pictures of all cases, by what they are."""
     shown = cases[: config.rows]
     labels = {item.concept: item.label for item in data.where("picture", "train", config.groups)}
-    columns = []
-    for name, pixels in (("truth", truth), ("reconstruction", again), (f"generated, guidance {best:g}", generated)):
+    cells = []
+    for name, pixels in columns.items():
         pixels = pixels[: len(shown)]
         verdicts = judge.verdicts(pixels, 4 * config.batch_size) if shown else []
-        columns.append(
+        cells.append(
             [
                 Cell(f"{name}; judge: {labels[verdict]}", picture, verdict == item.concept)
                 for item, picture, verdict in zip(shown, pixels, verdicts, strict=True)
             ]
         )
-    rows = tuple(Row(item.caption, cells) for item, *cells in zip(shown, *columns, strict=True))
+    rows = tuple(Row(item.caption, row) for item, *row in zip(shown, *cells, strict=True))
     scales = tuple(point["scale"] for point in curve)
     lines = {name: tuple(point[name] for point in curve) for name in ("top1", "top5")}
     return Section(

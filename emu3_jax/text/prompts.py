@@ -62,6 +62,7 @@ def understanding_prompt(
     templates: PromptTemplates,
     text: str,
     codes: np.ndarray | Sequence[np.ndarray] | None,
+    *,
     allow_special: bool = False,
 ) -> list[int]:
     """BOS and the filled-in template; pictures and clips stand one after the other in the place of `{image}`.
@@ -77,8 +78,8 @@ def understanding_prompt(
     Raises:
         Emu3Error: codes outside the codebook, or a special token in the text and `allow_special` is false.
     """
-    turn = _turn(templates.understanding, tokenizer, special, templates, text, codes, allow_special)
-    return [special.bos, *turn]
+    media = _media_ids(tokenizer, special, codes, templates.clip_layout)
+    return [special.bos, *_filled(templates.understanding, tokenizer, text, media, allow_special)]
 
 
 def next_turn_prompt(
@@ -87,27 +88,34 @@ def next_turn_prompt(
     templates: PromptTemplates,
     text: str,
     codes: np.ndarray | Sequence[np.ndarray] | None = None,
+    *,
     allow_special: bool = False,
 ) -> list[int]:
     """What follows an answer and its EOS when there is another question; see `understanding_prompt`."""
-    return _turn(templates.next_turn, tokenizer, special, templates, text, codes, allow_special)
+    media = _media_ids(tokenizer, special, codes, templates.clip_layout)
+    return _filled(templates.next_turn, tokenizer, text, media, allow_special)
 
 
-def _turn(template, tokenizer, special, templates, text, codes, allow_special) -> list[int]:
-    media = [] if codes is None else list(codes) if isinstance(codes, list | tuple) else [codes]
+def _filled(template: str, tokenizer: Tokenizer, text: str, media: list[int], allow_special: bool) -> list[int]:
+    """The ids of a template with `text` and the ids `media` in their places."""
     # The text and the words around it are encoded as one piece: byte pairs merge across the seam, as in training.
     pieces = [piece.replace("{text}", text) for piece in template.split("{image}")]
     if not media:
         return tokenizer.encode("".join(pieces), allow_special=allow_special)
     before, after = (tokenizer.encode(piece, allow_special=allow_special) for piece in pieces)
-    return [*before, *(i for item in media for i in _media_ids(tokenizer, special, templates, item)), *after]
+    return [*before, *media, *after]
 
 
-def _media_ids(tokenizer, special, templates, codes) -> list[int]:
-    codes = np.asarray(codes)
-    if codes.ndim == 3:
-        return clip_ids(tokenizer, special, codes, templates.clip_layout)
-    return image_ids(tokenizer, special, codes)
+def _media_ids(
+    tokenizer: Tokenizer, special: SpecialTokens, codes: np.ndarray | Sequence[np.ndarray] | None, clip_layout: str
+) -> list[int]:
+    """The ids of all pictures and clips, one after the other."""
+    items = [] if codes is None else codes if isinstance(codes, list | tuple) else [codes]
+    ids: list[int] = []
+    for item in map(np.asarray, items):
+        clip = item.ndim == 3
+        ids += clip_ids(tokenizer, special, item, clip_layout) if clip else image_ids(tokenizer, special, item)
+    return ids
 
 
 def image_ids(tokenizer: Tokenizer, special: SpecialTokens, codes: np.ndarray) -> list[int]:
