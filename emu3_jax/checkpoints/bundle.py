@@ -272,7 +272,8 @@ class Bundle:
         """
         if quantize is None:
             return self._restore("decoder", shardings, dtype)
-        stored, params = self.stored("decoder"), {}
+        stored = self.stored("decoder")
+        params: dict[tuple[str, ...], jax.Array] = {}
         for group in _in_groups(stored, lambda path: stored[path].size * stored[path].dtype.itemsize, _READ_BYTES):
             some = {path: stored[path] for path in group}
             wide = traverse_util.flatten_dict(self._restore("decoder", shardings, dtype, some))

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -34,7 +35,7 @@ class _Plan:
 
     decoder: DecoderConfig | None = None
     vision: VisionConfig | None = None
-    vision_extras: Mapping | None = None
+    vision_extras: dict[str, Any] = dataclasses.field(default_factory=dict)
     tokenizer: Tokenizer | None = None
     template: str = "chat"
     arrays: dict[str, list[LazyArray]] = dataclasses.field(default_factory=dict)
@@ -120,7 +121,6 @@ def _local(source: str) -> Path:
 
 
 def _plan(sources: Sequence[Published], dtype: str | None) -> _Plan:
-    plan = _Plan()
     owners: dict[str, Published] = {}
     for source in sources:
         for part in source.layout.parts:
@@ -130,40 +130,56 @@ def _plan(sources: Sequence[Published], dtype: str | None) -> _Plan:
                     "with the other part beside it"
                 )
             owners[part] = source
-    if vision := owners.get("vision"):
-        plan.vision = vision.vision_config()
-    if decoder := owners.get("decoder"):
-        plan.decoder = decoder.decoder_config(plan.vision.codebook_size if plan.vision else None)
-    faults = [
-        f"{source.path}: {'; '.join(found)}"
-        for source in sources
-        if (
-            found := source.misfits(
-                plan.decoder if owners.get("decoder") is source else None,
-                plan.vision if owners.get("vision") is source else None,
-            )
+    vision = owners["vision"].vision_config() if "vision" in owners else None
+    codebook_size = vision.codebook_size if vision else None
+    decoder = owners["decoder"].decoder_config(codebook_size) if "decoder" in owners else None
+    _check_weights(sources, owners, decoder, vision)
+    plan = _Plan()
+    if decoder is not None:
+        _plan_decoder(plan, owners["decoder"], decoder, None if dtype is None else _DTYPES[dtype])
+    if vision is not None:
+        _plan_vision(plan, owners["vision"], vision)
+    return plan
+
+
+def _check_weights(
+    sources: Sequence[Published],
+    owners: Mapping[str, Published],
+    decoder: DecoderConfig | None,
+    vision: VisionConfig | None,
+) -> None:
+    """Raises one `Emu3Error` about all sources whose weights do not fit the configs of the parts that they hold."""
+    faults = []
+    for source in sources:
+        found = source.misfits(
+            decoder if owners.get("decoder") is source else None, vision if owners.get("vision") is source else None
         )
-    ]
+        if found:
+            faults.append(f"{source.path}: {'; '.join(found)}")
     if faults:
         raise Emu3Error(
             f"the weights do not fit config.json: {' | '.join(faults)}; "
             "check that config.json belongs to these weights and that all files are there"
         )
-    if decoder:
-        arrays = _lazy_arrays(decoder, "decoder", decoder_params(plan.decoder), _DTYPES.get(dtype))
-        plan.arrays["decoder"] = arrays
-        # Computing in the dtype of the weights is what loading them in PyTorch does.
-        plan.decoder = dataclasses.replace(plan.decoder, dtype=_main_dtype(arrays))
-        plan.tokenizer = decoder.tokenizer(plan.decoder.tokens)
-    if vision:
-        plan.arrays["vision"] = _lazy_arrays(vision, "vision", vision_params(plan.vision), None)
-        counters = {
-            weight.name: int(tensor.read())
-            for weight in vision_counters(plan.vision)
-            for tensor in vision.tensors_of([weight], "vision")
-        }
-        plan.vision_extras = {"image": vision.image_config().to_dict(), "num_batches_tracked": counters}
-    return plan
+
+
+def _plan_decoder(plan: _Plan, source: Published, config: DecoderConfig, dtype: np.dtype | None) -> None:
+    arrays = _lazy_arrays(source, "decoder", decoder_params(config), dtype)
+    plan.arrays["decoder"] = arrays
+    # Computing in the dtype of the weights is what loading them in PyTorch does.
+    plan.decoder = dataclasses.replace(config, dtype=_main_dtype(arrays))
+    plan.tokenizer = source.tokenizer(config.tokens)
+
+
+def _plan_vision(plan: _Plan, source: Published, config: VisionConfig) -> None:
+    plan.vision = config
+    plan.arrays["vision"] = _lazy_arrays(source, "vision", vision_params(config), None)
+    counters = {
+        weight.name: int(tensor.read())
+        for weight in vision_counters(config)
+        for tensor in source.tensors_of([weight], "vision")
+    }
+    plan.vision_extras = {"image": source.image_config().to_dict(), "num_batches_tracked": counters}
 
 
 def _lazy_arrays(source: Published, part: str, params: Sequence[Param], dtype: np.dtype | None) -> list[LazyArray]:

@@ -1,6 +1,7 @@
 """What is wrong with a bundle or a published checkpoint, and what to do: above all the faults that raise no error."""
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import re
@@ -50,12 +51,12 @@ def doctor(path: str | Path, progress: bool = True) -> list[Finding]:
 
 @dataclasses.dataclass
 class _Patient:
-    """What both kinds of directory have in common. `arrays` yields part, name, array."""
+    """What both kinds of directory have in common. `arrays` are read one after the other, once."""
 
     findings: list[Finding]
     decoder: DecoderConfig | None = None
     tokenizer: Callable[[], Tokenizer | None] | None = None
-    arrays: Callable[[], Iterable[tuple[str, str, np.ndarray]]] | None = None
+    arrays: Iterable[tuple[str, np.ndarray]] | None = None
     dtypes: dict[str, set[str]] = dataclasses.field(default_factory=dict)
     nbytes: int = 0
 
@@ -89,12 +90,12 @@ def _bundle(path: Path) -> _Patient:
         patient.findings.append(_template(bundle.template, path.name))
     sound = []
     for part in ("decoder", "vision"):
-        stored = _attempt(patient.findings, lambda part=part: bundle.stored(part)) if bundle.has(part) else None
+        stored = _attempt(patient.findings, functools.partial(bundle.stored, part)) if bundle.has(part) else None
         if stored:
             sound.append(part)
             patient.dtypes[part] = {np.dtype(array.dtype).name for array in stored.values()}
             patient.nbytes += sum(array.size * array.dtype.itemsize for array in stored.values())
-    patient.arrays = lambda: ((part, param.name, a) for part in sound for param, a in bundle.arrays(part))
+    patient.arrays = ((param.name, array) for part in sound for param, array in bundle.arrays(part))
     return patient
 
 
@@ -117,7 +118,7 @@ def _published(path: Path) -> _Patient:
         patient.decoder = _attempt(findings, lambda: source.decoder_config(codes))
     if patient.decoder:
         findings += _config_gaps(source)
-        patient.tokenizer = lambda: source.tokenizer(patient.decoder.tokens)
+        patient.tokenizer = functools.partial(source.tokenizer, patient.decoder.tokens)
     complete = all(c is not None for c in ([vision] * ("vision" in parts) + [patient.decoder] * ("decoder" in parts)))
     if complete:
         remedy = "use the config.json that belongs to these weights, and fetch what is missing"
@@ -128,7 +129,7 @@ def _published(path: Path) -> _Patient:
     for tensor in floats:
         patient.dtypes.setdefault(part_of[tensor.name], set()).add(tensor.dtype.name)
     patient.nbytes = sum(t.nbytes for t in floats)
-    patient.arrays = lambda: ((part_of[t.name], t.name, t.read()) for t in floats)
+    patient.arrays = ((t.name, t.read()) for t in floats)
     return patient
 
 
@@ -155,7 +156,7 @@ def _examine(patient: _Patient, progress: bool) -> Iterator[Finding]:
         yield from _vocabulary(patient.tokenizer, patient.decoder)
     yield from _dtypes(patient.dtypes)
     if patient.arrays is not None:
-        yield from _values(patient, progress)
+        yield from _values(patient.arrays, patient.nbytes, progress)
 
 
 def _template(template: str, name: str) -> Finding:
@@ -209,14 +210,16 @@ def _dtypes(dtypes: dict[str, set[str]]) -> Iterator[Finding]:
             yield Finding(OK, f"the {part} is stored in {names}")
 
 
-def _values(patient: _Patient, progress: bool) -> Iterator[Finding]:
-    """Walks through all weights once."""
-    not_finite, zero, digests = [], [], {}
+def _values(arrays: Iterable[tuple[str, np.ndarray]], nbytes: int, progress: bool) -> Iterator[Finding]:
+    """Walks through all weights, names and arrays, once."""
+    not_finite: list[str] = []
+    zero: list[str] = []
+    digests: dict[str, bytes] = {}
     statistics: list[bool] = []
-    bar = tqdm(total=patient.nbytes, unit="B", unit_scale=True, desc="doctor", disable=None if progress else True)
+    bar = tqdm(total=nbytes, unit="B", unit_scale=True, desc="doctor", disable=None if progress else True)
     with bar:
         try:
-            for _, name, array in patient.arrays():
+            for name, array in arrays:
                 bits = array.reshape(-1).view(np.dtype(f"u{array.dtype.itemsize}"))
                 blocks = [bits[i : i + _BLOCK] for i in range(0, bits.size, _BLOCK)]
                 exponents = bits.dtype.type(_EXPONENTS[array.dtype.name])

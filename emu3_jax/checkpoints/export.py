@@ -138,7 +138,7 @@ def _write_weights(
     if len(shards) == 1:
         write_safetensors(directory / "model.safetensors", entries, tensors)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, start=1):
         name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         write_safetensors(directory / name, shard, itertools.islice(tensors, len(shard)))
