@@ -248,11 +248,11 @@ def test_frames_in_groups_equal_frames_together(params, golden, monkeypatch):
 
 def test_attention_in_blocks_equals_attention_at_once(monkeypatch):
     q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 35, 8))
-    expected = vision_layers.attend(q, k, v)
+    expected = vision_layers.spatial_attention(q, k, v)
     monkeypatch.setattr(vision_layers, "MAX_SCORES", 2 * 35 * 8)  # 5 blocks of 7
-    close(vision_layers.attend(q, k, v), expected, 1e-6)
+    close(vision_layers.spatial_attention(q, k, v), expected, 1e-6)
     monkeypatch.setattr(vision_layers, "MAX_SCORES", 2 * 35 * 12)  # 3 blocks of 12, the last one padded
-    close(vision_layers.attend(q, k, v), expected, 1e-6)
+    close(vision_layers.spatial_attention(q, k, v), expected, 1e-6)
 
 
 @pytest.mark.parametrize(("positions", "codes"), [(131, 1000), (64, 256), (1, 7)])
@@ -287,7 +287,7 @@ def test_code_search_never_holds_positions_by_codes():
 def test_attention_never_holds_positions_by_positions():
     positions = 128 * 128
     qkv = [floats(1, positions, 32)] * 3
-    assert temporary_bytes(vision_layers.attend, *qkv) < positions**2 * 4 // 4
+    assert temporary_bytes(vision_layers.spatial_attention, *qkv) < positions**2 * 4 // 4
 
 
 @pytest.mark.parametrize("method", ["encode", "decode"])

@@ -1,6 +1,5 @@
 """Training the vision tokenizer: the step's parts, the loop, its checkpoints, and the bundle at its end."""
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -22,14 +21,7 @@ from emu3_jax.data.pixels import PixelData
 from emu3_jax.errors import Emu3Error
 from emu3_jax.media.clips import save_clip
 from emu3_jax.models.vision import VisionTokenizer
-from emu3_jax.models.vision_layers import (
-    HIGHEST,
-    CausalConv3d,
-    TemporalDownsample,
-    TemporalUpsample,
-    Training,
-    train_as,
-)
+from emu3_jax.models.vision_layers import CausalConv3d, Numerics, TemporalDownsample, TemporalUpsample
 from emu3_jax.sharding.mesh import make_mesh
 from emu3_jax.training import vision as vision_loop
 from emu3_jax.training import vision_step
@@ -142,8 +134,8 @@ def test_stills_and_clips_together_are_as_they_are_alone(config, trainers):
     def alone(variables):
         still, clip = (model.apply(variables, x, method="latents") for x in (stills, clips))
         drawn = (
-            model.apply(variables, still, True, method="draw"),
-            model.apply(variables, clip, False, method="draw")[0],
+            model.apply(variables, still, True, method="decode_vectors"),
+            model.apply(variables, clip, False, method="decode_vectors")[0],
         )
         return jnp.concatenate([still.reshape(-1, 4), clip.reshape(-1, 4)]), jnp.concatenate(drawn)
 
@@ -154,30 +146,25 @@ def test_stills_and_clips_together_are_as_they_are_alone(config, trainers):
 @pytest.mark.parametrize(
     ("layer", "frames"),
     [
-        (CausalConv3d(6), 1),
-        (CausalConv3d(6, (3, 3, 3)), 5),
-        (TemporalDownsample(), 8),
-        (TemporalUpsample(), 3),
+        (lambda numerics: CausalConv3d(numerics, 6), 1),
+        (lambda numerics: CausalConv3d(numerics, 6, (3, 3, 3)), 5),
+        (TemporalDownsample, 8),
+        (TemporalUpsample, 3),
     ],
 )
 def test_convolutions_of_folded_frames(layer, frames):
     x = jax.random.normal(jax.random.key(0), (2, frames, 6, 5, 4))
 
-    def drawn(parameters, mode):
-        with train_as(mode) if mode else contextlib.nullcontext():
-            return layer.apply(parameters, x)
-
-    def start(mode):
-        with train_as(mode) if mode else contextlib.nullcontext():
-            return nn.unbox(jax.jit(lambda key: layer.init(key, x))(jax.random.key(1)))
-
-    mode = Training(jnp.dtype(jnp.float32), HIGHEST, jnp.ones(()), remat=False)
-    parameters, trained = start(None), start(mode)
+    folded, plain = (
+        layer(numerics)
+        for numerics in (Numerics(jnp.dtype(jnp.float32), tf32_pairs=False, differentiated=True), Numerics())
+    )
+    parameters, trained = (nn.unbox(jax.jit(m.init)(jax.random.key(1), x)) for m in (plain, folded))
     jax.tree.map(np.testing.assert_array_equal, trained, parameters)
     outputs, slopes = [], []
-    for m in (mode, None):
-        outputs.append(jax.jit(lambda p, mode=m: drawn(p, mode))(parameters))
-        slopes.append(jax.jit(jax.grad(lambda p, mode=m: (drawn(p, mode) ** 3).sum()))(parameters))
+    for module in (folded, plain):
+        outputs.append(jax.jit(module.apply)(parameters, x))
+        slopes.append(jax.jit(jax.grad(lambda p, m=module: (m.apply(p, x) ** 3).sum()))(parameters))
     np.testing.assert_allclose(*outputs, atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3), *slopes)
 

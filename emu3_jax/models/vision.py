@@ -22,16 +22,14 @@ from emu3_jax.models.vision_layers import (
     CausalConv3d,
     Downsample,
     GroupNorm,
+    Numerics,
     ResnetBlock,
     SpatialNorm,
     TemporalDownsample,
     TemporalResnetBlock,
     TemporalUpsample,
     Upsample,
-    block_of,
     conv3x3,
-    infer_with,
-    training,
 )
 
 # Frames go through the spatial network together up to this many pixels: small ones fill the device, and neither a long
@@ -42,6 +40,7 @@ PIXELS_PER_STEP = 512 * 512
 class Stage(nn.Module):
     """The blocks of one resolution, then the change to the next. `resample` is "downsample", "upsample" or None."""
 
+    numerics: Numerics
     features: int
     num_blocks: int
     attention: bool
@@ -49,38 +48,44 @@ class Stage(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, zq: jax.Array | None = None) -> jax.Array:
+        numerics = self.numerics
         for i in range(self.num_blocks):
-            x = block_of(ResnetBlock)(self.features, name=f"block_{i}")(x, zq)
+            x = numerics.block(ResnetBlock)(numerics, self.features, name=f"block_{i}")(x, zq)
             if self.attention:
-                x = block_of(AttentionBlock)(name=f"attn_{i}")(x, zq)
+                x = numerics.block(AttentionBlock)(numerics, name=f"attn_{i}")(x, zq)
         if self.resample == "downsample":
-            x = Downsample(name="downsample")(x)
+            x = Downsample(numerics, name="downsample")(x)
         elif self.resample == "upsample":
-            x = Upsample(name="upsample")(x)
+            x = Upsample(numerics, name="upsample")(x)
         return x
 
 
 class Middle(nn.Module):
     """Residual, attention, residual at the lowest resolution. [B, h, w, C] to the same."""
 
+    numerics: Numerics
+
     @nn.compact
     def __call__(self, x: jax.Array, zq: jax.Array | None = None) -> jax.Array:
-        x = block_of(ResnetBlock)(x.shape[-1], name="block_1")(x, zq)
-        x = block_of(AttentionBlock)(name="attn_1")(x, zq)
-        return block_of(ResnetBlock)(x.shape[-1], name="block_2")(x, zq)
+        numerics, channels = self.numerics, x.shape[-1]
+        x = numerics.block(ResnetBlock)(numerics, channels, name="block_1")(x, zq)
+        x = numerics.block(AttentionBlock)(numerics, name="attn_1")(x, zq)
+        return numerics.block(ResnetBlock)(numerics, channels, name="block_2")(x, zq)
 
 
-class Encoder(nn.Module):
+class VisionEncoder(nn.Module):
     """Frames to latents of the codebook's width."""
 
     config: VisionConfig
+    numerics: Numerics
 
     def setup(self):
-        c = self.config
+        c, numerics = self.config, self.numerics
         last = len(c.channel_multipliers) - 1
-        self.conv_in = conv3x3(c.base_channels)
+        self.conv_in = conv3x3(numerics, c.base_channels)
         self.down = [
             Stage(
+                numerics,
                 c.base_channels * multiplier,
                 c.num_res_blocks,
                 attention=i in c.attention_stages,
@@ -88,11 +93,11 @@ class Encoder(nn.Module):
             )
             for i, multiplier in enumerate(c.channel_multipliers)
         ]
-        self.mid = Middle()
+        self.mid = Middle(numerics)
         self.norm_out = GroupNorm()
-        self.conv_out = conv3x3(c.latent_channels)
-        self.time_conv = [TemporalDownsample() for _ in range(_doublings(c.temporal_factor))]
-        self.time_res_stack = [TemporalResnetBlock() for _ in range(c.num_res_blocks)]
+        self.conv_out = conv3x3(numerics, c.latent_channels)
+        self.time_conv = [TemporalDownsample(numerics) for _ in range(_doublings(c.temporal_factor))]
+        self.time_res_stack = [TemporalResnetBlock(numerics) for _ in range(c.num_res_blocks)]
 
     def spatial(self, frames: jax.Array) -> jax.Array:
         """Every frame by itself. [N, H, W, in_channels] to [N, h, w, latent_channels]."""
@@ -102,38 +107,43 @@ class Encoder(nn.Module):
         x = self.mid(x)
         return self.conv_out(nn.silu(self.norm_out(x)))
 
-    def temporal(self, latents: jax.Array) -> jax.Array:
-        """Along time, causally. [B, T, h, w, C] to [B, T / temporal_factor, h, w, C]."""
+    def temporal(self, latents: jax.Array, batch_statistics: jax.Array | None = None) -> jax.Array:
+        """Along time, causally. [B, T, h, w, C] to [B, T / temporal_factor, h, w, C].
+
+        `batch_statistics`: see `BatchNorm`.
+        """
         for conv in self.time_conv:
             latents = nn.silu(conv(latents))
         for block in self.time_res_stack:
-            latents = block(latents)
+            latents = block(latents, batch_statistics)
         return latents
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
         """[B, T, H, W, in_channels], or [B, H, W, in_channels] for stills, to [B, t, h, w, latent_channels]."""
         height, width, channels = pixels.shape[-3:]
         frames = pixels.reshape(-1, height, width, channels)
-        latents = _over_frames(Encoder.spatial, self, height * width, frames)
+        latents = _over_frames(VisionEncoder.spatial, self, height * width, frames)
         if pixels.ndim == 5:
             return self.temporal(latents.reshape(*pixels.shape[:2], *latents.shape[1:]))
         # A still is a clip that repeats it; its frames are equal up to here, so one was enough.
         return self.temporal(latents[:, None].repeat(self.config.temporal_factor, axis=1))
 
 
-class Decoder(nn.Module):
+class VisionDecoder(nn.Module):
     """Latents to frames, every norm steered by the codebook vectors."""
 
     config: VisionConfig
+    numerics: Numerics
 
     def setup(self):
-        c = self.config
-        self.time_res_stack = [TemporalResnetBlock() for _ in range(c.num_res_blocks)]
-        self.time_conv = [TemporalUpsample() for _ in range(_doublings(c.temporal_factor))]
-        self.conv_in = conv3x3(c.base_channels * c.channel_multipliers[-1])
-        self.mid = Middle()
+        c, numerics = self.config, self.numerics
+        self.time_res_stack = [TemporalResnetBlock(numerics) for _ in range(c.num_res_blocks)]
+        self.time_conv = [TemporalUpsample(numerics) for _ in range(_doublings(c.temporal_factor))]
+        self.conv_in = conv3x3(numerics, c.base_channels * c.channel_multipliers[-1])
+        self.mid = Middle(numerics)
         self.up = [
             Stage(
+                numerics,
                 c.base_channels * multiplier,
                 c.num_res_blocks + 1,
                 attention=i in c.attention_stages,
@@ -141,13 +151,16 @@ class Decoder(nn.Module):
             )
             for i, multiplier in enumerate(c.channel_multipliers)
         ]
-        self.norm_out = SpatialNorm()
-        self.conv_out = conv3x3(c.out_channels)
+        self.norm_out = SpatialNorm(numerics)
+        self.conv_out = conv3x3(numerics, c.out_channels)
 
-    def temporal(self, latents: jax.Array) -> jax.Array:
-        """Along time, causally. [B, t, h, w, C] to [B, t * temporal_factor, h, w, C]."""
+    def temporal(self, latents: jax.Array, batch_statistics: jax.Array | None = None) -> jax.Array:
+        """Along time, causally. [B, t, h, w, C] to [B, t * temporal_factor, h, w, C].
+
+        `batch_statistics`: see `BatchNorm`.
+        """
         for block in self.time_res_stack:
-            latents = block(latents)
+            latents = block(latents, batch_statistics)
         for conv in self.time_conv:
             latents = nn.silu(conv(latents))
         return latents
@@ -162,14 +175,14 @@ class Decoder(nn.Module):
     def __call__(self, z: jax.Array, zq: jax.Array, still: bool) -> jax.Array:
         """Latents and codebook vectors, both [B, t, h, w, C], to frames [B, T, H, W, out_channels].
 
-        A still's pixels are the first of the frames that its one latent stands for: only that one is drawn, T is 1.
+        A still's pixels are the first of the frames that its one latent stands for: only that one is decoded, T is 1.
         """
         both = self.temporal(jnp.concatenate([z, zq]))
         if still:
             both = both[:, :1]
         b, frames, height, width, channels = both.shape
         z, zq = both.reshape(2, -1, height, width, channels)
-        pixels = _over_frames(Decoder.spatial, self, height * width * self.config.spatial_factor**2, z, zq)
+        pixels = _over_frames(VisionDecoder.spatial, self, height * width * self.config.spatial_factor**2, z, zq)
         return pixels.reshape(b // 2, frames, *pixels.shape[1:])
 
 
@@ -178,17 +191,22 @@ class VisionTokenizer(nn.Module):
 
     Frames pass the spatial network one group after another, so sharding a batch over devices wants `jax.shard_map`
     around `apply`, each device with rows of its own.
+
+    Attributes:
+        config: shapes.
+        numerics: how everything is computed; exactly, in float32, by default.
     """
 
     config: VisionConfig
+    numerics: Numerics = Numerics()
 
     def setup(self):
-        c = self.config
-        self.encoder = Encoder(c)
-        self.decoder = Decoder(c)
+        c, numerics = self.config, self.numerics
+        self.encoder = VisionEncoder(c, numerics)
+        self.decoder = VisionDecoder(c, numerics)
         self.quantize = Quantizer(c.codebook_size, c.embed_dim)
-        self.quant_conv = CausalConv3d(c.embed_dim)
-        self.post_quant_conv = CausalConv3d(c.latent_channels)
+        self.quant_conv = CausalConv3d(numerics, c.embed_dim)
+        self.post_quant_conv = CausalConv3d(numerics, c.latent_channels)
 
     def latents(self, pixels: jax.Array) -> jax.Array:
         """What is quantised.
@@ -233,17 +251,21 @@ class VisionTokenizer(nn.Module):
                 f"codes have shape {codes.shape}: they must be [B, h, w] for stills or [B, t, h, w] for clips"
             )
         still = codes.ndim == 3
-        return self.draw(self.quantize.lookup(codes[:, None] if still else codes), still)
+        return self.decode_vectors(self.quantize.lookup(codes[:, None] if still else codes), still)
 
-    def draw(self, zq: jax.Array, still: bool) -> jax.Array:
+    def decode_vectors(self, zq: jax.Array, still: bool) -> jax.Array:
         """Pictures or clips of codebook vectors [B, t, h, w, embed_dim]; t is 1 for stills. Returns as `decode`."""
         pixels = self.decoder(self.post_quant_conv(zq), zq, still)
         return pixels[:, 0] if still else pixels
 
     def reconstruct(
-        self, stills: jax.Array | None, clips: jax.Array | None, quantise: Callable[[jax.Array], jax.Array]
+        self,
+        stills: jax.Array | None,
+        clips: jax.Array | None,
+        quantise: Callable[[jax.Array], jax.Array],
+        batch_statistics: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """Pictures and clips through the whole tokenizer, as `latents` and `draw` do it, for training.
+        """Pictures and clips through the whole tokenizer, as `latents` and `decode_vectors` do it, for training.
 
         The frames of both pass the spatial networks together: half the programs, and fuller ones.
 
@@ -251,6 +273,7 @@ class VisionTokenizer(nn.Module):
             stills: in -1..1, [B, H, W, in_channels], or None.
             clips: [B, T, H, W, in_channels], of the same H and W, or None.
             quantise: latents [P, embed_dim] of all, stills first, to codebook vectors with a gradient of their own.
+            batch_statistics: see `BatchNorm`.
 
         Returns:
             Latents [P, embed_dim], and pixels [N, H, W, out_channels] of stills, then of the clips' frames.
@@ -265,13 +288,14 @@ class VisionTokenizer(nn.Module):
             sequences.append(spatial[:split, None].repeat(self.config.temporal_factor, axis=1))
         if clips is not None:
             sequences.append(spatial[split:].reshape(*clips.shape[:2], *spatial.shape[1:]))
-        latents = [self.quant_conv(self.encoder.temporal(x)).astype(jnp.float32) for x in sequences]
+        latents = [self.quant_conv(self.encoder.temporal(x, batch_statistics)).astype(jnp.float32) for x in sequences]
         flat = jnp.concatenate([z.reshape(-1, self.config.embed_dim) for z in latents])
         vectors = jnp.split(quantise(flat), [latents[0].size // self.config.embed_dim])
         vectors = [v.reshape(z.shape) for v, z in zip(vectors, latents, strict=False)]
         z_frames, zq_frames = [], []
         for index, zq in enumerate(vectors):
-            both = self.decoder.temporal(jnp.concatenate([self.post_quant_conv(zq).astype(zq.dtype), zq]))
+            both = jnp.concatenate([self.post_quant_conv(zq).astype(zq.dtype), zq])
+            both = self.decoder.temporal(both, batch_statistics)
             if index == 0 and stills is not None:
                 both = both[:, :1]
             z, zq = jnp.split(both.reshape(-1, *both.shape[2:]), 2)
@@ -305,7 +329,7 @@ class VisionTokenizer(nn.Module):
 
 
 def check_codes(codes: np.ndarray, config: VisionConfig) -> None:
-    """Refuses what the decoder cannot draw: host-side, before the device would clamp it in silence.
+    """Refuses what cannot be decoded: host-side, before the device would clamp it in silence.
 
     Args:
         codes: integers [..., h, w].
@@ -331,7 +355,8 @@ def check_codes(codes: np.ndarray, config: VisionConfig) -> None:
 @functools.cache
 def make_encoder(config: VisionConfig) -> Callable[[Any, jax.Array], jax.Array]:
     """The jitted `(params, pixels) -> codes` of `VisionTokenizer.encode`, compiled once per shape."""
-    return jax.jit(lambda params, pixels: VisionTokenizer(config).apply({"params": params}, pixels, method="encode"))
+    model = VisionTokenizer(config)
+    return jax.jit(lambda params, pixels: model.apply({"params": params}, pixels, method="encode"))
 
 
 @functools.cache
@@ -341,13 +366,16 @@ def make_decoder(config: VisionConfig, fast: bool = False) -> Callable[[Any, jax
     `fast` takes float32 products at the device's default precision: TF32 on recent GPUs, bfloat16 on TPUs, no
     difference on CPUs. Codes have no such choice: the nearest codebook vector can be another one.
     """
-    precision = jax.lax.Precision.DEFAULT if fast else HIGHEST
+    model = VisionTokenizer(config, _inference(fast))
 
-    def decode(params, codes):
-        with infer_with(precision):
-            return VisionTokenizer(config).apply({"params": params}, codes, method="decode")
+    def decode(params: Any, codes: jax.Array) -> jax.Array:
+        return model.apply({"params": params}, codes, method="decode")
 
     return jax.jit(decode)
+
+
+def _inference(fast: bool) -> Numerics:
+    return Numerics(precision=jax.lax.Precision.DEFAULT if fast else HIGHEST)
 
 
 class Stream:
@@ -382,12 +410,10 @@ class Stream:
 @functools.cache
 def _make_step(config: VisionConfig, method: str, fast: bool) -> Callable[[Any, Any, jax.Array], tuple[jax.Array, Any]]:
     """The jitted `(params, past, part) -> (result, past)` of a stream."""
+    model = VisionTokenizer(config, _inference(fast))
 
-    def step(params, past, part):
-        with infer_with(jax.lax.Precision.DEFAULT if fast else HIGHEST):
-            result, changed = VisionTokenizer(config).apply(
-                {"params": params, PAST: past}, part, method=method, mutable=[PAST]
-            )
+    def step(params: Any, past: Any, part: jax.Array) -> tuple[jax.Array, Any]:
+        result, changed = model.apply({"params": params, PAST: past}, part, method=method, mutable=[PAST])
         return result, changed[PAST]
 
     return jax.jit(step, donate_argnums=1)
@@ -401,8 +427,6 @@ def _doublings(factor: int) -> int:
 def _over_frames(network: Callable, module: nn.Module, pixels: int, *frames: jax.Array) -> jax.Array:
     """`network(module, *frames)` over frames [N, ...] of `pixels` pixels each, in equal groups of bounded size."""
     count = len(frames[0])
-    if training() is not None:
-        return network(module, *frames)  # the backward pass would hold all groups anyway
     limit = max(1, PIXELS_PER_STEP // pixels)
     group = max(d for d in range(1, min(limit, count) + 1) if count % d == 0)
     if group == count:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from emu3_jax.models.vision_layers import conv
+from emu3_jax.models.vision_layers import Numerics, conv
 
 _WINDOW, _SIGMA = 11, 1.5
 _C1, _C2 = 0.01**2, 0.03**2
@@ -50,17 +50,19 @@ def peak_signal_to_noise(a: jax.Array, b: jax.Array) -> jax.Array:
 class Discriminator(nn.Module):
     """PatchGAN (arXiv 1611.07004): a judgement for each patch. [B, H, W, 3] to float32 [B, h, w, 1]."""
 
+    numerics: Numerics
     width: int = 64
     layers: int = 2
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         for number in range(self.layers):
-            x = conv(self.width << number, (4, 4), ((1, 1), (1, 1)), stride=(2, 2), name=f"conv_{number}")(x)
+            features, padding = self.width << number, ((1, 1), (1, 1))
+            x = conv(self.numerics, features, (4, 4), padding, stride=(2, 2), name=f"conv_{number}")(x)
             if number:
                 x = nn.GroupNorm(32, dtype=jnp.float32, name=f"norm_{number}")(x)
             x = nn.leaky_relu(x, 0.2)
-        return conv(1, (4, 4), ((1, 1), (1, 1)), name="conv_out")(x).astype(jnp.float32)
+        return conv(self.numerics, 1, (4, 4), ((1, 1), (1, 1)), name="conv_out")(x).astype(jnp.float32)
 
 
 def hinge(real: jax.Array, drawn: jax.Array) -> jax.Array:

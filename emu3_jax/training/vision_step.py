@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from emu3_jax.fields import check_field
 from emu3_jax.models.quantizer import CODEBOOK
 from emu3_jax.models.vision import VisionTokenizer
-from emu3_jax.models.vision_layers import Training, train_as
+from emu3_jax.models.vision_layers import Numerics
 from emu3_jax.training.optimizer import learning_rate, make_optimizer
 from emu3_jax.training.vision_config import VisionTrainConfig
 from emu3_jax.training.vision_losses import Discriminator, hinge, structural_similarity
@@ -73,11 +73,18 @@ class VisionTrainer:
             ok = getattr(config.pixels, field) % parts == 0
             check_field(config.pixels, field, ok, f"a multiple of {parts}, the parts that the mesh splits it into")
         self.config, self.mesh = config, mesh
-        self.model = VisionTokenizer(config.vision)
+        numerics = Numerics(
+            dtype=jnp.dtype(config.dtype),
+            precision=jax.lax.Precision.HIGHEST if config.precision == "highest" else jax.lax.Precision.DEFAULT,
+            tf32_pairs=False,
+            differentiated=True,
+            remat=config.remat,
+        )
+        self.model = VisionTokenizer(config.vision, numerics)
         self.optimizer = make_optimizer(config.optimizer, config.steps)
         self.state_sharding = NamedSharding(mesh, P())
         self.batch_sharding = NamedSharding(mesh, P("data"))
-        self._discriminator = Discriminator()
+        self._discriminator = Discriminator(numerics)
         self.step: Callable[[VisionState, Batch], tuple[VisionState, dict[str, jax.Array]]] = jax.jit(
             self._step,
             in_shardings=(self.state_sharding, self.batch_sharding),
@@ -139,20 +146,16 @@ class VisionTrainer:
             kind: augmented(values, jax.random.fold_in(augment_key, len(kind)), config.pixels)
             for kind, values in batch.items()
         }
-        mode = Training(
-            dtype=jnp.dtype(config.dtype),
-            precision=jax.lax.Precision.HIGHEST if config.precision == "highest" else jax.lax.Precision.DEFAULT,
-            batch_statistics=(state.step < config.batch_statistics_until * config.steps).astype(jnp.float32),
-            remat=config.remat,
+        batch_statistics = (state.step < config.batch_statistics_until * config.steps).astype(jnp.float32)
+        (loss, drawn), pull_back, found = jax.vjp(
+            lambda p: self._loss(p, pixels, batch_statistics), state.params, has_aux=True
         )
-        with train_as(mode):
-            (loss, drawn), pull_back, found = jax.vjp(lambda p: self._loss(p, pixels), state.params, has_aux=True)
-            metrics, discriminator = {"loss": loss, **found["metrics"]}, state.discriminator
-            slope = jnp.zeros_like(drawn)
-            if discriminator is not None:
-                slope, discriminator, judged = self._adversarial(state, pixels, loss, drawn, pull_back)
-                metrics |= judged
-            (gradients,) = pull_back((jnp.ones_like(loss), slope))
+        metrics, discriminator = {"loss": loss, **found["metrics"]}, state.discriminator
+        slope = jnp.zeros_like(drawn)
+        if discriminator is not None:
+            slope, discriminator, judged = self._adversarial(state, pixels, loss, drawn, pull_back)
+            metrics |= judged
+        (gradients,) = pull_back((jnp.ones_like(loss), slope))
         gradient_norm = optax.tree.norm(gradients)
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
         params = _flat(optax.apply_updates(state.params, updates))
@@ -179,8 +182,13 @@ class VisionTrainer:
         )
         return new, metrics
 
-    def _loss(self, params: Any, pixels: Mapping[str, jax.Array]) -> tuple[tuple[jax.Array, jax.Array], dict[str, Any]]:
-        """The loss without the discriminator's part and the pixels drawn; and what else came of it."""
+    def _loss(
+        self, params: Any, pixels: Mapping[str, jax.Array], batch_statistics: jax.Array
+    ) -> tuple[tuple[jax.Array, jax.Array], dict[str, Any]]:
+        """The loss without the discriminator's part and the pixels drawn; and what else came of it.
+
+        `batch_statistics`: how far batch norms use the batch's statistics; see `models.vision_layers.BatchNorm`.
+        """
         weights = self.config.loss
         flat = _flat(params)
         codebook = jax.lax.stop_gradient(flat[CODEBOOK])
@@ -198,7 +206,13 @@ class VisionTrainer:
 
         stills, clips = pixels.get("stills"), pixels.get("clips")
         (latents, drawn), sown = self.model.apply(
-            {"params": params}, stills, clips, quantise, method="reconstruct", mutable=["statistics"]
+            {"params": params},
+            stills,
+            clips,
+            quantise,
+            batch_statistics,
+            method="reconstruct",
+            mutable=["statistics"],
         )
         drawn, true = drawn.astype(jnp.float32), _frames(pixels)
         metrics = {
@@ -337,7 +351,7 @@ def _stored_statistics(params: dict, sown: Any, momentum: float) -> dict:
     """The batch norms' new `mean` and `var`, by path: a share of what all their calls in the step saw together."""
     flat = _flat(sown)
     new = {}
-    for path in {path[:-1] for path in flat}:
+    for path in sorted({path[:-1] for path in flat}):  # in one order, or each process compiles its own program
         means, variances, counts = (flat[*path, name] for name in ("mean", "var", "count"))
         total = sum(counts)
         mean = sum(m * n for m, n in zip(means, counts, strict=True)) / total
