@@ -281,6 +281,25 @@ def test_bad_input_gets_one_line_and_exit_code_2(golden_bundle, error_of, here, 
     assert "file" in error_of("export", "file", "-o", "out", "--layout", "upstream")
 
 
+def test_a_bad_value_is_corrected_where_it_came_from(golden_bundle, golden_checkpoint, error_of, here):
+    """One line: the file, the field, the value, what is legal and the remedy. Python's values are in no config.json."""
+    legal = "it must be a whole number > 0"
+    published, bundle = here / "published", here / "bundle" / "decoder"
+    shutil.copytree(golden_checkpoint / "lm", published)
+    shutil.copytree(golden_bundle / "decoder", bundle, ignore=lambda *_: ["weights"])
+    for directory, field in ((published, "num_hidden_layers"), (bundle, "num_layers")):
+        file = directory / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {field: -1}))
+    error = error_of("convert", published, "-o", "new")
+    assert f"{published}/config.json: config field num_hidden_layers is -1: {legal}; correct it in config.json" in error
+    error = error_of("chat", GOLDEN / "gray.png", "--prompt", "a", "--model", bundle.parent)
+    assert f"{bundle}/config.json: config field num_layers is -1: {legal}; correct it in config.json" in error
+    lines = ("from emu3_jax import DecoderConfig", "def config():", "    return DecoderConfig(num_layers=-1)", "")
+    (here / "recipe.py").write_text("\n".join(lines))
+    error = error_of("train", "recipe.py")
+    assert f"recipe.py: DecoderConfig field num_layers is -1: {legal}" in error and "config.json" not in error
+
+
 def test_a_bundle_without_the_part_that_is_needed(golden_bundle, error_of, here):
     shutil.copytree(golden_bundle / "vision", here / "eyes" / "vision")
     error = error_of("generate", "a", "--model", "eyes", "-o", "out")

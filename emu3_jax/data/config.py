@@ -1,10 +1,10 @@
 """What training batches are made of, as frozen configs; importing them needs no Grain."""
 
 import dataclasses
-import math
 
 from emu3_jax.data.sequences import Task
 from emu3_jax.errors import Emu3Error
+from emu3_jax.fields import is_number, is_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Source:
     parts: int = 1
 
     def __post_init__(self):
-        if not isinstance(self.weight, int | float) or not (math.isfinite(self.weight) and self.weight > 0):
+        if not (is_number(self.weight) and self.weight > 0):
             raise Emu3Error(f"weight of {self.path} is {self.weight!r}: it must be a number > 0")
-        if not isinstance(self.parts, int) or isinstance(self.parts, bool) or self.parts < 1:
+        if not is_whole(self.parts, 1):
             raise Emu3Error(f"parts of {self.path} is {self.parts!r}: it must be a whole number >= 1")
 
 
@@ -57,7 +57,7 @@ class DataConfig:
     def __post_init__(self):
         for field, least in (("sequence_length", 2), ("packing", 0), ("seed", 0)):
             value = getattr(self, field)
-            if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**32:
+            if not (is_whole(value, least) and value < 2**32):
                 raise Emu3Error(f"data field {field} is {value!r}: it must be a whole number from {least}")
         if not self.sources:
             raise Emu3Error("data field sources is empty: name at least one directory of prepared data")

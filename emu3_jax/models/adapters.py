@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from emu3_jax.errors import Emu3Error
+from emu3_jax.fields import check_field, check_positive_number, check_positive_whole
 from emu3_jax.models.attention import matmul_precision
 
 Shape = tuple[int, ...]
@@ -72,17 +73,13 @@ class Adapter:
     base: str = "bfloat16"
 
     def __post_init__(self):
-        def check(field, ok, legal):
-            if not ok:
-                raise Emu3Error(f"Adapter field {field} is {getattr(self, field)!r}: it must be {legal}")
-
-        check("rank", type(self.rank) is int and self.rank > 0, "a whole number > 0")
-        number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool)
-        check("alpha", number and math.isfinite(self.alpha) and self.alpha > 0, "a finite number > 0")
+        check_positive_whole(self, "rank")
+        check_positive_number(self, "alpha")
         names = isinstance(self.targets, tuple) and all(isinstance(name, str) for name in self.targets)
         distinct = names and self.targets and len(set(self.targets)) == len(self.targets)
-        check("targets", distinct and set(self.targets) <= set(MATRICES), f"a tuple of some of {', '.join(MATRICES)}")
-        check("base", self.base in BASES, f"one of {', '.join(BASES)}")
+        some = distinct and set(self.targets) <= set(MATRICES)
+        check_field(self, "targets", some, f"a tuple of some of {', '.join(MATRICES)}")
+        check_field(self, "base", self.base in BASES, f"one of {', '.join(BASES)}")
 
     @property
     def scale(self) -> float:

@@ -14,6 +14,7 @@ from emu3_jax.checkpoints.bundle import LazyArray, write_part
 from emu3_jax.checkpoints.layouts import vision_params
 from emu3_jax.config import ImageConfig, VisionConfig
 from emu3_jax.errors import Emu3Error
+from emu3_jax.fields import read_from
 from emu3_jax.files import new_directory, new_file
 from emu3_jax.training.run_directory import FORMAT, newest_checkpoint, read_identity
 from emu3_jax.training.vision_config import VisionTrainConfig
@@ -69,7 +70,8 @@ def export_vision_run(directory: pathlib.Path, target: pathlib.Path, step: int |
         Emu3Error: no such checkpoint, or one of the places cannot be read or written.
     """
     identity = read_identity(directory)
-    vision, image = VisionConfig.from_dict(identity["vision"]), ImageConfig.from_dict(identity["image"])
+    with read_from(directory / "run.json"):
+        vision, image = VisionConfig.from_dict(identity["vision"]), ImageConfig.from_dict(identity["image"])
     step, state = newest_checkpoint(directory, step)
     dtype = _DTYPES[identity["export_dtype"]]
 

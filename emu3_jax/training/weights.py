@@ -18,6 +18,7 @@ from emu3_jax.checkpoints.bundle import Bundle, LazyArray, write_part
 from emu3_jax.checkpoints.layouts import decoder_params
 from emu3_jax.config import DecoderConfig
 from emu3_jax.errors import Emu3Error
+from emu3_jax.fields import read_from
 from emu3_jax.files import new_directory
 from emu3_jax.models.adapters import MATRICES, Adapter
 from emu3_jax.models.decoder import unstack_layers
@@ -72,7 +73,8 @@ def export_run(directory: pathlib.Path, target: pathlib.Path, step: int | None =
     """
     identity = read_identity(directory)
     step, state = newest_checkpoint(directory, step)
-    decoder = DecoderConfig.from_dict(identity["decoder"])
+    with read_from(directory / "run.json"):
+        decoder = DecoderConfig.from_dict(identity["decoder"])
     adapter = None
     if identity["adapter"]:
         adapter = Adapter(**{**identity["adapter"], "targets": tuple(identity["adapter"]["targets"])})
