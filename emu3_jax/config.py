@@ -30,7 +30,7 @@ class VisionConfig:
     num_res_blocks: int = 2
     attention_stages: tuple[int, ...] = (3,)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_positive_whole(
             self, "codebook_size", "embed_dim", "latent_channels", "in_channels", "out_channels", "temporal_factor",
             "base_channels", "num_res_blocks",
@@ -69,7 +69,7 @@ class ImageConfig:
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_positive_whole(self, "min_pixels", "max_pixels")
         check_field(self, "min_pixels", self.min_pixels <= self.max_pixels, f"<= max_pixels ({self.max_pixels})")
         tuple_field(self, "mean", is_number, "three finite numbers", length=3)
@@ -98,7 +98,7 @@ class SpecialTokens:
     visual_start: int = 151854
     visual_count: int = 32768
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         values = dataclasses.asdict(self)
         for field, value in values.items():
             check_field(self, field, is_whole(value, 0), "an id >= 0")
@@ -138,7 +138,7 @@ class DecoderConfig:
     dtype: str = "bfloat16"
     tokens: SpecialTokens = SpecialTokens()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.clip_frames is not None:
             check_positive_whole(self, "clip_frames")
         check_field(self, "clip_layout", self.clip_layout in CLIP_LAYOUTS, " or ".join(CLIP_LAYOUTS))

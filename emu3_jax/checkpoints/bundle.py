@@ -68,7 +68,7 @@ class _LazyArrayHandler(ocp.type_handlers.NumpyHandler):
         self._deepcopy_host_arrays = False  # an argument only from Orbax 0.12.5 on; older ones never copy here
         self._written = written
 
-    async def serialize(self, values, infos, args=None):
+    async def serialize(self, values: Any, infos: Any, args: Any = None) -> Any:
         for group in _in_groups(zip(values, infos, args, strict=True), lambda leaf: leaf[0].nbytes, _WRITE_BYTES):
             lazy, group_infos, group_args = zip(*group, strict=True)
             # What the base class leaves to a thread, whose failure would print a traceback besides raising it.

@@ -39,7 +39,7 @@ class GenerateConfig:
     prompt_tokens: int = 64
     mesh: str = "tensor=-1"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in ("pictures", "temporal_factor", "prompt_tokens"):
             check_field(self, field, is_whole(getattr(self, field), 1), "a whole number >= 1")
         check_field(self, "frames", self.frames is None or is_whole(self.frames, 1), "a whole number >= 1, or None")

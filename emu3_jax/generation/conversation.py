@@ -35,7 +35,7 @@ class Showing:
     frames: int | None = None
     fps: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.clips_as not in CLIPS_AS:
             raise Emu3Error(f"clips_as is {self.clips_as!r}: it must be one of {', '.join(CLIPS_AS)}")
 

@@ -7,6 +7,7 @@ unconditional rows). T steps of the schedule, P prompt slots.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -49,7 +50,16 @@ class Variant:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "variant", "slots"))
-def prefill(params, prompts, start, plan: Plan, *, config: DecoderConfig, variant: Variant, slots: int) -> DecodeState:
+def prefill(
+    params: Any,
+    prompts: jax.Array,
+    start: jax.Array,
+    plan: Plan,
+    *,
+    config: DecoderConfig,
+    variant: Variant,
+    slots: int,
+) -> DecodeState:
     """Runs the prompts (int32 [R, P], right-aligned, row r from slot start[r] on) and takes step 0."""
     forward = _forward(params, config, variant)
     logits, cache = forward(prompts, KVCache.create(config, start, slots, variant.narrow_cache), last_only=True)
@@ -64,11 +74,13 @@ def prefill(params, prompts, start, plan: Plan, *, config: DecoderConfig, varian
 
 
 @functools.partial(jax.jit, static_argnames=("config", "variant"), donate_argnames=("state",))
-def decode(params, state: DecodeState, plan: Plan, until, *, config: DecoderConfig, variant: Variant) -> DecodeState:
+def decode(
+    params: Any, state: DecodeState, plan: Plan, until: jax.Array, *, config: DecoderConfig, variant: Variant
+) -> DecodeState:
     """Takes steps up to `until` (int32 scalar), or until every row has ended."""
     forward = _forward(params, config, variant)
 
-    def proceed(state: DecodeState):
+    def proceed(state: DecodeState) -> jax.Array:
         return (state.step < until) & ~state.ended.all()
 
     def step(state: DecodeState) -> DecodeState:
@@ -80,7 +92,7 @@ def decode(params, state: DecodeState, plan: Plan, until, *, config: DecoderConf
     return _replicated(jax.lax.while_loop(proceed, step, state))
 
 
-def _forward(params, config: DecoderConfig, variant: Variant) -> Callable:
+def _forward(params: Any, config: DecoderConfig, variant: Variant) -> Callable:
     """The decoder with the head that the variant needs; to be made outside the loop, where cutting the head costs."""
     if variant.visual_only:
         # The barrier keeps XLA from sinking the slice into the loop, where it would copy 0.27 GB every step.
@@ -90,7 +102,7 @@ def _forward(params, config: DecoderConfig, variant: Variant) -> Callable:
     )
 
 
-def emit(logits, state: DecodeState, plan: Plan, config: DecoderConfig, variant: Variant) -> DecodeState:
+def emit(logits: jax.Array, state: DecodeState, plan: Plan, config: DecoderConfig, variant: Variant) -> DecodeState:
     """Turns logits (float32 [R, V]) into the tokens of this step: guidance, sampling, schedule."""
     if variant.guided:
         rows = plan.forced.shape[0]

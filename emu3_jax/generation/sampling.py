@@ -121,7 +121,7 @@ def _largest_threshold(keys: jax.Array, weights: jax.Array, target: Array) -> ja
     """
     digits = jnp.arange(1, 2**_DIGIT, dtype=jnp.uint32)
 
-    def settle(prefix, shift):
+    def settle(prefix: jax.Array, shift: np.uint32) -> jax.Array:
         candidates = prefix[:, None] | (digits << shift)  # [B, 15], rising: their weights fall
         above = jnp.sum(jnp.where(keys[:, None] >= candidates[..., None], weights[:, None], 0.0), axis=-1)
         digit = jnp.sum(above >= target[:, None], axis=-1, dtype=jnp.uint32)

@@ -35,7 +35,7 @@ class Clip:
     frames: np.ndarray
     fps: float = DEFAULT_FPS
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         shape, dtype = self.frames.shape, self.frames.dtype
         if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
             raise Emu3Error(f"a clip's frames are {dtype} {list(shape)}: they must be uint8 [T, H, W, 3]")

@@ -24,7 +24,7 @@ class PromptTemplates:
     next_turn: str
     clip_layout: str = "lines"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for template in (self.understanding, self.next_turn):
             if not isinstance(template, str) or template.count("{image}") != 1 or template.count("{text}") != 1:
                 raise Emu3Error(f"prompt template {template!r} must hold {{image}} and {{text}} once each: correct it")
