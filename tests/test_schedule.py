@@ -12,6 +12,9 @@ from emu3_jax.generation.schedule import (
     TokenClass,
     clip_schedule,
     forced_ids,
+    frames_that_fit,
+    grid_length,
+    grid_schedule,
     image_schedule,
     sampled_steps,
     stack_schedules,
@@ -98,3 +101,12 @@ def test_a_clip_is_its_frames_each_with_eof(frames, rows, columns, layout):
     if lines and frames == 1:
         np.testing.assert_array_equal(schedule, image_schedule(rows, columns))
     assert sampled_steps(schedule[None]) == len(schedule) - 3 - lines
+    # What is counted without a schedule is what the schedule has.
+    assert grid_length((frames, rows, columns), layout) == len(schedule)
+    assert grid_length((rows, columns), layout) == len(image_schedule(rows, columns))
+    for room, fit in ((len(schedule), frames), (len(schedule) - 1, frames - 1)):
+        assert frames_that_fit(room, rows, columns, layout) == fit
+    old = frames // 2
+    np.testing.assert_array_equal(
+        grid_schedule((frames, rows, columns), layout, given=old), schedule[len(frame[0]) * old :]
+    )

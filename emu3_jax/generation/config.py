@@ -8,7 +8,7 @@ from emu3_jax.config import DecoderConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.fields import check_field, is_number, is_whole
 from emu3_jax.generation import defaults
-from emu3_jax.generation.schedule import grid_schedule
+from emu3_jax.generation.schedule import grid_length, grid_schedule
 from emu3_jax.media.sizes import generate_size
 
 
@@ -68,4 +68,4 @@ class GenerateConfig:
     @property
     def steps(self) -> int:
         """Tokens that are sampled or forced, to EOS."""
-        return len(self.schedule)
+        return grid_length(self.grid, self.decoder.clip_layout)

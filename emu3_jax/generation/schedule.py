@@ -31,6 +31,11 @@ SAMPLED = -1
 _END = (TokenClass.EOI, TokenClass.EOS)
 
 
+def frame_length(rows: int, columns: int, layout: str) -> int:
+    """Tokens of a latent frame, its EOF included; see `frame_schedule`."""
+    return rows * (columns + (layout == "lines")) + 1
+
+
 def frame_schedule(rows: int, columns: int, layout: str = "lines") -> np.ndarray:
     """Token classes, int8, of a picture or of one latent frame of a clip, up to its EOF.
 
@@ -74,9 +79,17 @@ def grid_schedule(size: tuple[int, ...], layout: str, *, given: int = 0) -> np.n
     return clip_schedule(frames, rows, columns, layout, given=given)
 
 
+def grid_length(size: tuple[int, ...], layout: str) -> int:
+    """Tokens of the whole `grid_schedule`, computed without making it: `size` may be of any size."""
+    if len(size) == 2:
+        return frame_length(*size, layout="lines") + len(_END)
+    frames, rows, columns = size
+    return frames * frame_length(rows, columns, layout) + len(_END)
+
+
 def frames_that_fit(tokens: int, rows: int, columns: int, layout: str) -> int:
     """How many latent frames a clip of at most `tokens` tokens has, its end included; below 0 where none would."""
-    return (tokens - len(_END)) // len(frame_schedule(rows, columns, layout))
+    return (tokens - len(_END)) // frame_length(rows, columns, layout)
 
 
 def text_schedule(count: int) -> np.ndarray:
