@@ -39,7 +39,7 @@ def plain_objective(hidden, head, labels, mask):
 
 def objective(hidden, head, labels, mask, chunk=10):
     """Weighs the kinds differently, so that a gradient that mixes them up shows."""
-    return 0.5 * chunked_cross_entropy(hidden, head, labels, mask, VISUAL, 4.0, chunk)[0]
+    return 0.5 * chunked_cross_entropy(hidden, head, labels, mask, VISUAL, vision_weight=4.0, chunk=chunk)[0]
 
 
 @pytest.mark.parametrize("chunk", [1, 10, 96, 512])
@@ -70,7 +70,7 @@ def test_value_and_gradients_over_a_mesh(sizes):
 
 def test_sums_by_kind_and_their_mean():
     hidden, head, labels, mask = case()
-    total, sums = chunked_cross_entropy(hidden, head, labels, mask, VISUAL, 0.25)
+    total, sums = chunked_cross_entropy(hidden, head, labels, mask, VISUAL, vision_weight=0.25)
     text, vision = plain(hidden, head, labels, mask)
     np.testing.assert_allclose((sums.text, sums.vision), (text, vision), rtol=1e-6)
     np.testing.assert_allclose(total, text + 0.25 * vision, rtol=1e-6)

@@ -430,6 +430,18 @@ def test_records_longer_than_a_row(start, pictures, tokenizer):
         next(start(source, sequence_length=4, too_long="skip"))
 
 
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_the_one_record_that_fits_is_found(write, start, in_memory):
+    """Also where it is the first of one epoch and the last of the next, or in the other process' share."""
+    directory = write([picture(number, 1 if number == 2 else 8, 1) for number in range(4)])
+    for seed in range(4):
+        batches = start(
+            Source(directory, TextToImage()), sequence_length=16, too_long="skip", seed=seed, in_memory=in_memory,
+            packing=0, process_index=seed % 2, process_count=2,
+        )  # fmt: skip
+        assert set(numbers(segments(itertools.islice(batches, 5)))) == {2}
+
+
 def test_records_skipped_in_evaluation_are_counted(pictures, tokenizer):
     source, counts, left = Source(pictures, TextToImage()), [], 0
     for index in range(2):

@@ -30,6 +30,11 @@ def run(options: argparse.Namespace) -> int:
         )
     distributed.start()
     outcome = train(config, common.progress(options))
+    if outcome.skipped and distributed.first():
+        print(
+            f"{config.directory}: {outcome.skipped} records were longer than {config.data.sequence_length} tokens and "
+            "were skipped (counted once an epoch); raise data.sequence_length to train on them"
+        )
     if outcome.model is None:
         if distributed.first():
             print(f"{config.directory}: stopped after step {outcome.step} of {config.steps}; run again to go on")

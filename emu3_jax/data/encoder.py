@@ -1,6 +1,7 @@
 """What data needs of a bundle: its vision tokenizer without the decoder, and the identity of its codebook."""
 
 import os
+from pathlib import Path
 
 from emu3_jax.checkpoints.bundle import Bundle
 from emu3_jax.checkpoints.embedded import embedded_bundle
@@ -18,9 +19,9 @@ def load_encoder(bundle: Bundle) -> Emu3:
     return Emu3(bundle.path.name, vision=vision)
 
 
-def open_bundle(path: str | os.PathLike | None) -> Bundle:
+def open_bundle(path: str | os.PathLike[str] | None) -> Bundle:
     """The bundle at `path`, by default the embedded model. Raises `Emu3Error` if it has no vision tokenizer."""
-    bundle = Bundle.open(embedded_bundle() if path is None else path)
+    bundle = Bundle.open(embedded_bundle() if path is None else Path(path))
     bundle.require("vision")
     return bundle
 

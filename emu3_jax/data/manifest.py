@@ -132,8 +132,9 @@ class ManifestRecords:
                 raise Emu3Error(
                     f"{self._named(index)}: there is no {path}: correct the path, it is relative to the manifest"
                 )
-        texts = (entry.text, *(turn.text for turn in entry.conversation)) if self._tokenizer else ()
-        for text in texts:
+        if self._tokenizer is None:
+            return
+        for text in (entry.text, *(turn.text for turn in entry.conversation)):
             try:
                 self._tokenizer.encode(text)
             except Emu3Error as error:
@@ -154,21 +155,18 @@ class ManifestRecords:
         if file is None:
             return None
         with self._lock:
-            codes = self._recent.get(file)
-            missing = codes is None
-            if missing:
-                codes = self._recent[file] = Future()
-                if len(self._recent) > _RECENT:
-                    del self._recent[next(iter(self._recent))]
+            missing = file not in self._recent
+            codes = self._recent.setdefault(file, Future())
+            if len(self._recent) > _RECENT:
+                del self._recent[next(iter(self._recent))]
         if missing:
             try:
-                codes.set_result(self._encode_file(entry))
+                codes.set_result(self._encode_file(load_image(file) if entry.image else load_clip(file)))
             except Exception as error:
                 codes.set_exception(error)
         return codes.result()
 
-    def _encode_file(self, entry: Entry) -> np.ndarray:
-        media = load_image(entry.image) if entry.image else load_clip(entry.clip)
+    def _encode_file(self, media: Image.Image | Clip) -> np.ndarray:
         if self._area is not None:
             media = resize_to_area(media, self._area)
         with self._device:

@@ -17,9 +17,10 @@ A batch is a dict of arrays [B, S]:
 import dataclasses
 import functools
 import hashlib
+import itertools
 import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +184,7 @@ def _stream_rows(
     """Batches of rows that are made of sequences as they come."""
     process_index, process_count = process
     weights = [builder.source.weight for builder in builders]
-    streams, epoch = [], 0
+    streams, epoch = [], 0  # an epoch of the mixture: about as many sequences as hold every record
     for number, builder in enumerate(builders):
         records, key = len(builder.data), (config.seed, number)
         stream = _Stream(builder, key)
@@ -199,7 +200,13 @@ def _stream_rows(
     # Where nothing is read, threads would only wait for each other.
     reading = grain.ReadOptions(num_threads=0) if config.in_memory else _READING
     length = config.sequence_length
-    fitting = _FittingIterDataset(mixture.to_iter_dataset(reading), length, config.too_long, epoch)
+    fitting = _FittingIterDataset(
+        mixture.to_iter_dataset(reading),
+        length,
+        config.too_long,
+        patience=epoch,
+        some_fit=lambda: any(builder.some_fit(length) for builder in builders),
+    )
     if config.packing:
         rows = _packed(fitting, length, config.packing, pad)
     else:
@@ -236,7 +243,7 @@ def evaluation_batches(
     rounds = -(-len(data) // (batch_size * process_count))
     sequences = grain.MapDataset.range(rounds * batch_size * process_count).map(sequence)
     mine = sequences[process_index::process_count].to_iter_dataset(_READING)
-    fitting = _FittingIterDataset(mine, sequence_length, too_long, 1, instead=empty)
+    fitting = _FittingIterDataset(mine, sequence_length, too_long, instead=empty)
     rows = _padded(fitting, sequence_length, tokenizer.special.pad)
     identity = [data.index.job, source.task, templates, batch_size, sequence_length, process_index, process_count]
     return Batches(rows.batch(batch_size, drop_remainder=True), identity)
@@ -274,6 +281,13 @@ class _Builder:
         if key not in self._kept:
             self._kept[key] = self._build(record, drop_prompt)
         return self._kept[key]
+
+    def some_fit(self, length: int) -> bool:
+        """Whether any record is no longer than `length` tokens, as training may build it."""
+        share = self.source.task.prompt_dropout
+        kinds = [drop for drop, occurs in ((False, share < 1), (True, share > 0)) if occurs]
+        sizes = (len(self._build(record, drop).sequence) for record in range(len(self.data)) for drop in kinds)
+        return any(size <= length for size in sizes)
 
     def _build(self, index: int, drop_prompt: bool) -> _Built:
         record = self.data[index]
@@ -327,23 +341,31 @@ def _fits(built: _Built, length: int, too_long: str, room: str = "a row") -> boo
 
 
 class _FittingIterDataset(grain.IterDataset):
-    """From `_Built` sequences to their arrays `tokens` and `loss_mask`; those longer than a row are counted, or stop.
-
-    `instead` stands in for a sequence that is too long; without it, the next one that fits comes. `epoch` sequences
-    hold all records: when none of so many fits, none ever will.
-    """
+    """From `_Built` sequences to their arrays `tokens` and `loss_mask`; one longer than a row is counted, or stops."""
 
     def __init__(
         self,
         parent: "grain.IterDataset[_Built]",
         length: int,
         too_long: str,
-        epoch: int,
         *,
         instead: TokenSequence | None = None,
+        patience: int = 0,
+        some_fit: Callable[[], bool] = lambda: True,
     ):
+        """Sets out what fits.
+
+        Args:
+            parent: the sequences.
+            length: tokens of a row.
+            too_long: "stop" or "skip".
+            instead: stands in for a sequence that is too long; without it, the next one that fits comes.
+            patience: sequences that may be too long, one after the other, before `some_fit` is asked.
+            some_fit: whether any record there is fits; else the search would never end.
+        """
         super().__init__(parent)
-        self.length, self.too_long, self.epoch, self.instead = length, too_long, epoch, instead
+        self.length, self.too_long, self.instead = length, too_long, instead
+        self.patience, self.some_fit = patience, some_fit
 
     def __iter__(self) -> "_FittingIterator":
         return _FittingIterator(self, iter(self._parent))
@@ -352,18 +374,23 @@ class _FittingIterDataset(grain.IterDataset):
 class _FittingIterator(grain.DatasetIterator):
     def __init__(self, dataset: _FittingIterDataset, parent: grain.DatasetIterator):
         super().__init__(parent)
-        self._dataset, self._count = dataset, 0
+        self._dataset, self._count, self._some_fit = dataset, 0, False
 
     def __next__(self) -> dict[str, np.ndarray]:
         settings = self._dataset
-        for _ in range(settings.epoch):
+        for passed in itertools.count(1):
             built: _Built = next(self._parent)
             if _fits(built, settings.length, settings.too_long):
-                return _arrays(built.sequence)
+                break
             self._count += 1
             if settings.instead is not None:
                 return _arrays(settings.instead)
-        raise Emu3Error(f"no record fits a row of {settings.length} tokens: raise sequence_length")
+            if passed >= settings.patience and not self._some_fit:
+                self._some_fit = settings.some_fit()
+                if not self._some_fit:
+                    raise Emu3Error(f"no record fits a row of {settings.length} tokens: raise sequence_length")
+        self._some_fit = True
+        return _arrays(built.sequence)
 
     def get_state(self) -> dict[str, Any]:
         return {"parent": self._parent.get_state(), "too_long": self._count}

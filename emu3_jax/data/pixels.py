@@ -7,7 +7,7 @@ seed and i, so that a run goes on anywhere.
 import concurrent.futures
 import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -116,7 +116,7 @@ class PixelData:
                     batch[kind] = np.stack([load(files[file], place) for file, place in pairs])
         return batch
 
-    def batches(self, first: int, stills: int, clips: int, part: slice = slice(None)) -> Iterator[Batch]:
+    def batches(self, first: int, stills: int, clips: int, part: slice = slice(None)) -> Generator[Batch, None, None]:
         """Batches from `first` on, made by threads before they are asked for; to be closed."""
         with contextlib.ExitStack() as stack:
             # One thread a batch: within it the pictures follow each other, several batches are under way.

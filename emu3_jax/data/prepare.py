@@ -23,7 +23,8 @@ from emu3_jax.errors import Emu3Error
 
 SHARD_ENTRIES = 1024  # by default: some 20 MB, and at most a few minutes of work lost when a run is killed
 
-_T, _R = TypeVar("_T"), TypeVar("_R")
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
 
 class Entries(Protocol):

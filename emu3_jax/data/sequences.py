@@ -69,7 +69,7 @@ class TextToImage:
     ) -> TokenSequence:
         codes = _codes(record, 2, "text to image needs a picture")
         media = image_ids(tokenizer, tokenizer.special, codes)
-        return _captioned(record, media, tokenizer, self.loss, self.eos, drop_prompt)
+        return _captioned(record, media, tokenizer, loss=self.loss, eos=self.eos, drop_prompt=drop_prompt)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,7 @@ class NextFrame:
     ) -> TokenSequence:
         codes = _codes(record, 3, "next frame needs a clip")
         media = clip_ids(tokenizer, tokenizer.special, codes, templates.clip_layout)
-        return _captioned(record, media, tokenizer, self.loss, self.eos, drop_prompt)
+        return _captioned(record, media, tokenizer, loss=self.loss, eos=self.eos, drop_prompt=drop_prompt)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +179,7 @@ def padded_row(
 
 
 def _captioned(
-    record: Record, media: list[int], tokenizer: Tokenizer, loss: str, eos: bool, drop_prompt: bool
+    record: Record, media: list[int], tokenizer: Tokenizer, *, loss: str, eos: bool, drop_prompt: bool
 ) -> TokenSequence:
     special = tokenizer.special
     caption = [] if drop_prompt else tokenizer.encode(record.text)

@@ -103,6 +103,8 @@ class _TableIterator(grain.DatasetIterator):
     def __init__(self, dataset: TableBatches):
         super().__init__()
         self._dataset = dataset
+        self._number = 0
+        self._before: np.ndarray  # the records of each table in the batches before
         self.set_state({"batch": 0})
 
     def __next__(self) -> Batch:

@@ -75,9 +75,9 @@ class ModelConfig:
         dropout: share of activations that is zeroed while training, see `Decoder`. The published models were trained
             with none; it is for data that are read many times over.
         noise: up to which share of a row's visual tokens the model sees as random ones while training; targets stay as
-            they are. The share of each row is `noise` times the square of a uniform draw, so that many rows have little
-            of it. Where earlier visual tokens tell less, the text is what tells: a prompt's few bits hardly change the
-            loss of a picture whose beginning is known, and are learned late or not at all.
+            they are. The share of each row is `noise` times the square of a uniform number, so many rows have little
+            of it. Noise makes earlier visual tokens less predictive, so the model must use the prompt: its few bits
+            hardly change the loss of a picture whose beginning is known, and are learned late or not at all.
     """
 
     bundle: str
@@ -94,8 +94,7 @@ class ModelConfig:
         check_field(self, "decoder", isinstance(self.decoder, DecoderConfig | None), "a DecoderConfig or None")
         if self.random:
             check_field(self, "decoder", self.decoder is not None, "given where weights are random")
-        legal = ("bfloat16", "float32")
-        check_field(self, "dtype", self.dtype in legal, " or ".join(legal))
+        check_field(self, "dtype", self.dtype in ("bfloat16", "float32"), "bfloat16 or float32")
         legal = ("none", *REMAT_POLICIES)
         check_field(self, "remat", self.remat in legal, " or ".join(legal))
         ok = is_number(self.dropout) and 0 <= self.dropout < 1
@@ -108,10 +107,10 @@ class SampleConfig:
     """Pictures while training, in `DIRECTORY/samples/STEP`.
 
     Attributes:
-        prompts: what to draw.
+        prompts: the texts, one picture each.
         every: steps between them; there is one set at the end as well.
         ratio: width:height.
-        area: pixels; None for what the model draws by default.
+        area: pixels; None for the area that the model was trained for.
         guidance: classifier-free guidance scale.
     """
 
@@ -244,7 +243,7 @@ def _replace(node: Any, path: list[str], value: Any) -> Any:
             raise Emu3Error(f"{name!r} is no index from 0 to {len(node) - 1}")
         index = int(name)
         return (*node[:index], _replace(node[index], rest, value) if rest else value, *node[index + 1 :])
-    if not dataclasses.is_dataclass(node):
+    if not dataclasses.is_dataclass(node) or isinstance(node, type):
         raise Emu3Error(f"{name!r} is inside {node!r}, which has no fields")
     fields = [field.name for field in dataclasses.fields(node)]
     if name not in fields:

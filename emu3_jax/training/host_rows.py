@@ -1,10 +1,12 @@
 """Which rows of a batch each process reads, and how its rows become arrays over the whole mesh."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from emu3_jax.errors import Emu3Error
 from emu3_jax.sharding.rules import batch_sharding, batch_shards
@@ -33,7 +35,7 @@ class HostRows:
         self._sharding: NamedSharding = batch_sharding(mesh)
         self._batch_size = batch_size
         # A length that every mesh splits: only rows are looked at.
-        places = self._sharding.devices_indices_map((batch_size, mesh.size))
+        places: Mapping[Any, tuple[slice, ...]] = self._sharding.devices_indices_map((batch_size, mesh.size))
         held: dict[int, set[int]] = {}
         for device, (rows, _) in places.items():
             held.setdefault(device.process_index, set()).update(range(*rows.indices(batch_size)))
@@ -45,6 +47,7 @@ class HostRows:
             )
         mine = tuple(sorted(held[jax.process_index()]))
         self.count, self.group, self.groups = len(mine), groups.index(mine), len(groups)
+        self._sum = jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, PartitionSpec()))
         self._at = {row: index for index, row in enumerate(mine)}
 
     def spread(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -60,3 +63,11 @@ class HostRows:
             return jax.make_array_from_callback(shape, self._sharding, part)
 
         return {name: place(array) for name, array in batch.items()}
+
+    def total(self, number: int) -> jax.Array:
+        """The sum of a number of each group, int32 scalar; like a step, it may be under way when this returns."""
+        # Each group's number stands in its first row.
+        columns = self._sharding.mesh.size  # a length that every mesh splits
+        numbers = np.zeros((self.count, columns), np.int32)
+        numbers[0, 0] = number
+        return self._sum(self.spread({"numbers": numbers})["numbers"])

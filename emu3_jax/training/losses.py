@@ -77,6 +77,7 @@ def chunked_cross_entropy(
     labels_bs: jax.Array,
     mask_bs: jax.Array,
     visual: tuple[int, int],
+    *,
     vision_weight: float = 1.0,
     chunk: int = CHUNK,
 ) -> tuple[jax.Array, LossSums]:
@@ -101,7 +102,7 @@ def chunked_cross_entropy(
     weights = mask_bs.astype(jnp.float32)
     is_visual = (labels_bs >= visual[0]) & (labels_bs < visual[1])
     by_kind = jnp.stack([jnp.where(is_visual, 0.0, weights), jnp.where(is_visual, weights, 0.0)])
-    objective, sums = _weighted(chunk, vision_weight, hidden_bsd, head_vd, labels_bs, by_kind)
+    objective, sums = _weighted(_How(chunk, vision_weight), hidden_bsd, head_vd, labels_bs, by_kind)
     counts = by_kind.sum(axis=(1, 2))
     return objective, LossSums(text=sums[0], vision=sums[1], text_count=counts[0], vision_count=counts[1])
 
@@ -109,25 +110,33 @@ def chunked_cross_entropy(
 # ------------------------------------------------------------------------------------------------ gradients
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _weighted(chunk, vision_weight, hidden, head, labels, by_kind):
+@dataclasses.dataclass(frozen=True)
+class _How:
+    """The numbers of `chunked_cross_entropy`."""
+
+    chunk: int
+    vision_weight: float
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _weighted(how: _How, hidden, head, labels, by_kind):
     """The objective, and float32 [2]: the loss summed with each of the two sets of weights `by_kind` [2, B, S]."""
     layout = _Layout.current(hidden.shape)
-    local = functools.partial(_local, layout, chunk, vision_weight, False)
+    local = functools.partial(_local, layout=layout, how=how, differentiated=False)
     sums, _, _ = layout.spread(local, layout.inputs, (P(), None, None))(hidden, head, labels, by_kind)
-    return sums[0] + vision_weight * sums[1], sums
+    return sums[0] + how.vision_weight * sums[1], sums
 
 
-def _weighted_forward(chunk, vision_weight, hidden, head, labels, by_kind):
+def _weighted_forward(how: _How, hidden, head, labels, by_kind):
     layout = _Layout.current(hidden.shape)
-    local = functools.partial(_local, layout, chunk, vision_weight, True)
+    local = functools.partial(_local, layout=layout, how=how, differentiated=True)
     outputs = (P(), layout.hidden, layout.head)
     sums, d_hidden, d_head = layout.spread(local, layout.inputs, outputs)(hidden, head, labels, by_kind)
     zeros = (np.zeros(labels.shape, jax.dtypes.float0), jnp.zeros_like(by_kind))
-    return (sums[0] + vision_weight * sums[1], sums), (d_hidden, d_head, zeros)
+    return (sums[0] + how.vision_weight * sums[1], sums), (d_hidden, d_head, zeros)
 
 
-def _weighted_backward(chunk, vision_weight, residuals, cotangents):
+def _weighted_backward(how: _How, residuals, cotangents):
     d_hidden, d_head, zeros = residuals
     pull = cotangents[0]
     return (d_hidden * pull.astype(d_hidden.dtype), d_head * pull.astype(d_head.dtype), *zeros)
@@ -139,7 +148,7 @@ _weighted.defvjp(_weighted_forward, _weighted_backward)
 # ------------------------------------------------------------------------------------------------ one device
 
 
-def _local(layout, chunk, vision_weight, differentiated, hidden, head, labels, by_kind):
+def _local(hidden, head, labels, by_kind, *, layout: "_Layout", how: _How, differentiated: bool):
     """The sums over all devices; and, if `differentiated`, the objective's gradients of `hidden` and `head`."""
     width = hidden.shape[-1]
     rows, first = layout.gather_head(head.astype(hidden.dtype))
@@ -159,7 +168,7 @@ def _local(layout, chunk, vision_weight, differentiated, hidden, head, labels, b
         sums += weight_kc @ loss_c
         if not differentiated:
             return (sums, d_rows), None
-        pull_c = weight_kc[0] + vision_weight * weight_kc[1]
+        pull_c = weight_kc[0] + how.vision_weight * weight_kc[1]
         hit_cv = mine_c[:, None] & (at_c[:, None] == jnp.arange(len(rows)))
         d_logits_cv = ((jnp.exp(logits_cv - normaliser_c[:, None]) - hit_cv) * pull_c[:, None]).astype(hidden.dtype)
         d_h_cd = product("cv,vd->cd", d_logits_cv, rows)
@@ -167,11 +176,11 @@ def _local(layout, chunk, vision_weight, differentiated, hidden, head, labels, b
         return (sums, d_rows), d_h_cd.astype(hidden.dtype)
 
     parts = (
-        _chunks(hidden.reshape(-1, width), chunk),
-        _chunks(labels.reshape(-1), chunk),
-        jnp.swapaxes(jax.vmap(lambda w: _chunks(w.reshape(-1), chunk))(by_kind), 0, 1),
+        _chunks(hidden.reshape(-1, width), how.chunk),
+        _chunks(labels.reshape(-1), how.chunk),
+        jnp.swapaxes(jax.vmap(lambda w: _chunks(w.reshape(-1), how.chunk))(by_kind), 0, 1),
     )
-    start = (jnp.zeros(2, jnp.float32), jnp.zeros(rows.shape, jnp.float32) if differentiated else None)
+    start: Any = (jnp.zeros(2, jnp.float32), jnp.zeros(rows.shape, jnp.float32) if differentiated else None)
     (sums, d_rows), d_hidden = lax.scan(step, start, parts)
     sums = layout.sum_over_tokens(sums)
     if not differentiated:
@@ -225,8 +234,8 @@ class _Layout:
         if mesh.empty:
             return cls()
 
-        def axes(name):
-            (found,) = nn.logical_to_mesh_axes((name,))
+        def axes(name: str) -> tuple[str, ...]:
+            (found,) = nn.logical_to_mesh_axes((name,)) or (None,)
             return tuple(a for a in ((found,) if isinstance(found, str) else found or ()) if mesh.shape[a] > 1)
 
         batch, sequence, gathered, table = map(axes, ("batch", "sequence", "embed", "table_width"))
@@ -263,7 +272,7 @@ class _Layout:
         Zeros fill the rows up to whole tiles for each device, without which a GPU's products of bfloat16 take three
         times as long (184,622 is no multiple of 8); `_logits` gives those rows no mass.
         """
-        first = 0
+        first: jax.Array | int = 0
         parts = lax.axis_size(self.vocabulary) if self.vocabulary else 1
         head = jnp.pad(head, ((0, -len(head) % (TILE * parts)), (0, 0)))
         if self.vocabulary:

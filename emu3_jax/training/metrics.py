@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from emu3_jax.errors import Emu3Error
@@ -26,7 +27,7 @@ class Metrics:
             ) from missing
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
 
-    def write(self, step: int, values: dict[str, float], group: str = "train") -> None:
+    def write(self, step: int, values: Mapping[str, float], group: str = "train") -> None:
         """One line `{"step": ..., "group": ..., name: number, ...}`, on disk when this returns."""
         line = json.dumps({"step": step, "group": group, **values})
         try:

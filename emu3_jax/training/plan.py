@@ -24,7 +24,8 @@ def programs(config: TrainConfig, slice_: Slice, rows_per_chip: int | None = Non
     Raises:
         Emu3Error: the config does not fit the chips.
     """
-    if config.model.decoder is None:
+    decoder = config.model.decoder
+    if decoder is None:
         raise Emu3Error("TrainConfig field model.decoder is None: a plan opens no bundle, so name the decoder's shapes")
     mesh = make_mesh(config.mesh, slice_.devices)
     if rows_per_chip is not None:
@@ -40,7 +41,7 @@ def programs(config: TrainConfig, slice_: Slice, rows_per_chip: int | None = Non
         raise Emu3Error(
             f"data field sequence_length is {length}: mesh sequence={parts} splits it, so it must be a multiple of that"
         )
-    trainer = Trainer(config, config.model.decoder, mesh)
+    trainer = Trainer(config, decoder, mesh)
     state, frozen, batch = trainer.abstract_state(), trainer.abstract_frozen(), trainer.abstract_batch()
 
     def lower():

@@ -14,7 +14,7 @@ import os
 import pathlib
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -22,10 +22,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from emu3_jax.config import DecoderConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.files import new_file
-from emu3_jax.models.adapters import Adapter
 
 FORMAT = 1
 _CHUNK_BYTES = 64 << 20  # a device, or an export, that reads a slice of an array reads no more than its chunks
@@ -61,34 +59,50 @@ def locked(directory: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def write_identity(directory: pathlib.Path, decoder: DecoderConfig, adapter: Adapter | None, bundle: str) -> None:
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """What `run.json` says of a run, as parts that JSON can hold.
+
+    Attributes:
+        fixed: what all checkpoints of a directory have in common, a dict of fields each, or None.
+        other: what else an export needs to know; the first run of a directory says it.
+    """
+
+    fixed: Mapping[str, Mapping[str, Any] | None]
+    other: Mapping[str, Any]
+
+
+def write_identity(directory: pathlib.Path, identity: Identity) -> None:
     """Says in `run.json` what is trained, or checks it where the directory has one.
 
     Raises:
         Emu3Error: the directory holds checkpoints of another model.
     """
-    identity = {
-        "format": FORMAT,
-        "decoder": decoder.to_dict(),
-        "adapter": None if adapter is None else json.loads(json.dumps(dataclasses.asdict(adapter))),
-        "bundle": str(pathlib.Path(bundle).absolute()),
-    }
     file = directory / "run.json"
     if file.exists():
-        found = read_identity(directory)
-        for part in ("decoder", "adapter"):
-            old, new = ({**(x.get(part) or {})} for x in (found, identity))
-            changed = [k for k in old.keys() | new.keys() if old.get(k) != new.get(k) and k != _DTYPE]
-            if changed:
-                name = min(changed)
-                raise Emu3Error(
-                    f"{directory} holds checkpoints of another model: its {part} has {name} {old.get(name)!r}, the "
-                    f"config {new.get(name)!r}; correct the config or choose another directory"
-                )
-        return
-    if jax.process_index() == 0:
+        _check_same(directory, identity)
+    elif jax.process_index() == 0:
         with new_file(file) as temporary:
-            temporary.write_text(json.dumps(identity, indent=2) + "\n")
+            parts = {"format": FORMAT, **identity.fixed, **identity.other}
+            temporary.write_text(json.dumps(parts, indent=2) + "\n")
+
+
+def _check_same(directory: pathlib.Path, identity: Identity) -> None:
+    found, wanted = read_identity(directory), json.loads(json.dumps(dict(identity.fixed)))
+    for part in wanted:
+        if part not in found:
+            raise Emu3Error(
+                f"{directory} holds checkpoints of another model: it was no {part} that was trained there; choose "
+                "another directory"
+            )
+        old, new = (x[part] or {} for x in (found, wanted))
+        changed = [k for k in old.keys() | new.keys() if old.get(k) != new.get(k) and k != _DTYPE]
+        if changed:
+            name = min(changed)
+            raise Emu3Error(
+                f"{directory} holds checkpoints of another model: its {part} has {name} {old.get(name)!r}, the "
+                f"config {new.get(name)!r}; correct the config or choose another directory"
+            )
 
 
 def read_identity(directory: pathlib.Path) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """One step of training: loss, gradients, update, as one program over a mesh; nothing here touches files or the host."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -76,17 +75,17 @@ class Trainer:
         self.frozen_shardings = shardings(boxed_frozen, mesh)
         self._abstract, self._abstract_frozen = jax.eval_shape(lambda: nn.unbox(self._boxed()))
         self.batch_shardings = dict.fromkeys(BATCH_DTYPES, batch_sharding(mesh))
-        whole = NamedSharding(mesh, P())
-        self.step: Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, jax.Array]]] = jax.jit(
+        replicated = NamedSharding(mesh, P())
+        self.step: jax.stages.Wrapped = jax.jit(
             self._step,
             in_shardings=(self.state_shardings, self.frozen_shardings, self.batch_shardings),
-            out_shardings=(self.state_shardings, whole),
+            out_shardings=(self.state_shardings, replicated),
             donate_argnums=0,
         )
-        self.evaluate: Callable[[Any, Any, Batch], LossSums] = jax.jit(
+        self.evaluate: jax.stages.Wrapped = jax.jit(
             lambda *arguments: self._sums(*arguments)[1],
             in_shardings=(self.state_shardings.params, self.frozen_shardings, self.batch_shardings),
-            out_shardings=whole,
+            out_shardings=replicated,
         )
 
     # -------------------------------------------------------------------------------------------- states
@@ -99,7 +98,7 @@ class Trainer:
         """Likewise of the frozen parameters."""
         return _placed(self._abstract_frozen, self.frozen_shardings)
 
-    def abstract_batch(self) -> Batch:
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Likewise of a batch."""
         shape = (self._config.batch_size, self._config.data.sequence_length)
         return {
@@ -111,15 +110,16 @@ class Trainer:
         """Before the first step: of `params` (stacked, float32), or of random ones; adapters always are random."""
         if params is None or self._config.adapter:
             return jax.jit(lambda: nn.unbox(self._boxed()[0]), out_shardings=self.state_shardings)()
-        rest = self.state_shardings.replace(params=None)
-        return jax.jit(lambda p: self._initial(p).replace(params=None), out_shardings=rest)(params).replace(
-            params=params
-        )
+        # The parameters are there already: only the rest is computed.
+        places = dataclasses.replace(self.state_shardings, params=None)
+        rest = jax.jit(lambda p: dataclasses.replace(self._initial(p), params=None), out_shardings=places)(params)
+        return dataclasses.replace(rest, params=params)
 
     def _boxed(self) -> tuple[TrainState, Any]:
         """A state with random parameters, and the frozen ones, in boxes that name their axes."""
         key = jax.random.fold_in(jax.random.key(self._config.seed), 1)
-        params, frozen = self.model.init(key, jnp.zeros((1, 1), jnp.int32))["params"], {}
+        params: Any = self.model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+        frozen: Any = {}
         if self._config.adapter:
             params, frozen = lora.split(params)
         return self._initial(params), frozen
@@ -148,11 +148,11 @@ class Trainer:
         if key is not None:
             noise_key, dropout_key = jax.random.split(key)
             tokens, keys = self._noisy(tokens, noise_key), {"dropout": dropout_key}
-        hidden = model.apply({"params": params}, tokens, positions, segments, method="hidden", rngs=keys)
+        hidden: Any = model.apply({"params": params}, tokens, positions, segments, method="hidden", rngs=keys)
         special = self.decoder.tokens
         visual = (special.visual_start, special.visual_end)
         head, weight = params["head"]["kernel"], self._config.vision_weight
-        return chunked_cross_entropy(hidden, head, labels, mask, visual, weight)
+        return chunked_cross_entropy(hidden, head, labels, mask, visual, vision_weight=weight)
 
     def _noisy(self, tokens_bs: jax.Array, key: jax.Array) -> jax.Array:
         """Visual tokens replaced by random ones, of each row another share."""

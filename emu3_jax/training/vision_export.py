@@ -1,7 +1,6 @@
 """What a run that trains the vision tokenizer says of itself, and its checkpoints as bundles."""
 
 import functools
-import json
 import pathlib
 from typing import Any
 
@@ -13,39 +12,19 @@ import numpy as np
 from emu3_jax.checkpoints.bundle import LazyArray, write_part
 from emu3_jax.checkpoints.layouts import vision_params
 from emu3_jax.config import ImageConfig, VisionConfig
-from emu3_jax.errors import Emu3Error
 from emu3_jax.fields import read_from
-from emu3_jax.files import new_directory, new_file
-from emu3_jax.training.run_directory import FORMAT, newest_checkpoint, read_identity
+from emu3_jax.files import new_directory
+from emu3_jax.training.run_directory import Identity, newest_checkpoint, read_identity
 from emu3_jax.training.vision_config import VisionTrainConfig
 from emu3_jax.training.weights import read_checkpoint
 
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
-def write_vision_identity(directory: pathlib.Path, config: VisionTrainConfig) -> None:
-    """Says in `run.json` what is trained, or checks it where the directory has one.
-
-    Raises:
-        Emu3Error: the directory holds checkpoints of another model.
-    """
-    identity = json.loads(
-        json.dumps(
-            {
-                "format": FORMAT,
-                "vision": config.vision.to_dict(),
-                "image": config.image_config.to_dict(),
-                "export_dtype": config.export_dtype,
-            }
-        )
-    )
-    file = directory / "run.json"
-    if file.exists():
-        if read_identity(directory).get("vision") != identity["vision"]:
-            raise Emu3Error(f"{directory} holds checkpoints of another model: choose another directory")
-    elif jax.process_index() == 0:
-        with new_file(file) as temporary:
-            temporary.write_text(json.dumps(identity, indent=2) + "\n")
+def vision_identity(config: VisionTrainConfig) -> Identity:
+    """What `run.json` says of a run."""
+    other = {"image": config.image_config.to_dict(), "export_dtype": config.export_dtype}
+    return Identity(fixed={"vision": config.vision.to_dict()}, other=other)
 
 
 def exported(params: Any, dtype: str) -> Any:

@@ -65,6 +65,6 @@ class Discriminator(nn.Module):
         return conv(self.numerics, 1, (4, 4), ((1, 1), (1, 1)), name="conv_out")(x).astype(jnp.float32)
 
 
-def hinge(real: jax.Array, drawn: jax.Array) -> jax.Array:
+def hinge(real: jax.Array, fake: jax.Array) -> jax.Array:
     """The discriminator's loss."""
-    return 0.5 * (nn.relu(1 - real).mean() + nn.relu(1 + drawn).mean())
+    return 0.5 * (nn.relu(1 - real).mean() + nn.relu(1 + fake).mean())

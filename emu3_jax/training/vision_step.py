@@ -3,7 +3,7 @@
 B stills or frames, b clips, T frames, H W rows and columns, P latents of all of them, K codes, C embedding width.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -85,7 +85,7 @@ class VisionTrainer:
         self.state_sharding = NamedSharding(mesh, P())
         self.batch_sharding = NamedSharding(mesh, P("data"))
         self._discriminator = Discriminator(numerics)
-        self.step: Callable[[VisionState, Batch], tuple[VisionState, dict[str, jax.Array]]] = jax.jit(
+        self.step: jax.stages.Wrapped = jax.jit(
             self._step,
             in_shardings=(self.state_sharding, self.batch_sharding),
             out_shardings=(self.state_sharding, self.state_sharding),
@@ -147,13 +147,13 @@ class VisionTrainer:
             for kind, values in batch.items()
         }
         batch_statistics = (state.step < config.batch_statistics_until * config.steps).astype(jnp.float32)
-        (loss, drawn), pull_back, found = jax.vjp(
+        (loss, decoded), pull_back, found = jax.vjp(
             lambda p: self._loss(p, pixels, batch_statistics), state.params, has_aux=True
         )
         metrics, discriminator = {"loss": loss, **found["metrics"]}, state.discriminator
-        slope = jnp.zeros_like(drawn)
+        slope = jnp.zeros_like(decoded)
         if discriminator is not None:
-            slope, discriminator, judged = self._adversarial(state, pixels, loss, drawn, pull_back)
+            slope, discriminator, judged = self._adversarial(state, pixels, loss, decoded, pull_back)
             metrics |= judged
         (gradients,) = pull_back((jnp.ones_like(loss), slope))
         gradient_norm = optax.tree.norm(gradients)
@@ -185,7 +185,7 @@ class VisionTrainer:
     def _loss(
         self, params: Any, pixels: Mapping[str, jax.Array], batch_statistics: jax.Array
     ) -> tuple[tuple[jax.Array, jax.Array], dict[str, Any]]:
-        """The loss without the discriminator's part and the pixels drawn; and what else came of it.
+        """The loss without the discriminator's part and the reconstructed pixels; and what else came of it.
 
         `batch_statistics`: how far batch norms use the batch's statistics; see `models.vision_layers.BatchNorm`.
         """
@@ -205,7 +205,7 @@ class VisionTrainer:
             return z + jax.lax.stop_gradient(zq - z)
 
         stills, clips = pixels.get("stills"), pixels.get("clips")
-        (latents, drawn), sown = self.model.apply(
+        (latents, decoded), sown = self.model.apply(
             {"params": params},
             stills,
             clips,
@@ -214,48 +214,50 @@ class VisionTrainer:
             method="reconstruct",
             mutable=["statistics"],
         )
-        drawn, true = drawn.astype(jnp.float32), _frames(pixels)
+        decoded, true = decoded.astype(jnp.float32), _frames(pixels)
         metrics = {
-            "absolute": jnp.mean(jnp.abs(drawn - true)),
-            "squared": jnp.mean((drawn - true) ** 2),
+            "absolute": jnp.mean(jnp.abs(decoded - true)),
+            "squared": jnp.mean((decoded - true) ** 2),
             "commitment": found["commitment"],
         }
-        errors = jnp.mean((jnp.clip(drawn, -1, 1) - true) ** 2, axis=(1, 2, 3))
+        errors = jnp.mean((jnp.clip(decoded, -1, 1) - true) ** 2, axis=(1, 2, 3))
         psnr = jnp.mean(10 * jnp.log10(4 / jnp.maximum(errors, 1e-7)))
         loss = sum(getattr(weights, name) * metrics[name] for name in metrics)
         if weights.structure:
-            metrics["structure"] = 1 - structural_similarity(drawn, true)
+            metrics["structure"] = 1 - structural_similarity(decoded, true)
             loss += weights.structure * metrics["structure"]
-        return (loss, drawn), {
+        return (loss, decoded), {
             "metrics": {**metrics, "psnr": psnr},
             "statistics": jax.lax.stop_gradient(sown.get("statistics", {})),
             "latents": jax.lax.stop_gradient(latents),
             "codes": found["codes"],
         }
 
-    def _adversarial(self, state: VisionState, pixels, loss, drawn, pull_back):
-        """The discriminator's weighted slope at the pixels drawn, and the discriminator trained; see VQGAN."""
+    def _adversarial(self, state: VisionState, pixels, loss, decoded, pull_back):
+        """The discriminator's weighted slope at the reconstructed pixels, and the discriminator trained; see VQGAN."""
         weights, (params, opt_state) = self.config.loss, state.discriminator
         true = _frames(pixels)
         on = (state.step >= weights.adversarial_from).astype(jnp.float32)
 
+        def scores(params: Any, pixels: jax.Array) -> Any:
+            return self._discriminator.apply({"params": params}, pixels)
+
         def judge(out):
-            return -self._discriminator.apply({"params": params}, out).mean()
+            return -scores(params, out).mean()
 
         def last_layer(*cotangents):  # XLA drops what lies behind that layer: nothing asks for it
             return jnp.linalg.norm(_flat(pull_back(cotangents)[0])[_LAST_LAYER])
 
-        value, slope = jax.value_and_grad(judge)(drawn)
-        none = jnp.zeros_like(drawn)
+        value, slope = jax.value_and_grad(judge)(decoded)
+        none = jnp.zeros_like(decoded)
         ratio = last_layer(jnp.ones_like(loss), none) / (last_layer(jnp.zeros_like(loss), slope) + 1e-4)
         adaptive = on * weights.adversarial * jnp.clip(ratio, 0, 1e4)
 
         def judged(discriminator_params):
-            judge_both = self._discriminator.apply({"params": discriminator_params}, jnp.concatenate([true, drawn]))
-            real, fake = jnp.split(judge_both, 2)
+            real, fake = jnp.split(scores(discriminator_params, jnp.concatenate([true, decoded])), 2)
             return on * hinge(real, fake)
 
-        drawn = jax.lax.stop_gradient(drawn)
+        decoded = jax.lax.stop_gradient(decoded)
         loss, gradients = jax.value_and_grad(judged)(params)
         updates, opt_state = self.optimizer.update(gradients, opt_state, params)
         # Before its time the discriminator stays as it was, its optimiser too.
@@ -329,7 +331,7 @@ def augmented(pixels: jax.Array, key: jax.Array, config) -> jax.Array:
     mixing = jnp.eye(3) + config.recolour * chosen[:, None, None] * jax.random.normal(keys[4], (count, 3, 3))
     shift = config.recolour * chosen[:, None] * jax.random.normal(keys[5], (count, 3))
 
-    def change(values, zoom, place, mirrored, mixing, shift):
+    def change(values, *, zoom, place, mirrored, mixing, shift):
         values = jnp.where(mirrored, jnp.flip(values, axis=-2), values)
         # The window that the zoom shows lies anywhere within the picture.
         room = jnp.asarray([height, width]) * (zoom - 1)
@@ -338,7 +340,7 @@ def augmented(pixels: jax.Array, key: jax.Array, config) -> jax.Array:
         )
         return jnp.clip(values @ mixing + shift, -1, 1)
 
-    changed = jax.vmap(change)(values, zoom, place, mirrored, mixing, shift)
+    changed = jax.vmap(change)(values, zoom=zoom, place=place, mirrored=mirrored, mixing=mixing, shift=shift)
     return jnp.where(chosen.reshape(-1, *(1,) * (values.ndim - 1)), changed, values)
 
 
