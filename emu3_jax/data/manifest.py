@@ -161,12 +161,18 @@ class ManifestRecords:
                 del self._recent[next(iter(self._recent))]
         if missing:
             try:
-                codes.set_result(self._encode_file(load_image(file) if entry.image else load_clip(file)))
+                codes.set_result(self._encode_file(entry))
             except Exception as error:
                 codes.set_exception(error)
         return codes.result()
 
-    def _encode_file(self, media: Image.Image | Clip) -> np.ndarray:
+    def _encode_file(self, entry: Entry) -> np.ndarray:
+        media: Image.Image | Clip
+        if entry.image is not None:
+            media = load_image(entry.image)
+        else:
+            assert entry.clip is not None
+            media = load_clip(entry.clip)
         if self._area is not None:
             media = resize_to_area(media, self._area)
         with self._device:
