@@ -15,6 +15,8 @@ from emu3_jax.checkpoints.bundle import Bundle, LazyArray, write_config, write_p
 from emu3_jax.checkpoints.convert import convert
 from emu3_jax.errors import Emu3Error
 
+pytestmark = pytest.mark.oracle
+
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):

@@ -101,6 +101,7 @@ def test_golden_configs():
     assert (image.min_pixels, image.max_pixels) == (4096, 16384)
 
 
+@pytest.mark.oracle
 def test_live_transformers_configs():
     from transformers import Emu3Config
 
@@ -109,6 +110,7 @@ def test_live_transformers_configs():
     assert decoder_from_published(data) == DecoderConfig()
 
 
+@pytest.mark.oracle
 def test_transformers_reads_what_we_write():
     from transformers.models.emu3.configuration_emu3 import Emu3TextConfig, Emu3VQVAEConfig
 

@@ -24,6 +24,8 @@ from emu3_jax.checkpoints.export import export
 from emu3_jax.checkpoints.tensors import Tensor
 from emu3_jax.errors import Emu3Error
 
+pytestmark = pytest.mark.oracle
+
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):

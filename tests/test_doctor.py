@@ -14,6 +14,8 @@ from emu3_jax.checkpoints.convert import convert
 from emu3_jax.checkpoints.doctor import doctor
 from emu3_jax.errors import Emu3Error
 
+pytestmark = pytest.mark.oracle
+
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):

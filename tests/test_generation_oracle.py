@@ -22,6 +22,8 @@ from emu3_jax.generation import session
 from emu3_jax.generation.schedule import SAMPLED, forced_ids, image_schedule, text_schedule
 from emu3_jax.models.cache import KVCache
 
+pytestmark = pytest.mark.oracle
+
 # A vocabulary of 320 ids, the last 64 visual: control ids stand before them in the published order.
 TOKENS = SpecialTokens(
     pad=40, bos=251, eos=252, img=253, boi=254, eoi=255, eol=248, eof=249, visual_start=256, visual_count=64

@@ -69,6 +69,7 @@ def test_postprocess_truncates():
     np.testing.assert_array_equal(postprocess(np.stack([values, values])), [expected, expected])
 
 
+@pytest.mark.oracle
 def test_postprocess_equals_transformers():
     from transformers.models.emu3.image_processing_emu3 import Emu3ImageProcessor
 

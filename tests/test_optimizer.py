@@ -1,11 +1,14 @@
 """AdamW and its schedule: as torch's and transformers'."""
 
 import numpy as np
+import pytest
 import torch
 import transformers
 
 from emu3_jax.training.config import OptimizerConfig
 from emu3_jax.training.optimizer import learning_rate, make_optimizer
+
+pytestmark = pytest.mark.oracle
 
 
 def test_the_schedule_is_transformers():

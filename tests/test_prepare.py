@@ -13,7 +13,6 @@ import textwrap
 
 import numpy as np
 import pytest
-import torch
 from conftest import GOLDEN, golden_npz
 from prepare_entries import Entries
 
@@ -305,7 +304,10 @@ def test_the_command(golden_bundle, golden_model, tmp_path, monkeypatch, capsys)
     assert files(tmp_path / "hosts") == files(tmp_path / "out")
 
 
+@pytest.mark.oracle
 def test_the_reference_s_data_is_imported(golden_bundle, tmp_path, capsys):
+    import torch
+
     codes = golden_npz("train.npz")["codes"]
     torch.save({"name": "n", "images": codes, "texts": "a shiba inu"}, tmp_path / "n.pth")
     (tmp_path / "train.json").write_text(json.dumps({"prefix": str(tmp_path), "path_list": ["n.pth"]}))

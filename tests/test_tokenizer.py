@@ -231,6 +231,7 @@ def _tokenizer_json(vocabulary, added=()):
     return json.dumps({"model": {"type": "BPE", "vocab": vocabulary, "merges": []}, "added_tokens": tokens})
 
 
+@pytest.mark.oracle
 def test_ranks_from_transformers(small, hub_vocabulary, tmp_path):
     added = [("<|image start|>", small.special.boi), ("<image>", SMALL_RANKS + 3)]
     (tmp_path / "tokenizer.json").write_text(_tokenizer_json(hub_vocabulary, added))
@@ -240,6 +241,7 @@ def test_ranks_from_transformers(small, hub_vocabulary, tmp_path):
         assert found._bytes == small._bytes
 
 
+@pytest.mark.oracle
 def test_whole_vocabulary_from_transformers(tokenizer, tmp_path):
     (tmp_path / "tokenizer.json").write_text(_tokenizer_json(_byte_level(tokenizer)))
     found = Tokenizer.from_transformers(tmp_path / "tokenizer.json", SpecialTokens())
@@ -266,6 +268,7 @@ def test_damaged_transformers_file(small, tmp_path, content, message):
     assert "tokenizer.json" in str(error.value)
 
 
+@pytest.mark.oracle
 def test_transformers_file_that_moves_a_control_token(small, hub_vocabulary, tmp_path):
     (tmp_path / "tokenizer.json").write_text(_tokenizer_json(hub_vocabulary, [("<|image end|>", 1001)]))
     with pytest.raises(Emu3Error, match=r"puts <\|image end\|> at id 1001, but the config needs it at 1210"):

@@ -19,6 +19,8 @@ from emu3_jax.media.images import postprocess
 from emu3_jax.models.quantizer import nearest_codes
 from emu3_jax.models.vision import VisionTokenizer
 
+pytestmark = pytest.mark.oracle
+
 CONFIGS = {
     "two stages": VisionConfig(
         codebook_size=300, base_channels=32, channel_multipliers=(1, 2), num_res_blocks=2, attention_stages=(1,)
