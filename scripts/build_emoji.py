@@ -100,10 +100,10 @@ def build(
         tarballs = {package: fetch(package, cache) for package in tqdm(used, "packages", disable=None)}
         concepts = load_concepts(tarballs[sources.labels])
         unused = _Unused()
-        items, held_clips = _write_pictures(target, sources, tarballs, concepts, size, seed, unused)
+        items, held_clips = _write_pictures(target, sources, tarballs, concepts, size=size, seed=seed, unused=unused)
         if clips:
             paths = [tarballs[package] for package in sources.clips]
-            items += _write_clips(target, paths, concepts, size, seed, held_clips, unused)
+            items += _write_clips(target, paths, concepts, size=size, seed=seed, held_clips=held_clips, unused=unused)
         stills, motions = scenes or (list(procedural.all_stills()), list(procedural.all_clips()))
         items += _write_scenes(target, stills, motions, size, seed)
         _write_lines(target / "items.jsonl", items)
@@ -121,6 +121,7 @@ def _write_pictures(
     sources: Sources,
     tarballs: dict[Package, pathlib.Path],
     concepts: dict[str, Concept],
+    *,
     size: int,
     seed: int,
     unused: _Unused,
@@ -132,7 +133,9 @@ def _write_pictures(
         characters["vintage"] = characters["noto"]  # the older package lists no characters, its names are the same
     loaded = {"3d": load_pictures(tarballs[sources.pictures_3d], labelled, size, SMALLER, CLOSEUPS)}
     for style, package in sources.drawings.items():
-        loaded[style] = load_drawings(tarballs[package], characters[style], labelled, size, SMALLER, CLOSEUPS)
+        loaded[style] = load_drawings(
+            tarballs[package], characters[style], labelled, size, smaller=SMALLER, closeups=CLOSEUPS
+        )
     found: dict[str, dict[str, np.ndarray]] = collections.defaultdict(dict)
     for style in STYLES:
         for codepoint, result in tqdm(loaded[style], style, unit=" pictures", disable=None):
@@ -177,6 +180,7 @@ def _write_clips(
     target: pathlib.Path,
     tarballs: Iterable[pathlib.Path],
     concepts: dict[str, Concept],
+    *,
     size: int,
     seed: int,
     held_clips: set[str],

@@ -129,6 +129,14 @@ def test_clips_are_extended(golden_model):
     assert (other.frames[7:] != alone.frames[7:]).any()
 
 
+def test_clips_have_eight_frames_a_second_unless_they_go_on_from_a_clip(golden_model):
+    picture, clip = Image.new("RGB", (32, 32)), Clip(np.zeros((2, 32, 32, 3), np.uint8), 6.0)
+    rates = [made.fps for made in golden_model.generate_clips(["a", "b"], frames=1, extend=[picture, clip], **small())]
+    assert rates == [8.0, 6.0]
+    (new,) = golden_model.generate_clips("a", frames=1, **small())
+    assert new.fps == 8.0
+
+
 def test_what_is_extended_stands_before_the_new_tokens(golden_model, monkeypatch):
     """Against the ids themselves: the prompt of the decoder is the whole clip's, cut where the new frames begin."""
     seen = []

@@ -269,7 +269,7 @@ class DecodeSession:
 
     def abstract_inputs(self) -> tuple[Any, Any, engine.Plan]:
         """Prompts, where each starts, and the plan, as abstract arrays that are whole on every device."""
-        return self._whole((self._prompts, self._start, self.plan))
+        return self._replicated((self._prompts, self._start, self.plan))
 
     def abstract_state(self, slots: int) -> engine.DecodeState:
         """The state with a cache of `slots`, as abstract arrays where the programs leave them."""
@@ -281,7 +281,7 @@ class DecodeSession:
             cache = jax.tree.map(_abstract, cache, cache_shardings(self._config, self._mesh))
         rows = self.shapes.rows
         rest = np.zeros((rows, self.shapes.steps), np.int32), np.zeros((), np.int32), np.zeros((rows,), bool)
-        tokens, step, ended = self._whole(rest)
+        tokens, step, ended = self._replicated(rest)
         return engine.DecodeState(cache=cache, tokens=tokens, step=step, ended=ended)
 
     def lower_prefill(self) -> jax.stages.Lowered:
@@ -297,7 +297,7 @@ class DecodeSession:
         _, _, plan = self.abstract_inputs()
         with use_mesh(self._mesh):
             return engine.decode.lower(
-                self._params, self.abstract_state(slots), plan, self._whole(np.int32(0)),
+                self._params, self.abstract_state(slots), plan, self._replicated(np.int32(0)),
                 config=self._config, variant=self.shapes.variant,
             )  # fmt: skip
 
@@ -306,7 +306,7 @@ class DecodeSession:
         with use_mesh(self._mesh):
             return jax.jit(lambda cache: cache.grow(new)).lower(self.abstract_state(old).cache)
 
-    def _whole(self, tree: Any) -> Any:
+    def _replicated(self, tree: Any) -> Any:
         place = None if self._mesh is None else NamedSharding(self._mesh, P())
         return jax.tree.map(lambda leaf: _abstract(leaf, place), tree)
 

@@ -47,7 +47,7 @@ def load_pictures(
 
 
 def load_drawings(
-    tarball: pathlib.Path, characters: dict[str, str], labelled: set[str], size: int, smaller: int, closeups: int
+    tarball: pathlib.Path, characters: dict[str, str], labelled: set[str], size: int, *, smaller: int, closeups: int
 ) -> Iterator[Picture]:
     """The drawings in an Iconify package.
 
