@@ -133,3 +133,11 @@ def golden_model(golden_bundle):
     import emu3_jax
 
     return emu3_jax.load(golden_bundle, dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory, vocabulary) -> pathlib.Path:
+    """A bundle for what needs all parts of a model and no reference."""
+    from tiny_bundle import write_bundle
+
+    return write_bundle(tmp_path_factory.mktemp("bundles") / "tiny", vocabulary)

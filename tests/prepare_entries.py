@@ -10,7 +10,10 @@ from emu3_jax.errors import Emu3Error
 
 
 class Entries:
-    """`count` small records; those in `bad` are broken. `at` is called with each index, `made` lists those made."""
+    """`count` small records of codes below `codes`; those in `bad` are broken.
+
+    `at` is called with each index, `made` lists those made.
+    """
 
     def __init__(
         self,
@@ -18,8 +21,9 @@ class Entries:
         bad: Collection[int] = (),
         digest: str = "d",
         at: Callable[[int], None] = lambda index: None,
+        codes: int = 32768,
     ):
-        self.count, self.bad, self.digest, self.at = count, bad, digest, at
+        self.count, self.bad, self.digest, self.at, self.codes = count, bad, digest, at, codes
         self.made: list[int] = []
 
     def __len__(self) -> int:
@@ -35,5 +39,5 @@ class Entries:
         if index in self.bad:
             raise Emu3Error(f"entry {index} is broken: mend it")
         shape = (2 + index % 3, 3 + index % 4)
-        codes = np.random.default_rng(index).integers(0, 32768, shape, np.int32)
+        codes = np.random.default_rng(index).integers(0, self.codes, shape, np.int32)
         return Record(f"n{index}", f"text {index}", codes)

@@ -1,7 +1,6 @@
 """Evaluation: metrics against their definitions, a judge that learns and is kept, and the command from end to end."""
 
 import dataclasses
-import functools
 import json
 import os
 import pathlib
@@ -10,14 +9,11 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_bundle import SIDE
 
 import emu3_jax
 from emu3_jax import Emu3Error
-from emu3_jax.benchmarks.vision import random_weights
-from emu3_jax.checkpoints.bundle import VOCABULARY, LazyArray, write_config, write_part
-from emu3_jax.checkpoints.layouts import decoder_params
 from emu3_jax.cli.main import main
-from emu3_jax.config import DecoderConfig, ImageConfig, VisionConfig
 from emu3_jax.evaluation import control, metrics, motion
 from emu3_jax.evaluation.config import GROUPS, EvaluateConfig, JudgeConfig
 from emu3_jax.evaluation.image_to_text import parse
@@ -27,43 +23,15 @@ from emu3_jax.evaluation.page import Cell, Curve, Row, Section, render
 from emu3_jax.evaluation.procedural import Motion, Still, rasterise_clip, rasterise_still
 from emu3_jax.evaluation.reconstruction import Reconstructor
 from emu3_jax.media.clips import Clip, save_clip
-from emu3_jax.text.tokenizer import Tokenizer, special_tokens
 
-SIDE, RANKS = 24, 512
-VISION = VisionConfig(codebook_size=64, base_channels=32, num_res_blocks=1, channel_multipliers=(1, 1, 1, 1))
+pytestmark = pytest.mark.compiled_quickly
+
 JUDGE = JudgeConfig(steps=4, batch_size=8, width=8)
 TOY = JudgeConfig(steps=60, batch_size=16, width=8)  # one for all tests: what takes long is compiling it
 FAILS = "the test must not come here"
 
 
-# ------------------------------------------------------------------------------------------------ a tiny model and data
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory, vocabulary) -> pathlib.Path:
-    """A whole bundle with random weights that reads and draws pictures of 24x24 pixels."""
-    root = tmp_path_factory.mktemp("evaluation") / "tiny"
-    root.mkdir()
-    tokens = special_tokens(RANKS, VISION.codebook_size)
-    decoder = DecoderConfig(
-        vocab_size=tokens.visual_end, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2,
-        max_positions=256, image_area=SIDE * SIDE, dtype="float32", tokens=tokens,
-    )  # fmt: skip
-    draw = np.random.default_rng(0)
-    weights = {param.path: 0.3 * draw.standard_normal(param.shape, np.float32) for param in decoder_params(decoder)}
-    write_part(root / "decoder", decoder.to_dict(), lazy(weights))
-    image = ImageConfig(min_pixels=16 * 16, max_pixels=64 * 64)
-    config = {"vision": VISION.to_dict(), "image": image.to_dict(), "num_batches_tracked": {}}
-    write_part(root / "vision", config, lazy(random_weights(VISION)))
-    write_config(root / "tokenizer", {"template": "chat"})
-    lines = vocabulary.read_bytes().splitlines()[:RANKS]
-    (root / "ranks").write_bytes(b"\n".join(lines) + b"\n")
-    Tokenizer.from_files(root / "ranks", tokens).to_file(root / "tokenizer" / VOCABULARY)
-    return root
-
-
-def lazy(weights) -> list[LazyArray]:
-    return [LazyArray(path, a.shape, a.dtype, functools.partial(np.asarray, a)) for path, a in weights.items()]
+# ------------------------------------------------------------------------------------------------ data
 
 
 @pytest.fixture(scope="module")
@@ -108,11 +76,11 @@ def data(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture
-def config(bundle, data, tmp_path) -> EvaluateConfig:
+def config(tiny_bundle, data, tmp_path) -> EvaluateConfig:
     """Over a copy of the data, since the judge is kept there."""
     shutil.copytree(data, tmp_path / "data")
     return EvaluateConfig(
-        directory=str(tmp_path / "out"), model=str(bundle), data=str(tmp_path / "data"), batch_size=4,
+        directory=str(tmp_path / "out"), model=str(tiny_bundle), data=str(tmp_path / "data"), batch_size=4,
         guidance=(1.0, 2.0), rows=3, judge=JUDGE,
     )  # fmt: skip
 
@@ -268,8 +236,8 @@ def test_a_judge_that_cannot_be_kept(toy, tmp_path, capsys):
 # ------------------------------------------------------------------------------------------------ parts
 
 
-def test_reconstruction_is_that_of_the_model(bundle, data):
-    model = emu3_jax.load(bundle)
+def test_reconstruction_is_that_of_the_model(tiny_bundle, data):
+    model = emu3_jax.load(tiny_bundle)
     reconstruct = Reconstructor(model.vision, batch_size=4, progress=False)
     items = Data(data)
     stills, clips = (items.pixels(items.where(kind)) for kind in ("picture", "clip"))
@@ -408,10 +376,10 @@ class Drawer:
         return [Clip(self.draw(number, frames)) for number, frames in enumerate(given)]
 
 
-def test_extensions_are_read_from_the_new_frames_alone(bundle, data, config, monkeypatch):
+def test_extensions_are_read_from_the_new_frames_alone(tiny_bundle, data, config, monkeypatch):
     """What the truth shows in its first half must not count: a clip that stops there is wrong in its motion only."""
     monkeypatch.setattr(control, "generate", lambda model, prompts, side, **_: pictures(len(prompts)))
-    reconstruct = Reconstructor(emu3_jax.load(bundle).vision, 4, progress=False)
+    reconstruct = Reconstructor(emu3_jax.load(tiny_bundle).vision, 4, progress=False)
     clip = Motion("red", "square", "large", "white", "moves up")
     whole = rasterise_clip(clip, SIDE)
     for ending, shares in (
@@ -433,8 +401,8 @@ def test_extensions_are_read_from_the_new_frames_alone(bundle, data, config, mon
         np.testing.assert_array_equal(sections[2].rows[0].cells[1].pixels, np.concatenate([whole[:4], ending]))
 
 
-def test_motion_is_compared_with_the_true_clip(bundle, data, config):
-    reconstruct = Reconstructor(emu3_jax.load(bundle).vision, 4, progress=False)
+def test_motion_is_compared_with_the_true_clip(tiny_bundle, data, config):
+    reconstruct = Reconstructor(emu3_jax.load(tiny_bundle).vision, 4, progress=False)
     items = Data(data)
     true = items.pixels(items.where("clip", "style"))
     energy = metrics.motion_energy(true)[0]
@@ -455,14 +423,14 @@ def test_motion_is_compared_with_the_true_clip(bundle, data, config):
         assert sections[0].rows[0].cells[2].right == bool(within)
 
 
-def test_a_model_without_decoder(evaluate, bundle, capsys, tmp_path):
-    shutil.copytree(bundle / "vision", tmp_path / "eyes" / "vision")
+def test_a_model_without_decoder(evaluate, tiny_bundle, capsys, tmp_path):
+    shutil.copytree(tiny_bundle / "vision", tmp_path / "eyes" / "vision")
     assert evaluate(model=tmp_path / "eyes") == 2
     assert "eyes has no decoder" in capsys.readouterr().err
     assert evaluate(model=tmp_path / "eyes", figures="('reconstruction',)") == 0
 
 
-def test_bad_input_gets_one_line_and_writes_nothing(evaluate, bundle, data, capsys, tmp_path):
+def test_bad_input_gets_one_line_and_writes_nothing(evaluate, tiny_bundle, data, capsys, tmp_path):
     def error_of(*arguments, **fields) -> str:
         assert evaluate(*arguments, **fields) == 2
         error = capsys.readouterr().err
@@ -500,7 +468,7 @@ def test_bad_input_gets_one_line_and_writes_nothing(evaluate, bundle, data, caps
     assert "3d-5.webp" in error_of(figures="('reconstruction',)")
 
 
-def test_pictures_that_the_model_would_resize(bundle):
-    reconstruct = Reconstructor(emu3_jax.load(bundle).vision, 4, progress=False)
+def test_pictures_that_the_model_would_resize(tiny_bundle):
+    reconstruct = Reconstructor(emu3_jax.load(tiny_bundle).vision, 4, progress=False)
     with pytest.raises(Emu3Error, match="resizes pictures of 20x20 pixels"):
         reconstruct.encode(pictures(1, 20))

@@ -13,6 +13,7 @@ import time
 import numpy as np
 import pytest
 from prepare_entries import Entries
+from tiny_bundle import CODES
 
 import emu3_jax
 from emu3_jax import Emu3Error
@@ -28,27 +29,29 @@ from emu3_jax.training.config import ModelConfig, OptimizerConfig, SampleConfig,
 from emu3_jax.training.loop import train
 from emu3_jax.training.metrics import read_metrics
 
-STEPS = 12
+pytestmark = pytest.mark.compiled_quickly
+
+STEPS, EVERY = 40, 10  # enough that a run is far from its end when it is killed
 
 
 @pytest.fixture(scope="module")
-def data(golden_bundle, tmp_path_factory) -> str:
+def data(tiny_bundle, tmp_path_factory) -> str:
     directory = tmp_path_factory.mktemp("train") / "data"
-    prepare(Entries(), directory, bundle_codebook(Bundle.open(golden_bundle)), shards=2)
+    prepare(Entries(codes=CODES), directory, bundle_codebook(Bundle.open(tiny_bundle)), shards=2)
     return str(directory)
 
 
 @pytest.fixture(scope="module")
-def base(golden_bundle, data) -> TrainConfig:
+def base(tiny_bundle, data) -> TrainConfig:
     return TrainConfig(
         directory="",
-        model=ModelConfig(str(golden_bundle), dtype="float32"),
+        model=ModelConfig(str(tiny_bundle), dtype="float32"),
         data=DataConfig((Source(data, TextToImage(loss="all", prompt_dropout=0.3)),), sequence_length=64, packing=2),
         batch_size=2,
         steps=STEPS,
-        optimizer=OptimizerConfig(learning_rate=1e-3, final_learning_rate=1e-4, warmup_steps=2),
+        optimizer=OptimizerConfig(learning_rate=1e-2, final_learning_rate=1e-3, warmup_steps=2),
         mesh="fsdp=2",
-        checkpoint_every=3,
+        checkpoint_every=EVERY,
         keep=2,
     )
 
@@ -96,10 +99,10 @@ def wait_for_step(process: subprocess.Popen, directory: pathlib.Path, step: int)
 
 def test_a_run_killed_at_random_goes_on_exactly(config_file, whole, tmp_path):
     directory, draw = tmp_path / "run", random.Random(0)
-    for step in (2, 7):
+    for step in (5, 15):
         process = start(config_file, directory)
         wait_for_step(process, directory, step)
-        time.sleep(draw.random() / 4)  # in the middle of a step, or of writing a checkpoint
+        time.sleep(draw.random() / 20)  # in the middle of a step, or of writing a checkpoint
         process.send_signal(signal.SIGKILL)
         process.communicate()
     assert len(losses(directory)) < STEPS
@@ -134,7 +137,7 @@ def test_another_mesh_goes_on(base, whole, tmp_path):
 
 
 def test_only_the_newest_checkpoints_are_kept(whole):
-    assert sorted(int(p.name) for p in (whole / "checkpoints").iterdir()) == [STEPS - 3, STEPS]
+    assert sorted(int(p.name) for p in (whole / "checkpoints").iterdir()) == [STEPS - EVERY, STEPS]
 
 
 def weights_of(bundle: pathlib.Path) -> dict[str, np.ndarray]:
@@ -146,12 +149,12 @@ def test_training_lowers_the_loss(whole):
     assert values[-1] < 0.9 * values[0]
 
 
-def test_the_model_generates(whole, golden_bundle):
+def test_the_model_generates(whole, tiny_bundle):
     model = emu3_jax.load(whole / "model")
     assert model.language.config.dtype == "float32"
     (picture,) = model.generate("text 1", area=32 * 32, greedy=True, progress=False)
     assert picture.size == (32, 32)
-    old, new = weights_of(golden_bundle), weights_of(whole / "model")
+    old, new = weights_of(tiny_bundle), weights_of(whole / "model")
     assert all((old[name] != new[name]).any() for name in old if "norm" not in name)
 
 
@@ -188,13 +191,13 @@ def test_evaluation_pictures_and_profile(base, data, tmp_path):
 
 
 @pytest.mark.parametrize("base_dtype", ["float32", "nf4"])
-def test_adapters(base, base_dtype, tmp_path, golden_bundle):
+def test_adapters(base, base_dtype, tmp_path, tiny_bundle):
     adapter = Adapter(rank=2, base=base_dtype)
-    config = dataclasses.replace(base, directory=str(tmp_path), steps=4, adapter=adapter, mesh="fsdp=2")
+    config = dataclasses.replace(base, directory=str(tmp_path), steps=4, checkpoint_every=3, adapter=adapter)
     train(config, progress=False)
     sizes = {path.name: path for path in (tmp_path / "checkpoints").iterdir()}
     assert set(sizes) == {"3", "4"}
-    old, new = weights_of(golden_bundle), weights_of(tmp_path / "model")
+    old, new = weights_of(tiny_bundle), weights_of(tmp_path / "model")
     moved = {name for name in old if not np.array_equal(old[name].astype(np.float32), new[name].astype(np.float32))}
     matrices = {name for name in old if name.startswith("layers_") and "norm" not in name}
     assert matrices <= moved and (base_dtype == "nf4" or moved == matrices)
@@ -212,13 +215,15 @@ def message_of(config, match):
 def test_two_runs_on_one_directory(base, config_file, tmp_path):
     process = start(config_file, tmp_path / "run")
     wait_for_step(process, tmp_path / "run", 1)
+    process.send_signal(signal.SIGSTOP)  # or it might end before the other begins
     message_of(dataclasses.replace(base, directory=str(tmp_path / "run")), f"in use by process {process.pid} on")
+    process.send_signal(signal.SIGCONT)
     process.communicate(timeout=300)
     assert process.returncode == 0
 
 
-def test_another_model(base, whole, golden_bundle):
-    other = dataclasses.replace(Bundle.open(golden_bundle).decoder_config, num_layers=1)
+def test_another_model(base, whole, tiny_bundle):
+    other = dataclasses.replace(Bundle.open(tiny_bundle).decoder_config, num_layers=1)
     model = dataclasses.replace(base.model, decoder=other)
     message_of(dataclasses.replace(base, directory=str(whole), model=model), "is of another model: .* num_layers")
     model = dataclasses.replace(base.model, decoder=other, random=True)
@@ -226,10 +231,10 @@ def test_another_model(base, whole, golden_bundle):
     message_of(dataclasses.replace(base, directory=str(whole), adapter=Adapter()), "checkpoints of another model")
 
 
-def test_what_is_no_shape_may_be_new(base, golden_bundle):
-    bundle = Bundle.open(golden_bundle)
+def test_what_is_no_shape_may_be_new(base, tiny_bundle):
+    bundle = Bundle.open(tiny_bundle)
     other = dataclasses.replace(bundle.decoder_config, max_positions=8192, clip_frames=8, clip_layout="flat")
-    model = dataclasses.replace(base.model, bundle=str(golden_bundle), decoder=other)
+    model = dataclasses.replace(base.model, bundle=str(tiny_bundle), decoder=other)
     assert loop._decoder(dataclasses.replace(base, model=model), bundle) == other
     model = dataclasses.replace(model, decoder=None)
     assert loop._decoder(dataclasses.replace(base, model=model), bundle) == bundle.decoder_config
