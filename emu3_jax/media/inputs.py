@@ -14,12 +14,6 @@ from emu3_jax.media.images import load_image, to_rgb
 Media = str | os.PathLike | Image.Image | np.ndarray | Clip
 
 
-def as_clip(item: Media) -> Clip:
-    """A clip; of a picture, one of a single frame. Raises as `as_media`."""
-    media = as_media(item)
-    return media if isinstance(media, Clip) else Clip(np.asarray(media)[None])
-
-
 def as_media(item: Media) -> Image.Image | Clip:
     """An RGB picture or a clip.
 
