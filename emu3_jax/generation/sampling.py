@@ -119,7 +119,7 @@ def _largest_threshold(keys: jax.Array, weights: jax.Array, target: Array) -> ja
 
     A search over the digits of t, most significant first: exact, without sorting, and with a `target` per row.
     """
-    digits = jnp.arange(1, 2**_DIGIT, dtype=jnp.uint32)
+    digits = jnp.arange(1, 2**_DIGIT, dtype=jnp.uint32)[None]
 
     def settle(prefix: jax.Array, shift: np.uint32) -> jax.Array:
         candidates = prefix[:, None] | (digits << shift)  # [B, 15], rising: their weights fall
