@@ -53,7 +53,7 @@ def test_codes_times_scales_are_near_the_matrix(name, kind):
     assert codes.dtype == KINDS[kind][0] and codes.shape == (*matrix.shape[inputs:], *matrix.shape[:inputs])
     assert scales.dtype == jnp.float32 and scales.shape == outputs
     plain = widened({"x": narrow})["x"][name]
-    spread = scales[:, None] if name == "kernel" else scales
+    spread = scales[:, None] if name == "kernel" else jnp.broadcast_to(scales, matrix.shape)
     assert float((jnp.abs(plain - matrix) / spread).max()) <= SMALLEST[kind] * (1 + 1e-5)
 
 

@@ -308,8 +308,9 @@ def _resampling(side: int, scale: jax.Array, shift: jax.Array) -> jax.Array:
         shift: of it, as shares of the side, [B, 1].
     """
     middle = (side - 1) / 2
-    seen = jnp.clip((jnp.arange(side) - middle - shift * side) / scale + middle, 0, side - 1)
-    return jnp.maximum(0, 1 - jnp.abs(seen[..., None] - jnp.arange(side)))
+    pixel = jnp.arange(side)
+    seen = jnp.clip((pixel[None] - middle - shift * side) / scale + middle, 0, side - 1)
+    return jnp.maximum(0, 1 - jnp.abs(seen[..., None] - pixel[None, None]))
 
 
 def _smoothed(x: jax.Array, axis: int) -> jax.Array:

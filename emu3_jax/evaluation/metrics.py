@@ -110,7 +110,7 @@ def _absolute_sums(pictures: jax.Array, others: jax.Array) -> jax.Array:
 
     def of_one(picture):
         # Larger minus smaller stays within uint8.
-        difference = jnp.maximum(picture, others) - jnp.minimum(picture, others)
+        difference = jnp.maximum(picture[None], others) - jnp.minimum(picture[None], others)
         return difference.astype(jnp.int32).sum(axis=(1, 2, 3))
 
     return jax.lax.map(of_one, pictures)

@@ -143,7 +143,7 @@ def project(
         w = codes.reshape(*outputs, fan_in).astype(x_bsi.dtype)
         contracted = (((2,), (len(outputs),)), ((), ()))
         y = jax.lax.dot_general(x_bsi, w, contracted, precision=precision, preferred_element_type=jnp.float32)
-        return (y * scales).astype(x_bsi.dtype)
+        return (y * scales[None, None]).astype(x_bsi.dtype)
     if adapter is None or not adapter.quantised:
         y = product(x_bsi, declare(name, random, shape, axes, weight_dtype(adapter)))
         if adapter is None:

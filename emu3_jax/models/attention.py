@@ -256,7 +256,8 @@ def attend(
     """
 
     def block(q, _, first):
-        visible = _causal(q.shape[1], k_bkth.shape[2], first) & (jnp.arange(k_bkth.shape[2]) >= start[:, None, None])
+        keys = k_bkth.shape[2]
+        visible = _causal(q.shape[1], keys, first)[None] & (jnp.arange(keys)[None, None] >= start[:, None, None])
         return _attend_block(q, k_bkth, v_bkth, visible, k_scales_bkt, v_scales_bkt)
 
     return _over_query_blocks(block, q_bskgh, None, first_query)

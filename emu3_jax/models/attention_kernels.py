@@ -125,13 +125,13 @@ def runs(segments_bs: jax.Array, max_runs: int) -> tuple[jax.Array, tuple[jax.Ar
     def tokens(condition):
         return jnp.sum(condition, axis=-1, dtype=jnp.int32)
 
-    inside = run_bs[:, None] == run[:-1]
+    inside = run_bs[:, None] == run[None, :-1]
     queries = tokens(inside)
     keys = tokens(inside & (segments_bs >= 0)[:, None])
     keys = jnp.where(keys == 0, queries, keys)  # a run of -n alone has no keys to see: any, so that nothing is 0 / 0
-    first = tokens(run_bs[:, None] < run)
+    first = tokens(run_bs[:, None] < run[None])
     count = run_bs[:, -1] + 1
-    exists = run[:, 0] < jnp.minimum(count, max_runs)[:, None]
+    exists = run[None, :, 0] < jnp.minimum(count, max_runs)[:, None]
     queries, keys = (jnp.where(exists[:, :-1], x, -1) for x in (queries, keys))
     return count, (queries, keys, jnp.where(exists, first, -1))
 

@@ -36,7 +36,7 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", init, x_bsd.shape[-1:], weight_dtype(self.adapter))
         x32 = x_bsd.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
-        return normed.astype(x_bsd.dtype) * scale.astype(x_bsd.dtype)
+        return normed.astype(x_bsd.dtype) * scale.astype(x_bsd.dtype)[None, None]
 
 
 def rotations(positions_bs: jax.Array, width: int, theta: float) -> tuple[jax.Array, jax.Array]:
@@ -48,7 +48,7 @@ def rotations(positions_bs: jax.Array, width: int, theta: float) -> tuple[jax.Ar
         theta: base of the frequencies.
     """
     frequencies = 1.0 / np.float32(theta) ** (np.arange(0, width, 2, dtype=np.float32) / np.float32(width))
-    angles = positions_bs.astype(jnp.float32)[..., None] * frequencies
+    angles = positions_bs.astype(jnp.float32)[..., None] * frequencies[None, None]
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -182,7 +182,7 @@ class Embedding(nn.Module):
         precision = matmul_precision(x_bsd.dtype)
         logits = jnp.einsum("bsd,vd->bsv", x_bsd, table, precision=precision, preferred_element_type=jnp.float32)
         if self.scales is not None:
-            logits = logits * self.scales
+            logits = logits * self.scales[None, None]
         # Whole rows: a split along the vocabulary would have the table, which is split by width, move at every step.
         return nn.with_logical_constraint(logits, ("batch", None, None))
 

@@ -56,7 +56,7 @@ def nearest_codes(latents: jax.Array, codebook: jax.Array) -> jax.Array:
     blocks_nkc = filled.reshape(-1, CODE_BLOCK, width)
 
     def search(latents_pc: jax.Array) -> jax.Array:
-        nearest_pn = _squared_distance(latents_pc[:, None, None], blocks_nkc).min(-1)
+        nearest_pn = _squared_distance(latents_pc[:, None, None], blocks_nkc[None]).min(-1)
         block_p = nearest_pn.argmin(-1)
         code_p = _squared_distance(latents_pc[:, None], blocks_nkc[block_p]).argmin(-1)
         return (block_p * CODE_BLOCK + code_p).astype(jnp.int32)

@@ -145,6 +145,11 @@ def dense(numerics: Numerics, features: int, name: str | None = None) -> nn.Dens
     )
 
 
+def per_channel(vector: jax.Array, x: jax.Array) -> jax.Array:
+    """[C] as [1, ..., 1, C], to be broadcast to x."""
+    return jnp.expand_dims(vector, range(x.ndim - 1))
+
+
 class GroupNorm(nn.Module):
     """Group normalisation over rows, columns and the channels of each of 32 groups. [B, H, W, C] to the same."""
 
@@ -162,7 +167,8 @@ class GroupNorm(nn.Module):
         dtype, x = x.dtype, x.astype(jnp.float32)
         centred = x - group_mean(x)
         variance = group_mean(centred**2)  # of the centred values: E[x^2] - E[x]^2 cancels
-        return (centred * jax.lax.rsqrt(variance + GROUP_NORM_EPS) * scale + bias).astype(dtype)
+        normed = centred * jax.lax.rsqrt(variance + GROUP_NORM_EPS)
+        return (normed * per_channel(scale, x) + per_channel(bias, x)).astype(dtype)
 
 
 class SpatialNorm(nn.Module):
@@ -209,7 +215,8 @@ class BatchNorm(nn.Module):
             self.sow("statistics", "count", x.size // x.shape[-1])
             mean = batch_statistics * batch_mean + (1 - batch_statistics) * jax.lax.stop_gradient(mean)
             var = batch_statistics * batch_var + (1 - batch_statistics) * jax.lax.stop_gradient(var)
-        return ((x - mean) * jax.lax.rsqrt(var + BATCH_NORM_EPS) * scale + bias).astype(dtype)
+        normed = (x - per_channel(mean, x)) * per_channel(jax.lax.rsqrt(var + BATCH_NORM_EPS), x)
+        return (normed * per_channel(scale, x) + per_channel(bias, x)).astype(dtype)
 
 
 def norm(numerics: Numerics, name: str, x: jax.Array, zq: jax.Array | None) -> jax.Array:
@@ -333,7 +340,8 @@ class UpsampleConv(nn.Module):
         out = out.reshape(b, height + 1, width + 1, 2, 2, channels)
         # Output (i, j) saw pixels i - 1 and i: where phase 0 of i looks, and phase 1 of i - 1.
         rows = [jnp.stack([out[:, p : p + height, q : q + width, p, q] for q in (0, 1)], axis=3) for p in (0, 1)]
-        return jnp.stack(rows, axis=2).reshape(b, 2 * height, 2 * width, channels) + bias.astype(x.dtype)
+        out = jnp.stack(rows, axis=2).reshape(b, 2 * height, 2 * width, channels)
+        return out + per_channel(bias.astype(x.dtype), x)
 
 
 class CausalConv3d(nn.Module):
@@ -397,7 +405,7 @@ class FoldedConv3d(nn.Module):
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
             precision=numerics.precision,
         ).reshape(b, height, width, outputs, self.features)
-        return out.transpose(0, 3, 1, 2, 4) + bias.astype(x.dtype)
+        return out.transpose(0, 3, 1, 2, 4) + per_channel(bias.astype(x.dtype), x)
 
 
 class TemporalDownsample(nn.Module):

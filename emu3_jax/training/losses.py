@@ -67,7 +67,7 @@ def next_tokens(tokens_bs: jax.Array, target_bs: jax.Array) -> tuple[jax.Array, 
         tokens_bs: int32 [B, S].
         target_bs: bool [B, S], which tokens are to be predicted.
     """
-    last = jnp.arange(tokens_bs.shape[1]) == tokens_bs.shape[1] - 1
+    last = jnp.arange(tokens_bs.shape[1])[None] == tokens_bs.shape[1] - 1
     return jnp.roll(tokens_bs, -1, axis=1), jnp.where(last, False, jnp.roll(target_bs, -1, axis=1))
 
 
@@ -169,7 +169,7 @@ def _local(hidden, head, labels, by_kind, *, layout: "_Layout", how: _How, diffe
         if not differentiated:
             return (sums, d_rows), None
         pull_c = weight_kc[0] + how.vision_weight * weight_kc[1]
-        hit_cv = mine_c[:, None] & (at_c[:, None] == jnp.arange(len(rows)))
+        hit_cv = mine_c[:, None] & (at_c[:, None] == jnp.arange(len(rows))[None])
         d_logits_cv = ((jnp.exp(logits_cv - normaliser_c[:, None]) - hit_cv) * pull_c[:, None]).astype(hidden.dtype)
         d_h_cd = product("cv,vd->cd", d_logits_cv, rows)
         d_rows += product("cv,cd->vd", d_logits_cv, h_cd)
@@ -194,7 +194,7 @@ def _logits(h_cd, rows_vd, first, vocabulary):
     logits = jnp.einsum(
         "cd,vd->cv", h_cd, rows_vd, precision=matmul_precision(h_cd.dtype), preferred_element_type=jnp.float32
     )
-    return jnp.where(first + jnp.arange(len(rows_vd)) < vocabulary, logits, -jnp.inf)
+    return jnp.where(first + jnp.arange(len(rows_vd))[None] < vocabulary, logits, -jnp.inf)
 
 
 def _own_rows(label_c, first, count):

@@ -305,7 +305,7 @@ def nearest(latents: jax.Array, codebook: jax.Array) -> jax.Array:
     norms = jnp.sum(codebook**2, axis=-1)
 
     def search(some):
-        return jnp.argmin(norms - 2 * jnp.dot(some, codebook.T, precision=jax.lax.Precision.HIGHEST), axis=-1)
+        return jnp.argmin(norms[None] - 2 * jnp.dot(some, codebook.T, precision=jax.lax.Precision.HIGHEST), axis=-1)
 
     blocks = -(-len(flat) * len(codebook) // _SCORES)
     if blocks > 1:
@@ -328,7 +328,7 @@ def augmented(pixels: jax.Array, key: jax.Array, config) -> jax.Array:
     zoom = jnp.where(chosen, jax.random.uniform(keys[1], (count,), minval=1.0, maxval=config.zoom), 1.0)
     place = jax.random.uniform(keys[2], (count, 2))
     mirrored = chosen & jax.random.bernoulli(keys[3], 0.5, (count,))
-    mixing = jnp.eye(3) + config.recolour * chosen[:, None, None] * jax.random.normal(keys[4], (count, 3, 3))
+    mixing = jnp.eye(3)[None] + config.recolour * chosen[:, None, None] * jax.random.normal(keys[4], (count, 3, 3))
     shift = config.recolour * chosen[:, None] * jax.random.normal(keys[5], (count, 3))
 
     def change(values, *, zoom, place, mirrored, mixing, shift):
@@ -338,7 +338,7 @@ def augmented(pixels: jax.Array, key: jax.Array, config) -> jax.Array:
         values = jax.image.scale_and_translate(
             values, values.shape, (values.ndim - 3, values.ndim - 2), jnp.full(2, zoom), -place * room, "cubic"
         )
-        return jnp.clip(values @ mixing + shift, -1, 1)
+        return jnp.clip(values @ mixing + jnp.broadcast_to(shift, values.shape), -1, 1)
 
     changed = jax.vmap(change)(values, zoom=zoom, place=place, mirrored=mirrored, mixing=mixing, shift=shift)
     return jnp.where(chosen.reshape(-1, *(1,) * (values.ndim - 1)), changed, values)
