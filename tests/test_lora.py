@@ -27,7 +27,8 @@ from emu3_jax.models.adapters import (
     dequantise_matrix,
     quantise_matrix,
 )
-from emu3_jax.models.decoder import Decoder, stack_layers, unstack_layers
+from emu3_jax.models.decoder import Decoder
+from emu3_jax.models.stacking import unstack_layers
 from emu3_jax.sharding.mesh import AXES, make_mesh
 from emu3_jax.sharding.rules import batch_sharding, decoder_shardings, use_mesh
 from emu3_jax.training import lora
@@ -52,7 +53,7 @@ def adapter_of(base="float32", **fields):
 def plain(stacked=True):
     """As initialised, without `tiny`'s gain of 3, under which one rounding of the weights moves outputs by 1e-5."""
     params = jax.tree.map(lambda leaf: leaf / 3 if leaf.ndim > 1 else leaf, tiny.params(CONFIG))
-    return stack_layers(params, CONFIG) if stacked else params
+    return tiny.stack_layers(params, CONFIG) if stacked else params
 
 
 def batch(rows=8, length=16, seed=0):

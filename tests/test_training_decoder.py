@@ -13,7 +13,8 @@ import tiny
 
 from emu3_jax.checkpoints.bundle import Bundle
 from emu3_jax.checkpoints.convert import convert
-from emu3_jax.models.decoder import Decoder, stack_layers, unstack_layers
+from emu3_jax.models.decoder import Decoder
+from emu3_jax.models.stacking import unstack_layers
 from emu3_jax.sharding.mesh import make_mesh
 from emu3_jax.sharding.rules import batch_sharding, decoder_shardings, use_mesh
 from emu3_jax.training.losses import chunked_cross_entropy, next_tokens
@@ -62,7 +63,7 @@ def assert_close(found, wanted, relative):
 
 def test_stacking_is_exact_and_declares_the_same_weights():
     params = tiny.params()
-    stacked = stack_layers(params, CONFIG)
+    stacked = tiny.stack_layers(params, CONFIG)
     back = unstack_layers(stacked, CONFIG)
     assert jax.tree.structure(back) == jax.tree.structure(params)
     assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), back, params))
@@ -82,7 +83,9 @@ def test_stacked_layers_are_initialised_apart():
 def test_stacked_equals_unrolled():
     params, tokens = tiny.params(), batch()
     expected = hidden(params, tokens)
-    np.testing.assert_allclose(hidden(stack_layers(params, CONFIG), tokens, stacked=True), expected, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(
+        hidden(tiny.stack_layers(params, CONFIG), tokens, stacked=True), expected, atol=1e-5, rtol=0
+    )
     logits, _ = tiny.forward(params, tokens)
     table = params["head"]["kernel"]
     np.testing.assert_allclose(
@@ -93,7 +96,7 @@ def test_stacked_equals_unrolled():
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("remat", ["full", "dots"])
 def test_remat_changes_no_gradient(remat, stacked):
-    params = stack_layers(tiny.params(), CONFIG) if stacked else tiny.params()
+    params = tiny.stack_layers(tiny.params(), CONFIG) if stacked else tiny.params()
     plain = gradients(params, batch(), Decoder(CONFIG, stacked=stacked))
     again = gradients(params, batch(), Decoder(CONFIG, stacked=stacked, remat=remat))
     assert_close(again, plain, 1e-5)
@@ -123,7 +126,7 @@ def test_packed_segments_equal_rows_alone(stacked):
     tokens = np.concatenate([*pieces, np.full((1, 3), CONFIG.tokens.pad)], axis=1).astype(np.int32)
     segments = np.repeat(np.asarray([1, 2, 3, 0], np.int32), [5, 11, 7, 3])[None]
     positions = np.concatenate([np.arange(n) for n in (5, 11, 7, 3)])[None].astype(np.int32)
-    arranged = stack_layers(params, CONFIG) if stacked else params
+    arranged = tiny.stack_layers(params, CONFIG) if stacked else params
     packed = hidden(arranged, tokens, positions, segments, stacked=stacked)
     start = 0
     for piece in pieces:
@@ -155,7 +158,7 @@ def test_loss_and_gradients_over_a_mesh(sizes):
     model = Decoder(CONFIG, stacked=True, remat="full")
     # Weights as they are initialised: three times as large, they amplify the rounding of other orders twentyfold.
     params = jax.tree.map(lambda leaf: leaf / 3 if leaf.ndim > 1 else leaf, tiny.params())
-    params, tokens = stack_layers(params, CONFIG), batch(8, 16)
+    params, tokens = tiny.stack_layers(params, CONFIG), batch(8, 16)
     expected = gradients(params, tokens, model)
     mesh = make_mesh(sizes)
     places = decoder_shardings(CONFIG, mesh, stacked=True)
@@ -215,7 +218,7 @@ def test_loss_and_gradients_are_torchs(tmp_path):
 
     model = Decoder(config, stacked=True, remat="full")
     value, found = jax.jit(jax.value_and_grad(functools.partial(mean_loss, target=target, model=model)))(
-        stack_layers(params, config), tokens
+        tiny.stack_layers(params, config), tokens
     )
     np.testing.assert_allclose(value, loss.item(), rtol=1e-5)
-    assert_close(found, stack_layers(expected, config), 1e-4)
+    assert_close(found, tiny.stack_layers(expected, config), 1e-4)

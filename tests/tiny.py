@@ -6,10 +6,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from emu3_jax.config import DecoderConfig, SpecialTokens
 from emu3_jax.generation.sampling import RowSettings
 from emu3_jax.generation.session import Row
+from emu3_jax.models import stacking
 from emu3_jax.models.decoder import Decoder
 
 TOKENS = SpecialTokens(
@@ -26,6 +28,12 @@ def params(config: DecoderConfig = CONFIG, seed: int = 0):
     """Random parameters, large enough that distributions are far from flat."""
     init = nn.unbox(jax.jit(Decoder(config).init)(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32)))["params"]
     return jax.tree.map(lambda leaf: 3 * leaf if leaf.ndim > 1 else leaf, init)
+
+
+def stack_layers(params, config: DecoderConfig):
+    """Parameters of the stacked form; both nested dicts."""
+    flat = traverse_util.flatten_dict(params)
+    return traverse_util.unflatten_dict(stacking.stack_layers(flat, config, lambda _, layers: jnp.stack(layers)))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "last_only", "visual_head"))

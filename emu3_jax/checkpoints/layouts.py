@@ -13,6 +13,7 @@ import numpy as np
 
 from emu3_jax.checkpoints.tensors import Tensor
 from emu3_jax.config import DecoderConfig, VisionConfig
+from emu3_jax.models.stacking import layer_name
 
 Shape = tuple[int, ...]
 Arrays = tuple[np.ndarray, ...]
@@ -77,7 +78,7 @@ def decoder_params(config: DecoderConfig) -> list[Param]:
 
     params = [_same(("embed", "embedding"), "model.embed_tokens.weight", (v, d))]
     for i in range(config.num_layers):
-        path, torch = f"layers_{i}", f"model.layers.{i}"
+        path, torch = layer_name(i), f"model.layers.{i}"
         q, kv = Weight(f"{torch}.self_attn.q_proj.weight", (n * h, d)), (k * h, d)
         qkv = (q, Weight(f"{torch}.self_attn.k_proj.weight", kv), Weight(f"{torch}.self_attn.v_proj.weight", kv))
         out = Weight(f"{torch}.self_attn.o_proj.weight", (d, n * h))

@@ -203,7 +203,7 @@ class Decoder(nn.Module):
 
     `params` holds one subtree per layer (`layers_0`, ...), the form that bundles store and decoding unrolls, or with
     `stacked` one subtree `layers` whose arrays have a leading layer axis, the form that training scans over
-    (`stack_layers` and `unstack_layers` convert).
+    (`models.stacking` converts).
 
     Attributes:
         config: shapes and numerics.
@@ -301,23 +301,6 @@ class Decoder(nn.Module):
 
     def _rotations(self, positions_bs):
         return rotations(positions_bs, self.config.head_dim, self.config.rope_theta)
-
-
-def stack_layers(params, config: DecoderConfig):
-    """Parameters of the stacked form from those with one subtree per layer."""
-    layers = [params[f"layers_{index}"] for index in range(config.num_layers)]
-    rest = {name: params[name] for name in ("embed", "norm", "head")}
-    return {**rest, "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
-
-
-def unstack_layers(params, config: DecoderConfig):
-    """Parameters with one subtree per layer from those of the stacked form."""
-    rest = {name: params[name] for name in ("embed", "norm", "head")}
-    layers = {
-        f"layers_{index}": jax.tree.map(lambda leaf, index=index: leaf[index], params["layers"])
-        for index in range(config.num_layers)
-    }
-    return {**rest, **layers}
 
 
 def visual_head_params(params, config: DecoderConfig):

@@ -45,7 +45,7 @@ class OptimizerConfig:
     clip_norm: float = 5.0
     first_moment_dtype: str = "float32"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in ("learning_rate", "eps", "clip_norm"):
             check_field(self, field, is_number(getattr(self, field)) and getattr(self, field) > 0, "a number > 0")
         ok = is_number(self.final_learning_rate) and 0 <= self.final_learning_rate <= self.learning_rate
@@ -89,7 +89,7 @@ class ModelConfig:
     dropout: float = 0.0
     noise: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_field(self, "bundle", isinstance(self.bundle, str), "a directory")
         check_field(self, "decoder", isinstance(self.decoder, DecoderConfig | None), "a DecoderConfig or None")
         if self.random:
@@ -120,7 +120,7 @@ class SampleConfig:
     area: int | None = None
     guidance: float = 3.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         ok = isinstance(self.prompts, tuple) and self.prompts and all(isinstance(p, str) for p in self.prompts)
         check_field(self, "prompts", ok, "a tuple of at least one text")
         check_field(self, "every", is_whole(self.every, 1), "a whole number >= 1")
@@ -173,7 +173,7 @@ class TrainConfig:
     samples: SampleConfig | None = None
     profile: tuple[int, int] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field, kind in (("model", ModelConfig), ("data", DataConfig), ("optimizer", OptimizerConfig)):
             check_field(self, field, isinstance(getattr(self, field), kind), f"a {kind.__name__}")
         least = {"batch_size": 1, "steps": 1, "accumulation": 1, "seed": 0, "log_every": 1, "checkpoint_every": 1}

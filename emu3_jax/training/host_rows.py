@@ -56,7 +56,7 @@ class HostRows:
         def place(local: np.ndarray) -> jax.Array:
             shape = (self._batch_size, *local.shape[1:])
 
-            def part(index):
+            def part(index: Any) -> np.ndarray:
                 rows = range(*index[0].indices(shape[0]))
                 return local[[self._at[row] for row in rows], index[1]]
 

@@ -78,7 +78,7 @@ def _decoder(config: TrainConfig, bundle: Bundle) -> DecoderConfig:
     return dataclasses.replace(found, **{name: getattr(wanted, name) for name in chosen})
 
 
-def _check_parts(config: TrainConfig, rows: HostRows, mesh) -> None:
+def _check_parts(config: TrainConfig, mesh: Mesh) -> None:
     part = config.batch_size // config.accumulation
     HostRows(mesh, part)  # each part is spread like the whole
     length, parts = config.data.sequence_length, mesh.shape["sequence"]
@@ -92,7 +92,7 @@ class _DecoderJob:
     def __init__(self, config: TrainConfig, bundle: Bundle, decoder: DecoderConfig, mesh: Mesh):
         self._config, self._bundle, self._decoder, self._mesh = config, bundle, decoder, mesh
         self._rows = HostRows(mesh, config.batch_size)
-        _check_parts(config, self._rows, mesh)
+        _check_parts(config, mesh)
         self._tokenizer = bundle.tokenizer()
         self._templates = prompt_templates(bundle.template, decoder.clip_layout)
         self._check_visual_ids()

@@ -18,9 +18,9 @@ from emu3_jax.config import DecoderConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.models.adapters import MATRICES, Adapter, dequantise_matrix, quantise_matrix
 from emu3_jax.models.decoder import Decoder
+from emu3_jax.models.stacking import Path, is_stacked, stacked_place
 
 Params = dict[str, Any]
-Path = tuple[str, ...]
 
 _TRAINED = {f"{name}_{side}" for name in MATRICES for side in "ab"}
 
@@ -73,15 +73,14 @@ def freeze_stacked(
     frozen: dict[Path, jax.Array] = {}
     written: Counter[Path] = Counter()
     writers: dict[Path, Any] = {}
-    for path, array in arrays:
-        layer = path[0].removeprefix("layers_")
-        if layer == path[0]:
+    for own_path, array in arrays:
+        path, layer = stacked_place(own_path)
+        if layer is None:
             # A table is never whole on a device.
             cast = array.astype(adapter.dtype, copy=False)
             frozen[path] = jax.make_array_from_callback(cast.shape, flat_places[path], cast.__getitem__)
             written[path] += 1
             continue
-        path = ("layers", *path[1:])
         if path not in writers:
             shapes = jax.eval_shape(lambda x, path=path: _freeze_leaf(path, x, adapter), array)
             outputs = {name: flat_places[name] for name in shapes}
@@ -92,10 +91,10 @@ def freeze_stacked(
             write = functools.partial(_write_layer, path, adapter)
             writers[path] = jax.jit(write, donate_argnums=0, out_shardings=outputs), tuple(shapes)
         write, names = writers[path]
-        frozen |= write({name: frozen[name] for name in names}, array, int(layer))
+        frozen |= write({name: frozen[name] for name in names}, array, layer)
         written.update(names)
     for path in flat_places:
-        expected = config.num_layers if path[0] == "layers" else 1
+        expected = config.num_layers if is_stacked(path) else 1
         if written[path] != expected:
             raise Emu3Error(
                 f"{written[path]} of {expected} arrays were given for the frozen weight {'/'.join(path)}: "
@@ -104,7 +103,9 @@ def freeze_stacked(
     return traverse_util.unflatten_dict(frozen)
 
 
-def _write_layer(path: Path, adapter: Adapter, stacked: dict[Path, jax.Array], array: jax.Array, layer: jax.Array):
+def _write_layer(
+    path: Path, adapter: Adapter, stacked: dict[Path, jax.Array], array: jax.Array, layer: int
+) -> dict[Path, jax.Array]:
     new = _freeze_leaf(path, array, adapter)
     return {name: jax.lax.dynamic_update_index_in_dim(stacked[name], x, layer, 0) for name, x in new.items()}
 

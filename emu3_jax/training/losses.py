@@ -11,6 +11,7 @@ chunk.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -119,7 +120,9 @@ class _How:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _weighted(how: _How, hidden, head, labels, by_kind):
+def _weighted(
+    how: _How, hidden: jax.Array, head: jax.Array, labels: jax.Array, by_kind: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """The objective, and float32 [2]: the loss summed with each of the two sets of weights `by_kind` [2, B, S]."""
     layout = _Layout.current(hidden.shape)
     local = functools.partial(_local, layout=layout, how=how, differentiated=False)
@@ -127,7 +130,9 @@ def _weighted(how: _How, hidden, head, labels, by_kind):
     return sums[0] + how.vision_weight * sums[1], sums
 
 
-def _weighted_forward(how: _How, hidden, head, labels, by_kind):
+def _weighted_forward(
+    how: _How, hidden: jax.Array, head: jax.Array, labels: jax.Array, by_kind: jax.Array
+) -> tuple[tuple[jax.Array, jax.Array], Any]:
     layout = _Layout.current(hidden.shape)
     local = functools.partial(_local, layout=layout, how=how, differentiated=True)
     outputs = (P(), layout.hidden, layout.head)
@@ -136,7 +141,7 @@ def _weighted_forward(how: _How, hidden, head, labels, by_kind):
     return (sums[0] + how.vision_weight * sums[1], sums), (d_hidden, d_head, zeros)
 
 
-def _weighted_backward(how: _How, residuals, cotangents):
+def _weighted_backward(how: _How, residuals: Any, cotangents: tuple[jax.Array, jax.Array]) -> tuple[Any, ...]:
     d_hidden, d_head, zeros = residuals
     pull = cotangents[0]
     return (d_hidden * pull.astype(d_hidden.dtype), d_head * pull.astype(d_head.dtype), *zeros)
@@ -148,7 +153,16 @@ _weighted.defvjp(_weighted_forward, _weighted_backward)
 # ------------------------------------------------------------------------------------------------ one device
 
 
-def _local(hidden, head, labels, by_kind, *, layout: "_Layout", how: _How, differentiated: bool):
+def _local(
+    hidden: jax.Array,
+    head: jax.Array,
+    labels: jax.Array,
+    by_kind: jax.Array,
+    *,
+    layout: "_Layout",
+    how: _How,
+    differentiated: bool,
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """The sums over all devices; and, if `differentiated`, the objective's gradients of `hidden` and `head`."""
     width = hidden.shape[-1]
     rows, first = layout.gather_head(head.astype(hidden.dtype))
@@ -156,7 +170,7 @@ def _local(hidden, head, labels, by_kind, *, layout: "_Layout", how: _How, diffe
         jnp.einsum, precision=matmul_precision(hidden.dtype), preferred_element_type=jnp.float32
     )
 
-    def step(carry, part):
+    def step(carry: Any, part: Any) -> tuple[Any, Any]:
         sums, d_rows = carry
         h_cd, label_c, weight_kc = part
         logits_cv = _logits(h_cd, rows, first, len(head))
@@ -189,7 +203,7 @@ def _local(hidden, head, labels, by_kind, *, layout: "_Layout", how: _How, diffe
     return sums, d_hidden, layout.scatter_head(d_rows, len(head)).astype(head.dtype)
 
 
-def _logits(h_cd, rows_vd, first, vocabulary):
+def _logits(h_cd: jax.Array, rows_vd: jax.Array, first: jax.Array | int, vocabulary: int) -> jax.Array:
     """float32 [C, V] against some rows of the head, from row `first` on; rows past the vocabulary get no mass."""
     logits = jnp.einsum(
         "cd,vd->cv", h_cd, rows_vd, precision=matmul_precision(h_cd.dtype), preferred_element_type=jnp.float32
@@ -197,7 +211,7 @@ def _logits(h_cd, rows_vd, first, vocabulary):
     return jnp.where(first + jnp.arange(len(rows_vd))[None] < vocabulary, logits, -jnp.inf)
 
 
-def _own_rows(label_c, first, count):
+def _own_rows(label_c: jax.Array, first: jax.Array | int, count: int) -> tuple[jax.Array, jax.Array]:
     """Which labels are among the rows `first .. first + count - 1`, and where (0 if not)."""
     at = label_c - first
     mine = (at >= 0) & (at < count)
@@ -260,7 +274,7 @@ class _Layout:
     def head(self) -> P:
         return P(None, self.gathered + self.vocabulary)
 
-    def spread(self, function, in_specs, out_specs):
+    def spread(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
         """`function` on each device's part."""
         if self.mesh is None:
             return function

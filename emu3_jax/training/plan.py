@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 from jax.sharding import Mesh
 
 from emu3_jax.errors import Emu3Error
@@ -44,7 +45,7 @@ def programs(config: TrainConfig, slice_: Slice, rows_per_chip: int | None = Non
     trainer = Trainer(config, decoder, mesh)
     state, frozen, batch = trainer.abstract_state(), trainer.abstract_frozen(), trainer.abstract_batch()
 
-    def lower():
+    def lower() -> jax.stages.Lowered:
         with use_mesh(mesh):
             return trainer.step.lower(state, frozen, batch)
 

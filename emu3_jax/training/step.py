@@ -173,7 +173,7 @@ class Trainer:
 
         key, now = jax.random.split(jax.random.wrap_key_data(state.key))
 
-        def objective(params, part, key):
+        def objective(params: Any, part: Batch, key: jax.Array) -> tuple[jax.Array, LossSums]:
             loss, sums = self._sums(params, frozen, part, key)
             return loss / targets, sums
 
@@ -182,7 +182,7 @@ class Trainer:
             (loss, sums), gradients = gradient(state.params, batch, now)
         else:
 
-            def add(total, part):
+            def add(total: Any, part: Any) -> tuple[Any, None]:
                 return jax.tree.map(jnp.add, total, gradient(state.params, *part)), None
 
             parts = jax.tree.map(self._parts, batch), jax.random.split(now, config.accumulation)

@@ -37,7 +37,7 @@ class PixelConfig:
     recolour: float = 0.1
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         names = isinstance(self.manifests, tuple) and all(isinstance(m, str) for m in self.manifests)
         check_field(self, "manifests", bool(names and self.manifests), "a tuple of at least one file")
         for field, least in (("size", 8), ("stills", 0), ("clips", 0), ("frames", 1), ("workers", 1), ("seed", 0)):
@@ -68,7 +68,7 @@ class LossConfig:
     adversarial: float = 0.0
     adversarial_from: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in ("absolute", "squared", "structure", "commitment", "adversarial"):
             check_field(self, field, is_number(getattr(self, field)) and getattr(self, field) >= 0, "a number >= 0")
         check_field(self, "adversarial_from", is_whole(self.adversarial_from, 0), "a whole number >= 0")
@@ -129,7 +129,7 @@ class VisionTrainConfig:
     evaluate_every: int = 1000
     keep: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         kinds = {"vision": VisionConfig, "pixels": PixelConfig, "optimizer": OptimizerConfig, "loss": LossConfig}
         for field, kind in kinds.items():
             check_field(self, field, isinstance(getattr(self, field), kind), f"a {kind.__name__}")

@@ -54,7 +54,7 @@ def export_vision_run(directory: pathlib.Path, target: pathlib.Path, step: int |
     step, state = newest_checkpoint(directory, step)
     dtype = _DTYPES[identity["export_dtype"]]
 
-    def load(path):
+    def load(path: tuple[str, ...]) -> np.ndarray:
         return read_checkpoint(state, ("average", *path)).astype(dtype)
 
     arrays = [LazyArray(p.path, p.shape, dtype, functools.partial(load, p.path)) for p in vision_params(vision)]

@@ -3,7 +3,7 @@
 B stills or frames, b clips, T frames, H W rows and columns, P latents of all of them, K codes, C embedding width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -20,7 +20,7 @@ from emu3_jax.models.quantizer import CODEBOOK
 from emu3_jax.models.vision import VisionTokenizer
 from emu3_jax.models.vision_layers import Numerics
 from emu3_jax.training.optimizer import learning_rate, make_optimizer
-from emu3_jax.training.vision_config import VisionTrainConfig
+from emu3_jax.training.vision_config import PixelConfig, VisionTrainConfig
 from emu3_jax.training.vision_losses import Discriminator, hinge, structural_similarity
 
 Batch = Mapping[str, jax.Array]  # uint8 `stills` [B, H, W, 3], `clips` [b, T, H, W, 3]; see data.pixels
@@ -196,9 +196,9 @@ class VisionTrainer:
         params = traverse_util.unflatten_dict(
             {k: jax.lax.stop_gradient(v) if k[-1] in ("mean", "var") or k == CODEBOOK else v for k, v in flat.items()}
         )
-        found = {}
+        found: dict[str, jax.Array] = {}
 
-        def quantise(z):
+        def quantise(z: jax.Array) -> jax.Array:
             found["codes"] = nearest(jax.lax.stop_gradient(z), codebook)
             zq = codebook[found["codes"]]
             found["commitment"] = jnp.mean((z - zq) ** 2)
@@ -233,8 +233,18 @@ class VisionTrainer:
             "codes": found["codes"],
         }
 
-    def _adversarial(self, state: VisionState, pixels, loss, decoded, pull_back):
-        """The discriminator's weighted slope at the reconstructed pixels, and the discriminator trained; see VQGAN."""
+    def _adversarial(
+        self,
+        state: VisionState,
+        pixels: Mapping[str, jax.Array],
+        loss: jax.Array,
+        decoded: jax.Array,
+        pull_back: Callable[[Any], tuple[Any]],
+    ) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
+        """The discriminator's weighted slope at the reconstructed pixels, the discriminator trained, and metrics.
+
+        See VQGAN, arXiv 2012.09841, 3.1.
+        """
         weights, (params, opt_state) = self.config.loss, state.discriminator
         true = _frames(pixels)
         on = (state.step >= weights.adversarial_from).astype(jnp.float32)
@@ -242,10 +252,12 @@ class VisionTrainer:
         def scores(params: Any, pixels: jax.Array) -> Any:
             return self._discriminator.apply({"params": params}, pixels)
 
-        def judge(out):
+        def judge(out: jax.Array) -> jax.Array:
             return -scores(params, out).mean()
 
-        def last_layer(*cotangents):  # XLA drops what lies behind that layer: nothing asks for it
+        def last_layer(
+            *cotangents: jax.Array,
+        ) -> jax.Array:  # XLA drops what lies behind that layer: nothing asks for it
             return jnp.linalg.norm(_flat(pull_back(cotangents)[0])[_LAST_LAYER])
 
         value, slope = jax.value_and_grad(judge)(decoded)
@@ -253,7 +265,7 @@ class VisionTrainer:
         ratio = last_layer(jnp.ones_like(loss), none) / (last_layer(jnp.zeros_like(loss), slope) + 1e-4)
         adaptive = on * weights.adversarial * jnp.clip(ratio, 0, 1e4)
 
-        def judged(discriminator_params):
+        def judged(discriminator_params: Any) -> jax.Array:
             real, fake = jnp.split(scores(discriminator_params, jnp.concatenate([true, decoded])), 2)
             return on * hinge(real, fake)
 
@@ -268,8 +280,14 @@ class VisionTrainer:
         )
         return adaptive * slope, kept, {"adversarial": value, "discriminator": loss, "adaptive_weight": adaptive}
 
-    def _codes(self, state: VisionState, latents: jax.Array, codes: jax.Array, key: jax.Array):
-        """The codebook after the step: codes follow their latents, and dead ones become latents of the batch."""
+    def _codes(
+        self, state: VisionState, latents: jax.Array, codes: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+        """The codebook after the step: codes follow their latents, and dead ones become latents of the batch.
+
+        Returns:
+            The codebook, `used` and `sums` of the state, the share of the codes that occur, and how many were revived.
+        """
         config, count = self.config, len(state.used)
         decay = config.code_decay
         hits = jnp.zeros(count, jnp.float32).at[codes].add(1.0)
@@ -304,7 +322,7 @@ def nearest(latents: jax.Array, codebook: jax.Array) -> jax.Array:
     flat = latents.reshape(-1, latents.shape[-1])
     norms = jnp.sum(codebook**2, axis=-1)
 
-    def search(some):
+    def search(some: jax.Array) -> jax.Array:
         return jnp.argmin(norms[None] - 2 * jnp.dot(some, codebook.T, precision=jax.lax.Precision.HIGHEST), axis=-1)
 
     blocks = -(-len(flat) * len(codebook) // _SCORES)
@@ -317,7 +335,7 @@ def nearest(latents: jax.Array, codebook: jax.Array) -> jax.Array:
     return found.astype(jnp.int32).reshape(latents.shape[:-1])
 
 
-def augmented(pixels: jax.Array, key: jax.Array, config) -> jax.Array:
+def augmented(pixels: jax.Array, key: jax.Array, config: PixelConfig) -> jax.Array:
     """uint8 [N, (T,) H, W, 3] as float32 in -1..1, some zoomed, mirrored and recoloured; a clip's frames alike."""
     values = pixels.astype(jnp.float32) / 127.5 - 1
     if not config.augment:
@@ -331,7 +349,15 @@ def augmented(pixels: jax.Array, key: jax.Array, config) -> jax.Array:
     mixing = jnp.eye(3)[None] + config.recolour * chosen[:, None, None] * jax.random.normal(keys[4], (count, 3, 3))
     shift = config.recolour * chosen[:, None] * jax.random.normal(keys[5], (count, 3))
 
-    def change(values, *, zoom, place, mirrored, mixing, shift):
+    def change(
+        values: jax.Array,
+        *,
+        zoom: jax.Array,
+        place: jax.Array,
+        mirrored: jax.Array,
+        mixing: jax.Array,
+        shift: jax.Array,
+    ) -> jax.Array:
         values = jnp.where(mirrored, jnp.flip(values, axis=-2), values)
         # The window that the zoom shows lies anywhere within the picture.
         room = jnp.asarray([height, width]) * (zoom - 1)

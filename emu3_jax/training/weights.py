@@ -3,7 +3,7 @@
 import functools
 import pathlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from emu3_jax.errors import Emu3Error
 from emu3_jax.fields import read_from
 from emu3_jax.files import new_directory
 from emu3_jax.models.adapters import MATRICES, Adapter
-from emu3_jax.models.decoder import unstack_layers
+from emu3_jax.models.stacking import Path, stack_layers, stacked_place, unstack_layers
 from emu3_jax.sharding.rules import decoder_shardings
 from emu3_jax.training import lora
 from emu3_jax.training.run_directory import newest_checkpoint, read_identity
@@ -30,14 +30,12 @@ from emu3_jax.training.run_directory import newest_checkpoint, read_identity
 def stacked_from_bundle(bundle: Bundle, decoder: DecoderConfig, mesh: Mesh, places: Any) -> Any:
     """The decoder's parameters in float32, stacked, in the shardings `places`; twice the largest of them at a time."""
     flat = traverse_util.flatten_dict(bundle.load_decoder(decoder_shardings(decoder, mesh), np.float32))
-    stacked = {}
-    for path, place in traverse_util.flatten_dict(places).items():
-        if path[0] != "layers":
-            stacked[path] = flat.pop(path)
-            continue
-        layers = [flat.pop((f"layers_{index}", *path[1:])) for index in range(decoder.num_layers)]
-        stacked[path] = jax.jit(lambda *xs: jnp.stack(xs), out_shardings=place)(*layers)
-    return traverse_util.unflatten_dict(stacked)
+    flat_places = traverse_util.flatten_dict(places)
+
+    def stack(path: Path, layers: Sequence[jax.Array]) -> jax.Array:
+        return jax.jit(lambda *xs: jnp.stack(xs), out_shardings=flat_places[path])(*layers)
+
+    return traverse_util.unflatten_dict(stack_layers(flat, decoder, stack))
 
 
 def frozen_from_bundle(bundle: Bundle, decoder: DecoderConfig, adapter: Adapter, places: Any) -> Any:
@@ -49,7 +47,7 @@ def frozen_from_bundle(bundle: Bundle, decoder: DecoderConfig, adapter: Adapter,
 def make_inference_params(decoder: DecoderConfig, adapter: Adapter | None, mesh: Mesh) -> Callable[[Any, Any], Any]:
     """jitted `(params, frozen) -> parameters to generate with`, in `decoder.dtype`, adapters merged."""
 
-    def convert(params, frozen):
+    def convert(params: Any, frozen: Any) -> Any:
         if adapter is not None:
             params = lora.merge(params, frozen, adapter, decoder.dtype)
         return unstack_layers(jax.tree.map(lambda leaf: leaf.astype(decoder.dtype), params), decoder)
@@ -100,16 +98,20 @@ class _Frozen:
     def __init__(self, bundle: Bundle):
         self._database = (bundle.path.absolute() / "decoder" / "weights").as_posix()
 
-    def __call__(self, path: tuple[str, ...]) -> np.ndarray:
+    def __call__(self, path: Path) -> np.ndarray:
         return _read(self._database, path)
 
 
-def _load(path, read, frozen, adapter, dtype) -> np.ndarray:
+def _load(
+    path: Path,
+    read: Callable[[Path, int | None], np.ndarray],
+    frozen: _Frozen | None,
+    adapter: Adapter | None,
+    dtype: np.dtype,
+) -> np.ndarray:
     """One array of the bundle."""
-    layer = path[0].removeprefix("layers_")
-    stacked = path if layer == path[0] else ("layers", *path[1:])
-    index = None if stacked == path else int(layer)
-    if adapter is None:
+    stacked, index = stacked_place(path)
+    if adapter is None or frozen is None:
         return read(stacked, index).astype(dtype)
     name = path[-1]
     kept = lora.freeze({name: jnp.asarray(frozen(path))}, adapter)
@@ -119,17 +121,17 @@ def _load(path, read, frozen, adapter, dtype) -> np.ndarray:
     return np.asarray(lora.merge(pair, kept, adapter, dtype)[name])
 
 
-def _read_trained(state: pathlib.Path, path: tuple[str, ...], index: int | None) -> np.ndarray:
+def _read_trained(state: pathlib.Path, path: Path, index: int | None) -> np.ndarray:
     """One array of a checkpoint's `params`, or one layer of it."""
     return read_checkpoint(state, ("params", *path), index)
 
 
-def read_checkpoint(state: pathlib.Path, path: tuple[str, ...], index: int | None = None) -> np.ndarray:
+def read_checkpoint(state: pathlib.Path, path: Path, index: int | None = None) -> np.ndarray:
     """One array of a checkpoint's `state`, or the slice `index` of its first axis. Raises `Emu3Error` if damaged."""
     return _read(state.as_posix(), path, index)
 
 
-def _read(database: str, path: tuple[str, ...], index: int | None = None) -> np.ndarray:
+def _read(database: str, path: Path, index: int | None = None) -> np.ndarray:
     spec = {
         "driver": "zarr",
         "kvstore": {"driver": "ocdbt", "base": {"driver": "file", "path": database + "/"}, "path": ".".join(path)},
