@@ -1,6 +1,7 @@
 """The import rule of docs/architecture.md holds, and the functions that the page names exist."""
 
 import ast
+import importlib
 import pathlib
 import re
 
@@ -134,3 +135,21 @@ def load(name):
 def test_circles_are_found():
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
     assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+# ------------------------------------------------------------------------------------------------ functions on the page
+
+
+def names_on_the_page() -> list[str]:
+    """What stands in backquotes as a path of names."""
+    return [name for name in quoted(PAGE.read_text()) if re.fullmatch(r"\w+(\.\w+)+", name)]
+
+
+@pytest.mark.parametrize("name", names_on_the_page())
+def test_what_the_page_names_exists(name):
+    path = ["emu3_jax", *name.split(".")]
+    modules = [".".join(path[:end]) for end in range(len(path)) if ".".join(path[:end]) in FILES]
+    found = importlib.import_module(modules[-1])
+    for attribute in path[modules[-1].count(".") + 1 :]:
+        found = getattr(found, attribute)
+    assert callable(found)
