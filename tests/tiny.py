@@ -30,6 +30,11 @@ def params(config: DecoderConfig = CONFIG, seed: int = 0):
     return jax.tree.map(lambda leaf: 3 * leaf if leaf.ndim > 1 else leaf, init)
 
 
+def mean_loss(sums):
+    """Of `LossSums`."""
+    return (sums.text + sums.vision) / sums.count
+
+
 def stack_layers(params, config: DecoderConfig):
     """Parameters of the stacked form; both nested dicts."""
     flat = traverse_util.flatten_dict(params)

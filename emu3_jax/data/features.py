@@ -58,7 +58,7 @@ class FeatureRecords:
         """Record `index`. Raises `Emu3Error` that names the file if it is anything but a feature file."""
         self.check(index)
         file = self._prefix / self._names[index]
-        data = load_feature(file)
+        data = _load_feature(file)
         try:
             codes = data["images"]
             if not isinstance(codes, np.ndarray) or codes.ndim != 2 or codes.size == 0 or codes.dtype.kind not in "iu":
@@ -74,7 +74,7 @@ class FeatureRecords:
             raise Emu3Error(f"{file}: {error}; {_REMEDY}") from error
 
 
-def load_feature(file: Path) -> dict[str, Any]:
+def _load_feature(file: Path) -> dict[str, Any]:
     """The dict of one `.pth` file; arrays and tensors as NumPy arrays.
 
     Raises:

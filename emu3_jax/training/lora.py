@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +16,6 @@ from flax import traverse_util
 from emu3_jax.config import DecoderConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.models.adapters import MATRICES, Adapter, dequantise_matrix, quantise_matrix
-from emu3_jax.models.decoder import Decoder
 from emu3_jax.models.stacking import Path, is_stacked, stacked_place
 
 Params = dict[str, Any]
@@ -36,12 +34,6 @@ def join(trainable: Params, frozen: Params) -> Params:
     """Parameters for `Decoder(config, adapter=adapter)`."""
     flat = {**traverse_util.flatten_dict(frozen), **traverse_util.flatten_dict(trainable)}
     return traverse_util.unflatten_dict(flat)
-
-
-def initial(config: DecoderConfig, adapter: Adapter, key: jax.Array, *, stacked: bool = True) -> Params:
-    """New adapters, whose product is 0. To be jitted, with shardings on a mesh: then no frozen weight is made."""
-    model = Decoder(config, stacked=stacked, adapter=adapter)
-    return split(nn.unbox(model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]))[0]
 
 
 # ------------------------------------------------------------------------------------------------ the frozen part

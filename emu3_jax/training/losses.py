@@ -46,19 +46,9 @@ class LossSums:
     vision_count: jax.Array
 
     @property
-    def total(self) -> jax.Array:
-        """The summed loss of all targets."""
-        return self.text + self.vision
-
-    @property
     def count(self) -> jax.Array:
         """All targets."""
         return self.text_count + self.vision_count
-
-    @property
-    def mean(self) -> jax.Array:
-        """The mean loss of all targets; 0 where there are none."""
-        return self.total / jnp.maximum(self.count, 1.0)
 
 
 def next_tokens(tokens_bs: jax.Array, target_bs: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -55,6 +55,7 @@ class Trainer:
             scalars: loss (what is minimised), loss_text and loss_vision (means; 0 without targets), gradient_norm
             (before clipping), learning_rate (of this step), targets, tokens (without padding), attended (keys seen,
             over all tokens).
+        random_state: jitted `() -> state` before the first step, of random parameters; frozen ones are never made.
         evaluate: jitted `(params, frozen, batch) -> LossSums`.
     """
 
@@ -81,6 +82,9 @@ class Trainer:
             in_shardings=(self.state_shardings, self.frozen_shardings, self.batch_shardings),
             out_shardings=(self.state_shardings, replicated),
             donate_argnums=0,
+        )
+        self.random_state: jax.stages.Wrapped = jax.jit(
+            lambda: nn.unbox(self._boxed()[0]), out_shardings=self.state_shardings
         )
         self.evaluate: jax.stages.Wrapped = jax.jit(
             lambda *arguments: self._sums(*arguments)[1],
@@ -109,7 +113,7 @@ class Trainer:
     def initial_state(self, params: Any = None) -> TrainState:
         """Before the first step: of `params` (stacked, float32), or of random ones; adapters always are random."""
         if params is None or self._config.adapter:
-            return jax.jit(lambda: nn.unbox(self._boxed()[0]), out_shardings=self.state_shardings)()
+            return self.random_state()
         # The parameters are there already: only the rest is computed.
         places = dataclasses.replace(self.state_shardings, params=None)
         rest = jax.jit(lambda p: dataclasses.replace(self._initial(p), params=None), out_shardings=places)(params)
