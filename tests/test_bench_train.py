@@ -40,6 +40,7 @@ def test_our_side(capsys, arguments):
     assert figures["tokens_per_second"] == pytest.approx(rows * 16 / figures["ms_per_step"] * 1e3, rel=0.1)
 
 
+@pytest.mark.oracle
 def test_the_peer():
     plain, chunked = train_transformers.run(tiny.CONFIG, tokens=16, rows=1, rank=0, steps=1)
     assert plain["ms_per_step"] > 0 and "chunked" in chunked["program"]
@@ -59,6 +60,7 @@ def test_ours_come_though_the_peer_fails(monkeypatch):
         yield {"program": "transformers", "device": "NVIDIA H100", "ms_per_step": 1.0}
         raise Emu3Error("the peer failed")
 
+    monkeypatch.setattr(peer, "require", lambda *packages: None)
     monkeypatch.setattr(peer, "in_a_process", failing)
     monkeypatch.setattr(train, "_measure", lambda *arguments: {"ms_per_step": 1.0, "devices": 1})
     figures = train.run("small", tokens=16, mesh="fsdp=1", steps=1, compare="transformers")
