@@ -30,15 +30,14 @@ def run(options: argparse.Namespace) -> int:
         )
     distributed.start()
     outcome = train(config, common.progress(options))
-    if outcome.skipped and distributed.first():
-        print(
-            f"{config.directory}: {outcome.skipped} records were longer than {config.data.sequence_length} tokens and "
-            "were skipped (counted once an epoch); raise data.sequence_length to train on them"
-        )
-    if outcome.model is None:
-        if distributed.first():
-            print(f"{config.directory}: stopped after step {outcome.step} of {config.steps}; run again to go on")
-        return 143  # as a shell reports SIGTERM
     if distributed.first():
-        print(f"{outcome.model}: the model after {outcome.step} steps")
-    return 0
+        if outcome.model is None:
+            print(f"{config.directory}: stopped after step {outcome.step} of {config.steps}; run again to go on")
+        else:
+            print(f"{outcome.model}: the model after {outcome.step} steps")
+        if outcome.skipped:
+            print(
+                f"{config.directory}: {outcome.skipped} records were longer than {config.data.sequence_length} tokens "
+                "and were skipped (counted once an epoch); raise data.sequence_length to train on them"
+            )
+    return 143 if outcome.model is None else 0  # 143: as a shell reports SIGTERM

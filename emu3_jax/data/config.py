@@ -23,7 +23,7 @@ class Source:
     weight: float = 1.0
     parts: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not (is_number(self.weight) and self.weight > 0):
             raise Emu3Error(f"weight of {self.path} is {self.weight!r}: it must be a number > 0")
         if not is_whole(self.parts, 1):
@@ -39,7 +39,8 @@ class DataConfig:
         sequence_length: tokens of a row.
         packing: rows that are filled at once. More rows leave less padding, and move records further from their place
             in the stream. 0 packs nothing: one record a row, as the reference trains.
-        too_long: what happens to a record longer than a row: "stop", or "skip", which counts it.
+        too_long: what happens to a record longer than a row: "stop", or "skip", which leaves it out and counts it once
+            an epoch.
         seed: of shuffling and prompt dropout.
         in_memory: keeps what was built, for data that are read many times over: without packing whole rows, at five
             bytes a token of the row, else sequences, at about six bytes a token.
@@ -54,7 +55,7 @@ class DataConfig:
     in_memory: bool = False
     loss_on_padding: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field, least in (("sequence_length", 2), ("packing", 0), ("seed", 0)):
             value = getattr(self, field)
             if not (is_whole(value, least) and value < 2**32):

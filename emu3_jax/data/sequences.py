@@ -60,7 +60,7 @@ class TextToImage:
     prompt_dropout: float = 0.05
     eos: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_loss(self.loss)
         _check_dropout(self.prompt_dropout)
 
@@ -89,7 +89,7 @@ class NextFrame:
     prompt_dropout: float = 0.05
     eos: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_loss(self.loss)
         _check_dropout(self.prompt_dropout)
 
@@ -118,7 +118,7 @@ class ImageToText:
 
     prompt_dropout: ClassVar[float] = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_loss(self.loss)
 
     def sequence(
@@ -144,7 +144,7 @@ class TextOnly:
 
     prompt_dropout: ClassVar[float] = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_loss(self.loss)
 
     def sequence(

@@ -10,7 +10,7 @@ them, and chunks that hold many records to read one. Grain depends on ArrayRecor
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +141,7 @@ def write_shard(file: Path, records: Iterable[Record]) -> tuple[int, int]:
     return count, size
 
 
-def _writing(file: Path, step, *arguments):
+def _writing(file: Path, step: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return step(*arguments)
     except RuntimeError as error:  # what ArrayRecord raises for every failure of the system
