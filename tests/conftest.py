@@ -8,6 +8,7 @@ import pathlib
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"  # broadcasts are written out; also in processes that tests start
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import hypothesis

@@ -182,7 +182,7 @@ def test_dead_codes_become_the_worst_coded_latents(config, trainers):
 def test_nearest_code_in_blocks(monkeypatch):
     rng = np.random.default_rng(0)
     latents, codebook = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((3, 5, 4), (64, 4)))
-    expected = ((latents[..., None, :] - codebook) ** 2).sum(-1).argmin(-1)
+    expected = ((latents[..., None, :] - codebook[None, None]) ** 2).sum(-1).argmin(-1)
     np.testing.assert_array_equal(nearest(latents, codebook), expected)
     monkeypatch.setattr(vision_step, "_SCORES", 4 * 64)
     np.testing.assert_array_equal(nearest(latents, codebook), expected)
