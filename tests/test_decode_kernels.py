@@ -12,7 +12,7 @@ from emu3_jax.errors import Emu3Error
 from emu3_jax.generation import session
 from emu3_jax.generation.schedule import image_schedule, text_schedule
 from emu3_jax.models import attention_kernels
-from emu3_jax.models.attention import attend, choose_kernels
+from emu3_jax.models.attention import cached_attention, choose_kernels
 from emu3_jax.models.cache import KVCache
 from emu3_jax.models.decode_kernels import attend_one, check_width
 from emu3_jax.models.decoder import rope, rotations
@@ -39,7 +39,8 @@ def test_attention_of_one_token(length, groups, heads, narrow):
     queries_keys = rope(qkv[:, :, :, : groups + 1], rotated)
     new = (queries_keys[:, :, :, groups], qkv[:, :, :, groups + 1])
     written = cache.write(0, *(jnp.swapaxes(x, 1, 2) for x in new))
-    expected = attend(queries_keys[:, :, :, :groups], *written.layer(0), cache.length, cache.start)[:, 0]
+    queries, where = queries_keys[:, :, :, :groups], {"first_query": cache.length, "start": cache.start}
+    expected = cached_attention(queries, *written.layer(0), **where)[:, 0]
     rotated = tuple(part[:, 0] for part in rotated)
     found, kept = attend_one(qkv[:, 0], rotated, cache.layer(0), cache.length, rows, interpret=True)
     np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -1,6 +1,7 @@
 """Narrow weights and caches: what they stand for, what the decoder makes of them, and loading."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from emu3_jax.errors import Emu3Error
 from emu3_jax.generation import session
 from emu3_jax.generation.schedule import image_schedule
 from emu3_jax.models.adapters import MATRICES
-from emu3_jax.models.attention import attend
+from emu3_jax.models.attention import cached_attention
 from emu3_jax.models.cache import KVCache
 from emu3_jax.models.quantization import KINDS, narrow_rows, quantise, quantise_params
 
@@ -79,11 +80,11 @@ def test_attention_over_a_narrow_cache():
     q = jax.random.normal(keys[0], (2, 3, 2, 2, 8))
     k, v = (jax.random.normal(key, (2, 2, 16, 8)) for key in keys[1:])
     (k_codes, k_scales), (v_codes, v_scales) = narrow_rows(k), narrow_rows(v)
-    where = (jnp.asarray(9), jnp.asarray([0, 4]))
+    attend = functools.partial(cached_attention, first_query=jnp.asarray(9), start=jnp.asarray([0, 4]))
     plain = (k_codes * k_scales[..., None], v_codes * v_scales[..., None])
-    found = attend(q, k_codes, v_codes, k_scales, v_scales, *where)
-    np.testing.assert_allclose(found, attend(q, *plain, None, None, *where), atol=1e-5)
-    np.testing.assert_allclose(found, attend(q, k, v, None, None, *where), atol=0.05)
+    found = attend(q, k_codes, v_codes, k_scales, v_scales)
+    np.testing.assert_allclose(found, attend(q, *plain, None, None), atol=1e-5)
+    np.testing.assert_allclose(found, attend(q, k, v, None, None), atol=0.05)
 
 
 def test_pieces_over_a_narrow_cache_equal_the_whole():

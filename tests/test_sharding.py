@@ -26,7 +26,6 @@ from emu3_jax.sharding.rules import (
     batch_shards,
     cache_shardings,
     decoder_shardings,
-    over_batch,
     shardings,
     use_mesh,
     vision_shardings,
@@ -227,16 +226,16 @@ def test_the_command_line_takes_a_mesh(golden_bundle, tmp_path, capsys):
 # ------------------------------------------------------------------------------------------------ vision
 
 
-def test_a_spread_batch_of_pictures_has_the_same_codes_and_pixels(golden_model):
+def test_a_batch_of_pictures_on_a_mesh_has_the_same_codes_and_pixels(golden_model):
     vision, golden = golden_model.vision, golden_npz("vision.npz")
     mesh = make_mesh("data=2,tensor=2")
     params = jax.device_put(vision.params, vision_shardings(vision.config, mesh))
     pixels = np.moveaxis(golden["image_batch/pixels"], 1, -1)
     pixels = np.concatenate([pixels, pixels[:, ::-1]])
-    codes = over_batch(make_encoder(vision.config), mesh)(params, pixels)
-    assert codes.sharding.is_equivalent_to(NamedSharding(mesh, P(mesh.axis_names)), 3)
+    codes = make_encoder(vision.config)(params, pixels)
+    assert codes.sharding.is_equivalent_to(NamedSharding(mesh, P()), 3)
     np.testing.assert_array_equal(codes[:2], golden["image_batch/codes"])
     np.testing.assert_array_equal(codes, make_encoder(vision.config)(vision.params, pixels))
-    drawn = over_batch(make_decoder(vision.config), mesh)(params, codes)
+    drawn = make_decoder(vision.config)(params, codes)
     alone = make_decoder(vision.config)(vision.params, np.asarray(codes))
     np.testing.assert_allclose(drawn, alone, atol=1e-5, rtol=0)

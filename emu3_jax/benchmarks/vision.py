@@ -27,6 +27,7 @@ Operations = dict[str, Callable[[np.ndarray], np.ndarray]]  # "encode": pixels t
 
 
 def run(
+    *,
     size: int = 256,
     preset: str = "270m",
     repeat: int = 5,

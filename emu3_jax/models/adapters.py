@@ -12,6 +12,7 @@ Blocks lie along an axis that `fsdp` and `sequence` never split: H of `qkv` and 
 import dataclasses
 import itertools
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -72,7 +73,7 @@ class Adapter:
     targets: tuple[str, ...] = tuple(MATRICES)
     base: str = "bfloat16"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_positive_whole(self, "rank")
         check_positive_number(self, "alpha")
         names = isinstance(self.targets, tuple) and all(isinstance(name, str) for name in self.targets)
@@ -110,6 +111,7 @@ def project(
     adapter: Adapter | None,
     equation: str,
     x_bsi: jax.Array,
+    *,
     name: str,
     shape: Shape,
     axes: tuple[str | None, ...],
@@ -131,10 +133,10 @@ def project(
     fan_in, outputs = math.prod(shape[:inputs]), shape[inputs:]
     precision = matmul_precision(x_bsi.dtype)
 
-    def declare(leaf, init, shape, axes, dtype):
+    def declare(leaf: str, init: Any, shape: Shape, axes: tuple[str | None, ...], dtype: jnp.dtype) -> jax.Array:
         return module.param(leaf, nn.with_logical_partitioning(init, axes), shape, dtype)
 
-    def product(x, w):
+    def product(x: jax.Array, w: jax.Array) -> jax.Array:
         return jnp.einsum(equation, x, w.reshape(fan_in, *outputs).astype(x.dtype), precision=precision)
 
     random = nn.initializers.normal(fan_in**-0.5)
@@ -155,7 +157,7 @@ def project(
 
         # What the backward pass keeps is the codes, whatever the layers' remat: never a layer's wide weights.
         @jax.checkpoint
-        def quantised_product(x, codes, scale):
+        def quantised_product(x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
             return product(x, dequantise_matrix(name, codes, scale, adapter.base, x.dtype))
 
         y = quantised_product(x_bsi, codes, scale)
@@ -185,7 +187,7 @@ def quantised_shapes(name: str, shape: Shape, base: str) -> tuple[Shape, Shape, 
     if base == "nf4" and block % 2:
         raise Emu3Error(f"{name} has {size} weights along axis {axis}: nf4 needs an even number; choose base int8")
 
-    def resized(new):
+    def resized(new: int) -> Shape:
         return (*shape[:axis], new, *shape[axis + 1 :])
 
     if base == "nf4":
@@ -216,7 +218,7 @@ def quantise_matrix(name: str, matrix: jax.Array, base: str) -> tuple[jax.Array,
     return codes.reshape(codes_shape), scale.reshape(scale_shape)
 
 
-def dequantise_matrix(name: str, codes: jax.Array, scale: jax.Array, base: str, dtype=jnp.float32) -> jax.Array:
+def dequantise_matrix(name: str, codes: jax.Array, scale: jax.Array, base: str, dtype: Any = jnp.float32) -> jax.Array:
     """The matrix that `quantise_matrix` stored: computed in float32, then cast."""
     axis = codes.ndim + MATRICES[name].block_axis
     blocks = _blocks(codes, axis, scale.shape[axis])

@@ -4,11 +4,15 @@ B batch, S queries, T keys, K KV heads, G query heads per KV head, H head width.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AbstractMesh
+from jax.typing import DTypeLike
 
 from emu3_jax.errors import Emu3Error
 from emu3_jax.models import attention_kernels
@@ -18,7 +22,6 @@ QUERY_BLOCK = 512
 
 # Below every real score, and finite, so that a row without any key (padding) gives no NaN.
 MASKED = -1e30
-
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash", "splash-interpreted")
 
@@ -53,30 +56,40 @@ def self_attention(
     spec = nn.logical_to_mesh_axes(("batch", "sequence", "kv_heads"))
     packed = segments_bs is not None
     if mesh.empty or not _divides(mesh, spec, k_bskh.shape):
-        return _whole(
-            choose(implementation, q_bskgh.shape, q_bskgh.dtype, packed), q_bskgh, k_bskh, v_bskh, segments_bs
-        )
+        chosen = choose(implementation, q_bskgh.shape, q_bskgh.dtype, packed)
+        return _device_attention(chosen, q_bskgh, k_bskh, v_bskh, segments_bs)
     rows, sequence, _ = spec
     parts = _parts(mesh, sequence)
 
-    def local(q, k, v, segments):
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> jax.Array:
         deal = _deal(parts, *q.shape[2:4])
         shape = (q.shape[0], q.shape[1] * parts, *q.shape[2:])
-        chosen = choose(implementation, shape, q.dtype, packed, None if deal else parts)
+        chosen = choose(implementation, shape, q.dtype, packed, undealt=None if deal else parts)
         if parts == 1:
-            return _whole(chosen, q, k, v, segments)
-        whole = lax.all_gather(segments, sequence, axis=1, tiled=True) if packed else None
+            return _device_attention(chosen, q, k, v, segments)
+        gathered = lax.all_gather(segments, sequence, axis=1, tiled=True) if packed else None
         if deal:
-            return _dealt(deal, sequence, lambda *qkv: _whole(chosen, *qkv, whole), q, k, v)
+
+            def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+                return _device_attention(chosen, q, k, v, gathered)
+
+            return _dealt(attention, q, k, v, repeats=deal, axis=sequence)
         k, v = (lax.all_gather(x, sequence, axis=1, tiled=True) for x in (k, v))
-        return _xla(q, k, v, segments, whole, lax.axis_index(sequence) * q.shape[1])
+        first = lax.axis_index(sequence) * q.shape[1]
+        return _xla_attention(q, k, v, q_segments=segments, k_segments=gathered, first_query=first)
 
     specs = (spec, spec, spec, type(spec)(rows, sequence))
     return jax.shard_map(local, in_specs=specs, out_specs=spec, check_vma=False)(q_bskgh, k_bskh, v_bskh, segments_bs)
 
 
 def choose(
-    implementation: str, shape: tuple[int, ...], dtype, packed: bool, undealt: int | None = None, platform: str = ""
+    implementation: str,
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+    packed: bool,
+    *,
+    undealt: int | None = None,
+    platform: str = "",
 ) -> str:
     """The implementation that serves: the named one, or for "auto" the platform's kernel if it can and else "xla".
 
@@ -97,16 +110,18 @@ def choose(
     if implementation == "auto":
         kernel = {"tpu": "splash", "gpu": "cudnn"}.get(platform)
         # A single token is what `init` passes; its value is its result.
-        serves = kernel and shape[1] > 1 and not _obstacle(kernel, shape, dtype, packed, undealt, platform)
-        return kernel if serves else "xla"
-    obstacle = _obstacle(implementation, shape, dtype, packed, undealt, platform)
+        if kernel is None or shape[1] == 1:
+            return "xla"
+        obstacle = _obstacle(kernel, shape, dtype, packed=packed, undealt=undealt, platform=platform)
+        return "xla" if obstacle else kernel
+    obstacle = _obstacle(implementation, shape, dtype, packed=packed, undealt=undealt, platform=platform)
     if obstacle:
         raise Emu3Error(f'attention {implementation!r} cannot serve: {obstacle}; choose "auto" or "xla"')
     return implementation
 
 
 # What computes attention of single tokens over the cache: "pallas" is `decode_kernels`, for NVIDIA GPUs;
-# "pallas-interpreted" runs its program anywhere, for tests; "xla" is `attend`, whatever the number of tokens.
+# "pallas-interpreted" runs its program anywhere, for tests; "xla" is `cached_attention`, whatever the number of tokens.
 KERNELS = ("auto", "xla", "pallas", "pallas-interpreted")
 
 
@@ -130,7 +145,15 @@ def choose_kernels(kernels: str, width: int, platform: str = "") -> str:
     return "pallas" if width >= 32 and width & (width - 1) == 0 else "xla"  # what its matrix products take
 
 
-def _obstacle(implementation, shape, dtype, packed, undealt, platform) -> str | None:
+def _obstacle(
+    implementation: str,
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+    *,
+    packed: bool,
+    undealt: int | None,
+    platform: str,
+) -> str | None:
     """Why this implementation cannot serve; None if it can."""
     if implementation == "xla":
         return None
@@ -176,21 +199,23 @@ def target_platform() -> str:
     return "gpu" if platform in ("cuda", "rocm") else platform
 
 
-def _whole(implementation, q_bskgh, k_bskh, v_bskh, segments_bs):
-    """Rows and heads of one device, by a chosen implementation."""
+def _device_attention(
+    implementation: str, q_bskgh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, segments_bs: jax.Array | None
+) -> jax.Array:
+    """`self_attention` of one device's rows and heads, by a chosen implementation."""
     if implementation.startswith("splash"):
         interpret = implementation != "splash"
         return attention_kernels.splash(q_bskgh, k_bskh, v_bskh, segments_bs, interpret=interpret)
 
-    def xla(q, k, v, segments):
-        return _xla(q, k, v, segments, segments, 0)
+    def xla(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> jax.Array:
+        return _xla_attention(q, k, v, q_segments=segments, k_segments=segments, first_query=0)
 
     if implementation == "cudnn":
         return attention_kernels.cudnn(q_bskgh, k_bskh, v_bskh, segments_bs, otherwise=xla)
     return xla(q_bskgh, k_bskh, v_bskh, segments_bs)
 
 
-def _parts(mesh, axes) -> int:
+def _parts(mesh: AbstractMesh, axes: str | tuple[str, ...] | None) -> int:
     """The number of parts that these axes of a mesh make."""
     return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
 
@@ -203,7 +228,15 @@ def _deal(parts: int, kv_heads: int, groups: int) -> int:
     return repeats if rest == 0 and groups % repeats == 0 else 0
 
 
-def _dealt(repeats, axis, attention, q, k, v):
+def _dealt(
+    attention: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    repeats: int,
+    axis: Any,
+) -> jax.Array:
     """`attention` of whole sequences for this device's part of the heads; to it and back by one exchange each."""
     b, s, kv_heads, groups, h = q.shape
     q = q.reshape(b, s, kv_heads * repeats, groups // repeats, h)
@@ -213,34 +246,46 @@ def _dealt(repeats, axis, attention, q, k, v):
     return out.reshape(b, s, kv_heads, groups, h)
 
 
-def _divides(mesh, spec, shape) -> bool:
+def _divides(mesh: AbstractMesh, spec: Any, shape: tuple[int, ...]) -> bool:
     """Whether the mesh splits these dimensions evenly; the single dummy token of `init` it does not."""
     return not any(size % _parts(mesh, axes) for axes, size in zip(spec, shape, strict=False))
 
 
-def _xla(q_bskgh, k_bskh, v_bskh, q_segments, k_segments, first_query):
-    """Block by block; the backward pass computes the scores of a block again, so that they never exist whole."""
+def _xla_attention(
+    q_bskgh: jax.Array,
+    k_bskh: jax.Array,
+    v_bskh: jax.Array,
+    *,
+    q_segments: jax.Array | None,
+    k_segments: jax.Array | None,
+    first_query: jax.Array | int,
+) -> jax.Array:
+    """`self_attention` of the queries in consecutive slots from `first_query` on, to keys from slot 0 on.
+
+    Block by block; the backward pass computes the scores of a block again, so that they never exist whole.
+    """
 
     @jax.checkpoint
-    def block(q, segments, first):
+    def block(q: jax.Array, segments: jax.Array | None, first: jax.Array | int) -> jax.Array:
         visible = _causal(q.shape[1], k_bskh.shape[1], first)[None]
-        if segments is not None:
+        if segments is not None and k_segments is not None:
             visible = visible & (jnp.abs(segments)[:, :, None] == k_segments[:, None])
-        return _attend_block(q, jnp.swapaxes(k_bskh, 1, 2), jnp.swapaxes(v_bskh, 1, 2), visible)
+        return _masked_attention(q, jnp.swapaxes(k_bskh, 1, 2), jnp.swapaxes(v_bskh, 1, 2), visible)
 
     return _over_query_blocks(block, q_bskgh, q_segments, first_query)
 
 
-def attend(
+def cached_attention(
     q_bskgh: jax.Array,
     k_bkth: jax.Array,
     v_bkth: jax.Array,
     k_scales_bkt: jax.Array | None,
     v_scales_bkt: jax.Array | None,
+    *,
     first_query: jax.Array,
     start: jax.Array,
 ) -> jax.Array:
-    """Causal attention of queries in consecutive slots over all keys; softmax in float32.
+    """Causal attention of queries in consecutive slots over the keys of a cache; softmax in float32.
 
     Args:
         q_bskgh: [B, S, K, G, H] queries, RoPE applied, not yet scaled.
@@ -255,22 +300,27 @@ def attend(
         [B, S, K, G, H] in the queries' dtype.
     """
 
-    def block(q, _, first):
+    def block(q: jax.Array, _: None, first: jax.Array | int) -> jax.Array:
         keys = k_bkth.shape[2]
         visible = _causal(q.shape[1], keys, first)[None] & (jnp.arange(keys)[None, None] >= start[:, None, None])
-        return _attend_block(q, k_bkth, v_bkth, visible, k_scales_bkt, v_scales_bkt)
+        return _masked_attention(q, k_bkth, v_bkth, visible, k_scales_bkt=k_scales_bkt, v_scales_bkt=v_scales_bkt)
 
     return _over_query_blocks(block, q_bskgh, None, first_query)
 
 
-def _over_query_blocks(block, q_bskgh, segments_bs, first_query):
+def _over_query_blocks(
+    block: Callable[..., jax.Array],
+    q_bskgh: jax.Array,
+    segments_bs: jax.Array | None,
+    first_query: jax.Array | int,
+) -> jax.Array:
     """`block(queries, their segments, slot of the first)` over blocks of at most QUERY_BLOCK queries."""
     queries = q_bskgh.shape[1]
     if queries <= QUERY_BLOCK:
         return block(q_bskgh, segments_bs, first_query)
     blocks = -(-queries // QUERY_BLOCK)
 
-    def split(x):
+    def split(x: jax.Array) -> jax.Array:
         padded = jnp.pad(x, ((0, 0), (0, blocks * QUERY_BLOCK - queries), *((0, 0),) * (x.ndim - 2)))
         return jnp.moveaxis(padded.reshape(x.shape[0], blocks, QUERY_BLOCK, *x.shape[2:]), 1, 0)
 
@@ -279,14 +329,22 @@ def _over_query_blocks(block, q_bskgh, segments_bs, first_query):
     return jnp.moveaxis(out, 0, 1).reshape(q_bskgh.shape[0], -1, *q_bskgh.shape[2:])[:, :queries]
 
 
-def _causal(queries: int, keys: int, first_query) -> jax.Array:
+def _causal(queries: int, keys: int, first_query: jax.Array | int) -> jax.Array:
     """bool [S, T]: key slot t is not later than the query, whose slot is first_query + s."""
     query = first_query + jnp.arange(queries, dtype=jnp.int32)[:, None]
     return jnp.arange(keys, dtype=jnp.int32)[None] <= query
 
 
-def _attend_block(q_bskgh, k_bkth, v_bkth, visible, k_scales_bkt=None, v_scales_bkt=None):
-    """`visible`: bool [B or 1, S, T]."""
+def _masked_attention(
+    q_bskgh: jax.Array,
+    k_bkth: jax.Array,
+    v_bkth: jax.Array,
+    visible: jax.Array,
+    *,
+    k_scales_bkt: jax.Array | None = None,
+    v_scales_bkt: jax.Array | None = None,
+) -> jax.Array:
+    """`cached_attention` with all scores at once, to the keys that `visible`, bool [B or 1, S, T], names."""
     dtype = q_bskgh.dtype
     precision = matmul_precision(dtype)
     scores = jnp.einsum(
@@ -304,6 +362,6 @@ def _attend_block(q_bskgh, k_bkth, v_bkth, visible, k_scales_bkt=None, v_scales_
     )  # fmt: skip
 
 
-def matmul_precision(dtype) -> lax.Precision | None:
+def matmul_precision(dtype: DTypeLike) -> lax.Precision | None:
     """float32 means float32: no TF32 or bfloat16 passes. Narrow dtypes take the backend's default."""
     return lax.Precision.HIGHEST if dtype == jnp.float32 else None

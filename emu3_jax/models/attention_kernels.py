@@ -21,13 +21,20 @@ SPLASH_BLOCK = 1024
 _LANES = 128
 
 
-def splash(q_bskgh, k_bskh, v_bskh, segments_bs=None, *, interpret: bool = False):
+def splash(
+    q_bskgh: jax.Array,
+    k_bskh: jax.Array,
+    v_bskh: jax.Array,
+    segments_bs: jax.Array | None = None,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
     """`attention.self_attention` on one TPU core's rows and heads; `interpret` runs the kernel's program anywhere."""
     rows, length, k, g, h = q_bskgh.shape
     block, padded = _splash_tiles(length)
     kernel = _splash_kernel(k * g, padded, block, interpret)
 
-    def heads_first(x):
+    def heads_first(x: jax.Array) -> jax.Array:
         # Tokens that only fill the last tile come after all others: causality hides their keys.
         return jnp.swapaxes(jnp.pad(x, ((0, 0), (0, padded - length), (0, 0), (0, 0))), 1, 2)
 
@@ -51,7 +58,7 @@ def _splash_tiles(length: int) -> tuple[int, int]:
     return (half if padded % SPLASH_BLOCK else SPLASH_BLOCK), padded
 
 
-def _splash_kernel(heads: int, length: int, block: int, interpret: bool):
+def _splash_kernel(heads: int, length: int, block: int, interpret: bool) -> Callable[..., jax.Array]:
     """A causal kernel [N, S, H], [K, S, H], [K, S, H] -> [N, S, H]; it reads each KV head once per query head."""
     sizes = splash_kernel.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=min(block, SPLASH_BLOCK // 2),
@@ -72,7 +79,15 @@ def _splash_kernel(heads: int, length: int, block: int, interpret: bool):
 CUDNN_RUNS = 8
 
 
-def cudnn(q_bskgh, k_bskh, v_bskh, segments_bs=None, *, otherwise: Callable, max_runs: int | None = None):
+def cudnn(
+    q_bskgh: jax.Array,
+    k_bskh: jax.Array,
+    v_bskh: jax.Array,
+    segments_bs: jax.Array | None = None,
+    *,
+    otherwise: Callable[..., jax.Array],
+    max_runs: int | None = None,
+) -> jax.Array:
     """`attention.self_attention` on one NVIDIA GPU's rows and heads; the tokens of a segment stand together.
 
     Rows with segments go through cuDNN's layout for packed sequences, which takes a bounded number of them. Batches
@@ -97,13 +112,13 @@ def cudnn(q_bskgh, k_bskh, v_bskh, segments_bs=None, *, otherwise: Callable, max
     key_bs11 = (segments_bs >= 0)[:, :, None, None]
     k_bskh, v_bskh = (jnp.where(key_bs11, x, jnp.zeros((), x.dtype)) for x in (k_bskh, v_bskh))
 
-    def packed(q, k, v, _):
+    def packed(q: jax.Array, k: jax.Array, v: jax.Array, _: jax.Array) -> jax.Array:
         if jax.__version_info__ < (0, 11, 2):
             # There, offsets of keys count query heads.
             k, v = (jnp.repeat(x, q_bskgh.shape[3], axis=2) for x in (k, v))
         return _cudnn_packed(q.reshape(q_bsnh.shape), k, v, lengths).reshape(q.shape)
 
-    def row_by_row(*arrays):
+    def row_by_row(*arrays: jax.Array) -> jax.Array:
         row = jax.checkpoint(lambda parts: otherwise(*(x[None] for x in parts))[0])
         return lax.map(row, arrays)
 
@@ -122,7 +137,7 @@ def runs(segments_bs: jax.Array, max_runs: int) -> tuple[jax.Array, tuple[jax.Ar
     run_bs = jnp.pad(jnp.cumsum(~joined, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
     run = jnp.arange(max_runs + 1, dtype=jnp.int32)[:, None]
 
-    def tokens(condition):
+    def tokens(condition: jax.Array) -> jax.Array:
         return jnp.sum(condition, axis=-1, dtype=jnp.int32)
 
     inside = run_bs[:, None] == run[None, :-1]
@@ -136,7 +151,9 @@ def runs(segments_bs: jax.Array, max_runs: int) -> tuple[jax.Array, tuple[jax.Ar
     return count, (queries, keys, jnp.where(exists, first, -1))
 
 
-def _cudnn_packed(q_bsnh, k_bskh, v_bskh, lengths):
+def _cudnn_packed(
+    q_bsnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, lengths: tuple[jax.Array, jax.Array, jax.Array]
+) -> jax.Array:
     # `jax.nn.dot_product_attention` does not pass offsets on to this.
     from jax._src.cudnn import fused_attention_stablehlo as fused
 

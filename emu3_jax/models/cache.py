@@ -8,13 +8,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from emu3_jax.config import DecoderConfig
 from emu3_jax.models.quantization import narrow_rows
 
 
-@flax.struct.dataclass
-class KVCache:
+class KVCache(flax.struct.PyTreeNode):
     """Keys and values of every layer for rows that are aligned to the right at prefill.
 
     All rows write the same slot at the same time, so a step's update is one in-place slice. Row b owns the slots
@@ -44,8 +44,8 @@ class KVCache:
         """An empty cache of `slots` slots for the rows whose first slots are `start` (int32 [B])."""
         shape = (start.shape[0], config.num_kv_heads, slots, config.head_dim)
 
-        def zeros(shape, dtype, count=config.num_layers):
-            return tuple(_place(jnp.zeros(shape, dtype)) for _ in range(count))
+        def zeros(shape: tuple[int, ...], dtype: DTypeLike) -> tuple[jax.Array, ...]:
+            return tuple(_place(jnp.zeros(shape, dtype)) for _ in range(config.num_layers))
 
         dtype = jnp.int8 if narrow else config.dtype
         scales = (zeros(shape[:3], jnp.float32), zeros(shape[:3], jnp.float32)) if narrow else ((), ())

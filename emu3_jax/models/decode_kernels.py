@@ -7,6 +7,7 @@ B batch, T cache slots, K KV heads, G query heads per KV head, H width.
 """
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -65,12 +66,20 @@ def attend_one(
     arguments = (qkv_bkph, rotations_br, cache, length, start)
     if jax.sharding.get_abstract_mesh().empty:
         return local(*arguments)
-    whole, rows, heads = (nn.logical_to_mesh_axes(axes) for axes in ((), ("batch",), ("batch", "kv_heads")))
-    shard = jax.shard_map(local, in_specs=(heads, rows, heads, whole, rows), out_specs=(heads, heads), check_vma=False)
-    return shard(*arguments)
+    replicated, rows, heads = (nn.logical_to_mesh_axes(axes) for axes in ((), ("batch",), ("batch", "kv_heads")))
+    specs = (heads, rows, heads, replicated, rows)
+    return jax.shard_map(local, in_specs=specs, out_specs=(heads, heads), check_vma=False)(*arguments)
 
 
-def _attend_one(qkv_bkph, rotations_br, cache: Cache, length, start, *, interpret: bool):
+def _attend_one(
+    qkv_bkph: jax.Array,
+    rotations_br: tuple[jax.Array, jax.Array],
+    cache: Cache,
+    length: jax.Array,
+    start: jax.Array,
+    *,
+    interpret: bool,
+) -> tuple[jax.Array, Cache]:
     """`attend_one` of one device's rows and heads."""
     b, kv_heads, groups, width = qkv_bkph.shape
     groups -= 2
@@ -84,14 +93,14 @@ def _attend_one(qkv_bkph, rotations_br, cache: Cache, length, start, *, interpre
     padded = max(_LEAST_ROWS, 1 << (groups - 1).bit_length())
     precision, narrow = matmul_precision(dtype), len(kept) == 4
 
-    def kernel(length_ref, start_ref, qkv_ref, cos_ref, sin_ref, *refs):
+    def kernel(length_ref: Any, start_ref: Any, qkv_ref: Any, cos_ref: Any, sin_ref: Any, *refs: Any) -> None:
         k_ref, v_ref, *scale_refs = refs[len(kept) : 2 * len(kept)]  # the results: in place they are the arguments too
         out_ref, top_ref, mass_ref = refs[-3:]
         length, first = length_ref[0], start_ref[0]
         none = length * 0  # a start that is no constant: what reaches beyond the group is masked, not refused
         there = jax.lax.broadcasted_iota(jnp.int32, (padded, half), 0) < groups
 
-        def queries(at):
+        def queries(at: int) -> jax.Array:
             return plt.load(qkv_ref.at[pl.ds(none, padded), pl.ds(at, half)], mask=there, other=0.0)
 
         # All reading comes before what waits for it.
@@ -99,7 +108,7 @@ def _attend_one(qkv_bkph, rotations_br, cache: Cache, length, start, *, interpre
         q_low, q_high = queries(0), queries(half)
         k_low, k_high = (qkv_ref[groups, pl.ds(at, half)] for at in (0, half))
 
-        def rotated(low, high, cos, sin):
+        def rotated(low: jax.Array, high: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array]:
             low, high = low.astype(jnp.float32), high.astype(jnp.float32)
             return (low * cos - high * sin).astype(dtype), (high * cos + low * sin).astype(dtype)
 
@@ -123,7 +132,7 @@ def _attend_one(qkv_bkph, rotations_br, cache: Cache, length, start, *, interpre
         begin = first // block + pl.program_id(2)
         count = jnp.maximum(((length - 1) // block - begin + parts) // parts, 0)
 
-        def add(step, carry):
+        def add(step: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             total, top, mass = carry
             at = (begin + step * parts) * block
             here = pl.ds(at, block)
@@ -156,13 +165,13 @@ def _attend_one(qkv_bkph, rotations_br, cache: Cache, length, start, *, interpre
         seen = (weight * v_scale).astype(dtype).astype(jnp.float32)[:, None] * v.astype(jnp.float32)[None]
         out_ref[...], top_ref[...], mass_ref[...] = total * shrunk[:, None] + seen, new, mass * shrunk + weight
 
-    def per_row(*shape):
+    def per_row(*shape: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, *shape), lambda i, k, p: (i, *(0 for _ in shape)))
 
-    def per_head(*shape):
+    def per_head(*shape: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, None, *shape), lambda i, k, p: (i, k, *(0 for _ in shape)))
 
-    def per_part(*shape):
+    def per_part(*shape: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, None, None, *shape), lambda i, k, p: (i, k, p, *(0 for _ in shape)))
 
     places = [per_head(*array.shape[2:]) for array in kept]

@@ -18,10 +18,19 @@ import numpy as np
 
 from emu3_jax.config import DecoderConfig
 from emu3_jax.models.adapters import PROJECTION, Adapter, project, weight_dtype
-from emu3_jax.models.attention import attend, choose_kernels, matmul_precision, self_attention, target_platform
+from emu3_jax.models.attention import (
+    cached_attention,
+    choose_kernels,
+    matmul_precision,
+    self_attention,
+    target_platform,
+)
 from emu3_jax.models.attention_kernels import ATTENTION
 from emu3_jax.models.cache import KVCache
 from emu3_jax.models.decode_kernels import attend_one
+
+Params = dict[str, Any]  # nested dicts of arrays
+Rotations = tuple[jax.Array, jax.Array]  # cosines and sines; see `rotations`
 
 
 class RMSNorm(nn.Module):
@@ -39,7 +48,7 @@ class RMSNorm(nn.Module):
         return normed.astype(x_bsd.dtype) * scale.astype(x_bsd.dtype)[None, None]
 
 
-def rotations(positions_bs: jax.Array, width: int, theta: float) -> tuple[jax.Array, jax.Array]:
+def rotations(positions_bs: jax.Array, width: int, theta: float) -> Rotations:
     """Cosines and sines of the rotary position embedding, float32 [B, S, H / 2] each: once for all heads and layers.
 
     Args:
@@ -52,7 +61,7 @@ def rotations(positions_bs: jax.Array, width: int, theta: float) -> tuple[jax.Ar
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rope(x_bs_h: jax.Array, rotations_bsr: tuple[jax.Array, jax.Array]) -> jax.Array:
+def rope(x_bs_h: jax.Array, rotations_bsr: Rotations) -> jax.Array:
     """Rotary position embedding, halves rotated against each other, in float32.
 
     Args:
@@ -74,17 +83,24 @@ class Attention(nn.Module):
     kernels: str = "auto"
 
     @nn.compact
-    def __call__(self, x_bsd, rotations_bsr, segments_bs, cache: KVCache | None, layer: int):
-        c = self.config
+    def __call__(
+        self,
+        x_bsd: jax.Array,
+        rotations_bsr: Rotations,
+        segments_bs: jax.Array | None,
+        cache: KVCache | None,
+        layer: int,
+    ) -> tuple[jax.Array, KVCache | None]:
+        c, adapter = self.config, self.adapter
         d, k, h = c.hidden_size, c.num_kv_heads, c.head_dim
         g = c.num_heads // k
         axes = ("embed", "kv_heads", "heads_per_kv", "head_dim")
-        qkv = project(self, self.adapter, "bsd,dkph->bskph", x_bsd, "qkv", (d, k, g + 2, h), axes)
+        qkv = project(self, adapter, "bsd,dkph->bskph", x_bsd, name="qkv", shape=(d, k, g + 2, h), axes=axes)
         kernels = "xla" if cache is None or x_bsd.shape[1] > 1 else choose_kernels(self.kernels, h)
-        if kernels != "xla":
-            rotated = tuple(part[:, 0] for part in rotations_bsr)
+        if cache is not None and kernels != "xla":
+            cos, sin = (part[:, 0] for part in rotations_bsr)
             where, interpret = (cache.length, cache.start), kernels != "pallas"
-            mixed, kept = attend_one(qkv[:, 0], rotated, cache.layer(layer), *where, interpret=interpret)
+            mixed, kept = attend_one(qkv[:, 0], (cos, sin), cache.layer(layer), *where, interpret=interpret)
             cache = cache.with_layer(layer, *kept)
         else:
             queries_keys = rope(qkv[:, :, :, : g + 1], rotations_bsr)
@@ -93,11 +109,12 @@ class Attention(nn.Module):
                 mixed = self_attention(queries, keys, values, segments_bs, self.implementation)
             else:
                 cache = cache.write(layer, jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2))
-                mixed = attend(queries, *cache.layer(layer), cache.length, cache.start)
+                kept = cache.layer(layer)
+                mixed = cached_attention(queries, *kept, first_query=cache.length, start=cache.start)
         # One contracted axis: with three, XLA may choose another order of them and transpose the weight every step.
         mixed = mixed.reshape(*x_bsd.shape[:2], c.num_heads * h)
         axes = ("kv_heads", "heads_per_kv", "head_dim", "embed")
-        return project(self, self.adapter, "bsn,nd->bsd", mixed, "out", (k, g, h, d), axes), cache
+        return project(self, adapter, "bsn,nd->bsd", mixed, name="out", shape=(k, g, h, d), axes=axes), cache
 
 
 class MLP(nn.Module):
@@ -109,10 +126,10 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x_bsd: jax.Array) -> jax.Array:
         d, f = self.config.hidden_size, self.config.intermediate_size
-        axes = ("embed", None, "mlp")
-        gate_up = project(self, self.adapter, "bsd,dcf->bscf", x_bsd, "gate_up", (d, 2, f), axes)
+        adapter, axes = self.adapter, ("embed", None, "mlp")
+        gate_up = project(self, adapter, "bsd,dcf->bscf", x_bsd, name="gate_up", shape=(d, 2, f), axes=axes)
         hidden = jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
-        return project(self, self.adapter, "bsf,fd->bsd", hidden, "down", (f, d), ("mlp", "embed"))
+        return project(self, adapter, "bsf,fd->bsd", hidden, name="down", shape=(f, d), axes=("mlp", "embed"))
 
 
 class Block(nn.Module):
@@ -128,7 +145,14 @@ class Block(nn.Module):
     dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, x_bsd, rotations_bsr, segments_bs=None, cache: KVCache | None = None, layer: int = 0):
+    def __call__(
+        self,
+        x_bsd: jax.Array,
+        rotations_bsr: Rotations,
+        segments_bs: jax.Array | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+    ) -> tuple[jax.Array, KVCache | None]:
         epsilon, adapter = self.config.rms_norm_eps, self.adapter
         attention = Attention(self.config, self.implementation, adapter, self.kernels, name="attention")
         normed = RMSNorm(epsilon, adapter, name="attention_norm")(x_bsd)
@@ -157,7 +181,7 @@ class Embedding(nn.Module):
     rows: int
     adapter: Adapter | None = None
 
-    def setup(self):
+    def setup(self) -> None:
         width = self.config.hidden_size
         init = nn.with_logical_partitioning(nn.initializers.normal(width**-0.5), ("vocab", "table_width"))
         self.scales = None
@@ -187,7 +211,7 @@ class Embedding(nn.Module):
         return nn.with_logical_constraint(logits, ("batch", None, None))
 
 
-def _products(primitive, *avals, **params):
+def _products(primitive: Any, *avals: Any, **params: Any) -> bool:
     """Keeps the sums of a projection and its adapters' part, one array where the two would be two, and attention."""
     named = jax.checkpoint_policies.save_only_these_names(PROJECTION, ATTENTION)
     # cuDNN's results have no names: they arise in its own rule of differentiation.
@@ -228,7 +252,7 @@ class Decoder(nn.Module):
     kernels: str = "auto"
     dropout: float = 0.0
 
-    def setup(self):
+    def setup(self) -> None:
         c = self.config
         self.embed = Embedding(c, "embedding", c.vocab_size, self.adapter)
         block = Block
@@ -253,7 +277,9 @@ class Decoder(nn.Module):
         rows = c.tokens.visual_count if self.visual_head else c.vocab_size
         self.head = Embedding(c, "kernel", rows, self.adapter)
 
-    def __call__(self, tokens_bs, cache: KVCache | None = None, *, last_only: bool = False):
+    def __call__(
+        self, tokens_bs: jax.Array, cache: KVCache | None = None, *, last_only: bool = False
+    ) -> tuple[jax.Array, KVCache | None]:
         """Logits of the next token after each token of `tokens_bs`.
 
         Args:
@@ -276,7 +302,9 @@ class Decoder(nn.Module):
             hidden = self.norm(x_bsd[:, -1:] if last_only else x_bsd)
         return self.head.logits(hidden[:, -1:] if last_only else hidden), cache
 
-    def hidden(self, tokens_bs, positions_bs=None, segments_bs=None):
+    def hidden(
+        self, tokens_bs: jax.Array, positions_bs: jax.Array | None = None, segments_bs: jax.Array | None = None
+    ) -> jax.Array:
         """What the head multiplies, for losses that never hold all logits (`training.losses`).
 
         Args:
@@ -299,11 +327,11 @@ class Decoder(nn.Module):
                 x_bsd, _ = block(x_bsd, rotations_bsr, segments_bs)
         return self.norm(x_bsd)
 
-    def _rotations(self, positions_bs):
+    def _rotations(self, positions_bs: jax.Array) -> Rotations:
         return rotations(positions_bs, self.config.head_dim, self.config.rope_theta)
 
 
-def visual_head_params(params, config: DecoderConfig):
+def visual_head_params(params: Params, config: DecoderConfig) -> Params:
     """`params` with the head cut to its visual rows, for `Decoder(config, visual_head=True)`."""
     special = config.tokens
     rows = slice(special.visual_start, special.visual_end)

@@ -20,8 +20,8 @@ class Quantizer(nn.Module):
     codebook_size: int
     embed_dim: int
 
-    def setup(self):
-        def uniform(key, shape, dtype):
+    def setup(self) -> None:
+        def uniform(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
             return jax.random.uniform(key, shape, dtype, -1 / shape[0], 1 / shape[0])
 
         init = nn.with_logical_partitioning(uniform, ("codes", "code_width"))

@@ -79,7 +79,7 @@ class VisionEncoder(nn.Module):
     config: VisionConfig
     numerics: Numerics
 
-    def setup(self):
+    def setup(self) -> None:
         c, numerics = self.config, self.numerics
         last = len(c.channel_multipliers) - 1
         self.conv_in = conv3x3(numerics, c.base_channels)
@@ -135,7 +135,7 @@ class VisionDecoder(nn.Module):
     config: VisionConfig
     numerics: Numerics
 
-    def setup(self):
+    def setup(self) -> None:
         c, numerics = self.config, self.numerics
         self.time_res_stack = [TemporalResnetBlock(numerics) for _ in range(c.num_res_blocks)]
         self.time_conv = [TemporalUpsample(numerics) for _ in range(_doublings(c.temporal_factor))]
@@ -200,7 +200,7 @@ class VisionTokenizer(nn.Module):
     config: VisionConfig
     numerics: Numerics = Numerics()
 
-    def setup(self):
+    def setup(self) -> None:
         c, numerics = self.config, self.numerics
         self.encoder = VisionEncoder(c, numerics)
         self.decoder = VisionDecoder(c, numerics)
@@ -424,7 +424,7 @@ def _doublings(factor: int) -> int:
     return factor.bit_length() - 1
 
 
-def _over_frames(network: Callable, module: nn.Module, pixels: int, *frames: jax.Array) -> jax.Array:
+def _over_frames(network: Callable[..., jax.Array], module: nn.Module, pixels: int, *frames: jax.Array) -> jax.Array:
     """`network(module, *frames)` over frames [N, ...] of `pixels` pixels each, in equal groups of bounded size."""
     count = len(frames[0])
     limit = max(1, PIXELS_PER_STEP // pixels)
@@ -432,7 +432,9 @@ def _over_frames(network: Callable, module: nn.Module, pixels: int, *frames: jax
     if group == count:
         return network(module, *frames)
 
-    def step(module, carry, start, frames):
+    def step(
+        module: nn.Module, carry: tuple[()], start: jax.Array, frames: tuple[jax.Array, ...]
+    ) -> tuple[tuple[()], jax.Array]:
         # Slices of the whole, not rows of a reshaped array: that one XLA would copy first.
         return carry, network(module, *(jax.lax.dynamic_slice_in_dim(f, start, group) for f in frames))
 

@@ -10,6 +10,7 @@ Parameter names follow upstream's PyTorch modules segment by segment. Logical ax
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -66,7 +67,7 @@ class Numerics:
         return nn.remat(kind) if self.remat else kind
 
 
-def convolve(x: jax.Array, kernel: jax.Array, *args, precision: jax.lax.Precision, **kwargs) -> jax.Array:
+def convolve(x: jax.Array, kernel: jax.Array, *args: Any, precision: jax.lax.Precision, **kwargs: Any) -> jax.Array:
     """`jax.lax.conv_general_dilated`, but three times as fast in float32 at the highest precision on NVIDIA GPUs.
 
     There each operand is the sum of two TF32 numbers, and the matrix units take all products but the smallest, whose
@@ -97,7 +98,7 @@ def _tf32_parts(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return high, jax.lax.reduce_precision(x - high, 8, 10)
 
 
-def kernel_init(*axes: str) -> Callable[..., jax.Array]:
+def kernel_init(*axes: str) -> Callable[..., Any]:
     """Upstream's initialisation of a kernel with these logical axes."""
     return nn.with_logical_partitioning(_conv_init, axes)
 
@@ -159,7 +160,9 @@ class GroupNorm(nn.Module):
         scale = self.param("scale", _ones_init, (channels,), jnp.float32)
         bias = self.param("bias", _channels_init, (channels,), jnp.float32)
 
-        def group_mean(values):  # [B, H, W, C] -> [B, 1, 1, C]; per channel first, a fast reduction on every backend
+        def group_mean(
+            values: jax.Array,
+        ) -> jax.Array:  # [B, H, W, C] -> [B, 1, 1, C]; per channel first, a fast reduction on every backend
             per_channel = values.mean((1, 2))
             per_group = per_channel.reshape(len(values), GROUPS, -1).mean(-1)
             return jnp.repeat(per_group, channels // GROUPS, axis=-1)[:, None, None]

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -17,7 +17,6 @@ from emu3_jax.models.adapters import Adapter
 from emu3_jax.models.cache import KVCache
 from emu3_jax.models.decoder import Decoder
 from emu3_jax.models.vision import VisionTokenizer
-from emu3_jax.sharding.mesh import AXES
 
 LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
     # Weights of the decoder. Every device of `fsdp` and `sequence` keeps its part of each matrix; `tensor` splits the
@@ -83,7 +82,7 @@ def shardings(abstract: Any, mesh: Mesh) -> Any:
         Emu3Error: an axis of a weight does not split evenly.
     """
 
-    def place(path, leaf):
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         if not isinstance(leaf, nn.LogicallyPartitioned):
             return NamedSharding(mesh, P())
         _check_even("/".join(_key(entry) for entry in path), leaf.names, leaf.value.shape, mesh)
@@ -122,18 +121,6 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def batch_shards(mesh: Mesh | None) -> int:
     """The parts that the rows of a batch are split into: their number must be a multiple of it."""
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in LOGICAL_AXES["batch"])
-
-
-def over_batch(function: Callable[[Any, jax.Array], jax.Array], mesh: Mesh) -> Callable[[Any, jax.Array], jax.Array]:
-    """`function(params, batch)`, compiled so that every device of the mesh computes rows of its own.
-
-    For the vision tokenizer (`make_encoder`, `make_decoder`): its loop over frames must not cross devices.
-
-    Args:
-        function: of parameters, whole on every device, and an array [B, ...], to an array [B, ...], row by row.
-        mesh: B must be a multiple of its size.
-    """
-    return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=(P(), P(AXES)), out_specs=P(AXES)))
 
 
 def _check_even(name: str, axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> None:
