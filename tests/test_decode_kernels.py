@@ -1,5 +1,6 @@
 """The kernel for single tokens: interpreted, it equals plain attention, and so do whole runs."""
 
+import contextlib
 import dataclasses
 
 import jax
@@ -7,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from emu3_jax.errors import Emu3Error
 from emu3_jax.generation import session
 from emu3_jax.generation.schedule import image_schedule, text_schedule
-from emu3_jax.models import attention_kernels
+from emu3_jax.models import attention, attention_kernels
 from emu3_jax.models.attention import cached_attention, choose_kernels
 from emu3_jax.models.cache import KVCache
 from emu3_jax.models.decode_kernels import attend_one, check_width
@@ -89,10 +91,18 @@ def test_runs_on_a_mesh_are_equal_too(kind):
     ],
 )  # fmt: skip
 def test_the_choice_of_kernels(kernels, width, platform, expected, monkeypatch):
+    monkeypatch.setattr(attention, "TRITON_SUPPORTED", True)
     monkeypatch.setattr(attention_kernels, "cuda_capability", lambda: (9, 0))
     assert choose_kernels(kernels, width, platform) == expected
     monkeypatch.setattr(attention_kernels, "cuda_capability", lambda: (7, 5))
     assert choose_kernels("auto", width, platform) == "xla"
+
+
+@pytest.mark.parametrize("kernels", ["auto", "pallas"])
+def test_without_triton_the_kernel_is_taken_on_request_alone(kernels, monkeypatch):
+    monkeypatch.setattr(attention, "TRITON_SUPPORTED", False)
+    monkeypatch.setattr(attention_kernels, "cuda_capability", lambda: (9, 0))
+    assert choose_kernels(kernels, 128, "gpu") == {"auto": "xla", "pallas": "pallas"}[kernels]
 
 
 def test_unknown_kernels_are_refused():
@@ -124,4 +134,11 @@ def test_the_kernel_lowers_for_cuda(dtype, rows):
         array((), jnp.int32),
         array((rows,), jnp.int32),
     )
-    assert "triton" in jax.jit(attend_one).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    with contextlib.ExitStack() as stack:
+        if jax.__version_info__ >= (0, 11):
+            # They ask for which GPU, and say that this backend is deprecated; see `attention.TRITON_SUPPORTED`.
+            h100 = AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu")
+            stack.enter_context(use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=h100)))
+            stack.enter_context(pytest.warns(DeprecationWarning, match="Pallas Triton backend is deprecated"))
+        lowered = jax.jit(attend_one).trace(*arguments).lower(lowering_platforms=("cuda",))
+    assert "triton" in lowered.as_text()

@@ -124,6 +124,10 @@ def choose(
 # "pallas-interpreted" runs its program anywhere, for tests; "xla" is `cached_attention`, whatever the number of tokens.
 KERNELS = ("auto", "xla", "pallas", "pallas-interpreted")
 
+# JAX has deprecated the Triton backend of Pallas, which compiles "pallas": lowering the kernel gives a
+# DeprecationWarning since JAX 0.11. From 0.12 on "auto" does without the kernel.
+TRITON_SUPPORTED = jax.__version_info__ < (0, 12)
+
 
 def choose_kernels(kernels: str, width: int, platform: str = "") -> str:
     """What serves single tokens with heads of this width: the named one, or for "auto" the best where it will run.
@@ -140,7 +144,9 @@ def choose_kernels(kernels: str, width: int, platform: str = "") -> str:
         raise Emu3Error(f"kernels {kernels!r} are unknown: choose one of {', '.join(KERNELS)}")
     if kernels != "auto":
         return kernels
-    if (platform or target_platform()) != "gpu" or (attention_kernels.cuda_capability() or (0, 0)) < (8, 0):
+    if not TRITON_SUPPORTED or (platform or target_platform()) != "gpu":
+        return "xla"
+    if (attention_kernels.cuda_capability() or (0, 0)) < (8, 0):
         return "xla"
     return "pallas" if width >= 32 and width & (width - 1) == 0 else "xla"  # what its matrix products take
 
