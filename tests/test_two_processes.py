@@ -121,7 +121,7 @@ def base(golden_bundle, tmp_path_factory) -> TrainConfig:
         directory="",
         model=ModelConfig(str(golden_bundle), dtype="float32"),
         data=DataConfig(
-            (Source(str(data), TextToImage(loss="all", prompt_dropout=0.3)),), sequence_length=64, packing=2
+            (Source(str(data), TextToImage(loss="all", prompt_dropout=0.3)),), 32, packing=2, too_long="skip"
         ),
         batch_size=4,
         steps=STEPS,
@@ -151,7 +151,14 @@ def whole(config_file, tmp_path_factory) -> pathlib.Path:
     """The directory of a run of two processes that nothing disturbed."""
     directory = tmp_path_factory.mktemp("runs") / "whole"
     said = Pair("train", config_file, "--set", f"directory={directory}").succeed()
-    assert said == f"{directory / 'model'}: the model after {STEPS} steps"
+    # Each process skips records of its own share; what is told is their sum.
+    shares = json.loads((directory / "checkpoints" / str(STEPS) / "data" / "metadata").read_text())
+    skipped = [share["position"]["parent"]["too_long"] for share in shares]
+    assert len(skipped) == 2 and min(skipped) > 0
+    assert read_metrics(directory)[-1]["skipped"] == sum(skipped)
+    model, told = said.splitlines()
+    assert model == f"{directory / 'model'}: the model after {STEPS} steps"
+    assert told.startswith(f"{directory}: {sum(skipped)} records were longer than 32 tokens and were skipped")
     assert [step for step, *_ in losses(directory)] == list(range(1, STEPS + 1))
     return directory
 
