@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from prepare_entries import Entries
+from tiny_bundle import CODES
 
 import emu3_jax
 from emu3_jax import Emu3Error, distributed
@@ -30,7 +31,9 @@ from emu3_jax.training.loop import train
 from emu3_jax.training.metrics import read_metrics
 from emu3_jax.training.weights import export_run
 
-STEPS = 6
+pytestmark = [pytest.mark.compiled_quickly, pytest.mark.multiprocess]
+
+STEPS, EVERY = 24, 8  # enough that a run is far from its end when it is killed
 
 
 class Pair:
@@ -43,7 +46,7 @@ class Pair:
         command = [sys.executable, "-m", "emu3_jax.cli.main", *map(str, arguments)]
         common = {
             **os.environ,
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2",
             # Small programs too: every pair compiles nearly the same ones.
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             distributed.COORDINATOR: f"localhost:{port}",
@@ -113,21 +116,21 @@ def assert_same_weights(left: pathlib.Path, right: pathlib.Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def base(golden_bundle, tmp_path_factory) -> TrainConfig:
+def base(tiny_bundle, tmp_path_factory) -> TrainConfig:
     """Each process reads its own half of the rows; the weights lie on all four devices."""
     data = tmp_path_factory.mktemp("two") / "data"
-    prepare(Entries(), data, bundle_codebook(Bundle.open(golden_bundle)), shards=2)
+    prepare(Entries(codes=CODES), data, bundle_codebook(Bundle.open(tiny_bundle)), shards=2)
     return TrainConfig(
         directory="",
-        model=ModelConfig(str(golden_bundle), dtype="float32"),
+        model=ModelConfig(str(tiny_bundle), dtype="float32"),
         data=DataConfig(
             (Source(str(data), TextToImage(loss="all", prompt_dropout=0.3)),), 32, packing=2, too_long="skip"
         ),
         batch_size=4,
         steps=STEPS,
-        optimizer=OptimizerConfig(learning_rate=1e-3, final_learning_rate=1e-4, warmup_steps=2),
+        optimizer=OptimizerConfig(learning_rate=3e-3, final_learning_rate=3e-4, warmup_steps=2),
         mesh="fsdp=4",
-        checkpoint_every=2,
+        checkpoint_every=EVERY,
         keep=2,
     )
 
@@ -166,20 +169,11 @@ def whole(config_file, tmp_path_factory) -> pathlib.Path:
 # ------------------------------------------------------------------------------------------------ training
 
 
-def test_killed_processes_go_on(config_file, whole, tmp_path):
+def test_stopped_and_killed_processes_go_on(config_file, whole, tmp_path):
+    """SIGTERM to one stops both with a checkpoint; a run that was stopped, then killed, ends as one that was not."""
     directory = tmp_path / "run"
     arguments = ("train", config_file, "--set", f"directory={directory}")
     pair = Pair(*arguments)
-    pair.wait_for_step(directory, 3)
-    pair.kill()
-    assert len(losses(directory)) < STEPS
-    Pair(*arguments).succeed()
-    assert_near(losses(directory), losses(whole))
-
-
-def test_sigterm_to_one_stops_both_with_a_checkpoint(config_file, tmp_path):
-    directory = tmp_path / "run"
-    pair = Pair("train", config_file, "--set", f"directory={directory}", "--set", "steps=1000")
     pair.wait_for_step(directory, 1)
     pair.processes[1].send_signal(signal.SIGTERM)
     (code, out, errors), (other_code, other_out, _) = pair.end()
@@ -187,6 +181,13 @@ def test_sigterm_to_one_stops_both_with_a_checkpoint(config_file, tmp_path):
     (step,) = [int(word) for word in out.split() if word.isdigit()][:1]
     assert (directory / "checkpoints" / str(step)).is_dir()
     assert not (directory / "model").exists()
+
+    pair = Pair(*arguments)
+    pair.wait_for_step(directory, max(step, EVERY) + 2)
+    pair.kill()
+    assert step < len(losses(directory)) < STEPS
+    Pair(*arguments).succeed()
+    assert_near(losses(directory), losses(whole))
 
 
 def test_their_checkpoint_in_one_process(base, whole, tmp_path):
@@ -200,13 +201,15 @@ def test_their_checkpoint_in_one_process(base, whole, tmp_path):
 
 def test_one_model_over_both_is_as_one_process(base, config_file, tmp_path):
     """Where `tensor` and `sequence` span the processes both read the same rows, those that one process reads."""
-    mesh, two, one = "sequence=2,tensor=2", tmp_path / "two", tmp_path / "one"
-    Pair("train", config_file, "--set", f"directory={two}", "--set", f"mesh={mesh}", "--set", "steps=4").succeed()
-    train(dataclasses.replace(base, directory=str(one), mesh=mesh, steps=4), progress=False)
+    two, one = tmp_path / "two", tmp_path / "one"
+    changes = {"mesh": "sequence=2,tensor=2", "steps": 4, "checkpoint_every": 2}
+    settings = [f"{name}={value}" for name, value in {"directory": two, **changes}.items()]
+    Pair("train", config_file, *(word for setting in settings for word in ("--set", setting))).succeed()
+    train(dataclasses.replace(base, directory=str(one), **changes), progress=False)
     assert_near(losses(two), losses(one))
     # And one process goes on from the checkpoint of two.
     shutil.rmtree(two / "checkpoints" / "4")
-    train(dataclasses.replace(base, directory=str(two), mesh=mesh, steps=4), progress=False)
+    train(dataclasses.replace(base, directory=str(two), **changes), progress=False)
     assert_near(losses(two), losses(one))
 
 
@@ -229,7 +232,7 @@ def test_generation_is_that_of_one_process(whole, tmp_path):
                 assert np.abs(np.asarray(picture, int) - np.asarray(generation.image, int)).max() <= 1
 
 
-def test_hosts_share_preparation(golden_bundle, tmp_path):
+def test_hosts_share_preparation(tiny_bundle, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), np.uint8)
     lines = []
     for index, array in enumerate(pixels):
@@ -237,7 +240,7 @@ def test_hosts_share_preparation(golden_bundle, tmp_path):
         lines.append(json.dumps({"image": f"{index}.png", "text": f"picture {index}"}))
     manifest = tmp_path / "manifest.jsonl"
     manifest.write_text("\n".join(lines) + "\n")
-    arguments = ("prepare", manifest, "--model", golden_bundle, "--area", 32 * 32, "--shards", 2, "--quiet")
+    arguments = ("prepare", manifest, "--model", tiny_bundle, "--area", 32 * 32, "--shards", 2, "--quiet")
     ends = Pair(*arguments, "-o", tmp_path / "two").end()
     assert [code for code, *_ in ends] == [0, 0], ends
     assert any("6 records in 2 shards" in out for _, out, _ in ends)
