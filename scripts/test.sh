@@ -26,4 +26,4 @@ in_venv "$extra" install
 # killed run left half-written is compiled again: that costs time, and is no error.
 export JAX_COMPILATION_CACHE_DIR="$(realpath "$VENV")/compiled" JAX_COMPILATION_CACHE_MAX_SIZE=2000000000
 exec "$VENV/bin/python" -m pytest -n 2 --dist loadfile \
-    -W "default:Error reading persistent compilation cache" -W "default:Error writing persistent compilation cache" "$@"
+    --durations=20 -W "default:Error reading persistent compilation cache" -W "default:Error writing persistent compilation cache" "$@"

@@ -17,6 +17,8 @@ from emu3_jax.models.attention import choose, self_attention
 from emu3_jax.sharding.mesh import make_mesh
 from emu3_jax.sharding.rules import use_mesh
 
+pytestmark = pytest.mark.slow
+
 SEGMENTS = {
     "none": None,
     "packed": [1, 1, 1, 2, 2, 2, 2, 2, 2, 3, 3, 0],
@@ -304,6 +306,7 @@ print(text.count("tpu_custom_call"), len(exchanges), compiled.memory_analysis().
 """
 
 
+@pytest.mark.libtpu
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: install emu3-jax[tpu]")
 def test_splash_compiles_for_a_tpu_that_is_not_here():
     libtpu = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}

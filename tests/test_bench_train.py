@@ -32,6 +32,7 @@ def lines(capsys, *arguments):
 @pytest.mark.parametrize(
     "arguments", [("--rows", "2", "--mesh", "fsdp=2"), ("--adapter", "2", "--base", "nf4", "--mesh", "fsdp=1")]
 )
+@pytest.mark.slow
 def test_our_side(capsys, arguments):
     head, figures = lines(capsys, *arguments)
     assert head["layers"] == 2 and figures["ms_per_step"] > 0

@@ -258,6 +258,7 @@ def test_splits_keep_apart_what_looks_alike(build, tmp_path):
         assert all(len(splits) == 1 for splits in triples.values())
 
 
+@pytest.mark.slow
 def test_the_same_bytes_again(build, tmp_path):
     build("once")
     build("again")

@@ -95,6 +95,7 @@ def loaded(golden_model, monkeypatch):
     monkeypatch.setattr("emu3_jax.load", lambda *_, **__: golden_model)
 
 
+@pytest.mark.slow
 def test_tokenize_resamples_clips_and_tiles_frames(golden_bundle, golden_model, here, loaded):
     save_clip(np.random.default_rng(0).integers(0, 256, (12, 64, 96, 3), np.uint8), here / "clip.png", 10.0)
     arguments = ("tokenize", "clip.png", GOLDEN / "gray.png", "--model", golden_bundle, "-o", "codes.npz")
@@ -223,6 +224,7 @@ def test_bench_prints_json_lines(capsys):
     assert lines[0]["quantize"] == "int8" and 0.5 < lines[1]["bytes_per_step"] / moved < 0.53
 
 
+@pytest.mark.slow
 def test_bench_on_a_mesh_and_bad_combinations(capsys):
     arguments = ("bench", "decode", "--preset", "small", "--steps", 2, "--area", 1024, "--mesh", "tensor=2")
     assert run(*arguments, "--whole") == 0
@@ -240,6 +242,7 @@ def test_bench_refuses_logits_that_nothing_moves(capsys):
         assert "--logits compares" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_bench_of_a_bundle(golden_bundle, capsys):
     assert run("bench", "decode", "--model", golden_bundle, "--area", 1024, "--whole") == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

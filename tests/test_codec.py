@@ -213,6 +213,7 @@ def test_a_tile_as_large_as_the_frame_is_the_frame(vision, tile):
         np.testing.assert_array_equal(*(np.asarray(x.frames if codes.ndim == 3 else x) for x in (whole, tiled)))
 
 
+@pytest.mark.slow
 def test_tiles_of_a_clip_in_parts_equal_those_of_the_whole(vision, monkeypatch):
     """Each tile has a past of its own."""
     clip = moving(32, 24, 16)
@@ -248,6 +249,7 @@ def test_the_largest_program_is_a_tiles(vision, monkeypatch):
     assert shapes == {"encode": {(1, 16, 16, 3)}, "decode": {(1, 8, 8)}}
 
 
+@pytest.mark.slow
 def test_tiles_of_the_embedded_model_are_near_the_whole():
     """Of a picture four times as large as those that it was trained on."""
     model = emu3_jax.load().vision

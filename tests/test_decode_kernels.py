@@ -21,7 +21,7 @@ from emu3_jax.models.decoder import rope, rotations
 from emu3_jax.models.quantization import quantise_params
 from emu3_jax.sharding.mesh import make_mesh
 
-pytestmark = pytest.mark.compiled_quickly
+pytestmark = [pytest.mark.compiled_quickly, pytest.mark.slow]
 
 
 @pytest.mark.parametrize("narrow", [False, True])

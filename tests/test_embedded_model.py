@@ -12,6 +12,8 @@ from emu3_jax.checkpoints import embedded
 from emu3_jax.cli.main import main
 from emu3_jax.evaluation.procedural import read_still
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = pathlib.Path(__file__).parents[1] / "scripts"
 
 

@@ -151,6 +151,7 @@ def test_calls_end_with_the_frames_of_clips(monkeypatch):
     assert (schedule[[8, 17]] == TokenClass.EOF).all() and schedule[24] == TokenClass.VISUAL
 
 
+@pytest.mark.slow
 def test_first_and_second_token_are_drawn_from_the_exact_distribution():
     """4,000 guided rows that differ in nothing but their seeds, against probabilities from full forward passes."""
     count, scale, temperature = 4000, 2.0, 1.5

@@ -236,6 +236,7 @@ def test_a_judge_that_cannot_be_kept(toy, tmp_path, capsys):
 # ------------------------------------------------------------------------------------------------ parts
 
 
+@pytest.mark.slow
 def test_reconstruction_is_that_of_the_model(tiny_bundle, data):
     model = emu3_jax.load(tiny_bundle)
     reconstruct = Reconstructor(model.vision, batch_size=4, progress=False)

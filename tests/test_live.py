@@ -88,6 +88,7 @@ def test_given_frames_are_not_told_and_passes_tell_new_ones_only(golden_model, m
         watch.assert_tells(row, begin, clip)
 
 
+@pytest.mark.slow
 def test_frames_are_those_of_the_whole_clip_decoded(golden_model, monkeypatch):
     seen = []
     run = session.run
@@ -234,6 +235,7 @@ def test_bad_input_leaves_no_directory(video, tmp_path):
         assert (code, out) == (2, "") and words in error and os.listdir(tmp_path) == []
 
 
+@pytest.mark.multiprocess
 def test_two_processes_decode_alike_and_the_first_one_shows(golden_bundle, golden_model, tmp_path):
     said = Pair(
         "video", "a", "--model", golden_bundle, "--dtype", "float32", "--mesh", "fsdp=2,tensor=2", "--area", 1024,

@@ -39,7 +39,7 @@ from emu3_jax.training.lora import freeze_stacked, join, split
 from emu3_jax.training.losses import chunked_cross_entropy, next_tokens
 from emu3_jax.training.step import Trainer
 
-pytestmark = pytest.mark.compiled_quickly
+pytestmark = [pytest.mark.compiled_quickly, pytest.mark.slow]
 
 freeze = jax.jit(lora.freeze, static_argnums=1)
 merge = jax.jit(lora.merge, static_argnums=(2, 3))

@@ -20,7 +20,13 @@ from emu3_jax.training import plan as training_plan
 from emu3_jax.training.config import load_config
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
-libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+
+
+def libtpu(test):
+    """Marks a test that compiles for a TPU, and is skipped without libtpu."""
+    absent = importlib.util.find_spec("libtpu") is None
+    return pytest.mark.libtpu(pytest.mark.skipif(absent, reason="libtpu is not installed")(test))
+
 
 # Weights of the 8 B model's layers and tables, without norms.
 EMU3_MATRICES = 32 * (4096 * (2 * 32 + 2 * 8) * 128 + 3 * 4096 * 14336) + 2 * 184622 * 4096

@@ -11,6 +11,8 @@ from emu3_jax.evaluation import procedural
 from emu3_jax.evaluation.procedural import Motion, Still, all_clips, all_stills, rasterise_clip, rasterise_still
 from emu3_jax.media.clips import load_clip, save_clip
 
+pytestmark = pytest.mark.slow
+
 SIDE = 48
 
 

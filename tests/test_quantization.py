@@ -21,7 +21,7 @@ from emu3_jax.models.attention import cached_attention
 from emu3_jax.models.cache import KVCache
 from emu3_jax.models.quantization import KINDS, narrow_rows, quantise, quantise_params
 
-pytestmark = pytest.mark.compiled_quickly
+pytestmark = [pytest.mark.compiled_quickly, pytest.mark.slow]
 
 SMALLEST = {"int8": 0.5, "int8-weights": 0.5, "fp8": 16}  # half the distance of neighbours, in scales, at the largest
 

@@ -28,6 +28,7 @@ def scripts(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
 
 
+@pytest.mark.slow
 def test_demo(scripts, tmp_path, capsys):
     import demo
 
@@ -62,6 +63,7 @@ def test_demo_stops_at_the_first_command_that_fails(scripts, tmp_path, capsys):
     assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("$ ")]) == 1
 
 
+@pytest.mark.slow
 def test_the_small_checkpoint_converts_and_draws(scripts, vocabulary, tmp_path):
     from small_checkpoint import write_checkpoint
 
@@ -83,6 +85,7 @@ def test_a_small_vocabulary_beside_a_vision_tokenizer(scripts, vocabulary, golde
         write_bundle(golden_bundle, tmp_path / "start")
 
 
+@pytest.mark.slow
 def test_assets_are_a_whole_model_with_card_and_checksums(scripts, golden_bundle, golden_model, tmp_path, monkeypatch):
     import emoji_assets
 
@@ -185,6 +188,7 @@ def test_old_python_is_named_in_one_line(tmp_path):
         assert not (tmp_path / ".venv").exists()
 
 
+@pytest.mark.slow
 def test_the_table_of_decoding(scripts, monkeypatch, capsys):
     import bench_table
 

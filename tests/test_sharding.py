@@ -32,6 +32,8 @@ from emu3_jax.sharding.rules import (
 )
 from emu3_jax.text.prompts import generation_prompt
 
+pytestmark = pytest.mark.slow
+
 BATCH = ("data", "fsdp")
 SPLIT = ("fsdp", "sequence")
 

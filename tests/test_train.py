@@ -97,6 +97,7 @@ def wait_for_step(process: subprocess.Popen, directory: pathlib.Path, step: int)
 # ------------------------------------------------------------------------------------------------ going on
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_random_goes_on_exactly(config_file, whole, tmp_path):
     directory, draw = tmp_path / "run", random.Random(0)
     for step in (5, 15):
@@ -116,6 +117,7 @@ def test_a_run_killed_at_random_goes_on_exactly(config_file, whole, tmp_path):
         np.testing.assert_array_equal(weights_of(directory / "model")[name], array, err_msg=name)
 
 
+@pytest.mark.slow
 def test_sigterm_writes_a_checkpoint(config_file, whole, tmp_path):
     process = start(config_file, tmp_path / "run")
     wait_for_step(process, tmp_path / "run", 1)
@@ -191,6 +193,7 @@ def test_evaluation_pictures_and_profile(base, data, tmp_path):
 
 
 @pytest.mark.parametrize("base_dtype", ["float32", "nf4"])
+@pytest.mark.slow
 def test_adapters(base, base_dtype, tmp_path, tiny_bundle):
     adapter = Adapter(rank=2, base=base_dtype)
     config = dataclasses.replace(base, directory=str(tmp_path), steps=4, checkpoint_every=3, adapter=adapter)
@@ -212,6 +215,7 @@ def message_of(config, match):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_two_runs_on_one_directory(base, config_file, tmp_path):
     process = start(config_file, tmp_path / "run")
     wait_for_step(process, tmp_path / "run", 1)
@@ -272,6 +276,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(base, tmp_path, monkeypatch):
         assert batch["tokens"].shape == (2, 64)
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_last_checkpoint(base, tmp_path, monkeypatch):
     directory = tmp_path / "run"
     train(dataclasses.replace(base, directory=str(directory), steps=3), progress=False)

@@ -19,6 +19,8 @@ from emu3_jax.sharding.mesh import make_mesh
 from emu3_jax.sharding.rules import batch_sharding, decoder_shardings, use_mesh
 from emu3_jax.training.losses import chunked_cross_entropy, next_tokens
 
+pytestmark = pytest.mark.slow
+
 CONFIG = tiny.CONFIG
 
 

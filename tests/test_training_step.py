@@ -20,7 +20,7 @@ from emu3_jax.training.flops import matrix_weights, peak_flops, step_flops
 from emu3_jax.training.host_rows import HostRows
 from emu3_jax.training.step import Trainer
 
-pytestmark = pytest.mark.compiled_quickly
+pytestmark = [pytest.mark.compiled_quickly, pytest.mark.slow]
 
 ROWS, LENGTH = 8, 16
 CONFIG = TrainConfig(

@@ -19,6 +19,8 @@ from emu3_jax.models import vision, vision_layers
 from emu3_jax.models.quantizer import Quantizer, nearest_codes
 from emu3_jax.models.vision import Stream, VisionTokenizer, check_codes, make_decoder, make_encoder
 
+pytestmark = pytest.mark.slow
+
 CONFIG = vision_from_published(golden_json("hf_configs.json")["vq"])
 TINY = VisionConfig(
     codebook_size=64, base_channels=32, channel_multipliers=(1, 1), num_res_blocks=1, attention_stages=(1,)

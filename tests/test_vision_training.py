@@ -32,7 +32,7 @@ from emu3_jax.training.vision_config import LossConfig, PixelConfig, VisionTrain
 from emu3_jax.training.vision_losses import structural_similarity
 from emu3_jax.training.vision_step import VisionTrainer, augmented, nearest
 
-pytestmark = pytest.mark.compiled_quickly
+pytestmark = [pytest.mark.compiled_quickly, pytest.mark.slow]
 
 # As few layers as there can be: most of the time goes into compiling. One recipe for all tests is compiled once.
 VISION = VisionConfig(
