@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow  # and needs Jupyter, which the quick tier does without
+
 NOTEBOOKS = sorted((pathlib.Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 PARAMETERS = "MODEL = None\nAREA = None\nREPOSITORY = {repository!r}"
 
