@@ -1,5 +1,6 @@
 """`Emu3` as its users call it: golden pictures and answers, options per row, shared vision, bad input."""
 
+import dataclasses
 import pathlib
 import re
 
@@ -255,6 +256,11 @@ def test_parts_that_a_bundle_lacks_are_named(golden_bundle, golden_model, tmp_pa
             call()
     whole = emu3_jax.load(tmp_path / "half", vision=golden_bundle, dtype="float32")
     assert whole.generate("a", **small())[0].size == (32, 32)
+    # Questions alone need no vision tokenizer.
+    (answer,) = half.chat([[]], "Hello", max_new_tokens=3)
+    assert (
+        answer == half.converse(max_new_tokens=3).ask("Hello") == golden_model.chat([[]], "Hello", max_new_tokens=3)[0]
+    )
     eyes = emu3_jax.Emu3("eyes", vision=golden_model.vision)
     with pytest.raises(Emu3Error, match="model eyes has no decoder"):
         eyes.generate("a")
@@ -326,6 +332,21 @@ def test_codes_outside_the_codebook_are_refused(golden_model):
     for bad in (-1, 32768):
         with pytest.raises(Emu3Error, match=str(bad)):
             golden_model.detokenize([np.full((2, 2), bad)])
+
+
+def test_generated_codes_outside_the_codebook_are_refused(golden_model):
+    part = golden_model.vision
+    fewer = dataclasses.replace(part, config=dataclasses.replace(part.config, codebook_size=1))
+    model = emu3_jax.Emu3("two parts", golden_model.language, fewer)
+    with pytest.raises(Emu3Error, match="is outside the codebook"):
+        model.generate("a", **small())
+
+
+def test_counts_may_be_of_numpy(golden_model):
+    (one,) = golden_model.generate_sequences("a", **small(batch_size=np.int64(2)))
+    (other,) = golden_model.generate_sequences("a", **small())
+    np.testing.assert_array_equal(one.ids, other.ids)
+    assert golden_model.chat([[]], "a", max_new_tokens=np.int32(2)) == golden_model.chat([[]], "a", max_new_tokens=2)
 
 
 def test_an_absent_bundle_is_named(tmp_path):

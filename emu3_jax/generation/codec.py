@@ -92,7 +92,8 @@ def decode(
 
 
 def decode_picture(vision: Vision, codes: np.ndarray, *, tile: int | None = None) -> Image.Image:
-    """The picture of codes, int32 [h, w], all inside the codebook; `tile`: see `Emu3.detokenize`."""
+    """The picture of codes, int32 [h, w]; `tile`: see `Emu3.detokenize`. Raises `Emu3Error` outside the codebook."""
+    check_codes(codes, vision.config)
     pixels = _step(vision, "decode", tile=tile)(codes[None])
     return Image.fromarray(postprocess(np.asarray(pixels)[0], vision.image))
 

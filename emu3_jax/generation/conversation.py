@@ -1,7 +1,7 @@
 """Questions about pictures and clips, one after the other, each answered in the light of what came before."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -85,9 +85,11 @@ class Asking:
         return answer(language, inputs, self.sampling, max_new_tokens=self.max_new_tokens, batching=self.batching)
 
 
-def _codes(language: Language, vision: Vision, showing: Showing, media: Media | Sequence[Media]) -> list[np.ndarray]:
+def _codes(
+    language: Language, vision: Callable[[], Vision], showing: Showing, media: Media | Sequence[Media]
+) -> list[np.ndarray]:
     """Codes of all that is shown with one question."""
-    return [codes for item in _several(media) for codes in showing.codes(vision, item, language.config.clip_frames)]
+    return [codes for item in _several(media) for codes in showing.codes(vision(), item, language.config.clip_frames)]
 
 
 def _several(value: Any) -> list[Any]:
@@ -97,12 +99,12 @@ def _several(value: Any) -> list[Any]:
 
 def answer_questions(
     language: Language,
-    vision: Vision,
+    vision: Callable[[], Vision],
     media: Media | Sequence[Media | Sequence[Media]],
     questions: str | Sequence[str],
     asking: Asking,
 ) -> list[str]:
-    """One answer for each picture, clip or sequence of such; see `Emu3.chat`."""
+    """One answer for each picture, clip or sequence of such; see `Emu3.chat`. `vision` is called to show something."""
     rows = _several(media)
     if not rows:
         raise Emu3Error("there is no picture: give at least one")
@@ -124,7 +126,8 @@ class Conversation:
         turns: the questions and answers so far.
     """
 
-    def __init__(self, language: Language, vision: Vision, asking: Asking):
+    def __init__(self, language: Language, vision: Callable[[], Vision], asking: Asking):
+        """`vision` is called when something is to be shown: questions alone need no vision tokenizer."""
         self.turns: list[tuple[str, str]] = []
         self._language, self._vision, self._asking = language, vision, asking
         self._ids: list[int] = []

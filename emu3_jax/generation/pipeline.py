@@ -259,7 +259,7 @@ class Emu3:
             max_new_tokens,
             allow_special,
         )
-        return answer_questions(self.language, self.vision, images, prompts, asking)
+        return answer_questions(self.language, lambda: self.vision, images, prompts, asking)
 
     def converse(
         self,
@@ -286,4 +286,4 @@ class Emu3:
             max_new_tokens,
             allow_special,
         )
-        return Conversation(self.language, self.vision, asking)
+        return Conversation(self.language, lambda: self.vision, asking)

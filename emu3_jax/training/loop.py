@@ -163,8 +163,7 @@ class _DecoderJob:
             params = weights.stacked_from_bundle(self._bundle, self._decoder, self._mesh, places)
         return self._trainer.initial_state(params)
 
-    @functools.cached_property
-    def _frozen(self) -> Any:
+    def _load_frozen(self) -> Any:
         """The weights beside adapters; an empty dict where all are trained."""
         adapter = self._config.adapter
         if adapter is None:
@@ -174,6 +173,7 @@ class _DecoderJob:
     # -------------------------------------------------------------------------------------------- steps
 
     def start(self, step: int, position: Any | None) -> None:
+        self._frozen = self._load_frozen()  # before the first step, whose time is its own
         if position is not None:
             self._batches.set_state(position)
 

@@ -197,8 +197,8 @@ def run(job: Job, directory: pathlib.Path, progress: bool | None) -> Outcome:
             metrics = stack.enter_context(contextlib.closing(Metrics(directory, step)))
         with _bar(job.cadence.steps, step, progress) as bar, stop_signal() as stop:
             loop = _Loop(job, directory, state, step, checkpoints=checkpoints, metrics=metrics, bar=bar)
-            finished = loop.train(stop)
-        model = _export(job, directory, loop.step) if finished else None
+            # A signal does not interrupt the export: it ends complete.
+            model = _export(job, directory, loop.step) if loop.train(stop) else None
         return Outcome(loop.step, model, job.skipped())
 
 
