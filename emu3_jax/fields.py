@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import numbers
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -76,6 +77,11 @@ def tuple_field(
 def is_whole(value: Any, least: float) -> bool:
     """Whether `value` is an int of at least `least`; True and False are none."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_count(value: Any) -> bool:
+    """Whether an argument is a whole number >= 1, of Python or NumPy. Fields of configs are Python's: `is_whole`."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
 def is_number(value: Any) -> bool:

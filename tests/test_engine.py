@@ -264,12 +264,13 @@ def test_a_session_by_hand_gives_what_run_gives():
     np.testing.assert_array_equal(decoding.results(later[-1]), whole)
 
 
+@pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("mesh", [None, "data=2,tensor=2"])
-def test_what_a_session_lowers_is_what_it_runs(mesh):
+def test_what_a_session_lowers_is_what_it_runs(mesh, narrow):
     mesh = mesh and make_mesh(mesh)
     params = tiny.params() if mesh is None else jax.device_put(tiny.params(), decoder_shardings(tiny.CONFIG, mesh))
     rows = tiny.rows([[17, 1, 2, 20, 19]] * 3, [image_schedule(3, 4)] * 3, [[17, 20, 19]] * 3)
-    decoding = session.DecodeSession(params, tiny.CONFIG, rows, tiny.settings(3), mesh=mesh)
+    decoding = session.DecodeSession(params, tiny.CONFIG, rows, tiny.settings(3), mesh=mesh, narrow_cache=narrow)
     decoding.start()
 
     def described(tree):

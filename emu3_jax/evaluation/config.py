@@ -88,8 +88,8 @@ class EvaluateConfig:
     codebook_cases: int | None = None
     batch_size: int = 32
     guidance: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0, 5.0)
-    procedural_guidance: float = 3.0
-    clip_guidance: float = 3.0
+    procedural_guidance: float = defaults.GUIDANCE
+    clip_guidance: float = defaults.GUIDANCE
     temperature: float = 1.0
     top_k: int = defaults.TOP_K
     top_p: float = 1.0

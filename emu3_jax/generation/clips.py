@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from emu3_jax.errors import Emu3Error
-from emu3_jax.fields import is_whole
+from emu3_jax.fields import is_count
 from emu3_jax.generation import defaults
 from emu3_jax.generation.codec import Vision, encode_end
 from emu3_jax.generation.language import Batching, Grid, Language, generate_grids
@@ -123,8 +123,8 @@ def generate_clips(
 ) -> list[Clip]:
     """One clip for each prompt; see `Emu3.generate_clips`."""
     prompts = prompt_list(prompts)
-    for name, number in (("frames", frames), ("window", window)):
-        if not (is_whole(number, 1) or (name == "window" and number is None)):
+    for name, number in {"frames": frames, **({} if window is None else {"window": window})}.items():
+        if not is_count(number):
             raise Emu3Error(f"{name} is {number!r}: it must be a whole number >= 1")
     check_fps(fps)
     config, factor = language.config, vision.config.temporal_factor

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from emu3_jax.config import DecoderConfig
 from emu3_jax.errors import Emu3Error
+from emu3_jax.fields import is_count
 from emu3_jax.generation import defaults, session
 from emu3_jax.generation.rows import Sampling
 from emu3_jax.generation.sampling import RowSettings
@@ -45,11 +46,6 @@ class Language:
     narrow_cache: bool = False
 
 
-def _is_count(value: Any) -> bool:
-    """Whether `value` is a whole number >= 1, of Python or NumPy."""
-    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= 1
-
-
 @dataclasses.dataclass(frozen=True)
 class Batching:
     """How rows are computed.
@@ -63,7 +59,7 @@ class Batching:
     progress: bool | None = None
 
     def __post_init__(self) -> None:
-        if not _is_count(self.batch_size):
+        if not is_count(self.batch_size):
             raise Emu3Error(f"batch_size is {self.batch_size!r}: it must be a whole number >= 1")
 
 
@@ -166,7 +162,7 @@ def answer(
     Raises:
         Emu3Error: a row leaves no position for an answer, or a number is not legal.
     """
-    if not _is_count(max_new_tokens):
+    if not is_count(max_new_tokens):
         raise Emu3Error(f"max_new_tokens is {max_new_tokens!r}: it must be a whole number >= 1")
     positions = language.config.max_positions
     rows = []

@@ -97,9 +97,14 @@ class Shapes:
         """Slots of the cache while `needed` of them are in use."""
         return cache_slots(needed, self.width + self.steps, self.variant.kernels)
 
+    @property
+    def first_slots(self) -> int:
+        """Slots of the cache that the prompts are run with."""
+        return self.slots(self.width + 1)
+
     def cache_sizes(self) -> Iterator[int]:
         """The sizes that the cache has in turn, in slots."""
-        size = self.slots(self.width + 1)
+        size = self.first_slots
         yield size
         while (larger := self.slots(size + 1)) > size:
             size = larger
@@ -163,7 +168,7 @@ class DecodeSession:
         filled = [*rows, *[rows[-1]] * (fill_rows(len(rows), mesh, guided) - len(rows))]
         settings = settings.take(np.minimum(np.arange(len(filled)), len(rows) - 1))
         schedules = [row.schedule for row in filled]
-        self._schedule = stack_schedules(schedules, bucket(max(map(len, schedules))))
+        schedule = stack_schedules(schedules, bucket(max(map(len, schedules))))
         prompts = [row.prompt for row in filled]
         if guided:
             prompts += [row.prompt if row.negative is None else row.negative for row in filled]
@@ -172,7 +177,7 @@ class DecodeSession:
         self._start = np.asarray([width - len(ids) for ids in prompts], np.int32)
         for padded, start, ids in zip(self._prompts, self._start, prompts, strict=True):
             padded[start:] = ids
-        visual_only = not (self._schedule == TokenClass.FREE).any()
+        visual_only = not (schedule == TokenClass.FREE).any()
         candidates = config.tokens.visual_count if visual_only else config.vocab_size
         variant = engine.Variant(
             visual_only=visual_only,
@@ -182,12 +187,12 @@ class DecodeSession:
             narrow_cache=narrow_cache,
             kernels=choose_kernels(kernels, config.head_dim),
         )
-        self.shapes = Shapes(len(filled), width, self._schedule.shape[1], variant)
-        self.steps = sampled_steps(self._schedule)
+        self.shapes = Shapes(len(filled), width, schedule.shape[1], variant)
+        self.steps = sampled_steps(schedule)
         # Of clips' frames, which can be shown then.
-        self._stops = np.flatnonzero((self._schedule == TokenClass.EOF).all(axis=0))
+        self._stops = np.flatnonzero((schedule == TokenClass.EOF).all(axis=0))
         # Arrays of the host: those of one device do not mix with weights that lie on several processes' devices.
-        self.plan = engine.Plan(forced=forced_ids(self._schedule, config.tokens), settings=settings)
+        self.plan = engine.Plan(forced=forced_ids(schedule, config.tokens), settings=settings)
         self.state: engine.DecodeState | None = None
         self.taken = 0
 
@@ -198,7 +203,7 @@ class DecodeSession:
         with use_mesh(self._mesh):
             self.state = engine.prefill(
                 self._params, self._prompts, self._start, self.plan,
-                config=self._config, variant=self.shapes.variant, slots=self.shapes.slots(self.shapes.width + 1),
+                config=self._config, variant=self.shapes.variant, slots=self.shapes.first_slots,
             )  # fmt: skip
         self.taken = 1
         return self._snapshot()
@@ -278,7 +283,7 @@ class DecodeSession:
             lambda: KVCache.create(self._config, jnp.zeros((count,), jnp.int32), slots, variant.narrow_cache)
         )
         if self._mesh is not None:
-            cache = jax.tree.map(_abstract, cache, cache_shardings(self._config, self._mesh))
+            cache = jax.tree.map(_abstract, cache, cache_shardings(self._config, self._mesh, variant.narrow_cache))
         rows = self.shapes.rows
         rest = np.zeros((rows, self.shapes.steps), np.int32), np.zeros((), np.int32), np.zeros((rows,), bool)
         tokens, step, ended = self._replicated(rest)
@@ -286,11 +291,11 @@ class DecodeSession:
 
     def lower_prefill(self) -> jax.stages.Lowered:
         """The program of `start`."""
-        slots = self.shapes.slots(self.shapes.width + 1)
         with use_mesh(self._mesh):
             return engine.prefill.lower(
-                self._params, *self.abstract_inputs(), config=self._config, variant=self.shapes.variant, slots=slots
-            )
+                self._params, *self.abstract_inputs(),
+                config=self._config, variant=self.shapes.variant, slots=self.shapes.first_slots,
+            )  # fmt: skip
 
     def lower_decode(self, slots: int) -> jax.stages.Lowered:
         """The program of `advance` while the cache has `slots`."""

@@ -107,10 +107,11 @@ def vision_shardings(config: VisionConfig, mesh: Mesh) -> dict[str, Any]:
     return shardings(jax.eval_shape(VisionTokenizer(config).init, jax.random.key(0), pixels)["params"], mesh)
 
 
-def cache_shardings(config: DecoderConfig, mesh: Mesh) -> KVCache:
-    """`NamedSharding`s like a wide KV cache of `config`: rows over `data` and `fsdp`, KV heads over `tensor`."""
+def cache_shardings(config: DecoderConfig, mesh: Mesh, narrow: bool = False) -> KVCache:
+    """`NamedSharding`s like a KV cache of `config`: rows over `data` and `fsdp`, KV heads over `tensor`."""
     layers = (NamedSharding(mesh, spec(*KVCache.AXES)),) * config.num_layers
-    return KVCache(layers, layers, (), (), NamedSharding(mesh, spec("batch")), NamedSharding(mesh, P()))
+    scales = (NamedSharding(mesh, spec(*KVCache.AXES[:-1])),) * config.num_layers if narrow else ()
+    return KVCache(layers, layers, scales, scales, NamedSharding(mesh, spec("batch")), NamedSharding(mesh, P()))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

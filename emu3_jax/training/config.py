@@ -13,6 +13,7 @@ from emu3_jax.config import DecoderConfig
 from emu3_jax.data.config import DataConfig, Source
 from emu3_jax.errors import Emu3Error
 from emu3_jax.fields import check_field, is_number, is_whole
+from emu3_jax.generation import defaults
 from emu3_jax.models.adapters import Adapter
 from emu3_jax.models.decoder import REMAT_POLICIES
 
@@ -118,7 +119,7 @@ class SampleConfig:
     every: int = 1000
     ratio: str = "1:1"
     area: int | None = None
-    guidance: float = 3.0
+    guidance: float = defaults.GUIDANCE
 
     def __post_init__(self) -> None:
         ok = isinstance(self.prompts, tuple) and self.prompts and all(isinstance(p, str) for p in self.prompts)

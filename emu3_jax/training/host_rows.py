@@ -64,8 +64,10 @@ class HostRows:
 
         return {name: place(array) for name, array in batch.items()}
 
-    def total(self, number: int) -> jax.Array:
-        """The sum of a number of each group, int32 scalar; like a step, it may be under way when this returns."""
+    def total(self, number: int) -> jax.Array | int:
+        """The sum of a number of each group; over several groups, like a step, under way when this returns."""
+        if self.groups == 1:
+            return number
         # Each group's number stands in its first row.
         columns = self._sharding.mesh.size  # a length that every mesh splits
         numbers = np.zeros((self.count, columns), np.int32)
