@@ -160,9 +160,8 @@ class GroupNorm(nn.Module):
         scale = self.param("scale", _ones_init, (channels,), jnp.float32)
         bias = self.param("bias", _channels_init, (channels,), jnp.float32)
 
-        def group_mean(
-            values: jax.Array,
-        ) -> jax.Array:  # [B, H, W, C] -> [B, 1, 1, C]; per channel first, a fast reduction on every backend
+        def group_mean(values: jax.Array) -> jax.Array:
+            """[B, H, W, C] to [B, 1, 1, C]; per channel first, a fast reduction on every backend."""
             per_channel = values.mean((1, 2))
             per_group = per_channel.reshape(len(values), GROUPS, -1).mean(-1)
             return jnp.repeat(per_group, channels // GROUPS, axis=-1)[:, None, None]

@@ -255,9 +255,8 @@ class VisionTrainer:
         def judge(out: jax.Array) -> jax.Array:
             return -scores(params, out).mean()
 
-        def last_layer(
-            *cotangents: jax.Array,
-        ) -> jax.Array:  # XLA drops what lies behind that layer: nothing asks for it
+        def last_layer(*cotangents: jax.Array) -> jax.Array:
+            # XLA drops what lies behind that layer: nothing asks for it.
             return jnp.linalg.norm(_flat(pull_back(cotangents)[0])[_LAST_LAYER])
 
         value, slope = jax.value_and_grad(judge)(decoded)
