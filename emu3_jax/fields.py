@@ -100,9 +100,11 @@ def from_json(cls: type[Config], data: Mapping[str, Any]) -> Config:
     """
     if not isinstance(data, Mapping):
         raise Emu3Error(
-            f"the {cls.__name__} is {data!r:.40}: it must be an object of named fields; convert the model again"
+            f"the {cls.__name__} is {data!r:.40}: it must be an object of named fields; make the file again"
         )
     unknown = sorted(set(data) - {field.name for field in dataclasses.fields(cls)})
     if unknown:
-        raise Emu3Error(f"unknown {cls.__name__} field {unknown[0]!r}: remove it, or convert the model again")
+        raise Emu3Error(
+            f"unknown {cls.__name__} field {unknown[0]!r}: remove it, or make the file again with this version"
+        )
     return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in data.items()})

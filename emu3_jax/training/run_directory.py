@@ -92,8 +92,7 @@ def _check_same(directory: pathlib.Path, identity: Identity) -> None:
     for part in wanted:
         if part not in found:
             raise Emu3Error(
-                f"{directory} holds checkpoints of another model: it was no {part} that was trained there; choose "
-                "another directory"
+                f"{directory} holds checkpoints of another model: its run.json has no {part}; choose another directory"
             )
         old, new = (x[part] or {} for x in (found, wanted))
         changed = [k for k in old.keys() | new.keys() if old.get(k) != new.get(k) and k != _DTYPE]
