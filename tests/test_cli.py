@@ -77,6 +77,7 @@ def test_convert_tokenize_detokenize(golden_checkpoint, here, capsys):
     assert run("doctor", "bundle") == 0
 
 
+@pytest.mark.slow
 def test_a_clip_there_and_back(golden_bundle, here):
     frames = [Image.new("RGB", (64, 64), (40 * i, 0, 90)) for i in range(6)]
     frames[0].save("clip.gif", save_all=True, append_images=frames[1:], duration=100)

@@ -39,6 +39,7 @@ def asked(golden_model, monkeypatch) -> list[list[int]]:
     return rows
 
 
+@pytest.mark.slow
 def test_the_first_answer_is_that_of_chat_and_the_second_knows_the_first(golden_model):
     conversation = golden_model.converse(max_new_tokens=6)
     first = conversation.ask("What is this", [FILE])

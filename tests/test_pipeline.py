@@ -29,6 +29,7 @@ def small(**changes):
     return {"area": 1024, "batch_size": 4, **changes}
 
 
+@pytest.mark.slow
 def test_golden_pictures_in_a_mixed_batch(golden, golden_model):
     case = golden_json("prompts.json")["generate"]["batch"]
     generations = golden_model.generate_sequences(
@@ -69,6 +70,7 @@ def test_golden_answers_about_files_alone_and_batched(golden, golden_model):
         assert answers == expected
 
 
+@pytest.mark.slow
 def test_a_seed_means_the_same_picture_in_any_company(golden_model):
     together = golden_model.generate_sequences(["a", "b", "a"], seed=5, ratio=["1:1", "2:1", "1:1"], **small())
     alone = golden_model.generate_sequences("a", seed=7, **small())[0]
