@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from emu3_jax.errors import Emu3Error
+from emu3_jax.printable import shown
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -26,7 +27,7 @@ class FieldError(Emu3Error):
     """
 
     def __init__(self, config: str, field: str, value: Any, legal: str):
-        super().__init__(f"{config} field {field} is {value!r}: it must be {legal}")
+        super().__init__(f"{config} field {field} is {shown(value)}: it must be {legal}")
         self.field, self.value, self.legal = field, value, legal
 
 
@@ -36,8 +37,8 @@ def read_from(file: Path) -> Iterator[None]:
     try:
         yield
     except FieldError as error:
-        message = f"config field {error.field} is {error.value!r}: it must be {error.legal}; correct it in {file.name}"
-        raise Emu3Error(f"{file}: {message}") from error
+        found = f"config field {error.field} is {shown(error.value)}: it must be {error.legal}"
+        raise Emu3Error(f"{file}: {found}; correct it in {file.name}") from error
     except Emu3Error as error:
         raise Emu3Error(f"{file}: {error}") from error
 
@@ -100,11 +101,11 @@ def from_json(cls: type[Config], data: Mapping[str, Any]) -> Config:
     """
     if not isinstance(data, Mapping):
         raise Emu3Error(
-            f"the {cls.__name__} is {data!r:.40}: it must be an object of named fields; make the file again"
+            f"the {cls.__name__} is {shown(data)}: it must be an object of named fields; make the file again"
         )
     unknown = sorted(set(data) - {field.name for field in dataclasses.fields(cls)})
     if unknown:
         raise Emu3Error(
-            f"unknown {cls.__name__} field {unknown[0]!r}: remove it, or make the file again with this version"
+            f"unknown {cls.__name__} field {shown(unknown[0])}: remove it, or make the file again with this version"
         )
     return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in data.items()})

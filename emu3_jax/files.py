@@ -1,23 +1,31 @@
-"""Writing all or nothing: everything goes to a temporary name and is renamed at the end."""
+"""Writing all or nothing: everything goes to a temporary name and is renamed at the end.
+
+Temporary files and directories stand beside what they become and are called `.emu3-tmp-...`. The process that writes
+one holds a lock on it, which the kernel gives back even when the process is killed. So the next run that writes to the
+same directory can tell what a killed run left, and removes it.
+"""
 
 import contextlib
 import errno
+import fcntl
+import logging
 import os
 import pathlib
 import shutil
+import socket
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 
 from emu3_jax.errors import Emu3Error
+from emu3_jax.foreign import local_path
 
-
-@contextlib.contextmanager
-def _explained(path: pathlib.Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise Emu3Error(f"cannot write {path}: {reason}; free space or choose another place") from error
+_PREFIX = ".emu3-tmp-"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_log = logging.getLogger("emu3_jax")
+_lock = threading.Lock()
+_live: set[pathlib.Path] = set()  # temporaries of this process
+_swept: set[pathlib.Path] = set()  # directories that this process has looked through
 
 
 @contextlib.contextmanager
@@ -27,76 +35,210 @@ def new_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     Raises:
         Emu3Error: if the place cannot be written (no such directory, a full disk, ...).
     """
-    path = pathlib.Path(path)
+    path = local_path(path)
     with _explained(path):
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
-        os.close(handle)
-        temporary = pathlib.Path(name)
-        try:
+        if path.is_dir():
+            raise Emu3Error(f"cannot write {path}: it is a directory; choose another name")
+        with _temporary(path, path.parent) as temporary:
             yield temporary
             temporary.chmod(0o666 & ~_umask())
             temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def files_into(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Yields a temporary directory whose files move into `directory` when the block ends well.
 
-    Files of the same names are replaced; nothing moves unless everything was written.
+    Files of the same names are replaced; nothing moves unless everything was written and has a place.
     """
-    directory = pathlib.Path(directory)
+    directory = local_path(directory)
     if directory.exists() and not directory.is_dir():
         raise Emu3Error(f"{directory} is a file: choose a directory to write to")
-    with _explained(directory):
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-        try:
+    with _explained(directory), _new_parents(directory.parent):
+        if directory.is_dir() and not os.access(directory, os.W_OK | os.X_OK):
+            raise Emu3Error(f"cannot write to {directory}: permission denied; choose another directory")
+        with _temporary(directory, directory.parent, is_directory=True) as temporary:
             yield temporary
+            items = sorted(temporary.iterdir())
+            for item in items:
+                if (directory / item.name).is_dir():
+                    raise Emu3Error(
+                        f"cannot write {directory / item.name}: it is a directory; choose another output directory"
+                    )
             directory.mkdir(exist_ok=True)
-            for item in sorted(temporary.iterdir()):
+            for item in items:
                 item.replace(directory / item.name)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def new_directory(target: pathlib.Path, nbytes: int) -> Iterator[pathlib.Path]:
+def new_directory(target: str | os.PathLike, nbytes: int) -> Iterator[pathlib.Path]:
     """A temporary sibling that becomes `target` when the block succeeds, and vanishes when it does not.
 
     Raises:
       Emu3Error: `target` exists, its parent cannot be written, or the disk has less than `nbytes` left.
     """
-    if target.exists():
+    target = local_path(target)
+    if os.path.lexists(target):
         raise Emu3Error(f"{target} exists already: choose another name or delete it first")
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+    with _explained(target), _new_parents(target.parent):
         free = shutil.disk_usage(target.parent).free
         if free < nbytes:
             raise Emu3Error(
                 f"{target.parent} has {_gigabytes(free)} free, {target.name} needs {_gigabytes(nbytes)}: "
                 "free space or choose another disk"
             )
-        temporary.mkdir()
-        try:
-            yield temporary
+        with _temporary(target, target.parent, is_directory=True) as temporary:
+            try:
+                yield temporary
+            except ValueError as error:  # TensorStore reports a full disk as one
+                if os.strerror(errno.ENOSPC) in str(error):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+                raise
+            temporary.chmod(0o777 & ~_umask())
             temporary.rename(target)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-    except Emu3Error:
-        raise
-    except (OSError, ValueError) as error:  # TensorStore reports a full disk as a ValueError
-        full = getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
-        if full:
+
+
+@contextlib.contextmanager
+def _explained(path: pathlib.Path) -> Iterator[None]:
+    """Errors of the system become one line. Those that name another file were made reading it."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.errno in _FULL:
             raise Emu3Error(
-                f"{target}: the disk is full; nothing was kept; free space or choose another disk"
+                f"cannot write {path}: {reason}; nothing was kept; free space or choose another place"
             ) from error
-        if isinstance(error, OSError):
-            raise Emu3Error(f"{target}: cannot be written ({error}); choose another place") from error
+        culprit = error.filename2 or error.filename
+        named = None if culprit is None or isinstance(culprit, int) else pathlib.Path(os.fsdecode(culprit))
+        ours = named is None or named in (path, path.parent) or any(part.startswith(_PREFIX) for part in named.parts)
+        if ours or named in path.parents:
+            raise Emu3Error(f"cannot write {path}: {reason}; choose another place") from error
+        raise Emu3Error(f"cannot use {named}: {reason}") from error
+
+
+@contextlib.contextmanager
+def _new_parents(directory: pathlib.Path) -> Iterator[None]:
+    """Makes a directory and those above it; where the block fails, what was made goes again."""
+    missing = []
+    place = directory
+    while not os.path.lexists(place):
+        missing.append(place)
+        place = place.parent
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for made in missing:
+            with contextlib.suppress(OSError):  # someone else uses it meanwhile
+                made.rmdir()
         raise
+
+
+# ------------------------------------------------------------------------------------------------ temporaries
+
+
+@contextlib.contextmanager
+def _temporary(target: pathlib.Path, parent: pathlib.Path, *, is_directory: bool = False) -> Iterator[pathlib.Path]:
+    """A temporary file or directory in `parent`, locked by this process. It is gone after the block, if not renamed."""
+    _sweep_once(parent)
+    temporary, descriptor = _make(parent, target.suffix if len(target.suffix) < 16 else "", is_directory)
+    with _lock:
+        _live.add(temporary)
+    try:
+        yield temporary
+    finally:
+        _remove(temporary)
+        os.close(descriptor)
+        with _lock:
+            _live.discard(temporary)
+
+
+def _make(parent: pathlib.Path, suffix: str, is_directory: bool) -> tuple[pathlib.Path, int]:
+    """A new temporary, and the descriptor that holds its lock."""
+    while True:
+        if is_directory:
+            name = tempfile.mkdtemp(prefix=_PREFIX, dir=parent)
+            descriptor = os.open(name, os.O_RDONLY)
+        else:
+            descriptor, name = tempfile.mkstemp(prefix=_PREFIX, suffix=suffix, dir=parent)
+        with contextlib.suppress(OSError):  # a file system without locks: then nothing sweeps there either
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Another process that sweeps may have come between the making and the lock.
+        with contextlib.suppress(OSError):
+            if os.stat(name).st_ino == os.fstat(descriptor).st_ino:
+                return pathlib.Path(name), descriptor
+        os.close(descriptor)
+
+
+def _remove(temporary: pathlib.Path) -> None:
+    if temporary.is_dir() and not temporary.is_symlink():
+        shutil.rmtree(temporary, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def remove_temporaries() -> None:
+    """Removes all temporaries of this process. For its hard end, where no block ends any more."""
+    with _lock:
+        for temporary in _live:
+            _remove(temporary)
+
+
+def sweep(directory: str | os.PathLike) -> list[pathlib.Path]:
+    """Removes the temporaries in `directory` that killed runs left, and returns their paths. None is an error."""
+    removed = []
+    try:
+        candidates = [entry.path for entry in os.scandir(os.fspath(directory)) if entry.name.startswith(_PREFIX)]
+    except OSError:
+        return []
+    for name in candidates:
+        with contextlib.suppress(OSError):  # another process was faster, or it is not ours to remove
+            descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove(pathlib.Path(name))
+                removed.append(pathlib.Path(name))
+            finally:
+                os.close(descriptor)
+    return removed
+
+
+def _sweep_once(directory: pathlib.Path) -> None:
+    place = directory.absolute()
+    with _lock:
+        if place in _swept:
+            return
+        _swept.add(place)
+    for leftover in sweep(directory):
+        _log.warning("removed %s, which a run that was killed had left", leftover)
+
+
+@contextlib.contextmanager
+def locked(file: pathlib.Path, busy: Callable[[str], str]) -> Iterator[None]:
+    """Holds the lock file `file` for this process; its directory must exist.
+
+    Args:
+        file: is made if need be, and stays.
+        busy: from who holds it, an error line.
+
+    Raises:
+        Emu3Error: another process holds it, or it cannot be made.
+    """
+    try:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise Emu3Error(f"{file.parent}: cannot be used ({error.strerror}); choose another directory") from error
+    with os.fdopen(descriptor, "r+", errors="replace") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise Emu3Error(busy(stream.read(200).strip() or "another process")) from error
+        stream.truncate(0)
+        stream.write(f"process {os.getpid()} on {socket.gethostname()}")
+        stream.flush()
+        yield
 
 
 def _gigabytes(nbytes: int) -> str:

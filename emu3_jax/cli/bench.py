@@ -13,6 +13,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--model",
         nargs="?",
         const="embedded",
+        type=common.path_text,
         metavar="BUNDLE",
         help="a bundle, or without a name the embedded model, in place of a preset",
     )
@@ -40,6 +41,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--model",
         nargs="?",
         const="embedded",
+        type=common.path_text,
         metavar="BUNDLE",
         help="a bundle, or without a name the embedded model, in place of a preset",
     )

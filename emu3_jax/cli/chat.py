@@ -10,7 +10,9 @@ from emu3_jax.generation import defaults
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("files", nargs="+", metavar="FILE", help="pictures or clips, each asked about on its own")
+    command.add_argument(
+        "files", nargs="+", type=common.path_text, metavar="FILE", help="pictures or clips, each asked about on its own"
+    )
     command.add_argument("--prompt", nargs="+", metavar="TEXT", help="one for all files, or one each; see --together")
     command.add_argument(
         "--together",

@@ -1,16 +1,37 @@
 """Arguments that several commands share."""
 
 import argparse
+import pathlib
 import sys
 from collections.abc import Iterator
 
+from emu3_jax.errors import Emu3Error
+from emu3_jax.foreign import local_path
 from emu3_jax.generation import defaults
+
+
+def path(text: str) -> pathlib.Path:
+    """The type of arguments that are files or directories."""
+    try:
+        return local_path(text)
+    except Emu3Error as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def path_text(text: str) -> str:
+    """The type of arguments that are files or directories and stay as they were typed."""
+    path(text)
+    return text
 
 
 def add_model(command: argparse.ArgumentParser) -> None:
     """`--model`, `--vision`, `--dtype`, `--quantize`, `--mesh`, `--quiet`."""
-    command.add_argument("--model", metavar="BUNDLE", help="bundle to use (default: the embedded model)")
-    command.add_argument("--vision", metavar="BUNDLE", help="take the vision tokenizer from this bundle")
+    command.add_argument(
+        "--model", type=path_text, metavar="BUNDLE", help="bundle to use (default: the embedded model)"
+    )
+    command.add_argument(
+        "--vision", type=path_text, metavar="BUNDLE", help="take the vision tokenizer from this bundle"
+    )
     add_dtype(command)
     add_quantize(command)
     command.add_argument("--mesh", metavar="AXIS=N[,...]", help="spread the model over devices, for example tensor=4")

@@ -7,8 +7,10 @@ from emu3_jax.cli import common
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("sources", nargs="+", metavar="SRC", help="directory, hub id, or a training run")
-    command.add_argument("-o", "--output", type=pathlib.Path, required=True, metavar="BUNDLE")
+    command.add_argument(
+        "sources", nargs="+", type=common.path_text, metavar="SRC", help="directory, hub id, or a training run"
+    )
+    command.add_argument("-o", "--output", type=common.path, required=True, metavar="BUNDLE")
     command.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), help="of the decoder (default: as stored)"
     )

@@ -1,13 +1,12 @@
 """Decode codes: DIR/NAME.png per [h, w] array, an animated DIR/NAME.webp (or --clip-format) per [t, h, w] array."""
 
 import argparse
-import pathlib
 
 from emu3_jax.cli import common
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("codes", type=pathlib.Path, metavar="CODES.npz")
+    command.add_argument("codes", type=common.path, metavar="CODES.npz")
     common.add_model(command)
     common.add_fast_pixels(command)
     common.add_clip_format(command, "--clip-format")
@@ -17,7 +16,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     common.add_independent(command)
     common.add_tile(command)
-    command.add_argument("-o", "--output", type=pathlib.Path, required=True, metavar="DIR")
+    command.add_argument("-o", "--output", type=common.path, required=True, metavar="DIR")
 
 
 def run(options: argparse.Namespace) -> None:

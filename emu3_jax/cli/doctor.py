@@ -1,11 +1,12 @@
 """Check a bundle or a published checkpoint: names, shapes, dtypes, vocabulary, templates."""
 
 import argparse
-import pathlib
+
+from emu3_jax.cli import common
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("path", type=pathlib.Path, metavar="BUNDLE_OR_DIR")
+    command.add_argument("path", type=common.path, metavar="BUNDLE_OR_DIR")
     command.add_argument("--json", action="store_true", help="one JSON object a line: level, what, remedy")
 
 

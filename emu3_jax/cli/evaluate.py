@@ -2,16 +2,19 @@
 
 import argparse
 import dataclasses
-import pathlib
 
 from emu3_jax.cli import common
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("config", type=pathlib.Path, metavar="CONFIG.py", help="defines config(), see configs/")
+    command.add_argument("config", type=common.path, metavar="CONFIG.py", help="defines config(), see configs/")
     common.add_set(command)
     command.add_argument(
-        "-o", "--output", metavar="DIR", help="gets evaluation.json and index.html (default: the config's directory)"
+        "-o",
+        "--output",
+        type=common.path_text,
+        metavar="DIR",
+        help="gets evaluation.json and index.html (default: the config's directory)",
     )
     common.add_quiet(command)
 

@@ -1,14 +1,13 @@
 """Export a bundle to PyTorch safetensors, bit for bit what it was converted from."""
 
 import argparse
-import pathlib
 
 from emu3_jax.cli import common
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("bundle", type=pathlib.Path, metavar="BUNDLE")
-    command.add_argument("-o", "--output", type=pathlib.Path, required=True, metavar="DIR")
+    command.add_argument("bundle", type=common.path, metavar="BUNDLE")
+    command.add_argument("-o", "--output", type=common.path, required=True, metavar="DIR")
     command.add_argument("--layout", choices=("upstream", "transformers"), required=True, help="whose names to write")
     common.add_quiet(command)
 

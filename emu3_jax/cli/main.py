@@ -1,12 +1,19 @@
 """`emu3-jax`: finds the command, runs it, and turns errors into one line and an exit code."""
 
 import argparse
+import contextlib
+import errno
 import importlib
+import os
 import sys
 import traceback
-from collections.abc import Sequence
+import typing
+from collections.abc import Callable, Sequence
 
+from emu3_jax.cli.interruption import CODE as INTERRUPTED
+from emu3_jax.cli.interruption import watched
 from emu3_jax.errors import Emu3Error
+from emu3_jax.printable import one_line
 
 COMMANDS = {
     "convert": "PyTorch checkpoints to a bundle",
@@ -24,12 +31,20 @@ COMMANDS = {
     "bench": "measure: figures as JSON lines",
 }
 
+CLOSED = 141  # as a shell reports SIGPIPE
+
+
+class _Parser(argparse.ArgumentParser):
+    """Bad arguments get one line too."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        print(one_line(f"{self.prog}: error: {message} (see {self.prog} --help)"), file=sys.stderr)
+        sys.exit(2)
+
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line. Commands are imported here, their heavy imports only when they run."""
-    root = argparse.ArgumentParser(
-        prog="emu3-jax", description="Emu3 in JAX: pictures, clips and text as one sequence."
-    )
+    root = _Parser(prog="emu3-jax", description="Emu3 in JAX: pictures, clips and text as one sequence.")
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in COMMANDS.items():
         module = importlib.import_module(f"emu3_jax.cli.{name}")
@@ -40,19 +55,70 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns 0, 2 after bad input, 130 after Ctrl-C, 1 after a fault of its own."""
-    options = parser().parse_args(arguments)
+    """Runs one command.
+
+    Returns:
+        0, 2 after bad input, 130 after Ctrl-C, 141 where nobody reads the output any more, 1 after a fault of its own.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):  # replaced by one that cannot, or closed
+            stream.reconfigure(errors="backslashreplace")  # a terminal or a locale that is not UTF-8
     try:
-        return options.run(options) or 0
+        with watched() as interruption:
+            return _run(arguments, lambda: interruption.came)
+    except KeyboardInterrupt:  # between two instructions of this function
+        return _failed(INTERRUPTED)
+
+
+def _run(arguments: Sequence[str] | None, interrupted: Callable[[], bool]) -> int:
+    try:
+        options = parser().parse_args(arguments)
+        code = options.run(options) or 0
+        sys.stdout.flush()  # a full disk shows itself here
+        return code
     except Emu3Error as error:
-        print(f"emu3-jax: error: {error}", file=sys.stderr)
-        return _failed(2)
+        return _fail(f"error: {error}", 2)
     except KeyboardInterrupt:
-        print("emu3-jax: interrupted", file=sys.stderr)
-        return _failed(130)
+        return _fail("interrupted", INTERRUPTED)
+    except OSError as error:
+        return _system_error(error, interrupted())
     except Exception:
-        traceback.print_exc()
-        return _failed(1)
+        return _fault(interrupted())
+
+
+def _system_error(error: OSError, interrupted: bool) -> int:
+    """The exit code after an error of the system that nothing explained so far."""
+    if error.filename is not None:
+        reason = Emu3Error(f"cannot use {os.fsdecode(error.filename)}: {error.strerror}")
+        return _fail(f"error: {reason}", 2)
+    try:
+        sys.stdout.flush()
+    except OSError as output:  # what is left there fails again: standard output is closed, or its disk full
+        _discard_output()
+        if output.errno == errno.EPIPE:
+            return _failed(CLOSED)
+        return _fail(f"error: cannot write to standard output: {output.strerror}", 2)
+    return _fault(interrupted)
+
+
+def _discard_output() -> None:
+    """Python flushes what is left once more at its end: that must not fail again."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _fault(interrupted: bool) -> int:
+    """A fault of ours, unless the exception is what a compiled function made of Ctrl-C."""
+    if interrupted:
+        return _fail("interrupted", INTERRUPTED)
+    traceback.print_exc()
+    return _failed(1)
+
+
+def _fail(message: str, code: int) -> int:
+    with contextlib.suppress(OSError):  # nobody reads standard error either
+        print(f"emu3-jax: {message}", file=sys.stderr)
+    return _failed(code)
 
 
 def _failed(code: int) -> int:
@@ -64,5 +130,17 @@ def _failed(code: int) -> int:
     return distributed.end_failed(code)
 
 
+def program() -> None:
+    """The installed command: the process ends with `main`'s code."""
+    code = main()
+    if code == INTERRUPTED:
+        # Threads that still compute, and destructors, must not keep a process whose user wants it gone.
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -2,14 +2,13 @@
 
 import argparse
 import json
-import pathlib
 import sys
 
 from emu3_jax.cli import common
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("config", type=pathlib.Path, metavar="CONFIG.py", help="defines config(), see configs/")
+    command.add_argument("config", type=common.path, metavar="CONFIG.py", help="defines config(), see configs/")
     command.add_argument("--topology", required=True, metavar="KIND:SHAPE", help="like v5p:4x4x4 or v5e:8x8")
     common.add_set(command)
     command.add_argument("--rows-per-chip", type=int, metavar="N", help="of training, in place of batch_size")

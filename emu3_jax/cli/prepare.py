@@ -5,7 +5,6 @@ the same arguments: the hosts share the work. Elsewhere give each its own --host
 """
 
 import argparse
-import pathlib
 
 from emu3_jax.cli import common
 
@@ -13,15 +12,17 @@ from emu3_jax.cli import common
 def add_arguments(command: argparse.ArgumentParser) -> None:
     source = command.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "manifest", nargs="?", type=pathlib.Path, metavar="MANIFEST.jsonl",
+        "manifest", nargs="?", type=common.path, metavar="MANIFEST.jsonl",
         help="lines of {image or clip, text, conversation, name}; paths relative to the manifest",
     )  # fmt: skip
     source.add_argument(
-        "--features", type=pathlib.Path, metavar="LIST.json",
+        "--features", type=common.path, metavar="LIST.json",
         help="import what the reference's prepare_data.py wrote; its codes must be of this model's tokenizer",
     )  # fmt: skip
-    command.add_argument("--model", metavar="BUNDLE", help="bundle whose vision tokenizer encodes")
-    command.add_argument("-o", "--output", type=pathlib.Path, required=True, metavar="DIR")
+    command.add_argument(
+        "--model", type=common.path_text, metavar="BUNDLE", help="bundle whose vision tokenizer encodes"
+    )
+    command.add_argument("-o", "--output", type=common.path, required=True, metavar="DIR")
     size = command.add_mutually_exclusive_group()
     size.add_argument(
         "--area", type=int, default=720 * 720, metavar="N",

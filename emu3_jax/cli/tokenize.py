@@ -1,18 +1,17 @@
 """Encode pictures and clips to codes: one int32 array per input, keyed by file stem, [h, w] or [t, h, w]."""
 
 import argparse
-import pathlib
 
 from emu3_jax.cli import common
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("files", nargs="+", type=pathlib.Path, metavar="FILE", help="pictures or clips")
+    command.add_argument("files", nargs="+", type=common.path, metavar="FILE", help="pictures or clips")
     common.add_model(command)
     common.add_resampling(command)
     common.add_independent(command)
     common.add_tile(command)
-    command.add_argument("-o", "--output", type=pathlib.Path, required=True, metavar="CODES.npz")
+    command.add_argument("-o", "--output", type=common.path, required=True, metavar="CODES.npz")
 
 
 def run(options: argparse.Namespace) -> None:

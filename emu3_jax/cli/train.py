@@ -1,13 +1,12 @@
 """Train: run a config file, from the last checkpoint in its directory if there is one."""
 
 import argparse
-import pathlib
 
 from emu3_jax.cli import common
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("config", type=pathlib.Path, metavar="CONFIG.py", help="defines config(), see configs/")
+    command.add_argument("config", type=common.path, metavar="CONFIG.py", help="defines config(), see configs/")
     common.add_set(command)
     common.add_quiet(command)
 

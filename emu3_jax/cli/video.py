@@ -1,7 +1,6 @@
 """Generate or extend one clip per prompt: DIR/000.webp ... For models trained on clips; no published weights are."""
 
 import argparse
-import pathlib
 
 from emu3_jax.cli import common
 from emu3_jax.generation import defaults
@@ -17,18 +16,18 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--fps", type=float, metavar="F", help=f"frames per second (default: those of --extend, or {defaults.FPS:g})"
     )
-    command.add_argument("--extend", type=pathlib.Path, metavar="CLIP", help="go on from this clip or picture")
+    command.add_argument("--extend", type=common.path, metavar="CLIP", help="go on from this clip or picture")
     command.add_argument("--window", type=int, metavar="N", help="frames of one pass (default: as in training)")
     command.add_argument("--ratio", metavar="W:H", help="default: that of --extend, or 1:1")
     common.add_generation(command)
     common.add_clip_format(command, "--format")
     command.add_argument(
         "--live",
-        type=pathlib.Path,
+        type=common.path,
         metavar="FRAMES",
         help="also write each new frame to FRAMES/000/0000.png ... at once; those stay if the command is interrupted",
     )
-    command.add_argument("-o", "--output", type=pathlib.Path, required=True, metavar="DIR")
+    command.add_argument("-o", "--output", type=common.path, required=True, metavar="DIR")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -8,12 +8,10 @@ metrics.jsonl  tensorboard/  samples/  profile/  model/
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import json
 import os
 import pathlib
 import shutil
-import socket
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -22,6 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from emu3_jax import files
 from emu3_jax.errors import Emu3Error
 from emu3_jax.files import new_file
 
@@ -42,20 +41,13 @@ def locked(directory: pathlib.Path) -> Iterator[None]:
         return
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise Emu3Error(f"{directory}: cannot be used ({error.strerror}); choose another directory") from error
-    with os.fdopen(descriptor, "r+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = file.read().strip() or "another process"
-            raise Emu3Error(
-                f"{directory} is in use by {holder}: wait for it, stop it, or choose another directory"
-            ) from error
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+
+    def busy(holder: str) -> str:
+        return f"{directory} is in use by {holder}: wait for it, stop it, or choose another directory"
+
+    with files.locked(directory / "lock", busy):
         yield
 
 

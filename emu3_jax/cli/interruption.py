@@ -1,0 +1,111 @@
+"""Ctrl-C ends every command, wherever the interpreter stands when it comes.
+
+Python turns the signal into an exception between two instructions of the main thread. That fails in three places: in a
+callback of the garbage collector or a destructor, exceptions are printed and dropped (JAX has such callbacks); a
+compiled function that calls back into Python may turn the exception into its own; and while a compiled function runs
+for minutes, no instruction follows.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+
+from emu3_jax.files import remove_temporaries
+
+CODE = 130  # as a shell reports SIGINT
+MESSAGE = "emu3-jax: interrupted"
+_PATIENCE = 10.0  # seconds in which an interrupted command cleans up; compiled code may not come back before
+_ONE_PRESS = 0.3  # seconds; a terminal and a launcher may both pass on the same Ctrl-C
+
+
+class Interruption:
+    """What is known of Ctrl-C while a command runs.
+
+    Attributes:
+        came: whether it came.
+        repeated: how often it was raised again, because the exception was lost.
+    """
+
+    def __init__(self) -> None:
+        self.came = False
+        self.repeated = 0
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[Interruption]:
+    """For the main thread: within the block, Ctrl-C raises `KeyboardInterrupt` there, and nothing can lose it.
+
+    Where the block has not ended 10 seconds later, and at the second Ctrl-C at once, the process ends: one line on
+    standard error, temporary files removed, exit code 130. A block that handles SIGINT itself, as training does to end
+    with a checkpoint, has the time that it takes. In other threads this does nothing.
+    """
+    state = Interruption()
+    if threading.current_thread() is not threading.main_thread():
+        yield state
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        state.came = True
+        raise KeyboardInterrupt
+
+    def unraisable(lost: "sys.UnraisableHookArgs") -> None:
+        if isinstance(lost.exc_value, KeyboardInterrupt):
+            state.repeated += 1
+            signal.raise_signal(signal.SIGINT)  # the main thread's next instruction raises it once more
+        else:
+            hook(lost)
+
+    # The interpreter writes the number of every signal to this socket at once, whatever the main thread does.
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    watcher = threading.Thread(target=_watch, args=(ours, state, interrupt), daemon=True)
+    hook, sys.unraisablehook = sys.unraisablehook, unraisable
+    handler = signal.signal(signal.SIGINT, interrupt)
+    descriptor = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+    watcher.start()
+    try:
+        yield state
+    finally:
+        signal.set_wakeup_fd(descriptor)
+        signal.signal(signal.SIGINT, handler)
+        sys.unraisablehook = hook
+        theirs.close()  # which ends the watcher
+        watcher.join()
+        ours.close()
+
+
+def _watch(signals: socket.socket, state: Interruption, handler: object) -> None:
+    """Reads the numbers of signals until the socket is closed, and ends the process where an exception does not."""
+    count = 0
+    first = deadline = float("inf")
+    while True:
+        signals.settimeout(None if deadline == float("inf") else max(0.0, deadline - time.monotonic()))
+        try:
+            number = signals.recv(1)
+        except TimeoutError:
+            end_now()
+        if not number:
+            return
+        if number[0] != signal.SIGINT:
+            continue
+        count += 1
+        now = time.monotonic()
+        first = min(first, now)
+        if count - state.repeated > 1 and now - first > _ONE_PRESS:
+            end_now()
+        if signal.getsignal(signal.SIGINT) is handler:
+            deadline = first + _PATIENCE
+
+
+def end_now() -> None:
+    """Ends this process without waiting for anything."""
+    remove_temporaries()
+    with contextlib.suppress(OSError):
+        os.write(2, f"\n{MESSAGE}\n".encode())
+    os._exit(CODE)
