@@ -90,9 +90,11 @@ def new_directory(target: str | os.PathLike, nbytes: int) -> Iterator[pathlib.Pa
         with _temporary(target, target.parent, is_directory=True) as temporary:
             try:
                 yield temporary
-            except ValueError as error:  # TensorStore reports a full disk as one
-                if os.strerror(errno.ENOSPC) in str(error):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+            except (OSError, ValueError) as error:  # TensorStore reports a full disk as a ValueError
+                if getattr(error, "errno", None) in _FULL or os.strerror(errno.ENOSPC) in str(error):
+                    raise Emu3Error(
+                        f"{target}: the disk is full; nothing was kept; free space or choose another disk"
+                    ) from error
                 raise
             temporary.chmod(0o777 & ~_umask())
             temporary.rename(target)
@@ -106,9 +108,7 @@ def _explained(path: pathlib.Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         if error.errno in _FULL:
-            raise Emu3Error(
-                f"cannot write {path}: {reason}; nothing was kept; free space or choose another place"
-            ) from error
+            raise Emu3Error(f"cannot write {path}: {reason}; free space or choose another place") from error
         culprit = error.filename2 or error.filename
         named = None if culprit is None or isinstance(culprit, int) else pathlib.Path(os.fsdecode(culprit))
         ours = named is None or named in (path, path.parent) or any(part.startswith(_PREFIX) for part in named.parts)

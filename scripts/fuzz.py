@@ -25,7 +25,6 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable
 
 ROOT = pathlib.Path(__file__).parents[1]
 SECONDS = 60  # for a hang; a command on valid input takes less than ten
@@ -157,7 +156,10 @@ def make_inputs(base: pathlib.Path) -> None:
         {"image": "picture.png", "text": "a red dot", "name": "dot"},
         {"clip": "clip.webp", "text": "noise"},
         {"text": "only text"},
-        {"image": "turned.jpg", "conversation": [{"role": "user", "text": "what?"}, {"role": "assistant", "text": "x"}]},
+        {
+            "image": "turned.jpg",
+            "conversation": [{"role": "user", "text": "what?"}, {"role": "assistant", "text": "x"}],
+        },
     ]
     (base / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (base / "pictures.jsonl").write_text("".join(json.dumps({**lines[0], "name": str(n)}) + "\n" for n in range(8)))
@@ -166,8 +168,10 @@ def make_inputs(base: pathlib.Path) -> None:
     (base / "train.py").write_text(_TRAIN.format(base=base))
     (base / "plan.py").write_text("from emu3_jax.generation.config import GenerateConfig\n\n\ndef config():\n"
                                   "    return GenerateConfig(area=4096)\n")  # fmt: skip
-    (base / "evaluate.py").write_text("from emu3_jax.evaluation.config import EvaluateConfig\n\n\ndef config():\n"
-                                      f"    return EvaluateConfig(directory='e', data={str(base / 'data')!r}, cases=1)\n")  # fmt: skip
+    (base / "evaluate.py").write_text(
+        "from emu3_jax.evaluation.config import EvaluateConfig\n\n\ndef config():\n"
+        f"    return EvaluateConfig(directory='e', data={str(base / 'data')!r}, cases=1)\n"
+    )
     assert main(["train", str(base / "train.py"), "--set", f"directory={base / 'run'}", "--quiet"]) == 0
 
 
@@ -183,7 +187,7 @@ def config():
         data=DataConfig(sources=(Source({str(base / "data")!r}, TextToImage()),), sequence_length=96),
         batch_size=8, steps=1, optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=0), mesh="data=-1",
     )
-""".replace("{str(base / \"bundle\")!r}", "'{base}/bundle'").replace("{str(base / \"data\")!r}", "'{base}/data'")
+""".replace('{str(base / "bundle")!r}', "'{base}/bundle'").replace('{str(base / "data")!r}', "'{base}/data'")
 
 
 def _remux(source: pathlib.Path, target: pathlib.Path) -> None:
@@ -215,16 +219,19 @@ def _torch_files(base: pathlib.Path, draw) -> None:
 # ------------------------------------------------------------------------------------------------ hostile input
 
 WORDS = [
-    "", " ", "-", "--", ".", "..", "/", "~", "0", "-1", "1", "2.5", "nan", "inf", "-inf", "1e9", "1e400", "1" * 400, "½", "²",
-    "٣", "True", "None", "[]", "()", "[" * 3000, "{}", "a=b", "*", "%s%n", "$(id)", "`id`", "\n", "\t", "\x1b[31mred", "\r",
-    "\u202e", "\ud800", "\udcff", "é" * 50, "x" * 300, "a/" * 3000, "../../escaped", "/proc/self/mem", "/dev/zero", "/dev/full",
+    "", " ", "-", "--", ".", "..", "/", "~", "0", "-1", "1", "2.5", "nan", "inf", "-inf", "1e9", "1e400", "1" * 400,
+    "½", "²", "٣", "True", "None", "[]", "()", "[" * 3000, "{}", "a=b", "*", "%s%n", "$(id)", "`id`", "\n", "\t",
+    "\x1b[31mred", "\r", "\u202e", "\ud800", "\udcff", "é" * 50, "x" * 300, "a/" * 3000, "../../escaped", "/proc/self/mem", "/dev/zero",
+    "/dev/full",
     "gs://bucket/x", "http://localhost:1/x", "file:///etc/passwd", "<|extra_200|>", "<|image token|>", "con", "NUL",
-    "9" * 19, str(2**31), str(2**63), "0x10", "1_000", "1:0", "0:1", "1e9:1", "-1:1", "tensor=3", "data=-1,fsdp=-1", "a" * 5000,
-    " " * 100_000,
+    "9" * 19, str(2**31), str(2**63), "0x10", "1_000", "1:0", "0:1", "1e9:1", "-1:1", "tensor=3", "data=-1,fsdp=-1",
+    "a" * 5000,    " " * 100_000,
 ]  # fmt: skip
 VALUES = [
-    None, True, False, 0, -1, 1, 2**31, 2**63, 10**30, 10**400, 1.5, -0.0, 1e308, float("nan"), float("inf"), "", "x", "9" * 50,
-    "../../x", "/etc/passwd", "a\0b", "\ud800", "\x1b[2J", "x" * 5000, [], {}, [None], {"a": 1}, [[[]]], ["x"] * 1000, "float32",
+    None, True, False, 0, -1, 1, 2**31, 2**63, 10**30, 10**400, 1.5, -0.0, 1e308, float("nan"), float("inf"), "", "x",
+    "9" * 50,
+    "../../x", "/etc/passwd", "a\0b", "\ud800", "\x1b[2J", "x" * 5000, [], {}, [None], {"a": 1}, [[[]]], ["x"] * 1000,
+    "float32",
     "con", [1, 2], [-1, -1], [10**9, 10**9], 10**9, "1", {"": {}},
 ]  # fmt: skip
 _FIELDS_OF_ZIP = 46  # bytes of an entry of a zip file's directory, before its name
@@ -248,7 +255,9 @@ def hostile_bytes(draw: random.Random, data: bytes) -> bytes:
         elif kind == 3:
             data[at:at] = data[at : at + draw.randrange(1, 256)]
         elif kind == 4:
-            data[at : at + 4] = draw.choice((b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\0\0", b"\xff\xff\xff\x7f"))
+            data[at : at + 4] = draw.choice(
+                (b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\0\0", b"\xff\xff\xff\x7f")
+            )
         elif kind == 5:
             data[at : at + 8] = struct.pack(draw.choice("<>") + "Q", draw.choice((2**63, 2**40, 2**31, 0, 10**9)))
         elif kind == 6:
@@ -308,7 +317,9 @@ def hostile_zip(draw: random.Random, data: bytes) -> bytes:
             if draw.random() < 0.3:
                 content = draw.choice((hostile_bytes(draw, content), _npy(draw), bytes(draw.choice((0, 10**7)))))
             if draw.random() < 0.2:
-                name = draw.choice(("../../escaped.npy", "/tmp/escaped.npy", "a\nb.npy", "file.npy", "x" * 300, "con.npy", name))
+                name = draw.choice(
+                    ("../../escaped.npy", "/tmp/escaped.npy", "a\nb.npy", "file.npy", "x" * 300, "con.npy", name)
+                )
             import warnings
 
             with warnings.catch_warnings():
@@ -325,9 +336,13 @@ def hostile_zip(draw: random.Random, data: bytes) -> bytes:
 
 def _npy(draw: random.Random) -> bytes:
     """An .npy file whose header lies."""
-    shape = draw.choice(("(3, 4)", "(20000, 20000)", "(1000000000,)", "(-1, 3)", "(2**60,)", "()", "x", "(3, 4" + ",1" * 500 + ")"))
+    shape = draw.choice(
+        ("(3, 4)", "(20000, 20000)", "(1000000000,)", "(-1, 3)", "(2**60,)", "()", "x", "(3, 4" + ",1" * 500 + ")")
+    )
     kind = draw.choice(("<i4", "|O", "<f8", "<U1000000000", "V99999999999", "[('a','<i4')]", ">i8", "<i2", "m8"))
-    header = f"{{'descr': '{kind}', 'fortran_order': {draw.choice(('False', 'True', '9'))}, 'shape': {shape}, }}".encode()
+    header = (
+        f"{{'descr': '{kind}', 'fortran_order': {draw.choice(('False', 'True', '9'))}, 'shape': {shape}, }}".encode()
+    )
     header += b" " * draw.choice((0, 10, 100_000)) + b"\n"
     return b"\x93NUMPY" + bytes((draw.choice((1, 2, 3, 9)), 0)) + struct.pack("<I", len(header)) + header + bytes(48)
 
@@ -377,22 +392,30 @@ PICTURES = [f"picture.{e}" for e in ("png", "jpg", "webp", "bmp", "gif", "tiff")
 CLIPS = [f"clip.{e}" for e in ("webp", "gif", "png", "mp4", "webm", "mkv", "mov")] + ["frames"]
 # For each command: words of valid calls, in which a name in braces is drawn from a list, and the inputs to damage.
 CALLS: dict[str, list[list[str]]] = {
-    "convert": [["upstream/language_model", "upstream/vision_tokenizer"], ["transformers"], ["pickled/language_model", "pickled/vision_tokenizer"], ["run"]],
+    "convert": [["upstream/language_model", "upstream/vision_tokenizer"], ["transformers"],
+                ["pickled/language_model", "pickled/vision_tokenizer"], ["run"]],
     "export": [["bundle", "--layout", "upstream"], ["bundle", "--layout", "transformers"]],
     "doctor": [["bundle"], ["upstream/language_model"], ["transformers"], ["pickled/vision_tokenizer"]],
     "tokenize": [["{picture}", *MODEL], ["{clip}", *MODEL], ["{clip}", *MODEL, "--fps", "6", "--frames", "3"]],
     "detokenize": [["codes.npz", *MODEL], ["packed.npz", *MODEL], ["codes.npz", *MODEL, "--clip-format", "gif"]],
-    "generate": [["a dot", *MODEL, "--top-k", "5", "--seed", "1"], ["a", "b", *MODEL, "--save-tokens", "--ratio", "1:1"]],
+    "generate": [["a dot", *MODEL, "--top-k", "5", "--seed", "1"], 
+                 ["a", "b", *MODEL, "--save-tokens", "--ratio", "1:1"]],
     "video": [["a dot", *MODEL, "--frames", "4"], ["a", *MODEL, "--extend", "{picture}", "--frames", "4"]],
-    "chat": [["{picture}", "--prompt", "what?", "--max-new-tokens", "4", *MODEL], ["{clip}", "--prompt", "x", "--frames", "1", "--max-new-tokens", "4", *MODEL]],
+    "chat": [["{picture}", "--prompt", "what?", "--max-new-tokens", "4", *MODEL],
+             ["{clip}", "--prompt", "x", "--frames", "1", "--max-new-tokens", "4", *MODEL]],
     "prepare": [["manifest.jsonl", *MODEL, "--area", "576"], ["--features", "features.json", *MODEL]],
     "train": [["train.py", "--quiet"], ["train.py", "--quiet", "--set", "steps=1", "--set", "batch_size=8"]],
     "evaluate": [["evaluate.py", "--quiet"]],
     "plan": [["plan.py", "--topology", "v5e:2x2"]],
-    "bench": [["decode", "--preset", "small", "--area", "256", "--steps", "2"], ["vision", "--preset", "small", "--size", "16"]],
+    "bench": [["decode", "--preset", "small", "--area", "256", "--steps", "2"],
+              ["vision", "--preset", "small", "--size", "16"]],
 }  # fmt: skip
 OUTPUT = {"tokenize": "out.npz", "doctor": None, "chat": None, "plan": None, "bench": None, "train": None}
 SLOW = ("plan", "bench")  # their valid calls compile for long: there only arguments are hostile, and mostly refused
+OPTIONS = (
+    "--set", "--fps", "--frames", "--area", "--seed", "--ratio", "--top-p", "--temperature", "--mesh", "--batch-size",
+    "--tile", "--shards", "--workers", "--negative", "--dtype",
+)  # fmt: skip
 KEPT = ("prepare", "train")  # what was finished before an error stays
 
 
@@ -424,9 +447,7 @@ def make_case(draw: random.Random, base: pathlib.Path, place: pathlib.Path, only
             elif draw.random() < 0.5:
                 words.insert(at, draw.choice(WORDS))
             else:
-                words += [draw.choice(("--set", "--fps", "--frames", "--area", "--seed", "--ratio", "--top-p", "--temperature",
-                                       "--mesh", "--batch-size", "--tile", "--shards", "--workers", "--negative", "--dtype")),
-                          draw.choice(WORDS)]  # fmt: skip
+                words += [draw.choice(OPTIONS), draw.choice(WORDS)]
     return command, words
 
 
@@ -446,7 +467,9 @@ def judge(command: str, answer: dict, before: set[str], after: set[str], words: 
     if "Traceback" in err:
         faults.append("traceback: " + err.strip().splitlines()[-1][:150])
     if code == 2 and command != "doctor":
-        lines = [line for line in err.splitlines() if ": warning: " not in line and not line.startswith("emu3-jax: removed")]
+        lines = [
+            line for line in err.splitlines() if ": warning: " not in line and not line.startswith("emu3-jax: removed")
+        ]
         if len(lines) != 1 or ": error: " not in lines[0]:
             faults.append(f"{len(lines)} lines on standard error")
         elif len(lines[0]) > 330 or not lines[0].isprintable():
@@ -495,7 +518,9 @@ def fuzz(options: argparse.Namespace, directory: pathlib.Path) -> int:
     base.mkdir()
     make_inputs(base)
     process = Worker()
-    most = {} if options.only in SLOW else valid(process, base, directory, [options.only] if options.only else list(CALLS))
+    most = (
+        {} if options.only in SLOW else valid(process, base, directory, [options.only] if options.only else list(CALLS))
+    )
     counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
     for number in range(options.cases):
         draw = random.Random(f"{options.seed}/{number}")
@@ -511,10 +536,14 @@ def fuzz(options: argparse.Namespace, directory: pathlib.Path) -> int:
         counts[command][f"exit code {answer['code']}"] += 1
         if faults:
             counts[command]["faults"] += 1
-            print(f"case {number}: {command} {' '.join(repr(w[:60]) for w in words)}\n    {'; '.join(faults)}", flush=True)
+            print(
+                f"case {number}: {command} {' '.join(repr(w[:60]) for w in words)}\n    {'; '.join(faults)}", flush=True
+            )
             if options.keep:
                 shutil.copytree(place, options.keep / str(number), symlinks=True, ignore=_pipes)
-                (options.keep / f"{number}.json").write_text(json.dumps({"words": [command, *words], **answer}, indent=1))
+                (options.keep / f"{number}.json").write_text(
+                    json.dumps({"words": [command, *words], **answer}, indent=1)
+                )
         shutil.rmtree(place)
     process.stop()
     for command, count in sorted(counts.items()):
