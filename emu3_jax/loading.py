@@ -36,7 +36,8 @@ def load(
             vision tokenizer is then shared in memory.
         dtype: "bfloat16", "float16" or "float32": the decoder's weights and compute dtype. By default the bundle's.
         mesh: "tensor=4", a mapping of axes to sizes, or a mesh from `sharding.mesh.make_mesh`: the decoder's weights
-            are restored straight to their parts, and generation runs on all its devices. Results do not change.
+            are restored straight to their parts, and generation runs on all its devices. In float32 tokens do not
+            change; in narrower dtypes sums round in another order.
         quantize: "int8" keeps the decoder's matrices and the KV cache as int8, "int8-weights" the matrices alone, "fp8"
             the matrices as float8 (e4m3) and the cache as int8: half the memory, and other results. By
             default nothing is.

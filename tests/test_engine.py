@@ -209,14 +209,14 @@ def test_answers_end_at_eos_and_the_loop_ends_with_them():
 
 
 def test_one_compilation_per_shape_bucket():
-    engine.prefill.clear_cache()
-    engine.decode.clear_cache()
+    engine.prefill.jitted.clear_cache()
+    engine.decode.jitted.clear_cache()
     run_rows([0, 1, 2, 3])
-    assert (engine.prefill._cache_size(), engine.decode._cache_size()) == (1, 1)
+    assert (engine.prefill.jitted._cache_size(), engine.decode.jitted._cache_size()) == (1, 1)
     run_rows([3, 2, 1, 0])  # other prompts, grids and settings of the same buckets
-    assert (engine.prefill._cache_size(), engine.decode._cache_size()) == (1, 1)
+    assert (engine.prefill.jitted._cache_size(), engine.decode.jitted._cache_size()) == (1, 1)
     run_rows([0, 1])
-    assert (engine.prefill._cache_size(), engine.decode._cache_size()) == (2, 2)
+    assert (engine.prefill.jitted._cache_size(), engine.decode.jitted._cache_size()) == (2, 2)
 
 
 def test_the_cache_is_donated_and_never_copied():

@@ -200,7 +200,7 @@ def test_a_picture_is_extended_at_its_ratio(golden_model):
         ({"window": 0}, "window is 0: it must be a whole number >= 1"),
         (
             {"area": 480 * 480, "extend": Image.new("RGB", (32, 32))},
-            "beside the longest prompt the model's 4096 positions hold 4 frames of 60x60 tokens, 8 are needed: choose",
+            "beside its prompt the model's 4096 positions hold 4 frames of 60x60 tokens, 8 are needed: choose",
         ),
         ({"area": 720 * 720, "frames": 4}, "hold 0 frames of 90x90 tokens, 4 are needed: choose a smaller area or a"),
         ({"negative": "word " * 4090}, "hold 0 frames of 4x4 tokens"),

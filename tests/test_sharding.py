@@ -180,7 +180,7 @@ def test_golden_pictures_on_every_mesh(sizes, golden_model):
         for text in (case["text"][0], case["negative"])
     )
     params = jax.device_put(language.params, decoder_shardings(language.config, mesh))
-    engine.decode.clear_cache()
+    engine.decode.jitted.clear_cache()
     ids = session.run(
         params,
         language.config,
@@ -189,7 +189,7 @@ def test_golden_pictures_on_every_mesh(sizes, golden_model):
         mesh=mesh,
     )
     np.testing.assert_array_equal(ids[0], golden["wide/sequences"][0, int(golden["wide/prompt_length"]) :])
-    assert engine.decode._cache_size() == 1  # what a call returns lies where the next expects it
+    assert engine.decode.jitted._cache_size() == 1  # what a call returns lies where the next expects it
 
 
 def test_sampled_rows_that_do_not_fill_the_mesh():

@@ -72,6 +72,7 @@ def run(options: argparse.Namespace) -> None:
             raise Emu3Error("there is no question: give --prompt TEXT, or questions on standard input, one a line")
         return
     prompts = options.prompt * len(options.files) if len(options.prompt) == 1 else options.prompt
-    answers = model.chat(options.files, prompts, batch_size=options.batch_size, **settings)
+    batching = {"batch_size": options.batch_size, "deterministic": options.deterministic}
+    answers = model.chat(options.files, prompts, **batching, **settings)
     for file, prompt, answer in zip(options.files, prompts, answers, strict=True):
         show(answer, f"{file}: {answer}" if len(answers) > 1 else answer, file=file, prompt=prompt)

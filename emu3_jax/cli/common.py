@@ -144,6 +144,11 @@ def add_sampling(command: argparse.ArgumentParser, temperature: float) -> None:
     command.add_argument(
         "--batch-size", type=int, default=defaults.BATCH_SIZE, help="rows computed at once (default: %(default)s)"
     )
+    command.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="the same result for a row beside any other rows, in bfloat16 too: batches are filled up to --batch-size",
+    )
     command.add_argument("--allow-special", action="store_true", help="let control tokens in prompts act as such")
 
 
@@ -154,7 +159,7 @@ def one_or_each(values: list):
 
 def generation(options: argparse.Namespace) -> dict:
     """What the options of `add_generation` say, as keyword arguments of `generate_sequences` and `generate_clips`."""
-    same = ("area", "temperature", "top_k", "top_p", "seed", "greedy", "allow_special", "batch_size")
+    same = ("area", "temperature", "top_k", "top_p", "seed", "greedy", "allow_special", "batch_size", "deterministic")
     each = {name: one_or_each(getattr(options, name)) for name in ("negative", "guidance")}
     return {**{name: getattr(options, name) for name in same}, **each}
 

@@ -18,7 +18,10 @@ from emu3_jax.media.images import postprocess
 from emu3_jax.media.inputs import Media, as_media
 from emu3_jax.media.sizes import generate_size
 from emu3_jax.models.vision import Stream, check_codes
+from emu3_jax.printable import shown
 from emu3_jax.text.prompts import generation_prompt
+
+_MOST_BYTES = 2**34  # of the new frames of all clips, which memory holds
 
 # Told of frames: the row, the number of the first in its clip, and they themselves, uint8 [n, H, W, 3].
 OnFrames = Callable[[int, int, np.ndarray], None]
@@ -80,6 +83,7 @@ class GrowingClip:
             Emu3Error: a code is outside the codebook.
         """
         self._collect()
+        ids = ids[: len(self._visual)]  # a longer row beside this one goes on
         new = ids[self._visual[: len(ids)]] - self._visual_start
         codes = np.concatenate([self._context.ravel(), new]).astype(np.int32)
         height, width = self._context.shape[1:]
@@ -125,7 +129,7 @@ def generate_clips(
     prompts = prompt_list(prompts)
     for name, number in {"frames": frames, **({} if window is None else {"window": window})}.items():
         if not is_count(number):
-            raise Emu3Error(f"{name} is {number!r}: it must be a whole number >= 1")
+            raise Emu3Error(f"{name} is {shown(number)}: it must be a whole number >= 1")
     check_fps(fps)
     config, factor = language.config, vision.config.temporal_factor
     media = [as_media(item) for item in per_row("extend", extend, len(prompts))] if extend is not None else []
@@ -134,9 +138,23 @@ def generate_clips(
     area = config.image_area if area is None else area
     size = generate_size(_common_ratio(given) if ratio is None else ratio, area, vision.config.spatial_factor)
     height, width = (side * vision.config.spatial_factor for side in size)
+    most = _MOST_BYTES // (height * width * 3 * len(prompts))
+    if frames > most:
+        raise Emu3Error(
+            f"frames is {shown(frames)}: {len(prompts)} clips of {width}x{height} pixels may have at most {most} new "
+            "frames each; ask for fewer"
+        )
     settings = sampling.settings(len(prompts))
     negatives = per_row("negative", negative, len(prompts))
     nothing = np.zeros((0, height, width, 3), np.uint8)
+    missing = [-(-frames // factor)] * len(prompts)
+    latents = [
+        _latents_of_a_pass(
+            language, texts, size, factor=factor, window=window, missing=missing[0], extending=bool(given),
+            allow_special=allow_special,
+        )
+        for texts in zip(prompts, negatives, strict=True)
+    ]  # fmt: skip
     clips = [
         GrowingClip(
             vision,
@@ -147,35 +165,32 @@ def generate_clips(
         )
         for row in range(len(prompts))
     ]
-    missing = -(-frames // factor)
-    texts = [*prompts, *negatives]
-    latents = _latents_of_a_pass(
-        language, texts, size, factor=factor, window=window, missing=missing, extending=bool(given),
-        allow_special=allow_special,
-    )  # fmt: skip
-
-    def on_tokens(first: int, ids: np.ndarray) -> None:
-        for clip, row in zip(clips[first : first + len(ids)], ids, strict=True):
-            clip.take(row)
-
-    while missing:
-        old = min(latents // 2, -(-min(len(clip.frames) for clip in clips) // factor))
-        new = min(latents - old, missing)
-        contexts = [encode_end(vision, clip.frames, old) if old else None for clip in clips]
-        schedule = clip_schedule(old + new, *size, config.clip_layout, given=old)
-        for clip, context in zip(clips, contexts, strict=True):
-            clip.begin(context, schedule)
-        grids = [
-            Grid(prompt, negative, (old + new, *size), context)
-            for prompt, negative, context in zip(prompts, negatives, contexts, strict=True)
-        ]
+    while any(missing):
+        # Each row's passes are those that it has alone: how long its prompt and its clip are decides.
+        rows = [row for row, count in enumerate(missing) if count]
+        grids = []
+        for row in rows:
+            clip = clips[row]
+            old = min(latents[row] // 2, -(-len(clip.frames) // factor))
+            new = min(latents[row] - old, missing[row])
+            missing[row] -= new
+            context = encode_end(vision, clip.frames, old) if old else None
+            clip.begin(context, clip_schedule(old + new, *size, config.clip_layout, given=old))
+            grids.append(Grid(prompts[row], negatives[row], (old + new, *size), context))
+        on_tokens = functools.partial(_take, [clips[row] for row in rows])
         generate_grids(
-            language, grids, settings, batching=batching, allow_special=allow_special, on_tokens=on_tokens
+            language, grids, settings.take(np.asarray(rows)), batching=batching, allow_special=allow_special,
+            on_tokens=on_tokens,
         )  # fmt: skip
-        missing -= new
         # Change the seeds per pass, or each pass resembles the previous one.
         settings = settings.replace(seed=settings.seed + np.uint32(0x9E3779B9))
     return [Clip(clip.frames, rate) for clip, rate in zip(clips, rates, strict=True)]
+
+
+def _take(clips: Sequence[GrowingClip], batch: Sequence[int], ids: np.ndarray) -> None:
+    """Gives each clip of a batch its ids; see `language.OnTokens`."""
+    for index, row in zip(batch, ids, strict=True):
+        clips[index].take(row)
 
 
 def _common_ratio(given: Sequence[np.ndarray]) -> str:
@@ -201,7 +216,7 @@ def _latents_of_a_pass(
 
     Args:
         language: the decoder.
-        texts: of all prompts.
+        texts: the prompt and the negative prompt.
         size: rows and columns of a latent frame.
         factor: frames of one latent frame.
         window: frames of one pass, if somebody says; see `Emu3.generate_clips`.
@@ -223,14 +238,14 @@ def _latents_of_a_pass(
     least = 1 + (extending or latents < missing > 1)  # where passes follow each other, each has old and new frames
     if fits < least:
         raise Emu3Error(
-            f"beside the longest prompt the model's {config.max_positions} positions hold {max(fits, 0) * factor} "
+            f"beside its prompt the model's {config.max_positions} positions hold {max(fits, 0) * factor} "
             f"frames of {size[0]}x{size[1]} tokens, {least * factor} are needed: choose a smaller area or a shorter "
             "prompt"
         )
     if latents < least or latents > fits:
         needed = f"{least * factor} frames or more" if latents < least else f"{fits * factor} frames or less"
         raise Emu3Error(
-            f"a window of {latents * factor} frames of {size[0]}x{size[1]} tokens does not do: with the longest "
+            f"a window of {latents * factor} frames of {size[0]}x{size[1]} tokens does not do: with its "
             f"prompt the model's {config.max_positions} positions and the task call for {needed}; change the "
             "window, choose a smaller area or a shorter prompt"
         )

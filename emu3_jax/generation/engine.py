@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from emu3_jax.config import DecoderConfig
 from emu3_jax.generation import sampling
 from emu3_jax.generation.schedule import SAMPLED
+from emu3_jax.models.attention import target_platform
 from emu3_jax.models.cache import KVCache
 from emu3_jax.models.decoder import Decoder, visual_head_params
 
@@ -49,7 +50,34 @@ class Variant:
     kernels: str = "xla"  # of `attention.KERNELS`, chosen
 
 
-@functools.partial(jax.jit, static_argnames=("config", "variant", "slots"))
+class _Program:
+    """A jitted function, which is compiled with another option for CPUs.
+
+    XLA may keep a bfloat16 value in float32 where it fuses operations, and on CPUs the number of rows decides what is
+    fused. Without that licence a row's bfloat16 results are the same beside any number of rows there, in the same time.
+    Elsewhere the number of rows also chooses the kernels of products, so it would only cost time.
+    """
+
+    def __init__(self, function: Callable, **options: Any):
+        functools.update_wrapper(self, function)
+        exact = {"xla_allow_excess_precision": False}
+        self._elsewhere = jax.jit(function, **options)
+        self._on_cpus = jax.jit(function, compiler_options=exact, **options)
+
+    def __call__(self, *arguments: Any, **static: Any) -> Any:
+        return self.jitted(*arguments, **static)
+
+    @property
+    def jitted(self) -> Any:
+        """The function for where the program will run: on the current mesh, or else on the default device."""
+        return self._on_cpus if target_platform() == "cpu" else self._elsewhere
+
+    def lower(self, *arguments: Any, **static: Any) -> jax.stages.Lowered:
+        """As that of jitted functions."""
+        return self.jitted.lower(*arguments, **static)
+
+
+@functools.partial(_Program, static_argnames=("config", "variant", "slots"))
 def prefill(
     params: Any,
     prompts: jax.Array,
@@ -73,7 +101,7 @@ def prefill(
     return _replicated(emit(logits[:, 0], state, plan, config, variant))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "variant"), donate_argnames=("state",))
+@functools.partial(_Program, static_argnames=("config", "variant"), donate_argnames=("state",))
 def decode(
     params: Any, state: DecodeState, plan: Plan, until: jax.Array, *, config: DecoderConfig, variant: Variant
 ) -> DecodeState:

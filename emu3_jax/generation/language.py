@@ -15,14 +15,17 @@ from emu3_jax.fields import is_count
 from emu3_jax.generation import defaults, session
 from emu3_jax.generation.rows import Sampling
 from emu3_jax.generation.sampling import RowSettings
-from emu3_jax.generation.schedule import TokenClass, grid_schedule, text_schedule
-from emu3_jax.generation.session import Row
+from emu3_jax.generation.schedule import TokenClass, grid_length, grid_schedule, text_schedule
+from emu3_jax.generation.session import DecodeSession, Row
+from emu3_jax.printable import shown
 from emu3_jax.text.prompts import PromptTemplates, frame_ids, generation_prompt
 from emu3_jax.text.tokenizer import Tokenizer
 
-# Told of tokens while later ones are sampled: the number of a batch's first row, and the batch's ids so far, int32
+# Told of tokens while later ones are sampled: the numbers of a batch's rows, and their ids so far, int32
 # [B, steps taken].
-OnTokens = Callable[[int, np.ndarray], None]
+OnTokens = Callable[[Sequence[int], np.ndarray], None]
+
+_MOST_AT_ONCE = 4096  # rows of a batch; far more than any device has room for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,14 +56,19 @@ class Batching:
     Attributes:
         batch_size: rows at once.
         progress: a bar on stderr; None shows it if that is a terminal.
+        deterministic: the program that computes a row is always the same, whatever rows are beside it: rows whose
+            programs differ are not computed together, and every batch is filled up to `batch_size` rows.
     """
 
     batch_size: int = defaults.BATCH_SIZE
     progress: bool | None = None
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
-        if not is_count(self.batch_size):
-            raise Emu3Error(f"batch_size is {self.batch_size!r}: it must be a whole number >= 1")
+        if not is_count(self.batch_size) or self.batch_size > _MOST_AT_ONCE:
+            raise Emu3Error(
+                f"batch_size is {shown(self.batch_size)}: it must be a whole number from 1 to {_MOST_AT_ONCE}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,15 +131,21 @@ def generate_grids(
         head = generation_prompt(language.tokenizer, special, text, *grid.size, allow_special=allow_special)
         return head if grid.given is None else head + frame_ids(special, grid.given, layout)
 
-    schedules = [grid_schedule(grid.size, layout, given=0 if grid.given is None else len(grid.given)) for grid in grids]
-    prompts = [prompt_ids(grid.prompt, grid) for grid in grids]
-    rows = [
-        Row(prompt, schedule, prompt_ids(grid.negative, grid))
-        for prompt, schedule, grid in zip(prompts, schedules, grids, strict=True)
+    prompts = [(prompt_ids(grid.prompt, grid), prompt_ids(grid.negative, grid)) for grid in grids]
+    given = [0 if grid.given is None else len(grid.given) for grid in grids]
+    # Before the schedules are made: a size may be of millions of tokens.
+    lengths = [
+        grid_length((grid.size[0] - count, *grid.size[1:]) if count else grid.size, layout)
+        for grid, count in zip(grids, given, strict=True)
     ]
-    session.check_positions(language.config, rows)
-    if (settings.guidance == 1.0).all():
-        rows = [dataclasses.replace(row, negative=None) for row in rows]
+    session.check_positions(language.config, zip((max(map(len, pair)) for pair in prompts), lengths, strict=True))
+    rows = [
+        Row(prompt, grid_schedule(grid.size, layout, given=count), negative)
+        for (prompt, negative), grid, count in zip(prompts, grids, given, strict=True)
+    ]
+    plain = settings.guidance == 1.0
+    if plain.all() or batching.deterministic:
+        rows = [dataclasses.replace(row, negative=None) if one else row for row, one in zip(rows, plain, strict=True)]
     results = []
     for grid, row, ids in zip(grids, rows, _run_batches(language, rows, settings, batching, on_tokens), strict=True):
         codes = (ids[row.schedule == TokenClass.VISUAL] - special.visual_start).astype(np.int32)
@@ -163,7 +177,7 @@ def answer(
         Emu3Error: a row leaves no position for an answer, or a number is not legal.
     """
     if not is_count(max_new_tokens):
-        raise Emu3Error(f"max_new_tokens is {max_new_tokens!r}: it must be a whole number >= 1")
+        raise Emu3Error(f"max_new_tokens is {shown(max_new_tokens)}: it must be a whole number >= 1")
     positions = language.config.max_positions
     rows = []
     for index, ids in enumerate(inputs):
@@ -185,10 +199,10 @@ def _run_batches(
     on_tokens: OnTokens | None = None,
 ) -> list[np.ndarray]:
     """Each row's generated ids, cut to its own schedule."""
-    batches = [slice(first, first + batching.batch_size) for first in range(0, len(rows), batching.batch_size)]
-    lengths = [max(len(row.schedule) for row in rows[batch]) for batch in batches]
+    batches = _batches(language, rows, settings, batching)
+    lengths = [max(len(rows[index].schedule) for index in batch) for batch in batches]
     silent = None if batching.progress is None else not batching.progress
-    results: list[np.ndarray] = []
+    results: dict[int, np.ndarray] = {}
     with tqdm(total=sum(lengths), unit=" tokens", disable=silent, leave=False) as bar:
         for batch, length in zip(batches, lengths, strict=True):
             before = bar.n
@@ -199,13 +213,30 @@ def _run_batches(
             ids = session.run(
                 language.params,
                 language.config,
-                rows[batch],
-                settings.take(batch),
+                [rows[index] for index in batch],
+                settings.take(np.asarray(batch)),
                 on_progress=on_progress,
-                on_tokens=on_tokens and functools.partial(on_tokens, batch.start),
+                on_tokens=on_tokens and functools.partial(on_tokens, batch),
                 mesh=language.mesh,
                 narrow_cache=language.narrow_cache,
+                least_rows=batching.batch_size if batching.deterministic else 1,
             )
-            results.extend(row_ids[: len(row.schedule)] for row_ids, row in zip(ids, rows[batch], strict=True))
+            results |= {index: row[: len(rows[index].schedule)] for index, row in zip(batch, ids, strict=True)}
             bar.update(before + length - bar.n)
-    return results
+    return [results[index] for index in range(len(rows))]
+
+
+def _batches(language: Language, rows: Sequence[Row], settings: RowSettings, batching: Batching) -> list[Sequence[int]]:
+    """The numbers of the rows that are computed together."""
+    groups: dict[Any, list[int]] = {}
+    for index, row in enumerate(rows):
+        shapes = None
+        if batching.deterministic:
+            # What the row's programs would be compiled for if it were alone.
+            one = settings.take(np.asarray([index]))
+            narrow = language.narrow_cache
+            alone = DecodeSession(language.params, language.config, [row], one, mesh=language.mesh, narrow_cache=narrow)
+            shapes = alone.shapes
+        groups.setdefault(shapes, []).append(index)
+    size = batching.batch_size
+    return [group[first : first + size] for group in groups.values() for first in range(0, len(group), size)]

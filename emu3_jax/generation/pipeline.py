@@ -21,7 +21,8 @@ class Emu3:
     """A model in memory. Made by `emu3_jax.load`; either part may be absent.
 
     Every argument of `generate` and `chat` that describes one row takes one value for all rows or a sequence with one
-    value per row. A row's result does not depend on the rows beside it.
+    value per row. In float32 a row's result does not depend on the rows beside it. In bfloat16 and float16 the number
+    of rows may change how products round, and so a token here and there; `deterministic` rules that out.
     """
 
     def __init__(self, name: str, language: Language | None = None, vision: Vision | None = None):
@@ -115,13 +116,14 @@ class Emu3:
         greedy: bool = False,
         allow_special: bool = False,
         batch_size: int = defaults.BATCH_SIZE,
+        deterministic: bool = False,
         progress: bool | None = None,
     ) -> list[Image.Image]:
         """Pictures for the prompts; `image.info` says how each was made. Arguments and errors: `generate_sequences`."""
         generations = self.generate_sequences(
             prompts, ratio=ratio, area=area, negative=negative, guidance=guidance, temperature=temperature,
             top_k=top_k, top_p=top_p, seed=seed, greedy=greedy, allow_special=allow_special, batch_size=batch_size,
-            progress=progress,
+            deterministic=deterministic, progress=progress,
         )  # fmt: skip
         return [generation.image for generation in generations]
 
@@ -140,6 +142,7 @@ class Emu3:
         greedy: bool = False,
         allow_special: bool = False,
         batch_size: int = defaults.BATCH_SIZE,
+        deterministic: bool = False,
         progress: bool | None = None,
     ) -> list[Generation]:
         """Generates one picture per prompt, with tokens (upstream `image_generation.py`).
@@ -156,7 +159,10 @@ class Emu3:
             seed: one number counts up over the prompts; a sequence gives each prompt its own.
             greedy: the same as temperature 0.
             allow_special: lets control tokens in prompts act as such.
-            batch_size: rows per batch.
+            batch_size: rows per batch, 4096 at most.
+            deterministic: a row's result is the same beside any rows, in every dtype: each batch is filled up to
+                `batch_size` rows, which costs time, and rows of other shapes are computed apart. It stays a function
+                of `batch_size`, the device and the versions of JAX and XLA.
             progress: a bar on stderr; by default if that is a terminal.
 
         Raises:
@@ -164,7 +170,7 @@ class Emu3:
         """
         return generate_pictures(
             self.language, self.vision, prompts, Sampling(0.0 if greedy else temperature, top_k, top_p, guidance, seed),
-            ratio=ratio, area=area, negative=negative, batching=Batching(batch_size, progress),
+            ratio=ratio, area=area, negative=negative, batching=Batching(batch_size, progress, deterministic),
             allow_special=allow_special, name=self.name,
         )  # fmt: skip
 
@@ -188,6 +194,7 @@ class Emu3:
         greedy: bool = False,
         allow_special: bool = False,
         batch_size: int = defaults.BATCH_SIZE,
+        deterministic: bool = False,
         progress: bool | None = None,
     ) -> list[Clip]:
         """Generates one clip per prompt, frame after frame, as `data.sequences.NextFrame` trains it.
@@ -212,7 +219,7 @@ class Emu3:
         return generate_clips(
             self.language, self.vision, prompts, Sampling(0.0 if greedy else temperature, top_k, top_p, guidance, seed),
             frames=frames, fps=fps, extend=extend, window=window, ratio=ratio, area=area, negative=negative,
-            batching=Batching(batch_size, progress), allow_special=allow_special, on_frames=on_frames,
+            batching=Batching(batch_size, progress, deterministic), allow_special=allow_special, on_frames=on_frames,
         )  # fmt: skip
 
     def chat(
@@ -230,6 +237,7 @@ class Emu3:
         seed: int | Sequence[int] = defaults.SEED,
         allow_special: bool = False,
         batch_size: int = defaults.BATCH_SIZE,
+        deterministic: bool = False,
         progress: bool | None = None,
     ) -> list[str]:
         """Answers one prompt per picture or clip (upstream `multimodal_understanding.py`).
@@ -246,7 +254,10 @@ class Emu3:
             top_p: probability mass kept.
             seed: one number counts up over the rows; a sequence gives each row its own.
             allow_special: lets control tokens in prompts act as such.
-            batch_size: rows per batch.
+            batch_size: rows per batch, 4096 at most.
+            deterministic: a row's result is the same beside any rows, in every dtype: each batch is filled up to
+                `batch_size` rows, which costs time, and rows of other shapes are computed apart. It stays a function
+                of `batch_size`, the device and the versions of JAX and XLA.
             progress: a bar on stderr; by default if that is a terminal.
 
         Raises:
@@ -255,7 +266,7 @@ class Emu3:
         asking = Asking(
             Showing(clips_as, frames, fps),
             Sampling(temperature, top_k, top_p, guidance=1.0, seed=seed),
-            Batching(batch_size, progress),
+            Batching(batch_size, progress, deterministic),
             max_new_tokens,
             allow_special,
         )
@@ -277,7 +288,7 @@ class Emu3:
     ) -> Conversation:
         """A conversation of several turns, each with any number of pictures and clips: `converse().ask(text, media)`.
 
-        The arguments are those of `chat`.
+        The arguments are those of `chat`. An answer is computed alone, so that no other row can change it.
         """
         asking = Asking(
             Showing(clips_as, frames, fps),

@@ -18,7 +18,7 @@ _DIGIT = 4
 
 
 class RowSettings(flax.struct.PyTreeNode):
-    """How each row samples; every leaf has one entry per row, so a row never depends on its batch mates.
+    """How each row samples; every leaf has one entry per row, and a row reads its own alone.
 
     Attributes:
         temperature: float32 [B]; 0 takes the likeliest token (greedy).

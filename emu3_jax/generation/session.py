@@ -8,7 +8,7 @@ B rows; T steps of the longest schedule.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -125,7 +125,10 @@ class Snapshot:
 
 
 class DecodeSession:
-    """Rows that are generated together. A row's result does not depend on the rows beside it.
+    """Rows that are generated together.
+
+    In float32 a row's result does not depend on the rows beside it. In narrower dtypes it does not depend on what these
+    are, but it may depend on the shapes that the programs are compiled for, because these decide how products round.
 
     Attributes:
         rows: as they were given.
@@ -146,6 +149,7 @@ class DecodeSession:
         mesh: Mesh | None = None,
         narrow_cache: bool = False,
         kernels: str = "auto",
+        least_rows: int = 1,
     ):
         """Nothing is computed yet.
 
@@ -157,15 +161,16 @@ class DecodeSession:
             mesh: what `params` are spread over, if anything.
             narrow_cache: keys and values are kept as int8.
             kernels: what computes attention of single tokens, of `attention.KERNELS`.
+            least_rows: the programs are compiled for at least so many; copies of the last row fill them.
 
         Raises:
             Emu3Error: a prompt with its schedule is longer than the model's positions.
         """
-        check_positions(config, rows)
+        check_positions(config, ((max(len(row.prompt), len(row.negative or ())), len(row.schedule)) for row in rows))
         self.rows = tuple(rows)
         self._params, self._config, self._mesh = params, config, mesh
         guided = any(row.negative is not None for row in rows)
-        filled = [*rows, *[rows[-1]] * (fill_rows(len(rows), mesh, guided) - len(rows))]
+        filled = [*rows, *[rows[-1]] * (fill_rows(max(len(rows), least_rows), mesh, guided) - len(rows))]
         settings = settings.take(np.minimum(np.arange(len(filled)), len(rows) - 1))
         schedules = [row.schedule for row in filled]
         schedule = stack_schedules(schedules, bucket(max(map(len, schedules))))
@@ -331,8 +336,9 @@ def run(
     mesh: Mesh | None = None,
     narrow_cache: bool = False,
     kernels: str = "auto",
+    least_rows: int = 1,
 ) -> np.ndarray:
-    """Generates one sequence per row; a row's result does not depend on its batch mates.
+    """Generates one sequence per row with a `DecodeSession`.
 
     Args:
         params: the decoder's parameters.
@@ -345,6 +351,7 @@ def run(
         mesh: what `params` are spread over, if anything. The callbacks run outside of it.
         narrow_cache: keys and values are kept as int8.
         kernels: what computes attention of single tokens, of `attention.KERNELS`.
+        least_rows: see `DecodeSession`.
 
     Returns:
         int32 [B, longest schedule]: the generated ids; rows that end earlier are padded.
@@ -352,7 +359,9 @@ def run(
     Raises:
         Emu3Error: a prompt with its schedule is longer than the model's positions.
     """
-    session = DecodeSession(params, config, rows, settings, mesh=mesh, narrow_cache=narrow_cache, kernels=kernels)
+    session = DecodeSession(
+        params, config, rows, settings, mesh=mesh, narrow_cache=narrow_cache, kernels=kernels, least_rows=least_rows
+    )
     latest = session.start()
     while True:
         following = session.advance()  # the device has its next call before the host looks at what this one made
@@ -374,12 +383,16 @@ def fill_rows(count: int, mesh: Mesh | None, guided: bool) -> int:
     return -(-count // multiple) * multiple
 
 
-def check_positions(config: DecoderConfig, rows: Sequence[Row]) -> None:
-    """Raises `Emu3Error` if a row does not fit the positions that the model was trained for."""
-    for index, row in enumerate(rows):
-        longest = max(len(row.prompt), len(row.negative or ()))
-        if longest + len(row.schedule) > config.max_positions:
+def check_positions(config: DecoderConfig, rows: Iterable[tuple[int, int]]) -> None:
+    """Raises `Emu3Error` if a row does not fit the positions that the model was trained for.
+
+    Args:
+        config: the decoder's.
+        rows: of each the tokens of its longer prompt, and those to generate.
+    """
+    for index, (prompt, steps) in enumerate(rows):
+        if prompt + steps > config.max_positions:
             raise Emu3Error(
-                f"row {index}: a prompt of {longest} tokens and {len(row.schedule)} to generate exceed the model's "
+                f"row {index}: a prompt of {prompt} tokens and {steps} to generate exceed the model's "
                 f"{config.max_positions} positions: shorten the prompt, or ask for a smaller picture or answer"
             )
