@@ -149,7 +149,10 @@ def local_path(path: str | os.PathLike) -> Path:
         raise Emu3Error(f"{shown(text)}: {scheme}:// addresses are not supported: give a local path, or mount it")
     if "\0" in text:
         raise Emu3Error(f"the path {shown(text)} has a zero character: no file is named so; correct it")
-    encoded = os.fsencode(text)
+    try:
+        encoded = os.fsencode(text)
+    except UnicodeEncodeError as error:
+        raise Emu3Error(f"the path {shown(text)} has half of a character: no file is named so; correct it") from error
     if len(encoded) > _PATH_BYTES or any(len(part) > _NAME_BYTES for part in encoded.split(b"/")):
         raise Emu3Error(
             f"the path {shown(text)} is too long: a name has at most {_NAME_BYTES} bytes, a path {_PATH_BYTES}"

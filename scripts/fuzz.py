@@ -38,8 +38,9 @@ def worker() -> None:
     """Reads cases, one JSON object a line, runs each in this process, and answers likewise."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     answers = os.fdopen(os.dup(1), "w")
-    from emu3_jax.cli.main import main
+    from emu3_jax.cli.main import main, set_up_messages
 
+    set_up_messages()
     for line in sys.stdin:
         case = json.loads(line)
         os.chdir(case["cwd"])
@@ -222,7 +223,8 @@ WORDS = [
     "", " ", "-", "--", ".", "..", "/", "~", "0", "-1", "1", "2.5", "nan", "inf", "-inf", "1e9", "1e400", "1" * 400,
     "½", "²", "٣", "True", "None", "[]", "()", "[" * 3000, "{}", "a=b", "*", "%s%n", "$(id)", "`id`", "\n", "\t",
     "\x1b[31mred", "\r",
-    "\u202e", "\ud800", "\udcff", "é" * 50, "x" * 300, "a/" * 3000, "../../escaped", "/proc/self/mem", "/dev/zero",
+    "\u202e", "\udced\udca0\udc80",
+    "\udcff", "é" * 50, "x" * 300, "a/" * 3000, "../../escaped", "/proc/self/mem", "/dev/zero",
     "/dev/full",
     "gs://bucket/x", "http://localhost:1/x", "file:///etc/passwd", "<|extra_200|>", "<|image token|>", "con", "NUL",
     "9" * 19, str(2**31), str(2**63), "0x10", "1_000", "1:0", "0:1", "1e9:1", "-1:1", "tensor=3", "data=-1,fsdp=-1",

@@ -100,7 +100,7 @@ def test_addresses_are_no_paths(path):
         local_path(path)
 
 
-@pytest.mark.parametrize("path", ["a\0b", "x" * 256, "a/" * 2050])
+@pytest.mark.parametrize("path", ["a\0b", "x" * 256, "a/" * 2050, "a\ud800"])
 def test_paths_that_no_file_system_has(path):
     with pytest.raises(Emu3Error, match=r"^the path "):
         local_path(path)

@@ -4,10 +4,12 @@ import argparse
 import contextlib
 import errno
 import importlib
+import logging
 import os
 import sys
 import traceback
 import typing
+import warnings
 from collections.abc import Callable, Sequence
 
 from emu3_jax.cli.interruption import CODE as INTERRUPTED
@@ -130,8 +132,24 @@ def _failed(code: int) -> int:
     return distributed.end_failed(code)
 
 
+def set_up_messages() -> None:
+    """Our own warnings become lines on standard error. PYTHONWARNINGS shows those of libraries too."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("emu3-jax: warning: %(message)s"))
+    logger = logging.getLogger("emu3_jax")
+    logger.addHandler(handler)
+    logger.propagate = False
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    with contextlib.suppress(ImportError):  # only Orbax needs it
+        import absl.logging
+
+        absl.logging.set_verbosity(absl.logging.ERROR)
+
+
 def program() -> None:
     """The installed command: the process ends with `main`'s code."""
+    set_up_messages()
     code = main()
     if code == INTERRUPTED:
         # Threads that still compute, and destructors, must not keep a process whose user wants it gone.
