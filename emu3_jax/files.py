@@ -148,7 +148,7 @@ def _temporary(target: pathlib.Path, parent: pathlib.Path, *, is_directory: bool
     try:
         yield temporary
     finally:
-        _remove(temporary)
+        remove(temporary)
         os.close(descriptor)
         with _lock:
             _live.discard(temporary)
@@ -171,7 +171,8 @@ def _make(parent: pathlib.Path, suffix: str, is_directory: bool) -> tuple[pathli
         os.close(descriptor)
 
 
-def _remove(temporary: pathlib.Path) -> None:
+def remove(temporary: pathlib.Path) -> None:
+    """Removes a file, a link, or a directory with all that it holds, as far as that is possible."""
     if temporary.is_dir() and not temporary.is_symlink():
         shutil.rmtree(temporary, ignore_errors=True)
     else:
@@ -183,7 +184,7 @@ def remove_temporaries() -> None:
     """Removes all temporaries of this process. For its hard end, where no block ends any more."""
     with _lock:
         for temporary in _live:
-            _remove(temporary)
+            remove(temporary)
 
 
 def sweep(directory: str | os.PathLike) -> list[pathlib.Path]:
@@ -198,7 +199,7 @@ def sweep(directory: str | os.PathLike) -> list[pathlib.Path]:
             descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _remove(pathlib.Path(name))
+                remove(pathlib.Path(name))
                 removed.append(pathlib.Path(name))
             finally:
                 os.close(descriptor)

@@ -140,10 +140,12 @@ def local_path(path: str | os.PathLike) -> Path:
     """A path of the user's, unchanged.
 
     Raises:
-        Emu3Error: it is an address such as gs://bucket, which would become a local folder of that name; or no file
-            system has a place for it.
+        Emu3Error: it is empty; an address such as gs://bucket, which would become a local folder of that name; or no
+            file system has a place for it.
     """
     text = os.fspath(path)
+    if not text:
+        raise Emu3Error("the path is empty: give the name of a file or directory")
     if _ADDRESS.match(text):
         scheme = text.split(":", 1)[0]
         raise Emu3Error(f"{shown(text)}: {scheme}:// addresses are not supported: give a local path, or mount it")
@@ -158,3 +160,49 @@ def local_path(path: str | os.PathLike) -> Path:
             f"the path {shown(text)} is too long: a name has at most {_NAME_BYTES} bytes, a path {_PATH_BYTES}"
         )
     return Path(path)
+
+
+def storage_path(path: str | os.PathLike) -> Path:
+    """A path of the user's as Orbax, TensorStore and ArrayRecord take it: absolute, links followed, without `..`.
+
+    TensorStore refuses a path with `..` in it, which without this would be told as damage.
+
+    Raises:
+        Emu3Error: as `local_path`; or the path is no UTF-8, which these libraries cannot open.
+    """
+    resolved = os.path.realpath(local_path(path))
+    try:
+        resolved.encode()
+    except UnicodeEncodeError as error:
+        raise Emu3Error(f"the path {shown(resolved)} is no UTF-8, and cannot be used for weights: rename it") from error
+    return Path(resolved)
+
+
+def inner_path(name: Any, where: str) -> str:
+    """`name`, which foreign data gave, as the path of a file below a directory that was chosen by the user.
+
+    Args:
+        name: to be checked: names of files as `file_name` takes them, joined by `/`.
+        where: it was found, in front of the error line.
+
+    Raises:
+        Emu3Error: it is no text, or leads out of the directory.
+    """
+    if not isinstance(name, str):
+        raise Emu3Error(f"{where}: the name {shown(name)} is no text: rename it")
+    if len(name) > _PATH_BYTES:
+        raise Emu3Error(f"{where}: the path {shown(name)} is too long: shorten it")
+    for part in name.split("/"):
+        try:
+            file_name(part, where)
+        except Emu3Error as error:
+            raise Emu3Error(f"{where}: {shown(name)} does not name a file below its directory: rename it") from error
+    return name
+
+
+def step_number(name: str) -> int | None:
+    """The whole number that a name spells in the digits 0 to 9 as Python writes it, or None.
+
+    `str.isdigit` is true of `²` too, of which `int` makes an error, and `int` takes the digits of every script.
+    """
+    return int(name) if re.fullmatch(r"0|[1-9][0-9]{0,17}", name) else None

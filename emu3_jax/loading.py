@@ -26,6 +26,7 @@ def load(
     mesh: Mesh | str | Mapping[str, int] | None = None,
     quantize: str | None = None,
     fast_pixels: bool = False,
+    verify: bool = False,
 ) -> Emu3:
     """Loads a bundle onto the default device, or spread over a mesh of devices.
 
@@ -43,14 +44,16 @@ def load(
             default nothing is.
         fast_pixels: codes are decoded at the device's default precision (TF32 on GPUs, bfloat16 on TPUs): faster, and
             other pixels by a little. Codes of pictures are always exact.
+        verify: first compares all files of the bundles with their checksums, as `emu3-jax doctor` does. The embedded
+            model's always are.
 
     Raises:
-        Emu3Error: if a bundle is absent or damaged, the mesh does not fit the devices or the model, or `quantize` is
-            none of these.
+        Emu3Error: if a bundle is absent or damaged, `verify` finds no checksums or other ones, the mesh does not fit
+            the devices or the model, or `quantize` is none of these.
     """
     check_kind(quantize)
     enable_persistent_cache()
-    bundle = Bundle.open(embedded_bundle() if model is None else model)
+    bundle = Bundle.open(embedded_bundle()) if model is None else Bundle.open(model, verify=verify)
     if mesh is not None and not isinstance(mesh, Mesh):
         mesh = make_mesh(mesh)
     language = None
@@ -63,16 +66,16 @@ def load(
         narrow_cache = quantize is not None and KINDS[quantize][1]
         templates = prompt_templates(bundle.template, config.clip_layout)
         language = Language(config, params, bundle.tokenizer(), templates, mesh, narrow_cache)
-    return Emu3(bundle.path.name, language, _load_vision(bundle, vision, mesh, fast_pixels))
+    return Emu3(bundle.path.name, language, _load_vision(bundle, vision, mesh, fast_pixels, verify))
 
 
 def _load_vision(
-    bundle: Bundle, vision: "Emu3 | str | os.PathLike | None", mesh: Mesh | None, fast: bool
+    bundle: Bundle, vision: "Emu3 | str | os.PathLike | None", mesh: Mesh | None, fast: bool, verify: bool
 ) -> Vision | None:
     if isinstance(vision, Emu3):
         shared = vision.vision
         return shared if shared.fast == fast else dataclasses.replace(shared, fast=fast)
-    source = bundle if vision is None else Bundle.open(vision)
+    source = bundle if vision is None else Bundle.open(vision, verify=verify)
     if vision is not None:
         source.require("vision")
     if not source.has("vision"):

@@ -1,6 +1,7 @@
 """Bundles: plain Orbax reads them, weights land in their sharding, and damage is one line."""
 
 import json
+import pathlib
 import shutil
 
 import checkpoint_cases as cases
@@ -11,6 +12,7 @@ import pytest
 from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+import emu3_jax
 from emu3_jax.checkpoints.bundle import Bundle, LazyArray, write_config, write_part
 from emu3_jax.checkpoints.convert import convert
 from emu3_jax.errors import Emu3Error
@@ -52,6 +54,41 @@ def test_plain_orbax_reads_the_weights(bundle, part):
     for name, array in expected.items():
         assert restored[name].sharding == device
         assert np.asarray(restored[name]).tobytes() == array.tobytes(), name
+
+
+@pytest.mark.parametrize("way", ["../inner/../copy", "./copy", "link", "inner/up"])
+def test_paths_lead_to_the_same_weights(bundle, copy, tmp_path, monkeypatch, way):
+    """TensorStore itself refuses `..`."""
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "link").symlink_to("inner/../copy")
+    (tmp_path / "inner" / "up").symlink_to("../copy")
+    monkeypatch.chdir(tmp_path / "inner" if way.startswith("..") else tmp_path)
+    opened = Bundle.open(way)
+    assert opened.path == pathlib.Path(way)  # as errors call it
+    expected, found = on_host(bundle, "vision"), flat(opened.load_vision())
+    assert set(expected) == set(found)
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array)
+
+
+def test_parts_may_be_links(bundle, copy, tmp_path):
+    (copy / "vision").rename(tmp_path / "elsewhere")
+    (copy / "vision").symlink_to("../copy/../elsewhere")
+    assert on_host(Bundle.open(copy), "vision").keys() == on_host(bundle, "vision").keys()
+
+
+def test_a_name_that_is_no_utf8_is_not_called_damage(copy, tmp_path):
+    odd = tmp_path / "caf\udce9"
+    copy.rename(odd)
+    with pytest.raises(Emu3Error, match=r"^the path .* is no UTF-8, .*: rename it$"):
+        Bundle.open(odd)
+
+
+@pytest.mark.parametrize("path", ["gs://bucket/b", "s3://b", "https://host/b", "", "x" * 300, "a\0b"])
+def test_paths_that_are_none(path):
+    for call in (Bundle.open, emu3_jax.load, lambda p: emu3_jax.load(vision=p)):
+        with pytest.raises(Emu3Error, match=r"addresses are not supported|the path .*(empty|too long|zero character)"):
+            call(path)
 
 
 def test_weights_land_in_their_sharding(bundle):

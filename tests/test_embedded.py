@@ -3,6 +3,7 @@
 import pytest
 
 from emu3_jax.checkpoints import embedded
+from emu3_jax.checkpoints.checksums import CHECKSUMS, write_checksums
 from emu3_jax.errors import Emu3Error
 
 
@@ -12,14 +13,14 @@ def assets(tmp_path, monkeypatch):
     (tmp_path / "decoder").mkdir()
     (tmp_path / "decoder" / "weights").write_bytes(b"weights")
     (tmp_path / "CARD.md").write_text("card")
-    embedded.write_checksums(tmp_path)
+    write_checksums(tmp_path)
     monkeypatch.setattr(embedded, "DIRECTORY", tmp_path)
     return tmp_path
 
 
 def test_whole_files_pass(assets):
     assert embedded.embedded_bundle() == assets
-    assert len((assets / embedded.CHECKSUMS).read_text().splitlines()) == 2
+    assert len((assets / CHECKSUMS).read_text().splitlines()) == 2
 
 
 def test_a_damaged_file_is_named(assets):
@@ -35,6 +36,6 @@ def test_a_missing_file_is_named(assets):
 
 
 def test_an_installation_without_it_says_so(assets):
-    (assets / embedded.CHECKSUMS).unlink()
+    (assets / CHECKSUMS).unlink()
     with pytest.raises(Emu3Error, match="no model was given"):
         embedded.embedded_bundle()

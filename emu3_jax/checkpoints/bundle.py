@@ -1,6 +1,7 @@
 """The model bundle: a directory with `decoder/`, `vision/` and `tokenizer/`, any subset, that a model lives in.
 
-Each part has a `config.json`; weights are one ordinary Orbax checkpoint, `weights/`, that Orbax alone can read.
+Each part has a `config.json`; weights are one ordinary Orbax checkpoint, `weights/`, that Orbax alone can read. Beside
+the parts, `SHA256SUMS` has the checksums of all files.
 """
 
 import contextlib
@@ -19,12 +20,14 @@ import orbax.checkpoint as ocp
 import tensorstore
 from flax import traverse_util
 
+from emu3_jax.checkpoints.checksums import verify_checksums
 from emu3_jax.checkpoints.layouts import Param, decoder_params, vision_params
-from emu3_jax.checkpoints.tensors import read_json
 from emu3_jax.config import DecoderConfig, ImageConfig, SpecialTokens, VisionConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.fields import FieldError, is_whole, read_from
+from emu3_jax.foreign import local_path, read_json, storage_path
 from emu3_jax.models.quantization import is_quantised, quantise
+from emu3_jax.printable import shown
 from emu3_jax.text.tokenizer import Tokenizer, count_ranks, special_tokens
 
 FORMAT = 1
@@ -125,7 +128,7 @@ def write_part(
     )
     save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
     with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
-        checkpointer.save(directory.absolute() / "weights", args=ocp.args.PyTreeSave(tree, save_args=save_args))
+        checkpointer.save(storage_path(directory) / "weights", args=ocp.args.PyTreeSave(tree, save_args=save_args))
     write_config(directory, {"weights_bytes": _size_on_disk(directory / "weights"), **config})
 
 
@@ -144,6 +147,14 @@ def _size_on_disk(directory: Path) -> int:
 # ------------------------------------------------------------------------------------------------ reading
 
 
+def _read_config(file: Path) -> dict[str, Any]:
+    """A part's `config.json`. Raises `Emu3Error` unless it is a JSON object."""
+    config = read_json(file)
+    if not isinstance(config, dict):
+        raise Emu3Error(f"{file} is {shown(config)}: it must be an object of named fields; convert the model again")
+    return config
+
+
 class Bundle:
     """An open bundle: configs read and checked, weights still on disk. Made by `Bundle.open`."""
 
@@ -153,16 +164,23 @@ class Bundle:
         self._configs = configs
 
     @classmethod
-    def open(cls, path: str | os.PathLike) -> "Bundle":
+    def open(cls, path: str | os.PathLike, *, verify: bool = False) -> "Bundle":
         """Opens the bundle at `path`.
 
+        Args:
+          path: a local directory.
+          verify: compares all its files with their checksums, which takes as long as reading them. A flipped bit in the
+            weights shows itself nowhere else.
+
         Raises:
-          Emu3Error: no bundle there, a newer format, or a config that is not valid.
+          Emu3Error: no bundle there, a newer format, a config that is not valid; with `verify`, no checksums, or other
+            ones.
         """
-        path = Path(path)
+        path = local_path(path)
         if not path.is_dir():
             raise Emu3Error(f"{path} is not a directory: give a bundle, made by `emu3-jax convert SRC -o {path}`")
-        configs = {part: read_json(path / part / "config.json") for part in PARTS if (path / part).is_dir()}
+        storage_path(path)
+        configs = {part: _read_config(path / part / "config.json") for part in PARTS if (path / part).is_dir()}
         if not any("format" in config for config in configs.values()):
             raise Emu3Error(
                 f"{path} is not a bundle (no decoder/, vision/ or tokenizer/ with a bundle's config.json): "
@@ -172,7 +190,11 @@ class Bundle:
             version = config.pop("format", None)
             if version != FORMAT:
                 file = path / part / "config.json"
-                raise Emu3Error(f"{file}: format is {version!r}, this version reads {FORMAT}: convert the model again")
+                raise Emu3Error(
+                    f"{file}: format is {shown(version)}, this version reads {FORMAT}: convert the model again"
+                )
+        if verify:
+            verify_checksums(path)
         bundle = cls(path, configs)
         for part, properties in {
             "decoder": ("decoder_config",),
@@ -230,7 +252,7 @@ class Bundle:
         with self._config("tokenizer") as config:
             template = config["template"]
             if template not in TEMPLATES:
-                raise Emu3Error(f"template is {template!r}; legal are {' and '.join(TEMPLATES)}; correct it")
+                raise Emu3Error(f"template is {shown(template)}; legal are {' and '.join(TEMPLATES)}; correct it")
             return template
 
     @contextlib.contextmanager
@@ -366,7 +388,7 @@ class Bundle:
 
     @contextlib.contextmanager
     def _checkpointer(self, part: str, host_gb: int | None = None) -> Iterator[tuple[ocp.Checkpointer, Path]]:
-        directory = self.path.absolute() / part / "weights"
+        directory = storage_path(self.path / part / "weights")
         try:
             options = _alone()
             handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=host_gb, multiprocessing_options=options)

@@ -18,6 +18,7 @@ from emu3_jax.checkpoints.bundle import (
     write_config,
     write_part,
 )
+from emu3_jax.checkpoints.checksums import write_checksums
 from emu3_jax.checkpoints.layouts import FLOAT_DTYPES, Param, decoder_params, vision_counters, vision_params
 from emu3_jax.checkpoints.published import Published
 from emu3_jax.checkpoints.tensors import Tensor
@@ -90,6 +91,7 @@ def convert(
         if plan.tokenizer is not None:
             write_config(directory / "tokenizer", {"template": plan.template})
             plan.tokenizer.to_file(directory / "tokenizer" / VOCABULARY)
+        write_checksums(directory)
     return Bundle.open(output)
 
 

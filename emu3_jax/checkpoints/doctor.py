@@ -13,6 +13,13 @@ import numpy as np
 from tqdm import tqdm
 
 from emu3_jax.checkpoints.bundle import PARTS, Bundle
+from emu3_jax.checkpoints.checksums import (
+    CHECKSUMS,
+    COPY_AGAIN,
+    EDITED_REMEDY,
+    compare_checksums,
+    has_checksums,
+)
 from emu3_jax.checkpoints.layouts import FLOAT_DTYPES
 from emu3_jax.checkpoints.published import Published
 from emu3_jax.config import DecoderConfig, SpecialTokens
@@ -36,7 +43,7 @@ class Finding:
 
 
 def doctor(path: str | Path, progress: bool = True) -> list[Finding]:
-    """Examines a bundle or a published directory, every weight of it; reads each byte once, writes nothing.
+    """Examines a bundle or a published directory, every weight of it, and a bundle's checksums; writes nothing.
 
     Raises:
       Emu3Error: `path` is no directory. Everything else that is wrong is a finding.
@@ -45,7 +52,7 @@ def doctor(path: str | Path, progress: bool = True) -> list[Finding]:
     if not path.is_dir():
         raise Emu3Error(f"{path} is not a directory: give a bundle or a checkpoint directory")
     is_bundle = any((path / part / "config.json").is_file() for part in PARTS)
-    findings = list(_examine(_bundle(path) if is_bundle else _published(path), progress))
+    findings = list(_examine(_bundle(path, progress) if is_bundle else _published(path), progress))
     return findings + list(_oracle())
 
 
@@ -59,6 +66,7 @@ class _Patient:
     arrays: Iterable[tuple[str, np.ndarray]] | None = None
     dtypes: dict[str, set[str]] = dataclasses.field(default_factory=dict)
     nbytes: int = 0
+    checksums: list[Finding] = dataclasses.field(default_factory=list)
 
 
 def _attempt(findings: list[Finding], action: Callable[[], Any]) -> Any:
@@ -73,8 +81,8 @@ def _attempt(findings: list[Finding], action: Callable[[], Any]) -> Any:
 # ------------------------------------------------------------------------------------------------ the two kinds
 
 
-def _bundle(path: Path) -> _Patient:
-    patient = _Patient([])
+def _bundle(path: Path, progress: bool) -> _Patient:
+    patient = _Patient([], checksums=list(_checksums(path, progress)))
     bundle = _attempt(patient.findings, lambda: Bundle.open(path))
     if bundle is None:
         return patient
@@ -88,7 +96,9 @@ def _bundle(path: Path) -> _Patient:
     if bundle.has("tokenizer"):
         patient.tokenizer = bundle.tokenizer
         patient.findings.append(_template(bundle.template, path.name))
-    sound = []
+    sound: list[str] = []
+    if any(finding.level == ERROR for finding in patient.checksums):
+        return patient  # what damaged files say means nothing
     for part in ("decoder", "vision"):
         stored = _attempt(patient.findings, functools.partial(bundle.stored, part)) if bundle.has(part) else None
         if stored:
@@ -157,6 +167,7 @@ def _examine(patient: _Patient, progress: bool) -> Iterator[Finding]:
     yield from _dtypes(patient.dtypes)
     if patient.arrays is not None:
         yield from _values(patient.arrays, patient.nbytes, progress)
+    yield from patient.checksums
 
 
 def _template(template: str, name: str) -> Finding:
@@ -192,6 +203,28 @@ def _vocabulary(read: Callable[[], Tokenizer | None], config: DecoderConfig | No
         yield Finding(ERROR, what, "use the vocabulary and the weights of one and the same model")
     else:
         yield Finding(OK, f"the vocabulary has {tokenizer.vocab_size} tokens")
+
+
+def _checksums(path: Path, progress: bool) -> Iterator[Finding]:
+    if not has_checksums(path):
+        what = f"the bundle has no {CHECKSUMS}: a bit that flips in its weights would go unnoticed"
+        yield Finding(WARN, what, "convert the model again, which writes them")
+        return
+    findings: list[Finding] = []
+    compared = _attempt(findings, lambda: compare_checksums(path, progress=None if progress else False))
+    yield from findings
+    if compared is None:
+        return
+    count, different = compared
+    for difference in different:
+        what = f"a file of the bundle {difference.what}: {path / difference.name}"
+        if difference.edited:
+            yield Finding(WARN, what, EDITED_REMEDY)
+        else:
+            yield Finding(ERROR, what, COPY_AGAIN)
+            return  # one tells enough
+    if not different:
+        yield Finding(OK, f"the checksums of all {count} files are right")
 
 
 def _dtypes(dtypes: dict[str, set[str]]) -> Iterator[Finding]:

@@ -25,17 +25,25 @@ def path_text(text: str) -> str:
 
 
 def add_model(command: argparse.ArgumentParser) -> None:
-    """`--model`, `--vision`, `--dtype`, `--quantize`, `--mesh`, `--quiet`."""
+    """`--model`, `--vision`, `--verify`, `--dtype`, `--quantize`, `--mesh`, `--quiet`."""
     command.add_argument(
         "--model", type=path_text, metavar="BUNDLE", help="bundle to use (default: the embedded model)"
     )
     command.add_argument(
         "--vision", type=path_text, metavar="BUNDLE", help="take the vision tokenizer from this bundle"
     )
+    add_verify(command)
     add_dtype(command)
     add_quantize(command)
     command.add_argument("--mesh", metavar="AXIS=N[,...]", help="spread the model over devices, for example tensor=4")
     add_quiet(command)
+
+
+def add_verify(command: argparse.ArgumentParser) -> None:
+    """`--verify`."""
+    command.add_argument(
+        "--verify", action="store_true", help="first compare the bundle's files with their checksums, as doctor does"
+    )
 
 
 def add_dtype(command: argparse.ArgumentParser) -> None:
@@ -175,6 +183,7 @@ def load_model(options: argparse.Namespace):
         mesh=options.mesh,
         quantize=options.quantize,
         fast_pixels=getattr(options, "fast_pixels", False),  # of the commands that generate
+        verify=options.verify,
     )
 
 

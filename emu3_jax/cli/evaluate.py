@@ -16,6 +16,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="gets evaluation.json and index.html (default: the config's directory)",
     )
+    common.add_verify(command)
     common.add_quiet(command)
 
 
@@ -38,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
         config = dataclasses.replace(config, directory=options.output)
     evaluation.check_directory(config.directory)
     data = Data(config.data)
-    model = emu3_jax.load(config.model, quantize=config.quantize)
+    model = emu3_jax.load(config.model, quantize=config.quantize, verify=options.verify)
     figures, page = evaluation.evaluate(model, data, config, common.progress(options))
     evaluation.write(config.directory, figures, page)
     print(json.dumps(figures, indent=2))

@@ -9,11 +9,15 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("bundle", type=common.path, metavar="BUNDLE")
     command.add_argument("-o", "--output", type=common.path, required=True, metavar="DIR")
     command.add_argument("--layout", choices=("upstream", "transformers"), required=True, help="whose names to write")
+    common.add_verify(command)
     common.add_quiet(command)
 
 
 def run(options: argparse.Namespace) -> None:
+    from emu3_jax.checkpoints.bundle import Bundle
     from emu3_jax.checkpoints.export import export
 
-    export(options.bundle, options.output, options.layout, progress=not options.quiet)
+    export(
+        Bundle.open(options.bundle, verify=options.verify), options.output, options.layout, progress=not options.quiet
+    )
     print(options.output)

@@ -43,7 +43,8 @@ def watched() -> Iterator[Interruption]:
 
     Where the block has not ended 10 seconds later, and at the second Ctrl-C at once, the process ends: one line on
     standard error, temporary files removed, exit code 130. A block that handles SIGINT itself, as training does to end
-    with a checkpoint, has the time that it takes. In other threads this does nothing.
+    with a checkpoint, has the time that it takes; if its handler has a method `tell`, that is called at once, while the
+    handler waits for compiled code to come back. In other threads this does nothing.
     """
     state = Interruption()
     if threading.current_thread() is not threading.main_thread():
@@ -99,8 +100,11 @@ def _watch(signals: socket.socket, state: Interruption, handler: object) -> None
         first = min(first, now)
         if count - state.repeated > 1 and now - first > _ONE_PRESS:
             end_now()
-        if signal.getsignal(signal.SIGINT) is handler:
+        current = signal.getsignal(signal.SIGINT)
+        if current is handler:
             deadline = first + _PATIENCE
+        elif hasattr(current, "tell"):
+            current.tell()
 
 
 def end_now() -> None:

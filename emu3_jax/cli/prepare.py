@@ -22,6 +22,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--model", type=common.path_text, metavar="BUNDLE", help="bundle whose vision tokenizer encodes"
     )
+    common.add_verify(command)
     command.add_argument("-o", "--output", type=common.path, required=True, metavar="DIR")
     size = command.add_mutually_exclusive_group()
     size.add_argument(
@@ -49,13 +50,14 @@ def run(options: argparse.Namespace) -> None:
     from emu3_jax.data.features import FeatureRecords
     from emu3_jax.data.manifest import Manifest, ManifestRecords
     from emu3_jax.data.prepare import prepare
+    from emu3_jax.printable import printable
 
     if options.host is None and options.hosts is None:
         distributed.start(_PATIENCE)
         host, hosts = jax.process_index(), jax.process_count()
     else:
         host, hosts = options.host or 0, options.hosts or 1
-    bundle = open_bundle(options.model)
+    bundle = open_bundle(options.model, verify=options.verify)
     codebook = bundle_codebook(bundle)
     if options.features is not None:
         entries = FeatureRecords(options.features, codebook.size)
@@ -75,10 +77,11 @@ def run(options: argparse.Namespace) -> None:
         hosts=hosts,
         progress=common.progress(options),
     )
+    where = printable(str(options.output))
     if outcome.index is None:
-        print(f"{options.output}: {outcome.missing} shards of other hosts are missing yet")
+        print(f"{where}: {outcome.missing} shards of other hosts are missing yet")
         return
     index = outcome.index
     for reason in index.skipped:
-        print(f"skipped: {reason}")
-    print(f"{options.output}: {index.records} records in {len(index.shards)} shards, {len(index.skipped)} skipped")
+        print(printable(f"skipped: {reason}"))
+    print(f"{where}: {index.records} records in {len(index.shards)} shards, {len(index.skipped)} skipped")

@@ -8,12 +8,14 @@ from emu3_jax.cli import common
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("config", type=common.path, metavar="CONFIG.py", help="defines config(), see configs/")
     common.add_set(command)
+    common.add_verify(command)
     common.add_quiet(command)
 
 
 def run(options: argparse.Namespace) -> int:
     from emu3_jax import distributed
     from emu3_jax.errors import Emu3Error
+    from emu3_jax.printable import printable
     from emu3_jax.training.config import TrainConfig, load_config
     from emu3_jax.training.vision_config import VisionTrainConfig
 
@@ -28,15 +30,16 @@ def run(options: argparse.Namespace) -> int:
             "VisionTrainConfig"
         )
     distributed.start()
-    outcome = train(config, common.progress(options))
+    outcome = train(config, common.progress(options), verify=options.verify)
     if distributed.first():
+        where = printable(config.directory)
         if outcome.model is None:
-            print(f"{config.directory}: stopped after step {outcome.step} of {config.steps}; run again to go on")
+            print(f"{where}: stopped after step {outcome.step} of {config.steps}; run again to go on")
         else:
-            print(f"{outcome.model}: the model after {outcome.step} steps")
+            print(f"{printable(str(outcome.model))}: the model after {outcome.step} steps")
         if outcome.skipped:
             print(
-                f"{config.directory}: {outcome.skipped} records were longer than {config.data.sequence_length} tokens "
+                f"{where}: {outcome.skipped} records were longer than {config.data.sequence_length} tokens "
                 "and were skipped (counted once an epoch); raise data.sequence_length to train on them"
             )
-    return 143 if outcome.model is None else 0  # 143: as a shell reports SIGTERM
+    return 0 if outcome.signal is None else 128 + outcome.signal  # as a shell reports it: 130, 143

@@ -1,10 +1,42 @@
 """What training batches are made of, as frozen configs; importing them needs no Grain."""
 
 import dataclasses
+from typing import Any
 
 from emu3_jax.data.sequences import Task
 from emu3_jax.errors import Emu3Error
-from emu3_jax.fields import is_number, is_whole
+from emu3_jax.fields import check_field, is_number, is_whole
+from emu3_jax.foreign import local_path
+from emu3_jax.printable import shown
+
+MAX_SEED = 2**32 - 1  # what every generator of random numbers takes
+MAX_THREADS = 1024  # each takes megabytes, and a system refuses a process that starts too many
+MAX_LENGTH = 2**24  # tokens of a row
+_MAX_PACKED = 2**26  # tokens of the rows that are filled at once: about 600 MB
+
+
+def check_path(config: Any, field: str, legal: str = "a local path") -> None:
+    """Raises an `Emu3Error` that names the field unless it is text, and empty or a local path.
+
+    Whether an empty one means "none" is the config's business; what opens it refuses it.
+    """
+    value = getattr(config, field)
+    check_field(config, field, isinstance(value, str), legal)
+    try:
+        local_path(value or ".")
+    except Emu3Error as error:
+        raise Emu3Error(f"{type(config).__name__} field {field}: {error}") from error
+
+
+def check_paths(config: Any, field: str, legal: str) -> None:
+    """The same for a tuple of paths, none of which may be empty."""
+    value = getattr(config, field)
+    check_field(config, field, isinstance(value, tuple) and all(isinstance(path, str) for path in value), legal)
+    for path in value:
+        try:
+            local_path(path)
+        except Emu3Error as error:
+            raise Emu3Error(f"{type(config).__name__} field {field}: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,10 +56,13 @@ class Source:
     parts: int = 1
 
     def __post_init__(self) -> None:
+        check_path(self, "path", "a directory that emu3-jax prepare wrote")
+        ok = is_number(getattr(self.task, "prompt_dropout", None)) and callable(getattr(self.task, "sequence", None))
+        check_field(self, "task", ok, "one of the classes of emu3_jax.data.sequences, such as TextToImage()")
         if not (is_number(self.weight) and self.weight > 0):
-            raise Emu3Error(f"weight of {self.path} is {self.weight!r}: it must be a number > 0")
+            raise Emu3Error(f"weight of {self.path} is {shown(self.weight)}: it must be a number > 0")
         if not is_whole(self.parts, 1):
-            raise Emu3Error(f"parts of {self.path} is {self.parts!r}: it must be a whole number >= 1")
+            raise Emu3Error(f"parts of {self.path} is {shown(self.parts)}: it must be a whole number >= 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,14 +91,24 @@ class DataConfig:
     loss_on_padding: bool = False
 
     def __post_init__(self) -> None:
-        for field, least in (("sequence_length", 2), ("packing", 0), ("seed", 0)):
+        bounds = {"sequence_length": (2, MAX_LENGTH), "packing": (0, _MAX_PACKED), "seed": (0, MAX_SEED)}
+        for field, (least, most) in bounds.items():
             value = getattr(self, field)
-            if not (is_whole(value, least) and value < 2**32):
-                raise Emu3Error(f"data field {field} is {value!r}: it must be a whole number from {least}")
+            if not (is_whole(value, least) and value <= most):
+                raise Emu3Error(
+                    f"data field {field} is {shown(value)}: it must be a whole number from {least} to {most}"
+                )
+        if self.packing * self.sequence_length > _MAX_PACKED:
+            raise Emu3Error(
+                f"data field packing is {self.packing}: times sequence_length it must be at most {_MAX_PACKED} tokens, "
+                "which are held at once"
+            )
+        if not isinstance(self.sources, tuple) or not all(isinstance(source, Source) for source in self.sources):
+            raise Emu3Error(f"data field sources is {shown(self.sources)}: it must be a tuple of Source")
         if not self.sources:
             raise Emu3Error("data field sources is empty: name at least one directory of prepared data")
         if self.too_long not in ("stop", "skip"):
-            raise Emu3Error(f"data field too_long is {self.too_long!r}: it must be stop or skip")
+            raise Emu3Error(f"data field too_long is {shown(self.too_long)}: it must be stop or skip")
         if self.loss_on_padding and self.packing:
             raise Emu3Error("data field loss_on_padding is true: it needs packing=0, one record a row")
         for source in self.sources:

@@ -1,7 +1,6 @@
 """What data needs of a bundle: its vision tokenizer without the decoder, and the identity of its codebook."""
 
 import os
-from pathlib import Path
 
 from emu3_jax.checkpoints.bundle import Bundle
 from emu3_jax.checkpoints.embedded import embedded_bundle
@@ -19,9 +18,13 @@ def load_encoder(bundle: Bundle) -> Emu3:
     return Emu3(bundle.path.name, vision=vision)
 
 
-def open_bundle(path: str | os.PathLike[str] | None) -> Bundle:
-    """The bundle at `path`, by default the embedded model. Raises `Emu3Error` if it has no vision tokenizer."""
-    bundle = Bundle.open(embedded_bundle() if path is None else Path(path))
+def open_bundle(path: str | os.PathLike[str] | None, *, verify: bool = False) -> Bundle:
+    """The bundle at `path`, by default the embedded model; with `verify`, its files are compared with their checksums.
+
+    Raises:
+        Emu3Error: as `Bundle.open`, or the bundle has no vision tokenizer.
+    """
+    bundle = Bundle.open(embedded_bundle()) if path is None else Bundle.open(path, verify=verify)
     bundle.require("vision")
     return bundle
 

@@ -3,10 +3,12 @@
 import dataclasses
 from typing import Any
 
+from emu3_jax.data.config import MAX_SEED, check_path
 from emu3_jax.fields import check_field, is_number, is_whole
 from emu3_jax.generation import defaults
 from emu3_jax.models.quantization import KINDS
 
+_MAX_BATCH = 2**12  # the last batch is filled up
 FIGURES = ("reconstruction", "text_to_image", "image_to_text", "procedural", "motion")
 # The groups whose labels tell what is seen; the model is trained to generate and name these.
 GROUPS = (
@@ -40,16 +42,18 @@ class JudgeConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for field in ("steps", "batch_size"):
-            check_field(self, field, is_whole(getattr(self, field), 1), "a whole number >= 1")
-        check_field(self, "width", is_whole(self.width, 1) and self.width % 8 == 0, "a multiple of 8 (group norm)")
+        for field, most in (("steps", 10**7), ("batch_size", _MAX_BATCH), ("width", 2**12)):
+            ok = is_whole(getattr(self, field), 1) and getattr(self, field) <= most
+            check_field(self, field, ok, f"a whole number from 1 to {most}")
+        check_field(self, "width", self.width % 8 == 0, "a multiple of 8 (group norm)")
         check_field(self, "learning_rate", is_number(self.learning_rate) and self.learning_rate > 0, "a number > 0")
         check_field(self, "weight_decay", is_number(self.weight_decay) and self.weight_decay >= 0, "a number >= 0")
         ok = is_number(self.label_smoothing) and 0 <= self.label_smoothing < 1
         check_field(self, "label_smoothing", ok, "from 0 to below 1")
         ok = is_number(self.reconstructions) and 0 <= self.reconstructions <= 1
         check_field(self, "reconstructions", ok, "from 0 to 1")
-        check_field(self, "seed", is_whole(self.seed, 0), "a whole number >= 0")
+        ok = is_whole(self.seed, 0) and self.seed <= MAX_SEED
+        check_field(self, "seed", ok, f"a whole number from 0 to {MAX_SEED}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,19 +102,24 @@ class EvaluateConfig:
     judge: JudgeConfig = dataclasses.field(default_factory=JudgeConfig)
 
     def __post_init__(self):
-        check_field(self, "directory", isinstance(self.directory, str) and self.directory, "a directory")
-        check_field(self, "model", isinstance(self.model, str | None), "a bundle's directory or None")
+        check_path(self, "directory", "a directory")
+        check_field(self, "directory", self.directory, "a directory")
+        if self.model is not None:
+            check_path(self, "model", "a bundle's directory or None")
+            check_field(self, "model", self.model, "a bundle's directory or None")
         kinds = (None, *KINDS)
         check_field(self, "quantize", self.quantize in kinds, f"None or one of {', '.join(KINDS)}")
-        check_field(self, "data", isinstance(self.data, str), "a directory")
-        ok = isinstance(self.figures, tuple) and self.figures and set(self.figures) <= set(FIGURES)
+        check_path(self, "data", "a directory")
+        check_field(self, "data", self.data, "a directory")
+        ok = isinstance(self.figures, tuple) and self.figures and all(figure in FIGURES for figure in self.figures)
         check_field(self, "figures", ok, f"a tuple of {', '.join(FIGURES)}")
         ok = isinstance(self.groups, tuple) and self.groups and all(isinstance(g, str) for g in self.groups)
         check_field(self, "groups", ok, "a tuple of at least one group's name")
         for field in ("cases", "codebook_cases"):
             value = getattr(self, field)
             check_field(self, field, value is None or is_whole(value, 1), "a whole number >= 1, or None for all")
-        check_field(self, "batch_size", is_whole(self.batch_size, 1), "a whole number >= 1")
+        ok = is_whole(self.batch_size, 1) and self.batch_size <= _MAX_BATCH
+        check_field(self, "batch_size", ok, f"a whole number from 1 to {_MAX_BATCH}")
         ok = isinstance(self.guidance, tuple) and self.guidance and all(is_number(g) and g >= 0 for g in self.guidance)
         ok = ok and list(self.guidance) == sorted(set(self.guidance))
         check_field(self, "guidance", ok, "a tuple of numbers >= 0 in rising order, at least one")

@@ -7,6 +7,7 @@ import jax
 from jax.sharding import AxisType, Mesh
 
 from emu3_jax.errors import Emu3Error
+from emu3_jax.printable import shown
 
 # Slowest first: `tensor` and `sequence` talk in every layer, so their devices are neighbours.
 AXES = ("data", "fsdp", "sequence", "tensor")
@@ -45,13 +46,15 @@ def make_mesh(sizes: str | Mapping[str, int], devices: Sequence[jax.Device] | No
 
 
 def _parse(sizes: str | Mapping[str, int]) -> dict[str, int]:
+    if not isinstance(sizes, str | Mapping):
+        raise Emu3Error(f"mesh {shown(sizes)} is neither text nor a mapping: {_LEGAL}; for example data=2,tensor=4")
     if isinstance(sizes, str):
         pairs = [part.partition("=")[::2] for part in sizes.split(",") if part.strip()]
     else:
         pairs = sizes.items()
     parsed: dict[str, int] = {}
     for axis, size in pairs:
-        axis = axis.strip()
+        axis = str(axis).strip()
         try:
             number = int(str(size))
         except ValueError:

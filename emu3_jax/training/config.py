@@ -1,23 +1,33 @@
 """The whole recipe of a run as one frozen config, the Python files that hold one, and `--set`."""
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import math
+import os
 import pathlib
-import runpy
-from collections.abc import Sequence
+import sys
+import traceback
+import types
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from emu3_jax.config import DecoderConfig
-from emu3_jax.data.config import DataConfig, Source
+from emu3_jax.data.config import MAX_SEED, DataConfig, Source, check_path
 from emu3_jax.errors import Emu3Error
 from emu3_jax.fields import check_field, is_number, is_whole
+from emu3_jax.foreign import read_bytes, step_number
 from emu3_jax.generation import defaults
+from emu3_jax.media.sizes import generate_size
 from emu3_jax.models.adapters import Adapter
 from emu3_jax.models.decoder import REMAT_POLICIES
+from emu3_jax.printable import shown
 
 ENTRY = "config"  # the function that a config file defines
+MAX_STEPS = 2**31 - 1  # of a run: devices count them in int32
+_MAX_FILE = 16 << 20  # bytes of a config file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +67,7 @@ class OptimizerConfig:
             check_field(self, field, is_number(value) and 0 <= value < 1, "from 0 to below 1")
         check_field(self, "warmup_steps", is_whole(self.warmup_steps, 0), "a whole number >= 0")
         legal = ("float32", "bfloat16")
+        check_field(self, "warmup_steps", self.warmup_steps <= MAX_STEPS, f"at most {MAX_STEPS}")
         check_field(self, "first_moment_dtype", self.first_moment_dtype in legal, " or ".join(legal))
 
 
@@ -91,7 +102,7 @@ class ModelConfig:
     noise: float = 0.0
 
     def __post_init__(self) -> None:
-        check_field(self, "bundle", isinstance(self.bundle, str), "a directory")
+        check_path(self, "bundle", "a bundle's directory")
         check_field(self, "decoder", isinstance(self.decoder, DecoderConfig | None), "a DecoderConfig or None")
         if self.random:
             check_field(self, "decoder", self.decoder is not None, "given where weights are random")
@@ -125,7 +136,10 @@ class SampleConfig:
         ok = isinstance(self.prompts, tuple) and self.prompts and all(isinstance(p, str) for p in self.prompts)
         check_field(self, "prompts", ok, "a tuple of at least one text")
         check_field(self, "every", is_whole(self.every, 1), "a whole number >= 1")
+        check_field(self, "ratio", isinstance(self.ratio, str), "width:height, such as 16:9")
         check_field(self, "area", self.area is None or is_whole(self.area, 1), "a whole number >= 1, or None")
+        generate_size(self.ratio, 512 * 512 if self.area is None else self.area)  # refused now, not after a day
+        check_field(self, "guidance", is_number(self.guidance) and self.guidance >= 0, "a number >= 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,11 +189,17 @@ class TrainConfig:
     profile: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
+        check_path(self, "directory", "a directory")
         for field, kind in (("model", ModelConfig), ("data", DataConfig), ("optimizer", OptimizerConfig)):
             check_field(self, field, isinstance(getattr(self, field), kind), f"a {kind.__name__}")
         least = {"batch_size": 1, "steps": 1, "accumulation": 1, "seed": 0, "log_every": 1, "checkpoint_every": 1}
         for field, minimum in {**least, "keep": 1, "evaluate_every": 1}.items():
             check_field(self, field, is_whole(getattr(self, field), minimum), f"a whole number >= {minimum}")
+        for field, most in {"steps": MAX_STEPS, "seed": MAX_SEED}.items():
+            check_field(self, field, getattr(self, field) <= most, f"at most {most}")
+        ok = self.batch_size * self.data.sequence_length < 2**31
+        check_field(self, "batch_size", ok, "less than 2**31 tokens at this data.sequence_length")
+        check_field(self, "mesh", isinstance(self.mesh, str | Mapping), 'text like "fsdp=-1" or "data=2,tensor=4"')
         check_field(self, "vision_weight", is_number(self.vision_weight) and self.vision_weight >= 0, "a number >= 0")
         ok = self.batch_size % self.accumulation == 0
         check_field(self, "accumulation", ok, f"a divisor of batch_size ({self.batch_size})")
@@ -200,31 +220,38 @@ class TrainConfig:
         check_field(self, "profile", ok, "(first step, steps) or None")
 
 
-def load_config(file: str | pathlib.Path, overrides: Sequence[str] = ()) -> Any:
+def load_config(file: str | os.PathLike, overrides: Sequence[str] = ()) -> Any:
     """Runs a config file and changes fields of what its function `config` returns.
 
     Args:
-        file: Python; it is run, as any script of the user's.
+        file: Python whose name ends in `.py`; it is run, as any script of the user's. What it prints goes to standard
+            error, for standard output is the command's own.
         overrides: "path.to.field=value", with indices for tuples: `data.sources.0.path=prepared`.
 
     Raises:
-        Emu3Error: no such file, a file that fails, or an override that is not legal.
+        Emu3Error: no such file, one with another ending, a file that fails in any way, or an override that is not
+            legal.
     """
     file = pathlib.Path(file)
     if not file.is_file():
         raise Emu3Error(f"{file}: no such config file; configs/ has examples")
-    try:
-        names = runpy.run_path(str(file))
-    except Emu3Error as error:
-        raise Emu3Error(f"{file}: {error}") from error
-    except Exception as error:
-        raise Emu3Error(f"{file}: {type(error).__name__}: {error}; correct the file") from error
-    if not callable(names.get(ENTRY)):
-        raise Emu3Error(f"{file}: defines no function `{ENTRY}` that returns the config; see configs/")
-    try:
-        config = names[ENTRY]()
-    except Emu3Error as error:
-        raise Emu3Error(f"{file}: {error}") from error
+    if file.suffix != ".py":
+        raise Emu3Error(f"{file}: a config file is run, so its name must end in .py; see configs/")
+    source = read_bytes(file, _MAX_FILE, "give a config file in Python")
+    # Not `runpy`: it also runs what is in a zip file, whatever its name, and compiled code.
+    module = types.ModuleType("emu3_jax_config_file")
+    module.__file__ = str(file)
+    with _running(file):
+        # Classes that the file declares find their module by its name.
+        sys.modules[module.__name__] = module
+        try:
+            exec(compile(source, str(file), "exec", dont_inherit=True), module.__dict__)
+            entry = getattr(module, ENTRY, None)
+            if not callable(entry):
+                raise Emu3Error(f"defines no function `{ENTRY}` that returns the config; see configs/")
+            config = entry()
+        finally:
+            sys.modules.pop(module.__name__, None)
     for override in overrides:
         path, equals, text = override.partition("=")
         if not equals:
@@ -233,27 +260,50 @@ def load_config(file: str | pathlib.Path, overrides: Sequence[str] = ()) -> Any:
             config = _replace(config, path.split("."), _value(text))
         except Emu3Error as error:
             raise Emu3Error(f"--set {override}: {error}") from error
+        except Exception as error:  # a value of a kind that a config's own checks do not expect
+            raise Emu3Error(f"--set {override}: {type(error).__name__}: {error}; correct the value") from error
     return config
+
+
+@contextlib.contextmanager
+def _running(file: pathlib.Path) -> Iterator[None]:
+    """For a block that runs the user's file: whatever it raises, down to `SystemExit`, is one line that names it."""
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    except (KeyboardInterrupt, GeneratorExit):
+        raise
+    except Emu3Error as error:
+        raise Emu3Error(f"{file}: {error}") from error
+    except BaseException as error:
+        places = traceback.walk_tb(error.__traceback__)
+        lines = [line for frame, line in places if frame.f_code.co_filename == str(file)]
+        if isinstance(error, SyntaxError) and error.filename == str(file):
+            lines.append(error.lineno or 1)
+        where = f" line {lines[-1]}" if lines else ""
+        reason = f"{error!s:.200}"
+        said = type(error).__name__ + (f": {reason}" if reason else "")
+        raise Emu3Error(f"{file}{where}: {said}; correct the file") from error
 
 
 def _replace(node: Any, path: list[str], value: Any) -> Any:
     """`node` with what lies at `path` replaced, and every config on the way validated again."""
     name, *rest = path
     if isinstance(node, tuple):
-        if not (name.isdigit() and int(name) < len(node)):
-            raise Emu3Error(f"{name!r} is no index from 0 to {len(node) - 1}")
-        index = int(name)
+        index = step_number(name)
+        if index is None or index >= len(node):
+            raise Emu3Error(f"{shown(name)} is no index from 0 to {len(node) - 1}")
         return (*node[:index], _replace(node[index], rest, value) if rest else value, *node[index + 1 :])
     if not dataclasses.is_dataclass(node) or isinstance(node, type):
-        raise Emu3Error(f"{name!r} is inside {node!r}, which has no fields")
+        raise Emu3Error(f"{shown(name)} is inside {shown(node)}, which has no fields")
     fields = [field.name for field in dataclasses.fields(node)]
     if name not in fields:
-        near = difflib.get_close_matches(name, fields, n=1)
+        near = difflib.get_close_matches(name[:100], fields, n=1)
         hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(fields)}"
-        raise Emu3Error(f"{type(node).__name__} has no field {name!r}; {hint}")
+        raise Emu3Error(f"{type(node).__name__} has no field {shown(name)}; {hint}")
     old = getattr(node, name)
     new = _replace(old, rest, value) if rest else value
-    if isinstance(old, float) and is_whole(new, -math.inf):
+    if isinstance(old, float) and is_whole(new, -math.inf) and is_number(new):
         new = float(new)
     return dataclasses.replace(node, **{name: new})
 
@@ -261,6 +311,9 @@ def _replace(node: Any, path: list[str], value: Any) -> Any:
 def _value(text: str) -> Any:
     """A Python literal where the text is one, else the text."""
     try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd escapes and such
+            return ast.literal_eval(text)
+    # Deep brackets are a `MemoryError` of the parser, `{[]}` is a `TypeError`.
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text

@@ -21,6 +21,7 @@ from emu3_jax.data.encoder import bundle_codebook
 from emu3_jax.data.pipeline import evaluation_batches, open_source, training_batches
 from emu3_jax.errors import Emu3Error
 from emu3_jax.files import new_file
+from emu3_jax.foreign import local_path, storage_path
 from emu3_jax.generation.codec import Vision
 from emu3_jax.generation.language import Language
 from emu3_jax.generation.pipeline import Emu3
@@ -36,25 +37,28 @@ from emu3_jax.training.runner import Batch, Cadence, Evaluation, Outcome, run
 from emu3_jax.training.step import Trainer, TrainState
 
 
-def train(config: TrainConfig, progress: bool | None = None) -> Outcome:
+def train(config: TrainConfig, progress: bool | None = None, *, verify: bool = False) -> Outcome:
     """Trains from the last checkpoint in `config.directory`, or from the start, to the last step.
 
-    Asked to stop by SIGTERM, as machines are before they are taken away, it writes a checkpoint and returns.
+    Asked to stop by Ctrl-C, or by SIGTERM, as machines are before they are taken away, it writes a checkpoint and
+    returns.
 
     Args:
         config: the run.
         progress: a bar on stderr; by default if that is a terminal.
+        verify: compares the files of the config's bundle with their checksums first.
 
     Raises:
         Emu3Error: on bad input, on a loss that is not finite, and where files cannot be written. The checkpoints that
             were written stay.
     """
     enable_persistent_cache()
-    bundle = Bundle.open(config.model.bundle)
+    storage_path(config.directory)  # refused before the work rather than at the first checkpoint
+    bundle = Bundle.open(config.model.bundle, verify=verify)
     decoder = _decoder(config, bundle)
     mesh = make_mesh(config.mesh)
     with use_mesh(mesh), contextlib.closing(_DecoderJob(config, bundle, decoder, mesh)) as job:
-        return run(job, pathlib.Path(config.directory), progress)
+        return run(job, local_path(config.directory), progress)
 
 
 def _decoder(config: TrainConfig, bundle: Bundle) -> DecoderConfig:

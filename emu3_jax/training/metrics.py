@@ -1,14 +1,19 @@
 """A run's metrics: one JSON object a line in `metrics.jsonl`, and the same numbers for TensorBoard."""
 
+import contextlib
 import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from emu3_jax.errors import Emu3Error
+from emu3_jax.fields import is_whole
 from emu3_jax.files import new_file
+from emu3_jax.foreign import limit, parse_json, plain_file, reading
 
 FILE = "metrics.jsonl"
+_MAX_BYTES = 4 << 30  # a step is a line of some 200
+_MAX_LINE = 1 << 20
 
 
 class Metrics:
@@ -43,12 +48,18 @@ class Metrics:
 
 
 def read_metrics(directory: pathlib.Path) -> list[dict[str, Any]]:
-    """All lines of a run's metrics; one that a kill left unfinished is left out."""
+    """All lines of a run's metrics; one that a kill left unfinished, or that is none of ours, is left out."""
     file = directory / FILE
+    if not file.exists():
+        return []
     lines = []
-    for line in file.read_text().splitlines() if file.exists() else ():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
+    with reading(file, "move it away; the run goes on without it"):
+        plain_file(file)
+        limit(file, "bytes", file.stat().st_size, _MAX_BYTES)
+        with file.open("rb") as stream:
+            while text := stream.readline(_MAX_LINE):
+                with contextlib.suppress(Emu3Error):
+                    line = parse_json(text, file)
+                    if isinstance(line, dict) and is_whole(line.get("step"), 0) and isinstance(line.get("group"), str):
+                        lines.append(line)
     return lines

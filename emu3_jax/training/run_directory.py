@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import errno
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -23,9 +24,18 @@ from jax.experimental import multihost_utils
 from emu3_jax import files
 from emu3_jax.errors import Emu3Error
 from emu3_jax.files import new_file
+from emu3_jax.foreign import read_json, step_number, storage_path
+from emu3_jax.printable import shown
+
+_log = logging.getLogger("emu3_jax")
 
 FORMAT = 1
 _CHUNK_BYTES = 64 << 20  # a device, or an export, that reads a slice of an array reads no more than its chunks
+_UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a checkpoint that is being written
+# What the parts of `run.json` are.
+PARTS: Mapping[str, Any] = {
+    "decoder": dict, "adapter": dict | None, "vision": dict, "image": dict, "bundle": str, "export_dtype": str,
+}  # fmt: skip
 _DTYPE = "dtype"  # of the products: another one is no other model
 
 
@@ -48,7 +58,29 @@ def locked(directory: pathlib.Path) -> Iterator[None]:
         return f"{directory} is in use by {holder}: wait for it, stop it, or choose another directory"
 
     with files.locked(directory / "lock", busy):
+        for leftover in clean(directory):
+            _log.warning("removed %s, which a run that was killed had left", leftover)
         yield
+
+
+def clean(directory: pathlib.Path) -> list[pathlib.Path]:
+    """Removes what a killed run left in its directory, and returns the paths. Only for who holds the lock.
+
+    That is: a model that was being exported, and checkpoints that were being written.
+    """
+    removed = [*files.sweep(directory), *files.sweep(directory / "samples")]
+    # Orbax removes the second without a word when it opens the directory.
+    for leftover in (directory / "model.new", *sorted((directory / "checkpoints").glob(f"*{_UNFINISHED}*"))):
+        if os.path.lexists(leftover):
+            files.remove(leftover)
+            removed.append(leftover)
+    return removed
+
+
+def clean_unused(directory: pathlib.Path) -> list[pathlib.Path]:
+    """The same where no run holds the directory. Raises `Emu3Error` where one does."""
+    with files.locked(directory / "lock", lambda holder: f"{directory} is in use by {holder}: wait for it or stop it"):
+        return clean(directory)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,26 +118,35 @@ def _check_same(directory: pathlib.Path, identity: Identity) -> None:
             raise Emu3Error(
                 f"{directory} holds checkpoints of another model: its run.json has no {part}; choose another directory"
             )
-        old, new = (x[part] or {} for x in (found, wanted))
+        old, new = (x[part] or {} for x in (found, wanted))  # `read_identity` lets only objects and None pass
         changed = [k for k in old.keys() | new.keys() if old.get(k) != new.get(k) and k != _DTYPE]
         if changed:
             name = min(changed)
             raise Emu3Error(
-                f"{directory} holds checkpoints of another model: its {part} has {name} {old.get(name)!r}, the "
-                f"config {new.get(name)!r}; correct the config or choose another directory"
+                f"{directory} holds checkpoints of another model: its {part} has {name} {shown(old.get(name))}, the "
+                f"config {shown(new.get(name))}; correct the config or choose another directory"
             )
 
 
 def read_identity(directory: pathlib.Path) -> dict[str, Any]:
     """What `write_identity` wrote. Raises `Emu3Error` if there is none, or of another format."""
     file = directory / "run.json"
-    try:
-        identity = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise Emu3Error(f"{file}: cannot be read; give the directory of a training run") from error
+    identity = read_json(file, "give the directory of a training run")
+    if not isinstance(identity, dict):
+        raise Emu3Error(f"{file} is {shown(identity)}, no object: give the directory of a training run")
     if identity.get("format") != FORMAT:
-        raise Emu3Error(f"{file}: format is {identity.get('format')!r}, this version reads {FORMAT}")
+        raise Emu3Error(f"{file}: format is {shown(identity.get('format'))}, this version reads {FORMAT}: train anew")
+    for part, value in identity.items():
+        if part in PARTS and not isinstance(value, PARTS[part]):
+            raise Emu3Error(f"{file}: {part} is {shown(value)}: it was changed; restore it, or train anew")
     return identity
+
+
+def identity_part(directory: pathlib.Path, identity: Mapping[str, Any], part: str) -> Any:
+    """A part of what `read_identity` gave. Raises `Emu3Error` that names the file if it is not there."""
+    if part not in identity:
+        raise Emu3Error(f"{directory / 'run.json'}: has no {part}: it is of another kind of run, or was changed")
+    return identity[part]
 
 
 def newest_checkpoint(directory: pathlib.Path, step: int | None = None) -> tuple[int, pathlib.Path]:
@@ -114,18 +155,19 @@ def newest_checkpoint(directory: pathlib.Path, step: int | None = None) -> tuple
     Raises:
         Emu3Error: there is no such checkpoint.
     """
-    steps = sorted(int(p.name) for p in (directory / "checkpoints").glob("*") if p.name.isdigit())
+    places = (directory / "checkpoints").glob("*")
+    steps = sorted(number for place in places if (number := step_number(place.name)) is not None)
     if not steps or step not in (None, *steps):
         raise Emu3Error(f"{directory}: no checkpoint {'' if step is None else step}; there are {steps or 'none'}")
     step = steps[-1] if step is None else step
-    return step, (directory / "checkpoints" / str(step) / "state").absolute()
+    return step, storage_path(directory / "checkpoints" / str(step) / "state")
 
 
 class Checkpoints:
     """Checkpoints of one run. They are written while training goes on; one that a kill interrupts never counts."""
 
     def __init__(self, directory: pathlib.Path, keep: int):
-        self.directory = directory.absolute() / "checkpoints"
+        self.directory = storage_path(directory) / "checkpoints"
         self._manager = ocp.CheckpointManager(
             self.directory,
             item_names=("state", "data"),
@@ -184,6 +226,11 @@ class Checkpoints:
                 f"{self.directory / str(step)}: cannot be restored ({reason}); delete it to go on from the one before"
             ) from error
         positions = restored["data"]
+        if not isinstance(positions, list):
+            raise Emu3Error(
+                f"{self.directory / str(step)}: data says {shown(positions)} instead of the positions in the data; "
+                "delete it to go on from the one before"
+            )
         if len(positions) != groups:
             raise Emu3Error(
                 f"{self.directory / str(step)} is of a run that read its data in {len(positions)} shares, this one "

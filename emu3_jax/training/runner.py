@@ -6,11 +6,14 @@ What is trained is a `Job`: `training.loop` has the decoder's, `training.vision`
 import contextlib
 import dataclasses
 import math
+import os
 import pathlib
 import shutil
 import signal
 import sys
+import threading
 import time
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -26,6 +29,9 @@ from emu3_jax.media.images import save_png
 from emu3_jax.training.metrics import Metrics
 from emu3_jax.training.run_directory import Checkpoints, Identity, locked, write_identity
 
+_STOPPING = b"\nemu3-jax: stopping after this step; Ctrl-C again ends at once\n"
+_ONE_PRESS = 0.3  # seconds; a terminal and a launcher may both pass on the same Ctrl-C
+
 State = Any  # a pytree of arrays: all that a step changes
 Batch = Mapping[str, np.ndarray]  # this process' rows
 
@@ -38,11 +44,13 @@ class Outcome:
         step: the steps taken in all.
         model: the bundle with the trained weights; None where the run was asked to stop before its last step.
         skipped: how often a record was too long for a row and was left out.
+        signal: that asked it to stop, SIGINT or SIGTERM; None where it went to its last step.
     """
 
     step: int
     model: pathlib.Path | None
     skipped: int = 0
+    signal: int | None = None
 
 
 class Due(NamedTuple):
@@ -177,7 +185,8 @@ class Job(Protocol):
 def run(job: Job, directory: pathlib.Path, progress: bool | None) -> Outcome:
     """Trains from the last checkpoint in `directory`, or from the start, to the last step.
 
-    Asked to stop by SIGTERM, as machines are before they are taken away, it writes a checkpoint and returns.
+    Asked to stop by Ctrl-C, or by SIGTERM, as machines are before they are taken away, it writes a checkpoint and
+    returns.
 
     Args:
         job: what is trained.
@@ -199,7 +208,7 @@ def run(job: Job, directory: pathlib.Path, progress: bool | None) -> Outcome:
             loop = _Loop(job, directory, state, step, checkpoints=checkpoints, metrics=metrics, bar=bar)
             # A signal does not interrupt the export: it ends complete.
             model = _export(job, directory, loop.step) if loop.train(stop) else None
-        return Outcome(loop.step, model, job.skipped())
+        return Outcome(loop.step, model, job.skipped(), None if model else next(iter(stop), signal.SIGTERM))
 
 
 def _start(job: Job, directory: pathlib.Path, checkpoints: Checkpoints) -> tuple[State, int]:
@@ -384,22 +393,52 @@ class _Loop:
                 jax.profiler.stop_trace()
 
 
+class _Interrupt:
+    """The handler of Ctrl-C while a run trains: the first one asks it to stop, a second one interrupts it."""
+
+    def __init__(self, received: list[int]):
+        self._received, self._several = received, jax.process_count() > 1
+        self._came = math.inf
+        self._told = False
+
+    def tell(self) -> None:
+        """Says once what will happen. Where a program compiles for minutes, the handler itself waits for its end: who
+        hears of the signal before calls this."""
+        if not self._told:
+            self._told = True
+            with contextlib.suppress(OSError):
+                os.write(2, _STOPPING)  # the signal may come in the middle of `sys.stderr.write`
+
+    def __call__(self, number: int, frame: types.FrameType | None) -> None:
+        now = time.monotonic()
+        if now - self._came > _ONE_PRESS:
+            raise KeyboardInterrupt
+        if self._came < math.inf:
+            return  # a terminal and a launcher both passed on the first
+        self._came = now
+        self.tell()
+        self._received.append(number)
+        if self._several:  # JAX waits for this one, to agree with the other processes on the last step
+            signal.raise_signal(signal.SIGTERM)
+
+
 @contextlib.contextmanager
 def stop_signal() -> Iterator[list[int]]:
-    """A list that SIGTERM puts its number into; elsewhere than in the main thread it stays empty.
+    """A list that SIGTERM and Ctrl-C put their numbers into; elsewhere than in the main thread it stays empty.
 
-    Where there are several processes JAX itself waits for the signal, to tell them all (`reached_preemption`).
+    Where there are several processes JAX itself waits for SIGTERM, to tell them all (`reached_preemption`).
     """
     received: list[int] = []
-    if jax.process_count() > 1:
+    if threading.current_thread() is not threading.main_thread():
         yield received
         return
-    try:
-        old = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
-    except ValueError:
-        yield received
-        return
+    handlers: dict[int, Any] = {signal.SIGINT: _Interrupt(received)}
+    if jax.process_count() == 1:
+        handlers[signal.SIGTERM] = lambda number, _: received.append(number)
+    old = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield received
     finally:
-        signal.signal(signal.SIGTERM, old)
+        for number, handler in old.items():
+            if handler is not None:  # one that was not installed from Python
+                signal.signal(number, handler)

@@ -16,6 +16,7 @@ from emu3_jax.checkpoints.bundle import Bundle
 from emu3_jax.compilation import enable_persistent_cache
 from emu3_jax.data.pixels import PixelData
 from emu3_jax.errors import Emu3Error
+from emu3_jax.foreign import local_path, storage_path
 from emu3_jax.models.vision import make_decoder, make_encoder
 from emu3_jax.sharding.mesh import make_mesh
 from emu3_jax.training.run_directory import Identity
@@ -29,14 +30,17 @@ _EVALUATED = 64  # pictures reconstructed at once
 _SHOWN = 32  # pictures of the sheet
 
 
-def train_vision(config: VisionTrainConfig, progress: bool | None = None) -> Outcome:
+def train_vision(config: VisionTrainConfig, progress: bool | None = None, *, verify: bool = False) -> Outcome:
     """Trains from the last checkpoint in `config.directory`, or from the start, to the last step.
 
     Arguments, result and errors are those of `training.loop.train`; the model is a bundle with `vision/` alone.
     """
     enable_persistent_cache()
+    storage_path(config.directory)  # refused before the work rather than at the first checkpoint
+    if config.bundle and verify:
+        Bundle.open(config.bundle, verify=True)
     with contextlib.closing(_VisionJob(config, make_mesh(config.mesh))) as job:
-        return run(job, pathlib.Path(config.directory), progress)
+        return run(job, local_path(config.directory), progress)
 
 
 class _VisionJob:

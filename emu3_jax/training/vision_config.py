@@ -1,10 +1,12 @@
 """The recipe of a run that trains the vision tokenizer, as one frozen config."""
 
 import dataclasses
+from collections.abc import Mapping
 
 from emu3_jax.config import ImageConfig, VisionConfig
+from emu3_jax.data.config import MAX_SEED, MAX_THREADS, check_path, check_paths
 from emu3_jax.fields import check_field, is_number, is_whole
-from emu3_jax.training.config import OptimizerConfig
+from emu3_jax.training.config import MAX_STEPS, OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +40,14 @@ class PixelConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        names = isinstance(self.manifests, tuple) and all(isinstance(m, str) for m in self.manifests)
-        check_field(self, "manifests", bool(names and self.manifests), "a tuple of at least one file")
-        for field, least in (("size", 8), ("stills", 0), ("clips", 0), ("frames", 1), ("workers", 1), ("seed", 0)):
-            check_field(self, field, is_whole(getattr(self, field), least), f"a whole number >= {least}")
+        check_paths(self, "manifests", "a tuple of at least one file")
+        check_field(self, "manifests", self.manifests, "a tuple of at least one file")
+        for field, least, most in (
+            ("size", 8, 2**14), ("stills", 0, 2**24), ("clips", 0, 2**24), ("frames", 1, 2**12),
+            ("workers", 1, MAX_THREADS), ("seed", 0, MAX_SEED),
+        ):  # fmt: skip
+            ok = is_whole(getattr(self, field), least) and getattr(self, field) <= most
+            check_field(self, field, ok, f"a whole number from {least} to {most}")
         check_field(self, "stills", self.stills + self.clips > 0, "more than 0 where clips is 0")
         check_field(self, "augment", is_number(self.augment) and 0 <= self.augment <= 1, "a share from 0 to 1")
         check_field(self, "zoom", is_number(self.zoom) and self.zoom >= 1, "a number >= 1")
@@ -130,13 +136,18 @@ class VisionTrainConfig:
     keep: int = 1
 
     def __post_init__(self) -> None:
+        check_path(self, "directory", "a directory")
+        check_path(self, "bundle", "a bundle's directory, or empty")
         kinds = {"vision": VisionConfig, "pixels": PixelConfig, "optimizer": OptimizerConfig, "loss": LossConfig}
         for field, kind in kinds.items():
             check_field(self, field, isinstance(getattr(self, field), kind), f"a {kind.__name__}")
         check_field(self, "image", isinstance(self.image, ImageConfig | None), "an ImageConfig or None")
         for field in ("steps", "log_every", "checkpoint_every", "evaluate_every", "keep"):
             check_field(self, field, is_whole(getattr(self, field), 1), "a whole number >= 1")
-        check_field(self, "seed", is_whole(self.seed, 0), "a whole number >= 0")
+        check_field(self, "steps", self.steps <= MAX_STEPS, f"at most {MAX_STEPS}")
+        ok = is_whole(self.seed, 0) and self.seed <= MAX_SEED
+        check_field(self, "seed", ok, f"a whole number from 0 to {MAX_SEED}")
+        check_field(self, "mesh", isinstance(self.mesh, str | Mapping), 'text like "data=-1"')
         ok = self.optimizer.warmup_steps < self.steps
         check_field(self.optimizer, "warmup_steps", ok, f"less than steps ({self.steps})")
         check_field(self, "dtype", self.dtype in ("float32", "bfloat16"), "float32 or bfloat16")
@@ -155,8 +166,7 @@ class VisionTrainConfig:
         check_field(
             self.pixels, "frames", self.pixels.frames % frames == 0, f"a multiple of {frames}, frames of a code"
         )
-        names = isinstance(self.evaluation, tuple) and all(isinstance(m, str) for m in self.evaluation)
-        check_field(self, "evaluation", names, "a tuple of files")
+        check_paths(self, "evaluation", "a tuple of files")
         check_field(self, "vision", self.vision.in_channels == 3, "a tokenizer of three channels")
 
     @property

@@ -10,11 +10,14 @@ import ml_dtypes
 import numpy as np
 
 from emu3_jax.checkpoints.bundle import LazyArray, write_part
+from emu3_jax.checkpoints.checksums import write_checksums
 from emu3_jax.checkpoints.layouts import vision_params
 from emu3_jax.config import ImageConfig, VisionConfig
+from emu3_jax.errors import Emu3Error
 from emu3_jax.fields import read_from
 from emu3_jax.files import new_directory
-from emu3_jax.training.run_directory import Identity, newest_checkpoint, read_identity
+from emu3_jax.printable import shown
+from emu3_jax.training.run_directory import Identity, identity_part, newest_checkpoint, read_identity
 from emu3_jax.training.vision_config import VisionTrainConfig
 from emu3_jax.training.weights import read_checkpoint
 
@@ -49,10 +52,16 @@ def export_vision_run(directory: pathlib.Path, target: pathlib.Path, step: int |
         Emu3Error: no such checkpoint, or one of the places cannot be read or written.
     """
     identity = read_identity(directory)
+    parts = {part: identity_part(directory, identity, part) for part in ("vision", "image", "export_dtype")}
     with read_from(directory / "run.json"):
-        vision, image = VisionConfig.from_dict(identity["vision"]), ImageConfig.from_dict(identity["image"])
+        vision, image = VisionConfig.from_dict(parts["vision"]), ImageConfig.from_dict(parts["image"])
+    if parts["export_dtype"] not in _DTYPES:
+        raise Emu3Error(
+            f"{directory / 'run.json'}: export_dtype is {shown(parts['export_dtype'])}: it must be "
+            f"{' or '.join(_DTYPES)}; correct it"
+        )
+    dtype = _DTYPES[parts["export_dtype"]]
     step, state = newest_checkpoint(directory, step)
-    dtype = _DTYPES[identity["export_dtype"]]
 
     def load(path: tuple[str, ...]) -> np.ndarray:
         return read_checkpoint(state, ("average", *path)).astype(dtype)
@@ -61,4 +70,5 @@ def export_vision_run(directory: pathlib.Path, target: pathlib.Path, step: int |
     config = {"vision": vision.to_dict(), "image": image.to_dict(), "num_batches_tracked": {}}
     with new_directory(target, sum(array.nbytes for array in arrays)) as temporary:
         write_part(temporary / "vision", config, arrays)
+        write_checksums(temporary)
     return step

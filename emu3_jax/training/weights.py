@@ -15,16 +15,18 @@ from flax import traverse_util
 from jax.sharding import Mesh
 
 from emu3_jax.checkpoints.bundle import Bundle, LazyArray, write_part
+from emu3_jax.checkpoints.checksums import write_checksums
 from emu3_jax.checkpoints.layouts import decoder_params
 from emu3_jax.config import DecoderConfig
 from emu3_jax.errors import Emu3Error
-from emu3_jax.fields import read_from
+from emu3_jax.fields import from_json, read_from
 from emu3_jax.files import new_directory
+from emu3_jax.foreign import storage_path
 from emu3_jax.models.adapters import MATRICES, Adapter
 from emu3_jax.models.stacking import Path, stack_layers, stacked_place, unstack_layers
 from emu3_jax.sharding.rules import decoder_shardings
 from emu3_jax.training import lora
-from emu3_jax.training.run_directory import newest_checkpoint, read_identity
+from emu3_jax.training.run_directory import identity_part, newest_checkpoint, read_identity
 
 
 def stacked_from_bundle(bundle: Bundle, decoder: DecoderConfig, mesh: Mesh, places: Any) -> Any:
@@ -71,12 +73,11 @@ def export_run(directory: pathlib.Path, target: pathlib.Path, step: int | None =
     """
     identity = read_identity(directory)
     step, state = newest_checkpoint(directory, step)
+    parts = {part: identity_part(directory, identity, part) for part in ("decoder", "adapter", "bundle")}
     with read_from(directory / "run.json"):
-        decoder = DecoderConfig.from_dict(identity["decoder"])
-    adapter = None
-    if identity["adapter"]:
-        adapter = Adapter(**{**identity["adapter"], "targets": tuple(identity["adapter"]["targets"])})
-    bundle = Bundle.open(identity["bundle"])
+        decoder = DecoderConfig.from_dict(parts["decoder"])
+        adapter = from_json(Adapter, parts["adapter"]) if parts["adapter"] else None
+    bundle = Bundle.open(parts["bundle"])
     read = functools.partial(_read_trained, state)
     frozen = _Frozen(bundle) if adapter else None
     dtype = np.dtype(decoder.dtype)
@@ -89,6 +90,7 @@ def export_run(directory: pathlib.Path, target: pathlib.Path, step: int | None =
         for part in ("tokenizer", "vision"):
             if bundle.has(part):
                 shutil.copytree(bundle.path / part, temporary / part)
+        write_checksums(temporary)
     return step
 
 
@@ -96,7 +98,7 @@ class _Frozen:
     """Arrays of a bundle's decoder by path."""
 
     def __init__(self, bundle: Bundle):
-        self._database = (bundle.path.absolute() / "decoder" / "weights").as_posix()
+        self._database = storage_path(bundle.path / "decoder" / "weights").as_posix()
 
     def __call__(self, path: Path) -> np.ndarray:
         return _read(self._database, path)

@@ -1,0 +1,166 @@
+"""Checksums of a bundle's files: `SHA256SUMS` in its directory, lines as `sha256sum` writes and checks them.
+
+Weights have no checksums of their own: a flipped bit gives another number, and nothing notices. Every bundle that is
+written here ends with the list.
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from emu3_jax.errors import Emu3Error
+from emu3_jax.foreign import inner_path, limit, plain_file, read_bytes, reading
+
+CHECKSUMS = "SHA256SUMS"
+COPY_AGAIN = "copy the bundle again, or convert the model again"
+_LINE = re.compile(r"([0-9a-f]{64})  (.+)")
+_MAX_FILES = 100_000  # of a bundle; links may lead in circles
+_MAX_BYTES = 16 << 20  # of the list
+_EDITED = "config.json"  # what people are told to correct
+EDITED_REMEDY = f"if you changed it yourself, put its new sum (sha256sum) into {CHECKSUMS}; otherwise copy it again"
+_BLOCK = 1 << 20  # bytes read at once by each thread
+_THREADS = 8  # hashing gives the interpreter free
+
+
+def write_checksums(directory: Path, progress: bool | None = False) -> None:
+    """Lists every file below `directory` with its SHA-256 in `directory/SHA256SUMS`. To be called last.
+
+    `progress` shows a bar on stderr, with None if that is a terminal.
+    """
+    names = sorted(name for name in _files(directory) if name != CHECKSUMS)
+    sums = _sums(directory, names, progress)
+    (directory / CHECKSUMS).write_text("".join(f"{sums[name]}  {name}\n" for name in names))
+
+
+def has_checksums(directory: Path) -> bool:
+    """Whether there is a list; bundles of older versions have none."""
+    return (directory / CHECKSUMS).is_file()
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """A file of a bundle that is not as it was written.
+
+    Attributes:
+        name: of the file, below the bundle's directory.
+        what: is wrong with it, as an error line begins.
+        edited: whether it is one that people are told to correct: then it may be no damage.
+    """
+
+    name: str
+    what: str
+    edited: bool = False
+
+
+def compare_checksums(
+    directory: Path, *, whole: bool = False, progress: bool | None = None
+) -> tuple[int, list[Difference]]:
+    """Reads every file that is listed, and compares.
+
+    A part may be taken out of a bundle whole. Files beside the parts, and hidden ones, need not be listed.
+
+    Args:
+        directory: of the bundle; it has a list.
+        whole: no part may be missing.
+        progress: a bar on stderr; by default if that is a terminal.
+
+    Returns:
+        How many files were read, and those that differ.
+
+    Raises:
+        Emu3Error: the list is damaged, or a file cannot be read.
+    """
+    expected = read_checksums(directory / CHECKSUMS)
+    if not whole:
+        expected = {name: digest for name, digest in expected.items() if (directory / name.split("/")[0]).exists()}
+    found = set(_files(directory))
+    different = [Difference(name, "is missing") for name in expected if name not in found]
+    unlisted = sorted(name for name in found - expected.keys() if "/" in name and "/." not in f"/{name}")
+    different += [Difference(name, f"is not in its {CHECKSUMS}, so it came later") for name in unlisted]
+    there = [name for name in expected if name in found]
+    for name, digest in _sums(directory, there, progress).items():
+        if digest != expected[name]:
+            different.append(Difference(name, "is damaged, its checksum differs", name.endswith(_EDITED)))
+    return len(there), different
+
+
+def verify_checksums(directory: Path, *, whole: bool = False, progress: bool | None = None) -> None:
+    """Compares as `compare_checksums`.
+
+    Raises:
+        Emu3Error: there is no list, or it is damaged; a file is missing, unlisted or damaged.
+    """
+    if not has_checksums(directory):
+        raise Emu3Error(
+            f"{directory} has no {CHECKSUMS}, so its files cannot be verified: it is of an older version; convert the "
+            "model again, or load it without verifying"
+        )
+    _, different = compare_checksums(directory, whole=whole, progress=progress)
+    for difference in different[:1]:
+        remedy = EDITED_REMEDY if difference.edited else COPY_AGAIN
+        raise Emu3Error(f"a file of the bundle {difference.what}: {directory / difference.name}; {remedy}")
+
+
+def read_checksums(listing: Path, remedy: str = COPY_AGAIN) -> dict[str, str]:
+    """SHA-256 in hex by the file's path below the list's directory.
+
+    Raises:
+        Emu3Error: the list is unreadable, empty, has a line of another form, or a path that leads elsewhere.
+    """
+    with reading(listing, remedy):
+        lines = read_bytes(listing, _MAX_BYTES, remedy).decode().splitlines()
+        limit(listing, "lines", len(lines), _MAX_FILES)
+        sums: dict[str, str] = {}
+        for number, line in enumerate(lines, start=1):
+            match = _LINE.fullmatch(line)
+            if match is None or match[2] in sums:
+                raise Emu3Error(f"{listing} line {number} is not a checksum, two spaces and a new name; {remedy}")
+            sums[inner_path(match[2], f"{listing} line {number}")] = match[1]
+    if not sums:
+        raise Emu3Error(f"{listing} is empty; {remedy}")
+    return sums
+
+
+def _files(directory: Path) -> Iterator[str]:
+    """Paths below `directory`, with `/`; links are followed."""
+    count = 0
+    for place, folders, names in os.walk(directory, followlinks=True):
+        count += len(folders) + len(names)
+        limit(directory, "files", count, _MAX_FILES)
+        for name in names:
+            yield (Path(place) / name).relative_to(directory).as_posix()
+
+
+def _sums(directory: Path, names: list[str], progress: bool | None) -> dict[str, str]:
+    """SHA-256 of each file, several at once."""
+    with reading(directory):
+        sizes = []
+        for name in names:
+            plain_file(directory / name)
+            sizes.append((directory / name).stat().st_size)
+    disable = None if progress is None else not progress
+    bar = tqdm(total=sum(sizes), unit="B", unit_scale=True, desc="checksums", disable=disable, leave=False)
+    threads = min(_THREADS, os.cpu_count() or 1)
+    pool = concurrent.futures.ThreadPoolExecutor(threads)
+    with bar:
+        try:
+            digests = pool.map(lambda name: _sha256(directory / name, bar.update), names)
+            return dict(zip(names, digests, strict=True))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _sha256(file: Path, read: Callable[[int], Any]) -> str:
+    digest, block = hashlib.sha256(), memoryview(bytearray(_BLOCK))
+    with reading(file, COPY_AGAIN), file.open("rb", buffering=0) as stream:
+        while size := stream.readinto(block):
+            digest.update(block[:size])
+            read(size)
+    return digest.hexdigest()
