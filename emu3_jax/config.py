@@ -5,14 +5,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from emu3_jax.fields import (
+    check_counts,
     check_field,
     check_positive_number,
-    check_positive_whole,
     from_json,
     is_number,
     is_whole,
     tuple_field,
 )
+
+# Far above every model, and small enough that what is sized by them fits into a machine.
+MAX_IDS = 1 << 23
+MAX_CODES = 1 << 20
+MAX_PIXELS = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,16 +36,17 @@ class VisionConfig:
     attention_stages: tuple[int, ...] = (3,)
 
     def __post_init__(self) -> None:
-        check_positive_whole(
-            self, "codebook_size", "embed_dim", "latent_channels", "in_channels", "out_channels", "temporal_factor",
-            "base_channels", "num_res_blocks",
+        check_counts(
+            self, codebook_size=MAX_CODES, embed_dim=4096, latent_channels=4096, in_channels=1024, out_channels=1024,
+            temporal_factor=64, base_channels=8192, num_res_blocks=64,
         )  # fmt: skip
-        legal = "one whole number > 0 per stage"
-        tuple_field(self, "channel_multipliers", lambda m: is_whole(m, 1), legal)
+        legal = "one whole number from 1 to 64 for each of 1 to 8 stages"
+        tuple_field(self, "channel_multipliers", lambda m: is_whole(m, 1) and m <= 64, legal)
         stages = len(self.channel_multipliers)
-        check_field(self, "channel_multipliers", stages > 0, legal)
+        check_field(self, "channel_multipliers", 0 < stages <= 8, legal)
         legal = f"a list of stage indices from 0 to {stages - 1}"
         tuple_field(self, "attention_stages", lambda s: is_whole(s, 0) and s < stages, legal)
+        check_field(self, "attention_stages", len(self.attention_stages) <= stages, legal)
         check_field(self, "temporal_factor", self.temporal_factor.bit_count() == 1, "a power of two")
         check_field(self, "base_channels", self.base_channels % 32 == 0, "a multiple of 32 (group norm)")
         # The decoder's time stack runs on latents and codebook vectors stacked together.
@@ -70,7 +76,7 @@ class ImageConfig:
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
     def __post_init__(self) -> None:
-        check_positive_whole(self, "min_pixels", "max_pixels")
+        check_counts(self, min_pixels=MAX_PIXELS, max_pixels=MAX_PIXELS)
         check_field(self, "min_pixels", self.min_pixels <= self.max_pixels, f"<= max_pixels ({self.max_pixels})")
         tuple_field(self, "mean", is_number, "three finite numbers", length=3)
         tuple_field(self, "std", lambda v: is_number(v) and v > 0, "three finite numbers > 0", length=3)
@@ -102,7 +108,8 @@ class SpecialTokens:
         values = dataclasses.asdict(self)
         for field, value in values.items():
             check_field(self, field, is_whole(value, 0), "an id >= 0")
-        check_positive_whole(self, "visual_count")
+            check_field(self, field, value < MAX_IDS, f"less than {MAX_IDS:,}")
+        check_counts(self, visual_count=MAX_CODES)
         control = {k: v for k, v in values.items() if not k.startswith("visual")}
         for field, value in control.items():
             clash = [k for k, v in control.items() if v == value and k != field]
@@ -140,11 +147,11 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         if self.clip_frames is not None:
-            check_positive_whole(self, "clip_frames")
+            check_counts(self, clip_frames=1 << 20)
         check_field(self, "clip_layout", self.clip_layout in CLIP_LAYOUTS, " or ".join(CLIP_LAYOUTS))
-        check_positive_whole(
-            self, "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
-            "max_positions", "image_area",
+        check_counts(
+            self, vocab_size=MAX_IDS, hidden_size=1 << 17, intermediate_size=1 << 20, num_layers=1024, num_heads=4096,
+            num_kv_heads=4096, max_positions=1 << 24, image_area=MAX_PIXELS,
         )  # fmt: skip
         check_positive_number(self, "rms_norm_eps", "rope_theta")
         heads, kv = self.num_heads, self.num_kv_heads

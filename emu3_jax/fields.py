@@ -58,6 +58,16 @@ def check_positive_whole(config: Any, *fields: str) -> None:
         check_field(config, field, is_whole(getattr(config, field), 1), "a whole number > 0")
 
 
+def check_counts(config: Any, **most: int) -> None:
+    """Raises a `FieldError` unless each of the named fields is an int from 1 to the number that is given for it.
+
+    What is read from files sizes loops and arrays: an absurd count is refused before anything loops or allocates.
+    """
+    check_positive_whole(config, *most)
+    for field, bound in most.items():
+        check_field(config, field, getattr(config, field) <= bound, f"at most {bound:,}")
+
+
 def check_positive_number(config: Any, *fields: str) -> None:
     """Raises a `FieldError` unless each of the fields is a finite number > 0."""
     for field in fields:

@@ -111,6 +111,16 @@ def read_json(path: str | os.PathLike, remedy: str = AGAIN) -> Any:
     return parse_json(read_bytes(path, MAX_JSON_BYTES, remedy), path, remedy)
 
 
+def read_object(path: str | os.PathLike, remedy: str = AGAIN) -> dict[str, Any]:
+    """The JSON object that a file holds; anything else in it is an `Emu3Error`, too. Raises as `read_json`."""
+    if not os.path.lexists(local_path(path)):
+        raise Emu3Error(f"{path}: not found; the directory must hold it: copy it from where its other files came from")
+    data = read_json(path, remedy)
+    if not isinstance(data, dict):
+        raise Emu3Error(f"{path}: holds a JSON {type(data).__name__}, not an object; {remedy}")
+    return data
+
+
 # ------------------------------------------------------------------------------------------------ names and paths
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emu3_jax.errors import Emu3Error
-from emu3_jax.foreign import file_name, limit, local_path, parse_json, read_bytes, read_json, reading
+from emu3_jax.foreign import file_name, limit, local_path, parse_json, read_bytes, read_json, read_object, reading
 from emu3_jax.printable import one_line, printable, shown
 
 
@@ -52,6 +52,17 @@ def test_json_is_bounded(tmp_path, text, reason):
     with pytest.raises(Emu3Error, match=reason) as error:
         read_json(file)
     assert len(str(error.value)) <= 300
+
+
+def test_json_that_is_no_object(tmp_path):
+    (tmp_path / "c.json").write_text("[1")
+    with pytest.raises(Emu3Error, match=r"c\.json: not readable as JSON"):
+        read_object(tmp_path / "c.json")
+    (tmp_path / "c.json").write_text("[1]")
+    with pytest.raises(Emu3Error, match="a JSON list, not an object"):
+        read_object(tmp_path / "c.json")
+    with pytest.raises(Emu3Error, match=r"d\.json: not found"):
+        read_object(tmp_path / "d.json")
 
 
 def test_a_file_that_is_too_long_is_not_read(tmp_path):

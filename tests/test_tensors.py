@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save, save_file
 
-from emu3_jax.checkpoints.tensors import read_json, read_safetensors_header, write_safetensors
+from emu3_jax.checkpoints.tensors import read_safetensors_header, write_safetensors
 from emu3_jax.errors import Emu3Error
 
 ARRAYS = {
@@ -80,14 +80,3 @@ def test_a_file_that_shrinks_after_its_header_was_read(tmp_path):
     (tmp_path / "m").write_bytes((tmp_path / "m").read_bytes()[:-1])
     with pytest.raises(Emu3Error, match=r"ends inside tensor 'x': the file is truncated"):
         found.read()
-
-
-def test_json_that_is_none(tmp_path):
-    (tmp_path / "c.json").write_text("[1")
-    with pytest.raises(Emu3Error, match=r"c\.json: not readable as JSON"):
-        read_json(tmp_path / "c.json")
-    (tmp_path / "c.json").write_text("[1]")
-    with pytest.raises(Emu3Error, match="a JSON list, not an object"):
-        read_json(tmp_path / "c.json")
-    with pytest.raises(Emu3Error, match=r"d\.json: not found"):
-        read_json(tmp_path / "d.json")

@@ -13,11 +13,12 @@ from emu3_jax.checkpoints.published_config import (
     object_field,
     vision_from_published,
 )
-from emu3_jax.checkpoints.tensors import Tensor, read_json, read_safetensors_header
+from emu3_jax.checkpoints.tensors import Tensor, read_safetensors_header
 from emu3_jax.checkpoints.torch_pickle import read_torch_file
 from emu3_jax.config import DecoderConfig, ImageConfig, SpecialTokens, VisionConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.fields import read_from
+from emu3_jax.foreign import read_object
 from emu3_jax.text.tokenizer import Tokenizer
 
 UPSTREAM_VOCABULARY = "emu3.tiktoken"
@@ -39,7 +40,7 @@ class Published:
         Raises:
           Emu3Error: a file is missing or damaged, or the tensors are of no Emu3 checkpoint.
         """
-        config = read_json(path / "config.json")
+        config = read_object(path / "config.json")
         tensors = _read_directory(path)
         layout = layouts.detect_layout(t.name for t in tensors)
         if layout is None:
@@ -71,7 +72,7 @@ class Published:
         """From `preprocessor_config.json`, or the newer `processor_config.json`; the published values without both."""
         for name in ("preprocessor_config.json", "processor_config.json"):
             file = self.path / name
-            data: Mapping[str, Any] = read_json(file) if file.is_file() else {}
+            data: Mapping[str, Any] = read_object(file) if file.is_file() else {}
             with read_from(file):
                 data = object_field(data, "image_processor") or data
                 if "image_mean" in data:
@@ -126,7 +127,7 @@ def _read_directory(directory: Path) -> list[Tensor]:
 
 
 def _shards(index: Path) -> list[Path]:
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
         raise Emu3Error(f"{index}: has no weight_map of tensor names to shard files; download or copy it again")
     names = sorted(set(weight_map.values()))

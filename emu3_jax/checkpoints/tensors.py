@@ -73,19 +73,6 @@ def strided_span(shape: Sequence[int], strides: Sequence[int]) -> int:
     return 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Reads a JSON object; anything else is an `Emu3Error` that names the file."""
-    try:
-        data = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise Emu3Error(f"{file}: not found; a checkpoint directory must hold it") from None
-    except (OSError, ValueError) as error:
-        raise Emu3Error(f"{file}: not readable as JSON ({error}); {_AGAIN}") from error
-    if not isinstance(data, dict):
-        raise Emu3Error(f"{file}: holds a JSON {type(data).__name__}, not an object; {_AGAIN}")
-    return data
-
-
 def read_safetensors_header(file: Path) -> list[Tensor]:
     """Lists the tensors of one safetensors file and checks that the file is as long as its header says."""
     size = file.stat().st_size
