@@ -16,6 +16,7 @@ import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from typing import TextIO
 
 from emu3_jax.errors import Emu3Error
 from emu3_jax.foreign import local_path
@@ -217,29 +218,69 @@ def _sweep_once(directory: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(file: pathlib.Path, busy: Callable[[str], str]) -> Iterator[None]:
+def shared_directory(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """Makes a directory that others may write to at the same time. An empty one goes again where the block fails.
+
+    Raises:
+        Emu3Error: it is a file, or cannot be made or written.
+    """
+    directory = local_path(directory)
+    if os.path.lexists(directory) and not directory.is_dir():
+        raise Emu3Error(f"{directory} is a file: choose a directory to write to")
+    with _explained(directory), _new_parents(directory):
+        yield directory
+
+
+@contextlib.contextmanager
+def locked(file: pathlib.Path, busy: Callable[[str], str], *, passing: bool = False) -> Iterator[None]:
     """Holds the lock file `file` for this process; its directory must exist.
 
+    On a file system that has no locks this does nothing.
+
     Args:
-        file: is made if need be, and stays.
+        file: is made if need be.
         busy: from who holds it, an error line.
+        passing: it goes again after the block; otherwise it stays.
 
     Raises:
         Emu3Error: another process holds it, or it cannot be made.
     """
-    try:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise Emu3Error(f"{file.parent}: cannot be used ({error.strerror}); choose another directory") from error
-    with os.fdopen(descriptor, "r+", errors="replace") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise Emu3Error(busy(stream.read(200).strip() or "another process")) from error
+    while (stream := _lock_file(file, busy, passing)) is None:
+        pass
+    with stream:
         stream.truncate(0)
         stream.write(f"process {os.getpid()} on {socket.gethostname()}")
         stream.flush()
-        yield
+        try:
+            yield
+        finally:
+            if passing:
+                with contextlib.suppress(OSError):
+                    file.unlink()
+
+
+def _lock_file(file: pathlib.Path, busy: Callable[[str], str], passing: bool) -> TextIO | None:
+    """The open lock file, locked; None where another process just now removed it, so that the lock holds nobody off."""
+    try:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        if passing and isinstance(error, FileNotFoundError):
+            file.parent.mkdir(parents=True, exist_ok=True)  # the other process failed, and removed what it had made
+            return None
+        raise Emu3Error(f"{file.parent}: cannot be used ({error.strerror}); choose another directory") from error
+    stream = os.fdopen(descriptor, "r+", errors="replace")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        with stream:
+            raise Emu3Error(busy(stream.read(200).strip() or "another process")) from error
+    except OSError as error:
+        _log.warning("%s: cannot be locked (%s); let no other run use it", file.parent, error.strerror)
+    with contextlib.suppress(OSError):
+        if os.stat(file).st_ino == os.fstat(descriptor).st_ino:
+            return stream
+    stream.close()
+    return None
 
 
 def _gigabytes(nbytes: int) -> str:

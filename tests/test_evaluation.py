@@ -453,7 +453,7 @@ def test_bad_input_gets_one_line_and_writes_nothing(evaluate, tiny_bundle, data,
     lines = (data / "items.jsonl").read_text().splitlines()
     items = tmp_path / "data" / "items.jsonl"
     for broken, words in (
-        ("{", "line 2: not JSON"),
+        ("{", "line 2: not readable as JSON"),
         ("[]", "line 2: not a JSON object"),
         (json.dumps(json.loads(lines[1]) | {"kind": "song"}), "kind is 'song'"),
         (json.dumps(json.loads(lines[1]) | {"label": None}), "field label is None"),

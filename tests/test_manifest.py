@@ -3,6 +3,7 @@
 import concurrent.futures
 import json
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -76,17 +77,27 @@ def test_entries(manifest, tmp_path):
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ("{'image': 'a.png'}", "not JSON"),
-        ("\udcff", "not JSON"),
+        ("{'image': 'a.png'}", "not readable as JSON"),
+        ("\udcff", "not readable as JSON"),
         ("[1]", "is no object"),
         ({"image": "a.png", "caption": "A"}, "unknown field 'caption'"),
         ({"image": "a.png", "clip": "b.gif", "text": "A"}, "both image and clip"),
         ({"image": "a.png"}, "neither text nor conversation"),
         ({"text": ""}, "its text is empty"),
         ({"image": 3, "text": "A"}, "image is 3: it must be text"),
-        ({"image": "a.png", "text": None}, "text is None: it must be text"),
+        ({"image": "a.png", "text": None}, "neither text nor conversation"),
         ({"text": "\udcff"}, "surrogate"),
         ({"text": "A", "name": 1}, "name is 1"),
+        ({"text": None}, "neither text nor conversation"),
+        ({"image": "", "text": "A"}, "image is '', an empty path: name a file, or leave image out"),
+        ({"clip": "", "text": "A"}, "clip is '', an empty path"),
+        ({"clip": "  ", "text": "A"}, "an empty path"),
+        ({"image": "gs://b/x.png", "text": "A"}, "gs:// addresses are not supported"),
+        ({"image": "x" * 256, "text": "A"}, "is too long: a name has at most 255 bytes"),
+        ({"image": "a\0b", "text": "A"}, "zero character"),
+        ({"image": "\ud800.png", "text": "A"}, "surrogate"),
+        ("[" * 100_000, "nested too deeply"),
+        ("1" * 5000, "not readable as JSON"),
         ({"conversation": "hello"}, "conversation is 'hello'"),
         ({"conversation": []}, "has 0 turns"),
         ({"conversation": TALK[:1]}, "has 1 turns: it must end with an answer"),
@@ -103,7 +114,33 @@ def test_bad_lines_are_named(tmp_path, line, reason):
     assert lines[0].text == "good"
     with pytest.raises(Emu3Error) as error:
         lines[1]
-    assert str(error.value).startswith(f"{file} line 3: ") and reason in str(error.value)
+    assert re.match(rf"{file} line 3(: | is damaged: )", str(error.value)) and reason in str(error.value)
+
+
+def test_null_is_as_good_as_absent(manifest, tmp_path):
+    lines = manifest(
+        {"image": None, "clip": None, "text": "A", "conversation": None, "name": None},
+        {"image": "a.png", "clip": None, "conversation": TALK, "text": None},
+    )
+    assert lines[0].image is None and lines[0].clip is None and lines[0].name == "line 1"
+    assert lines[1].image == tmp_path / "a.png" and lines[1].text == "" and lines[1].name == "a.png"
+
+
+def test_a_line_is_bounded(tmp_path):
+    file = tmp_path / "m.jsonl"
+    with file.open("wb") as stream:
+        stream.write(b'{"text": "good"}\n')
+        stream.truncate(1 << 40)  # takes no space
+    with pytest.raises(Emu3Error, match=r"line 2: 16777217 bytes or more, and at most 16,777,216 are read"):
+        Manifest(file)
+    with pytest.raises(Emu3Error, match="it is a pipe or device; give a file"):
+        Manifest("/dev/zero")
+
+
+def test_lines_take_two_words_each(tmp_path):
+    file = tmp_path / "m.jsonl"
+    file.write_bytes(b"1\n" * 1000)
+    assert Manifest(file)._places.nbytes == 16 * 1000
 
 
 def test_manifests_that_are_none(tmp_path):

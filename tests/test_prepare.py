@@ -35,7 +35,8 @@ def files(directory) -> dict[str, str]:
 def run_python(code: str, *arguments, **options) -> subprocess.Popen:
     """Starts a program that can import the tests' helpers."""
     command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parent)}
+    here = pathlib.Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
     return subprocess.Popen(command, text=True, env=environment, **options)
 
 
@@ -114,6 +115,57 @@ def test_killed_in_the_middle_of_a_shard(tmp_path, whole):
     assert files(out) == whole
 
 
+ROUNDS = 8
+
+
+def test_the_same_job_twice_at_once(tmp_path, whole):
+    """In each round two processes begin at the same moment. One of them may be told that the other is at work."""
+    program = f"""
+        import pathlib, sys, time
+        from emu3_jax import Emu3Error
+        from emu3_jax.data.prepare import prepare
+        from emu3_jax.data.shards import Codebook
+        from prepare_entries import Entries
+
+        root, me, other = pathlib.Path(sys.argv[1]), *sys.argv[2:]
+        for number in range({ROUNDS}):
+            (root / f"ready-{{me}}-{{number}}").touch()
+            while not (root / f"ready-{{other}}-{{number}}").exists():
+                time.sleep(0)
+            try:
+                prepare(Entries(), root / f"out-{{number}}", Codebook(32768, "0" * 64), shards=5, workers=2)
+                print("done")
+            except Emu3Error as error:
+                print(error)
+    """
+    pairs = [run_python(program, tmp_path, *names, stdout=subprocess.PIPE) for names in ("ab", "ba")]
+    said = [process.communicate(timeout=100)[0].splitlines() for process in pairs]
+    assert [process.returncode for process in pairs] == [0, 0]
+    for number, lines in enumerate(zip(*said, strict=True)):
+        out = tmp_path / f"out-{number}"
+        assert "done" in lines
+        holders = "|".join(str(process.pid) for process in pairs)
+        # The holder's name is not there yet in the first moment.
+        busy = rf"{out} is being prepared by (process ({holders}) on \S+|another process): wait for it, stop it, or .*"
+        assert all(line == "done" or re.fullmatch(busy, line) for line in lines), lines
+        assert files(out) == whole
+    assert len(said[0]) == ROUNDS
+
+
+def test_a_share_is_held_and_the_others_are_free(tmp_path):
+    out, inside = tmp_path / "out", []
+
+    def at(index):
+        if index == 0:
+            with pytest.raises(Emu3Error, match=rf"out is being prepared by process {os.getpid()} on "):
+                prepare(Entries(), out, CODEBOOK, shards=5, host=0, hosts=2)
+            inside.append(prepare(Entries(), out, CODEBOOK, shards=5, host=1, hosts=2))
+
+    outcome = prepare(Entries(at=at), out, CODEBOOK, shards=5, host=0, hosts=2, workers=1)
+    assert inside[0].missing == 3 and outcome.missing == 0
+    assert not list(out.glob(".*"))
+
+
 def test_a_shard_without_its_voucher_or_cut_is_made_again(tmp_path, whole):
     out = tmp_path / "whole"
     (out / "shard-00001-of-00005.json").unlink()
@@ -129,7 +181,7 @@ def test_bad_entries_stop_or_are_skipped_and_listed(tmp_path):
     out, bad = tmp_path / "out", (3, 12)
     with pytest.raises(Emu3Error, match="entry 3 is broken"):
         prepare(Entries(bad=bad[:1]), out, CODEBOOK, shards=2)
-    assert not list(out.iterdir())
+    assert not out.exists()
     with pytest.raises(Emu3Error, match="entry 12 is broken"):
         prepare(Entries(bad=bad[1:]), out, CODEBOOK, shards=2)
     assert len(list(out.iterdir())) == 2  # the first shard and its voucher are kept
@@ -171,6 +223,8 @@ def test_another_job_s_directory_is_left_alone(tmp_path, whole, entries, codeboo
         ({"hosts": 0}, "host is 0 of 0"),
         ({"host": 2, "hosts": 2}, "host is 2 of 2"),
         ({"workers": 0}, "workers is 0"),
+        ({"workers": 10**9}, "workers is 1000000000: it must be 1 to 1024"),
+        ({"shards": 10**9}, "shards is 1000000000: it must be 1 to 23"),
         ({"shards": 0}, "shards is 0: it must be 1 to 23"),
         ({"shards": 24}, "shards is 24"),
     ],
@@ -203,7 +257,7 @@ def test_a_full_disk(tmp_path, whole):
     assert re.fullmatch(r"cannot write \S+shard-00000-of-00005\.arrayrecord: .*free space or choose.*\n", printed), (
         errors
     )
-    assert not list(out.iterdir())
+    assert not out.exists()
     prepare(Entries(), out, CODEBOOK, shards=5)
     assert files(out) == whole
 
@@ -246,7 +300,21 @@ def test_damaged_data_is_named(tmp_path, whole):
         PreparedData(out)
 
 
-@pytest.mark.parametrize("text", ["{", '{"format": 1}', '{"format": 2}', '{"format": 1, "job": "", "codebook": 3}'])
+INDEX_HEAD = '{"format": 1, "job": "", "codebook": {"size": 1, "sha256": ""}, "shards": '
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{", "[]", "null", '{"format": 1}', '{"format": 2}', '{"format": 1, "job": "", "codebook": 3}', "[" * 100_000,
+        INDEX_HEAD + '{"a": 1}}',
+        INDEX_HEAD + '[{"file": "../x", "records": 1, "bytes": 9, "skipped": []}]}',
+        INDEX_HEAD + '[{"file": "/etc/passwd", "records": 1, "bytes": 9, "skipped": []}]}',
+        INDEX_HEAD + '[{"file": "x", "records": 1e400, "bytes": 9, "skipped": []}]}',
+        INDEX_HEAD + '[{"file": "x", "records": 1000000000000, "bytes": 9, "skipped": []}]}',
+        INDEX_HEAD + '[{"file": "x", "records": 1, "bytes": 9, "skipped": [5]}]}',
+    ],
+)  # fmt: skip
 def test_damaged_index(tmp_path, whole, text):
     (tmp_path / "whole/index.json").write_text(text)
     with pytest.raises(Emu3Error, match=r"index\.json"):

@@ -1,26 +1,34 @@
 """The JSONL manifest that `prepare` reads, and the records that its lines become.
 
 One line: {"image": PATH or "clip": PATH, "text": ..., "conversation": [{"role": ..., "text": ...}, ...], "name": ...}.
-Paths are relative to the manifest; a line without one is plain text; text or conversation must be there.
+Paths are relative to the manifest; a line without one is plain text; text or conversation must be there. A field that
+is null counts as absent.
 """
 
+import array
 import dataclasses
 import hashlib
-import json
+import itertools
+import os
 import threading
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from emu3_jax.data.records import Record, Turn, check_conversation, check_text
 from emu3_jax.errors import Emu3Error
+from emu3_jax.foreign import limit, local_path, parse_json, plain_file, reading
 from emu3_jax.generation.pipeline import Emu3
 from emu3_jax.media.clips import Clip, load_clip
 from emu3_jax.media.images import load_image
+from emu3_jax.printable import shown
 from emu3_jax.text.tokenizer import Tokenizer
 
+MAX_LINE = 16 << 20  # bytes of a line; a book has a few
+_MAX_AREA = 1 << 26  # pixels; a picture of so many takes 200 MB in each thread
 _FIELDS = ("image", "clip", "text", "conversation", "name")
 _RECENT = 64  # files whose codes are kept: more than the threads that read
 _ENCODING = 2  # one picture on the device, and one on its way there: more would only take memory
@@ -41,21 +49,25 @@ class Manifest:
     """A manifest file. Only the places of its lines are held in memory."""
 
     def __init__(self, path: Path):
-        """Raises `Emu3Error` if the file cannot be read or has no lines."""
-        self.path = Path(path)
-        digest, places, place = hashlib.sha256(), [], 0
-        try:
+        """Raises `Emu3Error` if the file cannot be read, has no lines, or has one that is too long."""
+        self.path = local_path(path)
+        digest, place = hashlib.sha256(), 0
+        places = array.array("q")  # number and place of each line in turn; a list of pairs takes eight times as much
+        with reading(path, "give a JSONL manifest"):
+            plain_file(path)
             with self.path.open("rb") as stream:
-                for number, line in enumerate(stream, start=1):
+                for number in itertools.count(1):
+                    line = stream.readline(MAX_LINE + 1)
+                    if not line:
+                        break
+                    limit(f"{path} line {number}", "bytes or more", len(line), MAX_LINE)
                     if line.strip():
-                        places.append((number, place))
+                        places.extend((number, place))
                     digest.update(line)
                     place += len(line)
-        except OSError as error:
-            raise Emu3Error(f"cannot read {path}: {error.strerror}; give a JSONL manifest") from error
         if not places:
             raise Emu3Error(f"{path} has no lines: write one JSON object a line, with image or clip, and text")
-        self._places = np.array(places, np.int64)
+        self._places = np.frombuffer(places, np.int64).reshape(-1, 2)
         self.digest = digest.hexdigest()
 
     def __len__(self) -> int:
@@ -68,27 +80,30 @@ class Manifest:
     def __getitem__(self, index: int) -> Entry:
         """Entry `index`. Raises `Emu3Error` if its line is not what the module's docstring says."""
         number, place = map(int, self._places[index])
-        with self.path.open("rb") as stream:
+        with reading(self.path, "give a JSONL manifest"), self.path.open("rb") as stream:
             stream.seek(place)
-            line = stream.readline()
+            line = stream.readline(MAX_LINE)
+        where = f"{self.path} line {number}"
+        data = parse_json(line, where, "write one JSON object a line")
         try:
-            return self._parse(line, number)
+            return self._parse(data, number)
         except Emu3Error as error:
-            raise Emu3Error(f"{self.path} line {number}: {error}") from error
+            raise Emu3Error(f"{where}: {error}") from error
 
-    def _parse(self, line: bytes, number: int) -> Entry:
-        try:
-            data = json.loads(line)
-        except ValueError as error:
-            raise Emu3Error(f"not JSON ({error}): write one JSON object a line") from error
+    def _parse(self, data: Any, number: int) -> Entry:
         if not isinstance(data, dict):
-            raise Emu3Error(f"{str(data)[:40]!r} is no object: write one JSON object a line")
+            raise Emu3Error(f"{shown(data)} is no object: write one JSON object a line")
         unknown = sorted(set(data) - set(_FIELDS))
         if unknown:
-            raise Emu3Error(f"unknown field {unknown[0]!r}: legal are {', '.join(_FIELDS)}; rename or remove it")
+            raise Emu3Error(f"unknown field {shown(unknown[0])}: legal are {', '.join(_FIELDS)}; rename or remove it")
+        data = {field: value for field, value in data.items() if value is not None}
         if "image" in data and "clip" in data:
             raise Emu3Error("has both image and clip: make two lines of it")
         paths = {field: check_text(field, data[field]) for field in ("image", "clip") if field in data}
+        for field, path in paths.items():
+            if not path.strip():
+                raise Emu3Error(f"{field} is {shown(path)}, an empty path: name a file, or leave {field} out")
+            local_path(path)
         conversation = check_conversation(data["conversation"]) if "conversation" in data else ()
         text = check_text("text", data.get("text", ""))
         if not text and not conversation and "text" not in data:
@@ -96,7 +111,7 @@ class Manifest:
         if not text and not paths and not conversation:
             raise Emu3Error("is plain text, and its text is empty: remove the line")
         name = check_text("name", data.get("name", next(iter(paths.values()), f"line {number}")))
-        files = {field: self.path.parent / path for field, path in paths.items()}
+        files = {field: local_path(self.path.parent / path) for field, path in paths.items()}
         return Entry(name, text, files.get("image"), files.get("clip"), conversation)
 
 
@@ -113,8 +128,8 @@ class ManifestRecords:
                 shape, as the reference's data preparation does; None leaves their size to the image processor alone.
             tokenizer: where given, texts with control tokens in them are refused now rather than in training.
         """
-        if area is not None and area < 1:
-            raise Emu3Error(f"area is {area}: it must be a number of pixels > 0, for example 518400")
+        if area is not None and not 1 <= area <= _MAX_AREA:
+            raise Emu3Error(f"area is {area}: it must be a number of pixels from 1 to {_MAX_AREA}, for example 518400")
         self._manifest, self._model, self._area, self._tokenizer = manifest, model, area, tokenizer
         self._device = threading.Semaphore(_ENCODING)
         self._lock, self._recent = threading.Lock(), dict[Path, Future[np.ndarray]]()
@@ -128,7 +143,7 @@ class ManifestRecords:
         """Raises the `Emu3Error` that is known of entry `index` before its picture is read."""
         entry = self._manifest[index]
         for path in (entry.image, entry.clip):
-            if path is not None and not path.exists():
+            if path is not None and not os.path.exists(path):
                 raise Emu3Error(
                     f"{self._named(index)}: there is no {path}: correct the path, it is relative to the manifest"
                 )
@@ -162,17 +177,19 @@ class ManifestRecords:
         if missing:
             try:
                 codes.set_result(self._encode_file(entry))
-            except Exception as error:
+            except BaseException as error:  # whatever it is: other threads may wait for these codes
                 codes.set_exception(error)
         return codes.result()
 
     def _encode_file(self, entry: Entry) -> np.ndarray:
         media: Image.Image | Clip
         if entry.image is not None:
-            media = load_image(entry.image)
+            with reading(entry.image):
+                media = load_image(entry.image)
         else:
             assert entry.clip is not None
-            media = load_clip(entry.clip)
+            with reading(entry.clip):
+                media = load_clip(entry.clip)
         if self._area is not None:
             media = resize_to_area(media, self._area)
         with self._device:

@@ -2,7 +2,8 @@
 
 A shard is written under another name, renamed, and then vouched for by a small JSON file beside it. A run that starts
 again keeps what is vouched for and redoes the rest. Hosts take every n-th shard; whichever finds all shards vouched for
-writes the index. Its contents follow from the shards, so it does not matter if two hosts write it at once.
+writes the index. Its contents follow from the shards, so it does not matter if two hosts write it at once. Each host
+holds a lock on its share, so that the same command cannot run twice at once.
 """
 
 import collections
@@ -17,9 +18,13 @@ from typing import Any, Protocol, TypeVar
 
 from tqdm import tqdm
 
+from emu3_jax import files
+from emu3_jax.data.config import MAX_THREADS
 from emu3_jax.data.records import Record
-from emu3_jax.data.shards import FORMAT, INDEX, Codebook, Index, Shard, read_json, write_json, write_shard
+from emu3_jax.data.shards import FORMAT, INDEX, Codebook, Index, Shard, write_json, write_shard
 from emu3_jax.errors import Emu3Error
+from emu3_jax.foreign import local_path, read_json, storage_path
+from emu3_jax.printable import shown
 
 SHARD_ENTRIES = 1024  # by default: some 20 MB, and at most a few minutes of work lost when a run is killed
 
@@ -84,26 +89,43 @@ def prepare(
         raise Emu3Error(f"on_error is {on_error!r}: it must be stop or skip")
     if hosts < 1 or not 0 <= host < hosts:
         raise Emu3Error(f"host is {host} of {hosts}: hosts must be at least 1, and host one of 0 to hosts - 1")
-    if workers < 1:
-        raise Emu3Error(f"workers is {workers}: at least 1 is needed")
+    if not 1 <= workers <= MAX_THREADS:
+        raise Emu3Error(f"workers is {workers}: it must be 1 to {MAX_THREADS}")
     count = -(-len(entries) // SHARD_ENTRIES) if shards is None else shards
     if not 1 <= count <= len(entries):
         raise Emu3Error(f"shards is {count}: it must be 1 to {len(entries)}, the number of entries")
     job = _job(entries.digest, codebook, count)
-    directory = _Directory(Path(output), job, count)
-    mine = range(host, count, hosts)
-    bounds = [len(entries) * number // count for number in range(count + 1)]
-    done = {number: shard for number in mine if (shard := directory.finished(number)) is not None}
-    todo = [number for number in mine if number not in done]
-    if on_error == "stop":
-        _check(entries, directory, done.values(), (i for n in todo for i in range(bounds[n], bounds[n + 1])))
-    total, finished = (sum(bounds[n + 1] - bounds[n] for n in numbers) for numbers in (mine, done))
-    bar = tqdm(total=total, initial=finished, unit=" records", disable=None if progress is None else not progress)
-    with bar, _workers(workers) as in_order:
-        for number in todo:
-            made = in_order(lambda index: _make(entries, index, on_error), range(bounds[number], bounds[number + 1]))
-            directory.write(number, made, bar.update)
-    return directory.merge(codebook)
+    storage_path(output)  # refused before the work rather than at the first shard
+    with _held(local_path(output), host, hosts):
+        directory = _Directory(local_path(output), job, count)
+        mine = range(host, count, hosts)
+        bounds = [len(entries) * number // count for number in range(count + 1)]
+        done = {number: shard for number in mine if (shard := directory.finished(number)) is not None}
+        todo = [number for number in mine if number not in done]
+        if on_error == "stop":
+            _check(entries, directory, done.values(), (i for n in todo for i in range(bounds[n], bounds[n + 1])))
+        total, finished = (sum(bounds[n + 1] - bounds[n] for n in numbers) for numbers in (mine, done))
+        bar = tqdm(total=total, initial=finished, unit=" records", disable=None if progress is None else not progress)
+        with bar, _workers(workers) as in_order:
+            for number in todo:
+                indices = range(bounds[number], bounds[number + 1])
+                directory.write(number, in_order(lambda index: _make(entries, index, on_error), indices), bar.update)
+        return directory.merge(codebook)
+
+
+@contextlib.contextmanager
+def _held(directory: Path, host: int, hosts: int) -> Iterator[None]:
+    """Makes the directory, and holds this host's share of it; where nothing was written, the directory goes again.
+
+    Hosts of one job have locks of their own. Two jobs that split the work differently may both write a shard: under
+    temporary names, and the same bytes.
+    """
+
+    def busy(holder: str) -> str:
+        return f"{directory} is being prepared by {holder}: wait for it, stop it, or choose another directory"
+
+    with files.shared_directory(directory), files.locked(directory / f".lock-{host}-of-{hosts}", busy, passing=True):
+        yield
 
 
 def _job(digest: str, codebook: Codebook, shards: int) -> str:
@@ -158,11 +180,24 @@ class _Directory:
     def __init__(self, path: Path, job: str, count: int):
         self.path, self._job, self._count = path, job, count
         for file in (path / INDEX, *sorted(path.glob("shard-*.json"))):
-            if file.exists() and read_json(file).get("job") != job:
+            if (data := self._read(file)) is None:
+                continue
+            if not isinstance(data, dict):
+                raise Emu3Error(f"{file} is damaged ({shown(data)}): delete it and run again")
+            if data.get("job") != job:
                 raise Emu3Error(
                     f"{path} holds data prepared from another manifest, or with other options or another model: "
                     "choose another directory, or delete it first"
                 )
+
+    def _read(self, file: Path) -> Any:
+        """What a JSON file says; None where it is not there, perhaps since another host just now writes it anew."""
+        try:
+            return read_json(file, "delete it and run again")
+        except Emu3Error as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return None
+            raise
 
     def _shard(self, number: int) -> Path:
         return self.path / f"shard-{number:05d}-of-{self._count:05d}.arrayrecord"
@@ -171,21 +206,19 @@ class _Directory:
         """Shard `number` if it was finished and is still as it was."""
         file = self._shard(number)
         voucher = file.with_suffix(".json")
-        if not voucher.exists() or not file.exists():
+        data = self._read(voucher)
+        if data is None:
             return None
-        data = read_json(voucher)
+        shard = Shard.from_json(data, voucher)
+        if shard.file != file.name:
+            raise Emu3Error(f"{voucher} is damaged (it vouches for {shown(shard.file)}): delete it and run again")
         try:
-            shard = Shard(data["file"], data["records"], data["bytes"], tuple(data["skipped"]))
-        except (KeyError, TypeError) as error:
-            raise Emu3Error(f"{voucher} is damaged ({error!r}): delete it and run again") from error
-        return shard if file.stat().st_size == shard.bytes else None
+            return shard if file.stat().st_size == shard.bytes else None
+        except OSError:
+            return None
 
     def write(self, number: int, made: Iterable[Record | str], step: Callable[[], Any]) -> None:
         """Writes shard `number` and then vouches for it."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise Emu3Error(f"cannot make {self.path}: {error.strerror}; choose another place") from error
         file, skipped = self._shard(number), []
 
         def records() -> Iterator[Record]:
@@ -209,6 +242,4 @@ class _Directory:
             return Outcome(None, self._count - len(finished))
         index = Index(self._job, codebook, tuple(finished))
         write_json(self.path / INDEX, index.to_json())
-        for stale in self.path.glob(".shard-*"):  # of runs that were killed
-            stale.unlink(missing_ok=True)
         return Outcome(index, 0)

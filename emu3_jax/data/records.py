@@ -13,8 +13,13 @@ from typing import Any
 import numpy as np
 
 from emu3_jax.errors import Emu3Error
+from emu3_jax.fields import is_whole
+from emu3_jax.foreign import limit, reading
+from emu3_jax.printable import shown
 
 ROLES = ("user", "assistant")
+_MAX_BYTES = 1 << 30  # of a record; the codes of a picture are some 20 kB
+_AGAIN = "prepare the data again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,22 +61,35 @@ class Record:
     @classmethod
     def from_bytes(cls, data: bytes) -> "Record":
         """The reverse of `to_bytes`. Raises `Emu3Error` on anything else."""
-        line, _, body = data.partition(b"\n")
-        try:
+        with reading("the record", _AGAIN):
+            limit("the record", "bytes", len(data), _MAX_BYTES)
+            line, _, body = data.partition(b"\n")
             header = json.loads(line)
             codes = header.get("codes")
             if codes is not None:
-                codes = np.frombuffer(body, np.dtype(codes["dtype"])).reshape(codes["shape"]).astype(np.int32)
-            turns = tuple(Turn(**turn) for turn in header.get("conversation", ()))
-            return cls(header["name"], header["text"], codes, turns)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise Emu3Error(f"the record is damaged ({error}): prepare the data again") from error
+                codes = _codes(body, codes["dtype"], codes["shape"])
+            turns = tuple(
+                Turn(check_text("role", turn["role"]), check_text("text", turn["text"]))
+                for turn in header.get("conversation", ())
+            )
+            return cls(check_text("name", header["name"]), check_text("text", header["text"]), codes, turns)
+
+
+def _codes(body: bytes, dtype: Any, shape: Any) -> np.ndarray:
+    """int32 [h, w] or [t, h, w] of the bytes after a record's header."""
+    sides = isinstance(shape, list) and len(shape) in (2, 3) and all(is_whole(side, 1) for side in shape)
+    if dtype not in ("<u2", "<u4") or not sides:
+        raise Emu3Error(f"the record is damaged (codes of type {shown(dtype)}, shape {shown(shape)}); {_AGAIN}")
+    codes = np.frombuffer(body, dtype).reshape(shape)
+    if codes.max() >= 2**31:
+        raise Emu3Error(f"the record is damaged (a code is {codes.max()}); {_AGAIN}")
+    return codes.astype(np.int32)
 
 
 def check_text(field: str, value: Any) -> str:
     """`value` if it is text that can be stored; otherwise an `Emu3Error` that names `field`."""
     if not isinstance(value, str):
-        raise Emu3Error(f"{field} is {_shown(value)}: it must be text")
+        raise Emu3Error(f"{field} is {shown(value)}: it must be text")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -89,23 +107,18 @@ def check_conversation(value: Any) -> tuple[Turn, ...]:
     """
     legal = 'a list of {"role": "user" or "assistant", "text": ...}'
     if not isinstance(value, Sequence) or isinstance(value, str):
-        raise Emu3Error(f"conversation is {_shown(value)}: it must be {legal}")
+        raise Emu3Error(f"conversation is {shown(value)}: it must be {legal}")
     turns = []
     for number, turn in enumerate(value):
         if not isinstance(turn, dict) or set(turn) != {"role", "text"}:
-            raise Emu3Error(f"conversation turn {number} is {_shown(turn)}: the conversation must be {legal}")
+            raise Emu3Error(f"conversation turn {number} is {shown(turn)}: the conversation must be {legal}")
         expected = ROLES[number % 2]
         if turn["role"] != expected:
             raise Emu3Error(
-                f"conversation turn {number} has role {_shown(turn['role'])}, {expected!r} belongs there: "
+                f"conversation turn {number} has role {shown(turn['role'])}, {expected!r} belongs there: "
                 "user and assistant take turns, and the user begins"
             )
         turns.append(Turn(expected, check_text(f"conversation turn {number}", turn["text"])))
     if len(turns) % 2 or not turns:
         raise Emu3Error(f"the conversation has {len(turns)} turns: it must end with an answer of the assistant")
     return tuple(turns)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -10,6 +10,7 @@ them, and chunks that hold many records to read one. Grain depends on ArrayRecor
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,10 @@ import numpy as np
 
 from emu3_jax.data.records import Record
 from emu3_jax.errors import Emu3Error
+from emu3_jax.fields import is_whole
 from emu3_jax.files import new_file
+from emu3_jax.foreign import file_name, local_path, read_json, reading, storage_path
+from emu3_jax.printable import shown
 
 try:
     from array_record.python.array_record_data_source import ArrayRecordDataSource
@@ -57,6 +61,22 @@ class Shard:
     bytes: int
     skipped: tuple[str, ...] = ()
 
+    @classmethod
+    def from_json(cls, data: Any, file: Path) -> "Shard":
+        """From what a JSON file says. Raises `Emu3Error` that names `file` unless that is a shard."""
+        fields = [field.name for field in dataclasses.fields(cls)]
+        with reading(file, f"delete it and {_AGAIN}"):
+            name, records, size, skipped = (data[field] for field in fields)
+            file_name(name, f"{file}: file")
+            # A record takes more than a byte: so an index never claims more records than its files can hold.
+            if not is_whole(size, 0) or not is_whole(records, 0) or records > size:
+                raise Emu3Error(
+                    f"{file} is damaged ({shown(records)} records in {shown(size)} bytes): delete it and {_AGAIN}"
+                )
+            if not isinstance(skipped, list) or not all(isinstance(reason, str) for reason in skipped):
+                raise Emu3Error(f"{file} is damaged (skipped is {shown(skipped)}): delete it and {_AGAIN}")
+        return cls(name, records, size, tuple(skipped))
+
 
 @dataclasses.dataclass(frozen=True)
 class Index:
@@ -92,36 +112,31 @@ class Index:
     @classmethod
     def read(cls, directory: Path) -> "Index":
         """The index of `directory`. Raises `Emu3Error` if there is none that this version reads."""
-        file = Path(directory) / INDEX
-        if not file.exists():
+        file = local_path(directory) / INDEX
+        if not os.path.lexists(file):
             raise Emu3Error(
                 f"{directory} has no {INDEX}: give a directory that emu3-jax prepare wrote, or, if that was "
                 f"interrupted, {_AGAIN}"
             )
-        data = read_json(file)
-        try:
+        remedy = f"delete it and {_AGAIN}"
+        data = read_json(file, remedy)
+        with reading(file, remedy):
             if data["format"] != FORMAT:
-                raise Emu3Error(f"{file}: format is {data['format']!r}, this version reads {FORMAT}: prepare again")
-            shards = (Shard(**{**shard, "skipped": tuple(shard["skipped"])}) for shard in data["shards"])
-            return cls(data["job"], Codebook(**data["codebook"]), tuple(shards))
-        except (KeyError, TypeError) as error:
-            raise Emu3Error(f"{file} is damaged ({error!r}): delete it and {_AGAIN}") from error
-
-
-def read_json(file: Path) -> Any:
-    """The contents of a JSON file. Raises `Emu3Error` if it is unreadable or no JSON."""
-    try:
-        return json.loads(file.read_bytes())
-    except OSError as error:
-        raise Emu3Error(f"cannot read {file}: {error.strerror}; {_AGAIN}") from error
-    except ValueError as error:
-        raise Emu3Error(f"{file} is damaged ({error}): delete it and {_AGAIN}") from error
+                raise Emu3Error(
+                    f"{file}: format is {shown(data['format'])}, this version reads {FORMAT}: prepare again"
+                )
+            codebook = Codebook(data["codebook"]["size"], data["codebook"]["sha256"])
+            texts = isinstance(data["job"], str) and isinstance(codebook.sha256, str)
+            if not texts or not is_whole(codebook.size, 1) or not isinstance(data["shards"], list):
+                raise Emu3Error(f"{file} is damaged (job, codebook or shards is of another kind): {remedy}")
+            return cls(data["job"], codebook, tuple(Shard.from_json(shard, file) for shard in data["shards"]))
 
 
 def write_json(file: Path, data: Any) -> None:
     """Writes a JSON file, whole or not at all."""
     with new_file(file) as temporary:
-        temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # of names that are no UTF-8
 
 
 def write_shard(file: Path, records: Iterable[Record]) -> tuple[int, int]:
@@ -132,7 +147,8 @@ def write_shard(file: Path, records: Iterable[Record]) -> tuple[int, int]:
     """
     count = 0
     with new_file(file) as temporary:
-        writer = _writing(file, ArrayRecordWriter, str(temporary), "group_size:1")  # each record read on its own
+        # In groups of one, each record is read on its own.
+        writer = _writing(file, ArrayRecordWriter, str(storage_path(temporary)), "group_size:1")
         for record in records:
             _writing(file, writer.write, record.to_bytes())
             count += 1
@@ -177,8 +193,9 @@ class PreparedData:
                     f"shard and {_AGAIN}"
                 )
         self._shards = [shard for shard in self.index.shards if shard.records]
-        ranges = [_Range(str(self.directory / s.file), 0, s.records, s.records) for s in self._shards]
-        self._source = ArrayRecordDataSource(ranges)
+        ranges = [_Range(str(storage_path(self.directory / s.file)), 0, s.records, s.records) for s in self._shards]
+        with reading(self.directory, f"copy it again, or {_AGAIN}"):
+            self._source = ArrayRecordDataSource(ranges)
         self._ends = np.cumsum([shard.records for shard in self._shards])
 
     def __len__(self) -> int:
@@ -188,7 +205,7 @@ class PreparedData:
         """Record `index`. Raises `Emu3Error` that names the shard if it is damaged."""
         try:
             return Record.from_bytes(self._source[index])
-        except (RuntimeError, IndexError, Emu3Error) as error:
+        except Exception as error:  # whatever ArrayRecord raises
             shard = int(np.searchsorted(self._ends, index, side="right"))
             file = self.directory / self._shards[shard].file
             reason = str(error).split("; ", 1)[0]

@@ -1,20 +1,24 @@
 """What a model is evaluated on: `items.jsonl` as scripts/build_emoji.py writes it, and its pictures and clips."""
 
 import dataclasses
-import json
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from emu3_jax.data.records import check_text
 from emu3_jax.errors import Emu3Error
+from emu3_jax.foreign import inner_path, local_path, parse_json, read_bytes
 from emu3_jax.media.clips import load_clip
 from emu3_jax.media.images import load_image
+from emu3_jax.printable import shown
 
 ITEMS = "items.jsonl"
 _KINDS = {"picture": (), "clip": (), "procedural_picture": ("position",), "procedural_clip": ("motion",)}
+_MAX_BYTES = 1 << 28  # of the list; the embedded model's has 6 MB
 _SCENE = ("colour", "shape")
 _BUILD = "build the data again (python scripts/build_emoji.py DIR)"
 
@@ -56,7 +60,7 @@ class Data:
 
     def __init__(self, directory: str | Path):
         """Raises `Emu3Error` if there is no `items.jsonl`, or a line of it is not what it should be."""
-        self.directory = Path(directory)
+        self.directory = local_path(directory)
         self.items = _read(self.directory / ITEMS)
         self._held: dict[str, np.ndarray] = {}
 
@@ -111,38 +115,35 @@ def in_batches(call: Callable[[np.ndarray], np.ndarray], array: np.ndarray, size
 
 
 def _read(file: Path) -> list[Item]:
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise Emu3Error(f"cannot read {file}: {reason}; {_BUILD}, or correct the config's field data") from error
+    remedy = f"{_BUILD}, or correct the config's field data"
     items: dict[str, Item] = {}
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_bytes(file, _MAX_BYTES, remedy).splitlines(), start=1):
         if not line.strip():
             continue
+        where = f"{file} line {number}"
+        data = parse_json(line, where, _BUILD)
         try:
-            item = _item(line)
+            item = _item(data, where)
             if item.name in items:
-                raise Emu3Error(f"the name {item.name!r} is there twice")
+                raise Emu3Error(f"the name {shown(item.name)} is there twice")
         except Emu3Error as error:
-            raise Emu3Error(f"{file} line {number}: {error}; {_BUILD}") from error
+            said = str(error).removeprefix(f"{where}: ")
+            raise Emu3Error(f"{where}: {said}; {_BUILD}") from error
         items[item.name] = item
     return sorted(items.values(), key=lambda item: item.name)
 
 
-def _item(line: str) -> Item:
-    try:
-        data = json.loads(line)
-    except ValueError as error:
-        raise Emu3Error(f"not JSON ({error})") from error
+def _item(data: Any, where: str) -> Item:
     if not isinstance(data, dict):
         raise Emu3Error("not a JSON object")
     kind = data.get("kind")
-    if kind not in _KINDS:
-        raise Emu3Error(f"kind is {kind!r}: legal are {', '.join(_KINDS)}")
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise Emu3Error(f"kind is {shown(kind)}: legal are {', '.join(_KINDS)}")
     scene = (*_SCENE, *_KINDS[kind]) if _KINDS[kind] else ()
     fields = [field.name for field in dataclasses.fields(Item) if field.name != "scene"]
     for field in (*fields, *scene):
         if not isinstance(data.get(field), str):
-            raise Emu3Error(f"field {field} is {data.get(field)!r}: it must be a text")
+            raise Emu3Error(f"field {field} is {shown(data.get(field))}: it must be a text")
+        check_text(field, data[field])
+    inner_path(data["file"], where)
     return Item(**{field: data[field] for field in fields}, scene={field: data[field] for field in scene})

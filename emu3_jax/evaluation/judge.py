@@ -27,6 +27,7 @@ from emu3_jax.errors import Emu3Error
 from emu3_jax.evaluation.config import JudgeConfig
 from emu3_jax.evaluation.items import in_batches
 from emu3_jax.files import new_file
+from emu3_jax.foreign import plain_file, reading
 
 try:
     import optax
@@ -34,6 +35,7 @@ except ImportError as missing:
     raise Emu3Error("the judge needs optax, which is not installed: pip install 'emu3-jax[train]'") from missing
 
 _FORMAT = 1  # part of the cache's name: raised when the network, the augmentation or the training changes
+_AGAIN = "delete it, and it is trained again"
 _STEPS_PER_REPORT = 10
 _GROUPS = 8
 _SHIFT = 1 / 12  # of the side, at most, in each direction
@@ -332,11 +334,21 @@ def _load(file: Path, width: int, concepts: int, shape: tuple[int, ...]) -> Any:
     zeros = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     expected = jax.eval_shape(Network(width, concepts).init, jax.random.key(0), zeros)["params"]
     expected = traverse_util.flatten_dict(expected, sep="/")
-    try:
-        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as data:
-            arrays = dict(data)
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise Emu3Error(f"cannot read the judge {file} ({error}): delete it, and it is trained again") from error
-    if {k: v.shape for k, v in arrays.items()} != {k: v.shape for k, v in expected.items()}:
-        raise Emu3Error(f"the judge {file} has other weights than its recipe: delete it, and it is trained again")
+    arrays = {}
+    other = Emu3Error(f"the judge {file} has other weights than its recipe: {_AGAIN}")
+    with reading(file, _AGAIN):
+        plain_file(file)
+        with zipfile.ZipFile(file) as archive:
+            members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+            if members.keys() != expected.keys() or len(members) != len(archive.infolist()):
+                raise other
+            for name, leaf in expected.items():
+                with archive.open(members[name]) as stream:
+                    # What the header says is compared before memory is taken for it.
+                    version = np.lib.format.read_magic(stream)
+                    read = np.lib.format.read_array_header_1_0
+                    if version != (1, 0) or read(stream) != (leaf.shape, False, leaf.dtype):
+                        raise other
+                    values = stream.read(leaf.size * leaf.dtype.itemsize + 1)
+                    arrays[name] = np.frombuffer(values, leaf.dtype).reshape(leaf.shape)
     return traverse_util.unflatten_dict(arrays, sep="/")

@@ -1,6 +1,7 @@
 """An evaluation from one end to the other: the figures, and the files that hold them."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from emu3_jax.evaluation.items import Data
 from emu3_jax.evaluation.page import render
 from emu3_jax.evaluation.reconstruction import Reconstructor
 from emu3_jax.files import files_into
+from emu3_jax.foreign import local_path
 from emu3_jax.generation.pipeline import Emu3
 
 FIGURES_FILE, PAGE_FILE = "evaluation.json", "index.html"
@@ -63,13 +65,15 @@ def evaluate(
 def write(directory: str | Path, figures: dict[str, Any], page: str) -> None:
     """Writes both files, or none. Raises `Emu3Error` where the directory cannot be written."""
     with files_into(directory) as temporary:
+        # A name that is no UTF-8 may be part of a path that is shown.
         (temporary / FIGURES_FILE).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-        (temporary / PAGE_FILE).write_text(page, encoding="utf-8")
+        (temporary / PAGE_FILE).write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
 def check_directory(directory: str | Path) -> None:
     """Raises the `Emu3Error` of `write` that is known before the work."""
-    if Path(directory).exists() and not Path(directory).is_dir():
+    directory = local_path(directory)
+    if os.path.lexists(directory) and not directory.is_dir():
         raise Emu3Error(f"{directory} is a file: choose a directory to write to (-o DIR)")
 
 
