@@ -9,11 +9,12 @@ import unicodedata
 import pytest
 import tiktoken
 from conftest import golden_json
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emu3_jax.config import SpecialTokens
 from emu3_jax.errors import Emu3Error
+from emu3_jax.text import tokenizer as tokenizer_module
 from emu3_jax.text.tokenizer import PATTERN, VISION_TOKENS_FILE, Tokenizer, special_tokens
 
 GOLDEN = golden_json("text.json")
@@ -125,6 +126,67 @@ def test_lone_surrogates_become_replacement_characters(small):
     assert small.decode(small.encode("a\ud800b")) == "a\ufffdb"
 
 
+# White space of all kinds, in runs, beside what PATTERN lets it belong to.
+_SPACES = st.text(" \t\n\r\x0b\x85\xa0\u2003\u2028\u3000", min_size=1, max_size=9)
+_spaced = st.lists(_SPACES | st.sampled_from([*"a1.,\u0301\x1c\U0001d400", "'s", "\u4e2d", "\ud800"]), max_size=9)
+
+
+@given(pieces=_spaced)
+@settings(max_examples=500, derandomize=True)
+def test_long_runs_of_white_space_are_cut_as_the_pattern_cuts_them(small, oracle, pieces):
+    text = "".join(pieces)
+    expected = oracle.encode_ordinary(unicodedata.normalize("NFC", text))
+    for longest in (1, 2, 4):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tokenizer_module, "_LONG_RUN", longest)
+            assert small.encode(text) == expected
+
+
+@pytest.mark.parametrize("space", [" ", "\u3000", "\r\n"])
+@pytest.mark.parametrize("before, after", [("x", "y"), ("\ud800", "")])
+def test_a_million_spaces(small, capfd, before, after, space):
+    """The library that cuts text would end in a panic, which is no `Exception`, and print a trace."""
+    text = before + space * 1_000_000 + after
+    assert small.decode(small.encode(text)) == text.replace("\ud800", "\ufffd")
+    assert capfd.readouterr().err == ""
+
+
+def test_a_panic_becomes_one_line(small, monkeypatch):
+    class Panic(BaseException):
+        pass
+
+    class Library:
+        def encode_ordinary(self, text):
+            raise Panic("called `Result::unwrap()`")
+
+    monkeypatch.setattr(small, "_bpe", Library())
+    with pytest.raises(Emu3Error, match=r"^the text is damaged \(Panic: called .*shorten it$"):
+        small.encode("a")
+
+
+def test_added_words(small, tmp_path):
+    end = small.special.visual_end
+    added = {"gluon": end, "gluons": end + 1, "<|extra_word|>": end + 5, "[PAD]": end + 6}
+    ranks = {token: rank for rank, token in enumerate(small._bytes[:SMALL_RANKS])}
+    special = dataclasses.replace(small.special, pad=end + 6)
+    extended = Tokenizer(ranks, special, added)
+    assert extended.vocab_size == end + 7
+    hello, dot = small.encode("a "), small.encode(".")
+    assert extended.encode("a gluons.") == [*hello, end + 1, *dot]
+    assert extended.decode([*hello, end + 1, end + 5, special.boi, end + 3], skip_special=True) == "a gluons"
+    assert small.decode([end + 100], skip_special=True) == ""  # a row of a padded embedding
+    assert extended.decode([end, end + 3]) == "gluon"  # an id between words stands for nothing
+    with pytest.raises(Emu3Error, match=r"the text contains the special token <\|extra_word"):
+        extended.encode("<|extra_word|>")
+    assert extended.encode("<|extra_word|>", allow_special=True) == [end + 5]
+    extended.to_file(tmp_path / "emu3.tiktoken")
+    again = Tokenizer.from_files(tmp_path / "emu3.tiktoken", special)
+    assert (again.added, again._bytes) == (added, extended._bytes)
+    for wrong in ({"": end}, {"a": end, "b": end}, {"\ud800": end}, {"a": 2**40}, {"<|im_end|>": end}):
+        with pytest.raises(Emu3Error, match="the added token"):
+            Tokenizer(ranks, small.special, wrong)
+
+
 def test_decode_cuts_no_character_short(small):
     ids = small.encode("日")
     assert small.decode(ids) == "日"
@@ -194,7 +256,7 @@ def test_damaged_vocabulary_file(small, small_file, damage, message):
 
 @pytest.mark.parametrize("load", [Tokenizer.from_files, Tokenizer.from_transformers])
 def test_missing_vocabulary_file(load, small, tmp_path):
-    with pytest.raises(Emu3Error, match=r"cannot read .*absent: No such file"):
+    with pytest.raises(Emu3Error, match=r"cannot read .*absent: there is no such file"):
         load(tmp_path / "absent", small.special)
 
 
