@@ -18,10 +18,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     import contextlib
 
-    import numpy as np
-
     from emu3_jax import distributed
     from emu3_jax.files import files_into
+    from emu3_jax.media.codes import save_codes
     from emu3_jax.media.images import save_png
 
     distributed.start()
@@ -40,6 +39,6 @@ def run(options: argparse.Namespace) -> None:
         for index, generation in enumerate(generations):
             save_png(generation.image, directory / f"{index:03d}.png", generation.image.info)
         if options.save_tokens:
-            np.savez(directory / "tokens.npz", **{str(i): generation.ids for i, generation in enumerate(generations)})
+            save_codes(directory / "tokens.npz", {str(i): made.ids for i, made in enumerate(generations)})
     for index in range(len(generations)):
         print(options.output / f"{index:03d}.png")

@@ -15,23 +15,22 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    import numpy as np
     from tqdm import tqdm
 
     from emu3_jax.errors import Emu3Error
     from emu3_jax.files import new_file
+    from emu3_jax.media.codes import code_names, save_codes
+    from emu3_jax.media.frames import check_resampling
 
-    stems = [file.stem for file in options.files]
-    for file, stem in zip(options.files, stems, strict=True):
-        if stems.count(stem) > 1:
-            raise Emu3Error(f"{file}: another input is called {stem!r} too; codes are keyed by file stem: rename one")
+    names = code_names(options.files)
     if options.output.suffix != ".npz":
         raise Emu3Error(f"output {options.output}: its name must end in .npz")
+    check_resampling(options.fps, options.frames)
     model = common.load_model(options)
     with new_file(options.output) as temporary:
         bar = tqdm(options.files, unit=" files", disable=True if options.quiet else None, leave=False)
         settings = {name: getattr(options, name) for name in ("independent", "fps", "frames", "tile")}
-        codes = {file.stem: model.tokenize([file], **settings)[0] for file in bar}
-        np.savez(temporary, **codes)
-    for stem, array in codes.items():
-        print(f"{stem}: {'x'.join(map(str, array.shape))} codes")
+        codes = {name: model.tokenize([file], **settings)[0] for name, file in zip(names, bar, strict=True)}
+        save_codes(temporary, codes)
+    for name, array in codes.items():
+        print(f"{name}: {'x'.join(map(str, array.shape))} codes")

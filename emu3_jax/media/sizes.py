@@ -4,8 +4,10 @@ import math
 import re
 
 from emu3_jax.errors import Emu3Error
+from emu3_jax.printable import shown
 
 MAX_ELONGATION = 5  # the longer side over the shorter one
+MAX_PIXELS = 1 << 24  # of a picture that is generated or made of codes: 4096x4096; published models make 1 << 20
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -46,11 +48,15 @@ def generate_size(ratio: str, area: int, factor: int = 8) -> tuple[int, int]:
     match = re.fullmatch(r"([0-9]{1,5}):([0-9]{1,5})", ratio)
     width, height = map(int, match.groups()) if match else (0, 0)
     if not width or not height:
-        raise Emu3Error(f"ratio {ratio!r} is not width:height in whole numbers: write for example 1:1, 16:9 or 3:4")
+        raise Emu3Error(
+            f"ratio {shown(ratio)} is not width:height in whole numbers: write for example 1:1, 16:9 or 3:4"
+        )
     if max(height, width) > MAX_ELONGATION * min(height, width):
         raise Emu3Error(f"ratio {ratio} is too elongated: at most {MAX_ELONGATION}:1 or 1:{MAX_ELONGATION} is legal")
-    if not isinstance(area, int) or not 0 < area < 2**31:
-        raise Emu3Error(f"area is {area!r}: it must be a whole number of pixels > 0 and < 2**31, for example 518400")
+    if not isinstance(area, int) or not 0 < area <= MAX_PIXELS:
+        raise Emu3Error(
+            f"area is {shown(area)}: it must be a whole number of pixels > 0 and <= {MAX_PIXELS}, for example 518400"
+        )
     scale = (area / (height * width)) ** 0.5
     rows, columns = round(height * scale / factor), round(width * scale / factor)
     if not rows or not columns:
