@@ -143,6 +143,42 @@ def test_bad_clips_get_one_line_and_exit_code_2(golden_bundle, error_of, here, l
         )
 
 
+def test_pictures_of_any_name_there_and_back(golden_bundle, here, loaded, capsys):
+    """Names that NumPy takes for arguments of its own, and what a shell or a terminal would act on."""
+    names = ["file.png", "allow_pickle.png", "file.jpg.png", "-é 日本;$(x).png"]
+    for name in names:
+        Image.new("RGB", (64, 64), "red").save(here / name)
+    assert run("tokenize", *(f"./{name}" for name in names), "--model", golden_bundle, "-o", "codes.npz") == 0
+    assert run("detokenize", "codes.npz", "--model", golden_bundle, "-o", "out") == 0
+    assert sorted(os.listdir("out")) == sorted(names)
+
+
+def test_names_are_checked_before_work(error_of, here, monkeypatch):
+    monkeypatch.setattr("emu3_jax.load", lambda *_, **__: pytest.fail("work began"))
+    out = ("-o", "new.npz")
+    assert "has control characters: rename it" in error_of("tokenize", "a\x1b[2J.png", *out)
+    assert "has control characters: rename it" in error_of("tokenize", "caf\udce9.png", *out)
+    assert "would become one file: rename one" in error_of("tokenize", "a/x.png", "b/X.gif", *out)
+    assert "too long for a file: shorten it" in error_of("tokenize", "x" * 250 + ".png", *out)
+    assert "fps is 1e+09" in error_of("tokenize", "a.gif", "--fps", 1e9, *out)
+    assert "frames is 1000000000" in error_of("tokenize", "a.gif", "--frames", 10**9, *out)
+
+
+def test_codes_of_strangers(golden_bundle, error_of, here, monkeypatch):
+    """Names that leave the folder, claims of sizes, and what is no array: refused before the model is loaded."""
+    monkeypatch.setattr("emu3_jax.load", lambda *_, **__: pytest.fail("work began"))
+    for name in ("codes_escape.npz", "codes_case.npz", "codes_20000.npz"):
+        assert name in error_of("detokenize", GOLDEN.parent / "corpus" / name, "-o", "out")
+    os.mkfifo(here / "pipe.npz")
+    assert "it is a pipe or device" in error_of("detokenize", "pipe.npz", "-o", "out")
+
+
+def test_areas_without_bounds(golden_bundle, error_of, loaded):
+    for area in (2_000_000_000, 1 << 25):
+        assert f"area is {area}: it must be" in error_of("generate", "a", "--area", area, "-o", "out")
+        assert f"area is {area}: it must be" in error_of("video", "a", "--area", area, "-o", "out")
+
+
 def test_clips_of_one_frame_and_without_durations(golden_bundle, here, loaded):
     """Animated files of one frame are pictures; folders and videos of one are clips, filled up to the first four."""
     frames = np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), np.uint8)
@@ -315,7 +351,7 @@ def test_a_full_disk_leaves_nothing(golden_bundle, error_of, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("numpy.savez", full)
+    monkeypatch.setattr("numpy.lib.format.write_array", full)
     arguments = (GOLDEN / "gray.png", "--model", golden_bundle, "-o", "codes.npz")
     assert re.search(r"codes\.npz.*No space left on device", error_of("tokenize", *arguments))
 

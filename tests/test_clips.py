@@ -1,8 +1,10 @@
 """Clips: animated files and folders of frames, their rates, and damaged input."""
 
 import os
+import pathlib
 import sys
 import tracemalloc
+import zlib
 from fractions import Fraction
 
 import av
@@ -19,6 +21,7 @@ from emu3_jax.media.clips import Clip, load_clip, preprocess_clip, resample, sav
 from emu3_jax.media.frames import is_animated, open_clip
 from emu3_jax.media.images import preprocess
 
+CORPUS = pathlib.Path(__file__).parent / "corpus"
 GREYS = (10, 60, 110, 160)
 
 
@@ -377,6 +380,48 @@ def test_videos_need_pyav(tmp_path, monkeypatch):
 def test_rates_and_numbers_that_are_none(tmp_path, options, message):
     with pytest.raises(Emu3Error, match=message):
         load_clip(tmp_path, **options)
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"fps": 1e9}, "fps is 1e.09: from 0.001 to 1000 frames per second are legal"),
+    ({"frames": 10**9}, "frames is 1000000000: at most 1,000,000 are legal"),
+    ({"fps": 4.94e-5}, "fps is 4.94e-05: from 0.001 to 1000"),
+    ({"fps": float("inf")}, "fps is inf"),
+])  # fmt: skip
+def test_rates_and_numbers_beyond_all_bounds(tmp_path, options, message):
+    path = _save(tmp_path / "x.gif", _frames(), duration=40)
+    for read in (load_clip, open_clip):
+        with pytest.raises(Emu3Error, match=message):
+            read(path, **options)
+
+
+def test_a_frame_that_is_held_long_is_resampled_or_refused(tmp_path):
+    """Two frames of 110 bytes are 65,536 at the rate of the shorter one."""
+    path = CORPUS / "held_655_seconds.gif"
+    for read in (load_clip, open_clip):
+        with pytest.raises(Emu3Error, match=r"655_seconds\.gif shows a frame 65,535 times as long as its shortest"):
+            read(path)
+    assert load_clip(path, frames=4).frames[:, 0, 0, 0].tolist() == [0, 255, 255, 255]
+    assert [frame[0, 0, 0] for frame in open_clip(path, fps=0.1)] == [0] + [255] * 65
+    with pytest.raises(Emu3Error, match="that makes 60,000,030 frames of the clip, and at most 1,000,000 are legal"):
+        open_clip(_save(tmp_path / "x.png", _frames(), duration=[10, 60_000_000, 10, 10]), fps=1000)
+
+
+def test_absurd_numbers_of_frames_are_refused_by_the_header(tmp_path):
+    data = bytearray(_save(tmp_path / "x.png", _frames(), duration=40).read_bytes())
+    place = data.index(b"acTL") + 4
+    data[place : place + 4] = (2**31 - 1).to_bytes(4, "big")
+    data[place + 8 : place + 12] = zlib.crc32(data[place - 4 : place + 8]).to_bytes(4, "big")
+    (tmp_path / "x.png").write_bytes(data)
+    for read in (load_clip, open_clip):
+        with pytest.raises(Emu3Error, match=r"x\.png: it has 2,147,483,647 frames of 24x16 pixels, and at most"):
+            read(tmp_path / "x.png")
+
+
+def test_sides_that_a_format_cannot_hold(tmp_path):
+    with pytest.raises(Emu3Error, match=r"x\.webp: a side has 16,384 pixels, and \.webp holds at most 16,383"):
+        save_clip(np.zeros((2, 1, 16384, 3), np.uint8), tmp_path / "x.webp", 8.0)
+    assert os.listdir(tmp_path) == []
 
 
 # ------------------------------------------------------------------------------------------------ frame by frame

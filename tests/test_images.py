@@ -2,6 +2,7 @@
 
 import io
 import os
+import pathlib
 import resource
 
 import numpy as np
@@ -15,7 +16,10 @@ from emu3_jax.checkpoints.published_config import image_from_published
 from emu3_jax.config import ImageConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.files import new_file
+from emu3_jax.media import images
+from emu3_jax.media.frames import is_animated
 from emu3_jax.media.images import (
+    _check_size,
     load_image,
     postprocess,
     preprocess,
@@ -25,6 +29,7 @@ from emu3_jax.media.images import (
 
 NAMES = list(golden_json("prompts.json")["images"])
 CONFIG = image_from_published(golden_json("hf_configs.json")["image_processor"])
+CORPUS = pathlib.Path(__file__).parent / "corpus"
 RAMP = np.arange(0, 256, dtype=np.uint8).reshape(16, 16)
 COLOURS = np.stack([RAMP, RAMP.T, 255 - RAMP], axis=-1)
 
@@ -186,6 +191,31 @@ def test_exif_orientation(tmp_path, orientation, suffix):
     np.testing.assert_array_equal(np.asarray(to_rgb(image)), np.asarray(image))  # turned once, not twice
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_malformed_exif_is_ignored(suffix):
+    file = CORPUS / f"exif_bad_header.{suffix}"
+    with Image.open(file) as image:
+        expected = np.asarray(image.convert("RGB"))
+        if suffix != "jpg":  # of which Pillow passes it over since version 13
+            with pytest.raises(SyntaxError):
+                image.getexif()
+    np.testing.assert_array_equal(np.asarray(load_image(file)), expected)
+    assert not is_animated(file)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # which the command line does not show
+@pytest.mark.parametrize(
+    "exif", [b"", b"Exif\0\0", b"II*\0\xff\xff\xff\xff", b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x02\0"]
+)
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_any_exif_leaves_the_picture(tmp_path, suffix, exif):
+    options = {"lossless": True} if suffix == "webp" else {}
+    Image.fromarray(COLOURS).save(tmp_path / f"a.{suffix}", **options)
+    Image.fromarray(COLOURS).save(tmp_path / f"b.{suffix}", exif=exif, **options)
+    plain, other = (np.asarray(load_image(tmp_path / f"{name}.{suffix}")) for name in "ab")
+    np.testing.assert_array_equal(plain, other)
+
+
 # Files
 
 
@@ -275,6 +305,44 @@ def test_missing_file_and_folder(tmp_path):
         load_image(tmp_path / "absent.png")
     with pytest.raises(Emu3Error, match="Is a directory"):
         load_image(tmp_path)
+
+
+def test_pipes_and_devices_are_no_pictures(tmp_path):
+    os.mkfifo(tmp_path / "x.png")
+    os.symlink("/dev/zero", tmp_path / "zero.png")
+    for name in ("x.png", "zero.png"):
+        with pytest.raises(Emu3Error, match=f"cannot read .*{name}: it is a pipe or device"):
+            load_image(tmp_path / name)
+
+
+def test_formats_that_run_programs_are_not_read(tmp_path, monkeypatch):
+    """Pillow gives PostScript to Ghostscript."""
+    Image.fromarray(COLOURS).save(tmp_path / "x.eps")
+    (tmp_path / "x.png").write_bytes((tmp_path / "x.eps").read_bytes())
+    monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("a program was run"))
+    for name in ("x.eps", "x.png"):
+        with pytest.raises(Emu3Error, match=f"{name} is not a picture that can be read"):
+            load_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix, most", [("png", 120_000_000), ("webp", 64_000_000)])
+def test_pictures_too_large_for_memory(tmp_path, suffix, most):
+    """By the header, before there are pixels."""
+    Image.new("L", (64, 64)).save(tmp_path / f"x.{suffix}", lossless=True)
+    with Image.open(tmp_path / f"x.{suffix}") as image:
+        image._size = (most // 1000, 1000)
+        _check_size(image)
+        image._size = (most // 1000 + 1, 1000)
+        with pytest.raises(Emu3Error, match=f"at most {most:,} are read as {suffix.upper()}; scale"):
+            _check_size(image)
+
+
+def test_grey_values_are_scaled_in_parts(monkeypatch):
+    values = np.random.default_rng(0).integers(0, 65536, (37, 53)).astype(np.uint16)
+    whole = np.asarray(to_rgb(Image.fromarray(values)))
+    monkeypatch.setattr(images, "_ROWS", 100)
+    np.testing.assert_array_equal(np.asarray(to_rgb(Image.fromarray(values))), whole)
+    np.testing.assert_array_equal(whole[..., 0], np.round(values * (255 / 65535)).astype(np.uint8))
 
 
 def test_decompression_bomb(tmp_path):

@@ -10,9 +10,11 @@ from PIL import Image
 from emu3_jax.config import ImageConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.files import new_file
+from emu3_jax.foreign import reading
 from emu3_jax.media.frames import (
     DEFAULT_FPS,
     check_fps,
+    check_repeats,
     check_resampling,
     flatten,
     frame_repeats,
@@ -26,6 +28,8 @@ from emu3_jax.media.videos import CODECS, is_video, require_av, write_video
 MAX_CLIP_BYTES = 4 * 2**30  # a few kilobytes of GIF can stand for more frames than memory holds
 
 _SHORTEST_MS = {".gif": 20, ".webp": 1, ".png": 1}  # GIF counts hundredths of a second, and players slow down below two
+
+_LONGEST_SIDE = {".webp": 16_383, ".mp4": 16_384}  # pixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +125,9 @@ def save_clip(frames: np.ndarray, path: Path, fps: float) -> None:
     clip, path = Clip(frames, fps), Path(path)
     check_writable(path, fps)
     suffix = path.suffix.lower()
+    side, most = max(frames.shape[1:3]), _LONGEST_SIDE.get(suffix, 65_535)
+    if side > most:
+        raise Emu3Error(f"cannot write {path}: a side has {side:,} pixels, and {suffix} holds at most {most:,}")
     if suffix not in _SHORTEST_MS:
         with new_file(path) as temporary:
             write_video(clip.frames, temporary, suffix, fps)
@@ -137,15 +144,14 @@ def save_clip(frames: np.ndarray, path: Path, fps: float) -> None:
 def check_writable(path: Path, fps: float) -> None:
     """What `save_clip` will refuse, before the work that comes first. Raises `Emu3Error` as it does."""
     suffix = Path(path).suffix.lower()
+    shortest = _SHORTEST_MS.get(suffix)
+    if shortest is not None and 0 < fps < math.inf and not 0.1 <= fps <= 1000 / shortest:
+        raise Emu3Error(f"fps is {fps}: a {suffix} clip shows from 0.1 to {1000 // shortest} frames per second")
     check_fps(fps)
     if suffix in CODECS:
         require_av(path)
-        return
-    if suffix not in _SHORTEST_MS:
+    elif shortest is None:
         raise Emu3Error(f"cannot write a clip to {path}: the name must end in .webp, .png, .gif, .mp4 or .webm")
-    shortest = _SHORTEST_MS[suffix]
-    if not 0.1 <= fps <= 1000 / shortest:
-        raise Emu3Error(f"fps is {fps}: a {suffix} clip shows from 0.1 to {1000 // shortest} frames per second")
 
 
 def _load_animation(path: Path) -> Clip:
@@ -153,9 +159,11 @@ def _load_animation(path: Path) -> Clip:
     frames, durations = [], []
     for image, duration in timed_frames(path):
         _check_memory(f"{path}: the clip", getattr(image, "n_frames", 1), image.size)
-        frames.append(flatten(image))
+        with reading(path, "give an undamaged clip"):
+            frames.append(flatten(image))
         durations.append(duration)
     repeats, fps = frame_repeats(durations)
+    check_repeats(path, repeats)
     _check_memory(f"{path}: the clip", sum(repeats), (frames[0].shape[1], frames[0].shape[0]))
     return Clip(np.repeat(np.stack(frames), repeats, axis=0), fps)
 
