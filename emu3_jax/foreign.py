@@ -91,8 +91,14 @@ def plain_file(path: str | os.PathLike) -> None:
         raise Emu3Error(f"cannot read {path}: it is {kind}; give a file")
 
 
-def parse_json(text: bytes, path: str | os.PathLike, remedy: str = AGAIN) -> Any:
+def parse_json(text: bytes, path: str | os.PathLike, remedy: str = AGAIN, *, unique: bool = False) -> Any:
     """What a JSON text of a file says.
+
+    Args:
+        text: of the file.
+        path: of the file.
+        remedy: what to do where it is damaged.
+        unique: refuses objects in which a name stands twice. Python takes the last one, other readers the first.
 
     Raises:
         Emu3Error: it is no JSON, nested too deeply, or has too many values to be held.
@@ -101,9 +107,16 @@ def parse_json(text: bytes, path: str | os.PathLike, remedy: str = AGAIN) -> Any
     limit(path, "values in its JSON", sum(text.count(mark) for mark in b",[{:"), MAX_JSON_VALUES)
     with reading(path, remedy):
         try:
-            return json.loads(text)
+            return json.loads(text, object_pairs_hook=_unique if unique else None)
         except ValueError as error:  # and what is no UTF-8
             raise Emu3Error(f"{path}: not readable as JSON ({error}); {remedy}") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands twice in an object")
+    return found
 
 
 def read_json(path: str | os.PathLike, remedy: str = AGAIN) -> Any:

@@ -93,7 +93,7 @@ def test_cut_features(features, tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "reason"),
-    [("{", "is not JSON"), ("[]", "must be an object"), ('{"prefix": "", "path_list": []}', "path_list is empty")],
+    [("{", "as JSON"), ("[]", "must be an object"), ('{"prefix": "", "path_list": []}', "path_list is empty")],
 )
 def test_lists_that_are_none(tmp_path, text, reason):
     (tmp_path / "l.json").write_text(text)

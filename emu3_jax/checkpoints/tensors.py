@@ -10,12 +10,15 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import ml_dtypes
 import numpy as np
 
 from emu3_jax.errors import Emu3Error
+from emu3_jax.fields import is_whole
+from emu3_jax.foreign import AGAIN, parse_json, plain_file, reading
+from emu3_jax.printable import shown
 
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -31,7 +34,7 @@ _DTYPES = {
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER = 100_000_000  # bytes; the format's own limit
-_AGAIN = "download or copy it again"
+_MAX_RANK = 64  # axes of a tensor, as NumPy has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Tensor:
         wanted = count * self.dtype.itemsize
         raw = np.fromfile(self.file, np.uint8, count=wanted, offset=self.offset)
         if raw.size != wanted:
-            raise Emu3Error(f"{self.file}: ends inside tensor {self.name!r}: the file is truncated; {_AGAIN}")
+            raise Emu3Error(f"{self.file}: ends inside tensor {shown(self.name)}: the file is truncated; {AGAIN}")
         return raw.view(self.dtype)
 
 
@@ -74,33 +77,74 @@ def strided_span(shape: Sequence[int], strides: Sequence[int]) -> int:
 
 
 def read_safetensors_header(file: Path) -> list[Tensor]:
-    """Lists the tensors of one safetensors file and checks that the file is as long as its header says."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER):
-            raise Emu3Error(f"{file}: not a whole safetensors file ({size} bytes, header of {length}); {_AGAIN}")
-        raw = stream.read(length)
-    try:
-        header = json.loads(raw)
-        header.pop("__metadata__", None)
-        entries = [(n, e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for n, e in header.items()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Emu3Error(f"{file}: damaged safetensors header ({error!r}); {_AGAIN}") from error
-    tensors = []
-    for name, kind, shape, begin, end in entries:
-        if kind not in _DTYPES:
-            raise Emu3Error(f"{file}: tensor {name!r} has dtype {kind}; legal are {', '.join(_DTYPES)}")
-        tensor = Tensor(name, shape, _DTYPES[kind], file, 8 + length + begin)
-        if end - begin != tensor.nbytes or begin < 0:
-            raise Emu3Error(
-                f"{file}: tensor {name!r} has {end - begin} bytes, its shape needs {tensor.nbytes}; {_AGAIN}"
-            )
-        if 8 + length + end > size:
-            missing = 8 + length + end - size
-            raise Emu3Error(f"{file}: truncated: tensor {name!r} ends {missing} bytes past the end; {_AGAIN}")
-        tensors.append(tensor)
+    """Lists the tensors of one safetensors file, in the order of their data.
+
+    What the safetensors library refuses is refused: above all, data that overlap, leave gaps or do not fill the file.
+
+    Raises:
+      Emu3Error: the file is absent, truncated or damaged, or has a dtype that no checkpoint of this model has.
+    """
+    with reading(file):
+        plain_file(file)
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(size - 8, _MAX_HEADER):
+                raise Emu3Error(f"{file}: not a whole safetensors file ({size} bytes, header of {length}); {AGAIN}")
+            raw = stream.read(length)
+        entries = _entries(raw, file)
+        tensors = [_tensor(file, 8 + length, *entry) for entry in entries]
+    end = 8 + length
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.nbytes)):
+        if tensor.offset != end:
+            what = "overlaps the one before it" if tensor.offset < end else "begins after a gap"
+            raise Emu3Error(f"{file}: damaged safetensors header: tensor {shown(tensor.name)} {what}; {AGAIN}")
+        end += tensor.nbytes
+    if end > size:
+        raise Emu3Error(f"{file}: truncated: its tensors end {end - size} bytes past the end; {AGAIN}")
+    if end < size:
+        raise Emu3Error(f"{file}: damaged safetensors header: {size - end} bytes belong to no tensor; {AGAIN}")
     return tensors
+
+
+def _entries(raw: bytes, file: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The names of a header and what it says of each."""
+
+    header = parse_json(raw, file, unique=True)
+    if not isinstance(header, dict):
+        raise Emu3Error(f"{file}: damaged safetensors header: it is no object; {AGAIN}")
+    metadata = header.pop("__metadata__", None)
+    if metadata is not None and not _is_metadata(metadata):
+        raise Emu3Error(f"{file}: damaged safetensors header: __metadata__ is {shown(metadata)}; {AGAIN}")
+    return list(header.items())
+
+
+def _is_counts(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(is_whole(n, 0) and n < 1 << 63 for n in value)
+
+
+def _is_metadata(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+
+
+def _tensor(file: Path, start: int, name: str, entry: Any) -> Tensor:
+    """One tensor of a safetensors file whose data begin at `start`."""
+    where = f"{file}: damaged safetensors header: tensor {shown(name)}"
+    if not isinstance(entry, dict) or name != name.encode(errors="replace").decode():
+        raise Emu3Error(f"{where} is {shown(entry)}; {AGAIN}")
+    kind, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not _is_counts(shape) or not _is_counts(offsets) or len(offsets) != 2 or len(shape) > _MAX_RANK:
+        raise Emu3Error(f"{where} has shape {shown(shape)} and data_offsets {shown(offsets)}; {AGAIN}")
+    if not isinstance(kind, str):
+        raise Emu3Error(f"{where} has dtype {shown(kind)}; {AGAIN}")
+    if kind not in _DTYPES:
+        raise Emu3Error(f"{file}: tensor {shown(name)} has dtype {kind:.20}; legal are {', '.join(_DTYPES)}")
+    begin, end = offsets
+    tensor = Tensor(name, tuple(shape), _DTYPES[kind], file, start + begin)
+    if end - begin != tensor.nbytes:
+        needed = f"has {end - begin} bytes, its shape needs {shown(tensor.nbytes)}"
+        raise Emu3Error(f"{file}: tensor {shown(name)} {needed}; {AGAIN}")
+    return tensor
 
 
 def write_safetensors(

@@ -1,17 +1,11 @@
 """The reference's own prepared data: a JSON list of `.pth` files, read without running what is in them.
 
-Each file is `torch.save` of {"name": str, "images": integer [h, w] array or tensor, "texts": str}. Unpickling normally
-calls whatever a file names; here the few names that such a dict needs map to inert stand-ins, and all others are
-refused.
+Each file is `torch.save` of {"name": str, "images": integer [h, w] array or tensor, "texts": str}.
 """
 
 import hashlib
-import io
-import json
 import math
-import pickle
 import zipfile
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +13,12 @@ import numpy as np
 
 from emu3_jax.data.records import Record, check_text
 from emu3_jax.errors import Emu3Error
+from emu3_jax.foreign import MAX_JSON_BYTES, limit, parse_json, plain_file, read_bytes, reading
+from emu3_jax.printable import shown
+from emu3_jax.unpickling import BadPickle, Filled, Function, Vocabulary, open_archive, ordered_dict, unpickle
 
-_MAX_BYTES = 1 << 30  # unpacked; the codes of a picture are about 100 kB
+_MAX_BYTES = 64 << 20  # of one file; the codes of a picture are about 100 kB
+_LIST = "give the train.json of prepare_data.py"
 _REMEDY = "write it again with the reference's prepare_data.py, or prepare the pictures themselves"
 
 
@@ -29,13 +27,8 @@ class FeatureRecords:
 
     def __init__(self, path: Path, codebook_size: int):
         """Raises `Emu3Error` if the list cannot be read or is empty. Codes must be below `codebook_size`."""
-        try:
-            text = Path(path).read_bytes()
-            data = json.loads(text)
-        except OSError as error:
-            raise Emu3Error(f"cannot read {path}: {error.strerror}; give the list.json of prepare_data.py") from error
-        except ValueError as error:
-            raise Emu3Error(f"{path} is not JSON ({error}): give the train.json of prepare_data.py") from error
+        text = read_bytes(path, MAX_JSON_BYTES, _LIST)
+        data = parse_json(text, path, _LIST)
         names = data.get("path_list") if isinstance(data, dict) else None
         prefix = data.get("prefix") if isinstance(data, dict) else None
         if not isinstance(prefix, str) or not isinstance(names, list) or not all(isinstance(n, str) for n in names):
@@ -48,16 +41,22 @@ class FeatureRecords:
     def __len__(self) -> int:
         return len(self._names)
 
+    def _file(self, index: int) -> Path:
+        """The file of entry `index`. Raises an `Emu3Error` if it is not there, or is no plain file."""
+        with reading(f"{self._path} path_list[{index}]", "correct prefix or path_list"):
+            file = self._prefix / self._names[index]
+            if not file.exists():
+                raise Emu3Error(f"{self._path} path_list[{index}]: there is no {file}: correct prefix or path_list")
+            plain_file(file)
+            return file
+
     def check(self, index: int) -> None:
         """Raises an `Emu3Error` if the file of entry `index` is not there."""
-        file = self._prefix / self._names[index]
-        if not file.is_file():
-            raise Emu3Error(f"{self._path} path_list[{index}]: there is no {file}: correct prefix or path_list")
+        self._file(index)
 
     def __getitem__(self, index: int) -> Record:
         """Record `index`. Raises `Emu3Error` that names the file if it is anything but a feature file."""
-        self.check(index)
-        file = self._prefix / self._names[index]
+        file = self._file(index)
         data = _load_feature(file)
         try:
             codes = data["images"]
@@ -78,103 +77,114 @@ def _load_feature(file: Path) -> dict[str, Any]:
     """The dict of one `.pth` file; arrays and tensors as NumPy arrays.
 
     Raises:
-        Emu3Error: the file is damaged, is older than torch 1.6's format, or its pickle names anything else.
+        Emu3Error: the file is damaged, too large or of the format before torch 1.6, or its pickle names anything else.
     """
-    try:
-        with zipfile.ZipFile(file) as archive:
-            if sum(info.file_size for info in archive.infolist()) > _MAX_BYTES:
-                raise Emu3Error(f"{file}: unpacks to more than {_MAX_BYTES >> 30} GiB: {_REMEDY}")
-            pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-            if len(pickles) != 1:
-                raise Emu3Error(f"{file}: not a torch.save file (it holds {len(pickles)} data.pkl): {_REMEDY}")
-            data = _Unpickler(archive, pickles[0], file).load()
-    except zipfile.BadZipFile as error:
-        raise Emu3Error(f"{file}: truncated, or not saved by torch 1.6 or newer ({error}): {_REMEDY}") from error
-    except OSError as error:
-        raise Emu3Error(f"cannot read {file}: {error.strerror or error}; {_REMEDY}") from error
-    except Emu3Error:
-        raise
-    except Exception as error:  # a hostile pickle can make the unpickler fail in any way
-        raise Emu3Error(f"{file}: its pickle is damaged ({type(error).__name__}: {error}): {_REMEDY}") from error
+    with reading(file, _REMEDY):
+        limit(file, "bytes", file.stat().st_size, _MAX_BYTES)
+        try:
+            archive, root = open_archive(file, _REMEDY)
+            with archive:
+                persistent = _Storages(archive, root).read
+                vocabulary = Vocabulary(_NAMES, persistent, "codes and texts", _REMEDY)
+                data = unpickle(archive.read(f"{root}data.pkl"), file, vocabulary)
+        except zipfile.BadZipFile as error:
+            raise Emu3Error(f"{file}: truncated, or not saved by torch 1.6 or newer ({error}): {_REMEDY}") from error
+        except (ValueError, TypeError, KeyError) as error:  # of the pickle, or of a call in it with other arguments
+            if isinstance(error, Emu3Error):
+                raise
+            raise Emu3Error(f"{file}: its pickle is damaged ({error!s:.120}): {_REMEDY}") from error
     if not isinstance(data, dict):
         raise Emu3Error(f"{file}: holds {_kind(data)}, not a dict of name, images and texts: {_REMEDY}")
-    return {key: value.array() if isinstance(value, _Array) else value for key, value in data.items()}
+    return {key: value.contents if isinstance(value, _Array) else value for key, value in data.items()}
 
 
-class _DType:
+class _Storages:
+    """The storages of one file, each read once."""
+
+    def __init__(self, archive: zipfile.ZipFile, root: str):
+        self._archive, self._root = archive, root
+        self._read: dict[str, bytes] = {}
+
+    def read(self, pid: Any) -> np.ndarray:
+        match pid:
+            case ("storage", np.dtype() as dtype, str(key), _, int()):
+                if key not in self._read:
+                    self._read[key] = self._archive.read(f"{self._root}data/{key}")
+                return np.frombuffer(self._read[key], dtype)
+        raise BadPickle(f"an unknown kind of persistent object: {shown(pid)}")
+
+
+class _DType(Filled):
     """Stands in for `numpy.dtype`: integers in little-endian order."""
 
-    def __init__(self, code: str, *_: Any):
-        self.dtype = np.dtype({"i8": "<i8", "i4": "<i4", "i2": "<i2", "u2": "<u2", "u1": "u1"}[code])
+    def __init__(self, code: Any):
+        kinds = {"i8": "<i8", "i4": "<i4", "i2": "<i2", "u2": "<u2", "u1": "u1"}
+        if type(code) is not str or code not in kinds:
+            raise BadPickle(f"an array of {shown(code)}")
+        self.dtype = np.dtype(kinds[code])
 
-    def __setstate__(self, state: tuple) -> None:
-        if state[1] not in ("<", "|"):
-            raise pickle.UnpicklingError(f"byte order {state[1]!r}")
-
-
-class _Array:
-    """Stands in for `numpy.ndarray`, which unpickling makes empty and then fills."""
-
-    def __setstate__(self, state: tuple) -> None:
-        _, shape, dtype, fortran, data = state
-        self._contents = np.frombuffer(data, dtype.dtype).reshape(shape, order="F" if fortran else "C")
-
-    def array(self) -> np.ndarray:
-        return self._contents
+    def fill(self, state: Any) -> None:
+        if type(state) is not tuple or len(state) < 2 or state[1] not in ("<", "|"):
+            raise BadPickle(f"byte order {shown(state)}")
 
 
-def _reconstruct(kind: type, *_: Any) -> _Array:
-    return kind()
+class _Array(Filled):
+    """Stands in for `numpy.ndarray`.
+
+    Attributes:
+        contents: None until the pickle has filled it.
+    """
+
+    def __init__(self) -> None:
+        self.contents: np.ndarray | None = None
+
+    def fill(self, state: Any) -> None:
+        match state:
+            case (_, tuple() as shape, _DType() as kind, bool() as fortran, bytes() as data):
+                if all(type(n) is int and n >= 0 for n in shape):
+                    self.contents = np.frombuffer(data, kind.dtype).reshape(shape, order="F" if fortran else "C")
+                    return
+        raise BadPickle("an array with an impossible shape or dtype")
 
 
-def _encode(text: str, encoding: str) -> bytes:
+def _array(*_: Any) -> _Array:
+    return _Array()
+
+
+def _dtype(code: Any, *_: Any) -> _DType:
+    return _DType(code)
+
+
+def _encode(text: Any, encoding: Any) -> bytes:
     """Stands in for `_codecs.encode`, by which pickles before protocol 3 spell bytes."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"bytes in {encoding!r}")
+    if type(text) is not str or encoding != "latin1":
+        raise BadPickle(f"bytes in {shown(encoding)}")
     return text.encode("latin1")
 
 
-def _rebuild_tensor(storage: np.ndarray, start: int, shape: tuple, strides: tuple, *_: Any) -> np.ndarray:
+def _rebuild_tensor(storage: Any, start: Any, shape: Any, strides: Any, *_: Any) -> np.ndarray:
     """Stands in for `torch._utils._rebuild_tensor_v2`: contiguous tensors, as encoding gives."""
+    sound = isinstance(storage, np.ndarray) and type(shape) is tuple and type(strides) is tuple and len(shape) <= 4
+    if not sound or not all(type(n) is int and n >= 0 for n in (start, *shape, *strides)):
+        raise BadPickle("a tensor with an impossible storage, offset, shape or stride")
     contiguous = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-    if strides != contiguous or start < 0:
-        raise pickle.UnpicklingError(f"a tensor with strides {strides}")
+    if strides != contiguous:
+        raise BadPickle(f"a tensor with strides {shown(strides)}")
     return storage[start : start + math.prod(shape)].reshape(shape)
 
 
-_ALLOWED: Mapping[tuple[str, str], Callable | np.dtype] = {
-    ("_codecs", "encode"): _encode,
-    ("numpy", "ndarray"): _Array,
-    ("numpy", "dtype"): _DType,
-    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
-    ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
-    ("collections", "OrderedDict"): dict,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+_NAMES: dict[tuple[str, str], Any] = {
+    ("_codecs", "encode"): Function(_encode),
+    ("numpy", "ndarray"): "ndarray",  # only named, as the first argument of the next two
+    ("numpy", "dtype"): Function(_dtype),
+    ("numpy.core.multiarray", "_reconstruct"): Function(_array),
+    ("numpy._core.multiarray", "_reconstruct"): Function(_array),
+    ("collections", "OrderedDict"): Function(ordered_dict),
+    ("torch._utils", "_rebuild_tensor_v2"): Function(_rebuild_tensor),
     ("torch", "LongStorage"): np.dtype("<i8"),
     ("torch", "IntStorage"): np.dtype("<i4"),
     ("torch", "ShortStorage"): np.dtype("<i2"),
 }
-
-
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, archive: zipfile.ZipFile, name: str, file: Path):
-        super().__init__(io.BytesIO(archive.read(name)))
-        self._archive, self._root, self._file = archive, name.removesuffix("data.pkl"), file
-
-    def find_class(self, module: str, name: str) -> Any:
-        allowed = _ALLOWED.get((module, name))
-        if allowed is None:
-            raise Emu3Error(
-                f"{self._file}: refused: its pickle asks for {module}.{name}, which codes and texts never need and "
-                f"which could run code; {_REMEDY}"
-            )
-        return allowed
-
-    def persistent_load(self, pid: Any) -> np.ndarray:
-        match pid:
-            case ("storage", np.dtype() as dtype, str(key), _, int()):
-                return np.frombuffer(self._archive.read(f"{self._root}data/{key}"), dtype)
-        raise pickle.UnpicklingError(f"an unknown kind of persistent object: {pid!r:.80}")
 
 
 def _kind(value: Any) -> str:
