@@ -5,6 +5,7 @@ this process is one of several; elsewhere nothing is asked of any server, so a l
 """
 
 import os
+import re
 import sys
 import threading
 import time
@@ -93,7 +94,7 @@ def arguments(environment: Mapping[str, str], tpu_host: bool) -> dict[str, objec
             raise Emu3Error(f"{' and '.join(by_hand)} is set, {' and '.join(missing)} is not: {_BY_HAND}")
         count, index = _whole_number(environment, COUNT, 1), _whole_number(environment, INDEX, 0)
         host, _, port = environment[COORDINATOR].rpartition(":")
-        if not (host and port.isdigit()):
+        if not (host and re.fullmatch("[0-9]{1,5}", port)):
             raise Emu3Error(f"{COORDINATOR} is {environment[COORDINATOR]!r}: it must be HOST:PORT; {_BY_HAND}")
         if index >= count:
             raise Emu3Error(f"{INDEX} is {index}: of {count} processes the last is {count - 1}; {_BY_HAND}")
@@ -125,7 +126,7 @@ def _tpu_host() -> bool:
 
 def _whole_number(environment: Mapping[str, str], name: str, least: int, default: int | None = None) -> int:
     text = environment.get(name) or str(default)
-    if not text.isdigit() or int(text) < least:
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < least:  # `isdigit` is true of `²` too
         raise Emu3Error(f"{name} is {text!r}: it must be a whole number >= {least}")
     return int(text)
 
@@ -141,6 +142,12 @@ def wait(what: str) -> None:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(f"emu3_jax: {what}")
+
+
+def leave() -> None:
+    """Waits for the others at the end, as Python's ordinary end does. For a process that ends in another way."""
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()
 
 
 def end_failed(code: int) -> int:

@@ -11,6 +11,7 @@ import fcntl
 import logging
 import os
 import pathlib
+import re
 import shutil
 import socket
 import tempfile
@@ -22,6 +23,7 @@ from emu3_jax.errors import Emu3Error
 from emu3_jax.foreign import local_path
 
 _PREFIX = ".emu3-tmp-"
+_OLD = re.compile(r"\.(.+)\.([0-9]{1,9})\.tmp")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _log = logging.getLogger("emu3_jax")
 _lock = threading.Lock()
@@ -205,6 +207,34 @@ def sweep(directory: str | os.PathLike) -> list[pathlib.Path]:
             finally:
                 os.close(descriptor)
     return removed
+
+
+def clean(path: str | os.PathLike) -> list[pathlib.Path]:
+    """Removes what killed runs left in the directory `path` and beside it, and returns the paths.
+
+    Beside it: temporaries, and what version 0.1.0 called `.NAME.PID.tmp`, NAME being that of `path`. `path` itself may
+    be absent, as after the first run that wrote to it was killed.
+    """
+    path = local_path(path)
+    removed = [*sweep(path), *sweep(path.absolute().parent)]
+    for directory, name in ((path, None), (path.absolute().parent, path.absolute().name)):
+        with contextlib.suppress(OSError):
+            for entry in sorted(os.listdir(directory)):
+                match = _OLD.fullmatch(entry)
+                if match and name in (None, match[1]) and not _runs(int(match[2])):
+                    remove(directory / entry)
+                    removed.append(directory / entry)
+    return removed
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _sweep_once(directory: pathlib.Path) -> None:

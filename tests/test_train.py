@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from emu3_jax.data.encoder import bundle_codebook
 from emu3_jax.data.prepare import prepare
 from emu3_jax.data.sequences import TextToImage
 from emu3_jax.models.adapters import Adapter
-from emu3_jax.training import loop
+from emu3_jax.training import loop, runner
 from emu3_jax.training.config import ModelConfig, OptimizerConfig, SampleConfig, TrainConfig, load_config
 from emu3_jax.training.loop import train
 from emu3_jax.training.metrics import read_metrics
@@ -117,13 +118,51 @@ def test_a_run_killed_at_random_goes_on_exactly(config_file, whole, tmp_path):
         np.testing.assert_array_equal(weights_of(directory / "model")[name], array, err_msg=name)
 
 
+def test_ctrl_c_is_heard_and_the_second_interrupts(monkeypatch, capfd):
+    now = [10.0]
+    monkeypatch.setattr(runner.time, "monotonic", lambda: now[0])
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with runner.stop_signal() as stop:
+        signal.getsignal(signal.SIGINT).tell()  # as the watcher of the command line does at once
+        signal.raise_signal(signal.SIGINT)
+        now[0] += 0.2
+        signal.raise_signal(signal.SIGINT)  # the launcher passes the same one on
+        assert stop == [signal.SIGINT]
+        signal.raise_signal(signal.SIGTERM)
+        assert stop == [signal.SIGINT, signal.SIGTERM]
+        now[0] += 0.2
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    assert capfd.readouterr().err == "\nemu3-jax: stopping after this step; Ctrl-C again ends at once\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_after_the_step_with_a_checkpoint(base, whole, tmp_path, monkeypatch, number):
+    directory = tmp_path / "run"
+    step = loop._DecoderJob.step
+
+    def interrupted(job, state, batch):
+        if not losses(directory):  # before the first step has been reported, as while it compiles
+            signal.raise_signal(number)
+        return step(job, state, batch)
+
+    monkeypatch.setattr(loop._DecoderJob, "step", interrupted)
+    outcome = train(dataclasses.replace(base, directory=str(directory)), progress=False)
+    assert (outcome.step, outcome.model, outcome.signal) == (1, None, number)
+    assert [path.name for path in (directory / "checkpoints").iterdir()] == ["1"]
+    assert losses(directory) == losses(whole)[:1]
+
+
 @pytest.mark.slow
-def test_sigterm_writes_a_checkpoint(config_file, whole, tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_write_a_checkpoint(config_file, whole, tmp_path, number, code):
     process = start(config_file, tmp_path / "run")
     wait_for_step(process, tmp_path / "run", 1)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     out, errors = process.communicate(timeout=300)
-    assert process.returncode == 143, errors
+    assert process.returncode == code, errors
+    assert ("stopping after this step; Ctrl-C again ends at once" in errors) == (number == signal.SIGINT)
     (step,) = [int(word) for word in out.split() if word.isdigit()][:1]
     assert str(step) in {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
     assert losses(tmp_path / "run") == losses(whole)[:step]
@@ -167,6 +206,38 @@ def test_convert_takes_a_run(whole, tmp_path, capsys):
         np.testing.assert_array_equal(weights_of(tmp_path / "bundle")[name], array, err_msg=name)
     assert main(["convert", str(whole), str(whole), "-o", str(tmp_path / "two")]) == 2
     assert "convert it alone" in capsys.readouterr().err
+
+
+def test_a_directory_above_and_odd_names_beside_checkpoints(base, tmp_path, monkeypatch):
+    """The export at the end reads the checkpoint through TensorStore, which takes no `..`."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for name in ("\u00b2", "\u0663", "007", "x", "9.orbax"):
+        (tmp_path / "run" / "checkpoints" / name).mkdir(parents=True)
+    outcome = train(dataclasses.replace(base, directory="../run", steps=3), progress=False)
+    assert outcome.model == pathlib.Path("../run/model")
+    assert Bundle.open("../run/model", verify=True).has("decoder")
+    assert main(["convert", "../run", "-o", "bundle"]) == 0
+    assert Bundle.open("bundle", verify=True).has("decoder")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[" * 100_000, "nested too deeply"),
+        ("[]", "no object: give the directory of a training run"),
+        ("{}", "format is None, this version reads 1"),
+        ('{"format": 1, "decoder": 5}', "decoder is 5: it was changed"),
+        ('{"format": 1, "adapter": []}', "adapter is"),
+        ('{"format": 1, "decoder": {}}', "checkpoints of another model: its decoder has"),
+    ],
+)
+def test_a_damaged_run_json(base, tmp_path, capsys, text, reason):
+    (tmp_path / "run" / "checkpoints" / "1").mkdir(parents=True)
+    (tmp_path / "run" / "run.json").write_text(text)
+    message_of(dataclasses.replace(base, directory=str(tmp_path / "run")), reason)
+    assert main(["convert", str(tmp_path / "run"), "-o", str(tmp_path / "bundle")]) == 2
+    assert "run.json" in (said := capsys.readouterr().err) and said.count("\n") == 1
 
 
 # ------------------------------------------------------------------------------------------------ between steps
@@ -327,13 +398,82 @@ def test_config_files_and_overrides(config_file, base, tmp_path):
     with pytest.raises(Emu3Error, match="no such config file"):
         load_config(tmp_path / "absent.py")
     for text, reason in {
-        "x = 1 +": "SyntaxError",
+        "x = 1 +": r"bad\.py line 1: SyntaxError",
         "x = 1": "defines no function `config`",
+        "x = 1\nx = 1 / 0": r"bad\.py line 2: ZeroDivisionError: division by zero; correct the file",
+        "config = 5": "defines no function `config`",
+        "def config():\n    import sys\n    sys.exit(0)": r"bad\.py line 3: SystemExit: 0; correct the file",
+        "raise SystemExit": r"bad\.py line 1: SystemExit; correct",
+        "def config():\n    return config()": r"bad\.py line 2: RecursionError",
+        "def config():\n    raise BaseException('x' * 10**6)": r"bad\.py line 2: BaseException: xxx",
+        "x = '\0'": r"bad\.py.*null bytes",
+        "x = " + "(" * 1000: r"bad\.py.*correct the file",
         "def config():\n    from emu3_jax.training.config import OptimizerConfig as O\n    return O(eps=0)": "eps is 0",
     }.items():
         (tmp_path / "bad.py").write_text(text)
         with pytest.raises(Emu3Error, match=reason):
             load_config(tmp_path / "bad.py")
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("mesh=(1,2)", "mesh is"),
+        ("steps=" + "9" * 5000, "steps is '999"),
+        ("steps=10**9**9", r"steps is '10\*\*9\*\*9'"),
+        ("steps=" + "[" * 10**5, "steps is '"),
+        ("steps=" + "-" * 10**5 + "1", "steps is '"),
+        ("steps={[]: 1}", "steps is"),
+        ("steps=b'a'", "steps is b'a'"),
+        ("steps=4294967296", "steps is 4294967296: it must be at most 2147483647"),
+        ("seed=4294967296", "seed is 4294967296: it must be at most 4294967295"),
+        ("directory=5", "directory is 5"),
+        ("directory=a\0b", "directory: the path .* has a zero character"),
+        ("directory=gs://b/run", r"directory: 'gs://b/run': gs:// addresses are not supported"),
+        ("model.bundle=s3://b/model", "s3:// addresses are not supported"),
+        ("data.sources.0.path=https://h/d", "https:// addresses are not supported"),
+        ("data.sources.0.path=" + "x" * 300, "too long"),
+        ("data.sources.²=1", "is no index"),
+        ("data.sources.٣.path=x", "is no index"),
+        ("data.sources.-1.path=x", "is no index"),
+        ("data.sources=5", "sources is 5: it must be a tuple of Source"),
+        ("data.sources=({},)", "must be a tuple of Source"),
+        ("data.packing=1000000000", "packing is 1000000000"),
+        ("data.sequence_length=1000000000", "sequence_length is 1000000000"),
+        ("batch_size=1000000000", "batch_size is 1000000000: it must be less than"),
+        ("model.dtype=[]", "dtype is"),
+        ("evaluation=[[]]", "evaluation is"),
+        ("profile={1, 2}", "profile is"),
+        ("\x1b[31m=1", "has no field"),
+        ("." * 1000 + "=1", "has no field ''"),
+    ],
+)
+def test_odd_overrides(config_file, override, reason):
+    with pytest.raises(Emu3Error, match=reason) as error:
+        load_config(config_file, [override])
+    assert str(error.value).startswith("--set ") and str(error.value).isprintable() and len(str(error.value)) <= 300
+
+
+@pytest.mark.parametrize("name", ["config", "config.txt", "config.pyc", "config.zip", "config.py"])
+@pytest.mark.parametrize("command", [["train"], ["evaluate"], ["plan", "--topology", "v5e:2x2"]])
+def test_only_python_files_are_run(tmp_path, capfd, command, name):
+    with zipfile.ZipFile(tmp_path / name, "w") as archive:
+        archive.writestr("__main__.py", "print('it runs')")
+    assert main([*command, str(tmp_path / name)]) == 2
+    said = capfd.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1 and "it runs" not in said.err
+    if name != "config.py":
+        assert f"{name}: a config file is run, so its name must end in .py" in said.err
+    (tmp_path / "folder.py").mkdir()
+    (tmp_path / "folder.py" / "__main__.py").write_text("print('it runs')")
+    assert main([*command, str(tmp_path / "folder.py")]) == 2
+    assert "no such config file" in capfd.readouterr().err
+
+
+def test_what_a_config_prints_goes_to_standard_error(tmp_path, capsys):
+    (tmp_path / "c.py").write_text("print('one')\ndef config():\n    print('two')\n    return 5\n")
+    assert load_config(tmp_path / "c.py") == 5
+    assert capsys.readouterr() == ("", "one\ntwo\n")
 
 
 def test_the_command_names_the_culprit(config_file, capsys):

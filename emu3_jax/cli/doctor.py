@@ -1,4 +1,4 @@
-"""Check a bundle or a published checkpoint: names, shapes, dtypes, vocabulary, templates."""
+"""Check a bundle or a published checkpoint: names, shapes, dtypes, vocabulary, templates, checksums."""
 
 import argparse
 
@@ -8,18 +8,40 @@ from emu3_jax.cli import common
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("path", type=common.path, metavar="BUNDLE_OR_DIR")
     command.add_argument("--json", action="store_true", help="one JSON object a line: level, what, remedy")
+    command.add_argument(
+        "--clean",
+        action="store_true",
+        help="check nothing: remove what killed runs left in this directory and beside it, and name it",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     import dataclasses
     import json
 
-    from emu3_jax.checkpoints.doctor import doctor
+    from emu3_jax.checkpoints.doctor import Finding, doctor
+    from emu3_jax.printable import printable
 
-    findings = doctor(options.path)
+    if options.clean:
+        removed = _clean(options.path)
+        findings = [Finding("ok", f"removed {path}, which a run that was killed had left") for path in removed]
+        findings = findings or [Finding("ok", f"no run that was killed left anything in {options.path} or beside it")]
+    else:
+        findings = doctor(options.path)
     for finding in findings:
         if options.json:
             print(json.dumps(dataclasses.asdict(finding)))
         else:
-            print(f"{finding.level:5} {finding.what}" + (f"\n      -> {finding.remedy}" if finding.remedy else ""))
+            what, remedy = printable(finding.what), printable(finding.remedy)
+            print(f"{finding.level:5} {what}" + (f"\n      -> {remedy}" if remedy else ""))
     return 2 if any(finding.level == "error" for finding in findings) else 0
+
+
+def _clean(path):
+    from emu3_jax import files
+
+    if not (path / "run.json").is_file():
+        return files.clean(path)
+    from emu3_jax.training.run_directory import clean_unused
+
+    return [*clean_unused(path), *files.clean(path)]

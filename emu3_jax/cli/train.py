@@ -42,4 +42,6 @@ def run(options: argparse.Namespace) -> int:
                 f"{where}: {outcome.skipped} records were longer than {config.data.sequence_length} tokens "
                 "and were skipped (counted once an epoch); raise data.sequence_length to train on them"
             )
+    if outcome.signal is not None:
+        distributed.leave()  # after Ctrl-C this process does not end in Python's ordinary way
     return 0 if outcome.signal is None else 128 + outcome.signal  # as a shell reports it: 130, 143
