@@ -16,6 +16,7 @@ import shutil
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
@@ -177,7 +178,11 @@ def _make(parent: pathlib.Path, suffix: str, is_directory: bool) -> tuple[pathli
 def remove(temporary: pathlib.Path) -> None:
     """Removes a file, a link, or a directory with all that it holds, as far as that is possible."""
     if temporary.is_dir() and not temporary.is_symlink():
-        shutil.rmtree(temporary, ignore_errors=True)
+        for _ in range(20):
+            shutil.rmtree(temporary, ignore_errors=True)
+            if not temporary.exists():
+                break
+            time.sleep(0.05)  # after Ctrl-C threads of a library still write into it for a moment
     else:
         with contextlib.suppress(OSError):
             temporary.unlink()

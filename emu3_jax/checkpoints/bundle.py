@@ -22,6 +22,7 @@ from flax import traverse_util
 
 from emu3_jax.checkpoints.checksums import verify_checksums
 from emu3_jax.checkpoints.layouts import Param, decoder_params, vision_params
+from emu3_jax.compilation import check_backend
 from emu3_jax.config import DecoderConfig, ImageConfig, SpecialTokens, VisionConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.fields import FieldError, is_whole, read_from
@@ -389,6 +390,7 @@ class Bundle:
     @contextlib.contextmanager
     def _checkpointer(self, part: str, host_gb: int | None = None) -> Iterator[tuple[ocp.Checkpointer, Path]]:
         directory = storage_path(self.path / part / "weights")
+        check_backend()  # what is wrong with it is no damage
         try:
             options = _alone()
             handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=host_gb, multiprocessing_options=options)

@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+import typing
 from collections.abc import Iterator
 from types import FrameType
 
@@ -21,7 +22,12 @@ from emu3_jax.files import remove_temporaries
 CODE = 130  # as a shell reports SIGINT
 MESSAGE = "emu3-jax: interrupted"
 _PATIENCE = 10.0  # seconds in which an interrupted command cleans up; compiled code may not come back before
+_PAUSE = 0.02  # seconds, in which a callback that lost the exception has ended
+_LOST = b"\0"  # beside the numbers of signals
 _ONE_PRESS = 0.3  # seconds; a terminal and a launcher may both pass on the same Ctrl-C
+
+
+told = False  # whether the user was told that the last command was interrupted
 
 
 class Interruption:
@@ -33,8 +39,10 @@ class Interruption:
     """
 
     def __init__(self) -> None:
+        self.first = float("inf")  # time of the first
         self.came = False
         self.repeated = 0
+        self.lost = False  # and is about to be raised again
 
 
 @contextlib.contextmanager
@@ -44,28 +52,40 @@ def watched() -> Iterator[Interruption]:
     Where the block has not ended 10 seconds later, and at the second Ctrl-C at once, the process ends: one line on
     standard error, temporary files removed, exit code 130. A block that handles SIGINT itself, as training does to end
     with a checkpoint, has the time that it takes; if its handler has a method `tell`, that is called at once, while the
-    handler waits for compiled code to come back. In other threads this does nothing.
+    handler waits for compiled code to come back. In other threads, and where SIGINT is ignored, this does nothing.
     """
+    global told
+    told = False
     state = Interruption()
-    if threading.current_thread() is not threading.main_thread():
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # as in the background of a script
+    if ignored or threading.current_thread() is not threading.main_thread():
         yield state
         return
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        state.came = True
+        now, again = time.monotonic(), state.lost
+        if state.came and now - state.first < _ONE_PRESS and not again:
+            return  # it is being cleaned up, which the same press must not stop
+        state.came, state.lost, state.first = True, False, min(now, state.first)
+        # What other threads make of the end of this one is of no use to anybody.
+        sys.excepthook = threading.excepthook = _silent
+        if _importing(frame):
+            end_now()
         raise KeyboardInterrupt
 
     def unraisable(lost: "sys.UnraisableHookArgs") -> None:
         if isinstance(lost.exc_value, KeyboardInterrupt):
-            state.repeated += 1
-            signal.raise_signal(signal.SIGINT)  # the main thread's next instruction raises it once more
-        else:
+            state.lost = True
+            with contextlib.suppress(OSError):
+                theirs.send(_LOST)
+        elif not state.came:
             hook(lost)
 
     # The interpreter writes the number of every signal to this socket at once, whatever the main thread does.
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
     watcher = threading.Thread(target=_watch, args=(ours, state, interrupt), daemon=True)
+    hooks = sys.excepthook, threading.excepthook
     hook, sys.unraisablehook = sys.unraisablehook, unraisable
     handler = signal.signal(signal.SIGINT, interrupt)
     descriptor = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
@@ -76,6 +96,7 @@ def watched() -> Iterator[Interruption]:
         signal.set_wakeup_fd(descriptor)
         signal.signal(signal.SIGINT, handler)
         sys.unraisablehook = hook
+        sys.excepthook, threading.excepthook = hooks
         theirs.close()  # which ends the watcher
         watcher.join()
         ours.close()
@@ -93,6 +114,13 @@ def _watch(signals: socket.socket, state: Interruption, handler: object) -> None
             end_now()
         if not number:
             return
+        if number == _LOST:
+            # Not from within the callback, where the exception would be lost like the first. If this one is lost too,
+            # its end comes here again.
+            time.sleep(_PAUSE)
+            state.repeated += 1
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            continue
         if number[0] != signal.SIGINT:
             continue
         count += 1
@@ -107,9 +135,24 @@ def _watch(signals: socket.socket, state: Interruption, handler: object) -> None
             current.tell()
 
 
-def end_now() -> None:
+def _silent(*_: object) -> None:
+    """In the place of hooks that print exceptions."""
+
+
+def _importing(frame: FrameType | None) -> bool:
+    """Whether a module is being imported: what compiled ones make of an exception there is a traceback or a crash."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def end_now() -> typing.NoReturn:
     """Ends this process without waiting for anything."""
     remove_temporaries()
-    with contextlib.suppress(OSError):
-        os.write(2, f"\n{MESSAGE}\n".encode())
+    if not told:
+        with contextlib.suppress(OSError):
+            start = "\n" if os.isatty(2) else ""  # there a progress bar may stand on the line
+            os.write(2, f"{start}{MESSAGE}\n".encode())
     os._exit(CODE)

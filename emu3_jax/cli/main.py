@@ -6,14 +6,17 @@ import errno
 import importlib
 import logging
 import os
+import signal
 import sys
 import traceback
 import typing
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
+from emu3_jax.cli import interruption
+from emu3_jax.cli.environment import explained, quiet_libtpu, start_jax
 from emu3_jax.cli.interruption import CODE as INTERRUPTED
-from emu3_jax.cli.interruption import watched
+from emu3_jax.cli.interruption import Interruption, watched
 from emu3_jax.errors import Emu3Error
 from emu3_jax.printable import one_line
 
@@ -66,29 +69,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with contextlib.suppress(AttributeError, ValueError):  # replaced by one that cannot, or closed
             stream.reconfigure(errors="backslashreplace")  # a terminal or a locale that is not UTF-8
     try:
-        with watched() as interruption:
-            return _run(arguments, lambda: interruption.came)
+        with watched() as state:
+            return _run(arguments, state)
     except KeyboardInterrupt:  # between two instructions of this function
         return _failed(INTERRUPTED)
 
 
-def _run(arguments: Sequence[str] | None, interrupted: Callable[[], bool]) -> int:
+def _run(arguments: Sequence[str] | None, state: Interruption) -> int:
     try:
         options = parser().parse_args(arguments)
+        start_jax()
         code = options.run(options) or 0
         sys.stdout.flush()  # a full disk shows itself here
         return code
     except Emu3Error as error:
+        if state.came:  # what a reader made of it
+            return _interrupted()
         return _fail(f"error: {error}", 2)
     except KeyboardInterrupt:
-        return _fail("interrupted", INTERRUPTED)
+        return _interrupted()
     except OSError as error:
-        return _system_error(error, interrupted())
-    except Exception:
-        return _fault(interrupted())
+        return _system_error(error, state)
+    except Exception as error:
+        return _fault(error, state)
 
 
-def _system_error(error: OSError, interrupted: bool) -> int:
+def _system_error(error: OSError, state: Interruption) -> int:
     """The exit code after an error of the system that nothing explained so far."""
     if error.filename is not None:
         reason = Emu3Error(f"cannot use {os.fsdecode(error.filename)}: {error.strerror}")
@@ -100,7 +106,7 @@ def _system_error(error: OSError, interrupted: bool) -> int:
         if output.errno == errno.EPIPE:
             return _failed(CLOSED)
         return _fail(f"error: cannot write to standard output: {output.strerror}", 2)
-    return _fault(interrupted)
+    return _fault(error, state)
 
 
 def _discard_output() -> None:
@@ -109,12 +115,21 @@ def _discard_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _fault(interrupted: bool) -> int:
-    """A fault of ours, unless the exception is what a compiled function made of Ctrl-C."""
-    if interrupted:
-        return _fail("interrupted", INTERRUPTED)
-    traceback.print_exc()
+def _fault(error: Exception, state: Interruption) -> int:
+    """A fault of ours, unless the exception is what a compiled function made of Ctrl-C, or the machine's."""
+    if state.came:
+        return _interrupted()
+    reason = explained(error)
+    if reason is not None:
+        return _fail(f"error: {reason}", 2)
+    with contextlib.suppress(OSError):
+        traceback.print_exception(error)
     return _failed(1)
+
+
+def _interrupted() -> int:
+    interruption.told = True
+    return _fail("interrupted", INTERRUPTED)
 
 
 def _fail(message: str, code: int) -> int:
@@ -150,9 +165,11 @@ def set_up_messages() -> None:
 def program() -> None:
     """The installed command: the process ends with `main`'s code."""
     set_up_messages()
+    quiet_libtpu()
     code = main()
     if code == INTERRUPTED:
         # Threads that still compute, and destructors, must not keep a process whose user wants it gone.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
             sys.stderr.flush()

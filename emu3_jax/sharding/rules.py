@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from emu3_jax.compilation import own_settings
 from emu3_jax.config import DecoderConfig, VisionConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.models.adapters import Adapter
@@ -54,12 +55,13 @@ RULES = tuple(LOGICAL_AXES.items())
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh | None) -> Iterator[None]:
-    """Within, the models' logical constraints mean axes of `mesh`; None means no mesh."""
-    if mesh is None:
-        yield
-        return
-    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-        yield
+    """Within, the models' logical constraints mean axes of `mesh`, and JAX has our settings; None means no mesh."""
+    with own_settings():
+        if mesh is None:
+            yield
+            return
+        with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+            yield
 
 
 def spec(*logical: str | None) -> P:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from emu3_jax.checkpoints.bundle import Bundle
-from emu3_jax.compilation import enable_persistent_cache
+from emu3_jax.compilation import enable_persistent_cache, own_settings
 from emu3_jax.data.pixels import PixelData
 from emu3_jax.errors import Emu3Error
 from emu3_jax.foreign import local_path, storage_path
@@ -39,7 +39,7 @@ def train_vision(config: VisionTrainConfig, progress: bool | None = None, *, ver
     storage_path(config.directory)  # refused before the work rather than at the first checkpoint
     if config.bundle and verify:
         Bundle.open(config.bundle, verify=True)
-    with contextlib.closing(_VisionJob(config, make_mesh(config.mesh))) as job:
+    with own_settings(), contextlib.closing(_VisionJob(config, make_mesh(config.mesh))) as job:
         return run(job, local_path(config.directory), progress)
 
 

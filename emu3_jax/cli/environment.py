@@ -1,0 +1,63 @@
+"""What a command makes of the environment that it is started in, before JAX is imported and when JAX cannot start."""
+
+import glob
+import os
+import traceback
+from pathlib import Path
+
+from emu3_jax.errors import Emu3Error
+
+_GOOGLE, _NETWORK = "0x1ae0", "0x0042"  # PCI numbers: of the vendor of TPUs, and of its network card
+_ABSENT = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
+
+
+def quiet_libtpu() -> None:
+    """Where libtpu is installed and no TPU is there, keeps it from asking for one, and complaining in seven lines.
+
+    JAX loads it whatever the machine. It does not complain where it is told what it would ask for. On a machine that
+    may have a TPU, and where somebody has told libtpu anything, nothing changes.
+    """
+    told = [name for name in os.environ if name.startswith(("TPU_", "LIBTPU_", "JAX_FORCE_TPU", "MEGASCALE_"))]
+    if not told and not _may_have_tpu():
+        os.environ.update(_ABSENT)
+
+
+def _may_have_tpu() -> bool:
+    """Whether there are chips of Google's on the PCI bus, as JAX looks for them, or devices of their drivers."""
+    for vendor in glob.glob("/sys/bus/pci/devices/*/vendor"):
+        try:
+            ours = Path(vendor).read_text().strip() == _GOOGLE
+            if ours and Path(vendor).with_name("device").read_text().strip() != _NETWORK:
+                return True
+        except OSError:
+            return True
+    return bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
+
+
+def start_jax() -> None:
+    """Imports JAX, which every command needs.
+
+    Raises:
+        Emu3Error: a variable of the environment that JAX reads has an illegal value.
+    """
+    try:
+        import jax  # noqa: F401
+    except ValueError as error:
+        raise Emu3Error(f"JAX cannot start ({error}): correct this variable of the environment") from error
+
+
+def explained(error: BaseException) -> Emu3Error | None:
+    """The error of one line for what is no fault of ours: no memory, and no backend. None for anything else."""
+    text = str(error).split("\n", 1)[0]
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
+        remedy = "ask for less at once, as fewer rows or a smaller size; --quantize and --mesh take less of a device"
+        return Emu3Error(f"out of memory ({text or 'of the host'}): {remedy}")
+    frames = traceback.extract_tb(error.__traceback__)
+    if any(frame.filename.endswith("xla_bridge.py") for frame in frames):
+        from emu3_jax.compilation import check_backend
+
+        try:
+            check_backend()
+        except Emu3Error as reason:
+            return reason
+    return None
