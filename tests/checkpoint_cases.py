@@ -110,6 +110,14 @@ def bin_shards(directory: Path) -> Path:
     return directory
 
 
+def pad_vocabulary(weights: dict[str, np.ndarray], rows: int) -> None:
+    """What `resize_token_embeddings` makes of a checkpoint's tensors: new rows at the end, of the others' mean."""
+    for name in weights:
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            mean = weights[name].mean(0, keepdims=True)
+            weights[name] = np.concatenate([weights[name], np.repeat(mean, rows, 0)])
+
+
 def write_vocabulary(file: Path) -> None:
     """The smallest vocabulary there is: the 256 bytes."""
     file.write_text("".join(f"{base64.b64encode(bytes([b])).decode()} {b}\n" for b in range(RANKS)))

@@ -214,11 +214,101 @@ def test_fields_out_of_range(cls, change, message):
         (vision_from_published, {"double_z": True}, "double_z is True"),
         (image_from_published, {"resample": 2}, r"resample is 2: it must be 3 \(bicubic\)"),
         (image_from_published, {"rescale_factor": 1 / 127.5}, "rescale_factor"),
+        (image_from_published, {"do_resize": False}, "do_resize is False: it must be true"),
+        (image_from_published, {"do_rescale": False}, "do_rescale is False: it must be true"),
+        (image_from_published, {"do_normalize": 0}, "do_normalize is 0: it must be true or false"),
+        (image_from_published, {"do_convert_rgb": False}, "do_convert_rgb is False: it must be true"),
+        (image_from_published, {"do_center_crop": True}, "do_center_crop is True: it must be false or absent"),
+        (image_from_published, {"size": {"height": 64}}, r"size is {'height': 64}: it must be {'min_pixels': 262144"),
+        (vision_from_published, {"num_attention_heads": 2}, "num_attention_heads is 2: it must be 1"),
+        (vision_from_published, {"hidden_size": 512}, "hidden_size is 512: it must be 1024, the base channels"),
+        (
+            decoder_from_published,
+            {"partial_rotary_factor": 0.5},
+            "partial_rotary_factor is 0.5: it must be 1 or absent",
+        ),
+        (decoder_from_published, {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
+        (decoder_from_published, {"rope_parameters": {"full_attention": {}}}, r"rope_parameters.full_attention is {}"),
+        (decoder_from_published, {"rope_scaling": {"type": "default", "factor": 8}}, r"rope_scaling.factor is 8"),
+        (decoder_from_published, {"sliding_window": 4096}, "sliding_window is 4096: it must be false or absent"),
+        (decoder_from_published, {"attention_bias": True}, "attention_bias is True"),
+        (decoder_from_published, {"mlp_bias": True}, "mlp_bias is True"),
+        (
+            decoder_from_published,
+            {"head_dim": 64},
+            "head_dim is 64: it must be hidden_size / num_attention_heads = 128",
+        ),
+        (decoder_from_published, {"layer_types": ["sliding_attention"]}, "layer_types is"),
+        (decoder_from_published, {"quantization_config": {"bits": 4}}, "quantization_config is"),
+        (decoder_from_published, {"vq_config": {"codebook_size": 10**9}}, "codebook_size is 1000000000: it must be"),
+        (
+            decoder_from_published,
+            {"vq_config": {"codebook_size": 2}, "vocabulary_map": {"<|visual token 000000|>": 700}},
+            "^vocabulary_map: it names 1 visual tokens, but the codebook has 2 codes",
+        ),
+        (
+            decoder_from_published,
+            {"vocabulary_map": {"<|visual token 000000|>": 700, "<|image end|>": 5}},
+            r"^vocabulary_map: it has <\|image end\|> at id 5, its other tokens want 699",
+        ),
+        (decoder_from_published, {"vocabulary_map": [5]}, r"vocabulary_map is \[5\]: it must be an object"),
     ],
 )
 def test_published_features_that_no_emu3_uses(read, data, message):
     with pytest.raises(Emu3Error, match=message):
         read(data)
+
+
+def test_fields_that_say_what_holds_anyway():
+    same = {
+        "head_dim": 128,
+        "sliding_window": None,
+        "partial_rotary_factor": 1.0,
+        "layer_types": ["full_attention"] * 32,
+    }
+    assert decoder_from_published({**UPSTREAM_DECODER, **same, "hidden_act": "swish"}) == DecoderConfig()
+    nested = {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 1}
+    assert decoder_from_published({"rope_parameters": nested}).rope_theta == 5000.0
+    assert decoder_from_published({"rope_theta": 7.0, "rope_scaling": nested}).rope_theta == 5000.0
+    size = {"min_pixels": 262144, "max_pixels": 1048576}
+    assert image_from_published({**IMAGE, "size": size, "do_pad": True, "do_convert_rgb": None}, 8) == ImageConfig()
+    assert image_from_published({**IMAGE, "do_normalize": False}) == ImageConfig(mean=(0.0,) * 3, std=(1.0,) * 3)
+
+
+PADDED = {"vocab_size": 184704}
+
+
+@pytest.mark.parametrize(
+    "data, vocabulary, start",
+    [
+        ({**UPSTREAM_DECODER, **PADDED}, None, 151854),  # the ids that the config names tell
+        ({"vocab_size": 184704, "bos_token_id": 151849, "eos_token_id": 151850}, None, 151854),
+        (PADDED, SpecialTokens(), 151854),
+        ({**PADDED, "pad_token_id": 184622}, SpecialTokens(), 151854),
+        ({"eos_token_id": 151645}, None, 151854),  # the published size tells
+        ({**PADDED, "vocabulary_map": {"<|image end|>": 151853}}, None, 151854),
+        ({**PADDED, "vocabulary_map": {"<|image end|>": 1210}}, None, 1211),
+        ({**PADDED, "vocabulary_map": {f"<|visual token {i:06d}|>": 1211 + i for i in range(16)}}, None, 1211),
+        ({**PADDED, "vocabulary_map": {"<image>": 3}}, SpecialTokens(), 151854),
+    ],
+)
+def test_ids_of_padded_vocabularies(data, vocabulary, start):
+    config = decoder_from_published(data, None, vocabulary)
+    assert (config.tokens.visual_start, config.vocab_size) == (start, data.get("vocab_size", 184622))
+    assert config.tokens.boi == start - 2
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        PADDED,
+        {**PADDED, "bos_token_id": 151849, "eos_token_id": 151643},
+        {**PADDED, "boi_token_id": 5, "eol_token_id": 9},
+    ],
+)
+def test_ids_that_nothing_tells_are_refused(data):
+    with pytest.raises(Emu3Error, match=r"nothing says which ids .* have: copy the model's vocabulary \(emu3.tiktoken"):
+        decoder_from_published(data)
 
 
 @pytest.mark.parametrize(

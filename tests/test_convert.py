@@ -1,6 +1,7 @@
 """Conversion and export: bit for bit there and back in every layout, live transformers on the far side, bad input."""
 
 import builtins
+import dataclasses
 import errno
 import json
 import pathlib
@@ -15,14 +16,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import golden_json, reference_weights
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer, Emu3ForCausalLM, Emu3ForConditionalGeneration, Emu3VQVAE
 
+import emu3_jax
 from emu3_jax.checkpoints import bundle as bundle_module
 from emu3_jax.checkpoints.bundle import Bundle
 from emu3_jax.checkpoints.convert import convert
 from emu3_jax.checkpoints.export import export
 from emu3_jax.checkpoints.tensors import Tensor
+from emu3_jax.config import ImageConfig
 from emu3_jax.errors import Emu3Error
 
 pytestmark = pytest.mark.oracle
@@ -90,6 +94,59 @@ def test_transformers_4_there_and_back(tmp_path):
 
     expected = {renamed(name): array for name, array in cases.tensors_of(source).items()}
     cases.assert_same_bits(cases.tensors_of(tmp_path / "back"), expected)
+
+
+@pytest.mark.parametrize("vocabulary", ["emu3.tiktoken", "tokenizer.json", "vocabulary_map"])
+def test_padded_and_extended_vocabularies(source, bundle, tmp_path, vocabulary):
+    """As `resize_token_embeddings` leaves them: rows past the visual tokens, two for new words, the others for none."""
+    words = {"gluon": cases.TOKENS.visual_end, "[PAD]": cases.TOKENS.visual_end + 1}
+    export(bundle, tmp_path / "padded", "transformers")
+    padded = tmp_path / "padded"
+    weights = load_file(padded / "model.safetensors")
+    cases.pad_vocabulary(weights, rows=13)
+    save_file(weights, padded / "model.safetensors")
+    config = json.loads((padded / "config.json").read_text())
+    config["text_config"] |= {"vocab_size": config["text_config"]["vocab_size"] + 13, "pad_token_id": words["[PAD]"]}
+    if vocabulary != "vocabulary_map":
+        del config["vocabulary_map"]
+    (padded / "config.json").write_text(json.dumps(config))
+    if vocabulary == "emu3.tiktoken":
+        cases.write_vocabulary(padded / "emu3.tiktoken")
+        (padded / "added_tokens.json").write_text(json.dumps(words))
+    else:
+        tokenizer = json.loads((padded / "tokenizer.json").read_text())
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
+        tokenizer["added_tokens"] += [{"content": word, "id": i, **flags} for word, i in words.items()]
+        (padded / "tokenizer.json").write_text(json.dumps(tokenizer))
+    made = convert([padded], tmp_path / "bundle")
+    assert made.decoder_config.tokens == dataclasses.replace(cases.TOKENS, pad=words["[PAD]"])
+    assert made.decoder_config.vocab_size == cases.TOKENS.visual_end + 13
+    assert made.tokenizer().added == words
+    assert made.tokenizer().encode("a gluon") == [*bundle.tokenizer().encode("a "), words["gluon"]]
+    for layout in ("transformers", "upstream"):
+        export(made, tmp_path / layout, layout)
+        directories = [tmp_path / layout / name for name in ("language_model", "vision_tokenizer")]
+        again = convert(directories if layout == "upstream" else [tmp_path / layout], tmp_path / f"{layout}-bundle")
+        assert again.decoder_config.tokens == made.decoder_config.tokens
+        assert again.decoder_config.vocab_size == made.decoder_config.vocab_size
+        assert again.tokenizer().added == words
+        export(again, tmp_path / f"{layout}-back", "transformers")
+        cases.assert_same_bits(cases.tensors_of(tmp_path / f"{layout}-back"), weights)
+
+
+def test_a_padded_model_draws_and_answers_the_same(source, bundle, tmp_path, copy):
+    weights = load_file(copy / "model.safetensors")
+    cases.pad_vocabulary(weights, rows=13)
+    save_file(weights, copy / "model.safetensors")
+    config = json.loads((copy / "config.json").read_text())
+    config["text_config"]["vocab_size"] += 13
+    (copy / "config.json").write_text(json.dumps(config))
+    models = [emu3_jax.load(path) for path in (bundle.path, convert([copy], tmp_path / "padded").path)]
+    first, second = (model.generate_sequences("a", area=32 * 32, top_k=8, seed=1)[0] for model in models)
+    np.testing.assert_array_equal(first.ids, second.ids)
+    # A new row is the others' mean, which is never the likeliest: the answers are the same, too.
+    answers = [model.chat([[]], "b", max_new_tokens=8) for model in models]
+    assert answers[0] == answers[1]
 
 
 def test_between_the_families(bundle, source, tmp_path):
@@ -183,8 +240,11 @@ def test_the_template_follows_the_name_or_the_argument(copy, tmp_path, name, cho
 def test_a_hub_id_is_downloaded(source, tmp_path, monkeypatch):
     asked = []
 
-    def snapshot_download(repo, allow_patterns):
+    def snapshot_download(repo, allow_patterns, ignore_patterns):
         asked.append((repo, "*.safetensors" in allow_patterns, "*.py" in allow_patterns))
+        names = ["config.json", "../x.json", "sub/x.json", "/x.json", "..\\x.json"]
+        kept = filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        assert list(kept) == ["config.json"], "a name with separators could lead out of the cache"
         return str(source)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
@@ -279,6 +339,30 @@ def test_all_misfits_of_all_sources_are_reported_together(golden_checkpoint, tmp
         tmp_path / "out",
     )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["lm", "vq"]
+
+
+def test_picture_preprocessing_that_lacks_fields(source, copy, tmp_path, caplog):
+    """What the file says holds, and what it lacks is told; of two files transformers' choice holds."""
+    flat, nested = copy / "preprocessor_config.json", copy / "processor_config.json"
+    flat.write_text(json.dumps({"min_pixels": 64, "max_pixels": 4096}))
+    made = convert([copy], tmp_path / "flat").image_config
+    assert made == ImageConfig(min_pixels=64, max_pixels=4096)
+    assert "preprocessor_config.json has no image_mean, image_std: the published values are" in caplog.messages[-1]
+    nested.write_text(json.dumps({"processor_class": "Emu3Processor"}))  # nothing about pictures
+    assert convert([copy], tmp_path / "both").image_config == made
+    whole = {"min_pixels": 16, "max_pixels": 256, "image_mean": 0.25, "image_std": [1, 2, 4]}
+    nested.write_text(json.dumps({"image_processor": whole}))
+    caplog.clear()
+    expected = ImageConfig(16, 256, (0.25,) * 3, (1, 2, 4))
+    assert convert([copy], tmp_path / "nested").image_config == expected
+    assert caplog.messages == []
+    flat.unlink()
+    nested.write_text(json.dumps({"image_processor": {**whole, "spatial_factor": 8}}))
+    refused(r"spatial_factor is 8: it must be 2, as of the vision tokenizer", [copy], tmp_path / "out")
+    nested.write_text(json.dumps({"image_processor": 5}))
+    refused(
+        r"processor_config\.json: config field image_processor is 5: it must be an object", [copy], tmp_path / "out"
+    )
 
 
 def test_damaged_sources(copy, tmp_path):

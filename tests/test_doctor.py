@@ -1,5 +1,6 @@
 """The doctor finds each silent fault that it promises to find, and none in a sound model."""
 
+import functools
 import importlib.metadata
 import json
 import shutil
@@ -188,15 +189,36 @@ def test_vocabularies(copy):
     assert "emu3_vision_tokens.txt lists 1 tokens, but this model has 67" in found[0]
 
 
-def test_ids_that_leave_the_vocabularys_end(copy, tmp_path):
+def test_codes_without_an_id(copy, tmp_path):
     bundle = convert([copy], tmp_path / "bundle").path
+    (bundle / "SHA256SUMS").unlink()
     file = bundle / "decoder" / "config.json"
     config = json.loads(file.read_text())
     config["tokens"]["visual_count"] -= 1
     file.write_text(json.dumps(config))
-    found = complaints(bundle)
-    assert found[0].startswith("warn: the visual tokens end at id 530, the vocabulary at 531")
-    assert found[1].startswith("error: the tokenizer has 530 tokens, the decoder's embedding 531 rows")
+    found = [c for c in complaints(bundle) if "SHA256SUMS" not in c]
+    assert found == ["error: the decoder has 63 visual ids, the vision tokenizer 64 codes"]
+
+
+def test_padded_and_extended_vocabularies(copy, tmp_path):
+    """Neither is a fault; without a vocabulary and `vocabulary_map` nothing tells the ids."""
+    edit_weights(copy, functools.partial(cases.pad_vocabulary, rows=9))
+    config = json.loads((copy / "config.json").read_text())
+    config["text_config"]["vocab_size"] += 9
+    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "added_tokens.json").write_text(json.dumps({"gluon": cases.TOKENS.visual_end + 2}))
+    for path in (copy, convert([copy], tmp_path / "bundle").path):
+        assert complaints(path) == []
+        sentences = [finding.what for finding in doctor(path, progress=False)]
+        assert "the embedding has 9 rows past the visual tokens, whose ids end at 530" in sentences
+        assert "the vocabulary has 534 tokens, 1 of them added after training" in sentences
+    del config["vocabulary_map"], config["text_config"]["bos_token_id"]
+    (copy / "config.json").write_text(json.dumps(config))
+    assert complaints(copy) == []
+    (copy / "emu3.tiktoken").unlink()
+    (complaint,) = complaints(copy)
+    assert "vocab_size is 540, not the published 184622, and nothing says which ids" in complaint
+    assert complaint.endswith("copy the model's vocabulary (emu3.tiktoken or tokenizer.json) beside config.json")
 
 
 def test_bundles_without_a_part_and_with_the_wrong_template(source, tmp_path):

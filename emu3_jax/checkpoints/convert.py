@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,12 @@ from emu3_jax.checkpoints.tensors import Tensor
 from emu3_jax.config import DecoderConfig, VisionConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.files import new_directory
+from emu3_jax.foreign import local_path
+from emu3_jax.printable import one_line, shown
 from emu3_jax.text.tokenizer import Tokenizer
 
+_LOG = logging.getLogger("emu3_jax")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in FLOAT_DTYPES}
 
 
@@ -70,10 +76,10 @@ def convert(
     if not sources:
         raise Emu3Error("no SRC given: name at least one checkpoint directory or hub id")
     if dtype is not None and dtype not in _DTYPES:
-        raise Emu3Error(f"dtype is {dtype!r}: it must be {', '.join(FLOAT_DTYPES)}")
+        raise Emu3Error(f"dtype is {shown(dtype)}: it must be {', '.join(FLOAT_DTYPES)}")
     if template is not None and template not in TEMPLATES:
-        raise Emu3Error(f"template is {template!r}: it must be {' or '.join(TEMPLATES)}")
-    output = Path(output)
+        raise Emu3Error(f"template is {shown(template)}: it must be {' or '.join(TEMPLATES)}")
+    output = local_path(output)
     if output.exists():
         raise Emu3Error(f"{output} exists already: choose another name or delete it first")
     names = [str(source) for source in sources]
@@ -97,11 +103,10 @@ def convert(
 
 def _local(source: str) -> Path:
     """The directory of a source; a hub id's files are downloaded to the hub's cache first."""
-    path = Path(source)
+    path = local_path(source)
     if path.is_dir():
         return path
-    parts = source.split("/")
-    if path.exists() or len(parts) != 2 or not all(parts) or source.startswith((".", "~")):
+    if path.exists() or not _HUB_ID.fullmatch(source):
         raise Emu3Error(f"{source}: no such directory; give a checkpoint directory or a hub id like BAAI/Emu3-Gen")
     try:
         import huggingface_hub
@@ -109,13 +114,14 @@ def _local(source: str) -> Path:
         raise Emu3Error(
             f"{source}: no such directory; to download it from the hub, pip install 'emu3-jax[convert]'"
         ) from error
-    fetch = functools.partial(huggingface_hub.snapshot_download, source)
+    # The patterns' stars match separators, too: without `ignore_patterns` names could lead out of the hub's cache.
+    fetch = functools.partial(huggingface_hub.snapshot_download, source, ignore_patterns=["*/*", "*\\*"])
     try:
         directory = Path(fetch(allow_patterns=["*.json", "*.safetensors", "*.tiktoken", "*.txt"]))
         if not any(directory.glob("*.safetensors")):
             directory = Path(fetch(allow_patterns=["*.json", "*.bin", "*.tiktoken", "*.txt"]))
-    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
-        reason = str(error).strip().split("\n", 1)[0][:200]
+    except Exception as error:  # of the hub's library, of what it connects with, or of the disk
+        reason = one_line(str(error).strip().split("\n", 1)[0] or type(error).__name__)[:120]
         raise Emu3Error(
             f"{source}: no such directory, and not fetched from the hub ({reason}); check the name and the connection"
         ) from error
@@ -181,6 +187,9 @@ def _plan_vision(plan: _Plan, source: Published, config: VisionConfig) -> None:
         for weight in vision_counters(config)
         for tensor in source.tensors_of([weight], "vision")
     }
+    gaps, sentence = source.image_gaps()
+    if gaps:
+        _LOG.warning(sentence)
     plan.vision_extras = {"image": source.image_config().to_dict(), "num_batches_tracked": counters}
 
 

@@ -24,6 +24,8 @@ from emu3_jax.checkpoints.layouts import FLOAT_DTYPES
 from emu3_jax.checkpoints.published import Published
 from emu3_jax.config import DecoderConfig, SpecialTokens
 from emu3_jax.errors import Emu3Error
+from emu3_jax.foreign import local_path
+from emu3_jax.printable import one_line
 from emu3_jax.text.tokenizer import Tokenizer
 
 OK, WARN, ERROR = "ok", "warn", "error"
@@ -41,6 +43,10 @@ class Finding:
     what: str
     remedy: str = ""
 
+    def __post_init__(self) -> None:
+        # Sentences hold names and values of foreign files.
+        object.__setattr__(self, "what", one_line(self.what))
+
 
 def doctor(path: str | Path, progress: bool = True) -> list[Finding]:
     """Examines a bundle or a published directory, every weight of it, and a bundle's checksums; writes nothing.
@@ -48,7 +54,7 @@ def doctor(path: str | Path, progress: bool = True) -> list[Finding]:
     Raises:
       Emu3Error: `path` is no directory. Everything else that is wrong is a finding.
     """
-    path = Path(path)
+    path = local_path(path)
     if not path.is_dir():
         raise Emu3Error(f"{path} is not a directory: give a bundle or a checkpoint directory")
     is_bundle = any((path / part / "config.json").is_file() for part in PARTS)
@@ -62,6 +68,7 @@ class _Patient:
 
     findings: list[Finding]
     decoder: DecoderConfig | None = None
+    codes: int | None = None  # of the vision tokenizer, where one is there
     tokenizer: Callable[[], Tokenizer | None] | None = None
     arrays: Iterable[tuple[str, np.ndarray]] | None = None
     dtypes: dict[str, set[str]] = dataclasses.field(default_factory=dict)
@@ -93,6 +100,7 @@ def _bundle(path: Path, progress: bool) -> _Patient:
             what = f"the bundle has no {part} part"
             patient.findings.append(Finding(WARN, what, "fine when another bundle has it; else convert it in as well"))
     patient.decoder = bundle.decoder_config if bundle.has("decoder") else None
+    patient.codes = bundle.vision_config.codebook_size if bundle.has("vision") else None
     if bundle.has("tokenizer"):
         patient.tokenizer = bundle.tokenizer
         patient.findings.append(_template(bundle.template, path.name))
@@ -118,11 +126,19 @@ def _published(path: Path) -> _Patient:
     parts = source.layout.parts
     findings.append(Finding(OK, f"a published checkpoint of the {source.layout.title} layout: {' and '.join(parts)}"))
     vision = _attempt(findings, source.vision_config) if "vision" in parts else None
-    if "vision" in parts:
-        _attempt(findings, source.image_config)
-        if not any((path / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
-            what = f"{path} has no preprocessor_config.json: the published picture sizes and means are assumed"
-            findings.append(Finding(WARN, what, "copy preprocessor_config.json from where the weights came from"))
+    if vision is not None:
+        patient.codes = vision.codebook_size
+        image = _attempt(findings, source.image_config)
+        gaps, sentence = source.image_gaps() if image else ([], "")
+        if {"image_mean", "image_std"} & {*gaps}:
+            remedy = "add them, or copy preprocessor_config.json from where the weights came from"
+            findings.append(Finding(WARN, sentence, remedy))
+        elif gaps:
+            findings.append(Finding(OK, sentence))
+    names = ("preprocessor_config.json", "processor_config.json")
+    if "vision" in parts and not any((path / name).is_file() for name in names):
+        what = f"{path} has no preprocessor_config.json: the published picture sizes and means are assumed"
+        findings.append(Finding(WARN, what, "copy preprocessor_config.json from where the weights came from"))
     if "decoder" in parts:
         codes = vision.codebook_size if vision else None
         patient.decoder = _attempt(findings, lambda: source.decoder_config(codes))
@@ -161,7 +177,7 @@ def _config_gaps(source: Published) -> Iterator[Finding]:
 def _examine(patient: _Patient, progress: bool) -> Iterator[Finding]:
     yield from patient.findings
     if patient.decoder is not None:
-        yield from _special_tokens(patient.decoder)
+        yield from _special_tokens(patient.decoder, patient.codes)
     if patient.tokenizer is not None:
         yield from _vocabulary(patient.tokenizer, patient.decoder)
     yield from _dtypes(patient.dtypes)
@@ -177,11 +193,14 @@ def _template(template: str, name: str) -> Finding:
     return Finding(OK, f"the prompt template is {template!r}")
 
 
-def _special_tokens(config: DecoderConfig) -> Iterator[Finding]:
-    end = config.tokens.visual_end
+def _special_tokens(config: DecoderConfig, codes: int | None) -> Iterator[Finding]:
+    ids, end = config.tokens.visual_count, config.tokens.visual_end
+    if codes not in (None, ids):
+        what = f"the decoder has {ids} visual ids, the vision tokenizer {codes} codes"
+        yield Finding(ERROR, what, "use the parts of one and the same model")
     if end != config.vocab_size:
-        what = f"the visual tokens end at id {end}, the vocabulary at {config.vocab_size}; in Emu3 both end together"
-        yield Finding(WARN, what, "check vocab_size and the codebook size in config.json")
+        rows = config.vocab_size - end
+        yield Finding(OK, f"the embedding has {rows} rows past the visual tokens, whose ids end at {end - 1}")
     if config.vocab_size == DecoderConfig.vocab_size and config.tokens != SpecialTokens():
         names = [field.name for field in dataclasses.fields(SpecialTokens)]
         wrong = [name for name in names if getattr(config.tokens, name) != getattr(SpecialTokens, name)]
@@ -198,11 +217,12 @@ def _vocabulary(read: Callable[[], Tokenizer | None], config: DecoderConfig | No
     if tokenizer is None:
         remedy = "copy emu3.tiktoken (or tokenizer.json) beside config.json and convert again"
         yield Finding(WARN, "there is no vocabulary file: a bundle made of this can neither generate nor chat", remedy)
-    elif config is not None and tokenizer.vocab_size != config.vocab_size:
+    elif config is not None and tokenizer.vocab_size > config.vocab_size:
         what = f"the tokenizer has {tokenizer.vocab_size} tokens, the decoder's embedding {config.vocab_size} rows"
         yield Finding(ERROR, what, "use the vocabulary and the weights of one and the same model")
     else:
-        yield Finding(OK, f"the vocabulary has {tokenizer.vocab_size} tokens")
+        words = f", {len(tokenizer.added)} of them added after training" if tokenizer.added else ""
+        yield Finding(OK, f"the vocabulary has {tokenizer.vocab_size} tokens{words}")
 
 
 def _checksums(path: Path, progress: bool) -> Iterator[Finding]:

@@ -18,6 +18,7 @@ from emu3_jax.checkpoints.tensors import write_safetensors
 from emu3_jax.checkpoints.transformers_tokenizer import special_ids, write_tokenizer
 from emu3_jax.errors import Emu3Error
 from emu3_jax.files import new_directory
+from emu3_jax.printable import shown
 from emu3_jax.text.tokenizer import VISION_TOKENS_FILE
 
 LAYOUTS = ("upstream", "transformers")
@@ -49,7 +50,7 @@ def export(
       Emu3Error: bad arguments, or a damaged bundle. Nothing is left behind.
     """
     if layout not in LAYOUTS:
-        raise Emu3Error(f"layout is {layout!r}: it must be {' or '.join(LAYOUTS)}")
+        raise Emu3Error(f"layout is {shown(layout)}: it must be {' or '.join(LAYOUTS)}")
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     parts = [part for part in ("decoder", "vision") if bundle.has(part)]
     if not parts:
@@ -80,7 +81,7 @@ def _write_upstream(bundle: Bundle, part: str, directory: Path, write_weights: A
             (directory / VISION_TOKENS_FILE).write_text(tokenizer.vision_tokens_text())
     else:
         _write_json(directory / "config.json", vision_to_published(bundle.vision_config, "upstream"))
-        _write_json(directory / "preprocessor_config.json", image_to_published(bundle.image_config, "upstream"))
+        _write_json(directory / "preprocessor_config.json", _image(bundle, "upstream"))
         write_weights([(part, layouts.UPSTREAM_VISION)], directory)
 
 
@@ -113,7 +114,7 @@ def _write_transformers(bundle: Bundle, parts: list[str], directory: Path, write
         ids = {key: text[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         _write_json(directory / "generation_config.json", ids)
     if vision:
-        image = image_to_published(bundle.image_config, "transformers")
+        image = _image(bundle, "transformers")
         _write_json(directory / "preprocessor_config.json", {**image, "processor_class": "Emu3Processor"})
     if tokenizer:
         write_tokenizer(directory, bundle.path / "tokenizer" / VOCABULARY, tokenizer, bundle.template)
@@ -175,6 +176,10 @@ def _counters(bundle: Bundle, part: str) -> list[layouts.Weight]:
 
 def _nbytes(entry: _Entry) -> int:
     return int(np.prod(entry[1], dtype=np.int64)) * entry[2].itemsize
+
+
+def _image(bundle: Bundle, layout: str) -> dict[str, Any]:
+    return image_to_published(bundle.image_config, layout, bundle.vision_config.spatial_factor)
 
 
 def _dtype(bundle: Bundle) -> dict[str, str]:

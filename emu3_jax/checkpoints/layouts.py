@@ -14,6 +14,7 @@ import numpy as np
 from emu3_jax.checkpoints.tensors import Tensor
 from emu3_jax.config import DecoderConfig, VisionConfig
 from emu3_jax.models.stacking import layer_name
+from emu3_jax.printable import one_line
 
 Shape = tuple[int, ...]
 Arrays = tuple[np.ndarray, ...]
@@ -337,6 +338,6 @@ def misfits(expected: Iterable[Weight], counters: Iterable[Weight], tensors: Seq
     return [_report(kind, culprits) for kind, culprits in faults.items() if culprits]
 
 
-def _report(kind: str, culprits: Sequence[str], shown: int = 3) -> str:
-    rest = f" and {len(culprits) - shown} more" if len(culprits) > shown else ""
-    return f"{len(culprits)} {kind}: {', '.join(culprits[:shown])}{rest}"
+def _report(kind: str, culprits: Sequence[str], named: int = 3) -> str:
+    rest = f" and {len(culprits) - named} more" if len(culprits) > named else ""
+    return f"{len(culprits)} {kind}: {', '.join(map(one_line, culprits[:named]))}{rest}"

@@ -10,6 +10,7 @@ from emu3_jax.checkpoints.layouts import Layout, Weight
 from emu3_jax.checkpoints.published_config import (
     decoder_from_published,
     image_from_published,
+    image_gaps,
     object_field,
     vision_from_published,
 )
@@ -18,8 +19,10 @@ from emu3_jax.checkpoints.torch_pickle import read_torch_file
 from emu3_jax.config import DecoderConfig, ImageConfig, SpecialTokens, VisionConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.fields import read_from
-from emu3_jax.foreign import read_object
+from emu3_jax.foreign import file_name, read_object
+from emu3_jax.printable import shown
 from emu3_jax.text.tokenizer import Tokenizer
+from emu3_jax.text.vocabulary import tokens_of_vocabulary
 
 UPSTREAM_VOCABULARY = "emu3.tiktoken"
 
@@ -46,7 +49,7 @@ class Published:
         if layout is None:
             example = tensors[0].name if tensors else "no tensors"
             raise Emu3Error(
-                f"{path}: not an Emu3 checkpoint (its weights are named like {example!r}): give a directory of "
+                f"{path}: not an Emu3 checkpoint (its weights are named like {shown(example)}): give a directory of "
                 "BAAI/Emu3-*, or one that transformers saved from an Emu3 model"
             )
         return cls(path, config, layout, tensors)
@@ -57,8 +60,17 @@ class Published:
 
     def decoder_config(self, codebook_size: int | None = None) -> DecoderConfig:
         """`codebook_size` is the vision tokenizer's, where upstream's decoder directory does not say it."""
+        told = None
+        if self._vocabulary is not None:
+            told = tokens_of_vocabulary(self._vocabulary, codebook_size)
         with read_from(self.path / "config.json"):
-            return decoder_from_published(self.config, codebook_size)
+            return decoder_from_published(self.config, codebook_size, told)
+
+    @property
+    def _vocabulary(self) -> Path | None:
+        """`emu3.tiktoken`, `tokenizer.json` or `vocab.json`, the first that is there; None without."""
+        files = (self.path / name for name in (UPSTREAM_VOCABULARY, "tokenizer.json", "vocab.json"))
+        return next((file for file in files if file.is_file()), None)
 
     def _section(self, name: str) -> dict[str, Any]:
         if "vision" in self.layout.parts and "decoder" not in self.layout.parts:
@@ -69,25 +81,37 @@ class Published:
         return section
 
     def image_config(self) -> ImageConfig:
-        """From `preprocessor_config.json`, or the newer `processor_config.json`; the published values without both."""
-        for name in ("preprocessor_config.json", "processor_config.json"):
-            file = self.path / name
-            data: Mapping[str, Any] = read_object(file) if file.is_file() else {}
-            with read_from(file):
-                data = object_field(data, "image_processor") or data
-                if "image_mean" in data:
-                    return image_from_published(data)
-        return ImageConfig()
+        """From the directory's picture preprocessing; the published values where it has none."""
+        factor = self.vision_config().spatial_factor
+        file, data = self._image_file()
+        with read_from(file):
+            return image_from_published(data, factor)
+
+    def image_gaps(self) -> tuple[list[str], str]:
+        """The fields that the picture preprocessing lacks, and a sentence about them; empty where there is no file."""
+        file, data = self._image_file()
+        gaps = image_gaps(data) if file.is_file() else []
+        return gaps, f"{file} has no {', '.join(gaps)}: the published values are assumed" if gaps else ""
+
+    def _image_file(self) -> tuple[Path, Mapping[str, Any]]:
+        """The file of the picture preprocessing and what it says; as in transformers, what is nested goes first."""
+        nested, flat = (self.path / name for name in ("processor_config.json", "preprocessor_config.json"))
+        whole = read_object(nested) if nested.is_file() else {}
+        with read_from(nested):
+            inner = object_field(whole, "image_processor")
+        if inner or not flat.is_file():
+            return nested if nested.is_file() else flat, inner or whole
+        data = read_object(flat)
+        with read_from(flat):
+            return flat, object_field(data, "image_processor") or data
 
     def tokenizer(self, special: SpecialTokens) -> Tokenizer | None:
         """From `emu3.tiktoken`, `tokenizer.json` or `vocab.json`, the first that is there; None without."""
-        upstream = self.path / UPSTREAM_VOCABULARY
-        if upstream.is_file():
-            return Tokenizer.from_files(upstream, special)
-        for name in ("tokenizer.json", "vocab.json"):
-            if (self.path / name).is_file():
-                return Tokenizer.from_transformers(self.path / name, special)
-        return None
+        file = self._vocabulary
+        if file is None:
+            return None
+        read = Tokenizer.from_files if file.name == UPSTREAM_VOCABULARY else Tokenizer.from_transformers
+        return read(file, special)
 
     def misfits(self, decoder: DecoderConfig | None, vision: VisionConfig | None) -> list[str]:
         """What keeps the tensors from being exactly the weights of these configs; see `layouts.misfits`."""
@@ -131,7 +155,16 @@ def _shards(index: Path) -> list[Path]:
     if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
         raise Emu3Error(f"{index}: has no weight_map of tensor names to shard files; download or copy it again")
     names = sorted(set(weight_map.values()))
-    absent = [name for name in names if Path(name).name != name or not (index.parent / name).is_file()]
+    absent = [name for name in names if not _is_beside(index, name)]
     if absent:
-        raise Emu3Error(f"{index}: {len(absent)} of its shards are not beside it, first {absent[0]}: download them")
+        raise Emu3Error(
+            f"{index}: {len(absent)} of its shards are not beside it, first {shown(absent[0])}: download them"
+        )
     return [index.parent / name for name in names]
+
+
+def _is_beside(index: Path, name: str) -> bool:
+    try:
+        return (index.parent / file_name(name, str(index))).is_file()
+    except Emu3Error:
+        return False

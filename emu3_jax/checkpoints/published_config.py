@@ -9,9 +9,11 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from emu3_jax.config import DecoderConfig, ImageConfig, SpecialTokens, VisionConfig
+from emu3_jax.config import MAX_CODES, DecoderConfig, ImageConfig, SpecialTokens, VisionConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.fields import FieldError, is_number, is_whole
+from emu3_jax.printable import shown
+from emu3_jax.text.vocabulary import tokens_of_surfaces
 
 # Our fields, and what the layouts call each: upstream, transformers.
 _VISION_NAMES = {
@@ -55,6 +57,9 @@ _TOKEN_NAMES = {
     "eof": ("eof_token_id",),
 }
 _Names = Mapping[str, tuple[str, ...]]
+# Ids that are nobody's but Emu3's own, unlike those of padding and of a text's ends.
+_MEDIA_TOKENS = ("img", "boi", "eoi", "eol", "eof")
+_SWITCHES = ("do_convert_rgb", "do_resize", "do_rescale", "do_normalize", "do_pad")  # padding is for batches alone
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -65,61 +70,176 @@ def vision_from_published(data: Mapping[str, Any]) -> VisionConfig:
     _check_object(data)
     double = "double_latent" if "double_latent" in data and "double_z" not in data else "double_z"
     _check(data.get(double, False) is False, double, data.get(double), "false (no published tokenizer uses it)")
+    heads = data.get("num_attention_heads", 1)
+    _check(is_whole(heads, 1) and heads == 1, "num_attention_heads", heads, "1 (no published tokenizer has more)")
     with _named_as_published(_VISION_NAMES, data):
-        return VisionConfig(**_pick(_VISION_NAMES, data))
+        config = VisionConfig(**_pick(_VISION_NAMES, data))
+    width = config.base_channels * config.channel_multipliers[-1]
+    found = data.get("hidden_size", width)
+    _check(found == width, "hidden_size", found, f"{width}, the base channels times the last multiplier")
+    return config
 
 
-def image_from_published(data: Mapping[str, Any]) -> ImageConfig:
-    """From a published `preprocessor_config.json` of any layout."""
+def image_from_published(data: Mapping[str, Any], spatial_factor: int | None = None) -> ImageConfig:
+    """From a published `preprocessor_config.json` of any layout.
+
+    Args:
+        data: what the file holds.
+        spatial_factor: pixels per code of the vision tokenizer; where it is given, the file may name no other.
+    """
     _check_object(data)
+    for field, value in data.items():
+        if field.startswith("do_") and field not in _SWITCHES:
+            _check(not value, field, value, "false or absent (no published Emu3 uses it)")
+    for field in ("do_resize", "do_rescale"):
+        _check(data.get(field, True) is True, field, data.get(field), "true (Emu3 knows pictures in no other form)")
+    convert = data.get("do_convert_rgb", True)
+    _check(convert is True or convert is None, "do_convert_rgb", convert, "true (pictures are always made RGB)")
+    normalise = data.get("do_normalize", True)
+    _check(isinstance(normalise, bool), "do_normalize", normalise, "true or false")
     resample = data.get("resample", 3)
     _check(resample == 3, "resample", resample, "3 (bicubic)")
     factor = data.get("rescale_factor", 1 / 255)
     _check(is_number(factor) and math.isclose(factor, 1 / 255, rel_tol=1e-6), "rescale_factor", factor, "1/255")
+    pixels = data.get("spatial_factor", spatial_factor)
+    if spatial_factor is not None:
+        _check(pixels == spatial_factor, "spatial_factor", pixels, f"{spatial_factor}, as of the vision tokenizer")
     picked = _pick(_IMAGE_NAMES, data)
     for field in ("mean", "std"):  # one number may stand for all three channels
         if isinstance(picked.get(field), int | float):
             picked[field] = (picked[field],) * 3
+        elif picked.get(field, 0) is None:
+            del picked[field]
     with _named_as_published(_IMAGE_NAMES, data):
-        return ImageConfig(**picked)
+        config = ImageConfig(**picked)
+    size = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
+    edges = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}  # as transformers writes them, too
+    found = object_field(data, "size")
+    _check(not found or found in (size, edges), "size", found, f"{size} or absent")
+    if not normalise:
+        return ImageConfig(config.min_pixels, config.max_pixels, mean=(0.0,) * 3, std=(1.0,) * 3)
+    return config
 
 
-def decoder_from_published(data: Mapping[str, Any], codebook_size: int | None = None) -> DecoderConfig:
+def image_gaps(data: Mapping[str, Any]) -> list[str]:
+    """The fields that a `preprocessor_config.json` lacks and that keep Emu3's published values."""
+    needless = ("image_mean", "image_std") if data.get("do_normalize", True) is False else ()
+    names = (name for name, *_ in _IMAGE_NAMES.values())
+    return [name for name in names if data.get(name) is None and name not in needless]
+
+
+def decoder_from_published(
+    data: Mapping[str, Any], codebook_size: int | None = None, vocabulary: SpecialTokens | None = None
+) -> DecoderConfig:
     """From upstream's `config.json`, or the config or `text_config` of a transformers 4 or 5 checkpoint.
 
-    The visual ids are the last `codebook_size` of the vocabulary, in every published checkpoint. Transformers configs
-    do not say the control ids; they are upstream's, in the same order before the visual range.
+    Which ids control and visual tokens have, the config's `vocabulary_map` says, else the vocabulary, else the ids that
+    the config names. `vocab_size` says it only where it is the published one: embeddings are padded, and extended.
+
+    Args:
+        data: what the file holds.
+        codebook_size: the vision tokenizer's; None where its config is not at hand.
+        vocabulary: the ids that the vocabulary's file tells; None without a file.
+
+    Raises:
+        Emu3Error: a field is not legal, means what Emu3 has not, or nothing tells the ids.
     """
     _check_object(data)
     text = {**data, **object_field(data, "text_config")}
-    _check(text.get("hidden_act", "silu") == "silu", "hidden_act", text.get("hidden_act"), '"silu"')
-    for field in ("tie_word_embeddings", "mlp_bias", "attention_bias"):
-        _check(not text.get(field, False), field, text.get(field), "false (no published Emu3 uses it)")
-    rope, scaling = object_field(text, "rope_parameters"), object_field(text, "rope_scaling")
-    kind = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
-    _check(kind == "default", "rope_scaling", kind, "absent (no published Emu3 scales RoPE)")
+    _check(text.get("hidden_act", "silu") in ("silu", "swish"), "hidden_act", text.get("hidden_act"), '"silu"')
+    for field in ("tie_word_embeddings", "mlp_bias", "attention_bias", "sliding_window", "quantization_config"):
+        _check(not text.get(field), field, text.get(field), "false or absent (no published Emu3 uses it)")
+    layers = text.get("layer_types") or []
+    plain = isinstance(layers, list) and all(kind == "full_attention" for kind in layers)
+    _check(plain, "layer_types", layers, '"full_attention" for each layer, or absent')
     picked = _pick(_DECODER_NAMES, text)
     if picked.get("num_kv_heads", 0) is None:
         picked["num_kv_heads"] = picked.get("num_heads", DecoderConfig.num_heads)
-    if rope.get("rope_theta") is not None:
-        picked["rope_theta"] = rope["rope_theta"]
+    theta = _rope_theta(text)
+    if theta is not None:
+        picked["rope_theta"] = theta
     if codebook_size is None:
-        codebook_size = object_field(data, "vq_config").get("codebook_size", SpecialTokens.visual_count)
-    tokens = _tokens(text, codebook_size)
+        codebook_size = object_field(data, "vq_config").get("codebook_size")
+    legal = f"a whole number from 1 to {MAX_CODES:,}"
+    ok = codebook_size is None or (is_whole(codebook_size, 1) and codebook_size <= MAX_CODES)
+    _check(ok, "codebook_size", codebook_size, legal)
+    try:
+        mapped = tokens_of_surfaces(object_field(data, "vocabulary_map"), codebook_size)
+    except FieldError:
+        raise
+    except Emu3Error as error:
+        raise Emu3Error(f"vocabulary_map: {error}") from error
+    tokens = _tokens(text, codebook_size, mapped or vocabulary)
     with _named_as_published(_DECODER_NAMES, text):
-        return DecoderConfig(**picked, tokens=tokens)
+        config = DecoderConfig(**picked, tokens=tokens)
+    width = text.get("head_dim")
+    legal = f"hidden_size / num_attention_heads = {config.head_dim}, or absent"
+    _check(width is None or width == config.head_dim, "head_dim", width, legal)
+    return config
 
 
-def _tokens(text: Mapping[str, Any], codebook_size: Any) -> SpecialTokens:
+def _rope_theta(text: Mapping[str, Any]) -> Any:
+    """The base of rotary embeddings that nested objects name, as transformers reads them; None where they do not.
+
+    Raises:
+        FieldError: they ask for what no Emu3 has, such as scaling or a part of each head.
+    """
+    theta = None
+    for name in ("rope_parameters", "rope_scaling"):  # where both name a base, the second one holds
+        rope = object_field(text, name)
+        kind = rope.get("rope_type") or rope.get("type") or "default"
+        _check(kind == "default", "rope_scaling", kind, "absent (no published Emu3 scales RoPE)")
+        for field, value in rope.items():
+            if field == "partial_rotary_factor":
+                _check_partial(value)
+            elif field not in ("rope_type", "type", "rope_theta"):
+                _check(value is None, f"{name}.{field}", value, "absent (no published Emu3 uses it)")
+        theta = theta if rope.get("rope_theta") is None else rope["rope_theta"]
+    _check_partial(text.get("partial_rotary_factor"))
+    return theta
+
+
+def _check_partial(value: Any) -> None:
+    ok = value is None or (is_number(value) and value == 1)
+    _check(ok, "partial_rotary_factor", value, "1 or absent (Emu3 rotates whole heads)")
+
+
+def _tokens(text: Mapping[str, Any], codebook_size: int | None, told: SpecialTokens | None) -> SpecialTokens:
     vocab = text.get("vocab_size", DecoderConfig.vocab_size)
     _check(is_whole(vocab, 1), "vocab_size", vocab, "a whole number > 0")
-    _check(is_whole(codebook_size, 1), "codebook_size", codebook_size, "a whole number > 0")
-    _check(vocab > codebook_size, "vocab_size", vocab, f"more than the codebook's {codebook_size} visual ids")
-    start = vocab - codebook_size
-    shift = start - SpecialTokens.visual_start  # 0 in every published checkpoint
-    ids = {field: getattr(SpecialTokens, field) + shift for field in _TOKEN_NAMES} | _pick(_TOKEN_NAMES, text)
+    named = {ours: value for ours, value in _pick(_TOKEN_NAMES, text).items() if value is not None}
+    if told is None:
+        codes = codebook_size or SpecialTokens.visual_count
+        _check(vocab > codes, "vocab_size", vocab, f"more than the codebook's {codes} visual ids")
+        shift = _shift(named, vocab)
+        ids = {field: getattr(SpecialTokens, field) + shift for field in _TOKEN_NAMES}
+        start = SpecialTokens.visual_start + shift
+    else:
+        ids = {field: getattr(told, field) for field in _TOKEN_NAMES}
+        start, codes = told.visual_start, told.visual_count
     with _named_as_published(_TOKEN_NAMES, text):
-        return SpecialTokens(**ids, visual_start=start, visual_count=codebook_size)
+        return SpecialTokens(**ids | named, visual_start=start, visual_count=codes)
+
+
+def _shift(named: Mapping[str, Any], vocab: int) -> int:
+    """How far a vocabulary's ids lie from the published ones, by the ids that a config names.
+
+    Raises:
+        Emu3Error: nothing tells it.
+    """
+    shifts = {field: value - getattr(SpecialTokens, field) for field, value in named.items() if is_whole(value, 0)}
+    media = {shifts[field] for field in _MEDIA_TOKENS if field in shifts}
+    if len(media) == 1:
+        return media.pop()
+    if vocab == DecoderConfig.vocab_size and not media:
+        return 0
+    # Fine-tuning may name another end of texts, and then hardly one at the published distance from their begin.
+    if not media and "bos" in shifts and shifts["bos"] == shifts.get("eos"):
+        return shifts["bos"]
+    raise Emu3Error(
+        f"vocab_size is {shown(vocab)}, not the published {DecoderConfig.vocab_size}, and nothing says which ids the "
+        "visual tokens have: copy the model's vocabulary (emu3.tiktoken or tokenizer.json) beside config.json"
+    )
 
 
 def _pick(names: _Names, data: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,7 +271,7 @@ def _check(ok: bool, field: str, value: Any, legal: str) -> None:
 
 def _check_object(data: Any) -> None:
     if not isinstance(data, Mapping):
-        raise Emu3Error(f"the config is {data!r:.40}: it must be an object of named fields; fetch the file again")
+        raise Emu3Error(f"the config is {shown(data)}: it must be an object of named fields; fetch the file again")
 
 
 def object_field(data: Mapping[str, Any], field: str) -> Mapping[str, Any]:
@@ -199,8 +319,8 @@ def vision_to_published(config: VisionConfig, layout: str) -> dict[str, Any]:
     }
 
 
-def image_to_published(config: ImageConfig, layout: str) -> dict[str, Any]:
-    """A `preprocessor_config.json`. `layout` is "upstream" or "transformers"."""
+def image_to_published(config: ImageConfig, layout: str, spatial_factor: int = 8) -> dict[str, Any]:
+    """A `preprocessor_config.json`. `layout` is "upstream" or "transformers"; the factor is the vision tokenizer's."""
     upstream = layout == "upstream"
     return {
         "image_processor_type": "Emu3VisionVQImageProcessor" if upstream else "Emu3ImageProcessor",
@@ -214,7 +334,7 @@ def image_to_published(config: ImageConfig, layout: str) -> dict[str, Any]:
         "image_std": list(config.std),
         "min_pixels": config.min_pixels,
         "max_pixels": config.max_pixels,
-        "spatial_factor": 8,
+        "spatial_factor": spatial_factor,
     }
 
 

@@ -3,14 +3,14 @@
 Unlike the published transformers checkpoints, which cut text as GPT-2 does, these cut it as upstream does: same ids.
 """
 
-import base64
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
 from emu3_jax.text.tokenizer import PATTERN, Tokenizer
+from emu3_jax.text.vocabulary import read_ranks
 
 IMAGE_PLACEHOLDER = "<image>"  # transformers' processor replaces it by a picture's tokens
 _UNUSED = "<|extra_0|>"  # whose id the placeholder takes, so that the vocabulary keeps its size
@@ -31,24 +31,22 @@ _CONTENT = (
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """Surface form to id of every control and visual token, as transformers names them."""
-    first = tokenizer.special.pad  # the controls follow the ranks, `<|endoftext|>` first
-    ids = {tokenizer.decode([i]): i for i in range(first, tokenizer.vocab_size)}
-    return {IMAGE_PLACEHOLDER if surface == _UNUSED else surface: i for surface, i in ids.items()}
+    """Surface form to id of every control and visual token, as transformers names them, and of added words."""
+    ids = {IMAGE_PLACEHOLDER if surface == _UNUSED else surface: i for surface, i in tokenizer.special_ids.items()}
+    return ids | tokenizer.added
 
 
 def write_tokenizer(directory: Path, vocabulary: Path, tokenizer: Tokenizer, template: str) -> None:
     """Writes `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`."""
-    lines = (line.split() for line in vocabulary.read_bytes().splitlines() if line)
-    ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+    words = {word for word in tokenizer.added if not (word.startswith("<|") and word.endswith("|>"))}
     files: dict[str, Any] = {
-        "tokenizer.json": _tokenizer_json(ranks, special_ids(tokenizer)),
+        "tokenizer.json": _tokenizer_json(read_ranks(vocabulary), special_ids(tokenizer), words),
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "processor_class": "Emu3Processor",
             "bos_token": "<|extra_203|>",
             "eos_token": "<|extra_204|>",
-            "pad_token": "<|endoftext|>",
+            "pad_token": tokenizer.decode([tokenizer.special.pad]),
             "padding_side": "left",
             "clean_up_tokenization_spaces": False,
             "extra_special_tokens": {
@@ -65,7 +63,8 @@ def write_tokenizer(directory: Path, vocabulary: Path, tokenizer: Tokenizer, tem
     (directory / "chat_template.jinja").write_text(_CHAT_TEMPLATES[template].replace("CONTENT", _CONTENT))
 
 
-def _tokenizer_json(ranks: Mapping[bytes, int], special: Mapping[str, int]) -> dict[str, Any]:
+def _tokenizer_json(ranks: Mapping[bytes, int], ids: Mapping[str, int], words: Set[str]) -> dict[str, Any]:
+    """`ids` are those of control and visual tokens and of added words; `words` among them are no control tokens."""
     spell = _character_of_byte()
     spelled = {"".join(spell[byte] for byte in token): rank for token, rank in ranks.items()}
     merges = [
@@ -73,10 +72,12 @@ def _tokenizer_json(ranks: Mapping[bytes, int], special: Mapping[str, int]) -> d
         for token in sorted(ranks, key=ranks.__getitem__)
         if len(token) > 1
     ]
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     return {
         "version": "1.0",
-        "added_tokens": [{"id": i, "content": surface, **flags} for surface, i in special.items()],
+        "added_tokens": [
+            {"id": i, "content": surface, **flags, "special": surface not in words} for surface, i in ids.items()
+        ],
         "normalizer": {"type": "NFC"},
         "pre_tokenizer": {
             "type": "Sequence",
