@@ -14,7 +14,7 @@ from PIL import Image
 from emu3_jax.config import ImageConfig, VisionConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.generation.tiles import Step, check_tile, tiled_decoder, tiled_encoder
-from emu3_jax.media.clips import Clip, preprocess_clip
+from emu3_jax.media.clips import Clip
 from emu3_jax.media.frames import FrameReader, check_resampling
 from emu3_jax.media.images import normalise, postprocess, preprocess
 from emu3_jax.media.inputs import Media, open_media
@@ -47,9 +47,9 @@ def encode(
     check_tile(tile, factor)
     media = open_media(item, fps=fps, frames=frames)
 
-    def prepare(part: np.ndarray) -> np.ndarray:
+    def prepare(frame: np.ndarray) -> np.ndarray:
         with _errors_name(item):
-            return preprocess_clip(Clip(part), vision.image, factor)
+            return preprocess(Image.fromarray(frame), vision.image, factor)
 
     if isinstance(media, FrameReader):
         return _encode_frames(vision, media, prepare, independent, tile)
@@ -66,7 +66,7 @@ def encode_end(vision: Vision, frames: np.ndarray, count: int) -> np.ndarray:
     wanted = count * vision.config.temporal_factor
     frames = frames[-wanted:]
     frames = np.concatenate([np.repeat(frames[:1], wanted - len(frames), axis=0), frames])
-    return _encode_frames(vision, frames, lambda part: normalise(part, vision.image))
+    return _encode_frames(vision, frames, lambda frame: normalise(frame, vision.image))
 
 
 def decode(
@@ -105,19 +105,19 @@ def _encode_frames(
     independent: bool = False,
     tile: int | None = None,
 ) -> np.ndarray:
-    """`prepare` makes pixels for the tokenizer of a part of the frames. No more frames than a part's are held."""
+    """`prepare` makes pixels for the tokenizer of a frame. No more frames than a part's are held, and those resized."""
     factor = vision.config.temporal_factor
     step, codes = None, []
-    for part, last in _parts(frames, factor if independent else max(PART_FRAMES, factor)):
+    for part, last in _parts(map(prepare, frames), factor if independent else max(PART_FRAMES, factor)):
         if step is None:
             step = _step(vision, "encode", in_parts=not (last or independent), tile=tile)
         part = np.concatenate([part, np.repeat(part[-1:], -len(part) % factor, axis=0)])
-        codes.append(np.asarray(step(prepare(part)[None]))[0])
+        codes.append(np.asarray(step(part[None]))[0])
     return np.concatenate(codes)
 
 
 def _parts(frames: Iterable[np.ndarray], size: int) -> Iterator[tuple[np.ndarray, bool]]:
-    """Frames [n, H, W, 3], `size` of them or, in the last part, fewer; and whether it is the last."""
+    """Pixels [n, H, W, 3], `size` of them or, in the last part, fewer; and whether it is the last."""
     frames = iter(frames)
     first = next(frames, None)
     while first is not None:

@@ -23,7 +23,7 @@ _FORMATS = (
 _PLUGIN_FORMATS = ("HEIF", "JXL")  # which callers may have registered with Pillow
 # Pillow takes four bytes for a pixel of three channels, and conversions hold two pictures at once.
 _MOST_PIXELS = 120_000_000  # phones make 108,000,000
-_MOST_PIXELS_COSTLY = 64_000_000  # of formats whose decoders hold more copies
+_MOST_PIXELS_COSTLY = 50_000_000  # of formats whose decoders hold more copies
 _CHEAP_FORMATS = ("PNG", "JPEG", "MPO", "BMP", "TIFF", "PPM")
 _TRANSPOSED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
