@@ -330,10 +330,16 @@ def _make_forward(width: int, concepts: int) -> Callable[[Any, np.ndarray], jax.
     return jax.jit(lambda params, pixels: network.apply({"params": params}, pixels.astype(jnp.float32) / 255))
 
 
-def _load(file: Path, width: int, concepts: int, shape: tuple[int, ...]) -> Any:
+@functools.cache
+def _shapes(width: int, concepts: int, shape: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the network's weights, by their paths."""
     zeros = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     expected = jax.eval_shape(Network(width, concepts).init, jax.random.key(0), zeros)["params"]
-    expected = traverse_util.flatten_dict(expected, sep="/")
+    return traverse_util.flatten_dict(expected, sep="/")
+
+
+def _load(file: Path, width: int, concepts: int, shape: tuple[int, ...]) -> Any:
+    expected = _shapes(width, concepts, shape)
     arrays = {}
     other = Emu3Error(f"the judge {file} has other weights than its recipe: {_AGAIN}")
     with reading(file, _AGAIN):
