@@ -470,9 +470,7 @@ def judge(command: str, answer: dict, before: set[str], after: set[str], words: 
     if "Traceback" in err:
         faults.append("traceback: " + err.strip().splitlines()[-1][:150])
     if code == 2 and command != "doctor":
-        lines = [
-            line for line in err.splitlines() if ": warning: " not in line and not line.startswith("emu3-jax: removed")
-        ]
+        lines = [line for line in err.splitlines() if not line.startswith("emu3-jax: warning: ")]
         if len(lines) != 1 or ": error: " not in lines[0]:
             faults.append(f"{len(lines)} lines on standard error")
         elif len(lines[0]) > 330 or not lines[0].isprintable():
