@@ -37,11 +37,12 @@ CASES_PER_WORKER = 150  # a worker is started again after so many: memory that J
 def worker() -> None:
     """Reads cases, one JSON object a line, runs each in this process, and answers likewise."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    answers = os.fdopen(os.dup(1), "w")
+    cases, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # a command that asks for questions gets none
     from emu3_jax.cli.main import main, set_up_messages
 
     set_up_messages()
-    for line in sys.stdin:
+    for line in cases:
         case = json.loads(line)
         os.chdir(case["cwd"])
         pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak of memory starts anew
