@@ -124,6 +124,14 @@ def test_no_more_frames_are_held_than_pass_together(vision, monkeypatch):
     assert 0 < most <= 2  # the others have been resized
 
 
+def test_large_frames_need_tiles(vision):
+    """Codes of a few kilobytes, compressed, can stand for them."""
+    factor = vision.config.spatial_factor
+    codes = np.zeros((2048 // factor, 2048 // factor + 1), np.int32)
+    with pytest.raises(Emu3Error, match=rf"a frame of {2048 + factor}x2048 pixels .*4,194,304: decode it in tiles"):
+        decode(vision, codes)
+
+
 @pytest.mark.parametrize("name", ["x", "x.gif"])
 def test_long_files_take_the_memory_of_short_ones(vision, tmp_path, name):
     short, long = (write(tmp_path / f"{count}{name}", moving(count, 32, 32)) for count in (32, 96))

@@ -18,6 +18,7 @@ from emu3_jax.media.clips import Clip
 from emu3_jax.media.frames import FrameReader, check_resampling
 from emu3_jax.media.images import normalise, postprocess, preprocess
 from emu3_jax.media.inputs import Media, open_media
+from emu3_jax.media.sizes import MAX_AREA
 from emu3_jax.models.vision import Stream, check_codes, make_decoder, make_encoder
 
 PART_FRAMES = 16  # of a clip that pass the tokenizer together
@@ -82,6 +83,7 @@ def decode(
     check_resampling(None, frames)
     check_tile(tile, config.spatial_factor)
     check_codes(codes, config)
+    _check_size(codes, config, tile)
     codes = codes.astype(np.int32)
     if codes.ndim == 2:
         return decode_picture(vision, codes, tile=tile)
@@ -96,6 +98,13 @@ def decode_picture(vision: Vision, codes: np.ndarray, *, tile: int | None = None
     check_codes(codes, vision.config)
     pixels = _step(vision, "decode", tile=tile)(codes[None])
     return Image.fromarray(postprocess(np.asarray(pixels)[0], vision.image))
+
+
+def _check_size(codes: np.ndarray, config: VisionConfig, tile: int | None) -> None:
+    """Codes of a few kilobytes can stand for a frame that needs more memory than there is."""
+    height, width = (side * config.spatial_factor for side in codes.shape[-2:])
+    if tile is None and height * width > MAX_AREA:
+        raise Emu3Error(f"a frame of {width}x{height} pixels has more than {MAX_AREA:,}: decode it in tiles (tile=512)")
 
 
 def _encode_frames(

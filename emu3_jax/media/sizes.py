@@ -7,7 +7,8 @@ from emu3_jax.errors import Emu3Error
 from emu3_jax.printable import shown
 
 MAX_ELONGATION = 5  # the longer side over the shorter one
-MAX_PIXELS = 1 << 24  # of a picture that is generated or made of codes: 4096x4096; published models make 1 << 20
+MAX_AREA = 1 << 22  # pixels of a picture that is generated, or passes the vision tokenizer whole; published: 1 << 20
+MAX_PIXELS = 1 << 24  # of a picture that passes it in tiles
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -53,9 +54,9 @@ def generate_size(ratio: str, area: int, factor: int = 8) -> tuple[int, int]:
         )
     if max(height, width) > MAX_ELONGATION * min(height, width):
         raise Emu3Error(f"ratio {ratio} is too elongated: at most {MAX_ELONGATION}:1 or 1:{MAX_ELONGATION} is legal")
-    if not isinstance(area, int) or not 0 < area <= MAX_PIXELS:
+    if not isinstance(area, int) or not 0 < area <= MAX_AREA:
         raise Emu3Error(
-            f"area is {shown(area)}: it must be a whole number of pixels > 0 and <= {MAX_PIXELS}, for example 518400"
+            f"area is {shown(area)}: it must be a whole number of pixels > 0 and <= {MAX_AREA}, for example 518400"
         )
     scale = (area / (height * width)) ** 0.5
     rows, columns = round(height * scale / factor), round(width * scale / factor)
