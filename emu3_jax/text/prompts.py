@@ -7,6 +7,7 @@ import numpy as np
 
 from emu3_jax.config import CLIP_LAYOUTS, SpecialTokens
 from emu3_jax.errors import Emu3Error
+from emu3_jax.printable import shown
 from emu3_jax.text.tokenizer import Tokenizer
 
 
@@ -27,9 +28,11 @@ class PromptTemplates:
     def __post_init__(self) -> None:
         for template in (self.understanding, self.next_turn):
             if not isinstance(template, str) or template.count("{image}") != 1 or template.count("{text}") != 1:
-                raise Emu3Error(f"prompt template {template!r} must hold {{image}} and {{text}} once each: correct it")
+                raise Emu3Error(
+                    f"prompt template {shown(template)} must hold {{image}} and {{text}} once each: correct it"
+                )
         if self.clip_layout not in CLIP_LAYOUTS:
-            raise Emu3Error(f"clip_layout is {self.clip_layout!r}: it must be one of {', '.join(CLIP_LAYOUTS)}")
+            raise Emu3Error(f"clip_layout is {shown(self.clip_layout)}: it must be one of {', '.join(CLIP_LAYOUTS)}")
 
 
 CHAT = PromptTemplates(  # Emu3-Chat
