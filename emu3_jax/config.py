@@ -80,6 +80,8 @@ class ImageConfig:
         check_field(self, "min_pixels", self.min_pixels <= self.max_pixels, f"<= max_pixels ({self.max_pixels})")
         tuple_field(self, "mean", is_number, "three finite numbers", length=3)
         tuple_field(self, "std", lambda v: is_number(v) and v > 0, "three finite numbers > 0", length=3)
+        for field in ("mean", "std"):  # JSON has ints of any size
+            object.__setattr__(self, field, tuple(map(float, getattr(self, field))))
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

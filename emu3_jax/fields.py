@@ -69,10 +69,14 @@ def check_counts(config: Any, **most: int) -> None:
 
 
 def check_positive_number(config: Any, *fields: str) -> None:
-    """Raises a `FieldError` unless each of the fields is a finite number > 0."""
+    """Stores each of the fields as a float; raises a `FieldError` unless it is a finite number > 0.
+
+    JSON has ints of any size, and devices take none of more than 64 bits.
+    """
     for field in fields:
         value = getattr(config, field)
         check_field(config, field, is_number(value) and value > 0, "a finite number > 0")
+        object.__setattr__(config, field, float(value))
 
 
 def tuple_field(

@@ -387,3 +387,8 @@ def test_files_that_hold_no_object(cls, data):
     for read in (published[cls], cls.from_dict):
         with pytest.raises(Emu3Error, match="must be an object"):
             read(data)
+
+
+def test_numbers_of_any_size_are_floats():
+    assert repr(DecoderConfig(rms_norm_eps=2**63, rope_theta=10**30).rms_norm_eps) == "9.223372036854776e+18"
+    assert repr(ImageConfig(mean=(0, 10**30, 1)).mean) == "(0.0, 1e+30, 1.0)"
