@@ -45,9 +45,11 @@ def run(options: argparse.Namespace) -> None:
     import json
 
     from emu3_jax.errors import Emu3Error
+    from emu3_jax.printable import printable
 
     def show(answer: str, line: str, **about) -> None:
-        print(json.dumps({**about, "answer": answer}, ensure_ascii=False) if options.json else line, flush=True)
+        shown = json.dumps({**about, "answer": answer}, ensure_ascii=False) if options.json else line
+        print(printable(shown, keep="\n"), flush=True)  # a model may write what moves a terminal's cursor
 
     model = common.load_model(options)
     settings = {

@@ -17,6 +17,7 @@ from emu3_jax.cli import interruption
 from emu3_jax.cli.environment import explained, quiet_libtpu, start_jax
 from emu3_jax.cli.interruption import CODE as INTERRUPTED
 from emu3_jax.cli.interruption import Interruption, watched
+from emu3_jax.cli.output import OutputError, guarded, open_closed_streams
 from emu3_jax.errors import Emu3Error
 from emu3_jax.printable import one_line
 
@@ -65,11 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0, 2 after bad input, 130 after Ctrl-C, 141 where nobody reads the output any more, 1 after a fault of its own.
     """
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, ValueError):  # replaced by one that cannot, or closed
-            stream.reconfigure(errors="backslashreplace")  # a terminal or a locale that is not UTF-8
     try:
-        with watched() as state:
+        with guarded(), watched() as state:
             return _run(arguments, state)
     except KeyboardInterrupt:  # between two instructions of this function
         return _failed(INTERRUPTED)
@@ -77,11 +75,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str] | None, state: Interruption) -> int:
     try:
-        options = parser().parse_args(arguments)
+        try:
+            options = parser().parse_args(arguments)
+        except SystemExit:
+            sys.stdout.flush()  # of --help
+            raise
         start_jax()
         code = options.run(options) or 0
         sys.stdout.flush()  # a full disk shows itself here
         return code
+    except OutputError as output:
+        if output.error.errno == errno.EPIPE:
+            return _failed(CLOSED)
+        return _fail(f"error: cannot write to standard output: {output.error.strerror}", 2)
     except Emu3Error as error:
         if state.came:  # what a reader made of it
             return _interrupted()
@@ -99,20 +105,7 @@ def _system_error(error: OSError, state: Interruption) -> int:
     if error.filename is not None:
         reason = Emu3Error(f"cannot use {os.fsdecode(error.filename)}: {error.strerror}")
         return _fail(f"error: {reason}", 2)
-    try:
-        sys.stdout.flush()
-    except OSError as output:  # what is left there fails again: standard output is closed, or its disk full
-        _discard_output()
-        if output.errno == errno.EPIPE:
-            return _failed(CLOSED)
-        return _fail(f"error: cannot write to standard output: {output.strerror}", 2)
     return _fault(error, state)
-
-
-def _discard_output() -> None:
-    """Python flushes what is left once more at its end: that must not fail again."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fault(error: Exception, state: Interruption) -> int:
@@ -122,8 +115,7 @@ def _fault(error: Exception, state: Interruption) -> int:
     reason = explained(error)
     if reason is not None:
         return _fail(f"error: {reason}", 2)
-    with contextlib.suppress(OSError):
-        traceback.print_exception(error)
+    traceback.print_exception(error)
     return _failed(1)
 
 
@@ -133,8 +125,7 @@ def _interrupted() -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    with contextlib.suppress(OSError):  # nobody reads standard error either
-        print(f"emu3-jax: {message}", file=sys.stderr)
+    print(f"emu3-jax: {message}", file=sys.stderr)
     return _failed(code)
 
 
@@ -154,6 +145,7 @@ def set_up_messages() -> None:
     logger = logging.getLogger("emu3_jax")
     logger.addHandler(handler)
     logger.propagate = False
+    logging.raiseExceptions = False  # where standard error cannot be written
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     with contextlib.suppress(ImportError):  # only Orbax needs it
@@ -164,6 +156,7 @@ def set_up_messages() -> None:
 
 def program() -> None:
     """The installed command: the process ends with `main`'s code."""
+    open_closed_streams()
     set_up_messages()
     quiet_libtpu()
     code = main()
