@@ -42,14 +42,13 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    import json
-
+    from emu3_jax.cli.output import json_line
     from emu3_jax.errors import Emu3Error
     from emu3_jax.printable import printable
 
     def show(answer: str, line: str, **about) -> None:
-        shown = json.dumps({**about, "answer": answer}, ensure_ascii=False) if options.json else line
-        print(printable(shown, keep="\n"), flush=True)  # a model may write what moves a terminal's cursor
+        # A model may write what moves a terminal's cursor.
+        print(json_line({**about, "answer": answer}) if options.json else printable(line, keep="\n"), flush=True)
 
     model = common.load_model(options)
     settings = {

@@ -1,6 +1,7 @@
 """Standard output and standard error, whatever they are: closed, full, or in an encoding that lacks characters."""
 
 import contextlib
+import json
 import os
 import sys
 import typing
@@ -67,6 +68,16 @@ def guarded() -> Iterator[None]:
         with contextlib.suppress(OutputError):
             sys.stdout.flush()
         sys.stdout, sys.stderr = streams
+
+
+def json_line(value: typing.Any) -> str:
+    """`value` as a line of JSON for standard output; characters stay as they are where a terminal can show them."""
+    line = json.dumps(value, ensure_ascii=False)
+    try:
+        line.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeError:  # what Python would write in their place is no JSON
+        return json.dumps(value)
+    return line if line.isprintable() else json.dumps(value)
 
 
 def open_closed_streams() -> None:
