@@ -32,9 +32,10 @@ def enable_persistent_cache() -> None:
             return
         jax.config.update("jax_compilation_cache_dir", str(base / "emu3_jax" / "compiled"))
     place = jax.config.jax_compilation_cache_dir
-    if "://" in place:  # a bucket, which JAX knows how to write
+    if not place or "://" in place:  # a bucket, which JAX knows how to write
         return
     try:
+        place.encode()  # JAX takes no other bytes
         os.makedirs(place, exist_ok=True)
         if not os.access(place, os.W_OK | os.X_OK):
             raise PermissionError(None, "permission denied")
