@@ -32,6 +32,7 @@ from emu3_jax.data.sequences import TokenSequence, padded_row
 from emu3_jax.data.shards import PreparedData
 from emu3_jax.data.tables import Table, TableBatches
 from emu3_jax.errors import Emu3Error
+from emu3_jax.foreign import reading
 from emu3_jax.text.prompts import PromptTemplates
 from emu3_jax.text.tokenizer import Tokenizer
 
@@ -44,6 +45,7 @@ Batch = dict[str, np.ndarray]
 
 _READING = grain.ReadOptions(num_threads=4, prefetch_buffer_size=64)
 _BATCHES_AHEAD = 2
+_MAX_TOKENS = 2**25  # of a batch of one process: 440 MB, and some batches are made ahead
 
 
 class Batches:
@@ -77,12 +79,13 @@ class Batches:
         Raises:
             Emu3Error: the state is of other data, or of a pipeline with other settings.
         """
-        if state.get("pipeline") != self._pipeline:
+        if not isinstance(state, Mapping) or state.get("pipeline") != self._pipeline:
             raise Emu3Error(
                 "the saved position is of other data: its sources, batch size, sequence length, packing, seed or "
                 "number of processes differ; resume with the same data settings, or start a new run"
             )
-        self._iterator[0].set_state(state["position"])
+        with reading("the saved position", "delete the checkpoint to go on from the one before"):
+            self._iterator[0].set_state(state["position"])
 
     @property
     def skipped(self) -> int:
@@ -132,7 +135,7 @@ def training_batches(
         Emu3Error: a source is missing, damaged or of another codebook; while iterating, a damaged shard, or a record
             that is too long or not of the task's kind.
     """
-    _check_place(batch_size, process_index, process_count)
+    _check_place(batch_size, config.sequence_length, process_index, process_count)
     process = (process_index, process_count)
     keep = config.in_memory and not config.whole_rows
     builders = [
@@ -232,7 +235,7 @@ def evaluation_batches(
     fill the last batches, and where a record is too long and `too_long` is "skip". The other arguments and the errors
     are those of `training_batches`.
     """
-    _check_place(batch_size, process_index, process_count)
+    _check_place(batch_size, sequence_length, process_index, process_count)
     data = open_source(source, tokenizer, codebook_sha256)
     builder = _Builder(source, tokenizer, templates, data)
     empty = TokenSequence(np.zeros(0, np.int32), np.zeros(0, bool))
@@ -434,9 +437,14 @@ def _too_long(state: Any) -> int:
     return state.get("too_long", 0) + sum(map(_too_long, state.values()))
 
 
-def _check_place(batch_size: int, process_index: int, process_count: int) -> None:
+def _check_place(batch_size: int, length: int, process_index: int, process_count: int) -> None:
     if batch_size < 1:
         raise Emu3Error(f"batch_size is {batch_size}: each process needs at least one row")
+    if batch_size * length > _MAX_TOKENS:
+        raise Emu3Error(
+            f"batch_size is {batch_size} rows of {length} tokens for each process, of which a step has at most "
+            f"{_MAX_TOKENS} tokens: lower batch_size or sequence_length"
+        )
     if not 0 <= process_index < process_count:
         raise Emu3Error(f"process_index is {process_index} of {process_count}: it must be 0 to process_count - 1")
 

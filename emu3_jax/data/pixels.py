@@ -16,11 +16,13 @@ from PIL import Image
 from emu3_jax.data.epochs import Epochs
 from emu3_jax.data.manifest import Manifest
 from emu3_jax.errors import Emu3Error
+from emu3_jax.foreign import local_path, reading
 from emu3_jax.media.clips import load_clip
 from emu3_jax.media.images import load_image
 
 Batch = dict[str, np.ndarray]
 
+_MAX_BYTES = 2 << 30  # of a batch
 _AHEAD = 3  # batches that are made before they are asked for
 
 
@@ -44,7 +46,7 @@ class PixelData:
         self.stills: list[Path] = []
         self.clips: list[Path] = []
         for name in manifests:
-            manifest = Manifest(Path(name))
+            manifest = Manifest(local_path(name))
             for index in range(len(manifest)):
                 entry = manifest[index]
                 if entry.image is not None:
@@ -117,7 +119,19 @@ class PixelData:
         return batch
 
     def batches(self, first: int, stills: int, clips: int, part: slice = slice(None)) -> Generator[Batch, None, None]:
-        """Batches from `first` on, made by threads before they are asked for; to be closed."""
+        """Batches from `first` on, made by threads before they are asked for; to be closed.
+
+        Raises:
+            Emu3Error: this process' part of a batch takes more than 2 GiB of memory.
+        """
+        counts = [len(range(count)[part]) for count in (stills, clips)]
+        size = (counts[0] + counts[1] * self.frames) * self.size**2 * 3
+        if size > _MAX_BYTES:
+            raise Emu3Error(
+                f"{counts[0]} pictures and {counts[1]} clips of {self.frames} frames, {self.size}x{self.size} pixels, "
+                f"are {size / 2**30:.1f} GiB a step and process, at most {_MAX_BYTES >> 30} are made: lower stills, "
+                "clips, frames or size of pixels"
+            )
         with contextlib.ExitStack() as stack:
             # One thread a batch: within it the pictures follow each other, several batches are under way.
             pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(min(self._workers, _AHEAD)))
@@ -151,10 +165,14 @@ class PixelData:
         return pixels[..., top : top + self.size, left : left + self.size, :]
 
     def _read_still(self, file: Path) -> np.ndarray:
-        return _scaled(load_image(file), self.size, file)
+        with reading(file):
+            image = load_image(file)
+        return _scaled(image, self.size, file)
 
     def _read_clip(self, file: Path) -> np.ndarray:
-        return np.stack([_scaled(Image.fromarray(frame), self.size, file) for frame in load_clip(file).frames])
+        with reading(file):
+            clip = load_clip(file)
+        return np.stack([_scaled(Image.fromarray(frame), self.size, file) for frame in clip.frames])
 
 
 def _scaled(image: Image.Image, size: int, file: Path) -> np.ndarray:
