@@ -142,7 +142,6 @@ def test_links_are_followed_and_circles_end(bundle, tmp_path):
     with pytest.raises(Emu3Error, match="it is a pipe or device; give a file"):
         verify_checksums(bundle)
     file.unlink()
-    for name in "abcdefgh":
-        (bundle / "decoder" / name).symlink_to(bundle)
-    with pytest.raises(Emu3Error, match="files, and at most 100,000 are read"):
+    (bundle / "decoder" / "circle").symlink_to(bundle)
+    with pytest.raises(Emu3Error, match="circle is a link to a directory that it lies in"):
         verify_checksums(bundle)

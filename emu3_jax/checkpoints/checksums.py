@@ -21,7 +21,7 @@ from emu3_jax.foreign import inner_path, limit, plain_file, read_bytes, reading
 CHECKSUMS = "SHA256SUMS"
 COPY_AGAIN = "copy the bundle again, or convert the model again"
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
-_MAX_FILES = 100_000  # of a bundle; links may lead in circles
+_MAX_FILES = 100_000  # of a bundle
 _MAX_BYTES = 16 << 20  # of the list
 _EDITED = "config.json"  # what people are told to correct
 EDITED_REMEDY = f"if you changed it yourself, put its new sum (sha256sum) into {CHECKSUMS}; otherwise copy it again"
@@ -134,6 +134,9 @@ def _files(directory: Path) -> Iterator[str]:
     for place, folders, names in os.walk(directory, followlinks=True):
         count += len(folders) + len(names)
         limit(directory, "files", count, _MAX_FILES)
+        for link in (Path(place) / name for name in folders):
+            if link.is_symlink() and Path(place).resolve().is_relative_to(link.resolve()):
+                raise Emu3Error(f"{link} is a link to a directory that it lies in: remove it")
         for name in names:
             yield (Path(place) / name).relative_to(directory).as_posix()
 
