@@ -79,6 +79,16 @@ def test_a_directory_that_is_in_use_is_left_alone(run, capsys):
     assert all(path.exists() for path in left)
 
 
+@pytest.mark.parametrize("name", ["checkpoints", "samples", "tensorboard", "profile"])
+def test_a_file_in_the_way_is_named_before_training(tmp_path, name):
+    (tmp_path / name).write_text("")
+    with (
+        pytest.raises(Emu3Error, match=f"{name} is no directory: move it away"),
+        run_directory.locked(tmp_path),
+    ):
+        pass
+
+
 def test_what_was_never_finished_may_be_cleaned(tmp_path, capsys):
     (tmp_path / ".emu3-tmp-x").mkdir()
     assert main(["doctor", "--clean", str(tmp_path / "bundle")]) == 0

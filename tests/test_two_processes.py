@@ -190,6 +190,15 @@ def test_stopped_and_killed_processes_go_on(config_file, whole, tmp_path):
     assert_near(losses(directory), losses(whole))
 
 
+def test_ctrl_c_in_one_process_stops_both(config_file, tmp_path):
+    pair = Pair("train", config_file, "--set", f"directory={tmp_path / 'run'}")
+    pair.wait_for_step(tmp_path / "run", 1)
+    pair.processes[1].send_signal(signal.SIGINT)
+    (code, out, errors), (other_code, _, other_errors) = pair.end()
+    assert (code, other_code) == (143, 130), errors + other_errors
+    assert "stopping after this step" in other_errors and "stopped after step" in out
+
+
 def test_their_checkpoint_in_one_process(base, whole, tmp_path):
     assert export_run(whole, tmp_path / "model") == STEPS
     assert_same_weights(whole / "model", tmp_path / "model")

@@ -31,6 +31,7 @@ _log = logging.getLogger("emu3_jax")
 
 FORMAT = 1
 _CHUNK_BYTES = 64 << 20  # a device, or an export, that reads a slice of an array reads no more than its chunks
+_FOLDERS = ("checkpoints", "samples", "tensorboard", "profile")
 _UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a checkpoint that is being written
 # What the parts of `run.json` are.
 PARTS: Mapping[str, Any] = {
@@ -58,6 +59,9 @@ def locked(directory: pathlib.Path) -> Iterator[None]:
         return f"{directory} is in use by {holder}: wait for it, stop it, or choose another directory"
 
     with files.locked(directory / "lock", busy):
+        for folder in _FOLDERS:
+            if os.path.lexists(directory / folder) and not (directory / folder).is_dir():
+                raise Emu3Error(f"{directory / folder} is no directory: move it away, or choose another directory")
         for leftover in clean(directory):
             _log.warning("removed %s, which a run that was killed had left", leftover)
         yield
@@ -262,7 +266,8 @@ class Checkpoints:
             reason = "the disk is full" if full else str(error).split("\n", 1)[0][:200]
             raise Emu3Error(
                 f"{self.directory}: no checkpoint could be written at step {step} ({reason}); "
-                f"{'none is there yet' if last is None else f'step {last} is kept'}; free space, then run again"
+                f"{'none is there yet' if last is None else f'step {last} is kept'}; "
+                f"{'free space' if full else 'mend that'}, then run again"
             ) from error
 
     def _require_space(self, nbytes: int) -> None:

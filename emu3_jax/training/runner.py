@@ -8,7 +8,6 @@ import dataclasses
 import math
 import os
 import pathlib
-import shutil
 import signal
 import sys
 import threading
@@ -22,7 +21,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from emu3_jax import distributed
+from emu3_jax import distributed, files
 from emu3_jax.errors import Emu3Error
 from emu3_jax.files import files_into
 from emu3_jax.media.images import save_png
@@ -236,9 +235,9 @@ def _export(job: Job, directory: pathlib.Path, step: int) -> pathlib.Path:
     """The trained model as `DIRECTORY/model`, from the checkpoint on disk."""
     target, new = directory / "model", directory / "model.new"
     if distributed.first():
-        shutil.rmtree(new, ignore_errors=True)
+        files.remove(new)
         job.export(directory, new, step)
-        shutil.rmtree(target, ignore_errors=True)
+        files.remove(target)
         new.rename(target)
     distributed.wait("the model is written")
     return target
