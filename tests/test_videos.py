@@ -268,6 +268,8 @@ def _with_sound(path, codec, sound_codec, options):
         ("x.mov", "libx264", "aac", {"movflags": "faststart"}),
         ("x.mkv", "libx264", "aac", {}),
         ("x.webm", "libvpx-vp9", "libopus", {}),
+        ("live.mkv", "libx264", "aac", {"live": "1"}),
+        ("live.webm", "libvpx-vp9", "libopus", {"live": "1", "cluster_time_limit": "300"}),
         ("x.avi", "mpeg4", "mp3", {}),
     ],
 )

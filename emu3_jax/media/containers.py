@@ -9,7 +9,7 @@ from emu3_jax.errors import Emu3Error
 _BOXES_READ = 1_000_000  # a recording of a day in fragments of two seconds has 90,000
 # Boxes at the top of an MP4 or QuickTime file. Whatever else stands after its end is no part of it.
 _BOXES = {b"mdat", b"moov", b"moof", b"mfra", b"free", b"skip", b"wide", b"udta", b"meta", b"uuid", b"sidx", b"styp"}
-_EBML, _SEGMENT = 0x1A45DFA3, 0x18538067  # Matroska, WebM
+_EBML, _SEGMENT, _CLUSTER = 0x1A45DFA3, 0x18538067, 0x1F43B675  # Matroska, WebM
 _SLACK = 8  # some writers count the header of an AVI file twice
 
 
@@ -27,7 +27,7 @@ def check_whole(path: str | os.PathLike) -> None:
         elif head[:4] == b"RIFF":
             claimed = _riff_end(stream, found)
         elif int.from_bytes(head[:4], "big") == _EBML:
-            claimed = _segment_end(stream)
+            claimed = _segment_end(stream, found)
         else:
             return
     if claimed is not None and claimed > found:
@@ -67,15 +67,25 @@ def _riff_end(stream: BinaryIO, found: int) -> int | None:
     return position - _SLACK
 
 
-def _segment_end(stream: BinaryIO) -> int | None:
-    stream.seek(0)
-    for _ in range(100):  # the header, the segment, and what may fill the space between
+def _segment_end(stream: BinaryIO, found: int) -> int | None:
+    """Where the segment ends; of one that was written live, without a length, where its last element does."""
+    position, live = 0, False
+    for _ in range(_BOXES_READ):
+        stream.seek(position)
         kind, size = _ebml_number(stream, keep_marker=True), _ebml_number(stream)
-        if kind is None or size is None:
+        start = stream.tell()
+        if kind == _SEGMENT and size is not None:
+            return start + size
+        if size is not None:
+            position = start + size
+        elif live and position < found == start:  # it is cut off within this header
+            return found + 1
+        elif kind in (_SEGMENT, _CLUSTER):  # goes on as long as there are elements
+            position, live = start, True
+        else:
             return None
-        if kind == _SEGMENT:
-            return stream.tell() + size
-        stream.seek(size, os.SEEK_CUR)
+        if live and position > found:
+            return position
     return None
 
 
