@@ -26,7 +26,8 @@ _NAME_BYTES = 255  # of a file's name, on every file system in use
 _PATH_BYTES = 4096
 # `gs://bucket`, and what `pathlib` makes of it: `gs:/bucket`. One letter is a drive of Windows.
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
-_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # names of devices on Windows
+# Names of devices on Windows, and of the temporaries of `files`, which the next run would remove.
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?|\.emu3-tmp-.*", re.IGNORECASE)
 
 
 @contextlib.contextmanager
