@@ -38,6 +38,7 @@ COMMANDS = {
 }
 
 CLOSED = 141  # as a shell reports SIGPIPE
+_UNWRITABLE = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class _Parser(argparse.ArgumentParser):
