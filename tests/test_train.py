@@ -404,6 +404,7 @@ def test_config_files_and_overrides(config_file, base, tmp_path):
         "config = 5": "defines no function `config`",
         "def config():\n    import sys\n    sys.exit(0)": r"bad\.py line 3: SystemExit: 0; correct the file",
         "raise SystemExit": r"bad\.py line 1: SystemExit; correct",
+        "class E(Exception):\n    __str__ = None\nraise E": r"bad\.py line 3: E; correct",
         "def config():\n    return config()": r"bad\.py line 2: RecursionError",
         "def config():\n    raise BaseException('x' * 10**6)": r"bad\.py line 2: BaseException: xxx",
         "x = '\0'": r"bad\.py.*null bytes",

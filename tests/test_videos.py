@@ -108,6 +108,29 @@ def test_a_frame_that_comes_late_is_waited_for(tmp_path):
     assert numbers(load_clip(path).frames) == [0, 1, 2, 3, 3, 3, 3, 3, 4, 5, 6, 7]
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv"])
+def test_frames_that_a_camera_dropped(tmp_path, suffix):
+    """At the average rate others would be lost. A few pauses do not change the rate, many do."""
+    missing = {20, 21, 22, 30, 40}
+    kept = [number for number in range(48) if number not in missing]
+    frames, base = greys(), {".mp4": 15360, ".mov": 600, ".mkv": 1000}[suffix]
+    times = [number / 30 for number in kept]
+    file = tmp_path / f"x{suffix}"
+    write(
+        file,
+        [frames[k] for k in kept],
+        "ffv1" if suffix == ".mkv" else "png",
+        pix_fmt="rgb24" if suffix != ".mkv" else "bgr0",
+        times=times,
+        base=base,
+        rate=30,
+    )
+    clip = load_clip(file)
+    last = -1
+    assert numbers(clip.frames) == [last := number if number in kept else last for number in range(48)]
+    assert clip.fps == 30
+
+
 def test_a_damaged_time_stamp_makes_no_endless_clip(tmp_path):
     times = [Fraction(number, 24) for number in (0, 1, 2, 10**6)]
     path = write(tmp_path / "x.mkv", greys(4), "ffv1", pix_fmt="yuv444p", times=times, base=1000, rate=24)

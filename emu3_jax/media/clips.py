@@ -52,8 +52,8 @@ def load_clip(path: Path, *, fps: float | None = None, frames: int | None = None
 
     An animated file plays at the rate of its shortest frame; a frame that is shown k times as long stands k times in
     the clip, since encoders merge equal frames. Transparent parts become white. A folder's frames are read like
-    single pictures, at 24 frames per second. Videos of changing rate get their average one. `frames.open_clip` reads
-    the same frames one after the other.
+    single pictures, at 24 frames per second. Videos of changing rate get their average one, those that lack a few
+    frames the rate of the others. `frames.open_clip` reads the same frames one after the other.
 
     Args:
         path: of the file or folder.

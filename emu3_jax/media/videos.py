@@ -28,6 +28,7 @@ MAX_FRAMES = 1_000_000  # of a clip; more than eleven hours at 24 frames a secon
 MAX_FRAME_PIXELS = 8192 * 4352  # of a video: 8K
 _MAX_RATE = 1000.0  # frames per second; what says more has no constant rate
 _SAME = 0.01  # two rates that differ by less than this share may be meant to be one
+_FILLED = 1.25  # a rate that FFmpeg guessed, to the average one: up to a fifth of the frames may be missing
 _EARLY = 1.1  # of a frame; what comes earlier than that is left out
 _WAVER = 0.0021  # seconds; two time stamps that are each off by a millisecond
 # A frame may be repeated so often, and once more for each before it. More is a damaged time stamp.
@@ -45,7 +46,7 @@ class _Video:
         container: PyAV's.
         stream: the one of moving pictures.
         decode: makes frames of its packets.
-        rate: frames per second on average.
+        rate: frames per second: on average, or of a camera that dropped a few.
         nominal: the rate that time stamps were rounded from; `rate` where they change too much to tell.
         end: when the video ends by what the file says, in seconds; None where it says nothing.
     """
@@ -65,13 +66,14 @@ def is_video(path: Path) -> bool:
 
 
 def video_rate(path: Path) -> float:
-    """The frames per second that a video has on average. Raises as `read_video`."""
+    """The rate at which `read_video` yields a video's frames, per second. Raises as it does."""
     with _opened(path) as video:
         return video.rate
 
 
 def read_video(path: Path, fps: float | None = None, *, whole: bool = True) -> Iterator[np.ndarray]:
-    """Yields uint8 frames [H, W, 3] at a constant rate: `fps`, or the file's own on average.
+    """Yields uint8 frames [H, W, 3] at a constant rate: `fps`, or the file's own: on average, or where few
+    are missing between the others, theirs.
 
     At its own rate every frame stands once, however its time stamps are rounded. Where they leave room for half a frame
     or more, a frame is repeated. With `fps`, a frame is what the video shows at its instant. Frames are as players show
@@ -149,14 +151,19 @@ def _clip_stream(path: Path, container: Any, cover: Any) -> Any:
 
 
 def _rates(path: Path, stream: Any) -> tuple[float, float]:
-    """`_Video.rate` and `_Video.nominal`."""
+    """`_Video.rate` and `_Video.nominal`.
+
+    A camera or a screen recorder that drops some frames keeps to its rate else. At the average rate, which is a little
+    lower, other frames would be lost; at the camera's, the ones before the gaps are repeated, as FFmpeg does.
+    """
     average, guessed = float(stream.average_rate or 0), float(stream.guessed_rate or 0)
     rate = average if average > 0 else guessed
     if not 0 < rate <= _MAX_RATE:
         raise Emu3Error(f"cannot read {path}: its rate is {rate:g} frames per second; convert it to MP4 or WebM")
-    nominal = guessed if abs(guessed / rate - 1) < _SAME else rate
+    same = abs(guessed / rate - 1) < _SAME
+    nominal = guessed if same or rate < guessed <= min(_FILLED * rate, _MAX_RATE) else rate
     # Where the file counts its frames, the average is exact; else FFmpeg took it from rounded time stamps of a few.
-    return (rate if stream.frames else nominal), nominal
+    return (rate if same and stream.frames else nominal), nominal
 
 
 def _decoder(av: Any, path: Path, stream: Any) -> Callable[[Any], list[Any]]:

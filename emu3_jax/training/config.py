@@ -281,7 +281,10 @@ def _running(file: pathlib.Path) -> Iterator[None]:
         if isinstance(error, SyntaxError) and error.filename == str(file):
             lines.append(error.lineno or 1)
         where = f" line {lines[-1]}" if lines else ""
-        reason = f"{error!s:.200}"
+        try:
+            reason = f"{error!s:.200}"
+        except Exception:  # a class of the file's own
+            reason = ""
         said = type(error).__name__ + (f": {reason}" if reason else "")
         raise Emu3Error(f"{file}{where}: {said}; correct the file") from error
 
