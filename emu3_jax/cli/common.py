@@ -3,11 +3,12 @@
 import argparse
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from emu3_jax.errors import Emu3Error
 from emu3_jax.foreign import local_path
 from emu3_jax.generation import defaults
+from emu3_jax.printable import shown
 
 
 def path(text: str) -> pathlib.Path:
@@ -22,6 +23,19 @@ def path_text(text: str) -> str:
     """The type of arguments that are files or directories and stay as they were typed."""
     path(text)
     return text
+
+
+def whole(least: int, most: int) -> Callable[[str], int]:
+    """The type of arguments that are whole numbers from `least` to `most`."""
+
+    def parse(text: str) -> int:
+        number = int(text) if len(text) < 20 else most + 1  # Python takes long for long ones
+        if not least <= number <= most:
+            raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number from {least} to {most}")
+        return number
+
+    parse.__name__ = "whole number"
+    return parse
 
 
 def add_model(command: argparse.ArgumentParser) -> None:

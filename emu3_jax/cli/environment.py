@@ -2,6 +2,7 @@
 
 import glob
 import os
+import re
 import traceback
 from pathlib import Path
 
@@ -49,7 +50,8 @@ def start_jax() -> None:
 def explained(error: BaseException) -> Emu3Error | None:
     """The error of one line for what is no fault of ours: no memory, and no backend. None for anything else."""
     text = str(error).split("\n", 1)[0]
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
+    devices = type(error).__name__ == "JaxRuntimeError" and re.search("RESOURCE_EXHAUSTED|out of memory", text, re.I)
+    if isinstance(error, MemoryError) or devices:
         remedy = "ask for less at once, as fewer rows or a smaller size; --quantize and --mesh take less of a device"
         return Emu3Error(f"out of memory ({text or 'of the host'}): {remedy}")
     frames = traceback.extract_tb(error.__traceback__)

@@ -17,6 +17,7 @@ from emu3_jax.media.clips import Clip, check_fps, resize_frames
 from emu3_jax.media.images import postprocess
 from emu3_jax.media.inputs import Media, as_media
 from emu3_jax.media.sizes import generate_size
+from emu3_jax.media.videos import MAX_FRAMES
 from emu3_jax.models.vision import Stream, check_codes
 from emu3_jax.printable import shown
 from emu3_jax.text.prompts import generation_prompt
@@ -138,11 +139,11 @@ def generate_clips(
     area = config.image_area if area is None else area
     size = generate_size(_common_ratio(given) if ratio is None else ratio, area, vision.config.spatial_factor)
     height, width = (side * vision.config.spatial_factor for side in size)
-    most = _MOST_BYTES // (height * width * 3 * len(prompts))
+    most = min(MAX_FRAMES, _MOST_BYTES // (height * width * 3 * len(prompts)))
     if frames > most:
         raise Emu3Error(
-            f"frames is {shown(frames)}: {len(prompts)} clips of {width}x{height} pixels may have at most {most} new "
-            "frames each; ask for fewer"
+            f"frames is {shown(frames)}: at most {most} are legal for each of {len(prompts)} clips of {width}x{height} "
+            "pixels; ask for fewer"
         )
     settings = sampling.settings(len(prompts))
     negatives = per_row("negative", negative, len(prompts))

@@ -12,7 +12,9 @@ from emu3_jax.generation.codec import Vision, encode
 from emu3_jax.generation.language import Batching, Language, answer
 from emu3_jax.generation.rows import Sampling, per_row
 from emu3_jax.media.clips import Clip, resample
+from emu3_jax.media.frames import check_resampling
 from emu3_jax.media.inputs import Media, as_media
+from emu3_jax.printable import shown
 from emu3_jax.text.prompts import next_turn_prompt, understanding_prompt
 
 CLIPS_AS = ("auto", "clip", "images")
@@ -37,7 +39,8 @@ class Showing:
 
     def __post_init__(self) -> None:
         if self.clips_as not in CLIPS_AS:
-            raise Emu3Error(f"clips_as is {self.clips_as!r}: it must be one of {', '.join(CLIPS_AS)}")
+            raise Emu3Error(f"clips_as is {shown(self.clips_as)}: it must be one of {', '.join(CLIPS_AS)}")
+        check_resampling(self.fps, self.frames)  # also where only pictures are shown
 
     def codes(self, vision: Vision, item: Media, trained: int | None) -> list[np.ndarray]:
         """Codes of a picture, [h, w], or of a clip: [t, h, w], or a list of [h, w].

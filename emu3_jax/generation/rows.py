@@ -9,6 +9,7 @@ import numpy as np
 from emu3_jax.errors import Emu3Error
 from emu3_jax.generation import defaults
 from emu3_jax.generation.sampling import RowSettings
+from emu3_jax.printable import shown
 
 
 def prompt_list(prompts: str | Sequence[str]) -> list[str]:
@@ -28,12 +29,15 @@ def per_row(name: str, value: Any, count: int) -> list[Any]:
     return list(value)
 
 
+_SMALL, _LARGE = 1e-9, 1e9
+
 # Which values are legal, and how the message about another one says so.
 _LEGAL: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "temperature": (lambda v: 0 <= v < np.inf, "a number >= 0"),
-    "top_k": (lambda v: 1 <= v < 2**31 and v == int(v), "a whole number >= 1"),
-    "top_p": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
-    "guidance": (lambda v: 0 <= v < np.inf, "a number >= 0"),
+    # float32 has room for these with logits beside them: smaller ones would divide by 0, larger ones be infinite.
+    "temperature": (lambda v: v == 0 or _SMALL <= v <= _LARGE, "0, or a number from 1e-9 to 1e9"),
+    "top_k": (lambda v: 1 <= v < 2**31 and v == int(v), "a whole number from 1 to 2**31 - 1"),
+    "top_p": (lambda v: _SMALL <= v <= 1, "a number from 1e-9 to 1"),
+    "guidance": (lambda v: 0 <= v <= _LARGE, "a number from 0 to 1e9"),
     "seed": (lambda v: 0 <= v < 2**32 and v == int(v), "a whole number from 0 to 2**32 - 1"),
 }
 
@@ -81,7 +85,7 @@ def _check(name: str, values: list[Any]) -> None:
     legal, words = _LEGAL[name]
     for value in values:
         if not (isinstance(value, int | float | np.number) and legal(value)):
-            raise Emu3Error(f"{name} is {value!r}: it must be {words}")
+            raise Emu3Error(f"{name} is {shown(value)}: it must be {words}")
 
 
 def describe(settings: RowSettings, index: int) -> dict[str, str]:

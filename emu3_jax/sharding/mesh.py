@@ -60,8 +60,9 @@ def _parse(sizes: str | Mapping[str, int]) -> dict[str, int]:
         except ValueError:
             number = 0
         if axis not in AXES or axis in parsed or not (number >= 1 or number == -1):
-            raise Emu3Error(f"mesh {sizes!r}: {axis}={size} is not legal: {_LEGAL}; for example data=2,tensor=4")
+            pair = shown(f"{axis}={size!s:.20}")
+            raise Emu3Error(f"mesh {shown(sizes)}: {pair} is not legal: {_LEGAL}; for example data=2,tensor=4")
         parsed[axis] = number
     if list(parsed.values()).count(-1) > 1:
-        raise Emu3Error(f"mesh {sizes!r} has more than one -1: {_LEGAL}")
+        raise Emu3Error(f"mesh {shown(sizes)} has more than one -1: {_LEGAL}")
     return parsed

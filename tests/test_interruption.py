@@ -1,0 +1,237 @@
+"""Ctrl-C: one line on standard error, exit code 130, nothing left behind, wherever the interpreter stands.
+
+Processes send the signal to themselves, at places that real runs were caught in. They run a command of their own, so
+that nothing needs JAX, which takes most of a command's start.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+LINE = "emu3-jax: interrupted\n"
+
+# The command `doctor` is replaced by `run`; `press` is Ctrl-C.
+HEAD = """
+import os, signal, sys, threading, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a script it is ignored
+def press():
+    os.kill(os.getpid(), signal.SIGINT)
+def start(run):
+    from emu3_jax.cli import doctor, main
+    main.start_jax = lambda: None
+    doctor.run = run
+    sys.argv = ["emu3-jax", "doctor", "x"]
+    import emu3_jax.__main__
+    emu3_jax.__main__.program()
+"""
+
+
+def process(code, **options):
+    """Starts Python with `code` after `HEAD`; standard error is a pipe."""
+    return subprocess.Popen(
+        [sys.executable, "-c", HEAD + textwrap.dedent(code)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def ends(started, limit=30):
+    out, err = started.communicate(timeout=limit)
+    return started.returncode, out, err
+
+
+@pytest.mark.parametrize(
+    "code",
+    {
+        "in the command": """
+            def run(options):
+                from emu3_jax.files import files_into
+                with files_into("out") as directory:
+                    (directory / "file").write_text("x")
+                    press()
+                    time.sleep(60)
+        """,
+        "in a callback of the garbage collector": """
+            import gc
+            def run(options):
+                gc.callbacks.append(lambda phase, info: phase == "start" and not gc.callbacks.clear() and press())
+                gc.collect()
+                time.sleep(60)
+        """,
+        "in a destructor": """
+            class Dying:
+                def __del__(self):
+                    press()
+                    time.sleep(0.1)
+            def run(options):
+                dying = Dying()
+                del dying
+                time.sleep(60)
+        """,
+        "made another exception": """
+            def run(options):
+                try:
+                    press()
+                    time.sleep(60)
+                except KeyboardInterrupt as error:
+                    raise RuntimeError("callback failed") from error
+        """,
+        "made an error of bad input": """
+            def run(options):
+                from emu3_jax.errors import Emu3Error
+                try:
+                    press()
+                    time.sleep(60)
+                except KeyboardInterrupt as error:
+                    raise Emu3Error("the file is damaged") from error
+        """,
+        "swallowed, and pressed again": """
+            def run(options):
+                try:
+                    press()
+                    time.sleep(60)
+                except KeyboardInterrupt:
+                    time.sleep(0.5)
+                threading.Thread(target=press).start()
+                while True:  # the exception of the second one is swallowed too
+                    try:
+                        time.sleep(60)
+                    except KeyboardInterrupt:
+                        pass
+        """,
+        "swallowed, and nothing more": """
+            from emu3_jax.cli import interruption
+            interruption._PATIENCE = 0.5
+            def run(options):
+                while True:
+                    try:
+                        press()
+                        time.sleep(60)
+                    except KeyboardInterrupt:
+                        time.sleep(60)
+        """,
+        "twice by one press": """
+            def run(options):
+                from emu3_jax.files import files_into
+                with files_into("out") as directory:
+                    try:
+                        press()
+                        time.sleep(60)
+                    finally:
+                        press()
+                        time.sleep(0.1)
+        """,
+        "within an import": """
+            import pathlib
+            def run(options):
+                pathlib.Path("compiled.py").write_text(
+                    "import __main__\\ntry:\\n    __main__.press()\\n    [i for i in range(10**6)]\\n"
+                    "except KeyboardInterrupt:\\n    raise SystemError('crash')\\n"
+                )
+                sys.path.insert(0, "")
+                import compiled
+        """,
+        "while threads fail": """
+            def run(options):
+                def fail():
+                    time.sleep(0.05)
+                    raise ValueError("the loop is closed")
+                thread = threading.Thread(target=fail)
+                thread.start()
+                try:
+                    press()
+                    time.sleep(60)
+                finally:
+                    thread.join()
+        """,
+        "while commands are imported": """
+            class Finder:
+                def find_spec(self, name, path=None, target=None):
+                    if name == "emu3_jax.cli.main":
+                        press()
+            sys.meta_path.insert(0, Finder())
+            run = None
+            import emu3_jax.__main__
+            emu3_jax.__main__.program()
+        """,
+        "at the process' end": """
+            import atexit
+            def run(options):
+                atexit.register(press)
+        """,
+    }.items(),
+    ids=lambda case: case[0].replace(" ", "_"),
+)
+def test_ctrl_c(tmp_path, code):
+    call = "" if "program()" in code[1] else "start(run)"
+    started = process(textwrap.dedent(code[1]) + call, cwd=tmp_path)
+    assert ends(started) == (130, "", LINE)
+    assert [path.name for path in tmp_path.iterdir() if path.name != "compiled.py"] == []
+
+
+def test_after_its_end_a_command_was_not_interrupted(tmp_path):
+    code = """
+        class Last:
+            def __del__(self):
+                os.kill(os.getpid(), signal.SIGINT)
+        def run(options):
+            sys.last = Last()  # goes when the interpreter has ended
+            print("done")
+        start(run)
+    """
+    assert ends(process(code, cwd=tmp_path)) == (0, "done\n", "")
+
+
+def test_where_the_signal_is_ignored_it_stays_so(tmp_path):
+    code = """
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        def run(options):
+            press()
+            print("done")
+        start(run)
+    """
+    assert ends(process(code, cwd=tmp_path)) == (0, "done\n", "")
+
+
+def test_other_errors_of_destructors_are_still_shown(tmp_path):
+    code = """
+        class Bad:
+            def __del__(self):
+                raise ValueError("x")
+        def run(options):
+            Bad()
+        start(run)
+    """
+    code, _, err = ends(process(code, cwd=tmp_path))
+    assert code == 0 and "ValueError: x" in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["compiling", "writing"])
+def test_ctrl_c_of_a_real_command(tmp_path, tiny_bundle, moment):
+    """While XLA compiles, and while Orbax' threads write; nothing is in the output directory after either."""
+    out = tmp_path / "out"
+    words = {
+        "compiling": ["generate", "a dot", "--model", str(tiny_bundle), "-o", str(out)],
+        "writing": ["convert", str(tmp_path / "source"), "-o", str(out)],
+    }[moment]
+    if moment == "writing":
+        from emu3_jax.checkpoints.export import export
+
+        export(tiny_bundle, tmp_path / "source", "transformers", progress=False)
+    call = f"sys.argv = {['emu3-jax', *words]!r}\nimport emu3_jax.__main__\nemu3_jax.__main__.program()"
+    started = process(call, env={**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"})
+    # The temporary directory is there before the first program is compiled, and before the first array is written.
+    while started.poll() is None and not list(tmp_path.glob(".emu3-tmp-*")):
+        time.sleep(0.01)
+    time.sleep(0.2)
+    started.send_signal(signal.SIGINT)
+    assert ends(started) == (130, "", LINE)
+    assert not out.exists() and not list(tmp_path.glob(".emu3-tmp-*"))
