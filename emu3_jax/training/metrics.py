@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import logging
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +16,8 @@ from emu3_jax.foreign import limit, parse_json, plain_file, reading
 FILE = "metrics.jsonl"
 _MAX_BYTES = 4 << 30  # a step is a line of some 200
 _MAX_LINE = 1 << 20
+_CURVES = "emu3-jax"  # what a path of tensorboardX begins with, so that it opens the file with `_Curves`
+_log = logging.getLogger("emu3_jax")
 
 
 class Metrics:
@@ -26,11 +30,13 @@ class Metrics:
             file.write_text("".join(json.dumps(line) + "\n" for line in kept))
         try:
             from tensorboardX import SummaryWriter
+            from tensorboardX.record_writer import register_writer_factory
         except ImportError as missing:
             raise Emu3Error(
                 "metrics need tensorboardX, which is not installed: pip install 'emu3-jax[train]'"
             ) from missing
-        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
+        register_writer_factory(_CURVES, _CurvesFactory())
+        self._board = SummaryWriter(f"{_CURVES}:{directory.absolute() / 'tensorboard'}", purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, float], group: str = "train") -> None:
         """One line `{"step": ..., "group": ..., name: number, ...}`, on disk when this returns."""
@@ -45,6 +51,45 @@ class Metrics:
 
     def close(self) -> None:
         self._board.close()
+
+
+class _CurvesFactory:
+    """What tensorboardX makes files and directories with."""
+
+    def open(self, path: str) -> "_Curves":
+        return _Curves(path.removeprefix(f"{_CURVES}:"))
+
+    def directory_check(self, path: str) -> None:
+        os.makedirs(path.removeprefix(f"{_CURVES}:"), exist_ok=True)
+
+
+class _Curves:
+    """A file for TensorBoard. Where it cannot be written, as on a full disk, it ends with one warning.
+
+    What is in it is in the metrics too. An error would end the thread that writes it, for which the run then waits.
+    """
+
+    def __init__(self, path: str):
+        self._path = path
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115
+
+    def write(self, data: bytes) -> None:
+        if self._file.closed:
+            return
+        try:
+            if self._file.write(data) == len(data):
+                return
+            reason = "the disk is full"
+        except OSError as error:
+            reason = str(error.strerror)
+        self._file.close()
+        _log.warning("%s ends here: %s; metrics.jsonl has the same numbers", self._path, reason)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def read_metrics(directory: pathlib.Path) -> list[dict[str, Any]]:
