@@ -46,13 +46,16 @@ class Interruption:
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[Interruption]:
+def watched(*, last: bool = False) -> Iterator[Interruption]:
     """For the main thread: within the block, Ctrl-C raises `KeyboardInterrupt` there, and nothing can lose it.
 
     Where the block has not ended 10 seconds later, and at the second Ctrl-C at once, the process ends: one line on
     standard error, temporary files removed, exit code 130. A block that handles SIGINT itself, as training does to end
     with a checkpoint, has the time that it takes; if its handler has a method `tell`, that is called at once, while the
     handler waits for compiled code to come back. In other threads, and where SIGINT is ignored, this does nothing.
+
+    Args:
+        last: the process ends after the block: threads that go on after Ctrl-C stay silent to its very end.
     """
     global told
     told = False
@@ -95,8 +98,9 @@ def watched() -> Iterator[Interruption]:
     finally:
         signal.set_wakeup_fd(descriptor)
         signal.signal(signal.SIGINT, handler)
-        sys.unraisablehook = hook
-        sys.excepthook, threading.excepthook = hooks
+        if not (last and state.came):
+            sys.unraisablehook = hook
+            sys.excepthook, threading.excepthook = hooks
         theirs.close()  # which ends the watcher
         watcher.join()
         ours.close()

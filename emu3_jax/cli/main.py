@@ -61,14 +61,14 @@ def parser() -> argparse.ArgumentParser:
     return root
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command.
+def main(arguments: Sequence[str] | None = None, *, last: bool = False) -> int:
+    """Runs one command. `last`: the process ends with it.
 
     Returns:
         0, 2 after bad input, 130 after Ctrl-C, 141 where nobody reads the output any more, 1 after a fault of its own.
     """
     try:
-        with guarded(), watched() as state:
+        with guarded(), watched(last=last) as state:
             return _run(arguments, state)
     except KeyboardInterrupt:  # between two instructions of this function
         return _failed(INTERRUPTED)
@@ -160,7 +160,7 @@ def program() -> None:
     open_closed_streams()
     set_up_messages()
     quiet_libtpu()
-    code = main()
+    code = main(last=True)
     if code == INTERRUPTED:
         # Threads that still compute, and destructors, must not keep a process whose user wants it gone.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
