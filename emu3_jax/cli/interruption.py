@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from emu3_jax.files import remove_temporaries
@@ -26,8 +26,17 @@ _PAUSE = 0.02  # seconds, in which a callback that lost the exception has ended
 _LOST = b"\0"  # beside the numbers of signals
 _ONE_PRESS = 0.3  # seconds; a terminal and a launcher may both pass on the same Ctrl-C
 
-
 told = False  # whether the user was told that the last command was interrupted
+_telling = threading.RLock()  # the main thread and the watcher may want to at once
+
+
+def tell(write: Callable[[str], object]) -> None:
+    """Says once that the command was interrupted. The process does not end in the middle of it."""
+    global told
+    with _telling:
+        if not told:
+            told = True
+            write(MESSAGE)
 
 
 class Interruption:
@@ -35,14 +44,16 @@ class Interruption:
 
     Attributes:
         came: whether it came.
-        repeated: how often it was raised again, because the exception was lost.
+        first: when the first one came, by `time.monotonic`.
+        lost: whether its exception was lost, and is about to be raised again.
+        repeated: how often it was.
     """
 
     def __init__(self) -> None:
-        self.first = float("inf")  # time of the first
         self.came = False
+        self.first = float("inf")
+        self.lost = False
         self.repeated = 0
-        self.lost = False  # and is about to be raised again
 
 
 @contextlib.contextmanager
@@ -155,8 +166,12 @@ def _importing(frame: FrameType | None) -> bool:
 def end_now() -> typing.NoReturn:
     """Ends this process without waiting for anything."""
     remove_temporaries()
-    if not told:
+
+    def write(message: str) -> None:
         with contextlib.suppress(OSError):
             start = "\n" if os.isatty(2) else ""  # there a progress bar may stand on the line
-            os.write(2, f"{start}{MESSAGE}\n".encode())
+            os.write(2, f"{start}{message}\n".encode())
+
+    if _telling.acquire(timeout=1.0):  # unless the main thread waits for somebody to read what it says
+        tell(write)
     os._exit(CODE)
