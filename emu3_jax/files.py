@@ -39,7 +39,7 @@ def new_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     Raises:
         Emu3Error: if the place cannot be written (no such directory, a full disk, ...).
     """
-    path = local_path(path)
+    path = _place(path)
     with _explained(path):
         if path.is_dir():
             raise Emu3Error(f"cannot write {path}: it is a directory; choose another name")
@@ -55,7 +55,7 @@ def files_into(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
 
     Files of the same names are replaced; nothing moves unless everything was written and has a place.
     """
-    directory = local_path(directory)
+    directory = _place(directory)
     if directory.exists() and not directory.is_dir():
         raise Emu3Error(f"{directory} is a file: choose a directory to write to")
     with _explained(directory), _new_parents(directory.parent):
@@ -81,7 +81,7 @@ def new_directory(target: str | os.PathLike, nbytes: int) -> Iterator[pathlib.Pa
     Raises:
       Emu3Error: `target` exists, its parent cannot be written, or the disk has less than `nbytes` left.
     """
-    target = local_path(target)
+    target = _place(target)
     if os.path.lexists(target):
         raise Emu3Error(f"{target} exists already: choose another name or delete it first")
     with _explained(target), _new_parents(target.parent):
@@ -102,6 +102,12 @@ def new_directory(target: str | os.PathLike, nbytes: int) -> Iterator[pathlib.Pa
                 raise
             temporary.chmod(0o777 & ~_umask())
             temporary.rename(target)
+
+
+def _place(path: str | os.PathLike) -> pathlib.Path:
+    """A path to write to, without `..`: a directory that it leads out of again is not made."""
+    path = local_path(path)
+    return pathlib.Path(os.path.realpath(path)) if ".." in path.parts else path
 
 
 @contextlib.contextmanager
@@ -259,7 +265,7 @@ def shared_directory(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
     Raises:
         Emu3Error: it is a file, or cannot be made or written.
     """
-    directory = local_path(directory)
+    directory = _place(directory)
     if os.path.lexists(directory) and not directory.is_dir():
         raise Emu3Error(f"{directory} is a file: choose a directory to write to")
     with _explained(directory), _new_parents(directory):
