@@ -14,12 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from emu3_jax.config import ImageConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.media import clips
-from emu3_jax.media.clips import Clip, load_clip, preprocess_clip, resample, save_clip
+from emu3_jax.media.clips import Clip, load_clip, resample, save_clip
 from emu3_jax.media.frames import is_animated, open_clip
-from emu3_jax.media.images import preprocess
 
 CORPUS = pathlib.Path(__file__).parent / "corpus"
 GREYS = (10, 60, 110, 160)
@@ -185,15 +183,6 @@ def test_clips_too_large_for_memory(tmp_path, monkeypatch):
         Image.fromarray(frame).save(tmp_path / "d" / f"{number}.png")
     with pytest.raises(Emu3Error, match=r"the clip .*d is 6 frames"):
         load_clip(tmp_path / "d")
-
-
-def test_preprocess_is_that_of_each_frame():
-    config = ImageConfig(min_pixels=1024, max_pixels=4096)
-    frames = np.random.default_rng(0).integers(0, 256, (3, 20, 30, 3), np.uint8)
-    pixels = preprocess_clip(Clip(frames), config, 8)
-    assert (pixels.dtype, pixels.shape) == (np.float32, (3, 32, 40, 3))
-    for frame, expected in zip(frames, pixels, strict=True):
-        np.testing.assert_array_equal(preprocess(Image.fromarray(frame), config, 8), expected)
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,14 @@
 """Checkpoint directories that are damaged or hostile: a result or one line, whatever their files and texts hold."""
 
 import base64
-import copy
+import functools
 import json
 import pathlib
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hostile import damaged, damaged_json, examples, gives_or_refuses
+from hypothesis import given
 from hypothesis import strategies as st
 from test_config import IMAGE, TRANSFORMERS_4, TRANSFORMERS_5, UPSTREAM_DECODER, UPSTREAM_VISION, VQ
 
@@ -19,115 +20,13 @@ from emu3_jax.errors import Emu3Error
 from emu3_jax.text.tokenizer import Tokenizer, special_tokens
 from emu3_jax.text.vocabulary import CONTROLS, tokens_of_vocabulary
 
-fuzzed = settings(
-    max_examples=150, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
-)
+fuzzed = examples(150)
+NAMES = ("vocab_size", "rope_parameters", "weight_map", "image_processor", "added_tokens", "<|image end|>", "")
+damaged_object = functools.partial(damaged_json, names=NAMES)
+BAD_LINES = [b"==== 3\n", b"QQ== -1\n", b"QQ== 99999999999999999999\n", b"QQ== 1e3\n", b"QQ==\n", b"Q 1 2\n"]
+BAD_LINES.append(base64.b64encode(b"x" * 2000) + b" 300\n")
 RANKS, CODES = 300, 4
 TOKENS = special_tokens(RANKS, CODES)
-
-# ------------------------------------------------------------------------------------------------ damage
-
-_deep: list = []
-for _ in range(90):
-    _deep = [_deep]
-NAMES = ("vocab_size", "rope_parameters", "weight_map", "image_processor", "added_tokens", "<|image end|>", "")
-junk = st.recursive(
-    st.sampled_from(
-        [
-            None,
-            True,
-            False,
-            0,
-            -1,
-            1,
-            2,
-            10**9,
-            2**63,
-            10**400,
-            -(10**400),
-            1e308,
-            5e-324,
-            "",
-            "x" * 10_000,
-            "../../x",
-            "/etc/passwd",
-            "a\0b",
-            "\x1b[31m",
-            "\ud800",
-            [],
-            {},
-            _deep,
-            float("nan"),
-            float("inf"),
-        ]
-    )
-    | st.text(max_size=3),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=3),
-    max_leaves=4,
-).map(copy.deepcopy)  # what is drawn is changed afterwards
-
-
-def places(value):
-    """Every object and list in a JSON value that has entries, with each of its keys."""
-    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in entries:
-        yield value, key
-        yield from places(inner)
-
-
-@st.composite
-def damaged_json(draw, whole, keep=()):
-    """A JSON value with up to three places replaced, removed, renamed or added to; `keep` are keys left alone."""
-    value = copy.deepcopy(whole)
-    for _ in range(draw(st.integers(1, 3))):
-        found = [(holder, key) for holder, key in places(value) if key not in keep]
-        if not found:
-            return draw(junk)
-        holder, key = draw(st.sampled_from(found))
-        match draw(st.sampled_from(["replace", "replace", "remove", "rename", "whole"])):
-            case "replace":
-                holder[key] = draw(junk)
-            case "remove":
-                del holder[key]
-            case "rename" if isinstance(holder, dict):
-                holder[draw(st.sampled_from(NAMES))] = holder.pop(key)
-            case "whole" if draw(st.integers(0, 9)) == 0:
-                return draw(junk)
-    return value
-
-
-@st.composite
-def damaged_bytes(draw, whole: bytes):
-    """`whole` with up to four bytes, lines or halves changed, repeated or lost."""
-    data = bytearray(whole)
-    for _ in range(draw(st.integers(1, 4))):
-        at = draw(st.integers(0, max(len(data) - 1, 0)))
-        match draw(st.sampled_from(["flip", "cut", "insert", "lose", "repeat", "line"])):
-            case "flip" if data:
-                data[at] ^= draw(st.integers(1, 255))
-            case "cut":
-                del data[at:]
-            case "insert":
-                data[at:at] = draw(st.sampled_from([b"\0", b"\xff\xfe", b"{", b"[" * 5000, b" ", b"\n", b"9" * 5000]))
-            case "lose":
-                del data[at : at + draw(st.integers(1, 40))]
-            case "repeat":
-                data[at:at] = data[at : at + 40]
-            case "line":
-                odd = [b"==== 3\n", b"QQ== -1\n", b"QQ== 99999999999999999999\n", b"QQ== 1e3\n", b"QQ==\n", b"Q 1 2\n"]
-                data += draw(st.sampled_from([*odd, base64.b64encode(b"x" * 2000) + b" 300\n"]))
-    return bytes(data)
-
-
-def attempt(read):
-    """What `read` gives; an `Emu3Error` is one short line, and anything else fails the test."""
-    try:
-        return read()
-    except Emu3Error as error:
-        line = str(error)
-        assert line.isprintable() and len(line) <= 300
-        return None
-
 
 # ------------------------------------------------------------------------------------------------ directories
 
@@ -165,18 +64,18 @@ def directory_of(root: pathlib.Path, tensor: str) -> pathlib.Path:
 
 def examine(directory: pathlib.Path) -> None:
     """Everything that `convert` and `doctor` do with a directory before they read weights."""
-    source = attempt(lambda: Published.open(directory))
+    source = gives_or_refuses(lambda: Published.open(directory))
     if source is None:
         return
-    vision = attempt(source.vision_config) if "vision" in source.layout.parts else None
+    vision = gives_or_refuses(source.vision_config) if "vision" in source.layout.parts else None
     if vision is not None:
-        attempt(source.image_config)
-        attempt(source.image_gaps)
+        gives_or_refuses(source.image_config)
+        gives_or_refuses(source.image_gaps)
     decoder = None
     if "decoder" in source.layout.parts:
-        decoder = attempt(lambda: source.decoder_config(vision and vision.codebook_size))
+        decoder = gives_or_refuses(lambda: source.decoder_config(vision and vision.codebook_size))
     if decoder is not None:
-        attempt(lambda: source.tokenizer(decoder.tokens))
+        gives_or_refuses(lambda: source.tokenizer(decoder.tokens))
     for line in source.misfits(decoder, vision):
         assert line.isprintable() and len(line) < 1500
 
@@ -186,7 +85,7 @@ def examine(directory: pathlib.Path) -> None:
 @given(data=st.data())
 def test_config_json(root, tensor, data):
     directory = directory_of(root, tensor)
-    found = data.draw(damaged_json(LAYOUTS[tensor]))
+    found = data.draw(damaged_object(LAYOUTS[tensor]))
     (directory / "config.json").write_text(json.dumps(found))
     examine(directory)
 
@@ -195,7 +94,7 @@ def test_config_json(root, tensor, data):
 @given(data=st.data())
 def test_bytes_of_config_json(root, data):
     directory = directory_of(root, "model.layers.0.x")
-    (directory / "config.json").write_bytes(data.draw(damaged_bytes(json.dumps(UPSTREAM_DECODER).encode())))
+    (directory / "config.json").write_bytes(data.draw(damaged(json.dumps(UPSTREAM_DECODER).encode())))
     examine(directory)
 
 
@@ -208,7 +107,7 @@ def test_picture_preprocessing(root, data):
     for name, whole in sound.items():
         (directory / name).unlink(missing_ok=True)
         if data.draw(st.booleans()):
-            (directory / name).write_text(json.dumps(data.draw(damaged_json(whole))))
+            (directory / name).write_text(json.dumps(data.draw(damaged_object(whole))))
     examine(directory)
 
 
@@ -222,7 +121,7 @@ def test_shard_index(root, data):
         entry = ("model.layers.0.x", (2,), np.dtype(np.float32))
         write_safetensors(directory / "a.safetensors", [entry], [np.zeros(2, np.float32)])
     whole = {"metadata": {"total_size": 8}, "weight_map": {"model.layers.0.x": "a.safetensors", "b": "a.safetensors"}}
-    found = data.draw(damaged_json(whole))
+    found = data.draw(damaged_object(whole))
     (directory / "model.safetensors.index.json").write_text(json.dumps(found))
     examine(directory)
 
@@ -298,9 +197,9 @@ def read_vocabulary(path: pathlib.Path) -> None:
     """As of a directory, whose config may say anything; what is read can be used and written."""
     read = Tokenizer.from_transformers if path.suffix == ".json" else Tokenizer.from_files
     for codes in (None, CODES):
-        tokens = attempt(lambda codes=codes: tokens_of_vocabulary(path, codes))
+        tokens = gives_or_refuses(lambda codes=codes: tokens_of_vocabulary(path, codes))
         for special in (tokens, TOKENS):
-            tokenizer = special and attempt(lambda special=special: read(path, special))
+            tokenizer = special and gives_or_refuses(lambda special=special: read(path, special))
             if tokenizer is not None:
                 assert tokenizer.decode(tokenizer.encode("ab  c\n")) == "ab  c\n"
 
@@ -319,14 +218,14 @@ def test_sound_vocabularies(root):
 @given(data=st.data())
 def test_tokenizer_json(root, data):
     keep = [*VOCAB] if data.draw(st.booleans()) else ()  # else nearly all damage is of its hundreds of entries
-    (root / "tokenizer.json").write_text(json.dumps(data.draw(damaged_json(TOKENIZER_JSON, keep))))
+    (root / "tokenizer.json").write_text(json.dumps(data.draw(damaged_object(TOKENIZER_JSON, keep=keep))))
     read_vocabulary(root / "tokenizer.json")
 
 
 @fuzzed
 @given(data=st.data())
 def test_bytes_of_tokenizer_json(root, data):
-    (root / "tokenizer.json").write_bytes(data.draw(damaged_bytes(json.dumps(TOKENIZER_JSON).encode())))
+    (root / "tokenizer.json").write_bytes(data.draw(damaged(json.dumps(TOKENIZER_JSON).encode())))
     read_vocabulary(root / "tokenizer.json")
 
 
@@ -335,11 +234,11 @@ def test_bytes_of_tokenizer_json(root, data):
 def test_vocab_json(root, data):
     directory = root / "vocab"
     directory.mkdir(exist_ok=True)
-    (directory / "vocab.json").write_text(json.dumps(data.draw(damaged_json(VOCAB))))
+    (directory / "vocab.json").write_text(json.dumps(data.draw(damaged_object(VOCAB))))
     (directory / "added_tokens.json").unlink(missing_ok=True)
     if data.draw(st.booleans()):
         added = {surface: RANKS + i for i, surface in enumerate([*SURFACES[-5:], "gluon"], len(SURFACES) - 5)}
-        (directory / "added_tokens.json").write_text(json.dumps(data.draw(damaged_json(added))))
+        (directory / "added_tokens.json").write_text(json.dumps(data.draw(damaged_object(added))))
     read_vocabulary(directory / "vocab.json")
 
 
@@ -348,11 +247,11 @@ def test_vocab_json(root, data):
 def test_tiktoken(root, data):
     directory = root / "tiktoken"
     directory.mkdir(exist_ok=True)
-    (directory / "emu3.tiktoken").write_bytes(data.draw(damaged_bytes(TIKTOKEN)))
+    (directory / "emu3.tiktoken").write_bytes(data.draw(damaged(TIKTOKEN, BAD_LINES)))
     (directory / "emu3_vision_tokens.txt").unlink(missing_ok=True)
     if data.draw(st.integers(0, 3)) == 0:
         listing = "\n".join(SURFACES[-CODES - 3 :]).encode()
-        (directory / "emu3_vision_tokens.txt").write_bytes(data.draw(damaged_bytes(listing)))
+        (directory / "emu3_vision_tokens.txt").write_bytes(data.draw(damaged(listing)))
     read_vocabulary(directory / "emu3.tiktoken")
 
 
@@ -381,7 +280,7 @@ TEXTS += ["<|endoftext|>", "<|visual token 000003|>", "<|visual token 000009|>",
 @fuzzed
 @given(text=st.lists(st.sampled_from(TEXTS) | st.text(max_size=5), max_size=6).map("".join), allow=st.booleans())
 def test_texts(tokenizer, text, allow):
-    ids = attempt(lambda: tokenizer.encode(text, allow_special=allow))
+    ids = gives_or_refuses(lambda: tokenizer.encode(text, allow_special=allow))
     if ids is not None:
         tokenizer.decode(ids)
         assert all(0 <= i < tokenizer.vocab_size for i in ids)

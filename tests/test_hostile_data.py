@@ -12,7 +12,8 @@ import tempfile
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hostile import ODD, damaged, examples, gives_or_refuses, json_like, odd
+from hypothesis import given
 from hypothesis import strategies as st
 from prepare_entries import Entries
 
@@ -37,97 +38,7 @@ from emu3_jax.training.vision_config import PixelConfig, VisionTrainConfig
 from emu3_jax.training.vision_export import export_vision_run
 from emu3_jax.training.weights import export_run
 
-many = settings(
-    max_examples=120,
-    derandomize=True,  # the same inputs each time
-    deadline=None,
-    database=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
-)
-
-
-# ------------------------------------------------------------------------------------------------ odd values
-
-ODD = [
-    None, True, False, 0, -1, 1, 2**31, 2**63, 10**30, 10**400, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", " ",
-    ".", "..", "../x", "/etc/passwd", "a/b", "\0", "\n", "\x1b[2J", "\ud800", "\u202e", "²", "٣", "x" * 300, "x" * 5000,
-    "gs://bucket/x", "con", [], [[]], {}, {"": {}}, [None], ["a"], {"a": 1}, [10**9] * 3, [[[[[[[[1]]]]]]]],
-]  # fmt: skip
-odd = st.sampled_from(ODD) | st.text(max_size=20) | st.integers() | st.floats()
-
-
-def places(value, path=()):
-    """The paths of everything in a JSON value."""
-    yield path
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in items:
-        yield from places(inner, (*path, key))
-
-
-def changed(value, path, new):
-    """`value` with what lies at `path` replaced by `new`."""
-    if not path:
-        return new
-    copy = value.copy()
-    copy[path[0]] = changed(value[path[0]], path[1:], new)
-    return copy
-
-
-def without(value, path):
-    copy = value.copy()
-    if len(path) > 1:
-        copy[path[0]] = without(value[path[0]], path[1:])
-    elif isinstance(copy, dict):
-        del copy[path[0]]
-    else:
-        copy.pop(path[0])
-    return copy
-
-
-@st.composite
-def json_like(draw, value) -> bytes:
-    """A JSON text near `value`: with other values, or fields gone or added, and sometimes no JSON at all."""
-    for _ in range(draw(st.integers(1, 3))):
-        path = draw(st.sampled_from(sorted(places(value), key=repr)))
-        what = draw(st.integers(0, 4))
-        if what == 0 and path:
-            value = without(value, path)
-        elif what == 1:
-            value = changed(value, path, {"colour": draw(odd)})
-        else:
-            value = changed(value, path, draw(odd))
-        if not isinstance(value, dict | list):
-            break
-    text = json.dumps(value).encode()
-    return draw(broken(text)) if draw(st.integers(0, 3)) == 0 else text
-
-
-@st.composite
-def broken(draw, data: bytes) -> bytes:
-    """Bytes with some changed, cut, repeated, or wholly others."""
-    what = draw(st.integers(0, 5))
-    if what == 0:
-        return data[: draw(st.integers(0, len(data)))]
-    if what == 1:
-        return draw(st.binary(max_size=64))
-    if what == 2:
-        return draw(st.sampled_from([b"", b"[" * 50_000, b'{"a":' * 50_000, b"\xff\xfe", b"\xef\xbb\xbf", b"1" * 5000]))
-    changed = bytearray(data)
-    for _ in range(draw(st.integers(1, 4))):
-        place = draw(st.integers(0, max(0, len(changed) - 1)))
-        new = draw(st.binary(max_size=4))
-        changed[place : place + (len(new) if what < 5 else 0)] = new
-    return bytes(changed)
-
-
-def gives_or_refuses(read):
-    """Calls `read`. An `Emu3Error` is fine, if its line is one; whatever else it raises fails the test."""
-    try:
-        return read()
-    except Emu3Error as error:
-        line = str(error)
-        assert line.isprintable() and 0 < len(line) <= 300
-        return None
+many = examples(120)
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +74,7 @@ HEADER = json.loads(RECORD.to_bytes().split(b"\n")[0])
 
 
 @many
-@given(broken(RECORD.to_bytes()) | json_like(HEADER).map(lambda text: text + b"\n" + bytes(24)))
+@given(damaged(RECORD.to_bytes()) | json_like(HEADER).map(lambda text: text + b"\n" + bytes(24)))
 def test_records(data):
     record = gives_or_refuses(lambda: Record.from_bytes(data))
     if record is not None:
@@ -248,7 +159,7 @@ def test_checksums(bundle, data):
     line = st.builds(lambda digest, path: f"{digest}  {path}", st.sampled_from(["0" * 64, "0" * 63, "g" * 64]), name)
     other = st.lists(line | st.sampled_from(lines), max_size=4).map("\n".join)
     try:
-        text = data.draw(broken(good) | other.map(lambda s: s.encode(errors="surrogatepass")))
+        text = data.draw(damaged(good) | other.map(lambda s: s.encode(errors="surrogatepass")))
         file.write_bytes(text)
         for path in gives_or_refuses(lambda: read_checksums(file)) or ():
             assert os.path.normpath(path) == path and not path.startswith(("/", ".."))
@@ -290,7 +201,7 @@ METRICS = {"step": 1, "group": "train", "loss": 2.5}
 
 
 @many
-@given(st.lists(json_like(METRICS) | broken(json.dumps(METRICS).encode()), max_size=4))
+@given(st.lists(json_like(METRICS) | damaged(json.dumps(METRICS).encode()), max_size=4))
 def test_metrics(folder, lines):
     (folder / "metrics.jsonl").write_bytes(b"\n".join(lines))
     assert all(isinstance(line["step"], int) for line in gives_or_refuses(lambda: read_metrics(folder)))
@@ -341,7 +252,7 @@ def test_overrides(folder, kind, data):
 
 
 @many
-@given(broken(b"def config():\n    return 5\n"))
+@given(damaged(b"def config():\n    return 5\n"))
 def test_config_files(folder, text):
     (folder / "c.py").write_bytes(text)
     gives_or_refuses(lambda: load_config(folder / "c.py"))
@@ -362,7 +273,7 @@ ITEM = {
 
 
 @many
-@given(st.lists(json_like(ITEM) | broken(json.dumps(ITEM).encode()), min_size=1, max_size=2))
+@given(st.lists(json_like(ITEM) | damaged(json.dumps(ITEM).encode()), min_size=1, max_size=2))
 def test_items(folder, lines):
     (folder / "items.jsonl").write_bytes(b"\n".join(lines))
     data = gives_or_refuses(lambda: Data(folder))
@@ -384,7 +295,7 @@ def test_judges(judge, data):
     with np.load(judge) as arrays:
         names = arrays.files
     try:
-        judge.write_bytes(data.draw(broken(good)))
+        judge.write_bytes(data.draw(damaged(good)))
         gives_or_refuses(lambda: _load(judge, 8, 3, (8, 8, 3)))
         if data.draw(st.booleans()):
             other = data.draw(st.sampled_from([np.zeros((3, 1000)), np.array([None]), np.float32(1), np.array("x")]))

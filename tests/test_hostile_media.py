@@ -4,16 +4,15 @@ import functools
 import io
 import pathlib
 import zipfile
-from collections.abc import Callable
 
 import av
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hostile import damaged, examples, gives_or_refuses
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from emu3_jax.errors import Emu3Error
 from emu3_jax.media.clips import load_clip
 from emu3_jax.media.codes import MAX_BYTES, load_codes
 from emu3_jax.media.frames import open_clip
@@ -23,55 +22,6 @@ from emu3_jax.media.inputs import open_media
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::RuntimeWarning:PIL")
 CORPUS = pathlib.Path(__file__).parent / "corpus"
 FRAMES = 3000  # of a damaged clip are looked at, no more: it may truly be long
-
-
-def examples(count: int):
-    return settings(
-        max_examples=count, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
-    )
-
-
-@st.composite
-def damage(draw) -> Callable[[bytes], bytes]:
-    """A function that damages bytes: some are changed, cut out, doubled or set to extremes, or the end is missing."""
-    steps = draw(st.lists(
-        st.tuples(
-            st.sampled_from(["byte", "byte", "word", "cut", "double", "zero", "end"]),
-            st.floats(0, 1, exclude_max=True),
-            st.integers(1, 40),
-            st.integers(0, 255),
-        ),
-        min_size=1, max_size=6,
-    ))  # fmt: skip
-
-    def apply(data: bytes) -> bytes:
-        for kind, share, length, value in steps:
-            at = int(share * len(data))
-            if kind == "byte":
-                data = data[:at] + bytes([value]) + data[at + 1 :]
-            elif kind == "word":
-                data = data[:at] + [b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\0\0"][value % 3] + data[at + 4 :]
-            elif kind == "cut":
-                data = data[:at] + data[at + length :]
-            elif kind == "double":
-                data = data[: at + length] + data[at:]
-            elif kind == "zero":
-                data = data[:at] + bytes(length) + data[at + length :]
-            else:
-                data = data[: max(at, 1)]
-        return data
-
-    return apply
-
-
-def survives(read: Callable[[], object]) -> bool:
-    """Whether `read` succeeds; whatever it raises else must be one printable line."""
-    try:
-        read()
-    except Emu3Error as error:
-        assert str(error).isprintable() and len(str(error)) <= 300
-        return False
-    return True
 
 
 # ------------------------------------------------------------------------------------------------ pictures
@@ -93,17 +43,17 @@ def picture_bytes(kind: str) -> bytes:
     "kind", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "TGA", "ICO", "JPEG2000", "AVIF", "QOI"]
 )
 @examples(120)
-@given(change=damage())
-def test_damaged_pictures(tmp_path_factory, kind, change):
+@given(data=st.data())
+def test_damaged_pictures(tmp_path_factory, kind, data):
     path = tmp_path_factory.getbasetemp() / f"damaged.{kind.lower()}"
-    path.write_bytes(change(picture_bytes(kind)))
+    path.write_bytes(data.draw(damaged(picture_bytes(kind))))
 
     def read():
         media = open_media(path)
         assert isinstance(media, Image.Image) or all(frame.dtype == np.uint8 for frame in _first(media))
 
-    survives(read)
-    survives(lambda: load_image(path))
+    gives_or_refuses(read)
+    gives_or_refuses(lambda: load_image(path))
 
 
 def _first(reader):
@@ -124,7 +74,7 @@ HEADS = (
 def test_beginnings_of_pictures(tmp_path_factory, head, content):
     path = tmp_path_factory.getbasetemp() / "beginning.png"
     path.write_bytes(head + content)
-    survives(lambda: load_image(path))
+    gives_or_refuses(lambda: load_image(path))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF"])
@@ -138,7 +88,7 @@ def test_durations_and_rates(tmp_path_factory, kind, durations, fps, frames):
         images[0].save(path, kind, save_all=True, append_images=images[1:], duration=durations)
     except ValueError:  # more than the format holds
         return
-    survives(lambda: list(_first(open_clip(path, fps=fps, frames=frames))))
+    gives_or_refuses(lambda: list(_first(open_clip(path, fps=fps, frames=frames))))
 
 
 # ------------------------------------------------------------------------------------------------ videos
@@ -167,22 +117,22 @@ def video_bytes(kind: str) -> bytes:
 
 @pytest.mark.parametrize("kind", ["mp4", "mov", "webm", "mkv", "avi"])
 @examples(120)
-@given(change=damage(), fps=st.sampled_from([None, None, 5.0, 100.0]))
-def test_damaged_videos(tmp_path_factory, kind, change, fps):
+@given(data=st.data(), fps=st.sampled_from([None, None, 5.0, 100.0]))
+def test_damaged_videos(tmp_path_factory, kind, data, fps):
     path = tmp_path_factory.getbasetemp() / f"damaged.{kind}"
-    path.write_bytes(change(video_bytes(kind)))
-    survives(lambda: list(_first(open_clip(path, fps=fps))))
+    path.write_bytes(data.draw(damaged(video_bytes(kind))))
+    gives_or_refuses(lambda: list(_first(open_clip(path, fps=fps))))
 
 
 @pytest.mark.parametrize(
     "name", sorted(file.name for file in CORPUS.iterdir() if file.suffix in (".mp4", ".mov", ".gif"))
 )
 @examples(30)
-@given(change=damage())
-def test_damaged_files_of_the_corpus(tmp_path_factory, name, change):
+@given(data=st.data())
+def test_damaged_files_of_the_corpus(tmp_path_factory, name, data):
     path = tmp_path_factory.getbasetemp() / f"again{pathlib.Path(name).suffix}"
-    path.write_bytes(change((CORPUS / name).read_bytes()))
-    survives(lambda: load_clip(path, fps=12.0, frames=100))
+    path.write_bytes(data.draw(damaged((CORPUS / name).read_bytes())))
+    gives_or_refuses(lambda: load_clip(path, fps=12.0, frames=100))
 
 
 # ------------------------------------------------------------------------------------------------ codes
@@ -195,7 +145,7 @@ def check_codes_file(path) -> None:
         for name, array in arrays.items():
             assert "/" not in name and name.isprintable() and array.dtype.kind in "iu" and array.ndim in (2, 3)
 
-    survives(read)
+    gives_or_refuses(read)
 
 
 @functools.cache
@@ -208,10 +158,10 @@ def codes_bytes(compressed: bool) -> bytes:
 
 @pytest.mark.parametrize("compressed", [False, True])
 @examples(200)
-@given(change=damage())
-def test_damaged_codes(tmp_path_factory, compressed, change):
+@given(data=st.data())
+def test_damaged_codes(tmp_path_factory, compressed, data):
     path = tmp_path_factory.getbasetemp() / "damaged.npz"
-    path.write_bytes(change(codes_bytes(compressed)))
+    path.write_bytes(data.draw(damaged(codes_bytes(compressed))))
     check_codes_file(path)
 
 

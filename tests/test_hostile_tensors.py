@@ -10,7 +10,8 @@ import zipfile
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hostile import damaged, examples, gives_or_refuses, odd
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
@@ -20,7 +21,7 @@ from emu3_jax.checkpoints.torch_pickle import read_torch_file
 from emu3_jax.data.features import FeatureRecords
 from emu3_jax.errors import Emu3Error
 
-fuzzed = settings(max_examples=200, derandomize=True, deadline=None)
+fuzzed = examples(200)
 
 # ------------------------------------------------------------------------------------------------ pickles, by hand
 
@@ -57,6 +58,9 @@ def tensor(shape=(6,), strides=(1,), start: int = 0, elements: int = 6) -> bytes
 def state(value: bytes, before: bytes = b"") -> bytes:
     """A state dict of one entry."""
     return b"\x80\x02" + before + b"}" + text("x") + value + b"s."
+
+
+PLAIN = state(tensor())
 
 
 def write(path: pathlib.Path, content: bytes, root: str = "m", method: int = zipfile.ZIP_STORED) -> pathlib.Path:
@@ -252,72 +256,45 @@ def test_pipes_and_directories_are_refused(tmp_path):
         read_safetensors_header(tmp_path / "m.bin")
 
 
+def read_all(file: pathlib.Path) -> None:
+    """Reads every tensor of a `torch.save` file. Together they are not much more than the file."""
+    tensors = read_torch_file(file)
+    assert sum(found.nbytes for found in tensors) <= 4 * file.stat().st_size
+    for found in tensors:
+        found.read()
+
+
 @fuzzed
 @given(st.data())
 def test_damaged_torch_files(tmp_path_factory, data):
-    folder = tmp_path_factory.mktemp("torch")
-    content = bytearray(state(tensor()))
-    for _ in range(data.draw(st.integers(1, 4))):
-        at = data.draw(st.integers(0, len(content) - 1))
-        content[at : at + data.draw(st.integers(0, 2))] = data.draw(st.binary(max_size=4))
-        content = content or bytearray(b".")
-    raw = bytearray(write(folder / "m.bin", bytes(content)).read_bytes())
-    if data.draw(st.booleans()):
-        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
-    (folder / "m.bin").write_bytes(raw)
-    try:
-        for found in read_torch_file(folder / "m.bin"):
-            assert found.nbytes <= 4 * len(raw)
-            found.read()
-    except Emu3Error as error:
-        assert len(str(error)) <= 300
+    file = write(tmp_path_factory.mktemp("torch") / "m.bin", data.draw(st.just(PLAIN) | damaged(PLAIN)))
+    file.write_bytes(data.draw(damaged(file.read_bytes()) | st.just(file.read_bytes())))
+    gives_or_refuses(lambda: read_all(file))
 
 
-class Feature:
-    """What the reference pickles: made by an ordinary pickler, then damaged."""
-
-    content = pickle.dumps({"name": "n", "texts": "t", "images": np.arange(12).reshape(3, 4)}, 2)
+# What the reference pickles.
+FEATURE = pickle.dumps({"name": "n", "texts": "t", "images": np.arange(12).reshape(3, 4)}, 2)
 
 
 def test_the_feature_that_is_damaged_is_sound_before(tmp_path):
-    np.testing.assert_array_equal(feature(tmp_path, Feature.content).codes, np.arange(12).reshape(3, 4))
+    np.testing.assert_array_equal(feature(tmp_path, FEATURE).codes, np.arange(12).reshape(3, 4))
 
 
 @fuzzed
-@given(st.data())
-def test_damaged_features(tmp_path_factory, data):
-    folder = tmp_path_factory.mktemp("feature")
-    content = bytearray(Feature.content)
-    for _ in range(data.draw(st.integers(1, 3))):
-        at = data.draw(st.integers(0, len(content) - 1))
-        content[at : at + data.draw(st.integers(0, 2))] = data.draw(st.binary(max_size=4))
-        content = content or bytearray(b".")
-    try:
-        record = feature(folder, bytes(content))
-        assert record.codes is None or record.codes.size <= len(content)
-    except Emu3Error as error:
-        assert len(str(error)) <= 300
-
-
-ODD = st.recursive(
-    st.none() | st.booleans() | st.integers(-(10**30), 10**30) | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
-    max_leaves=6,
-)
+@given(content=damaged(FEATURE))
+def test_damaged_features(tmp_path_factory, content):
+    record = gives_or_refuses(lambda: feature(tmp_path_factory.mktemp("feature"), content))
+    assert record is None or record.codes is None or record.codes.size <= len(content)
 
 
 @fuzzed
-@given(prefix=ODD, names=ODD | st.lists(st.text(max_size=8), max_size=3))
+@given(prefix=odd, names=odd | st.lists(st.text(max_size=8), max_size=3))
 def test_damaged_feature_lists(tmp_path_factory, prefix, names):
-    folder = tmp_path_factory.mktemp("list")
-    raw = json.dumps({"prefix": prefix, "path_list": names}).encode()
-    (folder / "list.json").write_bytes(raw)
-    try:
-        records = FeatureRecords(folder / "list.json", 64)
-        for index in range(len(records)):
-            records.check(index)
-    except Emu3Error as error:
-        assert len(str(error)) <= 300
+    file = tmp_path_factory.mktemp("list") / "list.json"
+    file.write_text(json.dumps({"prefix": prefix, "path_list": names}))
+    records = gives_or_refuses(lambda: FeatureRecords(file, 64))
+    for index in range(len(records or ())):
+        gives_or_refuses(lambda index=index: records.check(index))
 
 
 # ------------------------------------------------------------------------------------------------ safetensors
@@ -353,9 +330,8 @@ def agrees(path: pathlib.Path) -> bool:
     try:
         read_safetensors_header(path)
     except Emu3Error as error:
-        assert not theirs or "has dtype" in str(error) or "stands twice" in str(error) or "[1, 1, 1" in str(error), str(
-            error
-        )
+        # Stricter than the library: dtypes that no Emu3 has, a name that stands twice, more axes than NumPy has.
+        assert not theirs or any(what in str(error) for what in ("has dtype", "stands twice", "[1, 1, 1"))
         assert len(str(error)) <= 300
         return False
     assert theirs
@@ -414,11 +390,11 @@ def test_headers_are_read_as_the_library_reads_them(tmp_path_factory, data):
     for _ in range(data.draw(st.integers(0, 2))):
         name = data.draw(st.sampled_from(sorted(header)))
         if not isinstance(header[name], dict) or data.draw(st.booleans()):
-            header[name] = data.draw(ODD)
+            header[name] = data.draw(odd)
         else:
             field = data.draw(st.sampled_from(["dtype", "shape", "data_offsets"]))
             small = st.lists(st.integers(0, 30), max_size=3)
-            header[name][field] = data.draw(small | st.sampled_from(["F32", "I8", "F64", "U8", "F99"]) | ODD)
+            header[name][field] = data.draw(small | st.sampled_from(["F32", "I8", "F64", "U8", "F99"]) | odd)
     raw = json.dumps(header).encode("utf-8", "surrogatepass")
     body = data.draw(st.sampled_from([None, bytes(28), bytes(29), b""]))
     file.write_bytes(with_header(raw, body))
@@ -429,11 +405,7 @@ def test_headers_are_read_as_the_library_reads_them(tmp_path_factory, data):
 @given(st.data())
 def test_damaged_safetensors(tmp_path_factory, data):
     file = tmp_path_factory.mktemp("bytes") / "m.safetensors"
-    raw = bytearray(SOUND)
-    for _ in range(data.draw(st.integers(1, 3))):
-        at = data.draw(st.integers(0, len(raw) - 1))
-        raw[at : at + data.draw(st.integers(0, 2))] = data.draw(st.binary(max_size=4))
-        raw = raw or bytearray(b"x")
+    raw = data.draw(damaged(SOUND))
     file.write_bytes(raw)
     if agrees(file):
         assert sum(found.nbytes for found in read_safetensors_header(file)) <= len(raw)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from flax import traverse_util
+from PIL import Image
 from transformers import Emu3VQVAE, Emu3VQVAEConfig
 
 from emu3_jax.benchmarks import vision as benchmark
@@ -14,8 +15,8 @@ from emu3_jax.config import ImageConfig, VisionConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.generation.codec import Vision
 from emu3_jax.generation.pipeline import Emu3
-from emu3_jax.media.clips import Clip, preprocess_clip
-from emu3_jax.media.images import postprocess
+from emu3_jax.media.clips import Clip
+from emu3_jax.media.images import postprocess, preprocess
 from emu3_jax.models.quantizer import nearest_codes
 from emu3_jax.models.vision import VisionTokenizer
 
@@ -81,7 +82,7 @@ def test_independent_pieces_are_those_of_upstreams_script(pair):
     frames = np.random.default_rng(0).integers(0, 256, (3 * t, 16 * f, 16 * f, 3), np.uint8)
     image = ImageConfig(min_pixels=1)
     model = Emu3("pair", vision=Vision(pair.config, image, pair.params))
-    pixels = preprocess_clip(Clip(frames), image, f)
+    pixels = np.stack([preprocess(Image.fromarray(frame), image, f) for frame in frames])
     _, codes = pair.torch_encode(pixels.reshape(3, t, *pixels.shape[1:]))
     (found,) = model.tokenize([Clip(frames)], independent=True)
     np.testing.assert_array_equal(found, codes[:, 0])
