@@ -13,21 +13,9 @@ def program() -> None:
         signal.signal(signal.SIGINT, _stop)
         # What is registered first runs last: after that, Python would let the signal kill the process without a word.
         atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
-    _open_streams()
     from emu3_jax.cli.main import program as run
 
     run()
-
-
-def _open_streams() -> None:
-    """Where the caller closed a standard stream, puts the null device there: files that are opened would become it."""
-    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest that is free
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(descriptor, "w" if descriptor else "r", closefd=False))  # noqa: SIM115
 
 
 def _stop(number: int, frame: object) -> typing.NoReturn:

@@ -17,7 +17,7 @@ from emu3_jax.fields import (
 # Far above every model, and small enough that what is sized by them fits into a machine.
 MAX_IDS = 1 << 23
 MAX_CODES = 1 << 20
-MAX_PIXELS = 1 << 30
+_MAX_PIXELS = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ class ImageConfig:
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
     def __post_init__(self) -> None:
-        check_counts(self, min_pixels=MAX_PIXELS, max_pixels=MAX_PIXELS)
+        check_counts(self, min_pixels=_MAX_PIXELS, max_pixels=_MAX_PIXELS)
         check_field(self, "min_pixels", self.min_pixels <= self.max_pixels, f"<= max_pixels ({self.max_pixels})")
         tuple_field(self, "mean", is_number, "three finite numbers", length=3)
         tuple_field(self, "std", lambda v: is_number(v) and v > 0, "three finite numbers > 0", length=3)
@@ -153,7 +153,7 @@ class DecoderConfig:
         check_field(self, "clip_layout", self.clip_layout in CLIP_LAYOUTS, " or ".join(CLIP_LAYOUTS))
         check_counts(
             self, vocab_size=MAX_IDS, hidden_size=1 << 17, intermediate_size=1 << 20, num_layers=1024, num_heads=4096,
-            num_kv_heads=4096, max_positions=1 << 24, image_area=MAX_PIXELS,
+            num_kv_heads=4096, max_positions=1 << 24, image_area=_MAX_PIXELS,
         )  # fmt: skip
         check_positive_number(self, "rms_norm_eps", "rope_theta")
         heads, kv = self.num_heads, self.num_kv_heads

@@ -26,7 +26,7 @@ from emu3_jax.compilation import check_backend
 from emu3_jax.config import DecoderConfig, ImageConfig, SpecialTokens, VisionConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.fields import FieldError, is_whole, read_from
-from emu3_jax.foreign import local_path, read_json, storage_path
+from emu3_jax.foreign import local_path, read_object, storage_path
 from emu3_jax.models.quantization import is_quantised, quantise
 from emu3_jax.printable import shown
 from emu3_jax.text.tokenizer import Tokenizer, count_ranks, special_tokens
@@ -148,14 +148,6 @@ def _size_on_disk(directory: Path) -> int:
 # ------------------------------------------------------------------------------------------------ reading
 
 
-def _read_config(file: Path) -> dict[str, Any]:
-    """A part's `config.json`. Raises `Emu3Error` unless it is a JSON object."""
-    config = read_json(file)
-    if not isinstance(config, dict):
-        raise Emu3Error(f"{file} is {shown(config)}: it must be an object of named fields; convert the model again")
-    return config
-
-
 class Bundle:
     """An open bundle: configs read and checked, weights still on disk. Made by `Bundle.open`."""
 
@@ -181,7 +173,7 @@ class Bundle:
         if not path.is_dir():
             raise Emu3Error(f"{path} is not a directory: give a bundle, made by `emu3-jax convert SRC -o {path}`")
         storage_path(path)
-        configs = {part: _read_config(path / part / "config.json") for part in PARTS if (path / part).is_dir()}
+        configs = {part: read_object(path / part / "config.json") for part in PARTS if (path / part).is_dir()}
         if not any("format" in config for config in configs.values()):
             raise Emu3Error(
                 f"{path} is not a bundle (no decoder/, vision/ or tokenizer/ with a bundle's config.json): "

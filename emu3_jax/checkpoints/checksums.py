@@ -9,9 +9,8 @@ import dataclasses
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -25,7 +24,6 @@ _MAX_FILES = 100_000  # of a bundle
 _MAX_BYTES = 16 << 20  # of the list
 _EDITED = "config.json"  # what people are told to correct
 EDITED_REMEDY = f"if you changed it yourself, put its new sum (sha256sum) into {CHECKSUMS}; otherwise copy it again"
-_BLOCK = 1 << 20  # bytes read at once by each thread
 _THREADS = 8  # hashing gives the interpreter free
 
 
@@ -154,16 +152,15 @@ def _sums(directory: Path, names: list[str], progress: bool | None) -> dict[str,
     pool = concurrent.futures.ThreadPoolExecutor(threads)
     with bar:
         try:
-            digests = pool.map(lambda name: _sha256(directory / name, bar.update), names)
-            return dict(zip(names, digests, strict=True))
+            sums = {}
+            for name, size, digest in zip(names, sizes, pool.map(_sha256, [directory / n for n in names]), strict=True):
+                sums[name] = digest
+                bar.update(size)
+            return sums
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _sha256(file: Path, read: Callable[[int], Any]) -> str:
-    digest, block = hashlib.sha256(), memoryview(bytearray(_BLOCK))
-    with reading(file, COPY_AGAIN), file.open("rb", buffering=0) as stream:
-        while size := stream.readinto(block):
-            digest.update(block[:size])
-            read(size)
-    return digest.hexdigest()
+def _sha256(file: Path) -> str:
+    with reading(file, COPY_AGAIN), file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

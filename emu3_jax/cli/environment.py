@@ -49,8 +49,12 @@ def start_jax() -> None:
 
 def explained(error: BaseException) -> Emu3Error | None:
     """The error of one line for what is no fault of ours: no memory, and no backend. None for anything else."""
+    import jax
+
     text = str(error).split("\n", 1)[0]
-    devices = type(error).__name__ == "JaxRuntimeError" and re.search("RESOURCE_EXHAUSTED|out of memory", text, re.I)
+    devices = isinstance(error, jax.errors.JaxRuntimeError) and re.search(
+        "RESOURCE_EXHAUSTED|out of memory", text, re.IGNORECASE
+    )
     if isinstance(error, MemoryError) or devices:
         remedy = "ask for less at once, as fewer rows or a smaller size; --quantize and --mesh take less of a device"
         return Emu3Error(f"out of memory ({text or 'of the host'}): {remedy}")

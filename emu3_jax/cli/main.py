@@ -38,7 +38,6 @@ COMMANDS = {
 }
 
 CLOSED = 141  # as a shell reports SIGPIPE
-_UNWRITABLE = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -121,8 +120,8 @@ def _fault(error: Exception, state: Interruption) -> int:
 
 
 def _interrupted() -> int:
-    interruption.told = True
-    return _fail("interrupted", INTERRUPTED)
+    interruption.tell(lambda message: print(message, file=sys.stderr, flush=True))
+    return _failed(INTERRUPTED)
 
 
 def _fail(message: str, code: int) -> int:

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from emu3_jax.config import ImageConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.files import new_file
 from emu3_jax.foreign import reading
@@ -22,7 +21,6 @@ from emu3_jax.media.frames import (
     shown_frames,
     timed_frames,
 )
-from emu3_jax.media.images import preprocess
 from emu3_jax.media.videos import CODECS, is_video, require_av, write_video
 
 MAX_CLIP_BYTES = 4 * 2**30  # a few kilobytes of GIF can stand for more frames than memory holds
@@ -101,15 +99,6 @@ def resize_frames(frames: np.ndarray, height: int, width: int) -> np.ndarray:
         return frames
     images = (Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC) for frame in frames)
     return np.stack([np.asarray(image) for image in images])
-
-
-def preprocess_clip(clip: Clip, config: ImageConfig, factor: int) -> np.ndarray:
-    """Pixels for the vision tokenizer, float32 `[T, H, W, 3]`: each frame as `preprocess` does a picture.
-
-    Raises:
-        Emu3Error: the clip is smaller than `factor` or more elongated than 5:1.
-    """
-    return np.stack([preprocess(Image.fromarray(frame), config, factor) for frame in clip.frames])
 
 
 def save_clip(frames: np.ndarray, path: Path, fps: float) -> None:

@@ -1,6 +1,6 @@
 """Files of codes, as `tokenize` writes them: an `.npz`, that is, a zip of `.npy` files, one for each array."""
 
-import ast
+import io
 import os
 import pathlib
 import unicodedata
@@ -22,8 +22,13 @@ MAX_CODES = 1 << 22  # of an array: 3 GiB of frames, which stay in memory until 
 MAX_BYTES = 1 << 29  # of all arrays
 _REMEDY = "make one with emu3-jax tokenize"
 _ENDING = ".npy"
-_MAGIC = b"\x93NUMPY"
 _MAX_HEADER = 1000  # bytes; NumPy pads its own to 128
+# By version: bytes of a header's length, and what reads it. The third differs in names of fields, which codes have not.
+_HEADERS = {
+    (1, 0): (2, np.lib.format.read_array_header_1_0),
+    (2, 0): (4, np.lib.format.read_array_header_2_0),
+    (3, 0): (4, np.lib.format.read_array_header_2_0),
+}
 
 
 def save_codes(path: str | os.PathLike, codes: Mapping[str, np.ndarray]) -> None:
@@ -108,16 +113,15 @@ def _arrays(path: pathlib.Path, archive: zipfile.ZipFile) -> dict[str, np.ndarra
 
 
 def _array(path: pathlib.Path, name: str, stream: IO[bytes], left: int) -> np.ndarray:
-    """An array of at most `left` bytes. NumPy's own reader would take what a header claims, before it checks any."""
-    magic = stream.read(8)
-    if magic[:6] != _MAGIC or magic[6] not in (1, 2, 3):
+    """An array of at most `left` bytes. `np.load` takes memory for what a header claims before it reads the data."""
+    version = np.lib.format.read_magic(stream)
+    if version not in _HEADERS:
         raise Emu3Error(f"{path}: {shown(name)} is no array of NumPy's: {_REMEDY}")
-    length = int.from_bytes(stream.read(2 if magic[6] == 1 else 4), "little")
+    width, read_header = _HEADERS[version]
+    start = stream.read(width)  # the header's length, which NumPy would read before it looks whether that is absurd
+    length = int.from_bytes(start, "little")
     limit(path, f"bytes in the header of {shown(name)}", length, _MAX_HEADER)
-    header = ast.literal_eval(stream.read(length).decode().strip())
-    dtype, shape = np.dtype(header["descr"]), header["shape"]
-    if not (isinstance(shape, tuple) and all(type(side) is int for side in shape)):
-        raise Emu3Error(f"{path}: {shown(name)} has the shape {shown(shape)}: {_REMEDY}")
+    shape, fortran, dtype = read_header(io.BytesIO(start + stream.read(length)))
     if dtype.kind not in "iu" or len(shape) not in (2, 3) or min(shape) < 1:
         raise Emu3Error(f"{path}: {shown(name)} is {dtype} {shown(shape)}, codes are integers [h, w] or [t, h, w]")
     limit(path, f"codes in a frame of {shown(name)}", shape[-2] * shape[-1], MAX_FRAME_CODES)
@@ -128,6 +132,6 @@ def _array(path: pathlib.Path, name: str, stream: IO[bytes], left: int) -> np.nd
     if len(data) != size * dtype.itemsize or stream.read(1):
         raise Emu3Error(f"{path}: {shown(name)} has not as many codes as its header says: {_REMEDY}")
     array = np.frombuffer(bytearray(data), dtype)
-    if header["fortran_order"]:
+    if fortran:
         return array.reshape(shape[::-1]).transpose()
     return array.reshape(shape)
