@@ -1,0 +1,323 @@
+"""Inputs for scripts/fuzz.py: one valid file of each kind, and hostile ones made of them."""
+
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import pathlib
+import random
+import re
+import shutil
+import struct
+import sys
+import warnings
+import zipfile
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+# ------------------------------------------------------------------------------------------------ valid input
+
+
+def make_inputs(base: pathlib.Path) -> None:
+    """Writes one valid input of each kind under `base`."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    import numpy as np
+    import tiny_bundle
+    from PIL import Image
+
+    from emu3_jax.checkpoints.export import export
+    from emu3_jax.cli.main import main
+    from emu3_jax.media.clips import save_clip
+
+    package = importlib.util.find_spec("dashscope").submodule_search_locations[0]
+    tiny_bundle.write_bundle(base / "bundle", pathlib.Path(package) / "resources" / "qwen.tiktoken")
+    draw = np.random.default_rng(0)
+    pixels = draw.integers(0, 256, (8, 32, 40, 3), np.uint8)
+    for ending in ("png", "jpg", "webp", "bmp", "gif", "tiff"):
+        Image.fromarray(pixels[0]).save(base / f"picture.{ending}")
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(pixels[0]).save(base / "turned.jpg", exif=exif)
+    for ending in ("webp", "gif", "png", "mp4", "webm"):
+        save_clip(pixels, base / f"clip.{ending}", 12.0)
+    for ending in ("mkv", "mov"):
+        _remux(base / "clip.mp4", base / f"clip.{ending}")
+    (base / "frames").mkdir()
+    for number, frame in enumerate(pixels[:3]):
+        Image.fromarray(frame).save(base / "frames" / f"{number}.png")
+    np.savez(base / "codes.npz", a=draw.integers(0, 64, (3, 4), np.int32), b=draw.integers(0, 64, (1, 3, 4), np.int32))
+    np.savez_compressed(base / "packed.npz", a=draw.integers(0, 64, (3, 4), np.int32))
+    export(base / "bundle", base / "upstream", "upstream", progress=False)
+    export(base / "bundle", base / "transformers", "transformers", progress=False)
+    _torch_files(base, draw)
+    lines = [
+        {"image": "picture.png", "text": "a red dot", "name": "dot"},
+        {"clip": "clip.webp", "text": "noise"},
+        {"text": "only text"},
+        {
+            "image": "turned.jpg",
+            "conversation": [{"role": "user", "text": "what?"}, {"role": "assistant", "text": "x"}],
+        },
+    ]
+    (base / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (base / "pictures.jsonl").write_text("".join(json.dumps({**lines[0], "name": str(n)}) + "\n" for n in range(8)))
+    assert main(["prepare", str(base / "pictures.jsonl"), "--model", str(base / "bundle"), "-o", str(base / "data"),
+                 "--area", "576", "--quiet"]) == 0  # fmt: skip
+    for name, text in _CONFIGS.items():
+        (base / name).write_text(text)
+    write_items(base / "items", pixels[0])
+    with working_in(base):
+        assert main(["train", "train.py", "--set", "directory=run", "--quiet"]) == 0
+
+
+# Paths are relative: calls run in the directory that their inputs are copied to.
+_CONFIGS = {
+    "train.py": """
+from emu3_jax.data.config import DataConfig, Source
+from emu3_jax.data.sequences import TextToImage
+from emu3_jax.training.config import ModelConfig, OptimizerConfig, TrainConfig
+
+
+def config():
+    return TrainConfig(
+        directory="run", model=ModelConfig(bundle="bundle"),
+        data=DataConfig(sources=(Source("data", TextToImage()),), sequence_length=96),
+        batch_size=8, steps=1, optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=0), mesh="data=-1",
+    )
+""",
+    "plan.py": """
+from emu3_jax.generation.config import GenerateConfig
+
+
+def config():
+    return GenerateConfig(area=4096)
+""",
+    "evaluate.py": """
+from emu3_jax.evaluation.config import EvaluateConfig
+
+
+def config():
+    return EvaluateConfig(directory="e", model="bundle", data="items", cases=2, figures=("reconstruction",))
+""",
+}
+
+
+def write_items(directory: pathlib.Path, pixels) -> None:
+    """Data for `evaluate`: pictures in the layout of scripts/build_emoji.py."""
+    from PIL import Image
+
+    directory.mkdir()
+    lines = []
+    for number in range(4):
+        about = {"name": f"flat-{number}", "file": f"flat-{number}.webp", "kind": "picture", "style": "flat"}
+        about |= {"concept": f"1f60{number}", "label": f"face {number}", "group": "objects", "split": "concept"}
+        Image.fromarray(pixels[::-1] if number % 2 else pixels).save(directory / about["file"], lossless=True)
+        lines.append(about)
+    (directory / "items.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@contextlib.contextmanager
+def working_in(directory: pathlib.Path):
+    """Within, relative paths are those of `directory`."""
+    old = os.getcwd()
+    os.chdir(directory)
+    try:
+        yield
+    finally:
+        os.chdir(old)
+
+
+def _remux(source: pathlib.Path, target: pathlib.Path) -> None:
+    import av
+
+    with av.open(str(source)) as old, av.open(str(target), "w") as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for packet in old.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                new.mux(packet)
+
+
+def _torch_files(base: pathlib.Path, draw) -> None:
+    import torch
+    from safetensors.numpy import load_file
+
+    shutil.copytree(base / "upstream", base / "pickled")
+    for file in list((base / "pickled").rglob("*.safetensors")):
+        tensors = {name: torch.from_numpy(array) for name, array in load_file(file).items()}
+        torch.save(tensors, file.with_name("pytorch_model.bin"))
+        file.unlink()
+    (base / "features").mkdir()
+    codes = draw.integers(0, 64, (3, 4))
+    torch.save({"name": "a", "images": codes, "texts": "a dot"}, base / "features" / "0.pth")
+    (base / "features.json").write_text(json.dumps({"prefix": "features", "path_list": ["0.pth"]}))
+
+
+# ------------------------------------------------------------------------------------------------ hostile input
+
+WORDS = [
+    "", " ", "-", "--", ".", "..", "/", "~", "0", "-1", "1", "2.5", "nan", "inf", "-inf", "1e9", "1e400", "1" * 400,
+    "½", "²", "٣", "True", "None", "[]", "()", "[" * 3000, "{}", "a=b", "*", "%s%n", "$(id)", "`id`", "\n", "\t",
+    "\x1b[31mred", "\r",
+    "\u202e", "\udced\udca0\udc80",
+    "\udcff", "é" * 50, "x" * 300, "a/" * 3000, "../../escaped", "/proc/self/mem", "/dev/zero",
+    "/dev/full",
+    "gs://bucket/x", "http://localhost:1/x", "file:///etc/passwd", "<|extra_200|>", "<|image token|>", "con", "NUL",
+    "9" * 19, str(2**31), str(2**63), "0x10", "1_000", "1:0", "0:1", "1e9:1", "-1:1", "tensor=3", "data=-1,fsdp=-1",
+    "a" * 5000,    " " * 100_000,
+]  # fmt: skip
+VALUES = [
+    None, True, False, 0, -1, 1, 2**31, 2**63, 10**30, 10**400, 1.5, -0.0, 1e308, float("nan"), float("inf"), "", "x",
+    "9" * 50,
+    "../../x", "/etc/passwd", "a\0b", "\ud800", "\x1b[2J", "x" * 5000, [], {}, [None], {"a": 1}, [[[]]], ["x"] * 1000,
+    "float32",
+    "con", [1, 2], [-1, -1], [10**9, 10**9], 10**9, "1", {"": {}},
+]  # fmt: skip
+_FIELDS_OF_ZIP = 46  # bytes of an entry of a zip file's directory, before its name
+
+
+def hostile_bytes(draw: random.Random, data: bytes) -> bytes:
+    """`data` with a few faults, each of a random kind."""
+    data = bytearray(data)
+    for _ in range(draw.choice((1, 1, 1, 2, 4))):
+        size = len(data)
+        at = draw.randrange(size) if size else 0
+        if draw.random() < 0.4:
+            at = min(at, draw.randrange(200))  # headers decide more than data do
+        kind = draw.randrange(9)
+        if kind == 0 and size:
+            data[at] ^= 1 << draw.randrange(8)
+        elif kind == 1:
+            del data[at:]
+        elif kind == 2:
+            del data[at : at + draw.randrange(1, 64)]
+        elif kind == 3:
+            data[at:at] = data[at : at + draw.randrange(1, 256)]
+        elif kind == 4:
+            data[at : at + 4] = draw.choice(
+                (b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\0\0", b"\xff\xff\xff\x7f")
+            )
+        elif kind == 5:
+            data[at : at + 8] = struct.pack(draw.choice("<>") + "Q", draw.choice((2**63, 2**40, 2**31, 0, 10**9)))
+        elif kind == 6:
+            data[at:at] = draw.randbytes(draw.randrange(1, 64))
+        elif kind == 7:
+            data = bytearray(draw.choice((b"", b"\0" * 1000, draw.randbytes(100), b"{}", b"[" * 50_000, b"PK\x03\x04")))
+        else:
+            data[at : at + 16] = draw.randbytes(16)
+    return bytes(data)
+
+
+def hostile_json(draw: random.Random, text: str) -> str:
+    """A JSON text with a value or a key replaced, removed or added, or as deep as it can be."""
+    data = json.loads(text)
+    for _ in range(draw.choice((1, 1, 2, 3))):
+        places = list(_places(data))
+        if not places:
+            break
+        holder, key = draw.choice(places)
+        kind = draw.randrange(5)
+        if kind <= 2:
+            holder[key] = draw.choice(VALUES)
+        elif kind == 3:
+            del holder[key]
+        elif isinstance(holder, dict):
+            holder[draw.choice(("x", "", "../x", "\ud800", *holder))] = draw.choice(VALUES)
+        else:
+            holder.insert(key, draw.choice(VALUES))
+    text = json.dumps(data)
+    if draw.random() < 0.05:
+        deep = draw.choice(("[" * 5000 + "]" * 5000, '{"a":' * 5000 + "1" + "}" * 5000, "1" * 5000, "[1e999]"))
+        text = deep if draw.random() < 0.5 else re.sub(r"\d+", lambda _: deep, text, count=1)
+    return text
+
+
+def _places(data):
+    pairs = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    for key, value in pairs:
+        yield data, key
+        yield from _places(value)
+
+
+def hostile_header(draw: random.Random, data: bytes) -> bytes:
+    """A safetensors file whose header is changed as JSON; the length in front is right, or not."""
+    length = int.from_bytes(data[:8], "little")
+    header = hostile_json(draw, data[8 : 8 + length].decode()).encode("utf-8", "surrogatepass")
+    said = len(header) if draw.random() < 0.9 else draw.choice((0, 2**63, len(header) + 1, len(data) * 2))
+    return said.to_bytes(8, "little") + header + data[8 + length :]
+
+
+def hostile_zip(draw: random.Random, data: bytes) -> bytes:
+    """A zip file with members renamed, changed, doubled, packed, encrypted by their flags, or of a false size."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(out, "w") as new:
+        for info in old.infolist():
+            content, name = old.read(info), info.filename
+            if draw.random() < 0.3:
+                content = draw.choice((hostile_bytes(draw, content), _npy(draw), bytes(draw.choice((0, 10**7)))))
+            if draw.random() < 0.2:
+                name = draw.choice(
+                    ("../../escaped.npy", "/tmp/escaped.npy", "a\nb.npy", "file.npy", "x" * 300, "con.npy", name)
+                )
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                new.writestr(name, content, draw.choice((zipfile.ZIP_STORED, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)))
+                if draw.random() < 0.05:
+                    new.writestr(name, content)
+    made = bytearray(out.getvalue())
+    if draw.random() < 0.3:
+        at = made.find(b"PK\x01\x02")
+        made[at + draw.randrange(4, _FIELDS_OF_ZIP)] = draw.choice((0, 1, 99, 255))
+    return bytes(made)
+
+
+def _npy(draw: random.Random) -> bytes:
+    """An .npy file whose header lies."""
+    shape = draw.choice(
+        ("(3, 4)", "(20000, 20000)", "(1000000000,)", "(-1, 3)", "(2**60,)", "()", "x", "(3, 4" + ",1" * 500 + ")")
+    )
+    kind = draw.choice(("<i4", "|O", "<f8", "<U1000000000", "V99999999999", "[('a','<i4')]", ">i8", "<i2", "m8"))
+    header = (
+        f"{{'descr': '{kind}', 'fortran_order': {draw.choice(('False', 'True', '9'))}, 'shape': {shape}, }}".encode()
+    )
+    header += b" " * draw.choice((0, 10, 100_000)) + b"\n"
+    return b"\x93NUMPY" + bytes((draw.choice((1, 2, 3, 9)), 0)) + struct.pack("<I", len(header)) + header + bytes(48)
+
+
+def hostile_lines(draw: random.Random, text: str) -> str:
+    """A manifest with one line changed."""
+    lines = text.splitlines()
+    at = draw.randrange(len(lines))
+    lines[at] = hostile_json(draw, lines[at]) if draw.random() < 0.8 else draw.choice(WORDS)
+    return "\n".join(lines)
+
+
+def damage(draw: random.Random, file: pathlib.Path) -> None:
+    """Replaces a file by a hostile one of its kind."""
+    data = file.read_bytes()
+    file.unlink()
+    how = draw.random()
+    if how < 0.03:
+        os.mkfifo(file)
+        return
+    if how < 0.06:
+        file.mkdir()
+        return
+    if how < 0.09:
+        file.symlink_to(draw.choice(("/dev/zero", "nowhere", file.name, "/etc/passwd")))
+        return
+    try:
+        if file.suffix == ".json" and how < 0.8:
+            data = hostile_json(draw, data.decode()).encode("utf-8", "surrogatepass")
+        elif file.suffix == ".jsonl" and how < 0.8:
+            data = hostile_lines(draw, data.decode()).encode("utf-8", "surrogatepass")
+        elif file.suffix == ".safetensors" and how < 0.7:
+            data = hostile_header(draw, data)
+        elif file.suffix in (".npz", ".bin", ".pth") and how < 0.7:
+            data = hostile_zip(draw, data)
+        else:
+            data = hostile_bytes(draw, data)
+    except (ValueError, zipfile.BadZipFile, IndexError, OverflowError):
+        data = hostile_bytes(draw, data)
+    file.write_bytes(data)
