@@ -1,6 +1,7 @@
 """Inputs for scripts/fuzz.py: one valid file of each kind, and hostile ones made of them."""
 
 import contextlib
+import copy
 import importlib.util
 import io
 import json
@@ -219,13 +220,13 @@ def hostile_json(draw: random.Random, text: str) -> str:
         holder, key = draw.choice(places)
         kind = draw.randrange(5)
         if kind <= 2:
-            holder[key] = draw.choice(VALUES)
+            holder[key] = copy.deepcopy(draw.choice(VALUES))
         elif kind == 3:
             del holder[key]
         elif isinstance(holder, dict):
-            holder[draw.choice(("x", "", "../x", "\ud800", *holder))] = draw.choice(VALUES)
+            holder[draw.choice(("x", "", "../x", "\ud800", *holder))] = copy.deepcopy(draw.choice(VALUES))
         else:
-            holder.insert(key, draw.choice(VALUES))
+            holder.insert(key, copy.deepcopy(draw.choice(VALUES)))
     text = json.dumps(data)
     if draw.random() < 0.05:
         deep = draw.choice(("[" * 5000 + "]" * 5000, '{"a":' * 5000 + "1" + "}" * 5000, "1" * 5000, "[1e999]"))

@@ -54,8 +54,8 @@ class _Program:
     """A jitted function, which is compiled with another option for CPUs.
 
     XLA may keep a bfloat16 value in float32 where it fuses operations, and on CPUs the number of rows decides what is
-    fused. Without that licence a row's bfloat16 results are the same beside any number of rows there, at a cost of a few
-    per cent at most. Elsewhere the number of rows also chooses the kernels of products, so it would only cost time.
+    fused. Without that licence a row's bfloat16 results are the same beside any number of rows there, at a cost of a
+    few per cent at most. Elsewhere the number of rows also chooses the kernels of products, so it would only cost time.
     """
 
     def __init__(self, function: Callable, **options: Any):
