@@ -297,13 +297,19 @@ def _with_sound(path, codec, sound_codec, options):
     ],
 )
 def test_videos_with_sound_that_are_cut_off(tmp_path, name, codec, sound, options):
-    """Wherever they are cut: within the sound, within the pictures, within an index at the end."""
+    """Wherever they are cut: within the sound, within the pictures, within an index at the end.
+
+    A recording that ends between two blocks of Matroska or two fragments of MP4 is a whole one (docs/input.md), and
+    where those are depends on the encoder's threads: a cut that falls there is moved by one byte.
+    """
     _with_sound(tmp_path / name, codec, sound, options)
     whole = (tmp_path / name).read_bytes()
     assert len(load_clip(tmp_path / name).frames) >= 24
     path = tmp_path / f"cut{name[name.index('.') :]}"
     for place in range(60):
-        path.write_bytes(whole[: len(whole) * place // 60])
+        cut = len(whole) * place // 60
+        between = whole.startswith((b"\xa3", b"\x1f\x43\xb6\x75"), cut) or whole.startswith((b"moof", b"mfra"), cut + 4)
+        path.write_bytes(whole[: cut + between])
         with pytest.raises(Emu3Error, match=r"cut\.\w+.*(damaged|cut off|no video|empty)"):
             open_clip(path)  # before its first frame
 

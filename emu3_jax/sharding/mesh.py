@@ -60,7 +60,7 @@ def _parse(sizes: str | Mapping[str, int]) -> dict[str, int]:
         except ValueError:
             number = 0
         if axis not in AXES or axis in parsed or not (number >= 1 or number == -1):
-            pair = shown(f"{axis}={size!s:.20}")
+            pair = f"{axis:.40}={size!s:.20}"
             raise Emu3Error(f"mesh {shown(sizes)}: {pair} is not legal: {_LEGAL}; for example data=2,tensor=4")
         parsed[axis] = number
     if list(parsed.values()).count(-1) > 1:
