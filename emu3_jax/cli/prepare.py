@@ -1,19 +1,26 @@
 """Prepare training data: captioned pictures and clips to sharded codes and texts, with an index.
 
+SOURCE may be a folder of photos with captions in .txt files of their names; docs/data.md lists all kinds.
 Run again after an interruption, it keeps finished shards. On a TPU slice or under Slurm, start it on every host with
 the same arguments: the hosts share the work. Elsewhere give each its own --host; the last to finish writes the index.
 """
 
 import argparse
+import pathlib
+from typing import TYPE_CHECKING
 
 from emu3_jax.cli import common
+
+if TYPE_CHECKING:
+    from emu3_jax.data.prepare import Outcome
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     source = command.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "manifest", nargs="?", type=common.path, metavar="MANIFEST.jsonl",
-        help="lines of {image or clip, text, conversation, name}; paths relative to the manifest",
+        "source", nargs="*", default=[], type=common.path_text, metavar="SOURCE",
+        help="a folder of captioned pictures, tar or Parquet files, hf:NAME, a CSV or JSON lines of file names and "
+        "captions, LLaVA's JSON, or a manifest; see docs/data.md",
     )  # fmt: skip
     source.add_argument(
         "--features", type=common.path, metavar="LIST.json",
@@ -30,7 +37,17 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="pixels that pictures are resized to, keeping their shape, as the reference does (default: %(default)s)",
     )  # fmt: skip
     size.add_argument("--keep-size", action="store_true", help="leave the size to the bundle's image processor alone")
-    command.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="a bad line (default: stop)")
+    command.add_argument("--image-column", metavar="NAME", help="column with pictures, or with their file names")
+    command.add_argument("--text-column", metavar="NAME", help="column with captions")
+    command.add_argument("--images", type=common.path, metavar="DIR", help="where the paths in LLaVA's JSON begin")
+    command.add_argument(
+        "--validation", type=float, metavar="SHARE",
+        help="share of the records, such as 0.05, that goes to DIR/validation; a picture is always on the same side",
+    )  # fmt: skip
+    command.add_argument(
+        "--on-error", choices=("stop", "skip"),
+        help="for what cannot be used: stop (default for manifests and --features), or skip and list it (for others)",
+    )  # fmt: skip
     command.add_argument("--shards", type=int, metavar="N", help="files to write (default: one per 1,024 lines)")
     command.add_argument("--workers", type=int, default=4, metavar="N", help="threads that read (default: %(default)s)")
     command.add_argument("--host", type=int, metavar="I", help="number of this host, from 0")
@@ -40,6 +57,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 # Hosts finish their shares at different times; one that is done waits for the others, who would else be ended.
 _PATIENCE = 7 * 24 * 3600
+_SHOWN = 10  # skipped entries that are printed; all are in the list beside the data
 
 
 def run(options: argparse.Namespace) -> None:
@@ -48,9 +66,12 @@ def run(options: argparse.Namespace) -> None:
     from emu3_jax import distributed
     from emu3_jax.data.encoder import bundle_codebook, load_encoder, open_bundle
     from emu3_jax.data.features import FeatureRecords
-    from emu3_jax.data.manifest import Manifest, ManifestRecords
     from emu3_jax.data.prepare import prepare
-    from emu3_jax.printable import printable
+    from emu3_jax.data.sources.opening import ManifestSource, open_source
+    from emu3_jax.data.sources.records import SourceRecords
+    from emu3_jax.data.sources.tables import Columns
+    from emu3_jax.data.sources.validation import DIRECTORY as VALIDATION
+    from emu3_jax.data.sources.validation import divide
 
     if options.host is None and options.hosts is None:
         distributed.start(_PATIENCE)
@@ -60,28 +81,50 @@ def run(options: argparse.Namespace) -> None:
     bundle = open_bundle(options.model, verify=options.verify)
     codebook = bundle_codebook(bundle)
     if options.features is not None:
-        entries = FeatureRecords(options.features, codebook.size)
+        entries, strict = FeatureRecords(options.features, codebook.size), True
     else:
-        manifest = Manifest(options.manifest)
+        columns = Columns(options.image_column, options.text_column)
+        source = open_source(options.source, columns, images=options.images, output=options.output)
+        strict = isinstance(source, ManifestSource)
         tokenizer = bundle.tokenizer() if bundle.has("tokenizer") else None
         area = None if options.keep_size else options.area
-        entries = ManifestRecords(manifest, load_encoder(bundle), area, tokenizer)
-    outcome = prepare(
-        entries,
-        options.output,
-        codebook,
-        shards=options.shards,
-        workers=options.workers,
-        on_error=options.on_error,
-        host=host,
-        hosts=hosts,
-        progress=common.progress(options),
-    )
-    where = printable(str(options.output))
+        entries = SourceRecords(source, load_encoder(bundle), area, tokenizer)
+    parts = [(entries, options.output)]
+    progress = common.progress(options)
+    if options.validation is not None:
+        train, held_out = divide(entries, options.validation, workers=options.workers, progress=progress)
+        parts = [(train, options.output), (held_out, options.output / VALIDATION)]
+    for part, output in parts:
+        outcome = prepare(
+            part,
+            output,
+            codebook,
+            shards=options.shards if part is parts[0][0] else None,
+            workers=options.workers,
+            on_error=options.on_error or ("stop" if strict else "skip"),
+            host=host,
+            hosts=hosts,
+            progress=progress,
+        )
+        report(outcome, output)
+
+
+def report(outcome: "Outcome", output: pathlib.Path) -> None:
+    """Says what was written."""
+    from emu3_jax.data.prepare import SKIPPED
+    from emu3_jax.errors import Emu3Error
+    from emu3_jax.printable import printable
+
+    where = printable(str(output))
     if outcome.index is None:
         print(f"{where}: {outcome.missing} shards of other hosts are missing yet")
         return
     index = outcome.index
-    for reason in index.skipped:
+    if not index.records:
+        raise Emu3Error(f"{output}: none of {len(index.skipped)} records can be used, see {SKIPPED} there")
+    for reason in index.skipped[:_SHOWN]:
         print(printable(f"skipped: {reason}"))
-    print(f"{where}: {index.records} records in {len(index.shards)} shards, {len(index.skipped)} skipped")
+    if len(index.skipped) > _SHOWN:
+        print(f"... and {len(index.skipped) - _SHOWN} more")
+    listed = f", listed in {printable(str(output / SKIPPED))}" if index.skipped else ""
+    print(f"{where}: {index.records} records in {len(index.shards)} shards, {len(index.skipped)} skipped{listed}")

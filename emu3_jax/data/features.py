@@ -54,6 +54,10 @@ class FeatureRecords:
         """Raises an `Emu3Error` if the file of entry `index` is not there."""
         self._file(index)
 
+    def identity(self, index: int) -> bytes:
+        """A hash of the file of entry `index`, for division into training and validation."""
+        return hashlib.sha256(read_bytes(self._file(index), _MAX_BYTES, _REMEDY)).digest()
+
     def __getitem__(self, index: int) -> Record:
         """Record `index`. Raises `Emu3Error` that names the file if it is anything but a feature file."""
         file = self._file(index)

@@ -77,14 +77,17 @@ class Manifest:
         """The number in the file, from 1, of entry `index`; blank lines are no entries."""
         return int(self._places[index, 0])
 
+    def raw(self, index: int) -> bytes:
+        """The line of entry `index` as it stands in the file."""
+        with reading(self.path, "give a JSONL manifest"), self.path.open("rb") as stream:
+            stream.seek(int(self._places[index, 1]))
+            return stream.readline(MAX_LINE)
+
     def __getitem__(self, index: int) -> Entry:
         """Entry `index`. Raises `Emu3Error` if its line is not what the module's docstring says."""
-        number, place = map(int, self._places[index])
-        with reading(self.path, "give a JSONL manifest"), self.path.open("rb") as stream:
-            stream.seek(place)
-            line = stream.readline(MAX_LINE)
+        number = self.line(index)
         where = f"{self.path} line {number}"
-        data = parse_json(line, where, "write one JSON object a line")
+        data = parse_json(self.raw(index), where, "write one JSON object a line")
         try:
             return self._parse(data, number)
         except Emu3Error as error:
@@ -128,8 +131,7 @@ class ManifestRecords:
                 shape, as the reference's data preparation does; None leaves their size to the image processor alone.
             tokenizer: where given, texts with control tokens in them are refused now rather than in training.
         """
-        if area is not None and not 1 <= area <= _MAX_AREA:
-            raise Emu3Error(f"area is {area}: it must be a number of pixels from 1 to {_MAX_AREA}, for example 518400")
+        check_area(area)
         self._manifest, self._model, self._area, self._tokenizer = manifest, model, area, tokenizer
         self._device = threading.Semaphore(_ENCODING)
         self._lock, self._recent = threading.Lock(), dict[Path, Future[np.ndarray]]()
@@ -197,6 +199,12 @@ class ManifestRecords:
 
     def _named(self, index: int) -> str:
         return f"{self._manifest.path} line {self._manifest.line(index)}"
+
+
+def check_area(area: int | None) -> None:
+    """Raises an `Emu3Error` unless pictures can be resized to `area` pixels, or it is None."""
+    if area is not None and not 1 <= area <= _MAX_AREA:
+        raise Emu3Error(f"area is {area}: it must be a number of pixels from 1 to {_MAX_AREA}, for example 518400")
 
 
 def resize_to_area(media: Image.Image | Clip, area: int) -> Image.Image | Clip:

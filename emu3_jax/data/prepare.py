@@ -26,6 +26,7 @@ from emu3_jax.errors import Emu3Error
 from emu3_jax.foreign import local_path, read_json, storage_path
 from emu3_jax.printable import shown
 
+SKIPPED = "skipped.txt"  # in the data: a line for each entry that was skipped
 SHARD_ENTRIES = 1024  # by default: some 20 MB, and at most a few minutes of work lost when a run is killed
 
 _T = TypeVar("_T")
@@ -241,5 +242,15 @@ class _Directory:
         if len(finished) < self._count:
             return Outcome(None, self._count - len(finished))
         index = Index(self._job, codebook, tuple(finished))
+        self._list_skipped(index)
         write_json(self.path / INDEX, index.to_json())
         return Outcome(index, 0)
+
+    def _list_skipped(self, index: Index) -> None:
+        """Writes the list for people; none where nothing was skipped."""
+        file = self.path / SKIPPED
+        if not index.skipped:
+            file.unlink(missing_ok=True)
+            return
+        with files.new_file(file) as temporary:
+            temporary.write_text("".join(f"{reason}\n" for reason in index.skipped), "utf-8", "backslashreplace")

@@ -1,6 +1,8 @@
 """Pictures to the vision tokenizer's arrays and back, and their files."""
 
 import contextlib
+import functools
+import io
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -20,7 +22,9 @@ _FORMATS = (
     *("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "ICNS", "TGA"),
     *("PCX", "PSD", "SGI", "DDS", "QOI", "XBM", "XPM"),
 )
-_PLUGIN_FORMATS = ("HEIF", "JXL")  # which callers may have registered with Pillow
+_PLUGIN_FORMATS = ("HEIF", "JXL")  # HEIF is `pillow-heif`'s; JXL callers may have registered with Pillow
+HEIC_SUFFIXES = frozenset((".heic", ".heif"))
+_NO_HEIC = "HEIC pictures need pillow-heif, which is not installed: pip install 'emu3-jax[heic]', or convert them"
 # Pillow takes four bytes for a pixel of three channels, and conversions hold two pictures at once.
 _MOST_PIXELS = 120_000_000  # phones make 108,000,000
 _MOST_PIXELS_COSTLY = 50_000_000  # of formats whose decoders hold more copies
@@ -37,13 +41,17 @@ _TRANSPOSED = {
 _ROWS = 1 << 20  # pixels that are scaled to 8 bits at once
 
 
-def load_image(path: Path) -> Image.Image:
+def load_image(path: Path, data: bytes | None = None) -> Image.Image:
     """Reads a picture of any mode as RGB, turned upright by its EXIF orientation; of several frames, the first.
+
+    Args:
+        path: of the file.
+        data: its bytes, where it is none of its own: `path` is then what errors call it.
 
     Raises:
         Emu3Error: the file is missing, no picture, truncated, or so large that it may be a decompression bomb.
     """
-    with open_picture(path) as image:
+    with open_picture(path, data=data) as image:
         return to_rgb(image)
 
 
@@ -135,25 +143,46 @@ def save_png(image: Image.Image, path: Path, metadata: Mapping[str, str]) -> Non
 def picture_formats() -> tuple[str, ...]:
     """The formats that are read, by Pillow's names."""
     Image.init()
+    _heic_is_read()
     return tuple(name for name in (*_FORMATS, *_PLUGIN_FORMATS) if name in Image.OPEN)
 
 
+@functools.cache
+def _heic_is_read() -> bool:
+    """Whether HEIC pictures can be read; the first time, tells Pillow how."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True
+
+
+def require_heic(path: Path, pictures: int) -> None:
+    """Raises an `Emu3Error` where `path` has HEIC pictures, and nothing that reads them is installed."""
+    if pictures and not _heic_is_read():
+        raise Emu3Error(f"{path} has {pictures} HEIC pictures. {_NO_HEIC}")
+
+
 @contextlib.contextmanager
-def open_picture(path: Path, wanted: str = "picture") -> Iterator[Image.Image]:
+def open_picture(path: Path, wanted: str = "picture", data: bytes | None = None) -> Iterator[Image.Image]:
     """Opens a picture or animation lazily; what fails while it is decoded in the `with` block becomes `Emu3Error`.
 
-    `wanted` is what errors call it: "picture", "clip" or "picture or clip".
+    `wanted` is what errors call it: "picture", "clip" or "picture or clip". With `data`, its bytes, nothing is opened
+    by the name `path`.
     """
     with reading(path, f"give an undamaged {wanted}"):
-        if Path(path).exists() and not Path(path).is_dir():  # opening it tells these two
+        if data is None and Path(path).exists() and not Path(path).is_dir():  # opening it tells these two
             plain_file(path)
         try:
-            with Image.open(path, formats=picture_formats()) as image:
+            with Image.open(path if data is None else io.BytesIO(data), formats=picture_formats()) as image:
                 _check_size(image)
                 yield image
         except Emu3Error as error:
             raise Emu3Error(f"{path}: {error}") from error
         except Image.UnidentifiedImageError as error:
+            if Path(path).suffix.lower() in HEIC_SUFFIXES and not _heic_is_read():
+                raise Emu3Error(f"cannot read {path}: {_NO_HEIC}") from error
             examples = "a PNG, JPEG, WebP or the like" if wanted == "picture" else "a GIF, WebP, PNG, MP4 or WebM file"
             raise Emu3Error(f"{path} is not a {wanted} that can be read: give {examples}") from error
         except Image.DecompressionBombError as error:

@@ -1,0 +1,206 @@
+"""Columns of pictures and captions in Arrow tables: of Parquet files here, of hub data sets in `hub`.
+
+A picture is bytes, or as Hugging Face's `datasets` writes it a struct of bytes and a path. Parquet is read with
+`pyarrow`, on which `datasets` rests too: from the file itself, without the copy that `datasets` would make.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from emu3_jax.data.sources.examples import Example, bytes_ends, clean_caption
+from emu3_jax.data.sources.tables import PICTURE_COLUMNS, TEXT_COLUMNS, Columns
+from emu3_jax.errors import Emu3Error
+from emu3_jax.foreign import limit, plain_file, reading
+from emu3_jax.media.images import load_image
+from emu3_jax.printable import shown
+
+try:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+except ImportError as missing:
+    raise Emu3Error(
+        "Parquet files and hub data sets need pyarrow, which is not installed: pip install 'emu3-jax[data]'"
+    ) from missing
+
+_MAX_GROUP = 2 << 30  # bytes of a row group's pictures, which are in memory together
+_HELD = 2  # row groups that are kept: threads read on both sides of a border
+_AGAIN = "download or write the Parquet file again"
+_BATCH = 256  # rows whose captions are read together
+
+
+def is_picture(kind: pa.DataType) -> bool:
+    """Whether a column of this type may hold pictures."""
+    if pa.types.is_struct(kind):
+        place = kind.get_field_index("bytes")
+        return place >= 0 and is_picture(kind.field(place).type)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds texts."""
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def choose(schema: pa.Schema, columns: Columns, where: str) -> tuple[str, str]:
+    """The columns with pictures and with captions.
+
+    Raises:
+        Emu3Error: there is none of a kind, or it does not follow which of several is meant.
+    """
+    return (
+        _one(schema, columns.picture, PICTURE_COLUMNS, is_picture, where, "pictures", "--image-column"),
+        _one(schema, columns.text, TEXT_COLUMNS, is_text, where, "captions", "--text-column"),
+    )
+
+
+def _one(
+    schema: pa.Schema,
+    wanted: str | None,
+    usual: Sequence[str],
+    fits: Callable[[pa.DataType], bool],
+    where: str,
+    what: str,
+    option: str,
+) -> str:
+    fitting = [field.name for field in schema if fits(field.type)]
+    if wanted is not None:
+        if wanted in fitting:
+            return wanted
+        found = f"it is {schema.field(wanted).type!s:.80}" if wanted in schema.names else "there is none of that name"
+        raise Emu3Error(f"{where}: column {shown(wanted)} cannot hold {what}: {found}; it has {shown(schema.names)}")
+    for name in usual:
+        if name in fitting:
+            return name
+    if len(fitting) == 1:
+        return fitting[0]
+    if not fitting:
+        raise Emu3Error(f"{where}: no column holds {what}: it has {shown(schema.names)}")
+    raise Emu3Error(f"{where}: columns {shown(fitting)} may hold {what}: name one with {option}")
+
+
+def cell_bytes(value: Any) -> tuple[bytes | None, str | None]:
+    """Bytes and path of a picture's cell."""
+    if isinstance(value, dict):
+        return value.get("bytes"), value.get("path")
+    return value, None
+
+
+@dataclasses.dataclass(frozen=True)
+class CellPicture:
+    """A picture in a table: what reads its bytes, and its row there."""
+
+    read: Callable[[int], bytes]
+    row: int
+    name: str
+
+    def check(self) -> None:
+        """There is nothing to be known."""
+
+    def load(self) -> Image.Image:
+        return load_image(Path(self.name), self.read(self.row))
+
+    def ends(self) -> bytes:
+        return bytes_ends(self.read(self.row))
+
+
+class ParquetFiles:
+    """The captioned pictures of Parquet files, in their order. At most two groups of rows are in memory."""
+
+    def __init__(self, paths: Sequence[Path], columns: Columns):
+        """Reads all captions.
+
+        Raises:
+            Emu3Error: a file is damaged, has no rows or no column with pictures or captions, or groups of rows that are
+                too large.
+        """
+        self._paths = list(paths)
+        digest, ends = hashlib.sha256(b"parquet"), [0]
+        self._groups: list[tuple[int, int]] = []  # number of the file, number of the group in it
+        self._columns: list[tuple[str, str]] = []
+        for number, path in enumerate(paths):
+            with reading(path, _AGAIN):
+                plain_file(path)
+                with pq.ParquetFile(path) as file:
+                    chosen = choose(file.schema_arrow, columns, str(path))
+                    self._columns.append(chosen)
+                    digest.update(repr((chosen, path.stat().st_size)).encode())
+                    for group in range(file.num_row_groups):
+                        rows = file.metadata.row_group(group)
+                        limit(f"{path} row group {group}", "bytes", _group_bytes(rows, chosen), _MAX_GROUP)
+                        self._groups.append((number, group))
+                        ends.append(ends[-1] + rows.num_rows)
+                    for text in self._texts(file, chosen[1]):
+                        digest.update(repr(text).encode("utf-8", "surrogatepass"))
+        if not ends[-1]:
+            raise Emu3Error(f"{paths[0]} has no rows: give Parquet files of captioned pictures")
+        self._ends = np.array(ends)
+        self._lock = threading.Lock()
+        self._recent: collections.OrderedDict[int, Future[pa.Table]] = collections.OrderedDict()
+        self.digest = digest.hexdigest()
+
+    @staticmethod
+    def _texts(file: pq.ParquetFile, column: str) -> Iterator[str | None]:
+        for batch in file.iter_batches(_BATCH, columns=[column]):
+            yield from batch.column(0).to_pylist()
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> Example:
+        """Example `index`. Raises an `Emu3Error` that names the row if it has no caption or picture."""
+        group, row = self._find(index)
+        number, _ = self._groups[group]
+        path, (_, text) = self._paths[number], self._columns[number]
+        where = f"{path} row {index - int(self._ends[self._first(number)])}"
+        name = f"{path.name} row {index - int(self._ends[self._first(number)])}"
+        caption = clean_caption(self._table(group)[text][row].as_py(), where)
+        return Example(where, name, caption, CellPicture(self._bytes, index, where))
+
+    def _first(self, number: int) -> int:
+        """The first group of a file."""
+        return next(i for i, (file, _) in enumerate(self._groups) if file == number)
+
+    def _find(self, index: int) -> tuple[int, int]:
+        """The group of a row, and its number in there."""
+        group = int(np.searchsorted(self._ends, index, side="right")) - 1
+        return group, index - int(self._ends[group])
+
+    def _bytes(self, index: int) -> bytes:
+        group, row = self._find(index)
+        number, _ = self._groups[group]
+        data, _ = cell_bytes(self._table(group)[self._columns[number][0]][row].as_py())
+        if not data:
+            raise Emu3Error("there are no bytes of a picture: embed the pictures when the Parquet file is written")
+        return data
+
+    def _table(self, group: int) -> pa.Table:
+        """A group of rows, read once by whichever thread needs it first."""
+        with self._lock:
+            missing = group not in self._recent
+            table = self._recent.setdefault(group, Future())
+            self._recent.move_to_end(group)
+            if len(self._recent) > _HELD:
+                self._recent.popitem(last=False)
+        if missing:
+            try:
+                number, own = self._groups[group]
+                with reading(self._paths[number], _AGAIN), pq.ParquetFile(self._paths[number]) as file:
+                    table.set_result(file.read_row_group(own, columns=list(self._columns[number]), use_threads=False))
+            except BaseException as error:  # whatever it is: other threads may wait for this group
+                table.set_exception(error)
+        return table.result()
+
+
+def _group_bytes(rows: Any, chosen: tuple[str, str]) -> int:
+    """Bytes of the chosen columns of a group of rows, unpacked, as the file says."""
+    parts = (rows.column(column) for column in range(rows.num_columns))
+    return sum(part.total_uncompressed_size for part in parts if part.path_in_schema.split(".")[0] in chosen)

@@ -1,0 +1,149 @@
+"""Files that list pictures and their captions: CSV and JSON lines with a column of file names and one of captions."""
+
+import csv
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from emu3_jax.data.manifest import MAX_LINE
+from emu3_jax.data.sources.examples import clean_caption
+from emu3_jax.data.sources.tables import Columns
+from emu3_jax.errors import Emu3Error
+from emu3_jax.foreign import inner_path, limit, parse_json, plain_file, reading
+from emu3_jax.printable import shown
+
+NAMES = ("metadata.jsonl", "metadata.csv", "captions.csv", "captions.jsonl")  # looked for in folders
+_CSV = "save it as CSV in UTF-8"
+_JSON = "write one JSON object a line"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row: the number of its first line, where that begins, and the picture's file, or what is wrong with the row."""
+
+    line: int
+    place: int
+    file: str
+    problem: str | None = None
+
+
+class CaptionFile:
+    """One such file. Rows are read when asked for; none is kept."""
+
+    def __init__(self, path: Path, columns: Columns):
+        """Raises `Emu3Error` if the file cannot be read or, a CSV, has no line that names the two columns."""
+        self.path, self._columns = path, columns
+        self._csv = path.suffix.lower() == ".csv"
+        self._header: list[str] = []
+        self._dialect: dict[str, Any] = {}
+        self._body = (1, 0)  # number and place of the first line after the header
+        with reading(path, _CSV if self._csv else _JSON):
+            plain_file(path)
+        if self._csv:
+            self._read_header()
+
+    def _read_header(self) -> None:
+        with reading(self.path, _CSV), self.path.open("rb") as stream:
+            lines = _Lines(stream, self.path, 1, 0)
+            first = next(lines, "").removeprefix("\ufeff")
+            # Spreadsheets write semicolons where the comma is the decimal point.
+            self._dialect = {"delimiter": max(",;\t", key=first.count), "strict": True}
+            rows = csv.reader(itertools.chain([first], lines), **self._dialect)
+            self._header = [name.strip() for name in next(rows, [])]
+            self._body = (lines.number, lines.place)
+        where = f"{self.path} line 1"
+        names = (self._columns.file(self._header, where), self._columns.caption(self._header, where))
+        self._fields = [self._header.index(name) for name in names]
+
+    def rows(self) -> Iterator[tuple[Row, str]]:
+        """Every row with its caption, which is empty where the row has a problem. Blank lines are no rows."""
+        with reading(self.path, _CSV if self._csv else _JSON), self.path.open("rb") as stream:
+            lines = _Lines(stream, self.path, *self._body)
+            while True:
+                line, place = lines.number, lines.place
+                row = self._next(lines)
+                if row is None:
+                    return
+                if row == "":
+                    continue
+                try:
+                    file, text = self._fields_of(row, f"{self.path} line {line}")
+                except _BadRow as error:
+                    yield Row(line, place, error.file, str(error)), ""
+                    continue
+                yield Row(line, place, file), text
+
+    def caption(self, line: int, place: int) -> str:
+        """The caption of the row whose first line has that number and begins there."""
+        with reading(self.path, _CSV if self._csv else _JSON), self.path.open("rb") as stream:
+            stream.seek(place)
+            row = self._next(_Lines(stream, self.path, line, place))
+            return self._fields_of(row, f"{self.path} line {line}")[1]
+
+    def _next(self, lines: "_Lines") -> Any:
+        """A row of a CSV as its fields, or a line of JSON as text; "" of a blank line, None at the end."""
+        if not self._csv:
+            line = next(lines, None)
+            return line if line is None else line.strip().removeprefix("\ufeff")
+        try:
+            row = next(csv.reader(lines, **self._dialect), None)
+        except csv.Error as error:
+            raise Emu3Error(f"{self.path} line {lines.number - 1}: not readable as CSV ({error}); {_CSV}") from error
+        return row if row is None or any(field.strip() for field in row) else ""
+
+    def _fields_of(self, row: Any, where: str) -> tuple[str, str]:
+        """The path below this file's directory and the caption. Raises `_BadRow`."""
+        name: Any = ""
+        try:
+            if self._csv:
+                # An extra field is most often the rest of a caption with a comma in it.
+                name = row[self._fields[0]] if self._fields[0] < len(row) else ""
+                if len(row) != len(self._header):
+                    raise Emu3Error(
+                        f"{where}: has {len(row)} fields, the header {len(self._header)}: put captions in double quotes"
+                    )
+                text: Any = row[self._fields[1]]
+            else:
+                data = parse_json(row.encode(), where, _JSON)
+                if not isinstance(data, dict):
+                    raise Emu3Error(f"{where}: {shown(data)} is no object: {_JSON}")
+                name = data[self._columns.file(data, where)]
+                text = data[self._columns.caption(data, where)]
+            if isinstance(name, str):
+                name = name.strip().replace("\\", "/").removeprefix("./")
+            name = inner_path(name, where)
+            return name, clean_caption(text, where)
+        except Emu3Error as error:
+            raise _BadRow(str(error), name if isinstance(name, str) else "") from error
+
+
+class _BadRow(Emu3Error):
+    def __init__(self, message: str, file: str):
+        super().__init__(message)
+        self.file = file
+
+
+class _Lines:
+    """The lines of a file as text, with the number and place of the one that comes next."""
+
+    def __init__(self, stream: BinaryIO, path: Path, number: int, place: int):
+        self._stream, self._path = stream, path
+        self.number, self.place = number, place
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> str:
+        line = self._stream.readline(MAX_LINE + 1)
+        if not line:
+            raise StopIteration
+        limit(f"{self._path} line {self.number}", "bytes or more", len(line), MAX_LINE)
+        where = f"{self._path} line {self.number}"
+        self.number += 1
+        self.place += len(line)
+        try:
+            return line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise Emu3Error(f"{where} is not UTF-8 text: save the file in UTF-8") from error

@@ -1,0 +1,138 @@
+"""LLaVA's JSON: a list of objects with `conversations`, turns of `human` and `gpt`, and an `image`.
+
+The same objects a line (JSON lines) are read as well. Such files have a million objects: what is kept is their places.
+"""
+
+import array
+import hashlib
+import mmap
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from emu3_jax.data.manifest import MAX_LINE, Manifest
+from emu3_jax.data.records import check_conversation, check_text
+from emu3_jax.data.sources.examples import Example, MediaFile, where_once
+from emu3_jax.errors import Emu3Error
+from emu3_jax.foreign import inner_path, limit, parse_json, plain_file, reading
+from emu3_jax.printable import printable, shown
+
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+_TOKEN = re.compile(r"\s*<(?:image|video)>\s*")
+_LEGAL = "give a JSON list of objects with conversations, as LLaVA's are"
+# A text as a whole, so that brackets inside it do not count.
+_MARKS = re.compile(rb'"(?:[^"\\]|\\.)*+"|[\[\]{}]', re.DOTALL)
+
+
+class Conversations:
+    """The conversations of such a file. Pictures are looked for below a folder."""
+
+    def __init__(self, path: Path, images: Path | None = None):
+        """Finds the objects.
+
+        Args:
+            path: the file; `.jsonl` for one object a line.
+            images: where the objects' paths begin; by default the file's folder.
+
+        Raises:
+            Emu3Error: it cannot be read, or is no list of objects.
+        """
+        self._path, self._images = path, path.parent if images is None else images
+        self._lines = Manifest(path) if path.suffix.lower() == ".jsonl" else None
+        self._spans = np.zeros((0, 2), np.int64)
+        if self._lines is not None:
+            self.digest = self._lines.digest
+            return
+        with reading(path, _LEGAL):
+            plain_file(path)
+            self._spans, self.digest = _objects(path)
+        if not len(self._spans):
+            raise Emu3Error(f"{path} has no objects: {_LEGAL}")
+
+    def __len__(self) -> int:
+        return len(self._spans if self._lines is None else self._lines)
+
+    def __getitem__(self, index: int) -> Example:
+        """Example `index`. Raises an `Emu3Error` that names the object if it is no conversation."""
+        if self._lines is not None:
+            where, text = f"{self._path} line {self._lines.line(index)}", self._lines.raw(index)
+        else:
+            where = f"{self._path} object {index}"
+            start, size = map(int, self._spans[index])
+            with reading(self._path, _LEGAL), self._path.open("rb") as stream:
+                stream.seek(start)
+                text = stream.read(size)
+        try:
+            return self._parse(parse_json(text, where, _LEGAL), where)
+        except Emu3Error as error:
+            raise Emu3Error(where_once(where, error)) from error
+
+    def _parse(self, data: Any, where: str) -> Example:
+        if not isinstance(data, dict):
+            raise Emu3Error(f"{shown(data)} is no object: {_LEGAL}")
+        said = data.get("conversations")
+        if not isinstance(said, list):
+            raise Emu3Error(f"conversations is {shown(said)}: it must be a list of turns")
+        media = [(kind, data[kind]) for kind in ("image", "video") if data.get(kind) is not None]
+        if len(media) > 1 or (media and isinstance(media[0][1], list)):
+            raise Emu3Error("has several pictures, and a record has one: leave it out, or make several of it")
+        turns, tokens = [], 0
+        for turn in said:
+            if not isinstance(turn, dict) or turn.get("from") not in _ROLES:
+                raise Emu3Error(f"turn {shown(turn)} is not from human or gpt: correct it, or leave the object out")
+            value = check_text("value", turn.get("value"))
+            tokens += len(_TOKEN.findall(value))
+            turns.append({"role": _ROLES[turn["from"]], "text": _TOKEN.sub("\n", value).strip()})
+        if tokens > 1:
+            raise Emu3Error(f"its turns have {tokens} pictures in them, and a record has one: leave it out")
+        medium = None
+        for kind, name in media:
+            medium = MediaFile(self._images / inner_path(name, kind), clip=kind == "video")
+        if tokens and medium is None:
+            raise Emu3Error("a turn shows <image>, and the object names none: add image, or remove <image>")
+        name = printable(data["id"])[:200] if isinstance(data.get("id"), str) else where
+        return Example(where, name, "", medium, check_conversation(turns))
+
+
+def _objects(path: Path) -> tuple[np.ndarray, str]:
+    """Place and length of each element of a JSON list, and the file's digest."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+        if not stream.tell():
+            raise Emu3Error(f"{path} is empty: {_LEGAL}")
+        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            spans = array.array("q")
+            for number, (start, end) in enumerate(_elements(data, path)):
+                limit(f"{path} object {number}", "bytes", end - start, MAX_LINE)
+                spans.extend((start, end - start))
+    return np.frombuffer(spans, np.int64).reshape(-1, 2), digest.hexdigest()
+
+
+def _elements(data: mmap.mmap, path: Path) -> Iterator[tuple[int, int]]:
+    """Where the objects of a list of objects begin and end."""
+    depth, start, opened = 0, 0, False
+    for mark in _MARKS.finditer(data):
+        kind = data[mark.start() : mark.start() + 1]
+        if kind in (b"[", b"{"):
+            if depth == 0 and (opened or kind != b"[" or data[: mark.start()].strip(b"\xef\xbb\xbf \t\r\n")):
+                break
+            opened = True
+            if depth == 1:
+                start = mark.start()
+            depth += 1
+        elif kind in (b"]", b"}"):
+            depth -= 1
+            if depth == 1:
+                yield start, mark.end()
+            elif depth == 0:
+                if data[mark.end() : mark.end() + 64].strip():
+                    break
+                return
+        elif depth < 2:
+            break
+    raise Emu3Error(f"{path} is no JSON list of objects, or is cut off: {_LEGAL}")

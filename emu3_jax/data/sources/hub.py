@@ -1,0 +1,166 @@
+"""Data sets of the Hugging Face hub, through its own library `datasets`: `hf:NAME`, `hf:NAME:SPLIT`.
+
+`datasets` knows how data sets are laid out on the hub, downloads them once, and keeps them in Arrow files that are
+mapped into memory. It runs no code of theirs.
+"""
+
+import contextlib
+import hashlib
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from emu3_jax.data.sources.arrow import CellPicture, cell_bytes, choose
+from emu3_jax.data.sources.examples import Example, clean_caption
+from emu3_jax.data.sources.tables import Columns
+from emu3_jax.errors import Emu3Error
+from emu3_jax.foreign import limit, plain_file, reading
+from emu3_jax.printable import shown
+
+PREFIX = "hf:"
+_PATIENCE = 20  # seconds for the hub's first answer
+_MAX_PICTURE = 1 << 28  # bytes
+_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_USE = "write hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT, with the name that the hub shows"
+
+
+class HubDataset:
+    """The captioned pictures of one split."""
+
+    def __init__(self, location: str, columns: Columns):
+        """Downloads the split, unless that was done before.
+
+        Args:
+            location: see the module; without a split it is `train`, or the only one.
+            columns: with pictures and captions.
+
+        Raises:
+            Emu3Error: `datasets` is not installed, the hub cannot be reached, or has no such data set or split; or the
+                data set has no column with pictures or captions.
+        """
+        parts = location.removeprefix(PREFIX).split(":")
+        if not _NAME.fullmatch(parts[0]) or len(parts) > 3 or not all(parts):
+            raise Emu3Error(f"{shown(location)} is no name of a hub data set: {_USE}")
+        name, split = parts[0], parts[-1] if len(parts) > 1 else None
+        self._where = f"{PREFIX}{name}"
+        builder, split = _download(self._where, name, parts[1] if len(parts) == 3 else None, split)
+        data = builder.as_dataset(split=split).with_format("arrow")
+        self._picture, self._text = choose(data.features.arrow_schema, columns, self._where)
+        if not len(data):
+            raise Emu3Error(f"{location} has no rows: choose another split")
+        self._data = data.select_columns([self._picture, self._text])
+        # The builder's hash is the data set's commit.
+        version = (name, str(builder.hash), builder.config.name, split, len(data), self._picture, self._text)
+        self.digest = hashlib.sha256(repr(("hub", version)).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: int) -> Example:
+        """Example `index`. Raises an `Emu3Error` that names the row if it has no caption or picture."""
+        where = f"{self._where} row {index}"
+        with reading(where):
+            text = self._data[index : index + 1][self._text][0].as_py()
+        return Example(where, where, clean_caption(text, where), CellPicture(self._bytes, index, where))
+
+    def _bytes(self, index: int) -> bytes:
+        with reading(f"{self._where} row {index}"):
+            data, path = cell_bytes(self._data[index : index + 1][self._picture][0].as_py())
+        if data:
+            return data
+        if path and (file := _downloaded(path)) is not None:
+            plain_file(file)
+            limit(path, "bytes", file.stat().st_size, _MAX_PICTURE)
+            return file.read_bytes()
+        raise Emu3Error("there are no bytes of a picture in this row: leave the row out of the data set")
+
+
+def _downloaded(path: str) -> Path | None:
+    """A file that `datasets` downloaded. What a data set names elsewhere is not opened."""
+    import datasets
+    from huggingface_hub import constants
+
+    file = os.path.realpath(path)
+    for cache in (datasets.config.HF_CACHE_HOME, datasets.config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE):
+        root = os.path.realpath(cache)
+        if os.path.commonpath([root, file]) == root and os.path.isfile(file):
+            return Path(file)
+    return None
+
+
+def _download(where: str, name: str, config: str | None, split: str | None) -> tuple[Any, str]:
+    """The data set's builder, when everything is downloaded, and the name of the split. Raises as `HubDataset`."""
+    try:
+        import datasets
+        import huggingface_hub
+    except ImportError as missing:
+        raise Emu3Error(
+            f"{where} needs datasets, which is not installed: pip install 'emu3-jax[data]', or give local files"
+        ) from missing
+    from huggingface_hub import constants
+
+    with _quietly(datasets), _explained(where):
+        # `datasets` waits half a minute for a hub that is not there, and takes a data set's newest commit each time.
+        offline = constants.HF_HUB_OFFLINE
+        commit = None if offline else huggingface_hub.HfApi().dataset_info(name, timeout=_PATIENCE).sha
+        builder = datasets.load_dataset_builder(f"hf://datasets/{name}", config, revision=commit)
+        builder.download_and_prepare()
+        splits = [str(split) for split in builder.info.splits or ()]
+        chosen = split or ("train" if "train" in splits or len(splits) != 1 else splits[0])
+        if chosen not in splits:
+            raise Emu3Error(f"{where} has no split {shown(chosen)}: it has {shown(splits)}; {_USE}")
+        return builder, chosen
+
+
+@contextlib.contextmanager
+def _quietly(datasets: Any) -> Iterator[None]:
+    """No warnings of the library's, and bars only on a terminal."""
+    before = datasets.logging.get_verbosity()
+    bars = datasets.utils.are_progress_bars_disabled()
+    datasets.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        datasets.utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(before)
+        if not bars:
+            datasets.utils.enable_progress_bars()
+
+
+@contextlib.contextmanager
+def _explained(where: str) -> Iterator[None]:
+    """One line of whatever the libraries raise."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except (Emu3Error, KeyboardInterrupt):
+        raise
+    except errors.GatedRepoError as error:
+        raise Emu3Error(f"{where}: its owner decides who reads it: ask on its page, then run hf auth login") from error
+    except errors.RepositoryNotFoundError as error:
+        raise Emu3Error(
+            f"{where}: the hub has no such data set, or it is private: correct the name, or run hf auth login"
+        ) from error
+    except Exception as error:
+        said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if _unreached(error):
+            raise Emu3Error(
+                f"{where}: the hub cannot be reached ({said:.120}): connect, set HF_ENDPOINT to a mirror, or copy the "
+                "data set here and give its folder"
+            ) from error
+        raise Emu3Error(f"{where}: {said:.200}; {_USE}") from error
+
+
+def _unreached(error: BaseException | None) -> bool:
+    """Whether an error, or the one it came from, is about the network."""
+    while error is not None:
+        names = {kind.__name__ for kind in type(error).__mro__}
+        if names & {"ConnectionError", "TransportError", "OfflineModeIsEnabled", "LocalEntryNotFoundError"}:
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -1,0 +1,133 @@
+"""Which source a command line means."""
+
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from emu3_jax.data.manifest import MAX_LINE, Manifest
+from emu3_jax.data.sources.conversations import Conversations
+from emu3_jax.data.sources.examples import Example, MediaFile, Source
+from emu3_jax.data.sources.folder import Folder
+from emu3_jax.data.sources.tables import FILE_COLUMNS, Columns
+from emu3_jax.data.sources.tars import Tars
+from emu3_jax.errors import Emu3Error
+from emu3_jax.foreign import local_path, parse_json, plain_file, reading
+from emu3_jax.printable import shown
+
+_COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
+_CONTAINERS = (".tar", ".parquet")
+
+
+def open_source(
+    places: Sequence[str], columns: Columns, *, images: Path | None = None, output: Path | None = None
+) -> Source:
+    """The captioned pictures at some places.
+
+    Args:
+        places: a folder, `hf:NAME`, one file that lists pictures (a manifest, CSV, JSON lines, LLaVA's JSON), or tar or
+            Parquet files.
+        columns: of tables, as the user named them.
+        images: where paths in LLaVA's JSON begin.
+        output: a folder that is not looked at where it lies in a folder of pictures.
+
+    Raises:
+        Emu3Error: there is nothing at a place, or nothing that can be prepared.
+    """
+    if len(places) == 1 and places[0].startswith("hf:"):
+        from emu3_jax.data.sources.hub import HubDataset
+
+        return HubDataset(places[0], columns)
+    paths = [local_path(place) for place in places]
+    for path in paths:
+        with reading(path):
+            os.stat(path)
+    if len(paths) == 1 and paths[0].is_dir():
+        return _open_folder(paths[0], columns, output)
+    endings = {path.suffix.lower() for path in paths}
+    if len(endings) == 1 and (ending := endings.pop()) in _CONTAINERS:
+        return _open_container(ending, paths, columns)
+    if len(paths) > 1:
+        raise Emu3Error(
+            f"{len(paths)} sources were given: several must be tar or Parquet files, all of one kind; for others run "
+            "prepare once each, with an output of its own"
+        )
+    return _open_list(paths[0], columns, images)
+
+
+def _open_folder(path: Path, columns: Columns, output: Path | None) -> Source:
+    """A folder of pictures, or one of tar or Parquet files alone."""
+    with reading(path):
+        names = sorted(name for name in os.listdir(path) if not name.startswith("."))
+    for ending in _CONTAINERS:
+        found = [path / name for name in names if name.lower().endswith(ending)]
+        if not found:
+            continue
+        others = [name for name in names if path / name not in found and not name.lower().endswith((".md", ".txt"))]
+        if others:
+            raise Emu3Error(
+                f"{path} holds {shown(found[0].name)} and {shown(others[0])}: give the {ending} files by name, or "
+                "folders of one kind of data"
+            )
+        return _open_container(ending, found, columns)
+    return Folder(path, columns, leave_out=output)
+
+
+def _open_container(ending: str, paths: Sequence[Path], columns: Columns) -> Source:
+    if ending == ".tar":
+        return Tars(paths, columns)
+    from emu3_jax.data.sources.arrow import ParquetFiles
+
+    return ParquetFiles(paths, columns)
+
+
+def _open_list(path: Path, columns: Columns, images: Path | None) -> Source:
+    """A file that lists pictures: what kind follows from its name, and of JSON lines from the first of them."""
+    suffix = path.suffix.lower()
+    if suffix in _COMPRESSED:
+        raise Emu3Error(f"{path} is compressed: unpack it, and give the folder or the plain .tar")
+    if suffix == ".csv":
+        return Folder(path, columns)
+    if suffix == ".json":
+        return Conversations(path, images)
+    if suffix == ".jsonl":
+        first = _first_line(path)
+        if isinstance(first, dict) and "conversations" in first:
+            return Conversations(path, images)
+        wanted = columns.picture or next(name for name in FILE_COLUMNS if name not in ("image", "clip"))
+        if isinstance(first, dict) and (wanted in first or path.name in ("metadata.jsonl", "captions.jsonl")):
+            return Folder(path, columns)
+    return ManifestSource(Manifest(path))
+
+
+def _first_line(path: Path) -> object:
+    """The first line that is not blank, parsed; None where that fails."""
+    with reading(path):
+        plain_file(path)
+        with path.open("rb") as stream:
+            for line in iter(functools.partial(stream.readline, MAX_LINE), b""):
+                if line.strip():
+                    try:
+                        return parse_json(line.strip().removeprefix(b"\xef\xbb\xbf"), path)
+                    except Emu3Error:
+                        return None
+    return None
+
+
+class ManifestSource:
+    """The lines of a manifest as examples."""
+
+    def __init__(self, manifest: Manifest):
+        """Takes an open manifest."""
+        self._manifest, self.digest = manifest, manifest.digest
+
+    def __len__(self) -> int:
+        return len(self._manifest)
+
+    def __getitem__(self, index: int) -> Example:
+        """The example of line `index`. Raises as `Manifest`."""
+        entry = self._manifest[index]
+        file = entry.image or entry.clip
+        medium = None if file is None else MediaFile(file, clip=entry.clip is not None)
+        where = f"{self._manifest.path} line {self._manifest.line(index)}"
+        return Example(where, entry.name, entry.text, medium, entry.conversation)

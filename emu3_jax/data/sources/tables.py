@@ -1,0 +1,83 @@
+"""Columns of tables and fields of objects that hold a picture's file and its caption, and lists in little memory."""
+
+import array
+import dataclasses
+import os
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from emu3_jax.errors import Emu3Error
+from emu3_jax.printable import shown
+
+FILE_COLUMNS = ("file_name", "filename", "file", "image", "path")
+PICTURE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "picture", "img")
+TEXT_COLUMNS = ("text", "caption", "txt", "prompt", "description")
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """Names of columns that the user gave; None looks for the usual ones."""
+
+    picture: str | None = None
+    text: str | None = None
+
+    def file(self, names: Collection[str], where: str) -> str:
+        """The column with pictures' files. Raises `Emu3Error` that begins with `where` if there is none."""
+        return _pick(names, self.picture, FILE_COLUMNS, f"{where} has no column with the pictures' file names")
+
+    def caption(self, names: Collection[str], where: str) -> str:
+        """The column with captions, likewise."""
+        return _pick(names, self.text, TEXT_COLUMNS, f"{where} has no column with captions")
+
+
+def _pick(names: Collection[str], wanted: str | None, usual: Sequence[str], missing: str) -> str:
+    if wanted is not None:
+        if wanted in names:
+            return wanted
+        raise Emu3Error(f"{missing}: {shown(wanted)} was asked for, it has {shown(list(names))}")
+    for name in usual:
+        if name in names:
+            return name
+    raise Emu3Error(f"{missing}: it has {shown(list(names))}; call the column {usual[0]}, or name it with an option")
+
+
+class Texts:
+    """A list of names, packed: a million of 30 characters takes 40 MB."""
+
+    def __init__(self) -> None:
+        self._bytes, self._ends = bytearray(), array.array("q", [0])
+
+    def append(self, text: str) -> None:
+        """Adds a name as the file system gave it."""
+        self._bytes += os.fsencode(text)
+        self._ends.append(len(self._bytes))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> str:
+        return os.fsdecode(bytes(self._bytes[self._ends[index] : self._ends[index + 1]]))
+
+
+class Rows:
+    """A list of rows of whole numbers, packed."""
+
+    def __init__(self, width: int):
+        self._values, self._width = array.array("q"), width
+
+    def append(self, *row: int) -> None:
+        """Adds a row."""
+        self._values.extend(row)
+
+    def __len__(self) -> int:
+        return len(self._values) // self._width
+
+    def __getitem__(self, index: int) -> tuple[int, ...]:
+        return tuple(self._values[index * self._width : (index + 1) * self._width])
+
+
+def caption_of(data: Any, columns: Columns, where: str) -> Any:
+    """The caption in a JSON object. Raises `Emu3Error` that begins with `where` if there is none."""
+    if not isinstance(data, dict):
+        raise Emu3Error(f"{where}: {shown(data)} is no object: write one with a caption")
+    return data[columns.caption(data, where)]

@@ -1,0 +1,182 @@
+"""Tar files of pictures and captions, as `webdataset` writes them: members of one name belong together.
+
+`000.jpg` has its caption in `000.txt`, or in a field of the object in `000.json`. The ending is what follows the last
+dot of a name. Python's `tarfile` lists the members, and a picture is read from its place in the tar file:
+`webdataset` reads such files from their beginning to their end, and what is prepared is also read at random. Nothing is
+written to disk, so names in a tar file are never paths.
+"""
+
+import hashlib
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+from emu3_jax.data.sources.examples import MAX_CAPTION, Example, MemberPicture, clean_caption, picture_suffixes
+from emu3_jax.data.sources.tables import Columns, Rows, Texts, caption_of
+from emu3_jax.errors import Emu3Error
+from emu3_jax.foreign import limit, parse_json, plain_file, reading
+from emu3_jax.media.images import require_heic
+from emu3_jax.printable import printable, shown
+
+_BLOCK = 512  # bytes; headers begin at multiples of it
+_MAX_HEADER = 1 << 20  # bytes of a member's extended header: some names
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")  # how gzip, bzip2, xz and zstd files begin
+_AGAIN = "download or write the tar file again"
+_Member = tuple[str, int, int]  # name, place, size
+
+
+class Tars:
+    """The captioned pictures of tar files, in their order. Names and places are kept, some 100 bytes of each picture.
+
+    A picture without a caption, a caption without a picture, members of other kinds and those of one name are examples
+    that cannot be read.
+    """
+
+    def __init__(self, paths: Sequence[Path], columns: Columns):
+        """Lists all members and reads all captions.
+
+        Raises:
+            Emu3Error: a file is no tar file, compressed, or cut off; or no picture has a caption.
+        """
+        self._paths, self._columns = list(paths), columns
+        self._suffixes = picture_suffixes()
+        self._names = Texts()  # of pictures, and of their captions' members
+        # Number of the tar file, place and size of the picture, place and size of the caption.
+        self._places = Rows(5)
+        self._problems: dict[int, str] = {}
+        self._digest = hashlib.sha256(b"tar")
+        for number, path in enumerate(paths):
+            self._index(number, path)
+        usable = len(self._places) - len(self._problems)
+        if not usable:
+            first = f"; the first: {self._problems[0]}" if self._problems else ""
+            raise Emu3Error(f"{paths[0]}: no picture in it has a caption in a .txt or .json of its name{first}")
+        self.digest = self._digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> Example:
+        """Example `index`. Raises the `Emu3Error` that says what is wrong with it."""
+        if index in self._problems:
+            raise Emu3Error(self._problems[index])
+        number, start, size, text_start, text_size = self._places[index]
+        name, path = self._names[2 * index], self._paths[number]
+        where = printable(f"{path.name}/{name}")
+        with reading(path, _AGAIN), path.open("rb") as stream:
+            text = self._caption(stream, path, (self._names[2 * index + 1], text_start, text_size))
+        return Example(f"{path}: {printable(name)}", where, text, MemberPicture(path, start, size, where))
+
+    def _index(self, number: int, path: Path) -> None:
+        """Lists the members of one file, and adds its examples."""
+        samples: dict[str, dict[str, _Member]] = {}
+        problems = []
+        for member in members(path):
+            folder, _, base = member.name.rpartition("/")
+            if member.isdir() or base.startswith(".") or f"/{folder}".find("/.") >= 0:
+                continue
+            stem, dot, suffix = base.rpartition(".")
+            key, suffix = (f"{folder}/{stem}", f".{suffix.lower()}") if dot else (f"{folder}/{base}", "")
+            if not member.isreg() or member.issparse():
+                problems.append(f"{path}: {shown(member.name)} is a link or a device: only plain files are read")
+            elif suffix in samples.setdefault(key, {}):
+                problems.append(f"{path}: {shown(member.name)} is in it twice: the first one counts; remove the other")
+            else:
+                samples[key][suffix] = (member.name, member.offset_data, member.size)
+        require_heic(path, sum(bool({".heic", ".heif"} & found.keys()) for found in samples.values()))
+        with reading(path, _AGAIN), path.open("rb") as stream:
+            for sample in samples.values():
+                try:
+                    picture, text = self._pair(path, sample)
+                    caption = self._caption(stream, path, text)
+                except Emu3Error as error:
+                    problems.append(str(error))
+                    continue
+                self._digest.update(f"{picture[2]} {caption}\0".encode() + picture[0].encode("utf-8", "replace"))
+                self._names.append(picture[0])
+                self._names.append(text[0])
+                self._places.append(number, *picture[1:], *text[1:])
+        for problem in problems:
+            self._problems[len(self._places)] = problem
+            self._digest.update(b"!\0")
+            self._names.append("")
+            self._names.append("")
+            self._places.append(number, 0, 0, 0, 0)
+
+    def _pair(self, path: Path, sample: dict[str, _Member]) -> tuple[_Member, _Member]:
+        """The picture and the caption among members of one name. Raises `Emu3Error` if there are none or too many."""
+        pictures = [member for suffix, member in sample.items() if suffix in self._suffixes]
+        text = sample.get(".txt") or sample.get(".json")
+        names = ", ".join(shown(name) for name, _, _ in list(sample.values())[:3])
+        if len(pictures) > 1:
+            raise Emu3Error(f"{path}: {names}: there are two pictures of one name: rename one, and its caption")
+        if not pictures:
+            what = "a caption without a picture" if text else "neither a picture nor a caption"
+            raise Emu3Error(f"{path}: {names}: it is {what}")
+        if text is None:
+            raise Emu3Error(f"{path}: {names}: there is no caption: add a .txt or .json of that name")
+        return pictures[0], text
+
+    def _caption(self, stream: IO[bytes], path: Path, text: _Member) -> str:
+        name, start, size = text
+        where = f"{path}: {printable(name)}"
+        limit(where, "bytes of a caption", size, MAX_CAPTION)
+        stream.seek(start)
+        data = stream.read(size)
+        if name.lower().endswith(".json"):
+            value = caption_of(parse_json(data, where, _AGAIN), self._columns, where)
+            return clean_caption(value, where)
+        try:
+            return clean_caption(data.decode("utf-8-sig"), where)
+        except UnicodeDecodeError as error:
+            raise Emu3Error(f"{where} is not UTF-8 text: write it in UTF-8") from error
+
+
+def members(path: Path) -> Iterator[tarfile.TarInfo]:
+    """The members of a tar file, in their order.
+
+    Raises:
+        Emu3Error: it is no tar file, compressed, or cut off.
+    """
+    with reading(path, _AGAIN):
+        plain_file(path)
+        with path.open("rb") as stream:
+            size = stream.seek(0, 2)
+            stream.seek(0)
+            head = stream.read(6)
+            stream.seek(0)
+            if (
+                head[:2] == b"\x1f\x8b"
+                or head[:3] == b"BZh"
+                or head == b"\xfd7zXZ\0"
+                or head[:4] == b"\x28\xb5\x2f\xfd"
+            ):
+                raise Emu3Error(f"{path} is compressed: unpack it to a plain tar file, so that pictures can be found")
+            try:
+                with tarfile.open(fileobj=_Bounded(stream), mode="r:") as tar:  # type: ignore[call-overload]
+                    while (member := tar.next()) is not None:
+                        tar.members = []  # which would grow with the file
+                        if member.isreg() and member.offset_data + member.size > size:
+                            raise Emu3Error(f"{path} is cut off in {shown(member.name)}: {_AGAIN}")
+                        yield member
+                    end = tar.offset
+            except tarfile.TarError as error:
+                raise Emu3Error(f"{path} is no tar file that can be read ({error}): {_AGAIN}") from error
+            # A damaged header ends the list without an error.
+            stream.seek(min(end, size))
+            if stream.read(_BLOCK).strip(b"\0"):
+                raise Emu3Error(f"{path} is damaged at byte {end}: {_AGAIN}")
+
+
+class _Bounded:
+    """A stream of which no more is read at once than headers take: their length is what the file claims."""
+
+    def __init__(self, stream: IO[bytes]):
+        self._stream = stream
+        self.seek, self.tell = stream.seek, stream.tell
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= _MAX_HEADER:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return self._stream.read(size)

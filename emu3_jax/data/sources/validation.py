@@ -1,0 +1,87 @@
+"""Part of the entries for validation: which side one falls on follows from what it shows alone."""
+
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+from emu3_jax.data.prepare import Entries
+from emu3_jax.data.records import Record
+from emu3_jax.errors import Emu3Error
+from emu3_jax.fields import is_number
+
+DIRECTORY = "validation"  # inside the data
+_BATCH = 1024  # entries that are looked at before the next ones are
+
+
+class Identified(Entries, Protocol):
+    """Entries that say what they show."""
+
+    def identity(self, index: int) -> bytes:
+        """A hash that is equal for entries that must stay together. `Emu3Error` if the entry cannot be read."""
+
+
+class Part:
+    """Some of the entries, in their order."""
+
+    def __init__(self, entries: Entries, indices: np.ndarray, name: str):
+        """Takes the indices; `name` tells this part from others of the same entries."""
+        self._entries, self._indices = entries, indices
+        self.digest = hashlib.sha256(f"{entries.digest} {name}".encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Record:
+        """Record `index` of this part."""
+        return self._entries[int(self._indices[index])]
+
+    def check(self, index: int) -> None:
+        """See `Entries.check`."""
+        self._entries.check(int(self._indices[index]))
+
+
+def divide(entries: Identified, share: float, *, workers: int = 4, progress: bool | None = None) -> tuple[Part, Part]:
+    """The entries for training, and those for validation.
+
+    Which of them are which depends on nothing but what each shows and the share, and those of a smaller share are
+    among those of a larger one. Entries that cannot be read stay with the training entries, where they are told of.
+
+    Args:
+        entries: all of them.
+        share: for validation, between 0 and 1.
+        workers: threads that read.
+        progress: as for `prepare`.
+
+    Raises:
+        Emu3Error: the share is not legal, or so small or large that a part is empty.
+    """
+    if not (is_number(share) and 0 < share < 1):
+        raise Emu3Error(f"validation is {share}: it must be a share between 0 and 1, for example 0.05")
+    chosen = np.zeros(len(entries), bool)
+
+    def choose(index: int) -> None:
+        try:
+            # Hashed once more: other programs may have divided by the same hash.
+            number = hashlib.sha256(b"emu3-jax validation" + entries.identity(index)).digest()[:8]
+        except Emu3Error:
+            return
+        chosen[index] = int.from_bytes(number, "big") < share * 2**64
+
+    bar = tqdm(total=len(chosen), desc="dividing", unit=" records", disable=None if progress is None else not progress)
+    with ThreadPoolExecutor(workers) as pool, bar:
+        for start in range(0, len(chosen), _BATCH):
+            indices = range(start, min(start + _BATCH, len(chosen)))
+            list(pool.map(choose, indices))
+            bar.update(len(indices))
+    parts: Sequence[np.ndarray] = np.flatnonzero(~chosen), np.flatnonzero(chosen)
+    for name, part in zip(("training", "validation"), parts, strict=True):
+        if not len(part):
+            raise Emu3Error(
+                f"validation is {share}: none of {len(chosen)} records falls to {name}; choose another share, for "
+                f"example {min(0.5, max(0.1, 4 / len(chosen))):.2g}"
+            )
+    return Part(entries, parts[0], f"training {share}"), Part(entries, parts[1], f"validation {share}")
