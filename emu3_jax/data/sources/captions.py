@@ -60,6 +60,7 @@ class CaptionFile:
     def rows(self) -> Iterator[tuple[Row, str]]:
         """Every row with its caption, which is empty where the row has a problem. Blank lines are no rows."""
         with reading(self.path, _CSV if self._csv else _JSON), self.path.open("rb") as stream:
+            stream.seek(self._body[1])
             lines = _Lines(stream, self.path, *self._body)
             while True:
                 line, place = lines.number, lines.place

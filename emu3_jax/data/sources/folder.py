@@ -55,6 +55,7 @@ class Folder:
         else:
             self._look(columns, leave_out)
         problems, blamed = self._read_rows()
+        told = next(iter(problems), None)
         if not self._pictures and not problems:
             kinds = "files that" if listed else "pictures such as PNG, JPEG or WebP that"
             raise Emu3Error(f"{path} holds no pictures: give a folder of pictures, or one with {kinds} list them")
@@ -69,7 +70,7 @@ class Folder:
         for problem in sorted(problems):
             self._add("", (0, 0, 0), problem)
         if not self._usable:
-            first = self._problems[0]
+            first = told or self._problems[0]
             raise Emu3Error(f"{path}: no picture has a caption that can be used; the first: {first}")
         self.digest = self._digest.hexdigest()
         del self._pictures, self._texts, self._captions, self._used

@@ -23,7 +23,7 @@ from emu3_jax.printable import shown
 PREFIX = "hf:"
 _PATIENCE = 20  # seconds for the hub's first answer
 _MAX_PICTURE = 1 << 28  # bytes
-_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _USE = "write hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT, with the name that the hub shows"
 
 

@@ -74,7 +74,7 @@ class Tars:
         problems = []
         for member in members(path):
             folder, _, base = member.name.rpartition("/")
-            if member.isdir() or base.startswith(".") or f"/{folder}".find("/.") >= 0:
+            if member.isdir() or any(part[:1] == "." and part not in (".", "..") for part in member.name.split("/")):
                 continue
             stem, dot, suffix = base.rpartition(".")
             key, suffix = (f"{folder}/{stem}", f".{suffix.lower()}") if dot else (f"{folder}/{base}", "")

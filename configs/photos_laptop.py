@@ -1,0 +1,39 @@
+"""Fine-tuning of the embedded model on a folder of your own captioned photos, by LoRA, on a laptop's CPU.
+
+    emu3-jax prepare PHOTOS -o out/photos_data
+    emu3-jax train configs/photos_laptop.py
+    emu3-jax generate "a ginger cat looks at the camera" --model out/photos/model -o out/pictures
+
+PHOTOS holds pictures and, in text files of their names, captions: photo.jpg and photo.txt. docs/data.md lists what else
+it may be. `python scripts/photos.py PHOTOS` writes 24 photographs with captions to try it with.
+
+The result draws each of them from its caption, at the 32x32 pixels of the embedded model. Give more steps for more
+photos, as `--set steps=600`; a step sees about eight.
+"""
+
+from emu3_jax.checkpoints.embedded import embedded_bundle
+from emu3_jax.data.config import DataConfig, Source
+from emu3_jax.data.sequences import TextToImage
+from emu3_jax.models.adapters import Adapter
+from emu3_jax.training.config import ModelConfig, OptimizerConfig, TrainConfig
+
+
+def config() -> TrainConfig:
+    return TrainConfig(
+        directory="out/photos",
+        # Noise makes earlier tokens less predictive, so the model must use the caption. Without it pictures that are
+        # known by heart fall apart under guidance.
+        model=ModelConfig(str(embedded_bundle()), dtype="float32", remat="none", dropout=0.05, noise=1.0),
+        # A row has room for two pictures with their captions.
+        data=DataConfig((Source("out/photos_data", TextToImage(prompt_dropout=0.1)),), 640, in_memory=True),
+        batch_size=4,
+        steps=240,
+        adapter=Adapter(rank=32, alpha=64.0, base="float32"),
+        optimizer=OptimizerConfig(
+            learning_rate=2e-3, final_learning_rate=1e-4, warmup_steps=20, clip_norm=1.0, weight_decay=0.0
+        ),
+        mesh="fsdp=1",
+        log_every=10,
+        checkpoint_every=80,
+        keep=1,
+    )
