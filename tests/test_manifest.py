@@ -14,8 +14,10 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 from emu3_jax import Clip, Emu3Error
-from emu3_jax.data.manifest import Manifest, ManifestRecords, resize_to_area
+from emu3_jax.data.manifest import Manifest, resize_to_area
 from emu3_jax.data.records import Record, Turn
+from emu3_jax.data.sources.opening import ManifestSource
+from emu3_jax.data.sources.records import SourceRecords
 
 TALK = [{"role": "user", "text": "Was?"}, {"role": "assistant", "text": "Ein Hund."}]
 
@@ -168,11 +170,11 @@ def test_records_hold_the_codes_of_the_reference(manifest, golden_model):
     golden = golden_npz("images.npz")
     names = ["photo", "tall", "palette"]
     lines = manifest(*({"image": str(GOLDEN / f"{name}.png"), "text": name} for name in names), {"text": "plain"})
-    records = ManifestRecords(lines, golden_model, area=None)
+    records = SourceRecords(ManifestSource(lines), golden_model, area=None)
     for index, name in enumerate(names):
         np.testing.assert_array_equal(records[index].codes, golden[f"{name}/codes"][0])
     assert records[3].codes is None and records[3].text == "plain"
-    other = ManifestRecords(lines, golden_model, area=4096)
+    other = SourceRecords(ManifestSource(lines), golden_model, area=4096)
     assert other[0].codes.shape == (7, 10)  # 78x52 pixels, and the processor's multiples of 8
     assert other.digest != records.digest
 
@@ -181,14 +183,14 @@ def test_a_picture_of_several_lines_is_encoded_once(manifest, golden_model, monk
     photo, gray = (str(GOLDEN / f"{name}.png") for name in ("photo", "gray"))
     lines = [{"image": photo, "text": str(n)} for n in range(3)] + [{"image": gray, "text": "g"}]
     lines += [{"image": "absent.png", "text": "a"}, {"image": photo, "text": "again"}]
-    records = ManifestRecords(manifest(*lines), golden_model, area=None)
-    encoded, encode = [], records._encode_file
+    records = SourceRecords(ManifestSource(manifest(*lines)), golden_model, area=None)
+    encoded, encode = [], records._encode
 
-    def counted(entry):
-        encoded.append(entry.image.name)
-        return encode(entry)
+    def counted(medium):
+        encoded.append(medium.path.name)
+        return encode(medium)
 
-    monkeypatch.setattr(records, "_encode_file", counted)
+    monkeypatch.setattr(records, "_encode", counted)
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         found = list(pool.map(records.__getitem__, (0, 1, 2, 3, 5)))
     assert sorted(encoded) == ["gray.png", "photo.png"]
@@ -200,7 +202,7 @@ def test_a_picture_of_several_lines_is_encoded_once(manifest, golden_model, monk
 def test_clips_become_frames_of_codes(manifest, golden_model, tmp_path):
     frames = [Image.new("RGB", (64, 64), (40 * i, 0, 90)) for i in range(6)]
     frames[0].save(tmp_path / "c.gif", save_all=True, append_images=frames[1:], duration=100)
-    records = ManifestRecords(manifest({"clip": "c.gif", "text": "red"}), golden_model, area=4096)
+    records = SourceRecords(ManifestSource(manifest({"clip": "c.gif", "text": "red"})), golden_model, area=4096)
     assert records[0].codes.shape == (2, 8, 8)
 
 
@@ -212,7 +214,7 @@ def test_pictures_that_cannot_be_used(manifest, golden_model, tmp_path):
         {"image": "missing.png", "text": "A"}, {"image": "broken.png", "text": "B"}, {"image": "long.png", "text": "C"},
         {"text": "<|image start|>"},
     )  # fmt: skip
-    records = ManifestRecords(lines, golden_model, None, tokenizer)
+    records = SourceRecords(ManifestSource(lines), golden_model, None, tokenizer)
     for index, reason in enumerate(["there is no", "cannot read", "too elongated", "special token"]):
         with pytest.raises(Emu3Error, match=reason) as error:
             records[index]
@@ -221,4 +223,4 @@ def test_pictures_that_cannot_be_used(manifest, golden_model, tmp_path):
         with pytest.raises(Emu3Error):
             records.check(index)
     with pytest.raises(Emu3Error, match="area is 0"):
-        ManifestRecords(lines, golden_model, 0)
+        SourceRecords(ManifestSource(lines), golden_model, 0)

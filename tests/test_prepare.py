@@ -358,7 +358,7 @@ def test_the_command(golden_bundle, golden_model, tmp_path, monkeypatch, capsys)
     assert error.startswith("emu3-jax: error: m.jsonl line 3: there is no missing.png") and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
     assert run(*command, "out", "--on-error", "skip") == 0
-    assert capsys.readouterr().out.splitlines()[1] == "out: 3 records in 2 shards, 1 skipped"
+    assert capsys.readouterr().out.splitlines()[1] == "out: 3 records in 2 shards, 1 skipped, listed in out/skipped.txt"
     data, golden = PreparedData(tmp_path / "out"), golden_npz("images.npz")
     np.testing.assert_array_equal(data[0].codes, golden["photo/codes"][0])
     np.testing.assert_array_equal(data[1].codes, golden["palette/codes"][0])

@@ -525,6 +525,8 @@ def test_data_sets_that_cannot_be_had(hub):
         assert line.startswith(reason), (line, reason)
     assert "there are no bytes of a picture in this row" in lines[4]  # a file here is none of the hub's
     assert all("is no name of a hub data set" in line for line in lines[5:])
+    (line,) = hub("hf:org/else", HF_HUB_OFFLINE="1")
+    assert line == "ERROR hf:org/else: HF_HUB_OFFLINE is set, and it was not downloaded before: unset the variable"
     with socket.socket() as free:  # nobody listens there
         free.bind(("127.0.0.1", 0))
         (line,) = hub("hf:org/photos", HF_ENDPOINT=f"http://127.0.0.1:{free.getsockname()[1]}")
@@ -595,6 +597,46 @@ def test_lists_that_are_none(tmp_path, text):
     with pytest.raises(Emu3Error, match=r"a\.json") as error:
         Conversations(tmp_path / "a.json")
     assert "as LLaVA's are" in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------------- all kinds
+
+
+@pytest.mark.parametrize("name", ["x.tar", "metadata.csv", "metadata.jsonl", "x.json", "x.parquet"])
+def test_mutated_files_give_examples_or_one_line(tmp_path, name):
+    write(tmp_path, {"a.png": picture(1)})
+    file, talk = tmp_path / name, {"image": "a.png", "conversations": turns('<image>\n"q" {[', "a\\")}
+    if name.endswith(".tar"):
+        write_tar(file, {"a.png": picture(1), "a.txt": "a", "é" * 120 + ".jpg": picture(2), "é" * 120 + ".json": "{}"})
+    elif name.endswith(".parquet"):
+        write_parquet(file, [{"image": cell(n, "x"), "text": f"t{n}"} for n in range(30)], row_group_size=7)
+    else:
+        row = {"file_name": "a.png", "text": "x", "n": [1, {"a": 2}]}
+        text = {"metadata.csv": 'file_name,text\na.png,"hello, ""you"" there"\r\n', "x.json": json.dumps([talk] * 3)}
+        file.write_text(text.get(name, f"{json.dumps(row)}\n" * 2))
+    good, mutate = file.read_bytes(), random.Random(0)
+    for _ in range(150):
+        data = bytearray(good)
+        for _ in range(mutate.randint(1, 5)):
+            place = mutate.randrange(len(data) + 1)
+            cut, added = (
+                mutate.choice([0, 1, 1, 5, 512]),
+                mutate.choice([b"", b"\0", b"\xff", b'"', b"\\", b"7" * 11, good]),
+            )
+            data[place : place + cut] = added[:512]
+        file.write_bytes(data)
+        try:
+            source = open_source([str(file)], ANY)
+            for index in range(min(len(source), 50)):
+                try:
+                    example = source[index]
+                    example.identity()
+                    if example.medium is not None:
+                        example.medium.load()
+                except Emu3Error:
+                    pass
+        except Emu3Error as error:
+            assert name in str(error) or "a.png" in str(error)
 
 
 # ------------------------------------------------------------------------------------------------------------ records
@@ -755,6 +797,28 @@ def test_heic_without_what_reads_it(tmp_path, monkeypatch):
     with pytest.raises(Emu3Error, match="HEIC pictures need pillow-heif"):
         images.load_image(tmp_path / "a.heic")
     assert folders.NAMES[0] == "metadata.jsonl"
+
+
+def test_without_pyarrow(tmp_path, monkeypatch):
+    write_files = write(tmp_path, {"a.parquet": b"PAR1"})
+    for name in ("arrow", "hub"):
+        monkeypatch.delitem(sys.modules, f"emu3_jax.data.sources.{name}", raising=False)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for place in (str(write_files / "a.parquet"), "hf:org/name"):
+        with pytest.raises(Emu3Error, match=r"pyarrow, which is not installed: pip install 'emu3-jax\[data\]'"):
+            open_source([place], ANY)
+
+
+def test_the_photographs(tmp_path):
+    """`scripts/photos.py`: 24 photographs, all captioned, that `prepare` takes."""
+    pytest.importorskip("skimage", reason="the extra `photos` installs scikit-image")
+    script = pathlib.Path(__file__).parent.parent / "scripts" / "photos.py"
+    subprocess.run([sys.executable, str(script), str(tmp_path / "photos")], check=True)
+    good, bad = split(Folder(tmp_path / "photos", ANY))
+    assert len(good) == len(set(good.values())) == 24 and not bad
+    for name in good:
+        with Image.open(tmp_path / "photos" / name) as photo:
+            assert photo.size == (256, 256)
 
 
 def test_heic(tmp_path):

@@ -1,4 +1,4 @@
-"""The JSONL manifest that `prepare` reads, and the records that its lines become.
+"""The JSONL manifest that `prepare` reads.
 
 One line: {"image": PATH or "clip": PATH, "text": ..., "conversation": [{"role": ..., "text": ...}, ...], "name": ...}.
 Paths are relative to the manifest; a line without one is plain text; text or conversation must be there. A field that
@@ -9,29 +9,21 @@ import array
 import dataclasses
 import hashlib
 import itertools
-import os
-import threading
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from emu3_jax.data.records import Record, Turn, check_conversation, check_text
+from emu3_jax.data.records import Turn, check_conversation, check_text
 from emu3_jax.errors import Emu3Error
 from emu3_jax.foreign import limit, local_path, parse_json, plain_file, reading
-from emu3_jax.generation.pipeline import Emu3
-from emu3_jax.media.clips import Clip, load_clip
-from emu3_jax.media.images import load_image
+from emu3_jax.media.clips import Clip
 from emu3_jax.printable import shown
-from emu3_jax.text.tokenizer import Tokenizer
 
 MAX_LINE = 16 << 20  # bytes of a line; a book has a few
 _MAX_AREA = 1 << 26  # pixels; a picture of so many takes 200 MB in each thread
 _FIELDS = ("image", "clip", "text", "conversation", "name")
-_RECENT = 64  # files whose codes are kept: more than the threads that read
-_ENCODING = 2  # one picture on the device, and one on its way there: more would only take memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,89 +108,6 @@ class Manifest:
         name = check_text("name", data.get("name", next(iter(paths.values()), f"line {number}")))
         files = {field: local_path(self.path.parent / path) for field, path in paths.items()}
         return Entry(name, text, files.get("image"), files.get("clip"), conversation)
-
-
-class ManifestRecords:
-    """The records of a manifest: files are read, resized and encoded one by one, when asked for."""
-
-    def __init__(self, manifest: Manifest, model: Emu3, area: int | None, tokenizer: Tokenizer | None = None):
-        """Sets out how lines become records.
-
-        Args:
-            manifest: the lines.
-            model: its vision tokenizer encodes.
-            area: pixels that pictures and frames are resized to before the image processor has its say, keeping their
-                shape, as the reference's data preparation does; None leaves their size to the image processor alone.
-            tokenizer: where given, texts with control tokens in them are refused now rather than in training.
-        """
-        check_area(area)
-        self._manifest, self._model, self._area, self._tokenizer = manifest, model, area, tokenizer
-        self._device = threading.Semaphore(_ENCODING)
-        self._lock, self._recent = threading.Lock(), dict[Path, Future[np.ndarray]]()
-        settings = f"{manifest.digest} {area} {model.vision.config} {model.vision.image}"
-        self.digest = hashlib.sha256(settings.encode()).hexdigest()
-
-    def __len__(self) -> int:
-        return len(self._manifest)
-
-    def check(self, index: int) -> None:
-        """Raises the `Emu3Error` that is known of entry `index` before its picture is read."""
-        entry = self._manifest[index]
-        for path in (entry.image, entry.clip):
-            if path is not None and not os.path.exists(path):
-                raise Emu3Error(
-                    f"{self._named(index)}: there is no {path}: correct the path, it is relative to the manifest"
-                )
-        if self._tokenizer is None:
-            return
-        for text in (entry.text, *(turn.text for turn in entry.conversation)):
-            try:
-                self._tokenizer.encode(text)
-            except Emu3Error as error:
-                raise Emu3Error(f"{self._named(index)}: {error}") from error
-
-    def __getitem__(self, index: int) -> Record:
-        """Record `index`. Raises `Emu3Error` that names the line if it cannot be made."""
-        self.check(index)
-        entry = self._manifest[index]
-        try:
-            return Record(entry.name, entry.text, self._encode(entry), entry.conversation)
-        except Emu3Error as error:
-            raise Emu3Error(f"{self._named(index)}: {error}") from error
-
-    def _encode(self, entry: Entry) -> np.ndarray | None:
-        """The codes of an entry's file; lines near each other often share one, for several captions or questions."""
-        file = entry.image or entry.clip
-        if file is None:
-            return None
-        with self._lock:
-            missing = file not in self._recent
-            codes = self._recent.setdefault(file, Future())
-            if len(self._recent) > _RECENT:
-                del self._recent[next(iter(self._recent))]
-        if missing:
-            try:
-                codes.set_result(self._encode_file(entry))
-            except BaseException as error:  # whatever it is: other threads may wait for these codes
-                codes.set_exception(error)
-        return codes.result()
-
-    def _encode_file(self, entry: Entry) -> np.ndarray:
-        media: Image.Image | Clip
-        if entry.image is not None:
-            with reading(entry.image):
-                media = load_image(entry.image)
-        else:
-            assert entry.clip is not None
-            with reading(entry.clip):
-                media = load_clip(entry.clip)
-        if self._area is not None:
-            media = resize_to_area(media, self._area)
-        with self._device:
-            return self._model.tokenize([media])[0]
-
-    def _named(self, index: int) -> str:
-        return f"{self._manifest.path} line {self._manifest.line(index)}"
 
 
 def check_area(area: int | None) -> None:

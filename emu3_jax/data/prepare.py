@@ -34,7 +34,7 @@ _R = TypeVar("_R")
 
 
 class Entries(Protocol):
-    """What can be prepared: `ManifestRecords` and `FeatureRecords`."""
+    """What can be prepared: `SourceRecords` and `FeatureRecords`."""
 
     digest: str  # of all that decides the records
 

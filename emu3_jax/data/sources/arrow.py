@@ -31,7 +31,7 @@ except ImportError as missing:
         "Parquet files and hub data sets need pyarrow, which is not installed: pip install 'emu3-jax[data]'"
     ) from missing
 
-_MAX_GROUP = 2 << 30  # bytes of a row group's pictures, which are in memory together
+_MAX_GROUP = 2 << 30  # bytes of a row group, whose pictures are in memory together
 _HELD = 2  # row groups that are kept: threads read on both sides of a border
 _AGAIN = "download or write the Parquet file again"
 _BATCH = 256  # rows whose captions are read together
@@ -125,6 +125,7 @@ class ParquetFiles:
         self._paths = list(paths)
         digest, ends = hashlib.sha256(b"parquet"), [0]
         self._groups: list[tuple[int, int]] = []  # number of the file, number of the group in it
+        self._firsts: list[int] = []  # of each file, how many rows come before it
         self._columns: list[tuple[str, str]] = []
         for number, path in enumerate(paths):
             with reading(path, _AGAIN):
@@ -132,10 +133,12 @@ class ParquetFiles:
                 with pq.ParquetFile(path) as file:
                     chosen = choose(file.schema_arrow, columns, str(path))
                     self._columns.append(chosen)
+                    self._firsts.append(ends[-1])
                     digest.update(repr((chosen, path.stat().st_size)).encode())
                     for group in range(file.num_row_groups):
                         rows = file.metadata.row_group(group)
-                        limit(f"{path} row group {group}", "bytes", _group_bytes(rows, chosen), _MAX_GROUP)
+                        # Of all columns: PyArrow ends the process where a damaged file is asked for one's metadata.
+                        limit(f"{path} row group {group}", "bytes", rows.total_byte_size, _MAX_GROUP)
                         self._groups.append((number, group))
                         ends.append(ends[-1] + rows.num_rows)
                     for text in self._texts(file, chosen[1]):
@@ -157,27 +160,22 @@ class ParquetFiles:
 
     def __getitem__(self, index: int) -> Example:
         """Example `index`. Raises an `Emu3Error` that names the row if it has no caption or picture."""
-        group, row = self._find(index)
-        number, _ = self._groups[group]
-        path, (_, text) = self._paths[number], self._columns[number]
-        where = f"{path} row {index - int(self._ends[self._first(number)])}"
-        name = f"{path.name} row {index - int(self._ends[self._first(number)])}"
-        caption = clean_caption(self._table(group)[text][row].as_py(), where)
-        return Example(where, name, caption, CellPicture(self._bytes, index, where))
+        path, row, caption = self._cell(index, 1)
+        where = f"{path} row {row}"
+        name = f"{path.name} row {row}"
+        return Example(where, name, clean_caption(caption, where), CellPicture(self._bytes, index, where))
 
-    def _first(self, number: int) -> int:
-        """The first group of a file."""
-        return next(i for i, (file, _) in enumerate(self._groups) if file == number)
-
-    def _find(self, index: int) -> tuple[int, int]:
-        """The group of a row, and its number in there."""
+    def _cell(self, index: int, which: int) -> tuple[Path, int, Any]:
+        """The file of a row, its number there, and its picture (0) or caption (1)."""
         group = int(np.searchsorted(self._ends, index, side="right")) - 1
-        return group, index - int(self._ends[group])
+        number, _ = self._groups[group]
+        path, row = self._paths[number], index - self._firsts[number]
+        with reading(f"{path} row {row}", _AGAIN):
+            cells = self._table(group)[self._columns[number][which]]
+            return path, row, cells[index - int(self._ends[group])].as_py()
 
     def _bytes(self, index: int) -> bytes:
-        group, row = self._find(index)
-        number, _ = self._groups[group]
-        data, _ = cell_bytes(self._table(group)[self._columns[number][0]][row].as_py())
+        data, _ = cell_bytes(self._cell(index, 0)[2])
         if not data:
             raise Emu3Error("there are no bytes of a picture: embed the pictures when the Parquet file is written")
         return data
@@ -198,9 +196,3 @@ class ParquetFiles:
             except BaseException as error:  # whatever it is: other threads may wait for this group
                 table.set_exception(error)
         return table.result()
-
-
-def _group_bytes(rows: Any, chosen: tuple[str, str]) -> int:
-    """Bytes of the chosen columns of a group of rows, unpacked, as the file says."""
-    parts = (rows.column(column) for column in range(rows.num_columns))
-    return sum(part.total_uncompressed_size for part in parts if part.path_in_schema.split(".")[0] in chosen)

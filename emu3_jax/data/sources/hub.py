@@ -134,7 +134,7 @@ def _quietly(datasets: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def _explained(where: str) -> Iterator[None]:
     """One line of whatever the libraries raise."""
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     try:
         yield
@@ -148,6 +148,10 @@ def _explained(where: str) -> Iterator[None]:
         ) from error
     except Exception as error:
         said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if _unreached(error) and constants.HF_HUB_OFFLINE:
+            raise Emu3Error(
+                f"{where}: HF_HUB_OFFLINE is set, and it was not downloaded before: unset the variable"
+            ) from error
         if _unreached(error):
             raise Emu3Error(
                 f"{where}: the hub cannot be reached ({said:.120}): connect, set HF_ENDPOINT to a mirror, or copy the "

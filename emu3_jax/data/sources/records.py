@@ -26,7 +26,8 @@ class SourceRecords:
         Args:
             source: the examples.
             model: its vision tokenizer encodes.
-            area: as for `ManifestRecords`.
+            area: pixels that pictures and frames are resized to before the image processor has its say, keeping their
+                shape, as the reference's data preparation does; None leaves their size to the image processor alone.
             tokenizer: where given, texts with control tokens in them are refused now rather than in training.
         """
         check_area(area)
