@@ -8,7 +8,7 @@ PHOTOS holds pictures and, in text files of their names, captions: photo.jpg and
 it may be. `python scripts/photos.py PHOTOS` writes 24 photographs with captions to try it with.
 
 The result draws each of them from its caption, at the 32x32 pixels of the embedded model. Give more steps for more
-photos, as `--set steps=600`; a step sees about eight.
+photos, as `--set steps=600`: a step sees eight.
 """
 
 from emu3_jax.checkpoints.embedded import embedded_bundle
@@ -24,16 +24,16 @@ def config() -> TrainConfig:
         # Noise makes earlier tokens less predictive, so the model must use the caption. Without it pictures that are
         # known by heart fall apart under guidance.
         model=ModelConfig(str(embedded_bundle()), dtype="float32", remat="none", dropout=0.05, noise=1.0),
-        # A row has room for two pictures with their captions.
-        data=DataConfig((Source("out/photos_data", TextToImage(prompt_dropout=0.1)),), 640, in_memory=True),
-        batch_size=4,
-        steps=240,
+        # A picture of 32x32 pixels takes some 285 tokens; the rest of a row is for long captions and wide pictures.
+        data=DataConfig((Source("out/photos_data", TextToImage(prompt_dropout=0.1)),), 384, packing=0, in_memory=True),
+        batch_size=8,
+        steps=200,
         adapter=Adapter(rank=32, alpha=64.0, base="float32"),
         optimizer=OptimizerConfig(
             learning_rate=2e-3, final_learning_rate=1e-4, warmup_steps=20, clip_norm=1.0, weight_decay=0.0
         ),
         mesh="fsdp=1",
         log_every=10,
-        checkpoint_every=80,
+        checkpoint_every=100,
         keep=1,
     )

@@ -771,7 +771,7 @@ def test_from_photos_to_data(photos, tmp_path, capsys):
         (["{empty}"], "holds no pictures"),
         (["{empty}/gone"], "there is no such file"),
         (["gs://bucket/photos"], "gs:// addresses are not supported"),
-        (["hf:"], "is no name of a hub data set"),
+        (["{photos}", "{empty}"], "2 sources were given"),
         (["{photos}", "--validation", "2"], "must be a share between 0 and 1"),
         (["{photos}", "--validation", "x"], "invalid float value"),
     ],
