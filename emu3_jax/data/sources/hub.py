@@ -84,7 +84,7 @@ def _downloaded(path: str) -> Path | None:
     from huggingface_hub import constants
 
     file = os.path.realpath(path)
-    for cache in (datasets.config.HF_CACHE_HOME, datasets.config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE):
+    for cache in (datasets.config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE):
         root = os.path.realpath(cache)
         if os.path.commonpath([root, file]) == root and os.path.isfile(file):
             return Path(file)
