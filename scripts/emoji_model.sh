@@ -3,6 +3,7 @@
 # where its result is there, and training goes on from its last checkpoint, so this may be stopped and started again.
 # The vision tokenizer takes some minutes on one H100. VISION, PRETRAIN, SFT and EVALUATE hold further options, as in
 # VISION="--set steps=100" bash scripts/emoji_model.sh
+# shellcheck disable=SC2086 # VISION and the others hold several words
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}

@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/venv.sh
 
-extra=test
+extra='test'
 if [ "${1:-}" = --quick ]; then
     shift
     extra=test-quick
@@ -24,6 +24,7 @@ in_venv "$extra" install
 "$VENV/bin/python" -m mypy
 # A second run finds its programs compiled. Only a cache of limited size is locked, as two workers need it to be. What a
 # killed run left half-written is compiled again: that costs time, and is no error.
-export JAX_COMPILATION_CACHE_DIR="$(realpath "$VENV")/compiled" JAX_COMPILATION_CACHE_MAX_SIZE=2000000000
+JAX_COMPILATION_CACHE_DIR=$(realpath "$VENV")/compiled
+export JAX_COMPILATION_CACHE_DIR JAX_COMPILATION_CACHE_MAX_SIZE=2000000000
 exec "$VENV/bin/python" -m pytest -n 2 --dist loadfile \
     --durations=20 -W "default:Error reading persistent compilation cache" -W "default:Error writing persistent compilation cache" "$@"

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by demo.sh and test.sh: `in_venv NAME FUNCTION` makes the virtual environment $VENV where there is none and
 # runs FUNCTION, which installs into it. Neither happens again before pyproject.toml changes.
 #

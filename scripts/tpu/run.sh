@@ -1,32 +1,49 @@
 #!/usr/bin/env bash
-# Runs an emu3-jax command on every host of a slice at once; see setup.sh.
+# Runs an emu3-jax command on a slice that setup.sh prepared.
 #
-#     export TPU=emu3 ZONE=us-east5-a
-#     at=/mnt/emu3                                                                           # what all hosts share
-#     bash scripts/tpu/run.sh prepare $at/photos/manifest.jsonl --model $at/bundle -o $at/data
-#     DETACH=1 bash scripts/tpu/run.sh train configs/sft_t2i_8b.py --set directory=$at/runs/photos
-#     bash scripts/tpu/run.sh generate "a cat" --model $at/runs/photos/model --mesh fsdp=-1,tensor=4 -o $at/out
+#     export TPU=emu3 ZONE=us-west4-a
+#     bash scripts/tpu/run.sh [--dry-run] convert BAAI/Emu3-Gen BAAI/Emu3-VisionTokenizer -o out/emu3-gen
+#     bash scripts/tpu/run.sh prepare out/photos/manifest.jsonl --model out/emu3-gen -o out/data
+#     DETACH=1 bash scripts/tpu/run.sh train configs/sft_t2i_8b.py
+#     bash scripts/tpu/run.sh generate "a cat" --model out/sft_t2i/model --mesh fsdp=-1,tensor=4 -o out/pictures
 #
-# JAX finds the other hosts by the slice's metadata. The command runs in the checkout, so configs/ is at hand; all else
-# is to be under /mnt/emu3 (SHARED). DETACH=1 returns at once, and what a host says goes to logs/HOST.log there: a
-# connection that breaks then ends nothing. `prepare` and `train` go on where they were when they are run again, also on
-# a slice that was made anew after the old one was taken away.
+# convert, prepare, export and doctor run on the first host; all other commands run on every host at once, and JAX finds
+# the others by the slice's metadata. WORKER=0 or WORKER=all chooses otherwise: prepare on all hosts shares the work.
+# The command runs in the checkout. `out` is the directory that all hosts share (setup.sh).
 #
-# Flags as in the reference of gcloud, 2025; this script was not run against Google Cloud.
+# What a host prints is added to the end of out/logs/HOST.log. DETACH=1 returns at once, so that a connection that
+# breaks ends nothing; logs.sh shows the logs. prepare and train continue where they were when you run them again.
+#
+# The flags are those of gcloud's reference of 2026. This script was not run against Google Cloud.
 set -euo pipefail
-: "${TPU:?the name of the slice}" "${ZONE:?its zone}"
-(($#)) || { echo "usage: $0 {prepare,train,generate,...} ARGUMENTS" >&2; exit 2; }
-shared=${SHARED:-/mnt/emu3}
-where=(--zone="$ZONE" --worker=all)
-[[ -n ${PROJECT:-} ]] && where+=(--project="$PROJECT")
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+options "$@"
+need_slice
+((${#rest[@]})) || die "usage: $script [--dry-run] {convert,prepare,train,generate,export,...} ARGUMENTS"
+choose_worker "${rest[0]}"
 
-# Compiled programs in the shared directory: the first host writes them, and a slice made anew finds them.
-command="cd emu3-jax && export JAX_COMPILATION_CACHE_DIR=$shared/.compiled &&"
-printf -v arguments ' %q' "$@"
-if [[ -n ${DETACH:-} ]]; then
-    command+=" mkdir -p $shared/logs && (setsid nohup .venv/bin/emu3-jax$arguments"
-    command+=" > $shared/logs/\$(hostname).log 2>&1 < /dev/null &)"
-else
-    command+=" .venv/bin/emu3-jax$arguments"
+variables=(JAX_COMPILATION_CACHE_DIR="$shared/.compiled") # a slice made anew finds the compiled programs
+if [[ $worker != all ]]; then
+    keep_to_one_worker "${rest[0]}"
+    variables+=("${one_worker[@]}")
 fi
-gcloud compute tpus tpu-vm ssh "$TPU" "${where[@]}" --command="$command"
+printf -v program ' %q' env "${variables[@]}" .venv/bin/emu3-jax "${rest[@]}"
+
+# HOST.exit holds the exit code of the last command, HOST.pid its process: keep_training.sh reads them.
+printf -v heading '%q' "$(printf '%q ' emu3-jax "${rest[@]}")"
+command="cd ~/emu3-jax && [ -x .venv/bin/emu3-jax ] || { echo 'run scripts/tpu/setup.sh first' >&2; exit 2; }
+mkdir -p $shared/logs
+log=$shared/logs/\$(hostname)
+rm -f \$log.exit
+printf '\\n%s %s\\n' \"\$(date '+%F %T')\" $heading >> \$log.log
+"
+if [[ -n ${DETACH:-} ]]; then
+    # shellcheck disable=SC2016 # the host expands this
+    printf -v supervised '%q' "$program"'; echo $? > "$0.exit"'
+    command+="setsid nohup bash -c $supervised \$log >> \$log.log 2>&1 < /dev/null &
+echo \$! > \$log.pid
+echo \"\$(hostname): started, see \$log.log\""
+else
+    command+="set -o pipefail;$program 2>&1 < /dev/null | tee -a \$log.log"
+fi
+on "$worker" "$command"

@@ -1,49 +1,68 @@
 #!/usr/bin/env bash
-# Installs this checkout's last commit on every host of a slice, and mounts the directory that they share. Again after
-# changes, and on a slice that was made anew.
+# Installs this checkout's last commit on every host of a slice, and mounts the directory that the hosts share.
 #
-#     TPU=emu3 ZONE=us-east5-a NFS=10.0.0.2:/vol1 bash scripts/tpu/setup.sh
+#     export TPU=emu3 ZONE=us-west4-a
+#     NFS=10.0.0.2:/vol1 bash scripts/tpu/setup.sh [--dry-run]
 #
-# All hosts must see data, bundles and runs under one path, /mnt/emu3 (SHARED): checkpoints are written by all of them.
-# NFS is a Filestore instance in the slice's network, and the right place for runs. BUCKET=name mounts a Cloud Storage
-# bucket instead, which suits data and bundles; runs need one with hierarchical namespace, where renaming a directory
-# is one step, and nothing there keeps two runs from the same directory. Without either SHARED is what you mounted.
+# Run it again after a commit, and on a slice that was made anew. NFS is a Filestore instance in the slice's network.
+# All hosts must see photos, bundles and runs under one path, because all of them write checkpoints: the share is
+# mounted at /mnt/emu3 (SHARED), and `out` in the checkout becomes a link to it. So `out/data` in a config or on a
+# command line is /mnt/emu3/data on every host. BUCKET=NAME mounts a Cloud Storage bucket instead. That suits photos and
+# bundles. Runs need a bucket with hierarchical namespace, where renaming a directory is one step, and nothing there
+# keeps two runs from the same directory. Without NFS and BUCKET the script takes SHARED as you mounted it.
 #
-# Flags as in the reference of gcloud, 2025; this script was not run against Google Cloud.
+# The flags are those of gcloud's reference of 2026. This script was not run against Google Cloud.
 set -euo pipefail
-cd "$(dirname "$0")/../.."
-: "${TPU:?the name of the slice}" "${ZONE:?its zone}"
-shared=${SHARED:-/mnt/emu3}
-where=(--zone="$ZONE" --worker=all)
-[[ -n ${PROJECT:-} ]] && where+=(--project="$PROJECT")
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+options "$@"
+need_slice
+((${#rest[@]} == 0)) || die "unknown argument ${rest[0]}"
+if [[ -n ${NFS:-} ]]; then
+    [[ $NFS =~ ^[A-Za-z0-9.-]+:/[A-Za-z0-9._/-]*$ ]] || die "NFS is '$NFS': it must be ADDRESS:/SHARE"
+elif [[ -n ${BUCKET:-} ]]; then
+    [[ $BUCKET =~ ^[a-z0-9._-]+$ ]] || die "BUCKET is '$BUCKET': it must be a bucket's name, without gs://"
+fi
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-archive=$(mktemp --suffix=.tar.gz)
-trap 'rm -f "$archive"' EXIT
-git archive --format=tar.gz --output="$archive" HEAD
-gcloud compute tpus tpu-vm scp "$archive" "$TPU:emu3-jax.tar.gz" "${where[@]}"
+archive=$(mktemp -d)/emu3-jax.tar.gz
+trap 'rm -rf "$(dirname "$archive")"' EXIT
+run git archive --format=tar.gz --output="$archive" HEAD
+copy all "$archive" :emu3-jax.tar.gz
 
 # The hosts' own Python may be older than 3.11; uv brings one.
-remote='set -euo pipefail
-mkdir -p emu3-jax
-tar -xzf emu3-jax.tar.gz -C emu3-jax
-cd emu3-jax
-curl -LsSf https://astral.sh/uv/install.sh | sh
+remote="set -euo pipefail
+mkdir -p ~/emu3-jax
+tar -xzf ~/emu3-jax.tar.gz -C ~/emu3-jax
+cd ~/emu3-jax
+[ -x ~/.local/bin/uv ] || curl -LsSf https://astral.sh/uv/install.sh | sh
 [ -d .venv ] || ~/.local/bin/uv venv --python 3.12 .venv
-~/.local/bin/uv pip install --python .venv/bin/python ".[train,tpu]"
-'
+~/.local/bin/uv pip install --python .venv/bin/python '.[train,tpu,convert]'
+"
 if [[ -n ${NFS:-} ]]; then
-    remote+="
-sudo apt-get -qq install -y nfs-common
-sudo mkdir -p $shared
-mountpoint -q $shared || sudo mount -t nfs -o rw,hard $NFS $shared
+    remote+="if ! mountpoint -q $shared; then
+    if ! command -v mount.nfs > /dev/null; then
+        # A fresh host updates itself, and holds apt's lock meanwhile.
+        sudo apt-get -qq -o DPkg::Lock::Timeout=600 update
+        sudo apt-get -qq -o DPkg::Lock::Timeout=600 install -y nfs-common
+    fi
+    sudo mkdir -p $shared
+    sudo mount -t nfs -o rw,hard $NFS $shared
+    # A new share belongs to root.
+    [ -w $shared ] || sudo chmod 1777 $shared
+fi
 "
 elif [[ -n ${BUCKET:-} ]]; then
-    remote+="
-command -v gcsfuse > /dev/null || { echo 'no gcsfuse: cloud.google.com/storage/docs/gcsfuse-install' >&2; exit 1; }
-sudo mkdir -p $shared
-sudo chown \$USER $shared
-mountpoint -q $shared || gcsfuse --implicit-dirs $BUCKET $shared
+    remote+="if ! mountpoint -q $shared; then
+    command -v gcsfuse > /dev/null || { echo 'no gcsfuse: cloud.google.com/storage/docs/gcsfuse-install' >&2; exit 2; }
+    sudo mkdir -p $shared
+    sudo chown \$(id -u) $shared
+    gcsfuse --implicit-dirs $BUCKET $shared
+fi
 "
 fi
-remote+="test -w $shared || { echo '$shared cannot be written on' \$(hostname) >&2; exit 1; }"
-gcloud compute tpus tpu-vm ssh "$TPU" "${where[@]}" --command="$remote"
+remote+="[ -w $shared ] || { echo \"\$(hostname) cannot write to $shared: set NFS or BUCKET\" >&2; exit 2; }
+[ -L out ] || [ ! -e out ] || { echo \"\$(hostname): ~/emu3-jax/out is a directory: move it to $shared\" >&2; exit 2; }
+ln -sfn $shared out
+.venv/bin/emu3-jax --help > /dev/null
+echo \"\$(hostname): emu3-jax is installed, out is $shared\""
+on all "$remote"

@@ -1,55 +1,76 @@
 #!/usr/bin/env bash
-# The same on Google Kubernetes Engine, by xpk (pip install xpk; github.com/AI-Hypercomputer/xpk).
+# The same on Google Kubernetes Engine, by xpk (pip install xpk).
 #
-#     export CLUSTER=emu3 PROJECT=my-project ZONE=us-east5-a TYPE=v5p-128
-#     bash scripts/tpu/xpk.sh cluster --spot                 # or --on-demand, --flex, --reservation=NAME
-#     bash scripts/tpu/xpk.sh storage 2560                   # a Filestore volume of 2,560 GB, at /mnt/emu3 in every pod
-#     at=/mnt/emu3
-#     bash scripts/tpu/xpk.sh run prepare-1 prepare $at/photos/manifest.jsonl --model $at/bundle -o $at/data
-#     bash scripts/tpu/xpk.sh run tune-1 train configs/sft_t2i_8b.py --set directory=$at/runs/photos
-#     bash scripts/tpu/xpk.sh run draw-1 generate "a cat" --model $at/bundle --mesh fsdp=-1,tensor=4 -o $at/out
-#     xpk workload list --cluster $CLUSTER; xpk workload delete --cluster $CLUSTER --workload tune-1
-#     xpk cluster delete --cluster $CLUSTER
+#     export CLUSTER=emu3 PROJECT=my-project ZONE=us-west4-a TYPE=v5e:8x8
+#     bash scripts/tpu/xpk.sh [--dry-run] cluster --spot    # or --on-demand, --flex, --reservation=NAME
+#     bash scripts/tpu/xpk.sh storage 2560          # a Filestore volume of 2,560 GB: /mnt/emu3 in every pod
+#     bash scripts/tpu/xpk.sh bucket my-bucket      # a bucket: /mnt/bucket in every pod
+#     bash scripts/tpu/xpk.sh run convert-1 convert BAAI/Emu3-Gen BAAI/Emu3-VisionTokenizer -o out/emu3-gen
+#     bash scripts/tpu/xpk.sh run prepare-1 prepare /mnt/bucket/photos/manifest.jsonl --model out/emu3-gen -o out/data
+#     bash scripts/tpu/xpk.sh run train-1 train configs/sft_t2i_8b.py
+#     bash scripts/tpu/xpk.sh run export-1 export out/sft_t2i/model -o /mnt/bucket/checkpoint --layout transformers
+#     bash scripts/tpu/xpk.sh list
+#     bash scripts/tpu/xpk.sh stop train-1
+#     bash scripts/tpu/xpk.sh delete
 #
-# JAX finds the other pods by the variables that GKE sets. xpk lays this checkout's last commit over a Python image,
-# by Docker on this machine; IMAGE=NAME takes an image of yours instead, in which emu3-jax is installed. Pods that are
-# taken away start again, up to 50 times, and the run goes on from its last checkpoint.
+# JAX finds the other pods by the variables that GKE sets. convert, prepare, export and doctor run in the first pod
+# only (WORKER=all: in all of them). `out` is the Filestore volume. xpk lays this checkout's last commit over a Python
+# image; IMAGE=NAME takes an image of yours instead, see Dockerfile. Pods that are taken away start again, up to 50
+# times, and the training continues from its last checkpoint; bad input (exit code 2) ends the workload. GRACE is the
+# number of seconds that a pod gets to write a checkpoint when it is asked to end (600); a Spot machine gives less,
+# 30.
 #
-# Flags are those of xpk's documentation of 2026; this script was not run against Google Cloud.
+# The flags are those of xpk 1.16.0. This script was not run against Google Cloud.
 set -euo pipefail
-cd "$(dirname "$0")/../.."
-: "${CLUSTER:?its name}" "${PROJECT:?the project}" "${ZONE:?its zone}" "${TYPE:?of the slice, like v5p-128}"
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/pods.sh"
+options "$@"
+for name in CLUSTER PROJECT ZONE TYPE; do
+    [[ -n ${!name:-} ]] || die "set CLUSTER, PROJECT, ZONE and TYPE (of the slice, like v5e:4x4): $name is not set"
+done
+read_type "$TYPE"
+# xpk counts TensorCores of TPU7x too, two a chip.
+tpu_type=${queued_type:-$generation-$((2 * chips))}
 at=(--cluster="$CLUSTER" --project="$PROJECT" --zone="$ZONE")
-volume=emu3-files shared=/mnt/emu3
+volume=emu3-files bucket=emu3-bucket
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-case ${1:-} in
+case ${rest[0]:-} in
     cluster)
-        xpk cluster create "${at[@]}" --tpu-type="$TYPE" --num-slices="${SLICES:-1}" "${@:2}"
+        run xpk cluster create "${at[@]}" --tpu-type="$tpu_type" --num-slices="${SLICES:-1}" \
+            --enable-gcpfilestore-csi-driver --enable-gcsfuse-csi-driver --enable-workload-identity "${rest[@]:1}"
         ;;
     storage)
-        xpk storage create "$volume" "${at[@]}" --type=gcpfilestore --size="${2:?gigabytes}" --tier=BASIC_SSD \
-            --access-mode=ReadWriteMany --vol=default --mount-point=$shared --readonly=false --auto-mount=false
+        [[ ${rest[1]:-} =~ ^[1-9][0-9]{1,5}$ ]] || die "usage: $script [--dry-run] storage GB"
+        run xpk storage create "$volume" "${at[@]}" --type=gcpfilestore --size="${rest[1]}" --tier=BASIC_SSD \
+            --access-mode=ReadWriteMany --vol=default --mount-point="$shared" --readonly=false --auto-mount=true
+        ;;
+    bucket)
+        [[ ${rest[1]:-} =~ ^[a-z0-9._-]+$ ]] || die "usage: $script [--dry-run] bucket NAME (without gs://)"
+        run xpk storage attach "$bucket" "${at[@]}" --type=gcsfuse --bucket="${rest[1]}" --size=1 \
+            --mount-point="${BUCKET_MOUNT:-/mnt/bucket}" --readonly=false --auto-mount=true
         ;;
     run)
-        name=${2:?a name for the workload}
-        (($# > 2)) || { echo "usage: $0 run NAME {prepare,train,generate,...} ARGUMENTS" >&2; exit 2; }
-        printf -v arguments ' %q' "${@:3}"
-        # `exec` hands the signal that announces the end to the program, which then writes a checkpoint.
-        command="export JAX_COMPILATION_CACHE_DIR=$shared/.compiled && exec emu3-jax$arguments"
+        name=${rest[1]:-}
+        ((${#rest[@]} > 2)) || die "usage: $script [--dry-run] run NAME {prepare,train,generate,...} ARGUMENTS"
+        [[ $name =~ ^[a-z][a-z0-9-]{0,38}$ ]] || die "'$name' must be a name of letters, digits and '-'"
+        pod_command "${rest[@]:2}"
         if [[ -n ${IMAGE:-} ]]; then
             image=(--docker-image="$IMAGE")
         else
-            sources=$(mktemp -d)
-            trap 'rm -rf "$sources"' EXIT
-            git archive HEAD | tar -x -C "$sources"
+            export_sources
             image=(--base-docker-image=python:3.12 --script-dir="$sources")
-            command="pip install --quiet '.[train,tpu]' && $command"
         fi
-        xpk workload create "${at[@]}" --workload="$name" --tpu-type="$TYPE" --num-slices="${SLICES:-1}" \
-            "${image[@]}" --storage="$volume" --max-restarts=50 --command="$command"
+        run xpk workload create "${at[@]}" --workload="$name" --tpu-type="$tpu_type" --num-slices="${SLICES:-1}" \
+            "${image[@]}" --max-restarts=50 --termination-grace-period-seconds="$grace" --command="$command"
         ;;
+    list) run xpk workload list "${at[@]}" ;;
+    stop)
+        [[ -n ${rest[1]:-} ]] || die "usage: $script [--dry-run] stop NAME"
+        run xpk workload delete "${at[@]}" --workload="${rest[1]}"
+        ;;
+    delete) run xpk cluster delete "${at[@]}" ;;
     *)
-        echo "usage: $0 {cluster,storage,run} ..." >&2
-        exit 2
+        die "usage: $script [--dry-run] {cluster | storage GB | bucket NAME | run NAME ... | list | stop NAME | delete}"
         ;;
 esac
