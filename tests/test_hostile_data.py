@@ -31,8 +31,9 @@ from emu3_jax.evaluation.config import EvaluateConfig
 from emu3_jax.evaluation.items import Data
 from emu3_jax.evaluation.judge import _load, _shapes
 from emu3_jax.models.adapters import Adapter
-from emu3_jax.training.config import ModelConfig, OptimizerConfig, SampleConfig, TrainConfig, _replace, load_config
+from emu3_jax.training.config import ModelConfig, OptimizerConfig, SampleConfig, TrainConfig, load_config
 from emu3_jax.training.metrics import read_metrics
+from emu3_jax.training.overrides import override
 from emu3_jax.training.run_directory import Identity, read_identity, write_identity
 from emu3_jax.training.vision_config import PixelConfig, VisionTrainConfig
 from emu3_jax.training.vision_export import export_vision_run
@@ -235,7 +236,9 @@ PYTHON = [
     "", "None", "True", "-1", "0", "1", "1e999", "nan", "10**9**9", "9" * 5000, "1_000", "0x10", "1j", "b'a'", "'\\0'",
     "''", "'../x'", "'gs://b/x'", "[]", "()", "{}", "{1, 2}", "{[]: 1}", "(1, 2)", "((), ())", "[" * 2000, "(" * 300,
     "-" * 5000 + "1", "[" * 90 + "]" * 90, "...", "f''", "a b", "lambda: 1", "__import__('os')", "'\\ud800'", "\0", "²",
-    "٣", "1if 1else 2", "'\\d'", "x" * 5000, "1000000000", "1000000000000000000000", "(1000000000,) * 3",
+    "٣", "Adapter(rank=16)", "Adapter(rank=0)", "Adapter(rank=[])", "Adapter(**{})", "Source('s', TextToImage())",
+    "SampleConfig()", "Source(" * 200, "1if 1else 2", "'\\d'", "x" * 5000, "1000000000",
+    "1000000000000000000000", "(1000000000,) * 3",
 ]  # fmt: skip
 
 
@@ -261,7 +264,7 @@ def test_config_files(folder, text):
 def test_an_index_is_one_of_python_s_digits():
     for name in ("²", "٣", "-1", "01", "1_0", "9" * 30, ""):
         with pytest.raises(Emu3Error, match="is no index from 0 to 1"):
-            _replace(("a", "b"), [name], 1)
+            override(CONFIGS["train"], [f"profile.{name}=1"])
 
 
 # ------------------------------------------------------------------------------------------------ evaluation

@@ -157,6 +157,9 @@ class TextOnly:
         return _assemble(pieces, special, self.loss)
 
 
+TASKS = (TextToImage, NextFrame, ImageToText, TextOnly)
+
+
 def padded_row(
     sequence: TokenSequence, length: int, pad: int, *, loss_on_padding: bool = False
 ) -> dict[str, np.ndarray]:

@@ -1,16 +1,12 @@
-"""The whole recipe of a run as one frozen config, the Python files that hold one, and `--set`."""
+"""The whole recipe of a run as one frozen config, and the Python files that hold one."""
 
-import ast
 import contextlib
 import dataclasses
-import difflib
-import math
 import os
 import pathlib
 import sys
 import traceback
 import types
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,12 +14,12 @@ from emu3_jax.config import DecoderConfig
 from emu3_jax.data.config import MAX_SEED, DataConfig, Source, check_path
 from emu3_jax.errors import Emu3Error
 from emu3_jax.fields import check_field, is_number, is_whole
-from emu3_jax.foreign import read_bytes, step_number
+from emu3_jax.foreign import read_bytes
 from emu3_jax.generation import defaults
 from emu3_jax.media.sizes import generate_size
 from emu3_jax.models.adapters import Adapter
 from emu3_jax.models.decoder import REMAT_POLICIES
-from emu3_jax.printable import shown
+from emu3_jax.training.overrides import override
 
 ENTRY = "config"  # the function that a config file defines
 MAX_STEPS = 2**31 - 1  # of a run: devices count them in int32
@@ -226,7 +222,7 @@ def load_config(file: str | os.PathLike, overrides: Sequence[str] = ()) -> Any:
     Args:
         file: Python whose name ends in `.py`; it is run, as any script of the user's. What it prints goes to standard
             error, for standard output is the command's own.
-        overrides: "path.to.field=value", with indices for tuples: `data.sources.0.path=prepared`.
+        overrides: "path.to.field=value", see `overrides.override`.
 
     Raises:
         Emu3Error: no such file, one with another ending, a file that fails in any way, or an override that is not
@@ -252,17 +248,7 @@ def load_config(file: str | os.PathLike, overrides: Sequence[str] = ()) -> Any:
             config = entry()
         finally:
             sys.modules.pop(module.__name__, None)
-    for override in overrides:
-        path, equals, text = override.partition("=")
-        if not equals:
-            raise Emu3Error(f"--set {override}: write path.to.field=value")
-        try:
-            config = _replace(config, path.split("."), _value(text))
-        except Emu3Error as error:
-            raise Emu3Error(f"--set {override}: {error}") from error
-        except Exception as error:  # a value of a kind that a config's own checks do not expect
-            raise Emu3Error(f"--set {override}: {type(error).__name__}: {error}; correct the value") from error
-    return config
+    return override(config, overrides) if overrides else config
 
 
 @contextlib.contextmanager
@@ -287,36 +273,3 @@ def _running(file: pathlib.Path) -> Iterator[None]:
             reason = ""
         said = type(error).__name__ + (f": {reason}" if reason else "")
         raise Emu3Error(f"{file}{where}: {said}; correct the file") from error
-
-
-def _replace(node: Any, path: list[str], value: Any) -> Any:
-    """`node` with what lies at `path` replaced, and every config on the way validated again."""
-    name, *rest = path
-    if isinstance(node, tuple):
-        index = step_number(name)
-        if index is None or index >= len(node):
-            raise Emu3Error(f"{shown(name)} is no index from 0 to {len(node) - 1}")
-        return (*node[:index], _replace(node[index], rest, value) if rest else value, *node[index + 1 :])
-    if not dataclasses.is_dataclass(node) or isinstance(node, type):
-        raise Emu3Error(f"{shown(name)} is inside {shown(node)}, which has no fields")
-    fields = [field.name for field in dataclasses.fields(node)]
-    if name not in fields:
-        near = difflib.get_close_matches(name[:100], fields, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(fields)}"
-        raise Emu3Error(f"{type(node).__name__} has no field {shown(name)}; {hint}")
-    old = getattr(node, name)
-    new = _replace(old, rest, value) if rest else value
-    if isinstance(old, float) and is_whole(new, -math.inf) and is_number(new):
-        new = float(new)
-    return dataclasses.replace(node, **{name: new})
-
-
-def _value(text: str) -> Any:
-    """A Python literal where the text is one, else the text."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd escapes and such
-            return ast.literal_eval(text)
-    # Deep brackets are a `MemoryError` of the parser, `{[]}` is a `TypeError`.
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return text
