@@ -131,7 +131,7 @@ def add_set(command: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FIELD=VALUE",
-        help="change a field of the config: --set data.sequence_length=512 --set adapter.rank=16 (any number, in any order)",
+        help="change a field of the config: --set steps=500 --set adapter.rank=16 (any number, in any order)",
     )
 
 
