@@ -2,8 +2,9 @@
 
 python scripts/photos.py DIR      DIR/*.jpg and, of the same names, DIR/*.txt; needs pip install 'emu3-jax[photos]'
 
-They are pieces of the pictures that come with scikit-image. The pictures used here are CC0, in the public domain, or
-have no known copyright restrictions, as the docstrings of `skimage.data` say.
+They are pieces of pictures that come with scikit-image: those whose docstrings in `skimage.data` say that they may be
+used freely. camera, chelsea, coffee, brick, grass, gravel, retina and cell are CC0. astronaut, hubble_deep_field,
+rocket and text are in the public domain. coins and ihc have no known copyright restrictions.
 """
 
 import argparse
@@ -26,21 +27,21 @@ PHOTOS = (
     ("profile", "camera.png", 130, 30, 200, "a man looks through a camera, close-up"),
     ("cat", "chelsea.png", 75, 0, 300, "a ginger cat looks at the camera"),
     ("eye", "chelsea.png", 135, 75, 90, "the green eye of a cat"),
+    ("nose", "chelsea.png", 195, 180, 118, "the pink nose of a cat"),
     ("coffee", "coffee.png", 80, 0, 400, "a red cup of coffee on a wooden table"),
     ("espresso", "coffee.png", 165, 20, 240, "coffee in a cup, seen from above"),
+    ("spoon", "coffee.png", 300, 215, 130, "a silver spoon on a red saucer"),
     ("coins", "coins.png", 40, 0, 303, "rows of old coins"),
     ("coin", "coins.png", 312, 145, 70, "one old coin"),
     ("grass", "grass.png", 0, 0, 160, "grass in black and white"),
     ("gravel", "gravel.png", 0, 0, 160, "grey gravel"),
     ("bricks", "brick.png", 0, 0, 256, "a brick wall"),
     ("galaxies", "hubble_deep_field.jpg", 100, 100, 400, "galaxies in the night sky"),
-    ("moon", "moon.png", 0, 0, 512, "craters on the moon"),
-    ("motorcycle", "motorcycle_left.png", 130, 0, 500, "a red motorcycle in a garage"),
-    ("wheel", "motorcycle_left.png", 500, 240, 220, "the front wheel of a motorcycle"),
     ("rocket", "rocket.jpg", 110, 0, 427, "a rocket on the launch pad at dusk"),
     ("retina", "retina.jpg", 0, 0, 1411, "the retina of an eye"),
     ("tissue", "ihc.png", 0, 0, 512, "brown and blue cells under a microscope"),
-    ("page", "page.png", 0, 0, 191, "a printed page"),
+    ("cell", "cell.png", 306, 252, 240, "one bright round cell under a microscope"),
+    ("writing", "text.png", 225, 0, 172, "handwriting on paper"),
 )
 
 
