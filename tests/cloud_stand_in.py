@@ -274,6 +274,8 @@ def on_host(program: str, words: list[str]) -> int | None:
         case "pip":
             if "CLOUD_HOST" in os.environ:
                 put_emu3(CLOUD / "host")
+            elif pathlib.Path(".venv").exists():
+                put_emu3(pathlib.Path(".venv/bin"))
             return check_extras(words[-1])
         case "mount.nfs" | "apt-get":
             return 0

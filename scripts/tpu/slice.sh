@@ -21,7 +21,7 @@ what=${rest[0]:-} type=${rest[1]:-}
 
 queued_state() {
     local state
-    if state=$(gcloud compute tpus queued-resources describe "$TPU" "${where[@]}" \
+    if state=$(run gcloud compute tpus queued-resources describe "$TPU" "${where[@]}" \
         --format='value(state.state)' 2>&1); then
         echo "$state"
     elif [[ $state == *NOT_FOUND* ]]; then
@@ -50,7 +50,7 @@ create_queued() {
 # A group is ACTIVE when all of its instances run.
 compute_state() {
     local states
-    if ! states=$(gcloud compute instance-groups managed list-instances "$TPU" "${where[@]}" \
+    if ! states=$(run gcloud compute instance-groups managed list-instances "$TPU" "${where[@]}" \
         --format='value(instanceStatus)' 2>&1); then
         [[ $states == *"not found"* || $states == *NOT_FOUND* ]] && echo ABSENT && return
         echo "$states" >&2
@@ -58,6 +58,7 @@ compute_state() {
     fi
     states=$(sort -u <<< "$states")
     case $states in
+        gcloud*) echo "$states" ;; # by --dry-run
         RUNNING) echo ACTIVE ;;
         *STOP* | *TERMINATED* | *SUSPEND*) echo SUSPENDED ;;
         *) echo "${states:-PROVISIONING}" | paste -sd, ;;
@@ -136,13 +137,7 @@ case $what in
             delete_compute
         fi
         ;;
-    wait)
-        [[ -z $dry_run ]] || die "wait changes nothing: run it without --dry-run"
-        wait_until_active
-        ;;
-    state)
-        [[ -z $dry_run ]] || die "state changes nothing: run it without --dry-run"
-        "${via}_state"
-        ;;
+    wait) if [[ -z $dry_run ]]; then wait_until_active; else "${via}_state"; fi ;;
+    state) "${via}_state" ;;
     *) die "usage: $script [--dry-run] {create TYPE | wait | state | delete}" ;;
 esac
