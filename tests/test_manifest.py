@@ -179,18 +179,18 @@ def test_records_hold_the_codes_of_the_reference(manifest, golden_model):
     assert other.digest != records.digest
 
 
-def test_a_picture_of_several_lines_is_encoded_once(manifest, golden_model, monkeypatch):
+def test_a_picture_of_several_lines_is_encoded_once(manifest, golden_model):
     photo, gray = (str(GOLDEN / f"{name}.png") for name in ("photo", "gray"))
     lines = [{"image": photo, "text": str(n)} for n in range(3)] + [{"image": gray, "text": "g"}]
     lines += [{"image": "absent.png", "text": "a"}, {"image": photo, "text": "again"}]
-    records = SourceRecords(ManifestSource(manifest(*lines)), golden_model, area=None)
-    encoded, encode = [], records._encode
+    encoded = []
 
-    def counted(medium):
-        encoded.append(medium.path.name)
-        return encode(medium)
+    class Counted(SourceRecords):
+        def _encode(self, medium):
+            encoded.append(medium.path.name)
+            return super()._encode(medium)
 
-    monkeypatch.setattr(records, "_encode", counted)
+    records = Counted(ManifestSource(manifest(*lines)), golden_model, area=None)
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         found = list(pool.map(records.__getitem__, (0, 1, 2, 3, 5)))
     assert sorted(encoded) == ["gray.png", "photo.png"]

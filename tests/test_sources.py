@@ -1,6 +1,7 @@
 """Sources of captioned pictures: what is read of each kind, what is told of the rest, the share for validation."""
 
 import csv
+import errno
 import hashlib
 import http.server
 import io
@@ -30,8 +31,9 @@ from emu3_jax.data.sources import folder as folders
 from emu3_jax.data.sources.conversations import Conversations
 from emu3_jax.data.sources.folder import Folder
 from emu3_jax.data.sources.opening import open_source
+from emu3_jax.data.sources.packed import PackedNames
 from emu3_jax.data.sources.records import SourceRecords
-from emu3_jax.data.sources.tables import Columns, Texts
+from emu3_jax.data.sources.tables import Columns
 from emu3_jax.data.sources.tars import Tars
 from emu3_jax.data.sources.validation import divide
 from emu3_jax.media import images
@@ -161,6 +163,48 @@ def test_what_a_folder_has_beside_is_told(tmp_path):
     assert len(bad) == 8
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("caption".encode("utf-16"), "is not UTF-8 text: save it in UTF-8"),
+        ("caption".encode("utf-16-le"), "the caption has zero characters in it: save it as text in UTF-8"),
+        (b"caf\xe9", "is not UTF-8 text"),
+        (b" \r\n", "the caption is empty: write one"),
+        (b"x" * ((1 << 20) + 1), "1048577 bytes, and at most 1,048,576 are read"),
+    ],
+)
+def test_captions_that_are_no_text(tmp_path, content, reason):
+    write(tmp_path, {"a.png": picture(), "a.txt": content, "b.png": picture(), "b.txt": "b"})
+    good, bad = split(Folder(tmp_path, ANY))
+    assert good == {"b.png": "b"} and len(bad) == 1 and f"{tmp_path / 'a.txt'}" in bad[0] and reason in bad[0]
+
+
+def test_links_and_pipes_in_a_folder(tmp_path):
+    """Links to files are followed, also out of the folder; links to folders are not. Nothing waits for a pipe."""
+    write(tmp_path, {"in/a.png": picture(1), "in/a.txt": "a", "out/b.png": picture(2), "out/b.txt": "b"})
+    folder = tmp_path / "in"
+    for name, target in {
+        "link.png": "../out/b.png", "link.txt": "../out/b.txt", "gone.png": "nothing.png", "folder": "../out",
+        "loop": ".", "a.png.txt": "nothing.txt",
+    }.items():  # fmt: skip
+        (folder / name).symlink_to(target)
+    for name in ("pipe.png", "waits.txt"):
+        os.mkfifo(folder / name)
+    write(folder, {"gone.txt": "gone", "pipe.txt": "pipe", "waits.png": picture(3)})
+    records = SourceRecords(Folder(folder, ANY), Model(), None)
+    said = {}
+    for index in range(len(records)):
+        try:
+            record = records[index]
+            said[record.name] = record.text
+        except Emu3Error as error:
+            said[re.findall(r"(\w+\.\w+)", str(error))[0]] = str(error).split(": ", 1)[1]
+    assert said == {
+        "a.png": "a", "link.png": "b", "gone.png": "correct the path, or add the file",
+        "pipe.png": "it is a pipe or device; give a file", "waits.txt": "it is a pipe or device; give a file",
+    }  # fmt: skip
+
+
 def test_a_caption_with_an_unquoted_comma_is_not_cut(tmp_path):
     write(tmp_path, {"a.png": picture(), "b.png": picture(), "captions.csv": "file,text\na.png,red, round\nb.png,b\n"})
     good, bad = split(Folder(tmp_path, ANY))
@@ -169,9 +213,27 @@ def test_a_caption_with_an_unquoted_comma_is_not_cut(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("Captions.CSV", "file_name,text\na.png,a\n"),
+        ("list.tsv", "file_name\ttext\na.png\ta, b\n"),
+        ("list.csv", "\n \n\ufeffpath;description\n\na.png;a, b\n"),
+        ("list.jsonl", '{"filename": "a.png", "caption": "a"}'),
+        ("Metadata.JSONL", '{"image": "a.png", "caption": "a"}'),
+    ],
+)
+def test_spellings_of_lists(tmp_path, name, text):
+    write(tmp_path, {"a.png": picture(), name: text})
+    expected = {"a.png": "a, b" if name.startswith("list.") and "a, b" in text else "a"}
+    assert split(open_source([str(tmp_path / name)], ANY)) == (expected, [])
+    if not name.startswith("list"):
+        assert split(Folder(tmp_path, ANY)) == (expected, [])
+
+
+@pytest.mark.parametrize(
     ("files", "reason"),
     [
-        ({}, "holds no pictures"),
+        ({}, "holds no pictures: give a folder of PNG, JPEG, WebP or other pictures, or one of tar or Parquet files"),
         ({"a.txt": "text", "b.md": "text"}, "holds no pictures"),
         ({"a.png": b"x"}, "no picture has a caption that can be used; the first: .*a.png has no caption"),
         ({"a.png": b"x", "metadata.csv": b"file_name,text\na.png,caf\xe9\n"}, r"metadata.csv line 2 is not UTF-8"),
@@ -256,6 +318,9 @@ def test_other_things_in_tar_files(tmp_path):
         link = tarfile.TarInfo("link.png")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(link)
+        sparse = tarfile.TarInfo("sparse.png")
+        sparse.pax_headers = {"GNU.sparse.map": "0,0", "GNU.sparse.size": str(1 << 40)}
+        tar.addfile(sparse)
         folder = tarfile.TarInfo("folder")
         folder.type = tarfile.DIRTYPE
         tar.addfile(folder)
@@ -268,10 +333,11 @@ def test_other_things_in_tar_files(tmp_path):
         "'LICENSE': it is neither", "'model.pkl': it is neither",
         "'both.png', 'both.jpg', 'both.txt': there are two pictures of one name",
         "none.json has no column with captions: it has ['url']", "list.json: [1] is no object",
-        "'good.txt' is in it twice", "'link.png' is a link or a device",
+        "'good.txt' is in it twice", "'link.png' is no plain file",
+        "'sparse.png' is no plain file",
     ):  # fmt: skip
         assert [reason in line for line in bad].count(True) == 1, (reason, bad)
-    assert len(bad) == 9
+    assert len(bad) == 10
 
 
 def test_damaged_tar_files(tmp_path):
@@ -335,7 +401,7 @@ def test_parquet_files(tmp_path):
     assert [int(record.codes[0, 0]) for record in found] == order
     assert [record.text for record in found] == [f"colour {n}" for n in order]
     assert [source[n].name for n in (3, 9, 10)] == ["0.parquet row 3", "0.parquet row 9", "1.parquet row 0"]
-    assert len(source._recent) <= 2
+    assert len(source._tables) <= 2
     assert open_source([str(one), str(two)], ANY).digest == source.digest
     assert open_source([str(two), str(one)], ANY).digest != source.digest
 
@@ -369,11 +435,29 @@ def test_columns_of_tables(tmp_path):
     assert open_source([path], Columns("b", "d"))[0].text == "dee"
 
 
+def test_types_of_columns(tmp_path):
+    """Texts as pandas writes categories, long and short kinds of text and bytes."""
+    pa = pytest.importorskip("pyarrow", reason="the extra `data` installs PyArrow")
+    import pyarrow.parquet as pq
+
+    texts = pa.array(["one", "two", "one"])
+    for pictures, captions in (
+        (pa.binary(), texts.dictionary_encode()),
+        (pa.large_binary(), texts.cast(pa.large_string())),
+        (pa.binary_view(), texts.cast(pa.string_view())),
+    ):
+        table = {"image": pa.array([picture(n) for n in range(3)], pictures), "text": captions}
+        pq.write_table(pa.table(table), tmp_path / "a.parquet")
+        source = open_source([str(tmp_path / "a.parquet")], ANY)
+        assert [source[n].text for n in range(3)] == ["one", "two", "one"]
+        assert [source[n].medium.load().getpixel((0, 0))[0] for n in range(3)] == [0, 1, 2]
+
+
 @pytest.mark.parametrize(
     ("rows", "reason"),
     [
-        ([{"n": 1}], "no column holds pictures"),
-        ([{"image": b"x", "n": 1}], "no column holds captions"),
+        ([{"n": 1}], r"no column holds pictures: it has \['n'\]; add one of bytes"),
+        ([{"image": b"x", "n": 1}], r"no column holds captions: it has \['image', 'n'\]; add one of text"),
         ([], "no column"),
     ],
 )
@@ -514,6 +598,14 @@ def test_data_sets_of_the_hub(hub):
     assert hub("hf:org/shards", HF_HUB_OFFLINE="1") == lines[:2]
 
 
+def test_a_full_disk_while_downloading():
+    pytest.importorskip("datasets", reason="the extra `data` installs datasets")
+    from emu3_jax.data.sources.hub import _explained
+
+    with pytest.raises(Emu3Error, match=r"hf:a: the disk is full .*: free space, or set HF_HOME"), _explained("hf:a"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def test_data_sets_that_cannot_be_had(hub):
     lines = hub("hf:org/none", "hf:org/shards:dev", "hf:org/numbers", "hf:org/away", "hf:../x", "hf:a:b:c:d", "hf:x/y:")
     for line, reason in zip(lines, (
@@ -549,7 +641,7 @@ def test_conversations(tmp_path):
             "conversations": turns('<image>\nWhat "is" {this}?', "A [dog].", "Sure?", "Yes"),
         },
         {"id": 7, "conversations": turns("Hello", "Hi")},
-        {"id": "2", "image": "coco/1.png", "conversations": turns("Where\n<image>", "There \\")},
+        {"id": "2", "image": ["coco/1.png"], "conversations": turns("Where\n<image>", "There \\")},
     ]
     (tmp_path / "a.json").write_text(json.dumps(objects, indent=1))
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in objects))
@@ -571,6 +663,8 @@ def test_conversations(tmp_path):
         ({"conversations": [{"from": "system", "value": "x"}]}, "is not from human or gpt"),
         ({"conversations": turns("<image>\nwhat", "this")}, "a turn shows <image>, and the object names none"),
         ({"image": ["a", "b"], "conversations": turns("a", "b")}, "has several pictures"),
+        ({"image": ["a"], "video": "b", "conversations": turns("a", "b")}, "has several pictures"),
+        ({"image": [3], "conversations": turns("a", "b")}, "the name 3 is no text"),
         ({"image": "a", "conversations": turns("<image> <image>", "b")}, "its turns have 2 pictures"),
         ({"image": "../a.png", "conversations": turns("a", "b")}, "does not name a file below its directory"),
         ({"image": "/a.png", "conversations": turns("a", "b")}, "does not name a file below its directory"),
@@ -586,6 +680,15 @@ def test_objects_that_are_no_conversations(tmp_path, line, reason):
     with pytest.raises(Emu3Error) as error:
         source[1]
     assert str(error.value).startswith(f"{tmp_path / 'a.json'} object 1: ") and reason in str(error.value)
+
+
+def test_where_conversations_have_their_pictures(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"conversations": turns("a", "b")}]))
+    with pytest.raises(Emu3Error, match=r"gone is no folder: give --images the folder where the paths"):
+        open_source([str(tmp_path / "a.json")], ANY, images=tmp_path / "gone")
+    write(tmp_path, {"a.png": picture(), "a.txt": "a"})
+    with pytest.raises(Emu3Error, match=r"--images is for LLaVA's JSON alone"):
+        open_source([str(tmp_path)], ANY, images=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -667,14 +770,17 @@ def test_several_sources_that_are_no_shards(tmp_path):
         open_source([str(tmp_path / "d.tgz")], ANY)
     with pytest.raises(Emu3Error, match="there is no such file"):
         open_source([str(tmp_path / "gone")], ANY)
+    (tmp_path / "e.JPG").touch()
+    with pytest.raises(Emu3Error, match=r"e\.JPG is a picture: give the folder that holds it"):
+        open_source([str(tmp_path / "e.JPG")], ANY)
 
 
 def test_packed_names():
-    texts = Texts()
+    packed = PackedNames()
     names = ["a", "", "\udce9", "日本"]
     for name in names:
-        texts.append(name)
-    assert len(texts) == 4 and [texts[index] for index in range(4)] == names
+        packed.append(name)
+    assert len(packed) == 4 and [packed[index] for index in range(4)] == names
 
 
 # --------------------------------------------------------------------------------------------------------- validation
@@ -693,6 +799,11 @@ def coloured(tmp_path):
         return sides[1]
 
     return tmp_path / "in", held_out
+
+
+def test_the_number_of_threads_is_checked(coloured):
+    with pytest.raises(Emu3Error, match="workers is 0: it must be 1 to 1024"):
+        divide(SourceRecords(Folder(coloured[0], ANY), Model(), None), 0.3, workers=0)
 
 
 def test_a_picture_is_always_on_the_same_side(coloured, tmp_path):
@@ -717,8 +828,8 @@ def test_a_picture_is_always_on_the_same_side(coloured, tmp_path):
 
 @pytest.mark.parametrize(("share", "reason"), [
     (0, "must be a share between 0 and 1"), (1, "must be a share"), (float("nan"), "must be a share"),
-    (1e-9, "none of 60 records falls to validation; choose another share, for example 0.1"),
-    (1 - 1e-9, "none of 60 records falls to training"),
+    (1e-9, "none of 60 records falls to validation; choose a larger share"),
+    (1 - 1e-9, "none of 60 records falls to training; choose a smaller share"),
 ])  # fmt: skip
 def test_shares_that_are_none(coloured, share, reason):
     with pytest.raises(Emu3Error, match=reason):
@@ -758,7 +869,7 @@ def test_from_photos_to_data(photos, tmp_path, capsys):
     assert (tmp_path / "data/index.json").read_bytes() == before
     (photos / "0.txt").write_text("other")
     assert main(command) == 2
-    assert "holds data prepared from another manifest" in capsys.readouterr().err
+    assert "holds data prepared from another source" in capsys.readouterr().err
     (photos / "0.txt").write_text("part 0")
     assert main([*command[:-3], "--quiet", "--on-error", "stop", "-o", str(tmp_path / "other")]) == 2
     assert "alone.png has no caption" in capsys.readouterr().err and not (tmp_path / "other").exists()

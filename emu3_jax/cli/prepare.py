@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> None:
         distributed.start(_PATIENCE)
         host, hosts = jax.process_index(), jax.process_count()
     else:
-        host, hosts = options.host or 0, options.hosts or 1
+        host, hosts = options.host or 0, 1 if options.hosts is None else options.hosts
     bundle = open_bundle(options.model, verify=options.verify)
     codebook = bundle_codebook(bundle)
     if options.features is not None:
@@ -121,7 +121,10 @@ def report(outcome: "Outcome", output: pathlib.Path) -> None:
         return
     index = outcome.index
     if not index.records:
-        raise Emu3Error(f"{output}: none of {len(index.skipped)} records can be used, see {SKIPPED} there")
+        raise Emu3Error(
+            f"{output}: none of {len(index.skipped)} records can be used, see {SKIPPED} there; the first: "
+            f"{index.skipped[0]}"
+        )
     for reason in index.skipped[:_SHOWN]:
         print(printable(f"skipped: {reason}"))
     if len(index.skipped) > _SHOWN:

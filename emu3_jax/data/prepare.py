@@ -90,8 +90,7 @@ def prepare(
         raise Emu3Error(f"on_error is {on_error!r}: it must be stop or skip")
     if hosts < 1 or not 0 <= host < hosts:
         raise Emu3Error(f"host is {host} of {hosts}: hosts must be at least 1, and host one of 0 to hosts - 1")
-    if not 1 <= workers <= MAX_THREADS:
-        raise Emu3Error(f"workers is {workers}: it must be 1 to {MAX_THREADS}")
+    check_workers(workers)
     count = -(-len(entries) // SHARD_ENTRIES) if shards is None else shards
     if not 1 <= count <= len(entries):
         raise Emu3Error(f"shards is {count}: it must be 1 to {len(entries)}, the number of entries")
@@ -112,6 +111,12 @@ def prepare(
                 indices = range(bounds[number], bounds[number + 1])
                 directory.write(number, in_order(lambda index: _make(entries, index, on_error), indices), bar.update)
         return directory.merge(codebook)
+
+
+def check_workers(workers: int) -> None:
+    """Raises an `Emu3Error` unless so many threads may read."""
+    if not 1 <= workers <= MAX_THREADS:
+        raise Emu3Error(f"workers is {workers}: it must be 1 to {MAX_THREADS}")
 
 
 @contextlib.contextmanager
@@ -187,7 +192,7 @@ class _Directory:
                 raise Emu3Error(f"{file} is damaged ({shown(data)}): delete it and run again")
             if data.get("job") != job:
                 raise Emu3Error(
-                    f"{path} holds data prepared from another manifest, or with other options or another model: "
+                    f"{path} holds data prepared from another source, or with other options or another model: "
                     "choose another directory, or delete it first"
                 )
 

@@ -48,6 +48,17 @@ _LONG_RUN = 10_000
 _FLAGS = ("lstrip", "rstrip", "single_word")  # of a transformers tokenizer's added token
 
 
+class SpecialTokenError(Emu3Error):
+    """A text has a special token in it that was not allowed."""
+
+    def __init__(self, token: str):
+        super().__init__(
+            f"the text contains the special token {token}: take it out, or pass allow_special=True "
+            "(--allow-special) where the text's author may write control tokens"
+        )
+        self.token = token
+
+
 class Tokenizer:
     """Text to ids and back, id for id like upstream's `Emu3Tokenizer`.
 
@@ -182,7 +193,7 @@ class Tokenizer:
         does. Without it such text is an error, so that nobody's text forges a control token.
 
         Raises:
-            Emu3Error: the text holds a special token and `allow_special` is false.
+            SpecialTokenError: the text holds a special token and `allow_special` is false.
         """
         text = unicodedata.normalize("NFC", text)
         ids, start = [], 0
@@ -192,10 +203,7 @@ class Tokenizer:
             if special_id is None:
                 continue
             if not allow_special and special_id not in self._words:
-                raise Emu3Error(
-                    f"the text contains the special token {match[0]}: take it out, or pass allow_special=True "
-                    "(--allow-special) where the text's author may write control tokens"
-                )
+                raise SpecialTokenError(match[0])
             ids += self._encode_ordinary(text[start : match.start()])
             ids.append(special_id)
             start = match.end()

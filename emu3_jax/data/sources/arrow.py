@@ -4,12 +4,9 @@ A picture is bytes, or as Hugging Face's `datasets` writes it a struct of bytes 
 `pyarrow`, on which `datasets` rests too: from the file itself, without the copy that `datasets` would make.
 """
 
-import collections
 import dataclasses
 import hashlib
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from emu3_jax.data.sources.examples import Example, bytes_ends, clean_caption
+from emu3_jax.data.sources.recent import Recent
 from emu3_jax.data.sources.tables import PICTURE_COLUMNS, TEXT_COLUMNS, Columns
 from emu3_jax.errors import Emu3Error
 from emu3_jax.foreign import limit, plain_file, reading
@@ -42,12 +40,29 @@ def is_picture(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         place = kind.get_field_index("bytes")
         return place >= 0 and is_picture(kind.field(place).type)
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
 
 
 def is_text(kind: pa.DataType) -> bool:
     """Whether a column of this type holds texts."""
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    if pa.types.is_dictionary(kind):  # as pandas writes categories
+        return is_text(kind.value_type)
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Role:
+    """What a column may hold: what that is called, its type, the option that names one, usual names."""
+
+    what: str
+    kind: str
+    option: str
+    usual: Sequence[str]
+    fits: Callable[[pa.DataType], bool]
+
+
+_PICTURES = _Role("pictures", "bytes", "--image-column", PICTURE_COLUMNS, is_picture)
+_CAPTIONS = _Role("captions", "text", "--text-column", TEXT_COLUMNS, is_text)
 
 
 def choose(schema: pa.Schema, columns: Columns, where: str) -> tuple[str, str]:
@@ -56,35 +71,25 @@ def choose(schema: pa.Schema, columns: Columns, where: str) -> tuple[str, str]:
     Raises:
         Emu3Error: there is none of a kind, or it does not follow which of several is meant.
     """
-    return (
-        _one(schema, columns.picture, PICTURE_COLUMNS, is_picture, where, "pictures", "--image-column"),
-        _one(schema, columns.text, TEXT_COLUMNS, is_text, where, "captions", "--text-column"),
-    )
+    return _find(schema, columns.picture, _PICTURES, where), _find(schema, columns.text, _CAPTIONS, where)
 
 
-def _one(
-    schema: pa.Schema,
-    wanted: str | None,
-    usual: Sequence[str],
-    fits: Callable[[pa.DataType], bool],
-    where: str,
-    what: str,
-    option: str,
-) -> str:
-    fitting = [field.name for field in schema if fits(field.type)]
+def _find(schema: pa.Schema, wanted: str | None, role: _Role, where: str) -> str:
+    fitting = [field.name for field in schema if role.fits(field.type)]
+    what, names = role.what, shown(schema.names)
     if wanted is not None:
         if wanted in fitting:
             return wanted
         found = f"it is {schema.field(wanted).type!s:.80}" if wanted in schema.names else "there is none of that name"
-        raise Emu3Error(f"{where}: column {shown(wanted)} cannot hold {what}: {found}; it has {shown(schema.names)}")
-    for name in usual:
+        raise Emu3Error(f"{where}: column {shown(wanted)} cannot hold {what}: {found}; it has {names}")
+    for name in role.usual:
         if name in fitting:
             return name
     if len(fitting) == 1:
         return fitting[0]
     if not fitting:
-        raise Emu3Error(f"{where}: no column holds {what}: it has {shown(schema.names)}")
-    raise Emu3Error(f"{where}: columns {shown(fitting)} may hold {what}: name one with {option}")
+        raise Emu3Error(f"{where}: no column holds {what}: it has {names}; add one of {role.kind}")
+    raise Emu3Error(f"{where}: columns {shown(fitting)} may hold {what}: name one with {role.option}")
 
 
 def cell_bytes(value: Any) -> tuple[bytes | None, str | None]:
@@ -103,7 +108,7 @@ class CellPicture:
     name: str
 
     def check(self) -> None:
-        """There is nothing to be known."""
+        """Nothing is known before it is read."""
 
     def load(self) -> Image.Image:
         return load_image(Path(self.name), self.read(self.row))
@@ -146,8 +151,7 @@ class ParquetFiles:
         if not ends[-1]:
             raise Emu3Error(f"{paths[0]} has no rows: give Parquet files of captioned pictures")
         self._ends = np.array(ends)
-        self._lock = threading.Lock()
-        self._recent: collections.OrderedDict[int, Future[pa.Table]] = collections.OrderedDict()
+        self._tables = Recent(self._read, _HELD)
         self.digest = digest.hexdigest()
 
     @staticmethod
@@ -171,7 +175,7 @@ class ParquetFiles:
         number, _ = self._groups[group]
         path, row = self._paths[number], index - self._firsts[number]
         with reading(f"{path} row {row}", _AGAIN):
-            cells = self._table(group)[self._columns[number][which]]
+            cells = self._tables[group][self._columns[number][which]]
             return path, row, cells[index - int(self._ends[group])].as_py()
 
     def _bytes(self, index: int) -> bytes:
@@ -180,19 +184,8 @@ class ParquetFiles:
             raise Emu3Error("there are no bytes of a picture: embed the pictures when the Parquet file is written")
         return data
 
-    def _table(self, group: int) -> pa.Table:
-        """A group of rows, read once by whichever thread needs it first."""
-        with self._lock:
-            missing = group not in self._recent
-            table = self._recent.setdefault(group, Future())
-            self._recent.move_to_end(group)
-            if len(self._recent) > _HELD:
-                self._recent.popitem(last=False)
-        if missing:
-            try:
-                number, own = self._groups[group]
-                with reading(self._paths[number], _AGAIN), pq.ParquetFile(self._paths[number]) as file:
-                    table.set_result(file.read_row_group(own, columns=list(self._columns[number]), use_threads=False))
-            except BaseException as error:  # whatever it is: other threads may wait for this group
-                table.set_exception(error)
-        return table.result()
+    def _read(self, group: int) -> pa.Table:
+        """A group of rows."""
+        number, own = self._groups[group]
+        with reading(self._paths[number], _AGAIN), pq.ParquetFile(self._paths[number]) as file:
+            return file.read_row_group(own, columns=list(self._columns[number]), use_threads=False)

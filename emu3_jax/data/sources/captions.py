@@ -15,6 +15,7 @@ from emu3_jax.foreign import inner_path, limit, parse_json, plain_file, reading
 from emu3_jax.printable import shown
 
 NAMES = ("metadata.jsonl", "metadata.csv", "captions.csv", "captions.jsonl")  # looked for in folders
+TABLES = (".csv", ".tsv")  # endings of tables; other files are JSON lines
 _CSV = "save it as CSV in UTF-8"
 _JSON = "write one JSON object a line"
 
@@ -35,7 +36,7 @@ class CaptionFile:
     def __init__(self, path: Path, columns: Columns):
         """Raises `Emu3Error` if the file cannot be read or, a CSV, has no line that names the two columns."""
         self.path, self._columns = path, columns
-        self._csv = path.suffix.lower() == ".csv"
+        self._csv = path.suffix.lower() in TABLES
         self._header: list[str] = []
         self._dialect: dict[str, Any] = {}
         self._body = (1, 0)  # number and place of the first line after the header
@@ -47,18 +48,18 @@ class CaptionFile:
     def _read_header(self) -> None:
         with reading(self.path, _CSV), self.path.open("rb") as stream:
             lines = _Lines(stream, self.path, 1, 0)
-            first = next(lines, "").removeprefix("\ufeff")
+            first = next((line for line in lines if line.strip("\ufeff \t\r\n")), "").removeprefix("\ufeff")
             # Spreadsheets write semicolons where the comma is the decimal point.
             self._dialect = {"delimiter": max(",;\t", key=first.count), "strict": True}
             rows = csv.reader(itertools.chain([first], lines), **self._dialect)
             self._header = [name.strip() for name in next(rows, [])]
             self._body = (lines.number, lines.place)
-        where = f"{self.path} line 1"
+        where = f"{self.path} line {max(1, self._body[0] - 1)}"
         names = (self._columns.file(self._header, where), self._columns.caption(self._header, where))
         self._fields = [self._header.index(name) for name in names]
 
-    def rows(self) -> Iterator[tuple[Row, str]]:
-        """Every row with its caption, which is empty where the row has a problem. Blank lines are no rows."""
+    def rows(self) -> Iterator[Row]:
+        """Every row. Blank lines are no rows."""
         with reading(self.path, _CSV if self._csv else _JSON), self.path.open("rb") as stream:
             stream.seek(self._body[1])
             lines = _Lines(stream, self.path, *self._body)
@@ -70,11 +71,10 @@ class CaptionFile:
                 if row == "":
                     continue
                 try:
-                    file, text = self._fields_of(row, f"{self.path} line {line}")
+                    file, _ = self._fields_of(row, f"{self.path} line {line}")
+                    yield Row(line, place, file)
                 except _BadRow as error:
-                    yield Row(line, place, error.file, str(error)), ""
-                    continue
-                yield Row(line, place, file), text
+                    yield Row(line, place, error.file, str(error))
 
     def caption(self, line: int, place: int) -> str:
         """The caption of the row whose first line has that number and begins there."""

@@ -40,6 +40,8 @@ class Conversations:
         Raises:
             Emu3Error: it cannot be read, or is no list of objects.
         """
+        if images is not None and not images.is_dir():
+            raise Emu3Error(f"{images} is no folder: give --images the folder where the paths in {path.name} begin")
         self._path, self._images = path, path.parent if images is None else images
         self._lines = Manifest(path) if path.suffix.lower() == ".jsonl" else None
         self._spans = np.zeros((0, 2), np.int64)
@@ -76,8 +78,13 @@ class Conversations:
         said = data.get("conversations")
         if not isinstance(said, list):
             raise Emu3Error(f"conversations is {shown(said)}: it must be a list of turns")
-        media = [(kind, data[kind]) for kind in ("image", "video") if data.get(kind) is not None]
-        if len(media) > 1 or (media and isinstance(media[0][1], list)):
+        media = [
+            (kind, name)
+            for kind in ("image", "video")
+            for name in (data[kind] if isinstance(data.get(kind), list) else [data.get(kind)])
+            if name is not None
+        ]
+        if len(media) > 1:
             raise Emu3Error("has several pictures, and a record has one: leave it out, or make several of it")
         turns, tokens = [], 0
         for turn in said:

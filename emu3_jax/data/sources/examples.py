@@ -96,7 +96,10 @@ class MediaFile:
 
 @dataclasses.dataclass(frozen=True)
 class MemberPicture:
-    """A picture that lies inside a file as it is, such as a tar file: `size` bytes from `start` on."""
+    """A picture that lies inside a file as it is, such as a tar file: `size` bytes from `start` on.
+
+    Errors call it `name`.
+    """
 
     path: Path
     start: int
@@ -104,14 +107,14 @@ class MemberPicture:
     name: str
 
     def check(self) -> None:
-        """There is nothing to be known."""
+        """Nothing is known before it is read."""
 
     def load(self) -> Image.Image:
         return load_image(Path(self.name), self.read())
 
     def read(self) -> bytes:
         """Its bytes."""
-        limit(f"{self.path}: {self.name}", "bytes", self.size, _MAX_PICTURE)
+        limit(self.name, "bytes", self.size, _MAX_PICTURE)
         with reading(self.path), self.path.open("rb") as stream:
             stream.seek(self.start)
             return stream.read(self.size)
@@ -147,12 +150,23 @@ def where_once(where: str, error: Exception) -> str:
     return message if where in message else f"{where}: {message}"
 
 
-def clean_caption(text: object, where: str, what: str = "caption") -> str:
+def decode_caption(data: bytes, where: str) -> str:
+    """The caption that a text file holds. Raises `Emu3Error` that begins with `where` if it is no text, or empty."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Emu3Error(f"{where} is not UTF-8 text: save it in UTF-8") from error
+    return clean_caption(text, where)
+
+
+def clean_caption(text: object, where: str) -> str:
     """A caption without blank ends. Raises `Emu3Error` that begins with `where` if it is no text, or empty."""
     try:
-        caption = check_text(what, text).strip()
+        caption = check_text("caption", text).strip()
     except Emu3Error as error:
         raise Emu3Error(f"{where}: {error}") from error
     if not caption:
-        raise Emu3Error(f"{where}: the {what} is empty: write one")
+        raise Emu3Error(f"{where}: the caption is empty: write one")
+    if "\0" in caption:  # UTF-16 without a mark at its beginning reads as UTF-8
+        raise Emu3Error(f"{where}: the caption has zero characters in it: save it as text in UTF-8")
     return caption

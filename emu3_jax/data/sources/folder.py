@@ -2,25 +2,40 @@
 
 `photo.jpg` has its caption in `photo.txt` or `photo.jpg.txt`, or in a row of `metadata.jsonl`, `metadata.csv`,
 `captions.csv` or `captions.jsonl`, which name it relative to their own folder: the conventions of Hugging Face's image
-folders. Folders inside the folder count. Hidden files do not.
+folders. Folders inside the folder count. Hidden files and links to folders do not.
 """
 
+import dataclasses
 import hashlib
 import os
 import unicodedata
 from pathlib import Path
 
 from emu3_jax.data.sources.captions import NAMES, CaptionFile
-from emu3_jax.data.sources.examples import MAX_CAPTION, Example, MediaFile, clean_caption, picture_suffixes
-from emu3_jax.data.sources.tables import Columns, Rows, Texts
+from emu3_jax.data.sources.examples import MAX_CAPTION, Example, MediaFile, decode_caption, picture_suffixes
+from emu3_jax.data.sources.packed import PackedNames, PackedNumbers
+from emu3_jax.data.sources.tables import Columns
 from emu3_jax.errors import Emu3Error
 from emu3_jax.foreign import read_bytes
-from emu3_jax.media.images import require_heic
+from emu3_jax.media.images import HEIC_SUFFIXES, require_heic
 from emu3_jax.printable import printable
 
 _ASIDE = -1  # in the place of a caption file's number: a text file beside the picture
+_NOWHERE = (0, 0, 0)
 _REMEDY = f"write a caption beside it, in a text file of its name, or in {NAMES[0]} or {NAMES[2]}"
+_WANTED = "give a folder of PNG, JPEG, WebP or other pictures, or one of tar or Parquet files"
 _Place = tuple[int, int, int]  # a caption file's number, a line's number and place; or _ASIDE, the text's number, 0
+
+
+@dataclasses.dataclass
+class _Found:
+    """What lies in a folder, by the normal forms of names: file systems spell accents differently."""
+
+    pictures: dict[str, str] = dataclasses.field(default_factory=dict)
+    texts: dict[str, str] = dataclasses.field(default_factory=dict)  # by their names without the ending
+    rows: dict[str, list[_Place]] = dataclasses.field(default_factory=dict)  # of caption files, by their pictures
+    problems: list[str] = dataclasses.field(default_factory=list)  # of such rows
+    blamed: set[str] = dataclasses.field(default_factory=set)  # pictures that rows with problems name
 
 
 class Folder:
@@ -41,39 +56,31 @@ class Folder:
         Raises:
             Emu3Error: it cannot be read, holds no pictures or no captions, or HEIC files that nothing installed reads.
         """
-        listed = not path.is_dir()
-        self._root = path.parent if listed else path
-        # While the folder is looked through: by the names' normal forms, for file systems spell accents differently.
-        self._pictures: dict[str, str] = {}
-        self._texts: dict[str, str] = {}  # by what they are beside: their names without the ending
-        self._captions: dict[str, list[_Place]] = {}
         self._files: list[CaptionFile] = []
-        self._names, self._places, self._asides = Texts(), Rows(3), Texts()
+        self._names, self._places, self._asides = PackedNames(), PackedNumbers(3), PackedNames()
         self._problems: dict[int, str] = {}
-        if listed:
-            self._files.append(CaptionFile(path, columns))
-        else:
-            self._look(columns, leave_out)
-        problems, blamed = self._read_rows()
-        told = next(iter(problems), None)
-        if not self._pictures and not problems:
-            kinds = "files that" if listed else "pictures such as PNG, JPEG or WebP that"
-            raise Emu3Error(f"{path} holds no pictures: give a folder of pictures, or one with {kinds} list them")
-        require_heic(path, sum(name.lower().endswith((".heic", ".heif")) for name in self._pictures.values()))
         self._digest = hashlib.sha256(b"folder")
-        self._settle(blamed)
-        problems += [
-            f"{self._root / name}: there is no picture of that name: add it, or remove the text"
-            for key, name in self._texts.items()
-            if key not in self._used
-        ]
-        for problem in sorted(problems):
-            self._add("", (0, 0, 0), problem)
-        if not self._usable:
-            first = told or self._problems[0]
-            raise Emu3Error(f"{path}: no picture has a caption that can be used; the first: {first}")
+        found = _Found()
+        if path.is_dir():
+            self._root = path
+            self._look(found, columns, leave_out)
+        else:
+            self._root = path.parent
+            self._files.append(CaptionFile(path, columns))
+        self._read_rows(found)
+        if not found.pictures and not found.problems:
+            what = f"holds no pictures: {_WANTED}" if path.is_dir() else "lists no pictures: write a line for each"
+            raise Emu3Error(f"{path} {what}")
+        require_heic(path, sum(Path(name).suffix.lower() in HEIC_SUFFIXES for name in found.pictures.values()))
+        first = found.problems[0] if found.problems else None
+        usable = self._pair(found)
+        for problem in found.problems:
+            self._add("", _NOWHERE, problem)
+        if not usable:
+            raise Emu3Error(
+                f"{path}: no picture has a caption that can be used; the first: {first or self._problems[0]}"
+            )
         self.digest = self._digest.hexdigest()
-        del self._pictures, self._texts, self._captions, self._used
 
     def __len__(self) -> int:
         return len(self._names)
@@ -89,7 +96,7 @@ class Folder:
 
     # -------------------------------------------------------------------------------------------- looking through it
 
-    def _look(self, columns: Columns, leave_out: Path | None) -> None:
+    def _look(self, found: _Found, columns: Columns, leave_out: Path | None) -> None:
         """Finds pictures, texts and caption files."""
 
         def unreadable(error: OSError) -> None:
@@ -109,46 +116,44 @@ class Folder:
                     continue
                 path = os.path.normpath(os.path.join(here, name))
                 suffix = os.path.splitext(name)[1].lower()
-                if name in NAMES:
+                if name.lower() in NAMES:
                     self._files.append(CaptionFile(self._root / path, columns))
                 elif suffix in suffixes:
-                    self._pictures[_key(path)] = path
+                    found.pictures[_key(path)] = path
                 elif suffix == ".txt":
-                    self._texts[_key(os.path.splitext(path)[0])] = path
+                    found.texts[_key(os.path.splitext(path)[0])] = path
 
-    def _read_rows(self) -> tuple[list[str], set[str]]:
-        """Reads the files that list pictures. Returns what is wrong with rows, and which pictures these name."""
-        problems, blamed = [], set()
+    def _read_rows(self, found: _Found) -> None:
+        """Reads the files that list pictures, which may name pictures of unusual endings."""
         for number, file in enumerate(self._files):
             folder = os.path.relpath(file.path.parent, self._root)
-            for row, _ in file.rows():
+            for row in file.rows():
                 path = os.path.normpath(os.path.join(folder, row.file))
                 key = _key(path)
                 if row.problem is not None:
-                    problems.append(row.problem)
-                    blamed.add(key)
-                elif key in self._pictures or os.path.isfile(self._root / path):
-                    self._pictures.setdefault(key, path)
-                    self._captions.setdefault(key, []).append((number, row.line, row.place))
+                    found.problems.append(row.problem)
+                    found.blamed.add(key)
+                elif key in found.pictures or os.path.isfile(self._root / path):
+                    found.pictures.setdefault(key, path)
+                    found.rows.setdefault(key, []).append((number, row.line, row.place))
                 else:
-                    problems.append(
+                    found.problems.append(
                         f"{file.path} line {row.line}: there is no {self._root / path}: correct the name, which is "
                         "relative to this file, or remove the line"
                     )
-        return problems, blamed
 
-    def _settle(self, blamed: set[str]) -> None:
-        """Finds the one caption of every picture, or what is wrong with it."""
-        self._used: set[str] = set()
-        self._usable = 0
-        for key in sorted(self._pictures):
-            name = self._pictures[key]
-            places = list(self._captions.get(key, ()))
+    def _pair(self, found: _Found) -> int:
+        """Finds the one caption of every picture, or what is wrong with it. Returns how many pictures have one."""
+        used: set[str] = set()
+        usable = 0
+        for key in sorted(found.pictures):
+            name = found.pictures[key]
+            places = found.rows.get(key, [])
             for text in (os.path.splitext(key)[0], key):
-                if text in self._texts:
-                    self._used.add(text)
+                if text in found.texts:
+                    used.add(text)
                     places.append((_ASIDE, len(self._asides), 0))
-                    self._asides.append(self._texts[text])
+                    self._asides.append(found.texts[text])
             captions: dict[str, _Place] = {}
             problem = None
             for place in places:
@@ -163,21 +168,30 @@ class Folder:
                     "in which a picture may stand on several lines"
                 )
             elif captions:
-                self._usable += 1
+                usable += 1
                 ((caption, place),) = captions.items()
                 self._add(name, place, caption=caption)
                 continue
             elif problem is None:
-                if key in blamed:
+                if key in found.blamed:
                     continue  # its row is told of
                 problem = f"{self._root / name} has no caption: {_REMEDY}"
-            self._add(name, (0, 0, 0), problem)
+            self._add(name, _NOWHERE, problem)
+        found.problems += [
+            f"{self._root / name}: there is no picture of that name: add it, or remove the text"
+            for key, name in found.texts.items()
+            if key not in used
+        ]
+        return usable
 
     def _add(self, name: str, place: _Place, problem: str | None = None, caption: str = "") -> None:
         """Adds an example, or a problem in the place of one."""
         if problem is not None:
             self._problems[len(self._names)] = problem
-        size = os.stat(self._root / name).st_size if name else 0
+        try:
+            size = os.stat(self._root / name).st_size if name else 0
+        except OSError:  # a link to nothing: that is told when the picture is read
+            size = -1
         # Names alone, not the folder's: it may move.
         parts = (os.fsencode(name), str(size).encode(), caption.encode(), b"" if problem is None else b"!")
         self._digest.update(b"\0".join(parts) + b"\0\n")
@@ -191,12 +205,7 @@ class Folder:
         if number != _ASIDE:
             return self._files[number].caption(line, start)
         path = self._root / self._asides[line]
-        data = read_bytes(path, MAX_CAPTION, "write a caption")
-        try:
-            text = data.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise Emu3Error(f"{path} is not UTF-8 text: save it in UTF-8") from error
-        return clean_caption(text, str(path))
+        return decode_caption(read_bytes(path, MAX_CAPTION, "write a caption"), str(path))
 
     def _where(self, place: _Place) -> str:
         number, line, _ = place

@@ -5,6 +5,7 @@ mapped into memory. It runs no code of theirs.
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import re
@@ -156,6 +157,10 @@ def _explained(where: str) -> Iterator[None]:
             raise Emu3Error(
                 f"{where}: the hub cannot be reached ({said:.120}): connect, set HF_ENDPOINT to a mirror, or copy the "
                 "data set here and give its folder"
+            ) from error
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise Emu3Error(
+                f"{where}: the disk is full ({said:.120}): free space, or set HF_HOME to another"
             ) from error
         raise Emu3Error(f"{where}: {said:.200}; {_USE}") from error
 

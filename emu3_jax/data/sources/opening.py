@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from emu3_jax.data.manifest import MAX_LINE, Manifest
+from emu3_jax.data.sources.captions import NAMES, TABLES
 from emu3_jax.data.sources.conversations import Conversations
-from emu3_jax.data.sources.examples import Example, MediaFile, Source
+from emu3_jax.data.sources.examples import Example, MediaFile, Source, picture_suffixes
 from emu3_jax.data.sources.folder import Folder
 from emu3_jax.data.sources.tables import FILE_COLUMNS, Columns
 from emu3_jax.data.sources.tars import Tars
@@ -34,6 +35,13 @@ def open_source(
     Raises:
         Emu3Error: there is nothing at a place, or nothing that can be prepared.
     """
+    source = _open(places, columns, images, output)
+    if images is not None and not isinstance(source, Conversations):
+        raise Emu3Error("--images is for LLaVA's JSON alone: other sources say where their pictures are; leave it out")
+    return source
+
+
+def _open(places: Sequence[str], columns: Columns, images: Path | None, output: Path | None) -> Source:
     if len(places) == 1 and places[0].startswith("hf:"):
         from emu3_jax.data.sources.hub import HubDataset
 
@@ -86,7 +94,9 @@ def _open_list(path: Path, columns: Columns, images: Path | None) -> Source:
     suffix = path.suffix.lower()
     if suffix in _COMPRESSED:
         raise Emu3Error(f"{path} is compressed: unpack it, and give the folder or the plain .tar")
-    if suffix == ".csv":
+    if suffix in picture_suffixes():
+        raise Emu3Error(f"{path} is a picture: give the folder that holds it and its caption")
+    if suffix in TABLES:
         return Folder(path, columns)
     if suffix == ".json":
         return Conversations(path, images)
@@ -94,8 +104,9 @@ def _open_list(path: Path, columns: Columns, images: Path | None) -> Source:
         first = _first_line(path)
         if isinstance(first, dict) and "conversations" in first:
             return Conversations(path, images)
-        wanted = columns.picture or next(name for name in FILE_COLUMNS if name not in ("image", "clip"))
-        if isinstance(first, dict) and (wanted in first or path.name in ("metadata.jsonl", "captions.jsonl")):
+        # A manifest has `image`, too.
+        named = set(FILE_COLUMNS) - {"image"} if columns.picture is None else {columns.picture}
+        if isinstance(first, dict) and (named & first.keys() or path.name.lower() in NAMES):
             return Folder(path, columns)
     return ManifestSource(Manifest(path))
 

@@ -2,16 +2,16 @@
 
 import hashlib
 import threading
-from concurrent.futures import Future
 
 import numpy as np
 
 from emu3_jax.data.manifest import check_area, resize_to_area
 from emu3_jax.data.records import Record
 from emu3_jax.data.sources.examples import Example, Medium, Source, where_once
+from emu3_jax.data.sources.recent import Recent
 from emu3_jax.errors import Emu3Error
 from emu3_jax.generation.pipeline import Emu3
-from emu3_jax.text.tokenizer import Tokenizer
+from emu3_jax.text.tokenizer import SpecialTokenError, Tokenizer
 
 _RECENT = 64  # pictures whose codes are kept: more than the threads that read
 _ENCODING = 2  # one picture on the device, and one on its way there: more would only take memory
@@ -33,7 +33,7 @@ class SourceRecords:
         check_area(area)
         self._source, self._model, self._area, self._tokenizer = source, model, area, tokenizer
         self._device = threading.Semaphore(_ENCODING)
-        self._lock, self._recent = threading.Lock(), dict[Medium, Future[np.ndarray]]()
+        self._codes = Recent(self._encode, _RECENT)  # examples near each other often share a picture
         settings = f"{source.digest} {area} {model.vision.config} {model.vision.image}"
         self.digest = hashlib.sha256(settings.encode()).hexdigest()
 
@@ -52,7 +52,7 @@ class SourceRecords:
         """Record `index`. Raises `Emu3Error` that names the example if it cannot be made."""
         example = self._example(index)
         try:
-            codes = None if example.medium is None else self._codes(example.medium)
+            codes = None if example.medium is None else self._codes[example.medium]
         except Emu3Error as error:
             raise Emu3Error(where_once(example.where, error)) from error
         return Record(example.name, example.text, codes, example.conversation)
@@ -65,25 +65,16 @@ class SourceRecords:
             if self._tokenizer is not None:
                 for text in (example.text, *(turn.text for turn in example.conversation)):
                     self._tokenizer.encode(text)
+        except SpecialTokenError as error:
+            raise Emu3Error(
+                f"{example.where}: the text contains the special token {error.token}: take it out"
+            ) from error
         except Emu3Error as error:
             raise Emu3Error(where_once(example.where, error)) from error
         return example
 
-    def _codes(self, medium: Medium) -> np.ndarray:
-        """The codes of a picture; examples near each other often share one."""
-        with self._lock:
-            missing = medium not in self._recent
-            codes = self._recent.setdefault(medium, Future())
-            if len(self._recent) > _RECENT:
-                del self._recent[next(iter(self._recent))]
-        if missing:
-            try:
-                codes.set_result(self._encode(medium))
-            except BaseException as error:  # whatever it is: other threads may wait for these codes
-                codes.set_exception(error)
-        return codes.result()
-
     def _encode(self, medium: Medium) -> np.ndarray:
+        """The codes of a picture or clip."""
         media = medium.load()
         if self._area is not None:
             media = resize_to_area(media, self._area)

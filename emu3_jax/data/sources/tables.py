@@ -1,8 +1,6 @@
-"""Columns of tables and fields of objects that hold a picture's file and its caption, and lists in little memory."""
+"""Columns of tables and fields of objects that hold a picture's file and its caption."""
 
-import array
 import dataclasses
-import os
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -39,41 +37,6 @@ def _pick(names: Collection[str], wanted: str | None, usual: Sequence[str], miss
         if name in names:
             return name
     raise Emu3Error(f"{missing}: it has {shown(list(names))}; call the column {usual[0]}, or name it with an option")
-
-
-class Texts:
-    """A list of names, packed: a million of 30 characters takes 40 MB."""
-
-    def __init__(self) -> None:
-        self._bytes, self._ends = bytearray(), array.array("q", [0])
-
-    def append(self, text: str) -> None:
-        """Adds a name as the file system gave it."""
-        self._bytes += os.fsencode(text)
-        self._ends.append(len(self._bytes))
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    def __getitem__(self, index: int) -> str:
-        return os.fsdecode(bytes(self._bytes[self._ends[index] : self._ends[index + 1]]))
-
-
-class Rows:
-    """A list of rows of whole numbers, packed."""
-
-    def __init__(self, width: int):
-        self._values, self._width = array.array("q"), width
-
-    def append(self, *row: int) -> None:
-        """Adds a row."""
-        self._values.extend(row)
-
-    def __len__(self) -> int:
-        return len(self._values) // self._width
-
-    def __getitem__(self, index: int) -> tuple[int, ...]:
-        return tuple(self._values[index * self._width : (index + 1) * self._width])
 
 
 def caption_of(data: Any, columns: Columns, where: str) -> Any:

@@ -12,8 +12,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-from emu3_jax.data.sources.examples import MAX_CAPTION, Example, MemberPicture, clean_caption, picture_suffixes
-from emu3_jax.data.sources.tables import Columns, Rows, Texts, caption_of
+from emu3_jax.data.sources.examples import (
+    MAX_CAPTION,
+    Example,
+    MemberPicture,
+    clean_caption,
+    decode_caption,
+    picture_suffixes,
+)
+from emu3_jax.data.sources.packed import PackedNames, PackedNumbers
+from emu3_jax.data.sources.tables import Columns, caption_of
 from emu3_jax.errors import Emu3Error
 from emu3_jax.foreign import limit, parse_json, plain_file, reading
 from emu3_jax.media.images import require_heic
@@ -41,9 +49,9 @@ class Tars:
         """
         self._paths, self._columns = list(paths), columns
         self._suffixes = picture_suffixes()
-        self._names = Texts()  # of pictures, and of their captions' members
+        self._names = PackedNames()  # of pictures, and of their captions' members
         # Number of the tar file, place and size of the picture, place and size of the caption.
-        self._places = Rows(5)
+        self._places = PackedNumbers(5)
         self._problems: dict[int, str] = {}
         self._digest = hashlib.sha256(b"tar")
         for number, path in enumerate(paths):
@@ -62,11 +70,11 @@ class Tars:
         if index in self._problems:
             raise Emu3Error(self._problems[index])
         number, start, size, text_start, text_size = self._places[index]
-        name, path = self._names[2 * index], self._paths[number]
-        where = printable(f"{path.name}/{name}")
+        name, path = printable(self._names[2 * index]), self._paths[number]
+        where = f"{path}: {name}"
         with reading(path, _AGAIN), path.open("rb") as stream:
             text = self._caption(stream, path, (self._names[2 * index + 1], text_start, text_size))
-        return Example(f"{path}: {printable(name)}", where, text, MemberPicture(path, start, size, where))
+        return Example(where, printable(f"{path.name}/{name}"), text, MemberPicture(path, start, size, where))
 
     def _index(self, number: int, path: Path) -> None:
         """Lists the members of one file, and adds its examples."""
@@ -79,7 +87,9 @@ class Tars:
             stem, dot, suffix = base.rpartition(".")
             key, suffix = (f"{folder}/{stem}", f".{suffix.lower()}") if dot else (f"{folder}/{base}", "")
             if not member.isreg() or member.issparse():
-                problems.append(f"{path}: {shown(member.name)} is a link or a device: only plain files are read")
+                problems.append(
+                    f"{path}: {shown(member.name)} is no plain file, but a link, a device or sparse: remove it"
+                )
             elif suffix in samples.setdefault(key, {}):
                 problems.append(f"{path}: {shown(member.name)} is in it twice: the first one counts; remove the other")
             else:
@@ -127,10 +137,7 @@ class Tars:
         if name.lower().endswith(".json"):
             value = caption_of(parse_json(data, where, _AGAIN), self._columns, where)
             return clean_caption(value, where)
-        try:
-            return clean_caption(data.decode("utf-8-sig"), where)
-        except UnicodeDecodeError as error:
-            raise Emu3Error(f"{where} is not UTF-8 text: write it in UTF-8") from error
+        return decode_caption(data, where)
 
 
 def members(path: Path) -> Iterator[tarfile.TarInfo]:
@@ -144,20 +151,15 @@ def members(path: Path) -> Iterator[tarfile.TarInfo]:
         with path.open("rb") as stream:
             size = stream.seek(0, 2)
             stream.seek(0)
-            head = stream.read(6)
+            head = stream.read(_BLOCK)
             stream.seek(0)
-            if (
-                head[:2] == b"\x1f\x8b"
-                or head[:3] == b"BZh"
-                or head == b"\xfd7zXZ\0"
-                or head[:4] == b"\x28\xb5\x2f\xfd"
-            ):
+            if head.startswith(_COMPRESSED):
                 raise Emu3Error(f"{path} is compressed: unpack it to a plain tar file, so that pictures can be found")
             try:
                 with tarfile.open(fileobj=_Bounded(stream), mode="r:") as tar:  # type: ignore[call-overload]
                     while (member := tar.next()) is not None:
                         tar.members = []  # which would grow with the file
-                        if member.isreg() and member.offset_data + member.size > size:
+                        if member.isreg() and not member.issparse() and member.offset_data + member.size > size:
                             raise Emu3Error(f"{path} is cut off in {shown(member.name)}: {_AGAIN}")
                         yield member
                     end = tar.offset

@@ -1,14 +1,13 @@
 """Part of the entries for validation: which side one falls on follows from what it shows alone."""
 
 import hashlib
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
 from tqdm import tqdm
 
-from emu3_jax.data.prepare import Entries
+from emu3_jax.data.prepare import Entries, check_workers
 from emu3_jax.data.records import Record
 from emu3_jax.errors import Emu3Error
 from emu3_jax.fields import is_number
@@ -61,6 +60,7 @@ def divide(entries: Identified, share: float, *, workers: int = 4, progress: boo
     """
     if not (is_number(share) and 0 < share < 1):
         raise Emu3Error(f"validation is {share}: it must be a share between 0 and 1, for example 0.05")
+    check_workers(workers)
     chosen = np.zeros(len(entries), bool)
 
     def choose(index: int) -> None:
@@ -77,11 +77,13 @@ def divide(entries: Identified, share: float, *, workers: int = 4, progress: boo
             indices = range(start, min(start + _BATCH, len(chosen)))
             list(pool.map(choose, indices))
             bar.update(len(indices))
-    parts: Sequence[np.ndarray] = np.flatnonzero(~chosen), np.flatnonzero(chosen)
-    for name, part in zip(("training", "validation"), parts, strict=True):
-        if not len(part):
-            raise Emu3Error(
-                f"validation is {share}: none of {len(chosen)} records falls to {name}; choose another share, for "
-                f"example {min(0.5, max(0.1, 4 / len(chosen))):.2g}"
-            )
-    return Part(entries, parts[0], f"training {share}"), Part(entries, parts[1], f"validation {share}")
+    if chosen.all() or not chosen.any():
+        name, other = ("validation", "larger") if not chosen.any() else ("training", "smaller")
+        raise Emu3Error(
+            f"validation is {share}: none of {len(chosen)} records falls to {name}; choose a {other} share, or add "
+            "records"
+        )
+    return (
+        Part(entries, np.flatnonzero(~chosen), f"training {share}"),
+        Part(entries, np.flatnonzero(chosen), f"validation {share}"),
+    )
