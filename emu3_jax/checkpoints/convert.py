@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from emu3_jax.checkpoints.bundle import (
     write_part,
 )
 from emu3_jax.checkpoints.checksums import write_checksums
+from emu3_jax.checkpoints.hub import fetch
 from emu3_jax.checkpoints.layouts import FLOAT_DTYPES, Param, decoder_params, vision_counters, vision_params
 from emu3_jax.checkpoints.published import Published
 from emu3_jax.checkpoints.tensors import Tensor
@@ -28,11 +28,10 @@ from emu3_jax.config import DecoderConfig, VisionConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.files import new_directory
 from emu3_jax.foreign import local_path
-from emu3_jax.printable import one_line, shown
+from emu3_jax.printable import shown
 from emu3_jax.text.tokenizer import Tokenizer
 
 _LOG = logging.getLogger("emu3_jax")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in FLOAT_DTYPES}
 
 
@@ -83,7 +82,7 @@ def convert(
     if output.exists():
         raise Emu3Error(f"{output} exists already: choose another name or delete it first")
     names = [str(source) for source in sources]
-    plan = _plan([Published.open(_local(name)) for name in names], dtype)
+    plan = _plan([Published.open(fetch(name)) for name in names], dtype)
     plan.template = template or ("stage1" if any("stage1" in Path(n).name.lower() for n in names) else "chat")
     with (
         new_directory(output, plan.nbytes) as directory,
@@ -99,33 +98,6 @@ def convert(
             plan.tokenizer.to_file(directory / "tokenizer" / VOCABULARY)
         write_checksums(directory)
     return Bundle.open(output)
-
-
-def _local(source: str) -> Path:
-    """The directory of a source; a hub id's files are downloaded to the hub's cache first."""
-    path = local_path(source)
-    if path.is_dir():
-        return path
-    if path.exists() or not _HUB_ID.fullmatch(source):
-        raise Emu3Error(f"{source}: no such directory; give a checkpoint directory or a hub id like BAAI/Emu3-Gen")
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise Emu3Error(
-            f"{source}: no such directory; to download it from the hub, pip install 'emu3-jax[convert]'"
-        ) from error
-    # The patterns' stars match separators, too: without `ignore_patterns` names could lead out of the hub's cache.
-    fetch = functools.partial(huggingface_hub.snapshot_download, source, ignore_patterns=["*/*", "*\\*"])
-    try:
-        directory = Path(fetch(allow_patterns=["*.json", "*.safetensors", "*.tiktoken", "*.txt"]))
-        if not any(directory.glob("*.safetensors")):
-            directory = Path(fetch(allow_patterns=["*.json", "*.bin", "*.tiktoken", "*.txt"]))
-    except Exception as error:  # of the hub's library, of what it connects with, or of the disk
-        reason = one_line(str(error).strip().split("\n", 1)[0] or type(error).__name__)[:120]
-        raise Emu3Error(
-            f"{source}: no such directory, and not fetched from the hub ({reason}); check the name and the connection"
-        ) from error
-    return directory
 
 
 def _plan(sources: Sequence[Published], dtype: str | None) -> _Plan:

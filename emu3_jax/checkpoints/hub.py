@@ -1,0 +1,50 @@
+"""Where a checkpoint comes from: a directory, or the Hugging Face hub."""
+
+import functools
+import re
+from pathlib import Path
+
+from emu3_jax.errors import Emu3Error
+from emu3_jax.foreign import local_path
+from emu3_jax.printable import one_line
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+
+
+def local_source(source: str) -> Path | None:
+    """The directory of a source; None where it is a hub id. Raises `Emu3Error` where it is neither."""
+    path = local_path(source)
+    if path.is_dir():
+        return path
+    if path.exists() or not _HUB_ID.fullmatch(source):
+        raise Emu3Error(f"{source}: no such directory; give a checkpoint directory or a hub id like BAAI/Emu3-Gen")
+    return None
+
+
+def fetch(source: str) -> Path:
+    """The directory of a source; a hub id's files are downloaded to the hub's cache first.
+
+    Raises:
+      Emu3Error: the source is neither, or the hub is out of reach.
+    """
+    path = local_source(source)
+    if path is not None:
+        return path
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise Emu3Error(
+            f"{source}: no such directory; to download it from the hub, pip install 'emu3-jax[convert]'"
+        ) from error
+    # The patterns' stars match separators, too: without `ignore_patterns` names could lead out of the hub's cache.
+    download = functools.partial(huggingface_hub.snapshot_download, source, ignore_patterns=["*/*", "*\\*"])
+    try:
+        directory = Path(download(allow_patterns=["*.json", "*.safetensors", "*.tiktoken", "*.txt"]))
+        if not any(directory.glob("*.safetensors")):
+            directory = Path(download(allow_patterns=["*.json", "*.bin", "*.tiktoken", "*.txt"]))
+    except Exception as error:  # of the hub's library, of what it connects with, or of the disk
+        reason = one_line(str(error).strip().split("\n", 1)[0] or type(error).__name__)[:120]
+        raise Emu3Error(
+            f"{source}: no such directory, and not fetched from the hub ({reason}); check the name and the connection"
+        ) from error
+    return directory
