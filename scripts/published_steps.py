@@ -1,0 +1,511 @@
+"""The steps of `check_published.py` that run this package: each function is one step, in a process of its own.
+
+A step takes what `check_published.py` tells it and returns an `Outcome`. It imports what it needs when it runs, so that
+a step about files does not start JAX.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import math
+import os
+import pathlib
+import platform
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from emu3_jax.errors import Emu3Error
+
+# What a comparison or a step ends with, from good to bad.
+DONE, NOT_COMPARED, EQUAL, AGREES, NOT_RUN, DIFFERS, FAILED = VERDICTS = (
+    "done", "not compared", "equal", "agrees", "not run", "differs", "failed",
+)  # fmt: skip
+SUFFIXES = (".json", ".safetensors", ".bin", ".tiktoken", ".txt")  # of the files that a download takes
+_BLOCK = 1 << 24  # bytes that are hashed or compared together
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_PACKAGES = (
+    "emu3-jax", "jax", "jaxlib", "flax", "orbax-checkpoint", "numpy", "pillow", "tiktoken", "huggingface-hub",
+)  # fmt: skip
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What a step found.
+
+    Attributes:
+        verdict: of `VERDICTS`; the worst of the checks' where there are any.
+        notes: sentences for the report.
+        checks: comparisons: what is compared, its verdict, and how near.
+        data: for later steps, of which JSON can be made.
+        files: that the step wrote, under the output directory.
+        device_peak_bytes: of the accelerator's memory; None where nothing tells.
+        new_bytes: that the step left on the disk.
+    """
+
+    verdict: str = DONE
+    notes: list[str] = dataclasses.field(default_factory=list)
+    checks: list[dict[str, str]] = dataclasses.field(default_factory=list)
+    data: dict[str, Any] = dataclasses.field(default_factory=dict)
+    files: list[str] = dataclasses.field(default_factory=list)
+    device_peak_bytes: int | None = None
+    new_bytes: int = 0
+
+    def compare(self, what: str, verdict: str, detail: str) -> None:
+        """Adds a comparison."""
+        self.checks.append({"what": what, "verdict": verdict, "detail": detail})
+        self.verdict = max(self.verdict, verdict, key=VERDICTS.index)
+
+
+def installed(packages: Sequence[str]) -> dict[str, str]:
+    """The versions of those packages that are installed."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ machine
+
+
+def machine(job: Mapping[str, Any]) -> Outcome:
+    """What JAX computes on: its platform, devices, and the bytes of memory that one of them has."""
+    import jax
+
+    from emu3_jax.compilation import check_backend
+
+    check_backend()
+    device = jax.local_devices()[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit") or host_memory()
+    data = {
+        "platform": device.platform,
+        "device": device.device_kind,
+        "count": jax.local_device_count(),
+        "memory_bytes": limit,
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "host_memory_bytes": host_memory(),
+        "versions": {"python": platform.python_version(), **installed(_PACKAGES)},
+    }
+    return Outcome(data=data)
+
+
+def host_memory() -> int:
+    """Bytes of main memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def processor() -> str:
+    """The processor's name, as Linux tells it."""
+    try:
+        told = pathlib.Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor()
+    names = re.findall(r"^model name\s*:\s*(.+)$", told, re.MULTILINE)
+    return names[0] if names else platform.processor()
+
+
+def _device_peak() -> int | None:
+    import jax
+
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    return max((s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s), default=None)
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def download(job: Mapping[str, Any]) -> Outcome:
+    """Finds the directory of a source, and downloads it where it is a hub id; asks the hub for its files' hashes."""
+    from emu3_jax.checkpoints.hub import fetch, local_source
+
+    source = job["source"]
+    directory = fetch(source)
+    outcome = Outcome(data={"directory": str(directory), "hub": None})
+    if local_source(source) is not None:
+        outcome.notes.append("a local directory: nothing was downloaded")
+        return outcome
+    outcome.new_bytes = sum((directory / name).stat().st_size for name, *_ in listing(directory))
+    revision = directory.name if _COMMIT.fullmatch(directory.name) else None
+    outcome.notes.append(f"commit {revision or 'unknown'}")
+    try:
+        outcome.data["hub"] = hub_hashes(source, revision)
+    except Exception as error:  # of the hub's library, or of what it connects with
+        outcome.notes.append(f"the hub told no hashes ({type(error).__name__})")
+    return outcome
+
+
+def hub_hashes(source: str, revision: str | None) -> dict[str, dict[str, Any]]:
+    """Size, and SHA-256 or Git's hash, of each file of a repository, as the hub tells them."""
+    import huggingface_hub
+
+    told = huggingface_hub.HfApi().model_info(source, revision=revision, files_metadata=True)
+    found = {}
+    for file in told.siblings or []:
+        large = file.lfs.sha256 if file.lfs else None
+        found[file.rfilename] = {"bytes": file.size, "sha256": large, "git": None if large else file.blob_id}
+    return found
+
+
+def listing(directory: pathlib.Path) -> list[tuple[str, int, int]]:
+    """Name, bytes and time of change of a checkpoint's files, in the order of their names."""
+    try:
+        entries = [(file.name, file.stat()) for file in directory.iterdir() if file.suffix in SUFFIXES]
+    except OSError as error:
+        raise Emu3Error(f"cannot read {directory}: {error.strerror}; give another directory") from error
+    return sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in entries)
+
+
+def hash_files(job: Mapping[str, Any]) -> Outcome:
+    """SHA-256 of every file of a checkpoint, compared with what the hub tells."""
+    directory, hub = pathlib.Path(job["directory"]), job["hub"]
+    outcome, files = Outcome(), []
+    for name, size, _ in listing(directory):
+        told = (hub or {}).get(name, {})
+        sha256, git = digests(directory / name)
+        verdict = NOT_COMPARED
+        if told.get("sha256") or told.get("git"):
+            same = sha256 == told["sha256"] if told["sha256"] else git == told["git"]
+            verdict = EQUAL if same and size == told["bytes"] else DIFFERS
+        files.append({"name": name, "bytes": size, "sha256": sha256, "hub": verdict})
+    outcome.data = {"files": files}
+    verdicts = [file["hub"] for file in files]
+    if hub is None:
+        outcome.compare(f"files of {job['title']} and the hub's hashes", NOT_COMPARED, f"{len(files)} files; no hub")
+    else:
+        worst = max(verdicts, key=VERDICTS.index, default=NOT_COMPARED)
+        detail = f"{verdicts.count(EQUAL)} of {len(files)} files equal"
+        bad = [file["name"] for file in files if file["hub"] == DIFFERS]
+        outcome.compare(
+            f"files of {job['title']} and the hub's hashes",
+            worst,
+            f"{detail}, other: {', '.join(bad)}" if bad else detail,
+        )
+    return outcome
+
+
+def digests(file: pathlib.Path) -> tuple[str, str]:
+    """A file's SHA-256, and the hash by which Git knows it."""
+    sha256, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % file.stat().st_size, usedforsecurity=False)
+    with file.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            sha256.update(block)
+            git.update(block)
+    return sha256.hexdigest(), git.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+
+def shapes(job: Mapping[str, Any]) -> Outcome:
+    """Names, shapes and dtypes of a checkpoint's tensors against its own config, and its config against this package's.
+
+    Raises:
+        Emu3Error: the files are damaged, or the tensors are not those that the config calls for.
+    """
+    import numpy as np
+
+    from emu3_jax.checkpoints.published import Published
+    from emu3_jax.config import DecoderConfig, ImageConfig, VisionConfig
+
+    published = Published.open(pathlib.Path(job["directory"]))
+    parts = published.layout.parts
+    vision = published.vision_config() if "vision" in parts else None
+    decoder = published.decoder_config(vision.codebook_size if vision else None) if "decoder" in parts else None
+    faults = published.misfits(decoder, vision)
+    if faults:
+        raise Emu3Error(f"the tensors do not fit config.json: {'; '.join(faults)}")
+    parameters = sum(math.prod(tensor.shape) for tensor in published.tensors)
+    stored: dict[str, int] = {}
+    for tensor in published.tensors:
+        stored[np.dtype(tensor.dtype).name] = stored.get(np.dtype(tensor.dtype).name, 0) + tensor.nbytes
+    outcome = Outcome(data={"layout": published.layout.title, "parts": list(parts), "parameters": parameters})
+    dtypes = ", ".join(f"{gigabytes(nbytes)} in {name}" for name, nbytes in sorted(stored.items()))
+    outcome.notes.append(
+        f"layout: {published.layout.title}; {len(published.tensors)} tensors, {parameters:,} numbers: {dtypes}"
+    )
+    for config, known in ((decoder, DecoderConfig()), (vision, VisionConfig())):
+        if config is not None:
+            outcome.notes.append(_differences(type(known).__name__, config, known))
+    if vision is not None:
+        outcome.notes.append(_differences("ImageConfig", published.image_config(), ImageConfig()))
+    outcome.compare(f"tensors of {job['title']} and its config.json", EQUAL, f"{len(published.tensors)} tensors fit")
+    for other in job["others"]:
+        _compare_sources(outcome, published, job["title"], Published.open(pathlib.Path(other["directory"])), other)
+    return outcome
+
+
+def _differences(name: str, config: Any, known: Any) -> str:
+    """A sentence about the fields of a published config that are not this package's defaults."""
+    pairs = [
+        f"{field.name} {getattr(config, field.name)!r} (here {getattr(known, field.name)!r})"
+        for field in dataclasses.fields(config)
+        if field.name != "dtype" and getattr(config, field.name) != getattr(known, field.name)
+    ]
+    return f"{name}: {'as this package has it' if not pairs else 'differs in ' + ', '.join(pairs)}"
+
+
+def _compare_sources(outcome: Outcome, one: Any, title: str, other: Any, job: Mapping[str, Any]) -> None:
+    """Adds a comparison of the weights that two checkpoints have in common."""
+    for part in one.layout.parts:
+        if part in other.layout.parts and part in job["parts"]:
+            differing, count, _ = _compare_tensors(one, other, part)
+            outcome.compare(
+                f"weights of the {part} in {title} and in {job['title']}",
+                DIFFERS if differing else EQUAL,
+                f"{count - len(differing)} of {count} tensors equal bit for bit"
+                + (f", first other: {differing[0]}" if differing else ""),
+            )
+
+
+def _compare_tensors(one: Any, other: Any, part: str) -> tuple[list[str], int, int]:
+    """The tensors of a part that are not equal in two open checkpoints, how many there are, and their bytes."""
+    differing, count, nbytes = [], 0, 0
+    for weight in _weights(one, part):
+        pair = [source.tensors_of([weight], part) for source in (one, other)]
+        if not pair[0] and not pair[1]:
+            continue  # a counter that both lack
+        count += 1
+        if not pair[0] or not pair[1]:
+            differing.append(f"{weight.name} (absent in one)")
+            continue
+        (first,), (second,) = pair
+        nbytes += first.nbytes
+        if first.dtype != second.dtype:
+            differing.append(f"{weight.name} ({first.dtype} and {second.dtype})")
+        elif not _same_bits(first, second):
+            differing.append(weight.name)
+    return differing, count, nbytes
+
+
+def _same_bits(first: Any, second: Any) -> bool:
+    """Whether two tensors of one dtype hold the same bits, whatever their shapes: a linear layer may be a kernel."""
+    import numpy as np
+
+    one, other = (tensor.read().reshape(-1).view(np.uint8) for tensor in (first, second))
+    starts = range(0, max(len(one), len(other)), _BLOCK)
+    return len(one) == len(other) and all((one[i : i + _BLOCK] == other[i : i + _BLOCK]).all() for i in starts)
+
+
+def _weights(published: Any, part: str) -> Iterator[Any]:
+    """Upstream's weights of a part, counters of batch norms among them."""
+    from emu3_jax.checkpoints import layouts
+
+    if part == "vision":
+        config = published.vision_config()
+        yield from (weight for param in layouts.vision_params(config) for weight in param.weights)
+        yield from layouts.vision_counters(config)
+    else:
+        codes = published.vision_config().codebook_size if "vision" in published.layout.parts else None
+        config = published.decoder_config(codes)
+        yield from (weight for param in layouts.decoder_params(config) for weight in param.weights)
+
+
+def convert_source(job: Mapping[str, Any]) -> Outcome:
+    """Converts a checkpoint into a bundle, and examines every weight of it as `emu3-jax doctor` does."""
+    from emu3_jax.checkpoints.convert import convert
+    from emu3_jax.checkpoints.doctor import ERROR, WARN, doctor
+
+    bundle = pathlib.Path(job["bundle"])
+    if bundle.exists():
+        shutil.rmtree(bundle)  # of an earlier run, whose source or version was another one
+    convert([job["directory"]], bundle, template="stage1" if "stage1" in job["source"].lower() else "chat")
+    size = sum(file.stat().st_size for file in bundle.rglob("*") if file.is_file())
+    outcome = Outcome(data={"bundle": str(bundle)}, files=[f"{bundle.parent.name}/{bundle.name}"], new_bytes=size)
+    for finding in doctor(bundle):
+        # What a bundle of one part lacks is in another bundle here.
+        if finding.level in (ERROR, WARN) and not re.fullmatch(r"the bundle has no \w+ part", finding.what):
+            outcome.notes.append(f"doctor, {finding.level}: {finding.what}: {finding.remedy}")
+            if finding.level == ERROR:
+                outcome.verdict = FAILED
+    if outcome.verdict == DONE:
+        outcome.notes.append("doctor: all weights are finite and none is zero throughout")
+    return outcome
+
+
+def export_bundle(job: Mapping[str, Any]) -> Outcome:
+    """Exports a bundle to the layout that it came from, compares each tensor with the source, and deletes it."""
+    from emu3_jax.checkpoints.export import export
+    from emu3_jax.checkpoints.published import Published
+
+    source = Published.open(pathlib.Path(job["directory"]))
+    layout = "upstream" if source.layout.title.startswith("upstream") else "transformers"
+    target = pathlib.Path(job["target"])
+    if target.exists():
+        shutil.rmtree(target)
+    outcome = Outcome()
+    try:
+        export(job["bundle"], target, layout)
+        back = Published.open(target)
+        if source.layout == back.layout:
+            names, found = ({tensor.name for tensor in one.tensors} for one in (source, back))
+            lost = sorted(name for name in names ^ found if not name.endswith("rotary_emb.inv_freq"))
+            if lost:
+                outcome.compare(f"names of {job['title']} and of its export", DIFFERS, f"{len(lost)}, first {lost[0]}")
+        for part in source.layout.parts:
+            differing, count, nbytes = _compare_tensors(source, back, part)
+            outcome.compare(
+                f"weights of the {part} in {job['title']} and in its export",
+                DIFFERS if differing else EQUAL,
+                f"{count - len(differing)} of {count} tensors equal bit for bit, {gigabytes(nbytes)}"
+                + (f", first other: {differing[0]}" if differing else ""),
+            )
+    finally:
+        shutil.rmtree(target, ignore_errors=True)
+    return outcome
+
+
+def gigabytes(nbytes: float) -> str:
+    """Bytes in words: in GB, or in MB below 0.1 GB."""
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"
+
+
+# ------------------------------------------------------------------------------------------------ the model
+
+
+def codes(job: Mapping[str, Any]) -> Outcome:
+    """The codes of the photograph, and how near the picture is that they decode to."""
+    import numpy as np
+    from PIL import Image
+
+    import emu3_jax
+    from emu3_jax.generation.codec import decode_picture, encode
+    from emu3_jax.media.images import load_image, postprocess, preprocess, save_png
+
+    vision = emu3_jax.load(job["bundle"]).vision
+    photo = load_image(pathlib.Path(job["photo"]))
+    pixels = preprocess(photo, vision.image, vision.config.spatial_factor)
+    found = encode(vision, photo)
+    decoded = decode_picture(vision, found)
+    true = postprocess(pixels, vision.image)
+    error = float(np.mean((np.asarray(decoded, np.float64) - true) ** 2))
+    side_by_side = Image.fromarray(np.concatenate([true, np.asarray(decoded)], axis=1))
+    save_png(side_by_side, pathlib.Path(job["out"], "photo.png"), {})
+    outcome = Outcome(files=["photo.png"], device_peak_bytes=_device_peak())
+    outcome.notes += [
+        f"{found.shape[0]} rows of {found.shape[1]} codes, {len(np.unique(found))} of them different; "
+        f"SHA-256 of the codes as int32: {hashlib.sha256(found.astype('<i4').tobytes()).hexdigest()[:16]}",
+        f"decoded again: PSNR {10 * math.log10(255**2 / error):.1f} dB" if error else "decoded again: equal",
+    ]
+    _keep(outcome, job, "codes", codes=found, pixels=pixels)
+    return outcome
+
+
+def picture(job: Mapping[str, Any]) -> Outcome:
+    """The logits after a picture's prompt, and the first greedy tokens of the picture under guidance."""
+    from emu3_jax.checkpoints.bundle import Bundle
+    from emu3_jax.generation.schedule import forced_ids, image_schedule
+    from emu3_jax.media.sizes import generate_size
+    from emu3_jax.text.prompts import generation_prompt
+
+    language = _language(job)
+    special = language.config.tokens
+    factor = Bundle.open(job["vision"]).vision_config.spatial_factor
+    size = generate_size("1:1", language.config.image_area, factor)
+    prompt, negative = (
+        generation_prompt(language.tokenizer, special, job[text], *size) for text in ("prompt", "negative")
+    )
+    schedule = image_schedule(*size)[: job["tokens"]]
+    outcome = _generate(language, prompt, schedule, negative, job["guidance"])
+    outcome.notes.insert(0, f"{size[0]} rows of {size[1]} tokens, guidance {job['guidance']:g}")
+    _keep(
+        outcome, job, "picture", **outcome.data.pop("arrays"), prompt=prompt, negative=negative,
+        forced=forced_ids(schedule, special), text=language.tokenizer.encode(job["prompt"]),
+        visual=(special.visual_start, special.visual_end), ends=(special.eos, special.pad),
+    )  # fmt: skip
+    return outcome
+
+
+def answer(job: Mapping[str, Any]) -> Outcome:
+    """The logits after a question about the photograph, and the first greedy tokens of the answer."""
+    import numpy as np
+
+    from emu3_jax.generation.schedule import text_schedule
+    from emu3_jax.text.prompts import understanding_prompt
+
+    language = _language(job)
+    special = language.config.tokens
+    with np.load(pathlib.Path(job["out"], "codes.npz")) as arrays:
+        shown = arrays["codes"]
+    prompt = understanding_prompt(language.tokenizer, special, language.templates, job["question"], shown)
+    outcome = _generate(language, prompt, text_schedule(job["tokens"]))
+    arrays = outcome.data.pop("arrays")
+    text = language.tokenizer.decode(arrays["tokens"].tolist(), skip_special=True)
+    outcome.notes.append(f"the answer begins: {text!r}")
+    _keep(
+        outcome, job, "answer", **arrays, prompt=prompt, text=language.tokenizer.encode(job["question"]),
+        ends=(special.eos, special.pad),
+    )  # fmt: skip
+    return outcome
+
+
+def _language(job: Mapping[str, Any]) -> Any:
+    import emu3_jax
+
+    return emu3_jax.load(job["bundle"], dtype=job["dtype"]).language
+
+
+def _generate(
+    language: Any, prompt: Sequence[int], schedule: Any, negative: Sequence[int] | None = None, guidance: float = 1.0
+) -> Outcome:
+    """The logits after the prompt and the greedy tokens that the schedule allows."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from emu3_jax.generation import session
+    from emu3_jax.generation.rows import Sampling
+    from emu3_jax.generation.session import Row
+    from emu3_jax.models.cache import KVCache
+
+    config = language.config
+    cache = KVCache.create(config, jnp.zeros(1, jnp.int32), len(prompt))
+    logits = _forward(config)(language.params, jnp.asarray([prompt], jnp.int32), cache)
+    logits = np.asarray(logits, np.float32).reshape(-1)
+    del cache
+    ids = session.run(
+        language.params, config, [Row(prompt, schedule, negative)], Sampling(0.0, guidance=guidance).settings(1)
+    )[0]
+    if not np.isfinite(logits).all():
+        raise Emu3Error("the logits hold NaN or infinity: compare the checkpoint's hashes, and report this")
+    likeliest = int(np.argmax(logits))
+    outcome = Outcome(data={"arrays": {"logits": logits, "tokens": ids}}, device_peak_bytes=_device_peak())
+    outcome.notes += [
+        f"{len(prompt)} tokens in the prompt, computed in {config.dtype}",
+        f"likeliest next token {likeliest} with logit {logits[likeliest]:.4f}; first tokens "
+        f"{' '.join(map(str, ids[:8].tolist()))}; SHA-256 of the {len(ids)} tokens as int32: "
+        f"{hashlib.sha256(ids.astype('<i4').tobytes()).hexdigest()[:16]}",
+    ]
+    return outcome
+
+
+@functools.cache
+def _forward(config: Any) -> Any:
+    """The compiled function from parameters, ids [1, S] and a cache to the logits after the last id."""
+    import jax
+
+    from emu3_jax.models.decoder import Decoder
+
+    return jax.jit(lambda params, ids, cache: Decoder(config).apply({"params": params}, ids, cache, last_only=True)[0])
+
+
+def _keep(outcome: Outcome, job: Mapping[str, Any], name: str, **arrays: Any) -> None:
+    """Writes arrays for the reference, and puts their hash into the outcome, from which later steps know them."""
+    import numpy as np
+
+    from emu3_jax.files import new_file
+
+    target = pathlib.Path(job["out"], f"{name}.npz")
+    with new_file(target) as temporary, temporary.open("wb") as stream:
+        np.savez(stream, **{key: np.asarray(value) for key, value in arrays.items()})
+    digest = hashlib.sha256()
+    for key in sorted(arrays):
+        digest.update(np.ascontiguousarray(arrays[key]).tobytes())
+    outcome.data["arrays"] = digest.hexdigest()
+    outcome.files.append(target.name)
+    outcome.new_bytes += sum(pathlib.Path(job["out"], file).stat().st_size for file in outcome.files)
