@@ -450,11 +450,24 @@ def test_dry_run_calls_nothing(cloud):
     assert {"gcloud compute ssh", "gcloud compute tpus tpu-vm ssh", "xpk workload create"} < names
 
 
+@pytest.mark.parametrize(
+    ("kind", "machine", "size"),
+    [("v6e:1x1", "ct6e-standard-1t", 1), ("v6e:4x4", "ct6e-standard-4t", 4), ("v5p:2x2x1", "ct5p-hightpu-4t", 1)],
+)
+def test_machines_of_compute_engine(cloud, kind, machine, size):
+    said = cloud.run(f"bash scripts/tpu/slice.sh --dry-run create {kind}", VIA="compute", **SLICE)
+    assert f"--machine-type={machine} " in said and f" --size={size}" in said
+    assert ("--workload-policy=" in said) == (size > 1)
+
+
 def test_help_is_the_head_of_the_script(cloud):
     sourced = ("common.sh", "pods.sh")
     for name in (path.name for path in (SCRIPTS / "tpu").iterdir() if path.name not in sourced):
         said = cloud.run(f"bash scripts/tpu/{name} --help")
         assert len(said.splitlines()) > 4 and f"scripts/tpu/{name}" in said and "set -euo" not in said
+    said = cloud.run("bash scripts/slurm/emu3.sbatch --help")
+    assert said.startswith("An emu3-jax command on GPU nodes under Slurm") and "#SBATCH" not in said
+    assert not cloud.calls()
 
 
 def test_copies_are_whole_or_absent(ready):

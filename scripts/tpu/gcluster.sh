@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The same on a cluster of Google Kubernetes Engine that the Cluster Toolkit made, by `gcluster job submit`.
+# Runs emu3-jax commands as jobs on a cluster of Google Kubernetes Engine that the Cluster Toolkit made.
 #
 #     export CLUSTER=emu3 PROJECT=my-project LOCATION=us-central1 TYPE=tpu7x:2x2x2
 #     export FILES=filestore://10.0.0.2/vol1 BUCKET=my-bucket GCLUSTER_IMAGE_REPO=emu3

@@ -66,17 +66,18 @@ compute_state() {
 }
 
 create_compute() {
-    local machine image how=() policy=() region=${ZONE%-*} project=${PROJECT:-} size
+    local machine image how=() policy=() region=${ZONE%-*} project=${PROJECT:-} size each=4
     [[ -n $topology ]] || die "write the topology of $type, as in v6e:4x4: Compute Engine wants it"
+    if ((chips < each)); then each=$chips; fi # chips of a machine
     case $generation in
-        v5p) machine=ct5p-hightpu-4t ;;
-        v6e) machine=ct6e-standard-4t ;;
-        tpu7x) machine=tpu7x-standard-4t ;;
+        v5p) machine=ct5p-hightpu-${each}t ;;
+        v6e) machine=ct6e-standard-${each}t ;;
+        tpu7x) machine=tpu7x-standard-${each}t ;;
         *) die "$type is not offered by Compute Engine's instance groups: unset VIA" ;;
     esac
     image=ubuntu-accel-2204-amd64-tpu-v5e-v5p-v6e
     if [[ $generation == tpu7x ]]; then image=ubuntu-accel-2404-amd64-tpu-tpu7x; fi
-    size=$(((chips + 3) / 4)) # four chips a machine
+    size=$((chips / each))
     if [[ -n ${SPOT:-} ]]; then how=(--provisioning-model=SPOT --instance-termination-action=STOP); fi
     echo "$TPU: $chips chips of $generation, topology $topology, on $size machines"
     if ((size > 1)); then

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The same on Google Kubernetes Engine, by xpk (pip install xpk).
+# Runs emu3-jax commands on Google Kubernetes Engine through xpk (pip install xpk).
 #
 #     export CLUSTER=emu3 PROJECT=my-project ZONE=us-west4-a TYPE=v5e:8x8
 #     bash scripts/tpu/xpk.sh [--dry-run] cluster --spot    # or --on-demand, --flex, --reservation=NAME

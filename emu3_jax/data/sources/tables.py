@@ -21,22 +21,23 @@ class Columns:
 
     def file(self, names: Collection[str], where: str) -> str:
         """The column with pictures' files. Raises `Emu3Error` that begins with `where` if there is none."""
-        return _pick(names, self.picture, FILE_COLUMNS, f"{where} has no column with the pictures' file names")
+        missing = f"{where} has no column with the pictures' file names"
+        return _pick(names, self.picture, FILE_COLUMNS, missing, "--image-column")
 
     def caption(self, names: Collection[str], where: str) -> str:
         """The column with captions, likewise."""
-        return _pick(names, self.text, TEXT_COLUMNS, f"{where} has no column with captions")
+        return _pick(names, self.text, TEXT_COLUMNS, f"{where} has no column with captions", "--text-column")
 
 
-def _pick(names: Collection[str], wanted: str | None, usual: Sequence[str], missing: str) -> str:
+def _pick(names: Collection[str], wanted: str | None, usual: Sequence[str], missing: str, option: str) -> str:
     if wanted is not None:
         if wanted in names:
             return wanted
-        raise Emu3Error(f"{missing}: {shown(wanted)} was asked for, it has {shown(list(names))}")
+        raise Emu3Error(f"{missing}: {option} is {shown(wanted)}, and it has {shown(list(names))}")
     for name in usual:
         if name in names:
             return name
-    raise Emu3Error(f"{missing}: it has {shown(list(names))}; call the column {usual[0]}, or name it with an option")
+    raise Emu3Error(f"{missing}: it has {shown(list(names))}; call the column {usual[0]}, or name it with {option}")
 
 
 def caption_of(data: Any, columns: Columns, where: str) -> Any:
