@@ -126,6 +126,8 @@ class SpecialTokens:
 
 
 CLIP_LAYOUTS = ("lines", "flat")
+# Fields of a `DecoderConfig` that fine-tuning may change, since no weight depends on them. The others make a model.
+FREE_FIELDS = ("image_area", "max_positions", "clip_frames", "clip_layout")
 
 
 @dataclasses.dataclass(frozen=True)

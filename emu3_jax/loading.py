@@ -6,8 +6,10 @@ from collections.abc import Mapping
 
 from jax.sharding import Mesh
 
+from emu3_jax.checkpoints.adapter import SavedAdapter
 from emu3_jax.checkpoints.bundle import Bundle
 from emu3_jax.checkpoints.embedded import embedded_bundle
+from emu3_jax.checkpoints.merged import load_merged
 from emu3_jax.compilation import enable_persistent_cache
 from emu3_jax.generation.codec import Vision
 from emu3_jax.generation.language import Language
@@ -21,6 +23,7 @@ from emu3_jax.text.prompts import prompt_templates
 def load(
     model: str | os.PathLike | None = None,
     *,
+    adapter: str | os.PathLike | None = None,
     vision: "Emu3 | str | os.PathLike | None" = None,
     dtype: str | None = None,
     mesh: Mesh | str | Mapping[str, int] | None = None,
@@ -33,9 +36,12 @@ def load(
     Args:
         model: the bundle's directory (`emu3-jax convert` makes one); by default the embedded model, a small one that
             draws and reads emoji.
+        adapter: the directory of a LoRA adapter, from `emu3-jax train --adapter-only` or PEFT. It is merged into the
+            decoder's weights in float32, array by array, and needs no memory afterwards.
         vision: where the vision tokenizer comes from, if not from `model`: another bundle, or a loaded model, whose
             vision tokenizer is then shared in memory.
-        dtype: "bfloat16", "float16" or "float32": the decoder's weights and compute dtype. By default the bundle's.
+        dtype: "bfloat16", "float16" or "float32": the decoder's weights and compute dtype. By default the bundle's;
+            with an adapter that was trained here, that of its training.
         mesh: "tensor=4", a mapping of axes to sizes, or a mesh from `sharding.mesh.make_mesh`: the decoder's weights
             are restored straight to their parts, and generation runs on all its devices. In float32 tokens do not
             change; in narrower dtypes sums round in another order.
@@ -44,29 +50,33 @@ def load(
             default nothing is.
         fast_pixels: codes are decoded at the device's default precision (TF32 on GPUs, bfloat16 on TPUs): faster, and
             other pixels by a little. Codes of pictures are always exact.
-        verify: first compares all files of the bundles with their checksums, as `emu3-jax doctor` does. The embedded
-            model's always are.
+        verify: first compares all files of the bundles and the adapter with their checksums, as `emu3-jax doctor` does.
+            The embedded model's always are.
 
     Raises:
-        Emu3Error: if a bundle is absent or damaged, `verify` finds no checksums or other ones, the mesh does not fit
-            the devices or the model, or `quantize` is none of these.
+        Emu3Error: if a bundle or the adapter is absent or damaged, the adapter is of another model, `verify` finds no
+            checksums or other ones, the mesh does not fit the devices or the model, or `quantize` is none of these.
     """
     check_kind(quantize)
     enable_persistent_cache()
     bundle = Bundle.open(embedded_bundle()) if model is None else Bundle.open(model, verify=verify)
     if mesh is not None and not isinstance(mesh, Mesh):
         mesh = make_mesh(mesh)
-    language = None
+    language, name = None, bundle.path.name
+    saved = None if adapter is None else SavedAdapter.open(adapter, bundle, verify=verify)
     if bundle.has("decoder"):
-        config = bundle.decoder_config
+        config = bundle.decoder_config if saved is None else saved.decoder
         if dtype is not None:
             config = dataclasses.replace(config, dtype=dtype)
         shardings = None if mesh is None else decoder_shardings(config, mesh)
-        params = bundle.load_decoder(shardings, dtype, quantize)
+        if saved is None:
+            params = bundle.load_decoder(shardings, dtype, quantize)
+        else:
+            params, name = load_merged(bundle, saved, shardings, dtype, quantize), f"{name} + {saved.name}"
         narrow_cache = quantize is not None and KINDS[quantize][1]
         templates = prompt_templates(bundle.template, config.clip_layout)
         language = Language(config, params, bundle.tokenizer(), templates, mesh, narrow_cache)
-    return Emu3(bundle.path.name, language, _load_vision(bundle, vision, mesh, fast_pixels, verify))
+    return Emu3(name, language, _load_vision(bundle, vision, mesh, fast_pixels, verify))
 
 
 def _load_vision(

@@ -29,6 +29,7 @@ def run(tmp_path):
     (directory / "run.json").write_text("{}")
     left = [
         directory / "model.new",
+        directory / "adapter.new",
         directory / "checkpoints" / "4.orbax-checkpoint-tmp-123",
         directory / ".emu3-tmp-a",
         directory / "samples" / ".emu3-tmp-b",

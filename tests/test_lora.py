@@ -21,6 +21,7 @@ from emu3_jax.config import DecoderConfig
 from emu3_jax.data.config import DataConfig, Source
 from emu3_jax.data.sequences import TextOnly
 from emu3_jax.errors import Emu3Error
+from emu3_jax.models import merging
 from emu3_jax.models.adapters import (
     BLOCK,
     MATRICES,
@@ -42,7 +43,7 @@ from emu3_jax.training.step import Trainer
 pytestmark = [pytest.mark.compiled_quickly, pytest.mark.slow]
 
 freeze = jax.jit(lora.freeze, static_argnums=1)
-merge = jax.jit(lora.merge, static_argnums=(2, 3))
+merge = jax.jit(merging.merge, static_argnums=(2, 3))
 
 # Two blocks along F, so that tensor=2 splits them.
 CONFIG = dataclasses.replace(tiny.CONFIG, intermediate_size=128)

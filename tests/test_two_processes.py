@@ -21,6 +21,7 @@ from tiny_bundle import CODES
 import emu3_jax
 from emu3_jax import Emu3Error, distributed
 from emu3_jax.checkpoints.bundle import Bundle
+from emu3_jax.checkpoints.merged import merge_bundle
 from emu3_jax.cli.main import main
 from emu3_jax.data.config import DataConfig, Source
 from emu3_jax.data.encoder import bundle_codebook
@@ -29,7 +30,7 @@ from emu3_jax.data.sequences import TextToImage
 from emu3_jax.training.config import ModelConfig, OptimizerConfig, TrainConfig
 from emu3_jax.training.loop import train
 from emu3_jax.training.metrics import read_metrics
-from emu3_jax.training.weights import export_run
+from emu3_jax.training.weights import export_adapter, export_run
 
 pytestmark = [pytest.mark.compiled_quickly, pytest.mark.multiprocess]
 
@@ -188,6 +189,15 @@ def test_stopped_and_killed_processes_go_on(config_file, whole, tmp_path):
     assert step < len(losses(directory)) < STEPS
     Pair(*arguments).succeed()
     assert_near(losses(directory), losses(whole))
+
+
+def test_an_adapter_is_merged_by_one_process(config_file, tiny_bundle, tmp_path):
+    """The other one waits: nothing of the merging may be spread over the mesh of both."""
+    directory, adapter = tmp_path / "run", "adapter=Adapter(rank=2, base='nf4')"
+    Pair("train", config_file, "--set", "steps=3", "--set", adapter, "--set", f"directory={directory}").succeed()
+    export_adapter(directory, tmp_path / "adapter")
+    merge_bundle(Bundle.open(tiny_bundle), tmp_path / "adapter", tmp_path / "merged", progress=False)
+    assert_same_weights(tmp_path / "merged", directory / "model")
 
 
 def test_ctrl_c_in_one_process_stops_both(config_file, tmp_path):

@@ -10,7 +10,8 @@ import functools
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ import orbax.checkpoint as ocp
 import tensorstore
 from flax import traverse_util
 
-from emu3_jax.checkpoints.checksums import verify_checksums
+from emu3_jax.checkpoints.checksums import verify_checksums, write_checksums
 from emu3_jax.checkpoints.layouts import Param, decoder_params, vision_params
 from emu3_jax.compilation import check_backend
 from emu3_jax.config import DecoderConfig, ImageConfig, SpecialTokens, VisionConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.fields import FieldError, is_whole, read_from
+from emu3_jax.files import new_directory
 from emu3_jax.foreign import local_path, read_object, storage_path
 from emu3_jax.models.quantization import is_quantised, quantise
 from emu3_jax.printable import shown
@@ -146,6 +148,30 @@ def _size_on_disk(directory: Path) -> int:
 
 
 # ------------------------------------------------------------------------------------------------ reading
+
+
+def read_array(directory: Path, path: tuple[str, ...], index: int | None = None) -> np.ndarray:
+    """One array of an Orbax checkpoint, or the slice `index` of its first axis; nothing else is read.
+
+    Args:
+        directory: of the checkpoint, as `storage_path` gives it.
+        path: of the array in its tree.
+        index: of the slice.
+
+    Raises:
+        Emu3Error: it is not there, or damaged.
+    """
+    database = directory.as_posix()
+    spec = {
+        "driver": "zarr",
+        "kvstore": {"driver": "ocdbt", "base": {"driver": "file", "path": database + "/"}, "path": ".".join(path)},
+    }
+    try:
+        array = tensorstore.open(spec, open=True, read=True).result()
+        return np.asarray((array if index is None else array[index]).read().result())
+    except (OSError, ValueError) as error:
+        reason = str(error).split("\n", 1)[0][:200]
+        raise Emu3Error(f"{database}: {'/'.join(path)} cannot be read ({reason}); the files are damaged") from error
 
 
 class Bundle:
@@ -341,6 +367,27 @@ class Bundle:
         self.stored(part)
         targets = traverse_util.unflatten_dict({path: ocp.RestoreArgs(restore_type=np.ndarray)})
         return traverse_util.flatten_dict(self._read(part, targets))[path]
+
+    def write_with_decoder(
+        self, target: Path, decoder: DecoderConfig, arrays: Sequence[LazyArray], written: Callable[[int], Any] = int
+    ) -> None:
+        """Writes a bundle of another decoder and copies of this bundle's other parts, holding one array at a time.
+
+        Args:
+          target: the new bundle; it must not exist.
+          decoder: the new decoder's config.
+          arrays: its weights.
+          written: is told the bytes of each.
+
+        Raises:
+          Emu3Error: `target` exists or cannot be written, or the disk is too small. Nothing is left behind.
+        """
+        with new_directory(target, sum(array.nbytes for array in arrays)) as temporary:
+            write_part(temporary / "decoder", decoder.to_dict(), arrays, written)
+            for part in ("tokenizer", "vision"):
+                if self.has(part):
+                    shutil.copytree(self.path / part, temporary / part)
+            write_checksums(temporary)
 
     def stored(self, part: str) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
         """Shapes and dtypes of a part's arrays on disk, when they are exactly those that its config calls for."""

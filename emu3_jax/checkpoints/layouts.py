@@ -5,6 +5,7 @@ channels, T H W kernel extents. A `Param` is declared once, under upstream's PyT
 """
 
 import dataclasses
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -56,6 +57,25 @@ class Param:
             np.ascontiguousarray(p).view(array.dtype).reshape(w.shape) for p, w in zip(parts, self.weights, strict=True)
         )
 
+    def low_rank(self, inputs: int, rank: int) -> tuple["Param", "Param"]:
+        """The sides of an adapter of this matrix, A [in..., R] and B [R, out...], as params of their own.
+
+        A is made of one weight [R, I], whatever the number of this param's, and B of weights [O, R]. They keep the
+        names of this param's.
+
+        Args:
+            inputs: how many of the matrix's axes are its inputs.
+            rank: R.
+        """
+        *parent, name = self.path
+        fan_in = math.prod(self.shape[:inputs])
+        first, *_ = self.weights
+        a_weight = Weight(first.name, (rank, fan_in))
+        b_weights = tuple(Weight(weight.name, (weight.shape[0], rank)) for weight in self.weights)
+        a_shape, b_shape = (*self.shape[:inputs], rank), (rank, *self.shape[inputs:])
+        a = Param((*parent, f"{name}_a"), a_shape, (a_weight,), _transpose, lambda p: (p.reshape(fan_in, rank).T,))
+        return a, Param((*parent, f"{name}_b"), b_shape, b_weights, self._pack, self._unpack)
+
 
 def _bits(array: np.ndarray) -> np.ndarray:
     """NumPy moves bfloat16 element by element through Python slots; as integers it copies at memory speed."""
@@ -72,7 +92,7 @@ def decoder_params(config: DecoderConfig) -> list[Param]:
     g = n // k
 
     def pack_qkv(qkv: Arrays) -> np.ndarray:
-        return np.concatenate([w.reshape(k, -1, h, d) for w in qkv], axis=1).transpose(3, 0, 1, 2)
+        return np.concatenate([w.reshape(k, -1, h, w.shape[1]) for w in qkv], axis=1).transpose(3, 0, 1, 2)
 
     def unpack_qkv(param: np.ndarray) -> Arrays:
         return tuple(np.split(param.transpose(1, 2, 3, 0), (g, g + 1), axis=1))

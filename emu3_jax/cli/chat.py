@@ -20,6 +20,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="show all files in one conversation, of which the prompts are the turns, one after the other",
     )
     common.add_model(command)
+    common.add_adapter(command)
     command.add_argument(
         "--clips-as",
         choices=("auto", "clip", "images"),

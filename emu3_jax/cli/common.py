@@ -53,10 +53,22 @@ def add_model(command: argparse.ArgumentParser) -> None:
     add_quiet(command)
 
 
+def add_adapter(command: argparse.ArgumentParser) -> None:
+    """`--adapter`, beside `--model`."""
+    command.add_argument(
+        "--adapter",
+        type=path_text,
+        metavar="DIR",
+        help="merge this LoRA adapter into the model, from `train --adapter-only` or PEFT",
+    )
+
+
 def add_verify(command: argparse.ArgumentParser) -> None:
     """`--verify`."""
     command.add_argument(
-        "--verify", action="store_true", help="first compare the bundle's files with their checksums, as doctor does"
+        "--verify",
+        action="store_true",
+        help="first compare the files of the model with their checksums, as doctor does",
     )
 
 
@@ -192,6 +204,7 @@ def load_model(options: argparse.Namespace):
 
     return emu3_jax.load(
         options.model,
+        adapter=getattr(options, "adapter", None),  # of the commands that use the decoder
         vision=options.vision,
         dtype=options.dtype,
         mesh=options.mesh,

@@ -1,4 +1,7 @@
-"""Convert PyTorch checkpoints (upstream, transformers 4 or 5 layout), or a training run's last one, to a bundle."""
+"""Convert PyTorch checkpoints (upstream, transformers 4 or 5 layout), or a training run's last one, to a bundle.
+
+With --adapter-only, a training run's LoRA adapter, in the format of the PEFT library.
+"""
 
 import argparse
 import pathlib
@@ -15,16 +18,22 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--dtype", choices=("bfloat16", "float16", "float32"), help="of the decoder (default: as stored)"
     )
     command.add_argument("--template", choices=("chat", "stage1"), help="chat prompt (default: by the source's name)")
+    command.add_argument(
+        "--adapter-only", action="store_true", help="of a training run with an adapter, write the adapter alone (LoRA)"
+    )
     common.add_quiet(command)
 
 
 def run(options: argparse.Namespace) -> None:
     from emu3_jax.checkpoints.convert import convert
+    from emu3_jax.errors import Emu3Error
 
     first = pathlib.Path(options.sources[0])
     if (first / "run.json").is_file():
         _convert_run(first, options)
         return
+    if options.adapter_only:
+        raise Emu3Error(f"{first} is no training run, and --adapter-only is for these: give one, or leave it out")
     convert(options.sources, options.output, dtype=options.dtype, template=options.template, progress=not options.quiet)
     print(options.output)
 
@@ -35,9 +44,11 @@ def _convert_run(directory: pathlib.Path, options: argparse.Namespace) -> None:
 
     if len(options.sources) > 1 or options.template or options.dtype:
         raise Emu3Error(f"{directory} is a training run: convert it alone, without --template and --dtype")
-    if "vision" in read_identity(directory):
+    if options.adapter_only:
+        from emu3_jax.training.weights import export_adapter as export_run
+    elif "vision" in read_identity(directory):
         from emu3_jax.training.vision_export import export_vision_run as export_run
     else:
         from emu3_jax.training.weights import export_run
     step = export_run(directory, options.output)
-    print(f"{options.output}: the model after step {step}")
+    print(f"{options.output}: the {'adapter' if options.adapter_only else 'model'} after step {step}")

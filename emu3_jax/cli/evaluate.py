@@ -16,6 +16,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="gets evaluation.json and index.html (default: the config's directory)",
     )
+    common.add_adapter(command)
     common.add_verify(command)
     common.add_quiet(command)
 
@@ -37,9 +38,11 @@ def run(options: argparse.Namespace) -> int:
         )
     if options.output is not None:
         config = dataclasses.replace(config, directory=options.output)
+    if options.adapter is not None:
+        config = dataclasses.replace(config, adapter=options.adapter)
     evaluation.check_directory(config.directory)
     data = Data(config.data)
-    model = emu3_jax.load(config.model, quantize=config.quantize, verify=options.verify)
+    model = emu3_jax.load(config.model, adapter=config.adapter, quantize=config.quantize, verify=options.verify)
     figures, page = evaluation.evaluate(model, data, config, common.progress(options))
     evaluation.write(config.directory, figures, page)
     print(json.dumps(figures, indent=2))

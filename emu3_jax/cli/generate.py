@@ -8,6 +8,7 @@ from emu3_jax.cli import common
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("prompts", nargs="+", metavar="PROMPT", help="what to draw")
     common.add_model(command)
+    common.add_adapter(command)
     common.add_fast_pixels(command)
     command.add_argument("--ratio", nargs="+", default=["1:1"], metavar="W:H", help="one for all prompts, or one each")
     common.add_generation(command)

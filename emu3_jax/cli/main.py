@@ -24,6 +24,7 @@ from emu3_jax.printable import one_line
 COMMANDS = {
     "convert": "PyTorch checkpoints to a bundle",
     "export": "a bundle back to PyTorch checkpoints",
+    "merge": "a LoRA adapter into a bundle",
     "doctor": "check a bundle or checkpoint: what is wrong and what to do",
     "tokenize": "pictures and clips to codes",
     "detokenize": "codes to pictures and clips",

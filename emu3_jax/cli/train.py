@@ -1,6 +1,7 @@
 """Train: run a config file, from the last checkpoint in its directory if there is one."""
 
 import argparse
+import functools
 
 from emu3_jax.cli import common
 
@@ -8,6 +9,9 @@ from emu3_jax.cli import common
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("config", type=common.path, metavar="CONFIG.py", help="defines config(), see configs/")
     common.add_set(command)
+    command.add_argument(
+        "--adapter-only", action="store_true", help="write the trained LoRA adapter alone, not a model with it merged"
+    )
     common.add_verify(command)
     common.add_quiet(command)
 
@@ -22,7 +26,14 @@ def run(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.set)
     if isinstance(config, TrainConfig):
         from emu3_jax.training.loop import train
+
+        if options.adapter_only:
+            train = functools.partial(train, adapter_only=True)
     elif isinstance(config, VisionTrainConfig):
+        if options.adapter_only:
+            raise Emu3Error(
+                f"{options.config} trains a vision tokenizer, which has no adapter: leave --adapter-only out"
+            )
         from emu3_jax.training.vision import train_vision as train
     else:
         raise Emu3Error(
@@ -36,7 +47,8 @@ def run(options: argparse.Namespace) -> int:
         if outcome.model is None:
             print(f"{where}: stopped after step {outcome.step} of {config.steps}; run again to go on")
         else:
-            print(f"{printable(str(outcome.model))}: the model after {outcome.step} steps")
+            what = "adapter" if options.adapter_only else "model"
+            print(f"{printable(str(outcome.model))}: the {what} after {outcome.step} steps")
         if outcome.skipped:
             print(
                 f"{where}: {outcome.skipped} records were longer than {config.data.sequence_length} tokens "

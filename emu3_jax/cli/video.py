@@ -9,6 +9,7 @@ from emu3_jax.generation import defaults
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("prompts", nargs="+", metavar="PROMPT", help="what to show")
     common.add_model(command)
+    common.add_adapter(command)
     common.add_fast_pixels(command)
     command.add_argument(
         "--frames", type=int, default=defaults.FRAMES, metavar="N", help="new ones of each clip (default: %(default)s)"

@@ -63,6 +63,7 @@ class EvaluateConfig:
     Attributes:
         directory: gets evaluation.json and index.html.
         model: the bundle's directory; None for the embedded model.
+        adapter: the directory of a LoRA adapter that is merged into the model, or None.
         quantize: narrow weights and KV cache of the decoder, as `emu3_jax.load` takes it; None for neither.
         data: the directory with items.jsonl that scripts/build_emoji.py wrote.
         figures: which are measured, of `FIGURES`.
@@ -84,6 +85,7 @@ class EvaluateConfig:
 
     directory: str
     model: str | None = None
+    adapter: str | None = None
     quantize: str | None = None
     data: str = "out/emoji"
     figures: tuple[str, ...] = FIGURES
@@ -104,9 +106,13 @@ class EvaluateConfig:
     def __post_init__(self):
         check_path(self, "directory", "a directory")
         check_field(self, "directory", self.directory, "a directory")
-        if self.model is not None:
-            check_path(self, "model", "a bundle's directory or None")
-            check_field(self, "model", self.model, "a bundle's directory or None")
+        for field, legal in {
+            "model": "a bundle's directory or None",
+            "adapter": "an adapter's directory or None",
+        }.items():
+            if getattr(self, field) is not None:
+                check_path(self, field, legal)
+                check_field(self, field, getattr(self, field), legal)
         kinds = (None, *KINDS)
         check_field(self, "quantize", self.quantize in kinds, f"None or one of {', '.join(KINDS)}")
         check_path(self, "data", "a directory")

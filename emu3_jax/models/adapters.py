@@ -54,6 +54,7 @@ class Matrix:
 
 MATRICES = {"qkv": Matrix(1, 3, -1), "out": Matrix(3, 1, -2), "gate_up": Matrix(1, 2, -1), "down": Matrix(1, 1, -2)}
 BASES = ("float32", "bfloat16", "int8", "nf4")
+QUANTISED = ("int8", "nf4")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,12 +91,17 @@ class Adapter:
     @property
     def quantised(self) -> bool:
         """Whether the frozen matrices are."""
-        return self.base in ("int8", "nf4")
+        return self.base in QUANTISED
 
     @property
     def dtype(self) -> jnp.dtype:
         """Of the frozen weights that are not quantised."""
-        return jnp.dtype(jnp.float32 if self.base == "float32" else jnp.bfloat16)
+        return base_dtype(self.base)
+
+
+def base_dtype(base: str) -> jnp.dtype:
+    """Of the frozen weights that `base`, of `BASES`, does not quantise."""
+    return jnp.dtype(jnp.float32 if base == "float32" else jnp.bfloat16)
 
 
 def weight_dtype(adapter: Adapter | None) -> jnp.dtype:

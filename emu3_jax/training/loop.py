@@ -15,7 +15,7 @@ from PIL import Image
 
 from emu3_jax.checkpoints.bundle import Bundle
 from emu3_jax.compilation import enable_persistent_cache
-from emu3_jax.config import DecoderConfig
+from emu3_jax.config import FREE_FIELDS, DecoderConfig
 from emu3_jax.data.config import Source
 from emu3_jax.data.encoder import bundle_codebook
 from emu3_jax.data.pipeline import evaluation_batches, open_source, training_batches
@@ -37,7 +37,9 @@ from emu3_jax.training.runner import Batch, Cadence, Evaluation, Outcome, run
 from emu3_jax.training.step import Trainer, TrainState
 
 
-def train(config: TrainConfig, progress: bool | None = None, *, verify: bool = False) -> Outcome:
+def train(
+    config: TrainConfig, progress: bool | None = None, *, verify: bool = False, adapter_only: bool = False
+) -> Outcome:
     """Trains from the last checkpoint in `config.directory`, or from the start, to the last step.
 
     Asked to stop by Ctrl-C, or by SIGTERM, as machines are before they are taken away, it writes a checkpoint and
@@ -47,17 +49,22 @@ def train(config: TrainConfig, progress: bool | None = None, *, verify: bool = F
         config: the run.
         progress: a bar on stderr; by default if that is a terminal.
         verify: compares the files of the config's bundle with their checksums first.
+        adapter_only: at the end, writes the adapter alone to `DIRECTORY/adapter`, and no model to `DIRECTORY/model`.
 
     Raises:
         Emu3Error: on bad input, on a loss that is not finite, and where files cannot be written. The checkpoints that
             were written stay.
     """
     enable_persistent_cache()
+    if adapter_only and config.adapter is None:
+        raise Emu3Error(
+            "the config trains all weights and has no adapter: set adapter=Adapter(...), or leave --adapter-only out"
+        )
     storage_path(config.directory)  # refused before the work rather than at the first checkpoint
     bundle = Bundle.open(config.model.bundle, verify=verify)
     decoder = _decoder(config, bundle)
     mesh = make_mesh(config.mesh)
-    with use_mesh(mesh), contextlib.closing(_DecoderJob(config, bundle, decoder, mesh)) as job:
+    with use_mesh(mesh), contextlib.closing(_DecoderJob(config, bundle, decoder, mesh, adapter_only)) as job:
         return run(job, local_path(config.directory), progress)
 
 
@@ -71,15 +78,14 @@ def _decoder(config: TrainConfig, bundle: Bundle) -> DecoderConfig:
     if wanted is None:
         return found
     # What is trained now may be longer, larger, or clips for the first time: no property of the weights.
-    chosen = ("image_area", "max_positions", "clip_frames", "clip_layout")
     for field in dataclasses.fields(DecoderConfig):
         old, new = getattr(found, field.name), getattr(wanted, field.name)
-        if old != new and field.name not in (*chosen, "dtype"):  # the products' dtype is `ModelConfig.dtype`
+        if old != new and field.name not in (*FREE_FIELDS, "dtype"):  # the products' dtype is `ModelConfig.dtype`
             raise Emu3Error(
                 f"{bundle.path} is of another model: its decoder has {field.name} {old!r}, the config {new!r}; "
                 "correct the config's model.decoder, or leave it out"
             )
-    return dataclasses.replace(found, **{name: getattr(wanted, name) for name in chosen})
+    return dataclasses.replace(found, **{name: getattr(wanted, name) for name in FREE_FIELDS})
 
 
 def _check_parts(config: TrainConfig, mesh: Mesh) -> None:
@@ -93,7 +99,9 @@ def _check_parts(config: TrainConfig, mesh: Mesh) -> None:
 class _DecoderJob:
     """The decoder on sequences of tokens. To be made and used within `use_mesh(mesh)`."""
 
-    def __init__(self, config: TrainConfig, bundle: Bundle, decoder: DecoderConfig, mesh: Mesh):
+    def __init__(
+        self, config: TrainConfig, bundle: Bundle, decoder: DecoderConfig, mesh: Mesh, adapter_only: bool = False
+    ):
         self._config, self._bundle, self._decoder, self._mesh = config, bundle, decoder, mesh
         self._rows = HostRows(mesh, config.batch_size)
         _check_parts(config, mesh)
@@ -115,6 +123,7 @@ class _DecoderJob:
         )
         self._peak = peak_flops(mesh.devices.flat[0].device_kind) * mesh.size
         self.share = (self._rows.group, self._rows.groups)
+        self.product = "adapter" if adapter_only else "model"
         self.cadence = Cadence(
             steps=config.steps,
             watch_every=1,
@@ -281,4 +290,5 @@ class _DecoderJob:
         return vision, weights.make_inference_params(self._trainer.decoder, self._config.adapter, self._mesh)
 
     def export(self, directory: pathlib.Path, target: pathlib.Path, step: int) -> int:
-        return weights.export_run(directory, target, step)
+        write = weights.export_adapter if self.product == "adapter" else weights.export_run
+        return write(directory, target, step)

@@ -1,6 +1,7 @@
-"""Parameters of a decoder with adapters: made from a plain decoder's, split into trained and frozen ones, merged back.
+"""Parameters of a decoder with adapters: made from a plain decoder's, split into trained and frozen ones.
 
-Functions on trees take nested dicts of stacked layers, of single ones, or any part of them: leaves are known by name.
+`models.merging` merges them back. Functions on trees take nested dicts of stacked layers, of single ones, or any part
+of them: leaves are known by name.
 """
 
 import functools
@@ -15,7 +16,8 @@ from flax import traverse_util
 
 from emu3_jax.config import DecoderConfig
 from emu3_jax.errors import Emu3Error
-from emu3_jax.models.adapters import MATRICES, Adapter, dequantise_matrix, quantise_matrix
+from emu3_jax.models.adapters import MATRICES, Adapter
+from emu3_jax.models.merging import freeze_leaf
 from emu3_jax.models.stacking import Path, is_stacked, stacked_place
 
 Params = dict[str, Any]
@@ -42,7 +44,7 @@ def join(trainable: Params, frozen: Params) -> Params:
 def freeze(params: Params, adapter: Adapter) -> Params:
     """A plain decoder's parameters as `adapter.base` keeps them: matrices quantised or cast, the rest cast."""
     flat = traverse_util.flatten_dict(params)
-    frozen = (_freeze_leaf(path, leaf, adapter) for path, leaf in flat.items())
+    frozen = (freeze_leaf(path, leaf, adapter.base) for path, leaf in flat.items())
     return traverse_util.unflatten_dict({path: leaf for leaves in frozen for path, leaf in leaves.items()})
 
 
@@ -74,7 +76,7 @@ def freeze_stacked(
             written[path] += 1
             continue
         if path not in writers:
-            shapes = jax.eval_shape(lambda x, path=path: _freeze_leaf(path, x, adapter), array)
+            shapes = jax.eval_shape(lambda x, path=path: freeze_leaf(path, x, adapter.base), array)
             outputs = {name: flat_places[name] for name in shapes}
             frozen |= jax.jit(
                 lambda shapes=shapes: {n: jnp.zeros((config.num_layers, *x.shape), x.dtype) for n, x in shapes.items()},
@@ -98,54 +100,5 @@ def freeze_stacked(
 def _write_layer(
     path: Path, adapter: Adapter, stacked: dict[Path, jax.Array], array: jax.Array, layer: int
 ) -> dict[Path, jax.Array]:
-    new = _freeze_leaf(path, array, adapter)
+    new = freeze_leaf(path, array, adapter.base)
     return {name: jax.lax.dynamic_update_index_in_dim(stacked[name], x, layer, 0) for name, x in new.items()}
-
-
-def _freeze_leaf(path: Path, leaf: jax.Array, adapter: Adapter) -> dict[Path, jax.Array]:
-    """What is kept of one array of a plain decoder."""
-    *parent, name = path
-    if name not in MATRICES or not adapter.quantised:
-        return {path: leaf.astype(adapter.dtype)}
-    codes, scale = quantise_matrix(name, leaf, adapter.base)
-    return {(*parent, f"{name}_q"): codes, (*parent, f"{name}_scale"): scale}
-
-
-# ------------------------------------------------------------------------------------------------ merging
-
-
-def merge(trainable: Params, frozen: Params, adapter: Adapter, dtype: Any) -> Params:
-    """A plain decoder's parameters W + alpha / rank * A B, computed in float32, then cast to `dtype`.
-
-    A quantised W is what its codes stand for: the weights that the adapters were trained beside. For one layer at a
-    time, give both trees sliced to it.
-
-    Args:
-        trainable: adapters; empty for the frozen weights alone.
-        frozen: what `freeze` made.
-        adapter: their config.
-        dtype: of the result.
-    """
-    flat = traverse_util.flatten_dict(frozen)
-    adapters = traverse_util.flatten_dict(trainable)
-    merged = {}
-    for (*parent, stored), leaf in flat.items():
-        if stored.endswith("_scale"):
-            continue
-        name = stored.removesuffix("_q")
-        if stored != name:
-            leaf = dequantise_matrix(name, leaf, flat[(*parent, f"{name}_scale")], adapter.base)
-        if name in MATRICES and (*parent, f"{name}_a") in adapters:
-            a, b = adapters[(*parent, f"{name}_a")], adapters[(*parent, f"{name}_b")]
-            leaf = leaf.astype(jnp.float32) + adapter.scale * _outer(name, a, b)
-        merged[(*parent, name)] = leaf.astype(dtype)
-    return traverse_util.unflatten_dict(merged)
-
-
-def _outer(name: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """A B in the shape of the matrix, float32."""
-    inputs, outputs = a.shape[:-1], b.shape[b.ndim - MATRICES[name].outputs :]
-    layers = inputs[: len(inputs) - MATRICES[name].inputs]
-    a, b = a.reshape(*layers, -1, a.shape[-1]), b.reshape(*layers, a.shape[-1], -1)
-    product = jnp.einsum("...ir,...ro->...io", a, b, precision="highest", preferred_element_type=jnp.float32)
-    return product.reshape(*inputs, *outputs)

@@ -2,7 +2,7 @@
 
 run.json          what is trained; a run with other weights is refused
 checkpoints/N/    after step N: weights, optimiser, step and key (`state`), positions in the data (`data`)
-metrics.jsonl  tensorboard/  samples/  profile/  model/
+metrics.jsonl  tensorboard/  samples/  profile/  model/  adapter/
 """
 
 import contextlib
@@ -70,11 +70,12 @@ def locked(directory: pathlib.Path) -> Iterator[None]:
 def clean(directory: pathlib.Path) -> list[pathlib.Path]:
     """Removes what a killed run left in its directory, and returns the paths. Only for who holds the lock.
 
-    That is: a model that was being exported, and checkpoints that were being written.
+    That is: a model or adapter that was being exported, and checkpoints that were being written.
     """
     removed = [*files.sweep(directory), *files.sweep(directory / "samples")]
     # Orbax removes the second without a word when it opens the directory.
-    for leftover in (directory / "model.new", *sorted((directory / "checkpoints").glob(f"*{_UNFINISHED}*"))):
+    unfinished = sorted((directory / "checkpoints").glob(f"*{_UNFINISHED}*"))
+    for leftover in (directory / "model.new", directory / "adapter.new", *unfinished):
         if os.path.lexists(leftover):
             files.remove(leftover)
             removed.append(leftover)

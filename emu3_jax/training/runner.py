@@ -41,7 +41,8 @@ class Outcome:
 
     Attributes:
         step: the steps taken in all.
-        model: the bundle with the trained weights; None where the run was asked to stop before its last step.
+        model: the bundle with the trained weights, or the directory of the adapter alone; None where the run was asked
+            to stop before its last step.
         skipped: how often a record was too long for a row and was left out.
         signal: that asked it to stop, SIGINT or SIGTERM; None where it went to its last step.
     """
@@ -129,6 +130,10 @@ class Job(Protocol):
         """What `run.json` says."""
 
     @property
+    def product(self) -> str:
+        """What `export` writes: its name in the run's directory, "model" or "adapter"."""
+
+    @property
     def share(self) -> tuple[int, int]:
         """Which share of the data this process reads, and how many shares there are."""
 
@@ -178,7 +183,7 @@ class Job(Protocol):
         """How often a record was left out so far, over all shares."""
 
     def export(self, directory: pathlib.Path, target: pathlib.Path, step: int) -> Any:
-        """Writes the checkpoint of `step` in the run's directory as the bundle `target`."""
+        """Writes the checkpoint of `step` in the run's directory as `target`: a bundle, or an adapter."""
 
 
 def run(job: Job, directory: pathlib.Path, progress: bool | None) -> Outcome:
@@ -232,8 +237,8 @@ def _bar(steps: int, step: int, progress: bool | None) -> tqdm:
 
 
 def _export(job: Job, directory: pathlib.Path, step: int) -> pathlib.Path:
-    """The trained model as `DIRECTORY/model`, from the checkpoint on disk."""
-    target, new = directory / "model", directory / "model.new"
+    """The trained model, or its adapter, in the run's directory, from the checkpoint on disk."""
+    target, new = directory / job.product, directory / f"{job.product}.new"
     if distributed.first():
         files.remove(new)
         job.export(directory, new, step)

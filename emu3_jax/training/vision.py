@@ -54,6 +54,7 @@ class _VisionJob:
         self._data.require(p.stills, p.clips)
         self._batches: Generator[Batch, None, None] | None = None
         self.identity: Identity = vision_identity(config)
+        self.product = "model"
         self.share = (0, 1)  # the position is that of all processes
         self.cadence = Cadence(
             steps=config.steps,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from emu3_jax.checkpoints.bundle import LazyArray, write_part
+from emu3_jax.checkpoints.bundle import LazyArray, read_array, write_part
 from emu3_jax.checkpoints.checksums import write_checksums
 from emu3_jax.checkpoints.layouts import vision_params
 from emu3_jax.config import ImageConfig, VisionConfig
@@ -19,7 +19,6 @@ from emu3_jax.files import new_directory
 from emu3_jax.printable import shown
 from emu3_jax.training.run_directory import Identity, identity_part, newest_checkpoint, read_identity
 from emu3_jax.training.vision_config import VisionTrainConfig
-from emu3_jax.training.weights import read_checkpoint
 
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -64,7 +63,7 @@ def export_vision_run(directory: pathlib.Path, target: pathlib.Path, step: int |
     step, state = newest_checkpoint(directory, step)
 
     def load(path: tuple[str, ...]) -> np.ndarray:
-        return read_checkpoint(state, ("average", *path)).astype(dtype)
+        return read_array(state, ("average", *path)).astype(dtype)
 
     arrays = [LazyArray(p.path, p.shape, dtype, functools.partial(load, p.path)) for p in vision_params(vision)]
     config = {"vision": vision.to_dict(), "image": image.to_dict(), "num_batches_tracked": {}}

@@ -2,7 +2,6 @@
 
 import functools
 import pathlib
-import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,19 +9,18 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  NumPy learns bfloat16 from it
 import numpy as np
-import tensorstore
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from emu3_jax.checkpoints.bundle import Bundle, LazyArray, write_part
-from emu3_jax.checkpoints.checksums import write_checksums
+from emu3_jax.checkpoints.adapter import write_adapter
+from emu3_jax.checkpoints.bundle import Bundle, LazyArray, read_array
 from emu3_jax.checkpoints.layouts import decoder_params
 from emu3_jax.config import DecoderConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.fields import from_json, read_from
-from emu3_jax.files import new_directory
 from emu3_jax.foreign import storage_path
 from emu3_jax.models.adapters import MATRICES, Adapter
+from emu3_jax.models.merging import LowRank, merge, merge_array
 from emu3_jax.models.stacking import Path, stack_layers, stacked_place, unstack_layers
 from emu3_jax.sharding.rules import decoder_shardings
 from emu3_jax.training import lora
@@ -51,7 +49,7 @@ def make_inference_params(decoder: DecoderConfig, adapter: Adapter | None, mesh:
 
     def convert(params: Any, frozen: Any) -> Any:
         if adapter is not None:
-            params = lora.merge(params, frozen, adapter, decoder.dtype)
+            params = merge(params, frozen, adapter, decoder.dtype)
         return unstack_layers(jax.tree.map(lambda leaf: leaf.astype(decoder.dtype), params), decoder)
 
     return jax.jit(convert, out_shardings=decoder_shardings(decoder, mesh))
@@ -71,76 +69,66 @@ def export_run(directory: pathlib.Path, target: pathlib.Path, step: int | None =
     Raises:
         Emu3Error: no such checkpoint, or one of the places cannot be read or written.
     """
-    identity = read_identity(directory)
-    step, state = newest_checkpoint(directory, step)
-    parts = {part: identity_part(directory, identity, part) for part in ("decoder", "adapter", "bundle")}
-    with read_from(directory / "run.json"):
-        decoder = DecoderConfig.from_dict(parts["decoder"])
-        adapter = from_json(Adapter, parts["adapter"]) if parts["adapter"] else None
-    bundle = Bundle.open(parts["bundle"])
-    read = functools.partial(_read_trained, state)
-    frozen = _Frozen(bundle) if adapter else None
-    dtype = np.dtype(decoder.dtype)
+    run = _Run(directory, step)
+    dtype = np.dtype(run.decoder.dtype)
     arrays = []
-    for param in decoder_params(decoder):
-        load = functools.partial(_load, param.path, read, frozen, adapter, dtype)
+    for param in decoder_params(run.decoder):
+        load = functools.partial(_load, run, param.path, dtype)
         arrays.append(LazyArray(param.path, param.shape, dtype, load))
-    with new_directory(target, sum(array.nbytes for array in arrays)) as temporary:
-        write_part(temporary / "decoder", decoder.to_dict(), arrays)
-        for part in ("tokenizer", "vision"):
-            if bundle.has(part):
-                shutil.copytree(bundle.path / part, temporary / part)
-        write_checksums(temporary)
-    return step
+    run.bundle.write_with_decoder(target, run.decoder, arrays)
+    return run.step
 
 
-class _Frozen:
-    """Arrays of a bundle's decoder by path."""
+def export_adapter(directory: pathlib.Path, target: pathlib.Path, step: int | None = None) -> int:
+    """Writes the adapter of a run's checkpoint alone, in PEFT's format (see `checkpoints.adapter`).
 
-    def __init__(self, bundle: Bundle):
-        self._database = storage_path(bundle.path / "decoder" / "weights").as_posix()
+    Args:
+        directory: of the run.
+        target: the adapter's directory; it must not exist.
+        step: of the checkpoint; by default the newest.
 
-    def __call__(self, path: Path) -> np.ndarray:
-        return _read(self._database, path)
+    Returns:
+        The step.
+
+    Raises:
+        Emu3Error: the run trains no adapter; otherwise as `export_run`.
+    """
+    run = _Run(directory, step)
+    if run.adapter is None:
+        raise Emu3Error(f"{directory} trains all weights and has no adapter: leave --adapter-only out")
+    write_adapter(target, run.adapter, run.decoder, run.trained, bundle=run.bundle, step=run.step)
+    return run.step
 
 
-def _load(
-    path: Path,
-    read: Callable[[Path, int | None], np.ndarray],
-    frozen: _Frozen | None,
-    adapter: Adapter | None,
-    dtype: np.dtype,
-) -> np.ndarray:
+class _Run:
+    """A checkpoint of a run, and what `run.json` says. Made as the exports' arguments say, and raises like them."""
+
+    def __init__(self, directory: pathlib.Path, step: int | None):
+        identity = read_identity(directory)
+        self.step, self._state = newest_checkpoint(directory, step)
+        parts = {part: identity_part(directory, identity, part) for part in ("decoder", "adapter", "bundle")}
+        with read_from(directory / "run.json"):
+            self.decoder = DecoderConfig.from_dict(parts["decoder"])
+            self.adapter = from_json(Adapter, parts["adapter"]) if parts["adapter"] else None
+        self.bundle = Bundle.open(parts["bundle"])
+
+    def trained(self, path: Path) -> np.ndarray:
+        """What was trained, by its path where layers are apart: an array of the decoder, or a side of an adapter."""
+        stacked, index = stacked_place(path)
+        return read_array(self._state, ("params", *stacked), index)
+
+    def frozen(self, path: Path) -> np.ndarray:
+        """An array of the bundle's decoder."""
+        return read_array(storage_path(self.bundle.path / "decoder" / "weights"), path)
+
+
+def _load(run: _Run, path: Path, dtype: np.dtype) -> np.ndarray:
     """One array of the bundle."""
-    stacked, index = stacked_place(path)
-    if adapter is None or frozen is None:
-        return read(stacked, index).astype(dtype)
-    name = path[-1]
-    kept = lora.freeze({name: jnp.asarray(frozen(path))}, adapter)
-    pair = {}
-    if name in MATRICES and name in adapter.targets:
-        pair = {f"{name}_{side}": jnp.asarray(read((*stacked[:-1], f"{name}_{side}"), index)) for side in "ab"}
-    return np.asarray(lora.merge(pair, kept, adapter, dtype)[name])
-
-
-def _read_trained(state: pathlib.Path, path: Path, index: int | None) -> np.ndarray:
-    """One array of a checkpoint's `params`, or one layer of it."""
-    return read_checkpoint(state, ("params", *path), index)
-
-
-def read_checkpoint(state: pathlib.Path, path: Path, index: int | None = None) -> np.ndarray:
-    """One array of a checkpoint's `state`, or the slice `index` of its first axis. Raises `Emu3Error` if damaged."""
-    return _read(state.as_posix(), path, index)
-
-
-def _read(database: str, path: Path, index: int | None = None) -> np.ndarray:
-    spec = {
-        "driver": "zarr",
-        "kvstore": {"driver": "ocdbt", "base": {"driver": "file", "path": database + "/"}, "path": ".".join(path)},
-    }
-    try:
-        array = tensorstore.open(spec, open=True, read=True).result()
-        return np.asarray((array if index is None else array[index]).read().result())
-    except (OSError, ValueError) as error:
-        reason = str(error).split("\n", 1)[0][:200]
-        raise Emu3Error(f"{database}: {'/'.join(path)} cannot be read ({reason}); the files are damaged") from error
+    if run.adapter is None:
+        return run.trained(path).astype(dtype)
+    *parent, name = path
+    pair = None
+    if name in MATRICES and name in run.adapter.targets:
+        a, b = (run.trained((*parent, f"{name}_{side}")) for side in "ab")
+        pair = LowRank(a, b, run.adapter.scale)
+    return np.asarray(merge_array(path, run.frozen(path), pair, run.adapter.base, dtype))
