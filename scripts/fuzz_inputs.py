@@ -52,6 +52,7 @@ def make_inputs(base: pathlib.Path) -> None:
     export(base / "bundle", base / "upstream", "upstream", progress=False)
     export(base / "bundle", base / "transformers", "transformers", progress=False)
     _torch_files(base, draw)
+    _adapter(base, draw)
     lines = [
         {"image": "picture.png", "text": "a red dot", "name": "dot"},
         {"clip": "clip.webp", "text": "noise"},
@@ -138,6 +139,27 @@ def _remux(source: pathlib.Path, target: pathlib.Path) -> None:
             if packet.dts is not None:
                 packet.stream = stream
                 new.mux(packet)
+
+
+def _adapter(base: pathlib.Path, draw) -> None:
+    """As training writes one."""
+    import numpy as np
+
+    from emu3_jax.checkpoints.adapter import write_adapter
+    from emu3_jax.checkpoints.bundle import Bundle
+    from emu3_jax.models.adapters import MATRICES, Adapter
+
+    bundle = Bundle.open(base / "bundle")
+    shapes = {
+        side.path: side.shape
+        for param in bundle.params("decoder")
+        if param.path[-1] in MATRICES
+        for side in param.low_rank(MATRICES[param.path[-1]].inputs, 2)
+    }
+    write_adapter(
+        base / "adapter", Adapter(rank=2, base="int8"), bundle.decoder_config,
+        lambda path: draw.standard_normal(shapes[path]).astype(np.float32), bundle=bundle, step=1,
+    )  # fmt: skip
 
 
 def _torch_files(base: pathlib.Path, draw) -> None:
