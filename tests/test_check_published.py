@@ -1,13 +1,16 @@
 """`scripts/check_published.py` on small checkpoints in the published layouts, with live transformers as its oracle."""
 
 import argparse
+import hashlib
+import http.server
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
-import types
+import threading
 
 import checkpoint_cases as cases
 import numpy as np
@@ -214,31 +217,78 @@ def test_a_hub_out_of_reach_is_a_failed_step(script, stand_ins, tmp_path):
     assert steps["download chat"] == "failed" and steps["shapes chat"] == "not run" and steps["shapes gen"] == "equal"
 
 
-def test_hashes_of_the_hub(script, stand_ins, monkeypatch, tmp_path):
-    import huggingface_hub
-    import published_steps
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
-    (tmp_path / "repo").mkdir()
-    (tmp_path / "repo" / "config.json").write_text("{}")
-    (tmp_path / "repo" / "model.safetensors").write_bytes(b"weights")
-    sha = "9e5c98e86f89d6bbbd0e30f0bb0fb7d2b8ee8ec1ef2ec1cd24ee3a1e1d4a17d5"
 
-    def model_info(self, repo, revision, files_metadata):
-        assert (repo, revision, files_metadata) == ("BAAI/Emu3-Gen", None, True)
-        large = types.SimpleNamespace(rfilename="model.safetensors", size=7, lfs=types.SimpleNamespace(sha256=sha))
-        small = types.SimpleNamespace(
-            rfilename="config.json", size=2, lfs=None, blob_id="9e26dfeeb6e641a33dae4961196235bdb965b21b"
-        )
-        return types.SimpleNamespace(siblings=[large, small])
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Stands in for the hub: the requests of a download, and of one for the hashes of a repository's files."""
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
-    hub = published_steps.hub_hashes("BAAI/Emu3-Gen", None)
-    job = {"directory": str(tmp_path / "repo"), "hub": hub, "title": "gen"}
-    found = published_steps.hash_files(job)
-    assert [file["hub"] for file in found.data["files"]] == ["equal", "differs"]
-    assert found.verdict == "differs" and "1 of 2 files equal, other: model.safetensors" in found.checks[0]["detail"]
-    hub["model.safetensors"]["sha256"] = found.data["files"][1]["sha256"]
-    assert published_steps.hash_files(job).verdict == "equal"
+    def do_GET(self):
+        repos, (path, query) = self.server.repos, self.path.partition("?")[::2]
+        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/revision/[^/]+", path):
+            siblings = [self.described(name, data) for name, data in repos[found[1]].items()]
+            if "blobs" not in query:
+                siblings = [{"rfilename": sibling["rfilename"]} for sibling in siblings]
+            return self.answer(json.dumps({"id": found[1], "sha": COMMIT, "siblings": siblings}).encode())
+        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/[^/]+", path):
+            entries = [self.described(name, data) for name, data in repos[found[1]].items()]
+            tree = [{"type": "file", "path": e["rfilename"], "oid": e["blobId"], "size": e["size"]} for e in entries]
+            return self.answer(json.dumps(tree).encode())
+        if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
+            return self.answer(repos[found[1]][found[2]])
+        return self.send_error(404)
+
+    do_HEAD = do_GET
+
+    def described(self, name, data):
+        git = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+        entry = {"rfilename": name, "size": len(data), "blobId": git}
+        if name.endswith(".safetensors"):
+            told = self.server.wrong or hashlib.sha256(data).hexdigest()
+            entry["lfs"] = {"sha256": told, "size": len(data), "pointerSize": 134}
+        return entry
+
+    def answer(self, data):
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_download_and_the_hubs_hashes(stand_ins, tmp_path):
+    """A hub id goes through the hub's library, in a process of its own, and is compared with what the hub tells."""
+    files = {file.name: file.read_bytes() for file in (stand_ins / "gen").iterdir()}
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        server.repos, server.wrong = {"org/Emu3-Gen": {**files, "modeling.py": b"import os"}}, None
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        home = tmp_path / "hub"
+        settings = {
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_HOME": str(home),
+            "HF_HUB_OFFLINE": "0",
+        }
+
+        def check(out):
+            command = arguments(stand_ins, tmp_path / out, "--reference=none", "--only=hash", "--gen=org/Emu3-Gen")
+            command = [sys.executable, SCRIPTS / "check_published.py", *command]
+            done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
+            return done.returncode, (tmp_path / out / "report.md").read_text()
+
+        code, text = check("right")
+        assert code == 0, text
+        assert "| files of gen and the hub's hashes | equal | 4 of 4 files equal |" in text
+        assert "- gen: org/Emu3-Gen\n" in text and f"- commit {COMMIT}" in text and str(tmp_path) not in text
+        assert not list(home.rglob("modeling.py")), "code is not downloaded"
+        server.wrong = "0" * 64
+        code, text = check("wrong")
+        assert code == 1 and "| differs | 3 of 4 files equal, other: model.safetensors |" in text
+        server.shutdown()
 
 
 def test_steps_in_processes_of_their_own(stand_ins, tmp_path):
