@@ -155,8 +155,9 @@ def test_upstreams_files_under_the_classes_of_transformers(script, stand_ins, tm
 def test_without_transformers_nothing_is_called_equal_to_it(script, stand_ins, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "has_transformers", lambda: False)
     report = tmp_path / "out" / "report.md"
+    chat = cases.transformers_4(tmp_path / "chat")
     # The reference cannot be downloaded here, and is not asked for.
-    assert script.main(arguments(stand_ins, tmp_path / "out", "--tokens=4")) == 0, report.read_text()
+    assert script.main(arguments(stand_ins, tmp_path / "out", f"--chat={chat}", "--tokens=4")) == 0, report.read_text()
     checks, steps = verdicts(report, "Comparisons"), verdicts(report, "Steps")
     for what in (
         "codes of the photograph", "logits after the picture's prompt", "first 4 greedy tokens of the picture",
@@ -164,6 +165,8 @@ def test_without_transformers_nothing_is_called_equal_to_it(script, stand_ins, t
     ):  # fmt: skip
         assert checks[what] == "not compared", what
     assert steps["codes"] == steps["picture"] == steps["answer"] == "done"
+    assert checks["weights of the decoder in chat and in its export"] == "equal"
+    assert "layout: transformers 4;" in report.read_text()
     assert steps["answer by transformers"] == "not compared" and "download reference" not in steps
     assert not any(name.startswith("published_reference") for name in script.launched)
 
