@@ -263,6 +263,8 @@ def test_an_output_inside_the_folder_is_not_looked_at(tmp_path):
     write(tmp_path, {"a.png": picture(), "a.txt": "a", "data/skipped.txt": "b"})
     assert split(Folder(tmp_path, ANY, leave_out=tmp_path / "data")) == ({"a.png": "a"}, [])
     assert len(Folder(tmp_path, ANY)) == 2
+    with pytest.raises(Emu3Error, match="is the source itself: choose another directory for the data"):
+        open_source([str(tmp_path)], ANY, output=tmp_path / "data" / "..")
 
 
 def test_the_digest_of_a_folder_is_that_of_its_content(tmp_path):
@@ -478,6 +480,12 @@ def test_damaged_tables(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------------ the hub
 
+CONFIGURATIONS = b"""---
+configs:
+- {config_name: first, data_files: a.csv}
+- {config_name: second, data_files: b.csv}
+---
+"""
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -568,6 +576,8 @@ def hub(tmp_path_factory):
         "org/photos": {"train/metadata.csv": b"file_name,text\n0.png,zero\n1.png,one\n", **photos},
         "org/away": {"data/train.parquet": write_parquet(root / "x.parquet", away).read_bytes()},
         "org/numbers": {"data/train.parquet": write_parquet(root / "x.parquet", [{"n": 1}]).read_bytes()},
+        "org/nothing": {"README.md": b"a card without data or fields"},
+        "org/two": {"README.md": CONFIGURATIONS, "a.csv": b"x\n1\n", "b.csv": b"x\n1\n"},
     }
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.sets = sets
@@ -607,16 +617,30 @@ def test_a_full_disk_while_downloading():
 
 
 def test_data_sets_that_cannot_be_had(hub):
-    lines = hub("hf:org/none", "hf:org/shards:dev", "hf:org/numbers", "hf:org/away", "hf:../x", "hf:a:b:c:d", "hf:x/y:")
+    places = [
+        "org/none",
+        "org/shards:dev",
+        "org/numbers",
+        "org/nothing",
+        "org/two",
+        "org/away",
+        "../x",
+        "a:b:c:d",
+        "x/y:",
+    ]
+    lines = hub(*(f"hf:{place}" for place in places))
     for line, reason in zip(lines, (
         "ERROR hf:org/none: the hub has no such data set, or it is private",
         "ERROR hf:org/shards has no split 'dev': it has ['train', 'test']",
         "ERROR hf:org/numbers: no column holds pictures: it has ['n']",
+        "ERROR hf:org/nothing: The directory at hf://datasets/org/nothing@",
+        "ERROR hf:org/two: Config name is missing. Please pick one among the available configs: ['first', 'second']",
         "hf:org/away", "ERROR", "ERROR", "ERROR", "ERROR",
     ), strict=True):  # fmt: skip
         assert line.startswith(reason), (line, reason)
-    assert "there are no bytes of a picture in this row" in lines[4]  # a file here is none of the hub's
-    assert all("is no name of a hub data set" in line for line in lines[5:])
+    assert "there are no bytes of a picture in this row" in lines[6]  # a file here is none of the hub's
+    assert "give files that you downloaded" in lines[3] and "hf:NAME:CONFIG:SPLIT" in lines[4]
+    assert all("is no name of a hub data set" in line for line in lines[7:])
     (line,) = hub("hf:org/else", HF_HUB_OFFLINE="1")
     assert line == "ERROR hf:org/else: HF_HUB_OFFLINE is set, and it was not downloaded before: unset the variable"
     with socket.socket() as free:  # nobody listens there

@@ -25,7 +25,7 @@ PREFIX = "hf:"
 _PATIENCE = 20  # seconds for the hub's first answer
 _MAX_PICTURE = 1 << 28  # bytes
 _NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-_USE = "write hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT, with the name that the hub shows"
+_USE = "write hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT, with names that the hub shows"
 
 
 class HubDataset:
@@ -118,16 +118,20 @@ def _download(where: str, name: str, config: str | None, split: str | None) -> t
 
 @contextlib.contextmanager
 def _quietly(datasets: Any) -> Iterator[None]:
-    """No warnings of the library's, and bars only on a terminal."""
-    before = datasets.logging.get_verbosity()
+    """No warnings of the two libraries, and bars only on a terminal."""
+    from huggingface_hub.utils import logging
+
+    before, hub = datasets.logging.get_verbosity(), logging.get_verbosity()
     bars = datasets.utils.are_progress_bars_disabled()
     datasets.logging.set_verbosity_error()
+    logging.set_verbosity_error()
     if not sys.stderr.isatty():
         datasets.utils.disable_progress_bars()
     try:
         yield
     finally:
         datasets.logging.set_verbosity(before)
+        logging.set_verbosity(hub)
         if not bars:
             datasets.utils.enable_progress_bars()
 
@@ -148,7 +152,7 @@ def _explained(where: str) -> Iterator[None]:
             f"{where}: the hub has no such data set, or it is private: correct the name, or run hf auth login"
         ) from error
     except Exception as error:
-        said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        said = " ".join(str(error).split()) or type(error).__name__
         if _unreached(error) and constants.HF_HUB_OFFLINE:
             raise Emu3Error(
                 f"{where}: HF_HUB_OFFLINE is set, and it was not downloaded before: unset the variable"
@@ -162,7 +166,8 @@ def _explained(where: str) -> Iterator[None]:
             raise Emu3Error(
                 f"{where}: the disk is full ({said:.120}): free space, or set HF_HOME to another"
             ) from error
-        raise Emu3Error(f"{where}: {said:.200}; {_USE}") from error
+        remedy = _USE if "config" in said.lower() else "choose another data set, or give files that you downloaded"
+        raise Emu3Error(f"{where}: {said:.150}; {remedy}") from error
 
 
 def _unreached(error: BaseException | None) -> bool:

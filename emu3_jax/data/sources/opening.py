@@ -50,6 +50,8 @@ def _open(places: Sequence[str], columns: Columns, images: Path | None, output: 
     for path in paths:
         with reading(path):
             os.stat(path)
+    if output is not None and os.path.realpath(output) in map(os.path.realpath, paths):
+        raise Emu3Error(f"{output} is the source itself: choose another directory for the data")
     if len(paths) == 1 and paths[0].is_dir():
         return _open_folder(paths[0], columns, output)
     endings = {path.suffix.lower() for path in paths}
