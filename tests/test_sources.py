@@ -352,6 +352,7 @@ def test_damaged_tar_files(tmp_path):
         "gz": (b"\x1f\x8b" + data, "is compressed"), "text": (b"hello" * 300, "is no tar file"),
         "empty": (b"", "no tar"), "cut": (data[:700], "is cut off in 'a.png'"),
         "zero": (bytes(10240), "no picture in it has a caption"),
+        "joined": (data + data, "goes on after its end, as tar files that were joined do: give them one by one"),
         "middle": (data[:second] + b"\xff" * 512 + data[second + 512 :], f"is damaged at byte {second}"),
     }  # fmt: skip
     for name, (content, reason) in cases.items():
@@ -782,6 +783,13 @@ def test_records_of_a_folder(tmp_path):
     with pytest.raises(Emu3Error, match=r"^cannot read .*broken\.png"):
         records[0]
     records.check(0)  # before it is read, nothing is known
+    write(tmp_path, {"\x1b \n.png": b"no picture", "\x1b \n.txt": "named to move the cursor"})
+    with pytest.raises(Emu3Error) as error:
+        SourceRecords(Folder(tmp_path, ANY), Model(), None)[0]
+    assert (
+        str(error.value)
+        == rf"{tmp_path}/\x1b .png is not a picture that can be read: give a PNG, JPEG, WebP or the like"
+    )
 
 
 def test_several_sources_that_are_no_shards(tmp_path):

@@ -1,6 +1,7 @@
 """LLaVA's JSON: a list of objects with `conversations`, turns of `human` and `gpt`, and an `image`.
 
-The same objects a line (JSON lines) are read as well. Such files have a million objects: what is kept is their places.
+Files with one such object a line (JSON lines) are read as well. A file may have a million objects, so only their places
+are kept.
 """
 
 import array

@@ -14,6 +14,7 @@ from emu3_jax.errors import Emu3Error
 from emu3_jax.foreign import limit, plain_file, reading
 from emu3_jax.media.clips import Clip, load_clip
 from emu3_jax.media.images import HEIC_SUFFIXES, load_image, picture_formats
+from emu3_jax.printable import one_line
 
 MAX_CAPTION = 1 << 20  # bytes of a caption's file
 _MAX_PICTURE = 1 << 28  # bytes of a picture inside another file
@@ -38,7 +39,7 @@ class Example:
     """One record before its picture is encoded.
 
     Attributes:
-        where: it stands, in front of errors.
+        where: its place, with which errors begin.
         name: of the record.
         text: the caption.
         medium: its picture or clip, or None of text alone.
@@ -147,7 +148,7 @@ def picture_suffixes() -> frozenset[str]:
 def where_once(where: str, error: Exception) -> str:
     """The error's message, which begins with `where` unless that stands in it."""
     message = str(error)
-    return message if where in message else f"{where}: {message}"
+    return message if one_line(where) in message else f"{where}: {message}"
 
 
 def decode_caption(data: bytes, where: str) -> str:

@@ -1,7 +1,7 @@
 """Data sets of the Hugging Face hub, through its own library `datasets`: `hf:NAME`, `hf:NAME:SPLIT`.
 
 `datasets` knows how data sets are laid out on the hub, downloads them once, and keeps them in Arrow files that are
-mapped into memory. It runs no code of theirs.
+mapped into memory. It runs no code of a data set.
 """
 
 import contextlib

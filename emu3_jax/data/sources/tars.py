@@ -1,9 +1,9 @@
 """Tar files of pictures and captions, as `webdataset` writes them: members of one name belong together.
 
 `000.jpg` has its caption in `000.txt`, or in a field of the object in `000.json`. The ending is what follows the last
-dot of a name. Python's `tarfile` lists the members, and a picture is read from its place in the tar file:
-`webdataset` reads such files from their beginning to their end, and what is prepared is also read at random. Nothing is
-written to disk, so names in a tar file are never paths.
+dot of a name. Python's `tarfile` lists the members, and a picture is read from its place in the tar file. `webdataset`
+itself only reads from beginning to end, and `prepare` reads in any order. Nothing is written to disk, so names in a tar
+file are never paths.
 """
 
 import hashlib
@@ -28,6 +28,7 @@ from emu3_jax.media.images import require_heic
 from emu3_jax.printable import printable, shown
 
 _BLOCK = 512  # bytes; headers begin at multiples of it
+_PADDING = 1 << 16  # bytes behind the end that are looked at: tar fills 20 blocks
 _MAX_HEADER = 1 << 20  # bytes of a member's extended header: some names
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")  # how gzip, bzip2, xz and zstd files begin
 _AGAIN = "download or write the tar file again"
@@ -144,7 +145,7 @@ def members(path: Path) -> Iterator[tarfile.TarInfo]:
     """The members of a tar file, in their order.
 
     Raises:
-        Emu3Error: it is no tar file, compressed, or cut off.
+        Emu3Error: it is no tar file, compressed, cut off, damaged, or two files in one.
     """
     with reading(path, _AGAIN):
         plain_file(path)
@@ -165,10 +166,12 @@ def members(path: Path) -> Iterator[tarfile.TarInfo]:
                     end = tar.offset
             except tarfile.TarError as error:
                 raise Emu3Error(f"{path} is no tar file that can be read ({error}): {_AGAIN}") from error
-            # A damaged header ends the list without an error.
+            # A damaged header ends the list without an error, and so does the end mark inside joined files.
             stream.seek(min(end, size))
             if stream.read(_BLOCK).strip(b"\0"):
                 raise Emu3Error(f"{path} is damaged at byte {end}: {_AGAIN}")
+            if stream.read(_PADDING).strip(b"\0"):
+                raise Emu3Error(f"{path} goes on after its end, as tar files that were joined do: give them one by one")
 
 
 class _Bounded:

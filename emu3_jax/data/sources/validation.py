@@ -1,4 +1,4 @@
-"""Part of the entries for validation: which side one falls on follows from what it shows alone."""
+"""Divides entries into training and validation. The side of an entry follows from its content alone."""
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
@@ -46,8 +46,8 @@ class Part:
 def divide(entries: Identified, share: float, *, workers: int = 4, progress: bool | None = None) -> tuple[Part, Part]:
     """The entries for training, and those for validation.
 
-    Which of them are which depends on nothing but what each shows and the share, and those of a smaller share are
-    among those of a larger one. Entries that cannot be read stay with the training entries, where they are told of.
+    The side of an entry depends on its content and the share alone. A larger share contains the validation entries of a
+    smaller one. Entries that cannot be read stay with the training entries, which list them.
 
     Args:
         entries: all of them.
