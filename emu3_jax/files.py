@@ -3,6 +3,8 @@
 Temporary files and directories stand beside what they become and are called `.emu3-tmp-...`. The process that writes
 one holds a lock on it, which the kernel gives back even when the process is killed. So the next run that writes to the
 same directory can tell what a killed run left, and removes it.
+
+What goes to a bucket is written to a temporary directory of this machine and uploaded at the end (see `storage`).
 """
 
 import contextlib
@@ -20,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
+from emu3_jax import storage
 from emu3_jax.errors import Emu3Error
 from emu3_jax.foreign import local_path
 
@@ -39,6 +42,13 @@ def new_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     Raises:
         Emu3Error: if the place cannot be written (no such directory, a full disk, ...).
     """
+    if storage.is_remote(path):
+        with _staged(path) as (folder, target):
+            if storage.listing(target):
+                raise Emu3Error(f"cannot write {target}: it is a directory; choose another name")
+            yield folder / target.name
+            storage.upload(folder / target.name, target)
+        return
     path = _place(path)
     with _explained(path):
         if path.is_dir():
@@ -55,6 +65,13 @@ def files_into(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
 
     Files of the same names are replaced; nothing moves unless everything was written and has a place.
     """
+    if storage.is_remote(directory):
+        with _staged(directory) as (folder, target):
+            storage.require_directory(target)
+            (folder / target.name).mkdir()
+            yield folder / target.name
+            storage.upload(folder / target.name, target)
+        return
     directory = _place(directory)
     if directory.exists() and not directory.is_dir():
         raise Emu3Error(f"{directory} is a file: choose a directory to write to")
@@ -81,27 +98,62 @@ def new_directory(target: str | os.PathLike, nbytes: int) -> Iterator[pathlib.Pa
     Raises:
       Emu3Error: `target` exists, its parent cannot be written, or the disk has less than `nbytes` left.
     """
+    if storage.is_remote(target):
+        with _staged(target) as (folder, place):
+            if storage.exists(place):
+                raise Emu3Error(f"{place} exists already: choose another name or delete it first")
+            _require_space(folder, nbytes, f"{place.name}, before it is uploaded,", "set TMPDIR to another disk")
+            (folder / place.name).mkdir()
+            with _full_disk(place):
+                yield folder / place.name
+            storage.upload(folder / place.name, place)
+        return
     target = _place(target)
     if os.path.lexists(target):
         raise Emu3Error(f"{target} exists already: choose another name or delete it first")
     with _explained(target), _new_parents(target.parent):
-        free = shutil.disk_usage(target.parent).free
-        if free < nbytes:
-            raise Emu3Error(
-                f"{target.parent} has {_gigabytes(free)} free, {target.name} needs {_gigabytes(nbytes)}: "
-                "free space or choose another disk"
-            )
+        _require_space(target.parent, nbytes, target.name, "choose another disk")
         with _temporary(target, target.parent, is_directory=True) as temporary:
-            try:
+            with _full_disk(target):
                 yield temporary
-            except (OSError, ValueError) as error:  # TensorStore reports a full disk as a ValueError
-                if getattr(error, "errno", None) in _FULL or os.strerror(errno.ENOSPC) in str(error):
-                    raise Emu3Error(
-                        f"{target}: the disk is full; nothing was kept; free space or choose another disk"
-                    ) from error
-                raise
             temporary.chmod(0o777 & ~_umask())
             temporary.rename(target)
+
+
+def _require_space(directory: pathlib.Path, nbytes: int, what: str, remedy: str) -> None:
+    free = shutil.disk_usage(directory).free
+    if free < nbytes:
+        raise Emu3Error(
+            f"{directory} has {_gigabytes(free)} free, {what} needs {_gigabytes(nbytes)}: free space or {remedy}"
+        )
+
+
+@contextlib.contextmanager
+def _full_disk(target: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:  # TensorStore reports a full disk as a ValueError
+        if getattr(error, "errno", None) in _FULL or os.strerror(errno.ENOSPC) in str(error):
+            raise Emu3Error(
+                f"{target}: the disk is full; nothing was kept; free space or choose another disk"
+            ) from error
+        raise
+
+
+@contextlib.contextmanager
+def local_directory() -> Iterator[pathlib.Path]:
+    """A temporary directory of this machine (`TMPDIR` chooses where), which goes after the block."""
+    parent = pathlib.Path(tempfile.gettempdir())
+    with _explained(parent), _temporary(parent / "directory", parent, is_directory=True) as folder:
+        yield folder
+
+
+@contextlib.contextmanager
+def _staged(path: str | os.PathLike) -> Iterator[tuple[pathlib.Path, pathlib.Path]]:
+    """A local temporary directory for what goes to a bucket, and its place there."""
+    target = storage.place(path)
+    with local_directory() as folder:
+        yield folder, target
 
 
 def _place(path: str | os.PathLike) -> pathlib.Path:
@@ -265,6 +317,11 @@ def shared_directory(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
     Raises:
         Emu3Error: it is a file, or cannot be made or written.
     """
+    if storage.is_remote(directory):
+        place = storage.place(directory)
+        storage.require_directory(place)
+        yield place
+        return
     directory = _place(directory)
     if os.path.lexists(directory) and not directory.is_dir():
         raise Emu3Error(f"{directory} is a file: choose a directory to write to")
@@ -276,7 +333,7 @@ def shared_directory(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
 def locked(file: pathlib.Path, busy: Callable[[str], str], *, passing: bool = False) -> Iterator[None]:
     """Holds the lock file `file` for this process; its directory must exist.
 
-    On a file system that has no locks this does nothing.
+    On a file system that has no locks this does nothing. In a bucket see `storage.held`.
 
     Args:
         file: is made if need be.
@@ -286,6 +343,10 @@ def locked(file: pathlib.Path, busy: Callable[[str], str], *, passing: bool = Fa
     Raises:
         Emu3Error: another process holds it, or it cannot be made.
     """
+    if storage.is_remote(file):
+        with storage.held(file, busy):
+            yield
+        return
     while (stream := _lock_file(file, busy, passing)) is None:
         pass
     with stream:

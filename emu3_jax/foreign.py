@@ -24,8 +24,18 @@ MAX_JSON_BYTES = 64 << 20  # a published tokenizer.json has about 17 MB
 MAX_JSON_VALUES = 4_000_000
 _NAME_BYTES = 255  # of a file's name, on every file system in use
 _PATH_BYTES = 4096
-# `gs://bucket`, and what `pathlib` makes of it: `gs:/bucket`. One letter is a drive of Windows.
-_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+# `gs://bucket`, and what `pathlib` makes of it: `gs:/bucket`. One letter before `:/` is a drive of Windows.
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/|(.*)://", re.DOTALL)
+# What to do instead, by the scheme.
+_INSTEAD = {
+    "gs": "copy it with `gcloud storage cp -r`, or mount the bucket with gcsfuse, and give the local path",
+    "s3": "mount the bucket with Mountpoint for S3 (mount-s3), or copy it with `aws s3 cp`, and give the local path",
+    "hdfs": "copy it with `hdfs dfs -get`, or mount HDFS by its NFS gateway, and give the local path",
+    "hf": "prepare takes hf:NAME, convert a hub id such as BAAI/Emu3-Gen; else download it and give the local path",
+    "file": "give the path without file://",
+    **dict.fromkeys(("http", "https", "ftp"), "download it, and give the local path"),
+    **dict.fromkeys(("az", "abfs", "abfss", "wasbs"), "mount the container with blobfuse2, and give the local path"),
+}
 # Names of devices on Windows, and of the temporaries of `files`, which the next run would remove.
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?|\.emu3-tmp-.*", re.IGNORECASE)
 
@@ -170,9 +180,10 @@ def local_path(path: str | os.PathLike) -> Path:
     text = os.fspath(path)
     if not text:
         raise Emu3Error("the path is empty: give the name of a file or directory")
-    if _ADDRESS.match(text):
-        scheme = text.split(":", 1)[0]
-        raise Emu3Error(f"{shown(text)}: {scheme}:// addresses are not supported: give a local path, or mount it")
+    if address := _ADDRESS.match(text):
+        scheme = (address[1] or address[2]).rsplit("/", 1)[-1].lower()
+        instead = _INSTEAD.get(scheme, "copy or mount it, and give the local path")
+        raise Emu3Error(f"{shown(text)}: {printable(scheme)[:20]}:// addresses are not supported here: {instead}")
     if "\0" in text:
         raise Emu3Error(f"the path {shown(text)} has a zero character: no file is named so; correct it")
     try:

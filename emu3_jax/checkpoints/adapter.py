@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from emu3_jax import storage
 from emu3_jax.checkpoints import layouts
 from emu3_jax.checkpoints.bundle import Bundle
 from emu3_jax.checkpoints.checksums import compare_checksums, has_checksums, write_checksums
@@ -33,7 +34,7 @@ from emu3_jax.config import FREE_FIELDS, DecoderConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.fields import is_number, is_whole, read_from
 from emu3_jax.files import new_directory
-from emu3_jax.foreign import AGAIN, local_path, read_object
+from emu3_jax.foreign import AGAIN, read_object
 from emu3_jax.models.adapters import BASES, MATRICES, Adapter
 from emu3_jax.models.merging import LowRank, merge_array
 from emu3_jax.models.stacking import Path as TreePath
@@ -147,7 +148,7 @@ class SavedAdapter:
     """
 
     def __init__(self, path: Path, base: str, decoder: DecoderConfig, modules: Mapping[TreePath, list[_Module | None]]):
-        resolved = path.resolve()
+        resolved = path if storage.is_remote(path) else path.resolve()
         own = resolved.name != "adapter" or not resolved.parent.name
         self.name = resolved.name if own else f"{resolved.parent.name}/{resolved.name}"
         self.base, self.decoder = base, decoder
@@ -159,14 +160,16 @@ class SavedAdapter:
         """Opens the adapter in the directory `path`, by this package or PEFT.
 
         Args:
-            path: a local directory.
+            path: a directory; one in a bucket is copied to a local cache.
             bundle: that it is to be merged into.
             verify: compares its files with their checksums, where it has some: PEFT writes none.
 
         Raises:
             Emu3Error: there is no adapter, it is damaged, of another model, or of a kind that cannot be merged here.
         """
-        path = local_path(path)
+        place = path = storage.place(path)
+        if storage.is_remote(path):
+            path = storage.fetched(path, lambda name: "/" not in name)
         _check_directory(path)
         if verify:
             _verify(path)
@@ -188,7 +191,7 @@ class SavedAdapter:
             for weight, module in zip(param.weights, modules[param.path], strict=True):
                 if module is not None:
                     _check_shapes(path, module, weight, bundle)
-        return cls(path, base, decoder, modules)
+        return cls(place, base, decoder, modules)
 
     def low_rank(self, path: TreePath) -> LowRank | None:
         """The adapter of the matrix at this path, or None.

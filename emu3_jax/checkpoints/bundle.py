@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 from flax import traverse_util
 
+from emu3_jax import storage
 from emu3_jax.checkpoints.checksums import verify_checksums, write_checksums
 from emu3_jax.checkpoints.layouts import Param, decoder_params, vision_params
 from emu3_jax.compilation import check_backend
@@ -28,9 +29,10 @@ from emu3_jax.config import DecoderConfig, ImageConfig, SpecialTokens, VisionCon
 from emu3_jax.errors import Emu3Error
 from emu3_jax.fields import FieldError, is_whole, read_from
 from emu3_jax.files import new_directory
-from emu3_jax.foreign import local_path, read_object, storage_path
+from emu3_jax.foreign import read_object, storage_path
 from emu3_jax.models.quantization import is_quantised, quantise
 from emu3_jax.printable import shown
+from emu3_jax.storage import storage_place
 from emu3_jax.text.tokenizer import Tokenizer, count_ranks, special_tokens
 
 FORMAT = 1
@@ -144,6 +146,8 @@ def _alone() -> ocp.options.MultiprocessingOptions:
 
 
 def _size_on_disk(directory: Path) -> int:
+    if storage.is_remote(directory):
+        return sum(item.size for item in storage.listing(directory).values())
     return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
 
 
@@ -154,17 +158,17 @@ def read_array(directory: Path, path: tuple[str, ...], index: int | None = None)
     """One array of an Orbax checkpoint, or the slice `index` of its first axis; nothing else is read.
 
     Args:
-        directory: of the checkpoint, as `storage_path` gives it.
+        directory: of the checkpoint, as `storage.storage_place` gives it.
         path: of the array in its tree.
         index: of the slice.
 
     Raises:
         Emu3Error: it is not there, or damaged.
     """
-    database = directory.as_posix()
+    database = os.fspath(directory)
     spec = {
         "driver": "zarr",
-        "kvstore": {"driver": "ocdbt", "base": {"driver": "file", "path": database + "/"}, "path": ".".join(path)},
+        "kvstore": {"driver": "ocdbt", "base": storage.kvstore(directory), "path": ".".join(path)},
     }
     try:
         array = tensorstore.open(spec, open=True, read=True).result()
@@ -177,8 +181,9 @@ def read_array(directory: Path, path: tuple[str, ...], index: int | None = None)
 class Bundle:
     """An open bundle: configs read and checked, weights still on disk. Made by `Bundle.open`."""
 
-    def __init__(self, path: Path, configs: Mapping[str, dict[str, Any]]):
-        self.path = path
+    def __init__(self, path: Path, files: Path, configs: Mapping[str, dict[str, Any]]):
+        """`path` is the bundle's; `files` is a local directory with all that it holds but for weights."""
+        self.path, self.files = path, files
         self._weights_bytes = {part: config.pop("weights_bytes", None) for part, config in configs.items()}
         self._configs = configs
 
@@ -187,19 +192,23 @@ class Bundle:
         """Opens the bundle at `path`.
 
         Args:
-          path: a local directory.
+          path: a directory, perhaps in a bucket. There the weights stay until they are loaded; the other files are
+            copied to a local cache.
           verify: compares all its files with their checksums, which takes as long as reading them. A flipped bit in the
-            weights shows itself nowhere else.
+            weights shows itself nowhere else. What is in a bucket is copied to the cache whole, and used from there.
 
         Raises:
           Emu3Error: no bundle there, a newer format, a config that is not valid; with `verify`, no checksums, or other
             ones.
         """
-        path = local_path(path)
-        if not path.is_dir():
+        path = files = storage.place(path)
+        if storage.is_remote(path):
+            files = storage.fetched(path, lambda name: verify or "/weights/" not in name)
+            path = files if verify else path
+        elif not path.is_dir():
             raise Emu3Error(f"{path} is not a directory: give a bundle, made by `emu3-jax convert SRC -o {path}`")
-        storage_path(path)
-        configs = {part: read_object(path / part / "config.json") for part in PARTS if (path / part).is_dir()}
+        storage_place(path)
+        configs = {part: read_object(files / part / "config.json") for part in PARTS if (files / part).is_dir()}
         if not any("format" in config for config in configs.values()):
             raise Emu3Error(
                 f"{path} is not a bundle (no decoder/, vision/ or tokenizer/ with a bundle's config.json): "
@@ -214,7 +223,7 @@ class Bundle:
                 )
         if verify:
             verify_checksums(path)
-        bundle = cls(path, configs)
+        bundle = cls(path, files, configs)
         for part, properties in {
             "decoder": ("decoder_config",),
             "vision": ("vision_config", "image_config", "num_batches_tracked"),
@@ -290,11 +299,22 @@ class Bundle:
         Without a decoder, as before its pretraining, the ids follow from the vocabulary and the codebook.
         """
         self.require("tokenizer")
-        file = self.path / "tokenizer" / VOCABULARY
+        file = self.files / "tokenizer" / VOCABULARY
         if self.has("decoder"):
             return Tokenizer.from_files(file, self.decoder_config.tokens)
         codes = self.vision_config.codebook_size if self.has("vision") else SpecialTokens.visual_count
         return Tokenizer.from_files(file, special_tokens(count_ranks(file), codes))
+
+    def weights(self, part: str) -> Path:
+        """Where the checkpoint with a part's arrays lies, perhaps in a bucket."""
+        return storage_place(self.path / part / "weights")
+
+    def copy_part(self, part: str, target: Path) -> None:
+        """Copies a part with its weights to the local directory `target`, which must not exist."""
+        source = self.path
+        if storage.is_remote(source):
+            source = storage.fetched(source, lambda name: name.startswith(f"{part}/"))
+        shutil.copytree(source / part, target)
 
     def params(self, part: str) -> list[Param]:
         """The arrays that the part's config calls for. `part` is "decoder" or "vision"."""
@@ -386,7 +406,7 @@ class Bundle:
             write_part(temporary / "decoder", decoder.to_dict(), arrays, written)
             for part in ("tokenizer", "vision"):
                 if self.has(part):
-                    shutil.copytree(self.path / part, temporary / part)
+                    self.copy_part(part, temporary / part)
             write_checksums(temporary)
 
     def stored(self, part: str) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
@@ -396,7 +416,7 @@ class Bundle:
         with self._checkpointer(part) as (checkpointer, directory):
             # One walk through the database's index, since Orbax opens all arrays at once and, where that fails,
             # leaves threads behind that complain about it.
-            database = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{directory}/"}}
+            database = {"driver": "ocdbt", "base": storage.kvstore(directory)}
             tensorstore.KvStore.open(database).result().list().result()
             leaves = traverse_util.flatten_dict(checkpointer.metadata(directory).item_metadata.tree)
             stored = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
@@ -428,7 +448,7 @@ class Bundle:
 
     @contextlib.contextmanager
     def _checkpointer(self, part: str, host_gb: int | None = None) -> Iterator[tuple[ocp.Checkpointer, Path]]:
-        directory = storage_path(self.path / part / "weights")
+        directory = self.weights(part)
         check_backend()  # what is wrong with it is no damage
         try:
             options = _alone()

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
+from emu3_jax import storage
 from emu3_jax.checkpoints.bundle import (
     TEMPLATES,
     VOCABULARY,
@@ -27,7 +28,6 @@ from emu3_jax.checkpoints.tensors import Tensor
 from emu3_jax.config import DecoderConfig, VisionConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.files import new_directory
-from emu3_jax.foreign import local_path
 from emu3_jax.printable import shown
 from emu3_jax.text.tokenizer import Tokenizer
 
@@ -78,8 +78,8 @@ def convert(
         raise Emu3Error(f"dtype is {shown(dtype)}: it must be {', '.join(FLOAT_DTYPES)}")
     if template is not None and template not in TEMPLATES:
         raise Emu3Error(f"template is {shown(template)}: it must be {' or '.join(TEMPLATES)}")
-    output = local_path(output)
-    if output.exists():
+    output = storage.place(output)
+    if storage.exists(output):
         raise Emu3Error(f"{output} exists already: choose another name or delete it first")
     names = [str(source) for source in sources]
     plan = _plan([Published.open(fetch(name)) for name in names], dtype)

@@ -57,7 +57,7 @@ def export(
         raise Emu3Error(f"{bundle.path} has neither a decoder nor a vision part: there are no weights to export")
     total = sum(a.size * a.dtype.itemsize for part in parts for a in bundle.stored(part).values())
     with (
-        new_directory(Path(output), total) as directory,
+        new_directory(output, total) as directory,
         tqdm(total=total, unit="B", unit_scale=True, desc="export", disable=None if progress else True) as bar,
     ):
         writer = functools.partial(_write_weights, bundle, shard_bytes=shard_bytes, bar=bar)
@@ -117,7 +117,7 @@ def _write_transformers(bundle: Bundle, parts: list[str], directory: Path, write
         image = _image(bundle, "transformers")
         _write_json(directory / "preprocessor_config.json", {**image, "processor_class": "Emu3Processor"})
     if tokenizer:
-        write_tokenizer(directory, bundle.path / "tokenizer" / VOCABULARY, tokenizer, bundle.template)
+        write_tokenizer(directory, bundle.files / "tokenizer" / VOCABULARY, tokenizer, bundle.template)
     write_weights(names, directory)
 
 

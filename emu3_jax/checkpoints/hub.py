@@ -4,6 +4,7 @@ import functools
 import re
 from pathlib import Path
 
+from emu3_jax import storage
 from emu3_jax.errors import Emu3Error
 from emu3_jax.foreign import local_path
 from emu3_jax.printable import one_line
@@ -22,11 +23,13 @@ def local_source(source: str) -> Path | None:
 
 
 def fetch(source: str) -> Path:
-    """The directory of a source; a hub id's files are downloaded to the hub's cache first.
+    """The directory of a source. Files of a hub id are downloaded to the hub's cache, those in a bucket to ours.
 
     Raises:
       Emu3Error: the source is neither, or the hub is out of reach.
     """
+    if storage.is_remote(source):
+        return storage.fetched(source, lambda name: "/" not in name)
     path = local_source(source)
     if path is not None:
         return path

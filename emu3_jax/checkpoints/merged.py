@@ -14,7 +14,6 @@ from tqdm import tqdm
 from emu3_jax.checkpoints.adapter import SavedAdapter
 from emu3_jax.checkpoints.bundle import Bundle, LazyArray, read_array
 from emu3_jax.checkpoints.layouts import Param
-from emu3_jax.foreign import storage_path
 from emu3_jax.models.quantization import is_quantised, quantise
 from emu3_jax.models.stacking import Path as TreePath
 
@@ -83,7 +82,7 @@ def merge_bundle(
     saved = SavedAdapter.open(adapter, bundle, verify=verify)
     bundle.stored("decoder")  # damage is refused before anything is written
     decoder = saved.decoder if dtype is None else dataclasses.replace(saved.decoder, dtype=dtype)
-    weights, new = storage_path(bundle.path / "decoder" / "weights"), np.dtype(decoder.dtype)
+    weights, new = bundle.weights("decoder"), np.dtype(decoder.dtype)
 
     def load(param: Param) -> Callable[[], np.ndarray]:
         return lambda: np.asarray(saved.merged(param.path, read_array(weights, param.path), new))

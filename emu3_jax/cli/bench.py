@@ -15,7 +15,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--model",
         nargs="?",
         const="embedded",
-        type=common.path_text,
+        type=common.place_text,
         metavar="BUNDLE",
         help="a bundle, or without a name the embedded model, in place of a preset",
     )
@@ -57,7 +57,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--model",
         nargs="?",
         const="embedded",
-        type=common.path_text,
+        type=common.place_text,
         metavar="BUNDLE",
         help="a bundle, or without a name the embedded model, in place of a preset",
     )

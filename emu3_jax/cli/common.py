@@ -5,6 +5,7 @@ import pathlib
 import sys
 from collections.abc import Callable, Iterator
 
+from emu3_jax import storage
 from emu3_jax.errors import Emu3Error
 from emu3_jax.foreign import local_path
 from emu3_jax.generation import defaults
@@ -12,7 +13,7 @@ from emu3_jax.printable import shown
 
 
 def path(text: str) -> pathlib.Path:
-    """The type of arguments that are files or directories."""
+    """The type of arguments that are local files or directories."""
     try:
         return local_path(text)
     except Emu3Error as error:
@@ -20,8 +21,22 @@ def path(text: str) -> pathlib.Path:
 
 
 def path_text(text: str) -> str:
-    """The type of arguments that are files or directories and stay as they were typed."""
+    """The type of arguments that are local files or directories and stay as they were typed."""
     path(text)
+    return text
+
+
+def place(text: str) -> pathlib.Path:
+    """The type of arguments that are files or directories, perhaps in a bucket."""
+    try:
+        return storage.place(text)
+    except Emu3Error as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def place_text(text: str) -> str:
+    """The type of arguments that are directories, perhaps in a bucket, and stay as they were typed."""
+    place(text)
     return text
 
 
@@ -41,10 +56,10 @@ def whole(least: int, most: int) -> Callable[[str], int]:
 def add_model(command: argparse.ArgumentParser) -> None:
     """`--model`, `--vision`, `--verify`, `--dtype`, `--quantize`, `--mesh`, `--quiet`."""
     command.add_argument(
-        "--model", type=path_text, metavar="BUNDLE", help="bundle to use (default: the embedded model)"
+        "--model", type=place_text, metavar="BUNDLE", help="bundle to use (default: the embedded model)"
     )
     command.add_argument(
-        "--vision", type=path_text, metavar="BUNDLE", help="take the vision tokenizer from this bundle"
+        "--vision", type=place_text, metavar="BUNDLE", help="take the vision tokenizer from this bundle"
     )
     add_verify(command)
     add_dtype(command)
@@ -57,7 +72,7 @@ def add_adapter(command: argparse.ArgumentParser) -> None:
     """`--adapter`, beside `--model`."""
     command.add_argument(
         "--adapter",
-        type=path_text,
+        type=place_text,
         metavar="DIR",
         help="merge this LoRA adapter into the model, from `train --adapter-only` or PEFT",
     )

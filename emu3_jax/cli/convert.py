@@ -6,14 +6,15 @@ With --adapter-only, a training run's LoRA adapter, in the format of the PEFT li
 import argparse
 import pathlib
 
+from emu3_jax import storage
 from emu3_jax.cli import common
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "sources", nargs="+", type=common.path_text, metavar="SRC", help="directory, hub id, or a training run"
+        "sources", nargs="+", type=common.place_text, metavar="SRC", help="directory, hub id, or a training run"
     )
-    command.add_argument("-o", "--output", type=common.path, required=True, metavar="BUNDLE")
+    command.add_argument("-o", "--output", type=common.place, required=True, metavar="BUNDLE")
     command.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), help="of the decoder (default: as stored)"
     )
@@ -28,8 +29,8 @@ def run(options: argparse.Namespace) -> None:
     from emu3_jax.checkpoints.convert import convert
     from emu3_jax.errors import Emu3Error
 
-    first = pathlib.Path(options.sources[0])
-    if (first / "run.json").is_file():
+    first = storage.place(options.sources[0])
+    if storage.is_file(first / "run.json"):
         _convert_run(first, options)
         return
     if options.adapter_only:

@@ -16,7 +16,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     common.add_independent(command)
     common.add_tile(command)
-    command.add_argument("-o", "--output", type=common.path, required=True, metavar="DIR")
+    command.add_argument("-o", "--output", type=common.place, required=True, metavar="DIR")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "-o",
         "--output",
-        type=common.path_text,
+        type=common.place_text,
         metavar="DIR",
         help="gets evaluation.json and index.html (default: the config's directory)",
     )

@@ -6,8 +6,8 @@ from emu3_jax.cli import common
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("bundle", type=common.path, metavar="BUNDLE")
-    command.add_argument("-o", "--output", type=common.path, required=True, metavar="DIR")
+    command.add_argument("bundle", type=common.place, metavar="BUNDLE")
+    command.add_argument("-o", "--output", type=common.place, required=True, metavar="DIR")
     command.add_argument("--layout", choices=("upstream", "transformers"), required=True, help="whose names to write")
     common.add_verify(command)
     common.add_quiet(command)

@@ -13,7 +13,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--ratio", nargs="+", default=["1:1"], metavar="W:H", help="one for all prompts, or one each")
     common.add_generation(command)
     command.add_argument("--save-tokens", action="store_true", help="also write DIR/tokens.npz: row i, the full ids")
-    command.add_argument("-o", "--output", type=common.path, required=True, metavar="DIR")
+    command.add_argument("-o", "--output", type=common.place, required=True, metavar="DIR")
 
 
 def run(options: argparse.Namespace) -> None:

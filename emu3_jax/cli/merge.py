@@ -10,10 +10,10 @@ from emu3_jax.cli import common
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "bundle", type=common.path, metavar="BUNDLE", help="the bundle that the adapter was trained on"
+        "bundle", type=common.place, metavar="BUNDLE", help="the bundle that the adapter was trained on"
     )
-    command.add_argument("--adapter", type=common.path, required=True, metavar="DIR", help="the adapter's directory")
-    command.add_argument("-o", "--output", type=common.path, required=True, metavar="NEW", help="the new bundle")
+    command.add_argument("--adapter", type=common.place, required=True, metavar="DIR", help="the adapter's directory")
+    command.add_argument("-o", "--output", type=common.place, required=True, metavar="NEW", help="the new bundle")
     command.add_argument(
         "--dtype",
         choices=("bfloat16", "float16", "float32"),

@@ -27,10 +27,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="import what the reference's prepare_data.py wrote; its codes must be of this model's tokenizer",
     )  # fmt: skip
     command.add_argument(
-        "--model", type=common.path_text, metavar="BUNDLE", help="bundle whose vision tokenizer encodes"
+        "--model", type=common.place_text, metavar="BUNDLE", help="bundle whose vision tokenizer encodes"
     )
     common.add_verify(command)
-    command.add_argument("-o", "--output", type=common.path, required=True, metavar="DIR")
+    command.add_argument("-o", "--output", type=common.place, required=True, metavar="DIR")
     size = command.add_mutually_exclusive_group()
     size.add_argument(
         "--area", type=int, default=720 * 720, metavar="N",

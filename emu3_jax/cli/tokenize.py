@@ -11,7 +11,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     common.add_resampling(command)
     common.add_independent(command)
     common.add_tile(command)
-    command.add_argument("-o", "--output", type=common.path, required=True, metavar="CODES.npz")
+    command.add_argument("-o", "--output", type=common.place, required=True, metavar="CODES.npz")
 
 
 def run(options: argparse.Namespace) -> None:

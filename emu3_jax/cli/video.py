@@ -28,7 +28,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         metavar="FRAMES",
         help="also write each new frame to FRAMES/000/0000.png ... at once; those stay if the command is interrupted",
     )
-    command.add_argument("-o", "--output", type=common.path, required=True, metavar="DIR")
+    command.add_argument("-o", "--output", type=common.place, required=True, metavar="DIR")
 
 
 def run(options: argparse.Namespace) -> None:

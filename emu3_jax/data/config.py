@@ -8,6 +8,7 @@ from emu3_jax.errors import Emu3Error
 from emu3_jax.fields import check_field, is_number, is_whole
 from emu3_jax.foreign import local_path
 from emu3_jax.printable import shown
+from emu3_jax.storage import check_place
 
 MAX_SEED = 2**32 - 1  # what every generator of random numbers takes
 MAX_THREADS = 1024  # each takes megabytes, and a system refuses a process that starts too many
@@ -15,15 +16,21 @@ MAX_LENGTH = 2**24  # tokens of a row
 _MAX_PACKED = 2**26  # tokens of the rows that are filled at once: about 600 MB
 
 
-def check_path(config: Any, field: str, legal: str = "a local path") -> None:
+def check_path(config: Any, field: str, legal: str = "a local path", *, remote: bool = False) -> None:
     """Raises an `Emu3Error` that names the field unless it is text, and empty or a local path.
 
     Whether an empty one means "none" is the config's business; what opens it refuses it.
+
+    Args:
+        config: with the field.
+        field: its name.
+        legal: what it may be.
+        remote: a path in a bucket is legal too.
     """
     value = getattr(config, field)
     check_field(config, field, isinstance(value, str), legal)
     try:
-        local_path(value or ".")
+        (check_place if remote else local_path)(value or ".")
     except Emu3Error as error:
         raise Emu3Error(f"{type(config).__name__} field {field}: {error}") from error
 
@@ -56,7 +63,7 @@ class Source:
     parts: int = 1
 
     def __post_init__(self) -> None:
-        check_path(self, "path", "a directory that emu3-jax prepare wrote")
+        check_path(self, "path", "a directory that emu3-jax prepare wrote", remote=True)
         ok = is_number(getattr(self.task, "prompt_dropout", None)) and callable(getattr(self.task, "sequence", None))
         check_field(self, "task", ok, "one of the classes of emu3_jax.data.sequences, such as TextToImage()")
         if not (is_number(self.weight) and self.weight > 0):

@@ -21,7 +21,6 @@ import itertools
 import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +32,7 @@ from emu3_jax.data.shards import PreparedData
 from emu3_jax.data.tables import Table, TableBatches
 from emu3_jax.errors import Emu3Error
 from emu3_jax.foreign import reading
+from emu3_jax.storage import place
 from emu3_jax.text.prompts import PromptTemplates
 from emu3_jax.text.tokenizer import Tokenizer
 
@@ -105,7 +105,7 @@ def open_source(source: Source, tokenizer: Tokenizer, codebook_sha256: str | Non
     Raises:
         Emu3Error: the source is missing, damaged, or of another codebook.
     """
-    data = PreparedData(Path(source.path))
+    data = PreparedData(place(source.path))
     data.require_codebook(tokenizer.special.visual_count, codebook_sha256)
     return data
 

@@ -18,12 +18,11 @@ from typing import Any, Protocol, TypeVar
 
 from tqdm import tqdm
 
-from emu3_jax import files
+from emu3_jax import files, storage
 from emu3_jax.data.config import MAX_THREADS
 from emu3_jax.data.records import Record
 from emu3_jax.data.shards import FORMAT, INDEX, Codebook, Index, Shard, write_json, write_shard
 from emu3_jax.errors import Emu3Error
-from emu3_jax.foreign import local_path, read_json, storage_path
 from emu3_jax.printable import shown
 
 SKIPPED = "skipped.txt"  # in the data: a line for each entry that was skipped
@@ -95,9 +94,10 @@ def prepare(
     if not 1 <= count <= len(entries):
         raise Emu3Error(f"shards is {count}: it must be 1 to {len(entries)}, the number of entries")
     job = _job(entries.digest, codebook, count)
-    storage_path(output)  # refused before the work rather than at the first shard
-    with _held(local_path(output), host, hosts):
-        directory = _Directory(local_path(output), job, count)
+    output = storage.place(output)
+    storage.storage_place(output)  # refused before the work rather than at the first shard
+    with _held(output, host, hosts):
+        directory = _Directory(output, job, count)
         mine = range(host, count, hosts)
         bounds = [len(entries) * number // count for number in range(count + 1)]
         done = {number: shard for number in mine if (shard := directory.finished(number)) is not None}
@@ -185,7 +185,7 @@ class _Directory:
 
     def __init__(self, path: Path, job: str, count: int):
         self.path, self._job, self._count = path, job, count
-        for file in (path / INDEX, *sorted(path.glob("shard-*.json"))):
+        for file in (path / INDEX, *storage.matching(path, "shard-*.json")):
             if (data := self._read(file)) is None:
                 continue
             if not isinstance(data, dict):
@@ -199,7 +199,7 @@ class _Directory:
     def _read(self, file: Path) -> Any:
         """What a JSON file says; None where it is not there, perhaps since another host just now writes it anew."""
         try:
-            return read_json(file, "delete it and run again")
+            return storage.read_json(file, "delete it and run again")
         except Emu3Error as error:
             if isinstance(error.__cause__, FileNotFoundError):
                 return None
@@ -218,10 +218,7 @@ class _Directory:
         shard = Shard.from_json(data, voucher)
         if shard.file != file.name:
             raise Emu3Error(f"{voucher} is damaged (it vouches for {shown(shard.file)}): delete it and run again")
-        try:
-            return shard if file.stat().st_size == shard.bytes else None
-        except OSError:
-            return None
+        return shard if storage.size(file) == shard.bytes else None
 
     def write(self, number: int, made: Iterable[Record | str], step: Callable[[], Any]) -> None:
         """Writes shard `number` and then vouches for it."""
@@ -235,7 +232,7 @@ class _Directory:
                 else:
                     yield item
 
-        file.with_suffix(".json").unlink(missing_ok=True)
+        storage.unlink(file.with_suffix(".json"))
         count, size = write_shard(file, records())
         shard = Shard(file.name, count, size, tuple(skipped))
         write_json(file.with_suffix(".json"), {"job": self._job, **dataclasses.asdict(shard)})
@@ -255,7 +252,7 @@ class _Directory:
         """Writes the list for people; none where nothing was skipped."""
         file = self.path / SKIPPED
         if not index.skipped:
-            file.unlink(missing_ok=True)
+            storage.unlink(file)
             return
         with files.new_file(file) as temporary:
             temporary.write_text("".join(f"{reason}\n" for reason in index.skipped), "utf-8", "backslashreplace")

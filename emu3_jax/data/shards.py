@@ -23,6 +23,7 @@ from emu3_jax.fields import is_whole
 from emu3_jax.files import new_file
 from emu3_jax.foreign import file_name, local_path, read_json, reading, storage_path
 from emu3_jax.printable import shown
+from emu3_jax.storage import fetched, is_remote
 
 try:
     from array_record.python.array_record_data_source import ArrayRecordDataSource
@@ -179,8 +180,12 @@ class PreparedData:
     """The records of a directory that `prepare` wrote, read at random; a source for Grain."""
 
     def __init__(self, directory: Path):
-        """Opens the directory. Raises `Emu3Error` if a shard is missing or cut, or there are no records."""
-        self.directory = Path(directory)
+        """Opens the directory; one in a bucket is copied to a local cache first.
+
+        Raises:
+            Emu3Error: a shard is missing or cut, or there are no records.
+        """
+        self.directory = fetched(directory, lambda name: "/" not in name) if is_remote(directory) else Path(directory)
         self.index = Index.read(self.directory)
         if not self.index.records:
             raise Emu3Error(f"{directory} holds no records: all {len(self.index.skipped)} entries were skipped")

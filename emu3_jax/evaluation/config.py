@@ -104,14 +104,14 @@ class EvaluateConfig:
     judge: JudgeConfig = dataclasses.field(default_factory=JudgeConfig)
 
     def __post_init__(self):
-        check_path(self, "directory", "a directory")
+        check_path(self, "directory", "a directory", remote=True)
         check_field(self, "directory", self.directory, "a directory")
         for field, legal in {
             "model": "a bundle's directory or None",
             "adapter": "an adapter's directory or None",
         }.items():
             if getattr(self, field) is not None:
-                check_path(self, field, legal)
+                check_path(self, field, legal, remote=True)
                 check_field(self, field, getattr(self, field), legal)
         kinds = (None, *KINDS)
         check_field(self, "quantize", self.quantize in kinds, f"None or one of {', '.join(KINDS)}")

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from emu3_jax import storage
 from emu3_jax.errors import Emu3Error
 from emu3_jax.evaluation import control, image_to_text, motion, reconstruction, text_to_image
 from emu3_jax.evaluation.config import EvaluateConfig
@@ -72,6 +73,9 @@ def write(directory: str | Path, figures: dict[str, Any], page: str) -> None:
 
 def check_directory(directory: str | Path) -> None:
     """Raises the `Emu3Error` of `write` that is known before the work."""
+    if storage.is_remote(directory):
+        storage.require_directory(storage.place(directory))
+        return
     directory = local_path(directory)
     if os.path.lexists(directory) and not directory.is_dir():
         raise Emu3Error(f"{directory} is a file: choose a directory to write to (-o DIR)")

@@ -9,6 +9,7 @@ from PIL import Image
 
 from emu3_jax.errors import Emu3Error
 from emu3_jax.files import new_file
+from emu3_jax.foreign import local_path
 
 
 @contextlib.contextmanager
@@ -21,7 +22,7 @@ def live_frames(directory: pathlib.Path) -> Iterator[Callable[[int, int, np.ndar
     Raises:
         Emu3Error: there is something in `directory`, which old frames would be, or it cannot be written.
     """
-    directory = pathlib.Path(directory)
+    directory = local_path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if any(directory.iterdir()):

@@ -98,7 +98,7 @@ class ModelConfig:
     noise: float = 0.0
 
     def __post_init__(self) -> None:
-        check_path(self, "bundle", "a bundle's directory")
+        check_path(self, "bundle", "a bundle's directory", remote=True)
         check_field(self, "decoder", isinstance(self.decoder, DecoderConfig | None), "a DecoderConfig or None")
         if self.random:
             check_field(self, "decoder", self.decoder is not None, "given where weights are random")
@@ -185,7 +185,7 @@ class TrainConfig:
     profile: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        check_path(self, "directory", "a directory")
+        check_path(self, "directory", "a directory", remote=True)
         for field, kind in (("model", ModelConfig), ("data", DataConfig), ("optimizer", OptimizerConfig)):
             check_field(self, field, isinstance(getattr(self, field), kind), f"a {kind.__name__}")
         least = {"batch_size": 1, "steps": 1, "accumulation": 1, "seed": 0, "log_every": 1, "checkpoint_every": 1}

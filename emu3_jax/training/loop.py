@@ -21,12 +21,12 @@ from emu3_jax.data.encoder import bundle_codebook
 from emu3_jax.data.pipeline import evaluation_batches, open_source, training_batches
 from emu3_jax.errors import Emu3Error
 from emu3_jax.files import new_file
-from emu3_jax.foreign import local_path, storage_path
 from emu3_jax.generation.codec import Vision
 from emu3_jax.generation.language import Language
 from emu3_jax.generation.pipeline import Emu3
 from emu3_jax.sharding.mesh import make_mesh
 from emu3_jax.sharding.rules import use_mesh, vision_shardings
+from emu3_jax.storage import is_remote, place, storage_place
 from emu3_jax.text.prompts import prompt_templates
 from emu3_jax.training import weights
 from emu3_jax.training.config import TrainConfig
@@ -60,12 +60,12 @@ def train(
         raise Emu3Error(
             "the config trains all weights and has no adapter: set adapter=Adapter(...), or leave --adapter-only out"
         )
-    storage_path(config.directory)  # refused before the work rather than at the first checkpoint
+    storage_place(config.directory)  # refused before the work rather than at the first checkpoint
     bundle = Bundle.open(config.model.bundle, verify=verify)
     decoder = _decoder(config, bundle)
     mesh = make_mesh(config.mesh)
     with use_mesh(mesh), contextlib.closing(_DecoderJob(config, bundle, decoder, mesh, adapter_only)) as job:
-        return run(job, local_path(config.directory), progress)
+        return run(job, place(config.directory), progress)
 
 
 def _decoder(config: TrainConfig, bundle: Bundle) -> DecoderConfig:
@@ -163,7 +163,8 @@ class _DecoderJob:
         config = self._config
         decoder = dataclasses.replace(self._decoder, dtype=config.model.dtype).to_dict()
         adapter = None if config.adapter is None else dataclasses.asdict(config.adapter)
-        bundle = str(pathlib.Path(config.model.bundle).absolute())
+        bundle = config.model.bundle
+        bundle = bundle if is_remote(bundle) else str(pathlib.Path(bundle).absolute())
         return Identity(fixed={"decoder": decoder, "adapter": adapter}, other={"bundle": bundle})
 
     def abstract_state(self) -> TrainState:

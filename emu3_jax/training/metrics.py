@@ -1,4 +1,8 @@
-"""A run's metrics: one JSON object a line in `metrics.jsonl`, and the same numbers for TensorBoard."""
+"""A run's metrics: one JSON object a line in `metrics.jsonl`, and the same numbers for TensorBoard.
+
+Nothing can be added to an object in a bucket. There both are written to a local directory, and uploaded at each
+checkpoint: what a kill loses is what the resumed run writes anew.
+"""
 
 import contextlib
 import json
@@ -8,9 +12,10 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from emu3_jax import storage
 from emu3_jax.errors import Emu3Error
 from emu3_jax.fields import is_whole
-from emu3_jax.files import new_file
+from emu3_jax.files import local_directory, new_file
 from emu3_jax.foreign import limit, parse_json, plain_file, reading
 
 FILE = "metrics.jsonl"
@@ -24,6 +29,12 @@ class Metrics:
     """Writes metrics of one run, from `step` on: what a killed run wrote about later steps goes first."""
 
     def __init__(self, directory: pathlib.Path, step: int):
+        self._remote = directory if storage.is_remote(directory) else None
+        self._local = contextlib.ExitStack()
+        if self._remote:
+            directory = self._local.enter_context(local_directory())
+            if storage.is_file(self._remote / FILE):
+                storage.download(self._remote / FILE, directory / FILE)
         self._file = directory / FILE
         kept = [line for line in read_metrics(directory) if line["step"] <= step]
         with new_file(self._file) as file:
@@ -49,8 +60,18 @@ class Metrics:
         for name, value in values.items():
             self._board.add_scalar(f"{group}/{name}", value, step)
 
+    def keep(self) -> None:
+        """Uploads what was written so far, where the run lies in a bucket."""
+        if self._remote:
+            self._board.flush()
+            for file in sorted(self._file.parent.rglob("*")):
+                if file.is_file():
+                    storage.upload(file, self._remote / file.relative_to(self._file.parent))
+
     def close(self) -> None:
-        self._board.close()
+        with self._local:
+            self._board.close()
+            self.keep()
 
 
 class _CurvesFactory:

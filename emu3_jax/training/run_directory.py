@@ -3,6 +3,8 @@
 run.json          what is trained; a run with other weights is refused
 checkpoints/N/    after step N: weights, optimiser, step and key (`state`), positions in the data (`data`)
 metrics.jsonl  tensorboard/  samples/  profile/  model/  adapter/
+
+The directory may lie in a bucket. There Orbax ends a checkpoint by writing a file into it, `commit_success.txt`.
 """
 
 import contextlib
@@ -21,17 +23,19 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from emu3_jax import files
+from emu3_jax import files, storage
 from emu3_jax.errors import Emu3Error
 from emu3_jax.files import new_file
-from emu3_jax.foreign import read_json, step_number, storage_path
+from emu3_jax.foreign import step_number
 from emu3_jax.printable import shown
+from emu3_jax.storage import storage_place
 
 _log = logging.getLogger("emu3_jax")
 
 FORMAT = 1
 _CHUNK_BYTES = 64 << 20  # a device, or an export, that reads a slice of an array reads no more than its chunks
 _FOLDERS = ("checkpoints", "samples", "tensorboard", "profile")
+_COMMITTED = "commit_success.txt"
 _UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a checkpoint that is being written
 # What the parts of `run.json` are.
 PARTS: Mapping[str, Any] = {
@@ -50,10 +54,13 @@ def locked(directory: pathlib.Path) -> Iterator[None]:
     if jax.process_index() != 0:
         yield
         return
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Emu3Error(f"{directory}: cannot be used ({error.strerror}); choose another directory") from error
+    if storage.is_remote(directory):
+        storage.require_directory(directory)
+    else:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise Emu3Error(f"{directory}: cannot be used ({error.strerror}); choose another directory") from error
 
     def busy(holder: str) -> str:
         return f"{directory} is in use by {holder}: wait for it, stop it, or choose another directory"
@@ -72,6 +79,8 @@ def clean(directory: pathlib.Path) -> list[pathlib.Path]:
 
     That is: a model or adapter that was being exported, and checkpoints that were being written.
     """
+    if storage.is_remote(directory):
+        return []  # models are exported elsewhere first, and Orbax removes checkpoints that were being written
     removed = [*files.sweep(directory), *files.sweep(directory / "samples")]
     # Orbax removes the second without a word when it opens the directory.
     unfinished = sorted((directory / "checkpoints").glob(f"*{_UNFINISHED}*"))
@@ -108,7 +117,7 @@ def write_identity(directory: pathlib.Path, identity: Identity) -> None:
         Emu3Error: the directory holds checkpoints of another model.
     """
     file = directory / "run.json"
-    if file.exists():
+    if storage.is_file(file):
         _check_same(directory, identity)
     elif jax.process_index() == 0:
         with new_file(file) as temporary:
@@ -136,7 +145,7 @@ def _check_same(directory: pathlib.Path, identity: Identity) -> None:
 def read_identity(directory: pathlib.Path) -> dict[str, Any]:
     """What `write_identity` wrote. Raises `Emu3Error` if there is none, or of another format."""
     file = directory / "run.json"
-    identity = read_json(file, "give the directory of a training run")
+    identity = storage.read_json(file, "give the directory of a training run")
     if not isinstance(identity, dict):
         raise Emu3Error(f"{file} is {shown(identity)}, no object: give the directory of a training run")
     if identity.get("format") != FORMAT:
@@ -160,24 +169,30 @@ def newest_checkpoint(directory: pathlib.Path, step: int | None = None) -> tuple
     Raises:
         Emu3Error: there is no such checkpoint.
     """
-    places = (directory / "checkpoints").glob("*")
-    steps = sorted(number for place in places if (number := step_number(place.name)) is not None)
+    steps = sorted(number for name in _finished(directory) if (number := step_number(name)) is not None)
     if not steps or step not in (None, *steps):
         raise Emu3Error(f"{directory}: no checkpoint {'' if step is None else step}; there are {steps or 'none'}")
     step = steps[-1] if step is None else step
-    return step, storage_path(directory / "checkpoints" / str(step) / "state")
+    return step, storage_place(directory / "checkpoints" / str(step) / "state")
+
+
+def _finished(directory: pathlib.Path) -> list[str]:
+    """The names of a run's finished checkpoints."""
+    places = directory / "checkpoints"
+    if not storage.is_remote(directory):
+        return [place.name for place in places.glob("*")]
+    paths = map(pathlib.PurePosixPath, storage.listing(places))
+    return [path.parts[0] for path in paths if path.parts[1:] == (_COMMITTED,)]
 
 
 class Checkpoints:
     """Checkpoints of one run. They are written while training goes on; one that a kill interrupts never counts."""
 
     def __init__(self, directory: pathlib.Path, keep: int):
-        self.directory = storage_path(directory) / "checkpoints"
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            item_names=("state", "data"),
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
-        )
+        self.directory = storage_place(directory) / "checkpoints"
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        with storage.explained(self.directory) if storage.is_remote(self.directory) else contextlib.nullcontext():
+            self._manager = ocp.CheckpointManager(self.directory, item_names=("state", "data"), options=options)
 
     def latest(self) -> int | None:
         """The step of the newest, if there is any."""
@@ -261,10 +276,12 @@ class Checkpoints:
             yield
         except Emu3Error:
             raise
-        except (OSError, ValueError) as error:  # TensorStore reports a full disk as a ValueError
+        except Exception as error:  # TensorStore reports a full disk as a ValueError
+            if not isinstance(error, (OSError, ValueError)) and not storage.is_remote(self.directory):
+                raise
             last = self.latest()
             full = getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
-            reason = "the disk is full" if full else str(error).split("\n", 1)[0][:200]
+            reason = "the disk is full" if full else (str(error) or type(error).__name__).split("\n", 1)[0][:200]
             raise Emu3Error(
                 f"{self.directory}: no checkpoint could be written at step {step} ({reason}); "
                 f"{'none is there yet' if last is None else f'step {last} is kept'}; "
@@ -272,6 +289,8 @@ class Checkpoints:
             ) from error
 
     def _require_space(self, nbytes: int) -> None:
+        if storage.is_remote(self.directory):
+            return
         free = shutil.disk_usage(self.directory).free
         if free < nbytes:
             raise OSError(errno.ENOSPC, f"{nbytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free")

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from emu3_jax import distributed, files
+from emu3_jax import distributed, files, storage
 from emu3_jax.errors import Emu3Error
 from emu3_jax.files import files_into
 from emu3_jax.media.images import save_png
@@ -239,7 +239,11 @@ def _bar(steps: int, step: int, progress: bool | None) -> tqdm:
 def _export(job: Job, directory: pathlib.Path, step: int) -> pathlib.Path:
     """The trained model, or its adapter, in the run's directory, from the checkpoint on disk."""
     target, new = directory / job.product, directory / f"{job.product}.new"
-    if distributed.first():
+    if storage.is_remote(directory):  # written here first, and uploaded: there is nothing to rename
+        if distributed.first():
+            storage.delete(target)
+            job.export(directory, target, step)
+    elif distributed.first():
         files.remove(new)
         job.export(directory, new, step)
         files.remove(target)
@@ -327,6 +331,8 @@ class _Loop:
         if due.save:
             group, _ = self._job.share
             self._checkpoints.save(self.step, self.state, self._job.position(), group)
+            if self._metrics:
+                self._metrics.keep()
         self._clock = time.perf_counter()
 
     # -------------------------------------------------------------------------------------------- what users see
@@ -376,25 +382,34 @@ class _Loop:
     @contextlib.contextmanager
     def _profiler(self) -> Iterator[Callable[[int], None]]:
         """A function of the steps taken since the start, which records those that the cadence names."""
-        window = self._job.cadence.profile
+        window, place = self._job.cadence.profile, self._directory / "profile"
         running = False
+        with contextlib.ExitStack() as stack:
+            remote = window is not None and storage.is_remote(place)
+            folder = stack.enter_context(files.local_directory()) if remote else place
 
-        def profile(taken: int) -> None:
-            nonlocal running
-            if window and taken == window[0]:
-                jax.block_until_ready(self.state)
-                jax.profiler.start_trace(str(self._directory / "profile"))
-                running = True
-            elif window and running and taken == sum(window):
-                jax.block_until_ready(self.state)
-                jax.profiler.stop_trace()
+            def stop() -> None:
+                nonlocal running
                 running = False
-
-        try:
-            yield profile
-        finally:
-            if running:
                 jax.profiler.stop_trace()
+                if remote:
+                    storage.upload(folder, place, progress=False)
+
+            def profile(taken: int) -> None:
+                nonlocal running
+                if window and taken == window[0]:
+                    jax.block_until_ready(self.state)
+                    jax.profiler.start_trace(str(folder))
+                    running = True
+                elif window and running and taken == sum(window):
+                    jax.block_until_ready(self.state)
+                    stop()
+
+            try:
+                yield profile
+            finally:
+                if running:
+                    stop()
 
 
 class _Interrupt:

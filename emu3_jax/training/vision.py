@@ -16,9 +16,9 @@ from emu3_jax.checkpoints.bundle import Bundle
 from emu3_jax.compilation import enable_persistent_cache, own_settings
 from emu3_jax.data.pixels import PixelData
 from emu3_jax.errors import Emu3Error
-from emu3_jax.foreign import local_path, storage_path
 from emu3_jax.models.vision import make_decoder, make_encoder
 from emu3_jax.sharding.mesh import make_mesh
+from emu3_jax.storage import place, storage_place
 from emu3_jax.training.run_directory import Identity
 from emu3_jax.training.runner import Batch, Cadence, Evaluation, Outcome, run
 from emu3_jax.training.vision_config import VisionTrainConfig
@@ -36,11 +36,11 @@ def train_vision(config: VisionTrainConfig, progress: bool | None = None, *, ver
     Arguments, result and errors are those of `training.loop.train`; the model is a bundle with `vision/` alone.
     """
     enable_persistent_cache()
-    storage_path(config.directory)  # refused before the work rather than at the first checkpoint
+    storage_place(config.directory)  # refused before the work rather than at the first checkpoint
     if config.bundle and verify:
         Bundle.open(config.bundle, verify=True)
     with own_settings(), contextlib.closing(_VisionJob(config, make_mesh(config.mesh))) as job:
-        return run(job, local_path(config.directory), progress)
+        return run(job, place(config.directory), progress)
 
 
 class _VisionJob:

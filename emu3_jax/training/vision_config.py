@@ -136,8 +136,8 @@ class VisionTrainConfig:
     keep: int = 1
 
     def __post_init__(self) -> None:
-        check_path(self, "directory", "a directory")
-        check_path(self, "bundle", "a bundle's directory, or empty")
+        check_path(self, "directory", "a directory", remote=True)
+        check_path(self, "bundle", "a bundle's directory, or empty", remote=True)
         kinds = {"vision": VisionConfig, "pixels": PixelConfig, "optimizer": OptimizerConfig, "loss": LossConfig}
         for field, kind in kinds.items():
             check_field(self, field, isinstance(getattr(self, field), kind), f"a {kind.__name__}")

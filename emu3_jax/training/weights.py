@@ -18,7 +18,6 @@ from emu3_jax.checkpoints.layouts import decoder_params
 from emu3_jax.config import DecoderConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.fields import from_json, read_from
-from emu3_jax.foreign import storage_path
 from emu3_jax.models.adapters import MATRICES, Adapter
 from emu3_jax.models.merging import LowRank, merge, merge_array
 from emu3_jax.models.stacking import Path, stack_layers, stacked_place, unstack_layers
@@ -119,7 +118,7 @@ class _Run:
 
     def frozen(self, path: Path) -> np.ndarray:
         """An array of the bundle's decoder."""
-        return read_array(storage_path(self.bundle.path / "decoder" / "weights"), path)
+        return read_array(self.bundle.weights("decoder"), path)
 
 
 def _load(run: _Run, path: Path, dtype: np.dtype) -> np.ndarray:

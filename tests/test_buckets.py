@@ -1,0 +1,494 @@
+"""Paths in buckets: every kind of result goes there and comes back the same, over a stand-in for Cloud Storage."""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from gcs_stand_in import Store, serving
+from PIL import Image
+
+import emu3_jax
+from emu3_jax import Emu3Error, files, storage
+from emu3_jax.checkpoints.bundle import Bundle
+from emu3_jax.checkpoints.checksums import write_checksums
+from emu3_jax.cli.main import main
+from emu3_jax.data.shards import PreparedData
+from emu3_jax.evaluation import run as evaluation
+from emu3_jax.training.metrics import read_metrics
+from emu3_jax.training.run_directory import newest_checkpoint
+
+pytest.importorskip("gcsfs", reason="the extra gcs is not installed")
+pytestmark = [
+    pytest.mark.compiled_quickly,
+    pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning"),  # by gcsfs, of each piece of a file
+]
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """The server; clients in this process and in those that it starts find it."""
+    with pytest.MonkeyPatch.context() as patch, serving() as served:
+        patch.setenv("STORAGE_EMULATOR_HOST", served.url)
+        patch.setenv("TENSORSTORE_GCS_HTTP_URL", served.url)
+        patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "token")
+        patch.setenv("EMU3_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield served
+
+
+@pytest.fixture
+def bucket(store, tmp_path, monkeypatch):
+    """An empty bucket, `gs://bucket`. At the end no lock is left, and nothing local named after an address."""
+    monkeypatch.chdir(tmp_path)
+    store.bucket("bucket")
+    yield store
+    store.refuse = lambda *_: None
+    assert [name for name in store.names("bucket") if "lock" in name] == []
+    assert [name for name in os.listdir(tmp_path) if ":" in name or name == "gs"] == []
+
+
+@pytest.fixture(scope="module")
+def vouched(tiny_bundle, tmp_path_factory) -> pathlib.Path:
+    """The tiny bundle with its checksums."""
+    copy = tmp_path_factory.mktemp("vouched") / "tiny"
+    shutil.copytree(tiny_bundle, copy)
+    write_checksums(copy)
+    return copy
+
+
+def photos(directory: pathlib.Path, count: int = 5) -> pathlib.Path:
+    directory.mkdir()
+    draw = np.random.default_rng(0)
+    for index in range(count):
+        Image.fromarray(draw.integers(0, 256, (24, 24, 3), np.uint8)).save(directory / f"{index}.png")
+        (directory / f"{index}.txt").write_text(f"photo {index}")
+    return directory
+
+
+def digests(directory: pathlib.Path) -> dict[str, str]:
+    found = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
+
+
+def stored(store: Store, prefix: str) -> dict[str, str]:
+    names = store.names("bucket", f"{prefix}/")
+    return {name: hashlib.sha256(store.read("bucket", f"{prefix}/{name}")).hexdigest() for name in names}
+
+
+def run(*words) -> None:
+    assert main([str(word) for word in words]) == 0
+
+
+def assert_same_arrays(first, second) -> None:
+    """Two bundles have the same weights."""
+    for part in ("decoder", "vision"):
+        ours, theirs = ({param.path: a for param, a in Bundle.open(p).arrays(part)} for p in (first, second))
+        assert ours.keys() == theirs.keys()
+        for path, array in ours.items():
+            np.testing.assert_array_equal(array, theirs[path])
+
+
+def line_of(capsys, *words) -> str:
+    """The one line of a command that must fail."""
+    capsys.readouterr()
+    assert main([str(word) for word in words]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and len(line) <= 320, line
+    return line
+
+
+# ------------------------------------------------------------------------------------------------ outputs
+
+
+def test_pictures_and_codes_go_there(bucket, tiny_bundle, capsys):
+    words = ["--model", tiny_bundle, "--quiet"]
+    for out in ("out", "gs://bucket/a/out"):
+        run("generate", "a cat", "a dog", "--save-tokens", *words, "-o", out)
+    assert capsys.readouterr().out.splitlines()[2:] == ["gs://bucket/a/out/000.png", "gs://bucket/a/out/001.png"]
+    assert stored(bucket, "a/out") == digests(pathlib.Path("out")) and len(stored(bucket, "a/out")) == 3
+    run("tokenize", "out/000.png", "out/001.png", *words, "-o", "codes.npz")
+    run("tokenize", "out/000.png", "out/001.png", *words, "-o", "gs://bucket/codes.npz")
+    assert bucket.read("bucket", "codes.npz") == pathlib.Path("codes.npz").read_bytes()
+    run("detokenize", "codes.npz", *words, "-o", "back")
+    run("detokenize", "codes.npz", *words, "-o", "gs://bucket/back")
+    assert stored(bucket, "back") == digests(pathlib.Path("back"))
+    run("generate", "a cow", *words, "-o", "gs://bucket/a/out")  # of the same names: replaced, as in a folder
+    assert stored(bucket, "a/out").keys() == {"000.png", "001.png", "tokens.npz"}
+    assert stored(bucket, "a/out")["001.png"] == digests(pathlib.Path("out"))["001.png"]
+
+
+def test_bundles_and_checkpoints_go_there_and_back(bucket, tiny_bundle, capsys):
+    run("export", tiny_bundle, "-o", "published", "--layout", "upstream", "--quiet")
+    sources = ["published/language_model", "published/vision_tokenizer"]
+    run("convert", *sources, "-o", "gs://bucket/bundle", "--quiet")
+    names = {name.split("/")[0] for name in stored(bucket, "bundle")}
+    assert names == {"decoder", "vision", "tokenizer", "SHA256SUMS"}
+    puts = [name for method, _, name in bucket.requests if method == "POST" and name.startswith("bundle/")]
+    assert puts[-1] == "bundle/SHA256SUMS" and {name.split("/")[-1] for name in puts[-4:-1]} == {"config.json"}
+    assert "exists already" in line_of(capsys, "convert", *sources, "-o", "gs://bucket/bundle", "--quiet")
+    assert "exists already" in line_of(capsys, "convert", *sources, "-o", "gs://bucket/bundle/decoder", "--quiet")
+
+    run("export", "gs://bucket/bundle", "-o", "gs://bucket/checkpoint", "--layout", "upstream", "--quiet")
+    run("export", "gs://bucket/bundle", "--verify", "-o", "checkpoint", "--layout", "upstream", "--quiet")
+    assert stored(bucket, "checkpoint") == digests(pathlib.Path("checkpoint")) == digests(pathlib.Path("published"))
+    parts = [f"gs://bucket/checkpoint/{part}" for part in ("language_model", "vision_tokenizer")]
+    run("convert", *parts, "-o", "again", "--quiet")
+    assert_same_arrays("again", tiny_bundle)
+
+
+def test_prepared_data_goes_there(bucket, tiny_bundle, capsys):
+    source = photos(pathlib.Path("photos"), 40)
+    words = ["prepare", source, "--model", tiny_bundle, "--keep-size", "--shards", 2, "--validation", 0.2, "--quiet"]
+    run(*words, "-o", "data")
+    run(*words, "-o", "gs://bucket/data")
+    said = capsys.readouterr().out.splitlines()
+    assert said[2:] == [line.replace("data", "gs://bucket/data", 1) for line in said[:2]]
+    assert stored(bucket, "data") == digests(pathlib.Path("data"))
+    assert len(PreparedData(storage.place("gs://bucket/data"))) == len(PreparedData(pathlib.Path("data")))
+    # What is finished is kept, and a shard that is missing is made again.
+    del bucket.buckets["bucket"]["data/shard-00001-of-00002.arrayrecord"]
+    bucket.requests.clear()
+    run(*words, "-o", "gs://bucket/data")
+    assert stored(bucket, "data") == digests(pathlib.Path("data"))
+    written = [name for method, _, name in bucket.requests if method == "POST" and name.endswith(".arrayrecord")]
+    assert written == ["data/shard-00001-of-00002.arrayrecord"]
+    line = line_of(
+        capsys, "prepare", source, "--model", tiny_bundle, "--shards", 2, "-o", "gs://bucket/data", "--quiet"
+    )
+    assert "gs://bucket/data holds data prepared from another manifest" in line
+
+
+def test_evaluations_go_there(bucket):
+    evaluation.check_directory("gs://bucket/evaluation")
+    evaluation.write("gs://bucket/evaluation", {"figure": 1.0}, "<html>")
+    assert json.loads(bucket.read("bucket", "evaluation/evaluation.json")) == {"figure": 1.0}
+    assert bucket.read("bucket", "evaluation/index.html") == b"<html>"
+    bucket.put("bucket", "file", b"")
+    with pytest.raises(Emu3Error, match=r"gs://bucket/file is a file: choose a directory"):
+        evaluation.check_directory("gs://bucket/file")
+
+
+def test_a_failed_upload_leaves_nothing_new(bucket, tmp_path):
+    bucket.put("bucket", "out/b", b"old")
+    bucket.refuse = lambda method, _, name: 403 if method == "POST" and name == "out/config.json" else None
+    with (
+        pytest.raises(Emu3Error, match=r"^gs://bucket/out: access is denied: log in"),
+        files.files_into("gs://bucket/out") as new,
+    ):
+        for name in ("a", "b", "config.json"):
+            (new / name).write_text(name)
+    assert bucket.names("bucket") == ["out/b"]
+    with pytest.raises(ValueError, match="of the caller"), files.new_directory("gs://bucket/new", 0) as new:
+        (new / "a").write_text("a")
+        raise ValueError("of the caller")
+    assert bucket.names("bucket") == ["out/b"] and not new.exists()
+
+
+def test_places_that_are_taken(bucket):
+    bucket.put("bucket", "folder/a", b"")
+    bucket.put("bucket", "file", b"")
+    with pytest.raises(Emu3Error, match="gs://bucket/folder: it is a directory"), files.new_file("gs://bucket/folder"):
+        pass
+    for write in (files.files_into, files.shared_directory):
+        with pytest.raises(Emu3Error, match="gs://bucket/file is a file"), write("gs://bucket/file"):
+            pass
+    for name in ("folder", "file"):
+        with pytest.raises(Emu3Error, match="exists already"), files.new_directory(f"gs://bucket/{name}", 0):
+            pass
+    reason = r"before it is uploaded, needs 1000000.00 GB: free space or set TMPDIR"
+    with pytest.raises(Emu3Error, match=reason), files.new_directory("gs://bucket/new", 10**15):
+        pass
+
+
+def test_large_files_go_in_pieces(bucket, tmp_path):
+    data = np.random.default_rng(0).bytes(60 << 20)
+    (tmp_path / "large").write_bytes(data)
+    storage.upload(tmp_path / "large", "gs://bucket/large")
+    assert bucket.read("bucket", "large") == data
+    storage.download("gs://bucket/large", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == data
+
+
+# ------------------------------------------------------------------------------------------------ inputs
+
+
+def cached(store: Store) -> list[str]:
+    """The files of all copies, by their paths in the bucket."""
+    copies = pathlib.Path(os.environ["EMU3_JAX_CACHE"], "buckets")
+    return sorted("/".join(path.relative_to(copies).parts[1:]) for path in copies.rglob("*") if path.is_file())
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("EMU3_JAX_CACHE", str(tmp_path / "cache"))
+
+
+def test_weights_are_read_where_they_lie(bucket, cache, vouched):
+    storage.upload(vouched, "gs://bucket/tiny")
+    model = emu3_jax.load("gs://bucket/tiny")
+    assert model.name == "tiny"
+    assert not [name for name in cached(bucket) if "/weights/" in name] and len(cached(bucket)) == 6
+    here = emu3_jax.load(vouched)
+    assert_same_arrays("gs://bucket/tiny", vouched)
+    assert np.array_equal(*(m.generate(["a"], seed=1, progress=False)[0] for m in (model, here)))
+    bucket.requests.clear()
+    Bundle.open("gs://bucket/tiny/")
+    assert [name for method, _, name in bucket.requests if name] == []  # only the listing
+
+
+def test_a_bundle_that_changed_is_copied_anew(bucket, cache, vouched):
+    storage.upload(vouched, "gs://bucket/tiny")
+    assert Bundle.open("gs://bucket/tiny").template == "chat"
+    config = json.loads(bucket.read("bucket", "tiny/tokenizer/config.json"))
+    bucket.put("bucket", "tiny/tokenizer/config.json", json.dumps({**config, "template": "stage1"}).encode())
+    assert Bundle.open("gs://bucket/tiny").template == "stage1"
+
+
+def test_verify_reads_everything(bucket, cache, vouched, capsys):
+    storage.upload(vouched, "gs://bucket/tiny")
+    assert Bundle.open("gs://bucket/tiny", verify=True).path.is_relative_to(os.environ["EMU3_JAX_CACHE"])
+    name = next(name for name in bucket.names("bucket") if "/decoder/weights/" in name and "/d/" in name)
+    data = bytearray(bucket.read("bucket", name))
+    data[len(data) // 2] ^= 1
+    bucket.put("bucket", name, data)
+    line = line_of(capsys, "generate", "a", "--model", "gs://bucket/tiny", "--verify", "-o", "out", "--quiet")
+    assert "is damaged, its checksum differs" in line
+
+
+def test_an_incomplete_bundle(bucket, cache, vouched, capsys):
+    storage.upload(vouched, "gs://bucket/tiny")
+    name = next(name for name in bucket.names("bucket") if "/decoder/weights/" in name and "/d/" in name)
+    del bucket.buckets["bucket"][name]
+    line = line_of(capsys, "generate", "a", "--model", "gs://bucket/tiny", "-o", "out", "--quiet")
+    assert "gs://bucket/tiny/decoder/weights holds" in line and "config.json says" in line
+
+
+def test_a_copy_is_whole_or_not_there(bucket, cache, tmp_path):
+    bucket.put("bucket", "data/a", b"a" * 100)
+    bucket.put("bucket", "data/b", b"b" * 100)
+    bucket.put("bucket", "data/", b"")  # as the console makes folders
+    bucket.refuse = lambda method, _, name: 403 if name == "data/b" else None
+    with pytest.raises(Emu3Error, match=r"^gs://bucket/data: access is denied"):
+        storage.fetched("gs://bucket/data")
+    assert cached(bucket) == ["data/a"]
+    bucket.refuse = lambda method, _, name: 403 if name == "data/a" else None  # which is not asked for again
+    copy = storage.fetched("gs://bucket/data")
+    assert (copy / "b").read_bytes() == b"b" * 100 and cached(bucket) == ["data/a", "data/b"]
+    bucket.put("bucket", "evil/../../x", b"")
+    with pytest.raises(Emu3Error, match=r"does not name a file below its directory"):
+        storage.fetched("gs://bucket/evil")
+
+
+# ------------------------------------------------------------------------------------------------ what is not there
+
+
+@pytest.mark.parametrize("word", ["generate", "tokenize", "prepare", "convert", "export", "train"])
+def test_absent_buckets_and_no_credentials(word, bucket, tiny_bundle, golden_checkpoint, capsys):
+    photos(pathlib.Path("photos"), 2)
+    bucket.bucket("private", private=True)
+    for name, reason in (("absent", "there is no such bucket"), ("private", "gcloud auth application-default login")):
+        out = ["-o", f"gs://{name}/out", "--quiet"]
+        words = {
+            "generate": ["a", "--model", tiny_bundle, *out],
+            "tokenize": ["photos/0.png", "--model", tiny_bundle, "-o", f"gs://{name}/c.npz", "--quiet"],
+            "prepare": ["photos", "--model", tiny_bundle, *out],
+            "convert": [golden_checkpoint / "lm", *out],
+            "export": [tiny_bundle, "--layout", "upstream", *out],
+            "train": [write_config(tiny_bundle, "none", f"gs://{name}/run"), "--quiet"],
+        }
+        if word == "train":
+            run("prepare", "photos", "--model", tiny_bundle, "--keep-size", "-o", "none", "--quiet")
+        line = line_of(capsys, word, *words[word])
+        assert reason in line and line.startswith(f"emu3-jax: error: gs://{name}/")
+        for read in (
+            ["generate", "a", "--model", f"gs://{name}/b"],
+            ["export", f"gs://{name}/b", "--layout", "upstream"],
+        ):
+            line = line_of(capsys, *read, "-o", "out")
+            assert reason in line and line.startswith(f"emu3-jax: error: gs://{name}/b: ")
+    assert bucket.buckets["private"] == {}
+    assert not pathlib.Path("out").exists()
+
+
+def test_absent_objects(bucket, tiny_bundle, capsys):
+    line = line_of(capsys, "generate", "a", "--model", "gs://bucket/none", "-o", "out")
+    assert "gs://bucket/none: there is nothing of this name in the bucket" in line
+    line = line_of(capsys, "convert", "gs://bucket/none", "-o", "out")
+    assert "gs://bucket/none: there is nothing of this name in the bucket" in line
+    config = write_config(tiny_bundle, "gs://bucket/none", "gs://bucket/run")
+    assert "gs://bucket/none: there is nothing of this name" in line_of(capsys, "train", config, "--quiet")
+    with pytest.raises(Emu3Error, match="gs://bucket/none: there is no such bucket, or nothing of this name"):
+        storage.download("gs://bucket/none", pathlib.Path("x"))
+
+
+# ------------------------------------------------------------------------------------------------ runs
+
+
+def write_config(bundle, data, directory, **changes) -> pathlib.Path:
+    """A config file of a short run."""
+    fields = {"steps": STEPS, "checkpoint_every": 2, **changes}
+    pathlib.Path("config.py").write_text(
+        f"""
+from emu3_jax.data.config import DataConfig, Source
+from emu3_jax.data.sequences import TextToImage
+from emu3_jax.training.config import ModelConfig, OptimizerConfig, SampleConfig, TrainConfig
+
+def config():
+    return TrainConfig(
+        directory={str(directory)!r},
+        model=ModelConfig({str(bundle)!r}, dtype="float32"),
+        data=DataConfig((Source({str(data)!r}, TextToImage()),), sequence_length=64, packing=2),
+        batch_size=2,
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
+        mesh="fsdp=1",
+        keep=2,
+        samples=SampleConfig(("a",), every=6),
+        profile=(1, 1),
+        **{fields!r},
+    )
+"""
+    )
+    return pathlib.Path("config.py")
+
+
+def losses(directory) -> list[tuple[int, float]]:
+    return [(line["step"], line["loss"]) for line in read_metrics(pathlib.Path(directory)) if line["group"] == "train"]
+
+
+def losses_there(store: Store, tmp_path) -> list[tuple[int, float]]:
+    storage.download("gs://bucket/run/metrics.jsonl", tmp_path / "there" / "metrics.jsonl")
+    return losses(tmp_path / "there")
+
+
+@pytest.fixture
+def trained(bucket, tiny_bundle, vouched) -> pathlib.Path:
+    """The config of a run in the bucket, of a bundle and data there. The same run was made here, in `run`."""
+    source = photos(pathlib.Path("photos"), 24)
+    run("prepare", source, "--model", tiny_bundle, "--keep-size", "-o", "gs://bucket/data", "--quiet")
+    run("prepare", source, "--model", tiny_bundle, "--keep-size", "-o", "data", "--quiet")
+    storage.upload(vouched, "gs://bucket/tiny")
+    run("train", write_config(vouched, "data", "run"), "--quiet")
+    return write_config("gs://bucket/tiny", "gs://bucket/data", "gs://bucket/run")
+
+
+def start(*words) -> subprocess.Popen:
+    command = [sys.executable, "-m", "emu3_jax", *map(str, words)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_model(bucket, trained, tmp_path, capsys):
+    here = {}
+
+    def at_the_checkpoint_of_step_4(method, _, name):
+        """Kills the run when some of its checkpoint is there."""
+        if method == "POST" and name.startswith("run/checkpoints/4/") and "here" in here:
+            if bucket.names("bucket", "run/checkpoints/4/"):
+                here.pop("here").send_signal(signal.SIGKILL)
+        return None
+
+    bucket.refuse = at_the_checkpoint_of_step_4
+    here["here"] = process = start("train", trained, "--quiet")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == -signal.SIGKILL, errors
+    bucket.refuse = lambda *_: None
+    names = bucket.names("bucket", "run/")
+    assert "lock" in names and "checkpoints/4/commit_success.txt" not in names
+    assert "checkpoints/2/commit_success.txt" in names and any(name.startswith("checkpoints/4/") for name in names)
+    assert newest_checkpoint(storage.place("gs://bucket/run"))[0] == 2
+    written = losses_there(bucket, tmp_path)
+    assert written == losses("run")[: len(written)] and len(written) in (2, 4)
+
+    run("train", trained, "--quiet")
+    assert capsys.readouterr().out.splitlines()[-1] == f"gs://bucket/run/model: the model after {STEPS} steps"
+    assert losses_there(bucket, tmp_path) == losses("run")
+    names = bucket.names("bucket", "run/")
+    kept = {name.split("/")[1] for name in names if name.startswith("checkpoints/") and name.count("/") > 1}
+    assert kept == {"4", "6"}
+    assert {"run.json", "samples/00000006/000.png"} <= set(names)
+    assert all(any(name.startswith(f"{folder}/") for name in names) for folder in ("tensorboard", "profile"))
+    assert_same_arrays("gs://bucket/run/model", "run/model")
+    run("convert", "gs://bucket/run", "-o", "gs://bucket/converted", "--quiet")
+    assert_same_arrays("gs://bucket/converted", "run/model")
+    run("export", "gs://bucket/run/model", "-o", "gs://bucket/checkpoint", "--layout", "transformers", "--quiet")
+    run("export", "run/model", "-o", "checkpoint", "--layout", "transformers", "--quiet")
+    assert stored(bucket, "checkpoint") == digests(pathlib.Path("checkpoint"))
+    # Once more: it is at its end, and writes its model anew.
+    del bucket.buckets["bucket"]["run/model/SHA256SUMS"]
+    run("train", trained, "--quiet")
+    Bundle.open("gs://bucket/run/model", verify=True)
+
+
+# ------------------------------------------------------------------------------------------------ locks
+
+
+@pytest.fixture
+def quick_locks(monkeypatch):
+    monkeypatch.setattr(storage, "_BEAT", 0.05)
+    monkeypatch.setattr(storage, "_LOOK", 0.05)
+
+
+def busy(holder: str) -> str:
+    return f"in use by {holder}"
+
+
+def hold(store: Store, **holder) -> None:
+    store.put("bucket", "run/held", json.dumps(holder).encode())
+
+
+def test_a_lock_that_is_renewed_is_respected(bucket, quick_locks):
+    with storage.held("gs://bucket/run/held", busy):
+        with pytest.raises(Emu3Error, match="in use by this process"), storage.held("gs://bucket/run/held", busy):
+            pass
+        with monkeypatched_mine(), pytest.raises(Emu3Error, match="in use by process 1 on elsewhere"):
+            found = bucket.buckets["bucket"]["run/held"]
+            found.data = json.dumps({"host": "elsewhere", "process": 1}).encode()  # as if another host held it
+            with storage.held("gs://bucket/run/held", busy):
+                pass
+        assert "run/held" in bucket.buckets["bucket"]
+    assert bucket.names("bucket") == []
+
+
+@contextlib.contextmanager
+def monkeypatched_mine():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage, "_mine", set())
+        yield
+
+
+@pytest.mark.parametrize(
+    "holder",
+    [
+        {"host": "elsewhere", "process": 1},
+        {"host": os.uname().nodename, "process": 2**22 + 1},
+        {"host": os.uname().nodename, "process": os.getpid()},
+        {"process": []},
+    ],
+)
+def test_a_lock_that_was_left_behind_is_taken_over(holder, bucket, quick_locks):
+    hold(bucket, **holder)
+    before = bucket.buckets["bucket"]["run/held"].generation
+    with storage.held("gs://bucket/run/held", busy):
+        assert bucket.buckets["bucket"]["run/held"].generation > before
+    assert bucket.names("bucket") == []
+
+
+def test_a_lock_that_another_run_took_stays_its_own(bucket, quick_locks, caplog):
+    with storage.held("gs://bucket/run/held", busy):
+        hold(bucket, host="elsewhere", process=1)
+        for _ in range(200):
+            if caplog.records:
+                break
+            storage.time.sleep(0.05)
+    assert "was taken away: another run may write there too" in caplog.text
+    assert bucket.names("bucket") == ["run/held"]
+    bucket.buckets["bucket"].clear()
