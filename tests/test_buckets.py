@@ -391,10 +391,9 @@ def test_a_killed_run_goes_on_to_the_same_model(bucket, trained, tmp_path, capsy
 
     def at_the_checkpoint_of_step_4(method, _, name):
         """Kills the run when some of its checkpoint is there."""
-        if method == "POST" and name.startswith("run/checkpoints/4/") and "here" in here:
-            if bucket.names("bucket", "run/checkpoints/4/"):
-                here.pop("here").send_signal(signal.SIGKILL)
-        return None
+        its = "run/checkpoints/4/"
+        if "here" in here and method == "POST" and name.startswith(its) and bucket.names("bucket", its):
+            here.pop("here").send_signal(signal.SIGKILL)
 
     bucket.refuse = at_the_checkpoint_of_step_4
     here["here"] = process = start("train", trained, "--quiet")
