@@ -146,8 +146,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _parts(self) -> tuple[bytes, bytes]:
         """What an upload in one request says of the object, and the object."""
         mark = re.search(r'boundary="?([^";]+)', self.headers["Content-Type"])[1].encode()
-        about, content = re.split(rb"(?:\r?\n)?--" + re.escape(mark), self.body)[1:3]
-        return tuple(re.split(rb"\r?\n\r?\n", part, maxsplit=1)[1] for part in (about, content))
+        line = b"\r\n" if self.body.startswith(b"--" + mark + b"\r\n") else b"\n"  # data may end with half of one
+        _, about, content, _ = self.body.split(b"--" + mark)
+        about, content = (part.split(2 * line, 1)[1].removesuffix(line) for part in (about, content))
+        return about, content
 
     def _there(self, name: str, objects: dict[str, Stored]) -> Stored:
         """The object of a request, whose preconditions hold."""

@@ -164,7 +164,7 @@ def test_prepared_data_goes_there(bucket, tiny_bundle, capsys):
     line = line_of(
         capsys, "prepare", source, "--model", tiny_bundle, "--shards", 2, "-o", "gs://bucket/data", "--quiet"
     )
-    assert "gs://bucket/data holds data prepared from another manifest" in line
+    assert "gs://bucket/data holds data prepared from another source" in line
 
 
 def test_evaluations_go_there(bucket):
