@@ -20,7 +20,8 @@ from emu3_jax.training.config import ModelConfig, TrainConfig
 LOCAL, BOTH = (common.path, common.path_text), (common.place, common.place_text)
 # What stands for a path in `--help`.
 METAVARS = {
-    "BUNDLE", "BUNDLE_OR_DIR", "CLIP", "CODES.npz", "CONFIG.py", "DIR", "FILE", "FRAMES", "LIST.json", "SOURCE", "SRC",
+    "BUNDLE", "BUNDLE_OR_DIR", "CLIP", "CODES.npz", "CONFIG.py", "DIR", "FILE", "FRAMES", "LIST.json", "NEW", "SOURCE",
+    "SRC",
 }  # fmt: skip
 
 
