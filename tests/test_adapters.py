@@ -430,7 +430,7 @@ def test_what_is_no_adapter(trained, adapter, tiny_bundle, tmp_path, config_file
     merge = ("merge", tiny_bundle, "-o", tmp_path / "new", "--adapter")
     assert f"it is a training run: give {trained}/adapter, or run `emu3-jax convert" in error(*merge, trained)
     assert "it is a bundle: give it as --model" in error(*merge, tiny_bundle)
-    assert "addresses are not supported" in error(*merge, "gs://bucket/adapter")
+    assert "addresses are not supported" in error(*merge, "s3://bucket/adapter")
     assert "not a bundle" in error("merge", adapter, "--adapter", adapter, "-o", tmp_path / "new")
     convert = ("convert", "-o", tmp_path / "new", "--adapter-only")
     assert "is no training run, and --adapter-only is for these" in error(*convert, tiny_bundle)

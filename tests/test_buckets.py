@@ -17,11 +17,13 @@ from PIL import Image
 
 import emu3_jax
 from emu3_jax import Emu3Error, files, storage
+from emu3_jax.checkpoints.adapter import SavedAdapter, write_adapter
 from emu3_jax.checkpoints.bundle import Bundle
 from emu3_jax.checkpoints.checksums import write_checksums
 from emu3_jax.cli.main import main
 from emu3_jax.data.shards import PreparedData
 from emu3_jax.evaluation import run as evaluation
+from emu3_jax.models.adapters import MATRICES, Adapter
 from emu3_jax.training.metrics import read_metrics
 from emu3_jax.training.run_directory import newest_checkpoint
 
@@ -286,6 +288,19 @@ def test_a_copy_is_whole_or_not_there(bucket, cache, tmp_path):
     bucket.put("bucket", "evil/../../x", b"")
     with pytest.raises(Emu3Error, match=r"does not name a file below its directory"):
         storage.fetched("gs://bucket/evil")
+
+
+def test_adapters_are_written_and_read_there(bucket, cache, vouched):
+    bundle, adapter, draw = Bundle.open(vouched), Adapter(rank=3, base="float32"), np.random.default_rng(0)
+    params = [param for param in bundle.params("decoder") if param.path[-1] in adapter.targets]
+    sides = [side for param in params for side in param.low_rank(MATRICES[param.path[-1]].inputs, adapter.rank)]
+    arrays = {side.path: draw.standard_normal(side.shape, np.float32) for side in sides}
+    for target in ("adapter", "gs://bucket/run/adapter"):
+        write_adapter(target, adapter, bundle.decoder_config, arrays.__getitem__, bundle=bundle, step=1)
+        run("merge", vouched, "--adapter", target, "--verify", "-o", target.replace("adapter", "merged"), "--quiet")
+    assert stored(bucket, "run/adapter") == digests(pathlib.Path("adapter"))
+    assert SavedAdapter.open("gs://bucket/run/adapter", bundle).name == "run/adapter"
+    assert_same_arrays("gs://bucket/run/merged", "merged")
 
 
 # ------------------------------------------------------------------------------------------------ what is not there
