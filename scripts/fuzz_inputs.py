@@ -186,7 +186,8 @@ WORDS = [
     "\u202e", "\udced\udca0\udc80",
     "\udcff", "é" * 50, "x" * 300, "a/" * 3000, "../../escaped", "/proc/self/mem", "/dev/zero",
     "/dev/full",
-    "gs://b/x", "xyz://bucket/x", "http://localhost:1/x", "file:///etc/passwd", "<|extra_200|>", "<|image token|>", "con", "NUL",
+    "gs://b/x", "xyz://bucket/x",
+    "http://localhost:1/x", "file:///etc/passwd", "<|extra_200|>", "<|image token|>", "con", "NUL",
     "9" * 19, str(2**31), str(2**63), "0x10", "1_000", "1:0", "0:1", "1e9:1", "-1:1", "tensor=3", "data=-1,fsdp=-1",
     "a" * 5000,    " " * 100_000,
 ]  # fmt: skip
