@@ -1,5 +1,6 @@
 """Sources of captioned pictures: what is read of each kind, what is told of the rest, the share for validation."""
 
+import ast
 import csv
 import errno
 import hashlib
@@ -10,6 +11,7 @@ import os
 import pathlib
 import random
 import re
+import runpy
 import socket
 import subprocess
 import sys
@@ -953,9 +955,19 @@ def test_without_pyarrow(tmp_path, monkeypatch):
 
 
 def test_the_photographs(tmp_path):
-    """`scripts/photos.py`: 24 photographs, all captioned, that `prepare` takes."""
-    pytest.importorskip("skimage", reason="the extra `photos` installs scikit-image")
+    """`scripts/photos.py`: 24 photographs, all captioned, that `prepare` takes, of pictures that are free."""
+    skimage = pytest.importorskip("skimage", reason="the extra `photos` installs scikit-image")
     script = pathlib.Path(__file__).parent.parent / "scripts" / "photos.py"
+    pieces = runpy.run_path(str(script))["PHOTOS"]
+    fetchers = ast.parse((pathlib.Path(skimage.__file__).parent / "data" / "_fetchers.py").read_text())
+    said = {  # what the function that loads a picture says of it
+        name: ast.get_docstring(function)
+        for function in fetchers.body
+        if isinstance(function, ast.FunctionDef)
+        for name in re.findall(r"data/([\w.]+)", ast.unparse(function.body[-1]))
+    }
+    for _, file, *_ in pieces:
+        assert re.search(r"CC0|public\s+domain|[Nn]o known copyright", said[file]), file
     subprocess.run([sys.executable, str(script), str(tmp_path / "photos")], check=True)
     good, bad = split(Folder(tmp_path / "photos", ANY))
     assert len(good) == len(set(good.values())) == 24 and not bad
