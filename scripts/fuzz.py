@@ -117,6 +117,7 @@ class Worker:
 # ------------------------------------------------------------------------------------------------ cases
 
 MODEL = ["--model", "bundle", "--quiet"]
+PREPARE = [*MODEL, "--area", "576"]
 PICTURES = [f"picture.{e}" for e in ("png", "jpg", "webp", "bmp", "gif", "tiff")] + ["turned.jpg"]
 CLIPS = [f"clip.{e}" for e in ("webp", "gif", "png", "mp4", "webm", "mkv", "mov")] + ["frames"]
 # For each command: words of valid calls, in which a name in braces is drawn from a list, and the inputs to damage.
@@ -134,7 +135,9 @@ CALLS: dict[str, list[list[str]]] = {
     "video": [["a dot", *MODEL, "--frames", "4"], ["a", *MODEL, "--extend", "{picture}", "--frames", "4"]],
     "chat": [["{picture}", "--prompt", "what?", "--max-new-tokens", "4", *MODEL],
              ["{clip}", "--prompt", "x", "--frames", "1", "--max-new-tokens", "4", *MODEL]],
-    "prepare": [["manifest.jsonl", *MODEL, "--area", "576"], ["--features", "features.json", *MODEL]],
+    "prepare": [["manifest.jsonl", *PREPARE], ["--features", "features.json", *MODEL],
+                ["photos", *PREPARE], ["photos", *PREPARE, "--validation", "0.5"], ["photos/list.csv", *PREPARE],
+                ["shard.tar", *PREPARE], ["rows.parquet", *PREPARE], ["talk.json", *PREPARE]],
     "train": [["train.py", "--quiet"], ["train.py", "--quiet", "--set", "steps=1", "--set", "batch_size=8"]],
     "evaluate": [["evaluate.py", "--quiet"]],
     "plan": [["plan.py", "--topology", "v5e:2x2"]],
@@ -145,7 +148,7 @@ OUTPUT = {"tokenize": "out.npz", "doctor": None, "chat": None, "plan": None, "be
 SLOW = ("plan", "bench")  # their valid calls compile for long: there only arguments are hostile, and mostly refused
 OPTIONS = (
     "--set", "--fps", "--frames", "--area", "--seed", "--ratio", "--top-p", "--temperature", "--mesh", "--batch-size",
-    "--tile", "--shards", "--workers", "--negative", "--dtype",
+    "--tile", "--shards", "--workers", "--negative", "--dtype", "--validation", "--text-column", "--images",
 )  # fmt: skip
 KEPT = ("prepare", "train")  # what was finished before an error stays
 
@@ -162,7 +165,9 @@ def make_case(draw: random.Random, base: pathlib.Path, place: pathlib.Path, only
         if any(word.split("/")[0] == name for word in words) or name in _needed_by(words):
             (shutil.copytree if (base / name).is_dir() else shutil.copy)(base / name, place / name)
     files = [p for p in sorted(place.rglob("*")) if p.is_file()]
-    small = [p for p in files if p.suffix in (".json", ".jsonl", ".py", ".tiktoken") or p.parent == place]
+    small = [
+        p for p in files if p.suffix in (".json", ".jsonl", ".py", ".tiktoken") or p.parent in (place, place / "photos")
+    ]
     if not arguments_only and files:
         damage(draw, draw.choice(small if small and draw.random() < 0.7 else files))
     else:
@@ -180,6 +185,7 @@ def make_case(draw: random.Random, base: pathlib.Path, place: pathlib.Path, only
 def _needed_by(words: list[str]) -> set[str]:
     needed = {
         "manifest.jsonl": {"picture.png", "clip.webp", "turned.jpg"}, "features.json": {"features"},
+        "talk.json": {"picture.png"},
         "train.py": {"bundle", "data"}, "evaluate.py": {"bundle", "items"},
     }  # fmt: skip
     return set().union(*(needed.get(word, set()) for word in words))

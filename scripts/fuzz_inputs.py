@@ -12,6 +12,7 @@ import re
 import shutil
 import struct
 import sys
+import tarfile
 import warnings
 import zipfile
 
@@ -62,6 +63,7 @@ def make_inputs(base: pathlib.Path) -> None:
             "conversation": [{"role": "user", "text": "what?"}, {"role": "assistant", "text": "x"}],
         },
     ]
+    _sources(base, pixels)
     (base / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (base / "pictures.jsonl").write_text("".join(json.dumps({**lines[0], "name": str(n)}) + "\n" for n in range(8)))
     assert main(["prepare", str(base / "pictures.jsonl"), "--model", str(base / "bundle"), "-o", str(base / "data"),
@@ -160,6 +162,32 @@ def _adapter(base: pathlib.Path, draw) -> None:
         base / "adapter", Adapter(rank=2, base="int8"), bundle.decoder_config,
         lambda path: draw.standard_normal(shapes[path]).astype(np.float32), bundle=bundle, step=1,
     )  # fmt: skip
+
+
+def _sources(base: pathlib.Path, pixels) -> None:
+    """What `prepare` takes besides manifests: a folder, a list of pictures, a tar and a Parquet file, LLaVA's JSON."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from PIL import Image
+
+    (base / "photos" / "more").mkdir(parents=True)
+    names = ["a.png", "b.png", "c.jpg", "more/d.png"]
+    for name, frame in zip(names, pixels, strict=False):
+        Image.fromarray(frame).save(base / "photos" / name)
+    for name in ("a.png", "c.jpg"):
+        (base / "photos" / name).with_suffix(".txt").write_text(f"a photo called {name}\n")
+    rows = "".join(f'{name},"of a file, listed"\r\n' for name in names if name not in ("a.png", "c.jpg"))
+    for name in ("metadata.csv", "list.csv"):
+        (base / "photos" / name).write_text(f"file_name,text\r\n{rows}")
+    with tarfile.open(base / "shard.tar", "w") as tar:
+        for name in ("a.png", "a.txt", "c.jpg", "c.txt"):
+            tar.add(base / "photos" / name, f"folder/{name}")
+    data = [{"image": {"bytes": (base / "photos" / name).read_bytes(), "path": name}, "text": name} for name in names]
+    pq.write_table(pa.Table.from_pylist(data), base / "rows.parquet", row_group_size=3)
+    turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "noise"}]
+    (base / "talk.json").write_text(
+        json.dumps([{"id": str(n), "image": "picture.png", "conversations": turns} for n in (0, 1)])
+    )
 
 
 def _torch_files(base: pathlib.Path, draw) -> None:
