@@ -49,6 +49,10 @@ _THREADS = 8  # requests at once
 _BEAT = 15.0  # seconds between two renewals of a lock
 _LOOKS, _LOOK = 9, 5.0  # how often, and seconds apart, a lock is seen without a renewal until it counts as left behind
 _PART = ".emu3-tmp-"
+_DENIED = (
+    "access is denied: log in with `gcloud auth application-default login`, or give the service account of this "
+    "machine the role Storage Object User of the bucket"
+)
 _log = logging.getLogger("emu3_jax")
 _mine: set[str] = set()  # locks that this process holds
 
@@ -157,22 +161,40 @@ def explained(path: str | os.PathLike) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    text = f"{error!s}".strip().split("\n", 1)[0][:160]
-    kind = type(error).__module__.split(".")[0]
-    code = str(getattr(error, "code", ""))
-    denied = re.search(r"^Forbidden|PERMISSION_DENIED|UNAUTHENTICATED|Anonymous caller", text)
-    if isinstance(error, FileNotFoundError) or "NOT_FOUND" in text:
+    if isinstance(error, FileNotFoundError):
         return "there is no such bucket, or nothing of this name in it; correct the path"
-    if isinstance(error, PermissionError) or denied or code in ("401", "403") or kind == "google":
-        return (
-            "access is denied: log in with `gcloud auth application-default login`, or give the service account of "
-            "this machine the role Storage Object User of the bucket"
-        )
     if isinstance(error, OSError) and error.errno in _FULL:
         return f"{error.strerror} ({error.filename}); free space, or choose another cache with EMU3_JAX_CACHE"
-    if isinstance(error, (ConnectionError, TimeoutError)) or kind in ("aiohttp", "requests"):
+    return _of_access(error) or (
+        f"Cloud Storage answered {type(error).__name__} ({_first_line(error)}): mend that and run again"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{error!s}".strip().split("\n", 1)[0][:160]
+
+
+def _of_access(error: BaseException) -> str | None:
+    """The reason where a bucket may not be used or cannot be reached, else None."""
+    text, kind = _first_line(error), type(error).__module__.split(".")[0]
+    denied = re.search(r"^Forbidden|PERMISSION_DENIED|UNAUTHENTICATED|Anonymous caller", text)
+    if isinstance(error, PermissionError) or denied or str(getattr(error, "code", "")) in ("401", "403"):
+        return _DENIED
+    if isinstance(error, (ConnectionError, TimeoutError)) or kind in ("aiohttp", "requests") or "UNAVAILABLE" in text:
         return f"Cloud Storage cannot be reached ({text or type(error).__name__}): check the network and run again"
-    return f"Cloud Storage answered {type(error).__name__} ({text}): mend that and run again"
+    return _DENIED if kind == "google" else None
+
+
+def require_access(path: str | os.PathLike, error: BaseException) -> None:
+    """To be called before an error of Orbax is told as damage.
+
+    Raises:
+        Emu3Error: `path` lies in a bucket, and the bucket is to blame, as without a network.
+    """
+    for cause in (error, error.__cause__):
+        reason = _of_access(cause) if cause is not None and is_remote(path) else None
+        if reason:
+            raise Emu3Error(f"{os.fspath(path)}: {reason}") from error
 
 
 def _object(path: str | os.PathLike) -> dict[str, Any] | None:

@@ -14,16 +14,18 @@ import numpy as np
 import pytest
 from gcs_stand_in import Store, serving
 from PIL import Image
+from test_two_processes import Pair
 
 import emu3_jax
 from emu3_jax import Emu3Error, files, storage
 from emu3_jax.checkpoints.adapter import SavedAdapter, write_adapter
-from emu3_jax.checkpoints.bundle import Bundle
+from emu3_jax.checkpoints.bundle import Bundle, read_array
 from emu3_jax.checkpoints.checksums import write_checksums
 from emu3_jax.cli.main import main
 from emu3_jax.data.shards import PreparedData
 from emu3_jax.evaluation import run as evaluation
 from emu3_jax.models.adapters import MATRICES, Adapter
+from emu3_jax.training.config import SampleConfig
 from emu3_jax.training.metrics import read_metrics
 from emu3_jax.training.run_directory import newest_checkpoint
 
@@ -274,6 +276,18 @@ def test_an_incomplete_bundle(bucket, cache, vouched, capsys):
     assert "gs://bucket/tiny/decoder/weights holds" in line and "config.json says" in line
 
 
+def test_no_access_is_no_damage(bucket, cache, vouched):
+    storage.upload(vouched, "gs://bucket/tiny")
+    opened = Bundle.open("gs://bucket/tiny")
+    for read in (lambda: opened.load_decoder(), lambda: read_array(opened.weights("decoder"), ("embed", "embedding"))):
+        # Of many arrays Orbax asks gcsfs for their list first; TensorStore alone asks for one.
+        bucket.refuse = lambda method, _, name: 403 if "/decoder/weights/" in name else None
+        with pytest.raises(Emu3Error, match=r"^gs://bucket/tiny/decoder/weights: access is denied: log in"):
+            read()
+    bucket.refuse = lambda *_: None
+    assert opened.load_decoder()
+
+
 def test_a_copy_is_whole_or_not_there(bucket, cache, tmp_path):
     bucket.put("bucket", "data/a", b"a" * 100)
     bucket.put("bucket", "data/b", b"b" * 100)
@@ -350,7 +364,10 @@ def test_absent_objects(bucket, tiny_bundle, capsys):
 
 def write_config(bundle, data, directory, **changes) -> pathlib.Path:
     """A config file of a short run."""
-    fields = {"steps": STEPS, "checkpoint_every": 2, **changes}
+    fields = {
+        "steps": STEPS, "checkpoint_every": 2, "batch_size": 2, "mesh": "fsdp=1", "profile": (1, 1),
+        "samples": SampleConfig(("a",), every=STEPS), **changes,
+    }  # fmt: skip
     pathlib.Path("config.py").write_text(
         f"""
 from emu3_jax.data.config import DataConfig, Source
@@ -362,12 +379,8 @@ def config():
         directory={str(directory)!r},
         model=ModelConfig({str(bundle)!r}, dtype="float32"),
         data=DataConfig((Source({str(data)!r}, TextToImage()),), sequence_length=64, packing=2),
-        batch_size=2,
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
-        mesh="fsdp=1",
         keep=2,
-        samples=SampleConfig(("a",), every=6),
-        profile=(1, 1),
         **{fields!r},
     )
 """
@@ -440,6 +453,24 @@ def test_a_killed_run_goes_on_to_the_same_model(bucket, trained, tmp_path, capsy
     del bucket.buckets["bucket"]["run/model/SHA256SUMS"]
     run("train", trained, "--quiet")
     Bundle.open("gs://bucket/run/model", verify=True)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_hosts_share_data_and_a_run(bucket, vouched):
+    """Both hosts prepare shares of the data, and write shares of the checkpoints."""
+    source = photos(pathlib.Path("photos"), 24)
+    storage.upload(vouched, "gs://bucket/tiny")
+    words = ["prepare", source, "--model", vouched, "--keep-size", "--shards", 2, "--quiet"]
+    for host in (1, 0):
+        run(*words, "--host", host, "--hosts", 2, "-o", "gs://bucket/data")
+    run(*words, "-o", "data")
+    assert stored(bucket, "data") == digests(pathlib.Path("data"))
+    changes = {"mesh": "fsdp=4", "batch_size": 4, "steps": 4, "samples": None, "profile": None}
+    config = write_config("gs://bucket/tiny", "gs://bucket/data", "gs://bucket/run", **changes)
+    assert Pair("train", config, "--quiet").succeed() == "gs://bucket/run/model: the model after 4 steps"
+    assert newest_checkpoint(storage.place("gs://bucket/run"))[0] == 4
+    emu3_jax.load("gs://bucket/run/model", verify=True)
 
 
 # ------------------------------------------------------------------------------------------------ locks

@@ -174,6 +174,7 @@ def read_array(directory: Path, path: tuple[str, ...], index: int | None = None)
         array = tensorstore.open(spec, open=True, read=True).result()
         return np.asarray((array if index is None else array[index]).read().result())
     except (OSError, ValueError) as error:
+        storage.require_access(directory, error)
         reason = str(error).split("\n", 1)[0][:200]
         raise Emu3Error(f"{database}: {'/'.join(path)} cannot be read ({reason}); the files are damaged") from error
 
@@ -458,6 +459,7 @@ class Bundle:
         except (MemoryError, jax.errors.JaxRuntimeError):  # a device too small for the weights says so itself
             raise
         except Exception as error:  # Orbax raises anything, down to plain Exception
+            storage.require_access(directory, error)
             reason = str(error.__cause__ or error).split("\n", 1)[0][:200]
             raise Emu3Error(
                 f"{directory}: cannot be restored ({reason}); if the files are damaged, convert the model again"

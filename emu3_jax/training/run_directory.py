@@ -241,6 +241,7 @@ class Checkpoints:
         except (MemoryError, jax.errors.JaxRuntimeError):
             raise
         except Exception as error:  # Orbax raises anything
+            storage.require_access(self.directory / str(step), error)
             reason = str(error.__cause__ or error).split("\n", 1)[0][:200]
             raise Emu3Error(
                 f"{self.directory / str(step)}: cannot be restored ({reason}); delete it to go on from the one before"
