@@ -30,12 +30,12 @@ from emoji_data.manifests import build_manifests
 from emoji_data.packages import Package, fetch
 from emoji_data.pictures import load_characters, load_clips, load_drawings, load_pictures
 from PIL import Image
-from tqdm import tqdm
 
 from emu3_jax.errors import Emu3Error
 from emu3_jax.evaluation import procedural
 from emu3_jax.files import new_directory
 from emu3_jax.media.clips import load_clip, save_clip
+from emu3_jax.progress import each
 
 NOTICE = pathlib.Path(__file__).parent / "emoji_data" / "notice.txt"
 ALIKE = 16.0  # mean difference, of 255, below which two styles draw a concept the same way; unlike ones differ by 38
@@ -97,7 +97,7 @@ def build(
     sources = sources or Sources()
     used = [sources.labels, sources.pictures_3d, *sources.drawings.values(), *(sources.clips if clips else ())]
     with new_directory(directory, _BYTES_PER_PIXEL * size**2) as target:
-        tarballs = {package: fetch(package, cache) for package in tqdm(used, "packages", disable=None)}
+        tarballs = {package: fetch(package, cache) for package in each(used, True, "packages", name="fetching")}
         concepts = load_concepts(tarballs[sources.labels])
         unused = _Unused()
         items, held_clips = _write_pictures(target, sources, tarballs, concepts, size=size, seed=seed, unused=unused)
@@ -138,7 +138,7 @@ def _write_pictures(
         )
     found: dict[str, dict[str, np.ndarray]] = collections.defaultdict(dict)
     for style in STYLES:
-        for codepoint, result in tqdm(loaded[style], style, unit=" pictures", disable=None):
+        for codepoint, result in each(loaded[style], True, "pictures", name=style):
             if isinstance(result, str):
                 unused.add(result, f"{style}/{codepoint}")
             else:
@@ -146,7 +146,7 @@ def _write_pictures(
     items, held_clips = [], set()
     for style in STYLES:
         (target / "pictures" / style).mkdir(parents=True)
-    for codepoint, pictures in tqdm(sorted(found.items()), "writing", unit=" concepts", disable=None):
+    for codepoint, pictures in each(sorted(found.items()), True, "concepts", name="writing"):
         concept = concepts[codepoint]
         held = set(pictures) if is_held_out(concept, seed) else held_out_styles(concept, _alike(pictures), seed)
         if {"3d", "flat"} & held:
@@ -190,7 +190,7 @@ def _write_clips(
     (target / "clips").mkdir()
     items, labelled = {}, set(concepts)
     for tarball in tarballs:
-        for codepoint, frames, fps in tqdm(load_clips(tarball, labelled, size), "clips", unit=" clips", disable=None):
+        for codepoint, frames, fps in each(load_clips(tarball, labelled, size), True, "clips", name="reading"):
             if not isinstance(frames, str) and codepoint in items:
                 frames = "second picture of its codepoint"
             if isinstance(frames, str):
@@ -226,7 +226,7 @@ def _write_scenes(
     """Draws the procedural stills and clips and returns their items."""
     (target / "procedural").mkdir()
     items = []
-    for scene in tqdm([*stills, *clips], "shapes", unit=" scenes", disable=None):
+    for scene in each([*stills, *clips], True, "scenes", name="drawing"):
         moving = isinstance(scene, procedural.Motion)
         name = "procedural/" + "-".join(dataclasses.astuple(scene)).replace(" ", "-")
         path = target / f"{name}.webp"

@@ -240,7 +240,7 @@ def test_the_template_follows_the_name_or_the_argument(copy, tmp_path, name, cho
 def test_a_hub_id_is_downloaded(source, tmp_path, monkeypatch):
     asked = []
 
-    def snapshot_download(repo, allow_patterns, ignore_patterns):
+    def snapshot_download(repo, allow_patterns, ignore_patterns, tqdm_class):
         asked.append((repo, "*.safetensors" in allow_patterns, "*.py" in allow_patterns))
         names = ["config.json", "../x.json", "sub/x.json", "/x.json", "..\\x.json"]
         kept = filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)

@@ -134,7 +134,7 @@ def test_ctrl_c_is_heard_and_the_second_interrupts(monkeypatch, capfd):
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
-    assert capfd.readouterr().err == "\nemu3-jax: stopping after this step; Ctrl-C again ends at once\n"
+    assert capfd.readouterr().err == "emu3-jax: stopping after this step; Ctrl-C again ends at once\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

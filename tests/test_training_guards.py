@@ -1,7 +1,12 @@
-"""Training through the command line: data of another vision tokenizer, and records that are skipped."""
+"""Training through the command line: foreign data, records that are skipped, and what a run says."""
 
+import contextlib
 import json
+import math
 import pathlib
+import re
+import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -13,6 +18,9 @@ from emu3_jax.checkpoints.bundle import Bundle, LazyArray, write_part
 from emu3_jax.cli.main import main
 from emu3_jax.data.encoder import bundle_codebook
 from emu3_jax.models.quantizer import CODEBOOK
+from emu3_jax.sharding.mesh import make_mesh
+from emu3_jax.sharding.rules import use_mesh
+from emu3_jax.training import loop
 from emu3_jax.training.config import load_config
 from emu3_jax.training.loop import train
 from emu3_jax.training.metrics import read_metrics
@@ -121,12 +129,106 @@ def test_skipped_records_are_told(command, tmp_path, capsys):
         capsys.readouterr().out
     )
     # The run goes on, and so does the count.
-    _, file, *overrides = arguments
-    outcome = train(load_config(file, [override.removeprefix("--set=") for override in overrides]), progress=True)
+    outcome = train(config_of(arguments), progress=True)
     lines = read_metrics(directory)
     counts |= {line["step"]: line["skipped"] for line in lines if line["group"] == "train"}
     assert list(counts) == [2, 4] and counts[2] < counts[4] == outcome.skipped
     assert [line["skipped"] for line in lines if line["group"] == "evaluation/held out"] == [2, 2]
     shown = capsys.readouterr().err
     assert f"tokens/s, {counts[4]:.0f} skipped" in shown
-    assert f"step 4, held out: 2 records longer than {LENGTH} tokens skipped" in shown
+    said = rf"step 4, held out: loss [\d.]+ \(text [\d.]+\), 2 records longer than {LENGTH} tokens skipped\n"
+    assert re.search(said, shown)
+
+
+# ------------------------------------------------------------------------------------------------ what a run says
+
+
+def config_of(arguments):
+    """The config that the arguments of a command describe."""
+    _, file, *overrides = arguments
+    return load_config(file, [override.removeprefix("--set=") for override in overrides])
+
+
+def log_of(capsys) -> list[str]:
+    """The lines of a log without their dates, and with marks for what differs between machines."""
+    lines = []
+    for line in capsys.readouterr().err.splitlines():
+        date, text = line[:20], line[20:]
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", date), line
+        text = re.sub(r"\d+(\.\d+)? MiB of each device", "SIZE of each device", text)
+        text = re.sub(r"(SIZE of each device, and activations) \(.+\)", r"\1 (...)", text)
+        text = re.sub(r"\b\d+ (s|min|h)( \d+ (s|min))?\b", "TIME", text)
+        text = re.sub(r"\d+\.\d{4}", "LOSS", re.sub(r"[\d,]+ tokens/s", "SPEED", text))
+        lines.append(text)
+    return lines
+
+
+def test_what_a_run_says_in_a_log(command, tiny_bundle, root, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(loop, "peak_flops", lambda kind: 1e12)
+    run = tmp_path / "run"
+    arguments = command(log_every=2, evaluate_every=4, checkpoint_every=2)
+    count = sum(math.prod(param.shape) for param in Bundle.open(tiny_bundle).params("decoder"))
+    beginning = [
+        f"trained: all {count:,} parameters",
+        "a step: 1 row of 128 tokens, so up to 128 tokens",
+        f"data: 1 record in {root}/pictures",
+        "evaluated every 4 steps: held out (1 record)",
+        "1 device (cpu)",
+        "memory: SIZE of each device, and activations (...)",
+    ]
+    first = "the first step took TIME, compilation included; a step takes SIZE of each device"
+    ending = [
+        "step 4 of 4: loss LOSS (vision LOSS), SPEED, MFU",
+        "step 4, held out: loss LOSS (vision LOSS)",
+        f"train: done in TIME, the model is {run}/model",
+        f"to use it: emu3-jax generate a --model {run}/model -o out/pictures",
+    ]
+    step_2 = "step 2 of 4: loss LOSS (vision LOSS), SPEED, MFU, time left TIME"
+
+    assert main(arguments) == 0
+    lines = [re.sub(r"MFU [\d.]+%", "MFU", line) for line in log_of(capsys)]
+    assert lines == [f"train: 4 steps, in {run}", *beginning, first, step_2, *ending]
+
+    shutil.rmtree(run / "checkpoints" / "4")
+    assert main(arguments) == 0
+    lines = [re.sub(r"MFU [\d.]+%", "MFU", line) for line in log_of(capsys)]
+    goes_on = f"train: {run} goes on from step 2, 2 steps left, TIME at the pace of before"
+    assert lines == [goes_on, *beginning, first, *ending]
+
+    shutil.rmtree(run / "checkpoints" / "4")
+    assert main([*arguments, "--quiet"]) == 0
+    assert capsys.readouterr() == (f"{run}/model: the model after 4 steps\n", "")
+    # Users of the package see nothing in a log.
+    assert train(config_of(arguments)).step == 4
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("task", "data", "usage"),
+    [
+        ("TextToImage", "pictures", "generate a --model 'out/my run/model' -o out/pictures"),
+        ("NextFrame", "pictures", "video a --model 'out/my run/model' -o out/clips"),
+        ("ImageToText", "pictures", "chat PICTURE --prompt 'Please describe the image' --model 'out/my run/model'"),
+        ("TextOnly", "texts", "doctor 'out/my run/model'"),
+    ],
+)
+def test_how_a_model_is_used_follows_from_its_task(command, tiny_bundle, task, data, usage):
+    bundle, mesh = Bundle.open(tiny_bundle), make_mesh("fsdp=1")
+    config = config_of(command(task, data))
+    with use_mesh(mesh), contextlib.closing(loop._DecoderJob(config, bundle, bundle.decoder_config, mesh)) as job:
+        assert job.usage(pathlib.Path("out/my run/model")) == f"emu3-jax {usage}"
+
+
+def test_a_run_that_is_stopped_says_how_it_goes_on(command, tmp_path, capsys, monkeypatch):
+    step = loop._DecoderJob.step
+
+    def interrupted(job, state, batch):
+        signal.raise_signal(signal.SIGTERM)
+        return step(job, state, batch)
+
+    monkeypatch.setattr(loop._DecoderJob, "step", interrupted)
+    assert main(command()) == 143
+    assert log_of(capsys)[-2:] == [
+        f"train: stopped after TIME with a checkpoint of step 1 in {tmp_path}/run",
+        "to go on: run the same command again",
+    ]

@@ -12,10 +12,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from tqdm import tqdm
-
 from emu3_jax.errors import Emu3Error
 from emu3_jax.foreign import inner_path, limit, plain_file, read_bytes, reading
+from emu3_jax.progress import Progress
 
 CHECKSUMS = "SHA256SUMS"
 COPY_AGAIN = "copy the bundle again, or convert the model again"
@@ -30,7 +29,7 @@ _THREADS = 8  # hashing gives the interpreter free
 def write_checksums(directory: Path, progress: bool | None = False) -> None:
     """Lists every file below `directory` with its SHA-256 in `directory/SHA256SUMS`. To be called last.
 
-    `progress` shows a bar on stderr, with None if that is a terminal.
+    `progress` is as `progress.Progress` takes it.
     """
     names = sorted(name for name in _files(directory) if name != CHECKSUMS)
     sums = _sums(directory, names, progress)
@@ -67,7 +66,7 @@ def compare_checksums(
     Args:
         directory: of the bundle; it has a list.
         whole: no part may be missing.
-        progress: a bar on stderr; by default if that is a terminal.
+        progress: as `progress.Progress` takes it.
 
     Returns:
         How many files were read, and those that differ.
@@ -146,11 +145,9 @@ def _sums(directory: Path, names: list[str], progress: bool | None) -> dict[str,
         for name in names:
             plain_file(directory / name)
             sizes.append((directory / name).stat().st_size)
-    disable = None if progress is None else not progress
-    bar = tqdm(total=sum(sizes), unit="B", unit_scale=True, desc="checksums", disable=disable, leave=False)
     threads = min(_THREADS, os.cpu_count() or 1)
     pool = concurrent.futures.ThreadPoolExecutor(threads)
-    with bar:
+    with Progress(progress, sum(sizes), "bytes", name="checksums") as bar:
         try:
             sums = {}
             for name, size, digest in zip(names, sizes, pool.map(_sha256, [directory / n for n in names]), strict=True):

@@ -9,7 +9,6 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from tqdm import tqdm
 
 from emu3_jax import storage
 from emu3_jax.checkpoints.bundle import (
@@ -29,6 +28,7 @@ from emu3_jax.config import DecoderConfig, VisionConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.files import new_directory
 from emu3_jax.printable import shown
+from emu3_jax.progress import Progress
 from emu3_jax.text.tokenizer import Tokenizer
 
 _LOG = logging.getLogger("emu3_jax")
@@ -56,7 +56,7 @@ def convert(
     output: str | Path,
     dtype: str | None = None,
     template: str | None = None,
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> Bundle:
     """Converts checkpoints into a new bundle at `output`, and opens it.
 
@@ -67,7 +67,7 @@ def convert(
       dtype: casts the decoder's weights ("bfloat16", "float16", "float32"); by default they stay as stored. The
         vision tokenizer always stays as stored.
       template: the prompt template, "chat" or "stage1"; by default "stage1" where a source's name says so.
-      progress: shows a bar on a terminal.
+      progress: True shows a bar on a terminal and lines in a log, None only the bar, False nothing.
 
     Raises:
       Emu3Error: bad arguments, damaged files, weights that do not fit their config. Nothing is left behind.
@@ -82,11 +82,11 @@ def convert(
     if storage.exists(output):
         raise Emu3Error(f"{output} exists already: choose another name or delete it first")
     names = [str(source) for source in sources]
-    plan = _plan([Published.open(fetch(name)) for name in names], dtype)
+    plan = _plan([Published.open(fetch(name, progress)) for name in names], dtype)
     plan.template = template or ("stage1" if any("stage1" in Path(n).name.lower() for n in names) else "chat")
     with (
         new_directory(output, plan.nbytes) as directory,
-        tqdm(total=plan.nbytes, unit="B", unit_scale=True, desc="convert", disable=None if progress else True) as bar,
+        Progress(progress, plan.nbytes, "bytes", name="convert") as bar,
     ):
         if plan.decoder is not None:
             write_part(directory / "decoder", plan.decoder.to_dict(), plan.arrays["decoder"], bar.update)

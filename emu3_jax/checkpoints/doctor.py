@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from emu3_jax.checkpoints.bundle import PARTS, Bundle
 from emu3_jax.checkpoints.checksums import (
@@ -26,6 +25,7 @@ from emu3_jax.config import DecoderConfig, SpecialTokens
 from emu3_jax.errors import Emu3Error
 from emu3_jax.foreign import local_path
 from emu3_jax.printable import one_line
+from emu3_jax.progress import Progress
 from emu3_jax.text.tokenizer import Tokenizer
 
 OK, WARN, ERROR = "ok", "warn", "error"
@@ -48,8 +48,10 @@ class Finding:
         object.__setattr__(self, "what", one_line(self.what))
 
 
-def doctor(path: str | Path, progress: bool = True) -> list[Finding]:
+def doctor(path: str | Path, progress: bool | None = None) -> list[Finding]:
     """Examines a bundle or a published directory, every weight of it, and a bundle's checksums; writes nothing.
+
+    `progress` is as `progress.Progress` takes it.
 
     Raises:
       Emu3Error: `path` is no directory. Everything else that is wrong is a finding.
@@ -88,7 +90,7 @@ def _attempt(findings: list[Finding], action: Callable[[], Any]) -> Any:
 # ------------------------------------------------------------------------------------------------ the two kinds
 
 
-def _bundle(path: Path, progress: bool) -> _Patient:
+def _bundle(path: Path, progress: bool | None) -> _Patient:
     patient = _Patient([], checksums=list(_checksums(path, progress)))
     bundle = _attempt(patient.findings, lambda: Bundle.open(path))
     if bundle is None:
@@ -174,7 +176,7 @@ def _config_gaps(source: Published) -> Iterator[Finding]:
 # ------------------------------------------------------------------------------------------------ examinations
 
 
-def _examine(patient: _Patient, progress: bool) -> Iterator[Finding]:
+def _examine(patient: _Patient, progress: bool | None) -> Iterator[Finding]:
     yield from patient.findings
     if patient.decoder is not None:
         yield from _special_tokens(patient.decoder, patient.codes)
@@ -225,13 +227,13 @@ def _vocabulary(read: Callable[[], Tokenizer | None], config: DecoderConfig | No
         yield Finding(OK, f"the vocabulary has {tokenizer.vocab_size} tokens{words}")
 
 
-def _checksums(path: Path, progress: bool) -> Iterator[Finding]:
+def _checksums(path: Path, progress: bool | None) -> Iterator[Finding]:
     if not has_checksums(path):
         what = f"the bundle has no {CHECKSUMS}: a bit that flips in its weights would go unnoticed"
         yield Finding(WARN, what, "convert the model again, which writes them")
         return
     findings: list[Finding] = []
-    compared = _attempt(findings, lambda: compare_checksums(path, progress=None if progress else False))
+    compared = _attempt(findings, lambda: compare_checksums(path, progress=progress))
     yield from findings
     if compared is None:
         return
@@ -263,14 +265,13 @@ def _dtypes(dtypes: dict[str, set[str]]) -> Iterator[Finding]:
             yield Finding(OK, f"the {part} is stored in {names}")
 
 
-def _values(arrays: Iterable[tuple[str, np.ndarray]], nbytes: int, progress: bool) -> Iterator[Finding]:
+def _values(arrays: Iterable[tuple[str, np.ndarray]], nbytes: int, progress: bool | None) -> Iterator[Finding]:
     """Walks through all weights, names and arrays, once."""
     not_finite: list[str] = []
     zero: list[str] = []
     digests: dict[str, bytes] = {}
     statistics: list[bool] = []
-    bar = tqdm(total=nbytes, unit="B", unit_scale=True, desc="doctor", disable=None if progress else True)
-    with bar:
+    with Progress(progress, nbytes, "bytes", name="doctor") as bar:
         try:
             for name, array in arrays:
                 bits = array.reshape(-1).view(np.dtype(f"u{array.dtype.itemsize}"))

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from emu3_jax.checkpoints import layouts
 from emu3_jax.checkpoints.bundle import VOCABULARY, Bundle
@@ -19,6 +18,7 @@ from emu3_jax.checkpoints.transformers_tokenizer import special_ids, write_token
 from emu3_jax.errors import Emu3Error
 from emu3_jax.files import new_directory
 from emu3_jax.printable import shown
+from emu3_jax.progress import Progress
 from emu3_jax.text.tokenizer import VISION_TOKENS_FILE
 
 LAYOUTS = ("upstream", "transformers")
@@ -33,7 +33,7 @@ def export(
     bundle: Bundle | str | Path,
     output: str | Path,
     layout: str,
-    progress: bool = True,
+    progress: bool | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes a bundle's weights, configs and tokenizer as a PyTorch checkpoint.
@@ -43,7 +43,7 @@ def export(
       output: a directory that does not exist yet. "upstream" writes `language_model/` and `vision_tokenizer/` into it
         when the bundle holds both; one part alone, and "transformers", lie in it directly.
       layout: "upstream" (BAAI's code) or "transformers" (its version 5 and later).
-      progress: shows a bar on a terminal.
+      progress: True shows a bar on a terminal and lines in a log, None only the bar, False nothing.
       shard_bytes: the greatest size of one safetensors file.
 
     Raises:
@@ -58,7 +58,7 @@ def export(
     total = sum(a.size * a.dtype.itemsize for part in parts for a in bundle.stored(part).values())
     with (
         new_directory(output, total) as directory,
-        tqdm(total=total, unit="B", unit_scale=True, desc="export", disable=None if progress else True) as bar,
+        Progress(progress, total, "bytes", name="export") as bar,
     ):
         writer = functools.partial(_write_weights, bundle, shard_bytes=shard_bytes, bar=bar)
         if layout == "transformers":
@@ -122,7 +122,7 @@ def _write_transformers(bundle: Bundle, parts: list[str], directory: Path, write
 
 
 def _write_weights(
-    bundle: Bundle, parts: list[tuple[str, Layout]], directory: Path, *, shard_bytes: int, bar: tqdm
+    bundle: Bundle, parts: list[tuple[str, Layout]], directory: Path, *, shard_bytes: int, bar: Progress
 ) -> None:
     """Writes the parts' tensors as one safetensors file, or as shards and their index."""
     entries = [entry for part, layout in parts for entry in _entries(bundle, part, layout)]
@@ -159,7 +159,7 @@ def _entries(bundle: Bundle, part: str, layout: Layout) -> Iterator[_Entry]:
         yield layout.rename(counter, part).name, (), np.dtype(np.int64)
 
 
-def _tensors(bundle: Bundle, parts: list[str], bar: tqdm) -> Iterator[np.ndarray]:
+def _tensors(bundle: Bundle, parts: list[str], bar: Progress) -> Iterator[np.ndarray]:
     for part in parts:
         for param, array in bundle.arrays(part):
             yield from param.unpack(array)

@@ -8,6 +8,7 @@ from emu3_jax import storage
 from emu3_jax.errors import Emu3Error
 from emu3_jax.foreign import local_path
 from emu3_jax.printable import one_line
+from emu3_jax.progress import download_bars
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
@@ -22,8 +23,10 @@ def local_source(source: str) -> Path | None:
     return None
 
 
-def fetch(source: str) -> Path:
+def fetch(source: str, progress: bool | None = None) -> Path:
     """The directory of a source. Files of a hub id are downloaded to the hub's cache, those in a bucket to ours.
+
+    `progress` is as `progress.Progress` takes it.
 
     Raises:
       Emu3Error: the source is neither, or the hub is out of reach.
@@ -40,7 +43,8 @@ def fetch(source: str) -> Path:
             f"{source}: no such directory; to download it from the hub, pip install 'emu3-jax[convert]'"
         ) from error
     # The patterns' stars match separators, too: without `ignore_patterns` names could lead out of the hub's cache.
-    download = functools.partial(huggingface_hub.snapshot_download, source, ignore_patterns=["*/*", "*\\*"])
+    settings = {"ignore_patterns": ["*/*", "*\\*"], "tqdm_class": download_bars(progress, source)}
+    download = functools.partial(huggingface_hub.snapshot_download, source, **settings)
     try:
         directory = Path(download(allow_patterns=["*.json", "*.safetensors", "*.tiktoken", "*.txt"]))
         if not any(directory.glob("*.safetensors")):

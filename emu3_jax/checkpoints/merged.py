@@ -9,13 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 from flax import traverse_util
-from tqdm import tqdm
 
 from emu3_jax.checkpoints.adapter import SavedAdapter
 from emu3_jax.checkpoints.bundle import Bundle, LazyArray, read_array
 from emu3_jax.checkpoints.layouts import Param
 from emu3_jax.models.quantization import is_quantised, quantise
 from emu3_jax.models.stacking import Path as TreePath
+from emu3_jax.progress import Progress
 
 
 def load_merged(
@@ -64,7 +64,7 @@ def merge_bundle(
     dtype: str | None = None,
     *,
     verify: bool = False,
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> None:
     """Writes the bundle with an adapter merged as a new bundle, holding one array at a time.
 
@@ -74,7 +74,7 @@ def merge_bundle(
         target: the new bundle; it must not exist.
         dtype: of the new decoder; by default that of the adapter's training, or where nobody says the bundle's.
         verify: see `SavedAdapter.open`.
-        progress: shows a bar on a terminal.
+        progress: as `progress.Progress` takes it.
 
     Raises:
         Emu3Error: the adapter does not fit, or a place cannot be read or written. Nothing is left behind.
@@ -89,5 +89,5 @@ def merge_bundle(
 
     arrays = [LazyArray(param.path, param.shape, new, load(param)) for param in bundle.params("decoder")]
     total = sum(array.nbytes for array in arrays)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="merge", disable=None if progress else True) as bar:
+    with Progress(progress, total, "bytes", name="merge") as bar:
         bundle.write_with_decoder(target, decoder, arrays, bar.update)

@@ -148,7 +148,7 @@ def add_tile(command: argparse.ArgumentParser) -> None:
 
 def add_quiet(command: argparse.ArgumentParser) -> None:
     """`--quiet`."""
-    command.add_argument("--quiet", action="store_true", help="no progress bar")
+    command.add_argument("--quiet", action="store_true", help="show no progress: neither a bar nor lines")
 
 
 def add_set(command: argparse.ArgumentParser) -> None:
@@ -230,7 +230,7 @@ def load_model(options: argparse.Namespace):
 
 
 def progress(options: argparse.Namespace) -> bool | None:
-    """False silences the bar; None shows it on terminals."""
+    """False shows nothing; None shows what `progress.by_default` says: a bar on a terminal, lines in a log."""
     return False if options.quiet else None
 
 

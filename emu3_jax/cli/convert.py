@@ -35,7 +35,13 @@ def run(options: argparse.Namespace) -> None:
         return
     if options.adapter_only:
         raise Emu3Error(f"{first} is no training run, and --adapter-only is for these: give one, or leave it out")
-    convert(options.sources, options.output, dtype=options.dtype, template=options.template, progress=not options.quiet)
+    convert(
+        options.sources,
+        options.output,
+        dtype=options.dtype,
+        template=options.template,
+        progress=common.progress(options),
+    )
     print(options.output)
 
 

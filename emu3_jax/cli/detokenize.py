@@ -20,12 +20,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
     from emu3_jax.files import files_into
     from emu3_jax.media.clips import Clip, check_writable, save_clip
     from emu3_jax.media.codes import load_codes
     from emu3_jax.media.images import save_png
+    from emu3_jax.progress import each
 
     arrays = load_codes(options.codes)
     if any(codes.ndim == 3 for codes in arrays.values()):
@@ -34,7 +33,7 @@ def run(options: argparse.Namespace) -> None:
     written = []
     model = common.load_model(options)
     with files_into(options.output) as directory:
-        for name, codes in tqdm(arrays.items(), unit=" files", disable=True if options.quiet else None, leave=False):
+        for name, codes in each(arrays.items(), common.progress(options), "files", name="detokenize"):
             (media,) = model.detokenize([codes], **settings)
             if isinstance(media, Clip):
                 written.append(f"{name}.{options.clip_format}")

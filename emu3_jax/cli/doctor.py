@@ -13,6 +13,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         action="store_true",
         help="check nothing: remove what killed runs left in this directory and beside it, and name it",
     )
+    common.add_quiet(command)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -27,7 +28,7 @@ def run(options: argparse.Namespace) -> int:
         findings = [Finding("ok", f"removed {path}, which a run that was killed had left") for path in removed]
         findings = findings or [Finding("ok", f"no run that was killed left anything in {options.path} or beside it")]
     else:
-        findings = doctor(options.path)
+        findings = doctor(options.path, common.progress(options))
     for finding in findings:
         if options.json:
             print(json.dumps(dataclasses.asdict(finding)))

@@ -18,6 +18,9 @@ def run(options: argparse.Namespace) -> None:
     from emu3_jax.checkpoints.export import export
 
     export(
-        Bundle.open(options.bundle, verify=options.verify), options.output, options.layout, progress=not options.quiet
+        Bundle.open(options.bundle, verify=options.verify),
+        options.output,
+        options.layout,
+        progress=common.progress(options),
     )
     print(options.output)

@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> None:
             options.prompts,
             ratio=common.one_or_each(options.ratio),
             **common.generation(options),
-            progress=common.progress(options) if first else False,
+            progress=common.progress(options),
         )
         if not first:
             return

@@ -82,7 +82,10 @@ def _run(arguments: Sequence[str] | None, state: Interruption) -> int:
             sys.stdout.flush()  # of --help
             raise
         start_jax()
-        code = options.run(options) or 0
+        from emu3_jax.progress import by_default  # which needs JAX
+
+        with by_default(not getattr(options, "quiet", False)):
+            code = options.run(options) or 0
         sys.stdout.flush()  # a full disk shows itself here
         return code
     except OutputError as output:

@@ -28,6 +28,6 @@ def run(options: argparse.Namespace) -> None:
     from emu3_jax.checkpoints.merged import merge_bundle
 
     bundle = Bundle.open(options.bundle, verify=options.verify)
-    settings = {"verify": options.verify, "progress": not options.quiet}
+    settings = {"verify": options.verify, "progress": common.progress(options)}
     merge_bundle(bundle, options.adapter, options.output, options.dtype, **settings)
     print(options.output)

@@ -15,12 +15,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
     from emu3_jax.errors import Emu3Error
     from emu3_jax.files import new_file
     from emu3_jax.media.codes import code_names, save_codes
     from emu3_jax.media.frames import check_resampling
+    from emu3_jax.progress import each
 
     names = code_names(options.files)
     if options.output.suffix != ".npz":
@@ -28,9 +27,9 @@ def run(options: argparse.Namespace) -> None:
     check_resampling(options.fps, options.frames)
     model = common.load_model(options)
     with new_file(options.output) as temporary:
-        bar = tqdm(options.files, unit=" files", disable=True if options.quiet else None, leave=False)
         settings = {name: getattr(options, name) for name in ("independent", "fps", "frames", "tile")}
-        codes = {name: model.tokenize([file], **settings)[0] for name, file in zip(names, bar, strict=True)}
+        files = each(options.files, common.progress(options), "files", name="tokenize")
+        codes = {name: model.tokenize([file], **settings)[0] for name, file in zip(names, files, strict=True)}
         save_codes(temporary, codes)
     for name, array in codes.items():
         print(f"{name}: {'x'.join(map(str, array.shape))} codes")

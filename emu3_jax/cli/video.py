@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> None:
             ratio=options.ratio,
             on_frames=on_frames,
             **common.generation(options),
-            progress=common.progress(options) if first else False,
+            progress=common.progress(options),
         )
         if not first:
             return

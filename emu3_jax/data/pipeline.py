@@ -53,10 +53,16 @@ class Batches:
 
     `get_state` is JSON-able and tells where the iterator stands after the batches it has given; an iterator of an
     equal pipeline that gets it by `set_state` gives the same batches from there, to the bit.
+
+    Attributes:
+        sources: the path of each source, and how many records it has.
     """
 
-    def __init__(self, dataset: "grain.IterDataset[Batch]", identity: Sequence[Any]):
+    def __init__(
+        self, dataset: "grain.IterDataset[Batch]", identity: Sequence[Any], sources: Sequence[tuple[str, int]]
+    ):
         """`identity` is all that decides the batches; states go only to where it is equal."""
+        self.sources = tuple(sources)
         self._pipeline = hashlib.sha256(repr(identity).encode()).hexdigest()
         ahead = grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=_BATCHES_AHEAD)
         # Grain 0.2's iterators complain when they are left to the interpreter's last moments: closed before those.
@@ -147,7 +153,8 @@ def training_batches(
     settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)} | {"sources": sources}
     rows = _table_rows if config.whole_rows else _stream_rows
     dataset = rows(config, builders, tokenizer.special.pad, batch_size, process)
-    return Batches(dataset, [settings, templates, batch_size, process_index, process_count])
+    identity = [settings, templates, batch_size, process_index, process_count]
+    return Batches(dataset, identity, [(builder.source.path, len(builder.data)) for builder in builders])
 
 
 def _table_rows(
@@ -249,7 +256,7 @@ def evaluation_batches(
     fitting = _FittingIterDataset(mine, sequence_length, too_long, instead=empty)
     rows = _padded(fitting, sequence_length, tokenizer.special.pad)
     identity = [data.index.job, source.task, templates, batch_size, sequence_length, process_index, process_count]
-    return Batches(rows.batch(batch_size, drop_remainder=True), identity)
+    return Batches(rows.batch(batch_size, drop_remainder=True), identity, [(source.path, len(data))])
 
 
 @dataclasses.dataclass(frozen=True)

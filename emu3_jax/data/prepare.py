@@ -16,14 +16,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from tqdm import tqdm
-
 from emu3_jax import files, storage
 from emu3_jax.data.config import MAX_THREADS
 from emu3_jax.data.records import Record
 from emu3_jax.data.shards import FORMAT, INDEX, Codebook, Index, Shard, write_json, write_shard
 from emu3_jax.errors import Emu3Error
 from emu3_jax.printable import shown
+from emu3_jax.progress import Progress
 
 SKIPPED = "skipped.txt"  # in the data: a line for each entry that was skipped
 SHARD_ENTRIES = 1024  # by default: some 20 MB, and at most a few minutes of work lost when a run is killed
@@ -79,7 +78,7 @@ def prepare(
         on_error: "stop" at the first bad entry, or "skip" it and list it in the index.
         host: the number of this host, from 0.
         hosts: how many hosts share the work, each with its own number and the same `output`.
-        progress: a bar on stderr; by default if that is a terminal.
+        progress: True shows a bar on a terminal and lines in a log, None only the bar, False nothing.
 
     Raises:
         Emu3Error: bad arguments, a bad entry where `on_error` is "stop", other data in `output`, a full disk. Shards
@@ -105,7 +104,7 @@ def prepare(
         if on_error == "stop":
             _check(entries, directory, done.values(), (i for n in todo for i in range(bounds[n], bounds[n + 1])))
         total, finished = (sum(bounds[n + 1] - bounds[n] for n in numbers) for numbers in (mine, done))
-        bar = tqdm(total=total, initial=finished, unit=" records", disable=None if progress is None else not progress)
+        bar = Progress(progress, total, "records", name="prepare", initial=finished)
         with bar, _workers(workers) as in_order:
             for number in todo:
                 indices = range(bounds[number], bounds[number + 1])

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from emu3_jax.data.records import check_text
 from emu3_jax.errors import Emu3Error
@@ -15,6 +14,7 @@ from emu3_jax.foreign import inner_path, local_path, parse_json, read_bytes
 from emu3_jax.media.clips import load_clip
 from emu3_jax.media.images import load_image
 from emu3_jax.printable import shown
+from emu3_jax.progress import Progress, each
 
 ITEMS = "items.jsonl"
 _KINDS = {"picture": (), "clip": (), "procedural_picture": ("position",), "procedural_clip": ("motion",)}
@@ -77,8 +77,8 @@ class Data:
         """
         missing = [item for item in items if item.name not in self._held]
         # A bar that comes and goes within a moment would only flicker.
-        disable = True if len(missing) < 500 else None if progress is None else not progress
-        for item in tqdm(missing, "reading", unit=" files", disable=disable, leave=False):
+        show = False if len(missing) < 500 else progress
+        for item in each(missing, show, "files", name="reading"):
             path = self.directory / item.file
             clip = item.kind.endswith("clip")
             self._held[item.name] = load_clip(path).frames if clip else np.asarray(load_image(path))
@@ -100,7 +100,9 @@ def choose(items: Sequence[Item], cases: int | None, seed: int, figure: str) -> 
     return [items[i] for i in sorted(rng.choice(len(items), cases, replace=False))]
 
 
-def in_batches(call: Callable[[np.ndarray], np.ndarray], array: np.ndarray, size: int, bar: tqdm) -> np.ndarray:
+def in_batches(
+    call: Callable[[np.ndarray], np.ndarray], array: np.ndarray, size: int, bar: Progress | None = None
+) -> np.ndarray:
     """`call` over rows of `array`, `size` at once; the last batch is filled up, so that all have one shape.
 
     `bar` is told the rows that are done.
@@ -110,7 +112,8 @@ def in_batches(call: Callable[[np.ndarray], np.ndarray], array: np.ndarray, size
         rows = array[start : start + size]
         filled = np.concatenate([rows, np.repeat(rows[-1:], size - len(rows), axis=0)])
         parts.append(np.asarray(call(filled))[: len(rows)])
-        bar.update(len(rows))
+        if bar is not None:
+            bar.update(len(rows))
     return np.concatenate(parts)
 
 

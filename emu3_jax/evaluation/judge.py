@@ -21,13 +21,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from tqdm import tqdm
 
 from emu3_jax.errors import Emu3Error
 from emu3_jax.evaluation.config import JudgeConfig
 from emu3_jax.evaluation.items import in_batches
 from emu3_jax.files import new_file
 from emu3_jax.foreign import plain_file, reading
+from emu3_jax.progress import Progress
 
 try:
     import optax
@@ -115,9 +115,8 @@ class Judge:
         return [self.concepts[i] for i in self._logits(pictures, batch_size).argmax(axis=1)]
 
     def _logits(self, pictures: np.ndarray, batch_size: int) -> np.ndarray:
-        with tqdm(disable=True) as bar:
-            forward = _make_forward(self.width, len(self.concepts))
-            return in_batches(lambda rows: forward(self.params, rows), pictures, batch_size, bar)
+        forward = _make_forward(self.width, len(self.concepts))
+        return in_batches(lambda rows: forward(self.params, rows), pictures, batch_size)
 
 
 def get_judge(
@@ -139,7 +138,7 @@ def get_judge(
         concepts: what each of them shows.
         reconstruct: gives what the vision tokenizer makes of `pictures`; called only for training.
         tokenizer: identifies that tokenizer.
-        progress: a bar on stderr; by default if that is a terminal.
+        progress: as `progress.Progress` takes it.
 
     Raises:
         Emu3Error: there are fewer than two concepts, or the file is damaged.
@@ -185,7 +184,7 @@ def train(
         reconstructions: of them, the same shape.
         labels: int [N], from 0 to `concepts` - 1.
         concepts: how many there are.
-        progress: a bar on stderr; by default if that is a terminal.
+        progress: as `progress.Progress` takes it.
 
     Returns:
         The parameters, nested dicts of NumPy arrays.
@@ -197,16 +196,14 @@ def train(
     labels = np.asarray(labels, np.int32)
 
     state = optimizer.init(params)
-    disable = None if progress is None else not progress
-    with tqdm(total=config.steps, desc="training the judge", unit=" steps", disable=disable, leave=False) as bar:
+    with Progress(progress, config.steps, "steps", name="training the judge") as bar:
         for number in range(1, config.steps + 1):  # a scan over steps would leave XLA one CPU core for convolutions
             rows = rng.integers(0, len(labels), config.batch_size)
             second = (rng.random(config.batch_size) < config.reconstructions).astype(np.int32)
             change = Change.random(rng, config.batch_size)
             params, state, loss = step(params, state, both, second=second, rows=rows, label=labels[rows], change=change)
             if number % _STEPS_PER_REPORT == 0 or number == config.steps:
-                bar.set_postfix(loss=f"{float(loss):.2f}", refresh=False)
-                bar.update(number - bar.n)
+                bar.update(number - bar.done, f"loss {float(loss):.2f}")
     return jax.tree.map(np.asarray, params)
 
 

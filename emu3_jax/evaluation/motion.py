@@ -36,7 +36,7 @@ def animate(
         side: the clips' height and width.
         guidance: the scale.
         config: how the clips are sampled.
-        progress: a bar on stderr; by default if that is a terminal.
+        progress: as `progress.Progress` takes it.
         given: for each clip the frames that it begins with, uint8 [t, H, W, 3], all of one length.
     """
     height, width = side

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from emu3_jax.errors import Emu3Error
 from emu3_jax.evaluation import metrics
@@ -16,6 +15,7 @@ from emu3_jax.evaluation.page import Cell, Row, Section
 from emu3_jax.generation.codec import Vision
 from emu3_jax.media.images import postprocess, preprocess
 from emu3_jax.models.vision import make_decoder, make_encoder
+from emu3_jax.progress import Progress
 
 
 class Reconstructor:
@@ -80,9 +80,8 @@ class Reconstructor:
         """Fewer clips than pictures at once: each is several of them."""
         return self._batch_size if pixels.ndim == 4 else max(1, self._batch_size // 8)
 
-    def _bar(self, name: str, total: int) -> tqdm:
-        disable = None if self._progress is None else not self._progress
-        return tqdm(total=total, desc=name, disable=disable, leave=False)
+    def _bar(self, name: str, total: int) -> Progress:
+        return Progress(self._progress, total, "items", name=name)
 
 
 def measure(

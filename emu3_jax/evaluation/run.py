@@ -29,7 +29,7 @@ def evaluate(
         model: which is evaluated.
         data: what it is evaluated on.
         config: what is measured, and how.
-        progress: bars on stderr; by default if that is a terminal.
+        progress: True shows bars on a terminal and lines in a log, None only bars, False nothing.
 
     Returns:
         the figures, as JSON can hold them, shares from 0 to 1; and the page.

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from emu3_jax.config import DecoderConfig
 from emu3_jax.errors import Emu3Error
@@ -18,6 +17,7 @@ from emu3_jax.generation.sampling import RowSettings
 from emu3_jax.generation.schedule import TokenClass, grid_length, grid_schedule, text_schedule
 from emu3_jax.generation.session import DecodeSession, Row
 from emu3_jax.printable import shown
+from emu3_jax.progress import Progress
 from emu3_jax.text.prompts import PromptTemplates, frame_ids, generation_prompt
 from emu3_jax.text.tokenizer import Tokenizer
 
@@ -55,7 +55,7 @@ class Batching:
 
     Attributes:
         batch_size: rows at once.
-        progress: a bar on stderr; None shows it if that is a terminal.
+        progress: True shows a bar on a terminal and lines in a log, None only the bar, False nothing.
         deterministic: the program that computes a row is always the same, whatever rows are beside it: rows whose
             programs differ are not computed together, and every batch is filled up to `batch_size` rows.
     """
@@ -201,14 +201,13 @@ def _run_batches(
     """Each row's generated ids, cut to its own schedule."""
     batches = _batches(language, rows, settings, batching)
     lengths = [max(len(rows[index].schedule) for index in batch) for batch in batches]
-    silent = None if batching.progress is None else not batching.progress
     results: dict[int, np.ndarray] = {}
-    with tqdm(total=sum(lengths), unit=" tokens", disable=silent, leave=False) as bar:
+    with Progress(batching.progress, sum(lengths), "tokens", name="generate") as bar:
         for batch, length in zip(batches, lengths, strict=True):
-            before = bar.n
+            before = bar.done
 
             def on_progress(taken: int, _: int, before: int = before) -> None:
-                bar.update(before + taken - bar.n)
+                bar.update(before + taken - bar.done)
 
             ids = session.run(
                 language.params,
@@ -222,7 +221,7 @@ def _run_batches(
                 least_rows=batching.batch_size if batching.deterministic else 1,
             )
             results |= {index: row[: len(rows[index].schedule)] for index, row in zip(batch, ids, strict=True)}
-            bar.update(before + length - bar.n)
+            bar.update(before + length - bar.done)
     return [results[index] for index in range(len(rows))]
 
 

@@ -163,7 +163,7 @@ class Emu3:
             deterministic: a row's result is the same beside any rows, in every dtype: each batch is filled up to
                 `batch_size` rows, which costs time, and rows of other shapes are computed apart. It stays a function
                 of `batch_size`, the device and the versions of JAX and XLA.
-            progress: a bar on stderr; by default if that is a terminal.
+            progress: True shows a bar on a terminal and lines in a log, None only the bar, False nothing.
 
         Raises:
             Emu3Error: on bad input; the message says which and what to do.
@@ -258,7 +258,7 @@ class Emu3:
             deterministic: a row's result is the same beside any rows, in every dtype: each batch is filled up to
                 `batch_size` rows, which costs time, and rows of other shapes are computed apart. It stays a function
                 of `batch_size`, the device and the versions of JAX and XLA.
-            progress: a bar on stderr; by default if that is a terminal.
+            progress: True shows a bar on a terminal and lines in a log, None only the bar, False nothing.
 
         Raises:
             Emu3Error: on bad input; the message says which and what to do.

@@ -212,7 +212,7 @@ def describe(plan: dict[str, Any]) -> Iterator[str]:
         yield f"{program['name']}, each chip:"
         for name, size in program["bytes"].items():
             if size:
-                yield f"  {name:<20} {_size(size):>12}"
+                yield f"  {name:<20} {memory_size(size):>12}"
         spare = program["spare_bytes"]
         verdict = f"fits, {_gib(spare)} to spare" if program["fits"] else f"does not fit, by {_gib(max(-spare, 0))}"
         yield f"  {'total':<20} {_gib(program['total_bytes']):>12}  {verdict}"
@@ -221,7 +221,7 @@ def describe(plan: dict[str, Any]) -> Iterator[str]:
         if program.get("xla_flops", 0) > 0:
             yield f"  {'FLOPs by XLA':<20} {program['xla_flops'] / 1e12:>8.3f} T    bodies of loops counted once"
         for collective in program.get("collectives", ()):
-            yield f"  {collective['kind']:<20} {_size(collective['bytes']):>12}  {collective['count']} times"
+            yield f"  {collective['kind']:<20} {memory_size(collective['bytes']):>12}  {collective['count']} times"
         if not program.get("collective_trips_known", True):
             yield "  (collectives of one step: the loop's trips are not known beforehand)"
     yield "fits" if plan["fits"] else "does not fit"
@@ -231,5 +231,6 @@ def _gib(size: float) -> str:
     return f"{size / GIB:.2f} GiB"
 
 
-def _size(size: float) -> str:
+def memory_size(size: float) -> str:
+    """Bytes of a device's memory for people."""
     return _gib(size) if size >= GIB / 10 else f"{size / 2**20:.2f} MiB"

@@ -5,7 +5,8 @@ import dataclasses
 import functools
 import math
 import pathlib
-from collections.abc import Callable, Iterator
+import shlex
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -14,27 +15,33 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from emu3_jax.checkpoints.bundle import Bundle
+from emu3_jax.checkpoints.layouts import decoder_params
 from emu3_jax.compilation import enable_persistent_cache
 from emu3_jax.config import FREE_FIELDS, DecoderConfig
 from emu3_jax.data.config import Source
 from emu3_jax.data.encoder import bundle_codebook
 from emu3_jax.data.pipeline import evaluation_batches, open_source, training_batches
+from emu3_jax.data.sequences import ImageToText, NextFrame, TextOnly, TextToImage
 from emu3_jax.errors import Emu3Error
 from emu3_jax.files import new_file
 from emu3_jax.generation.codec import Vision
 from emu3_jax.generation.language import Language
 from emu3_jax.generation.pipeline import Emu3
+from emu3_jax.printable import printable
 from emu3_jax.sharding.mesh import make_mesh
 from emu3_jax.sharding.rules import use_mesh, vision_shardings
 from emu3_jax.storage import is_remote, place, storage_place
 from emu3_jax.text.prompts import prompt_templates
-from emu3_jax.training import weights
+from emu3_jax.training import summary, weights
 from emu3_jax.training.config import TrainConfig
 from emu3_jax.training.flops import peak_flops, step_flops
 from emu3_jax.training.host_rows import HostRows
 from emu3_jax.training.run_directory import Identity
 from emu3_jax.training.runner import Batch, Cadence, Evaluation, Outcome, run
 from emu3_jax.training.step import Trainer, TrainState
+from emu3_jax.training.summary import counted
+
+_EXAMPLE = 100  # characters of a prompt that is shown as an example
 
 
 def train(
@@ -47,7 +54,7 @@ def train(
 
     Args:
         config: the run.
-        progress: a bar on stderr; by default if that is a terminal.
+        progress: True shows a bar on a terminal and lines in a log, None only the bar, False nothing.
         verify: compares the files of the config's bundle with their checksums first.
         adapter_only: at the end, writes the adapter alone to `DIRECTORY/adapter`, and no model to `DIRECTORY/model`.
 
@@ -96,6 +103,12 @@ def _check_parts(config: TrainConfig, mesh: Mesh) -> None:
         raise Emu3Error(f"sequence_length is {length}, which mesh sequence={parts} does not divide: change one of them")
 
 
+def _losses(figures: Mapping[str, float]) -> str:
+    """The loss, and in brackets those of text and visual tokens; without targets of a kind its mean is 0."""
+    kinds = [f"{kind} {figures[f'loss_{kind}']:.4f}" for kind in ("text", "vision") if figures[f"loss_{kind}"]]
+    return f"loss {figures['loss']:.4f}" + (f" ({', '.join(kinds)})" if kinds else "")
+
+
 class _DecoderJob:
     """The decoder on sequences of tokens. To be made and used within `use_mesh(mesh)`."""
 
@@ -109,8 +122,9 @@ class _DecoderJob:
         self._templates = prompt_templates(bundle.template, decoder.clip_layout)
         self._check_visual_ids()
         self._codebook = bundle_codebook(bundle).sha256 if bundle.has("vision") else None
-        for _, source in config.evaluation:
-            open_source(source, self._tokenizer, self._codebook)
+        self._evaluated = [
+            (name, len(open_source(source, self._tokenizer, self._codebook))) for name, source in config.evaluation
+        ]
         self._trainer = Trainer(config, decoder, mesh)
         self._batches = training_batches(
             config.data,
@@ -121,6 +135,7 @@ class _DecoderJob:
             process_index=self._rows.group,
             process_count=self._rows.groups,
         )
+        self._compiled: jax.stages.Compiled | None = None
         self._peak = peak_flops(mesh.devices.flat[0].device_kind) * mesh.size
         self.share = (self._rows.group, self._rows.groups)
         self.product = "adapter" if adapter_only else "model"
@@ -155,6 +170,63 @@ class _DecoderJob:
                     f"{path}: its vision tokenizer has {codes} codes, its decoder {special.visual_count}, so that "
                     "samples cannot be shown: put the decoder's own vision tokenizer into the bundle"
                 )
+
+    # -------------------------------------------------------------------------------------------- for people
+
+    def describe(self) -> list[str]:
+        config, decoder, trainer = self._config, self._decoder, self._trainer
+        state, frozen = trainer.abstract_state(), trainer.abstract_frozen()
+        count = sum(math.prod(param.shape) for param in decoder_params(decoder))
+        lines = [f"trained: all {count:,} parameters"]
+        if config.adapter:
+            rank, trained = config.adapter.rank, summary.parameters(state.params)
+            lines = [f"trained: adapters of rank {rank}, {trained:,} parameters beside {count:,} frozen ones"]
+        rows, length = config.batch_size, config.data.sequence_length
+        parts = f", in {config.accumulation} parts" if config.accumulation > 1 else ""
+        lines.append(f"a step: {counted(rows, 'row')} of {length:,} tokens, so up to {rows * length:,} tokens{parts}")
+        lines.append(f"data: {summary.sources(self._batches.sources)}")
+        if self._evaluated:
+            sets = ", ".join(f"{printable(name)} ({counted(count, 'record')})" for name, count in self._evaluated)
+            lines.append(f"evaluated every {config.evaluate_every:,} steps: {sets}")
+        lines.append(summary.devices(self._mesh))
+        parts_of_memory = {
+            "frozen weights": frozen,
+            "parameters": state.params,
+            "optimizer": state.opt_state,
+            "gradients": state.params,
+        }
+        return [*lines, summary.memory(parts_of_memory, self._mesh)]
+
+    def step_memory(self) -> str:
+        return "" if self._compiled is None else summary.step_memory(self._compiled, self._mesh)
+
+    def usage(self, model: pathlib.Path) -> str:
+        """By the task of the first source that shows pictures or clips."""
+        where = shlex.quote(printable(str(model)))
+        if not self._bundle.has("vision"):
+            where += " --vision BUNDLE"
+        sources = self._config.data.sources
+        source = next((source for source in sources if not isinstance(source.task, TextOnly)), sources[0])
+        match source.task:
+            case ImageToText(question=question):
+                question = shlex.quote(printable(question))
+                return f"emu3-jax chat PICTURE --prompt {question} --model {where}"
+            case NextFrame():
+                return f"emu3-jax video {self._prompt(source)} --model {where} -o out/clips"
+            case TextToImage():
+                return f"emu3-jax generate {self._prompt(source)} --model {where} -o out/pictures"
+        return f"emu3-jax doctor {shlex.quote(printable(str(model)))}"
+
+    def _prompt(self, source: Source) -> str:
+        """An example that a shell takes: of the config's samples, or the first caption if that is short."""
+        samples, text = self._config.samples, ""
+        if samples:
+            text = samples.prompts[0]
+        else:
+            with contextlib.suppress(Emu3Error):  # the run is over: a damaged record does not matter any more
+                text = open_source(source, self._tokenizer, self._codebook)[0].text
+        short = 0 < len(text) <= _EXAMPLE and text.isprintable() and not text.startswith("-")
+        return shlex.quote(text) if short else "PROMPT"
 
     # -------------------------------------------------------------------------------------------- the state
 
@@ -198,7 +270,10 @@ class _DecoderJob:
         return next(self._batches)
 
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        state, figures = self._trainer.step(state, self._frozen, self._rows.spread(batch))
+        arguments = (state, self._frozen, self._rows.spread(batch))
+        if self._compiled is None:  # ahead of its call, to know what memory it takes
+            self._compiled = self._trainer.step.lower(*arguments).compile()
+        state, figures = self._compiled(*arguments)
         if self._skips:
             figures["skipped"] = self._rows.total(self._batches.skipped)
         return state, figures
@@ -218,9 +293,12 @@ class _DecoderJob:
         line |= {"seconds": seconds, "tokens_per_second": line["tokens"] / seconds}
         if not math.isnan(self._peak):
             line["mfu"] = flops / seconds / self._peak
-        note = f"loss {line['loss']:.4f}, {line['tokens_per_second']:,.0f} tokens/s"
-        skipped = line.get("skipped", 0)
-        return line, f"{note}, {skipped:,.0f} skipped" if skipped else note
+        notes = [_losses(line), f"{line['tokens_per_second']:,.0f} tokens/s"]
+        if "mfu" in line:
+            notes.append(f"MFU {line['mfu']:.1%}")
+        if skipped := line.get("skipped", 0):
+            notes.append(f"{skipped:,.0f} skipped")
+        return line, ", ".join(notes)
 
     def not_finite(self, step: int, batch: Batch, directory: pathlib.Path) -> tuple[str, str]:
         file = directory / f"batch-{step}-process-{jax.process_index()}.npz"
@@ -262,9 +340,11 @@ class _DecoderJob:
             "loss_vision": vision / max(visions, 1),
             "targets": texts + visions,
         }
+        note = _losses(figures)
         if not self._skips:
-            return Evaluation(name, figures)
-        note = f"{skipped} records longer than {data.sequence_length} tokens skipped" if skipped else ""
+            return Evaluation(name, figures, note)
+        if skipped:
+            note += f", {skipped} records longer than {data.sequence_length} tokens skipped"
         return Evaluation(name, figures | {"skipped": skipped}, note)
 
     def sample(self, state: TrainState) -> list[Image.Image]:

@@ -9,7 +9,7 @@ import math
 import os
 import pathlib
 import signal
-import sys
+import statistics
 import threading
 import time
 import types
@@ -19,17 +19,20 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from emu3_jax import distributed, files, storage
 from emu3_jax.errors import Emu3Error
 from emu3_jax.files import files_into
 from emu3_jax.media.images import save_png
-from emu3_jax.training.metrics import Metrics
+from emu3_jax.printable import printable
+from emu3_jax.progress import Progress, duration
+from emu3_jax.training.metrics import Metrics, read_metrics
 from emu3_jax.training.run_directory import Checkpoints, Identity, locked, write_identity
+from emu3_jax.training.summary import counted
 
-_STOPPING = b"\nemu3-jax: stopping after this step; Ctrl-C again ends at once\n"
+_STOPPING = b"emu3-jax: stopping after this step; Ctrl-C again ends at once\n"
 _ONE_PRESS = 0.3  # seconds; a terminal and a launcher may both pass on the same Ctrl-C
+_EARLIER = 20  # lines of metrics by which a run that resumes tells how long it will take
 
 State = Any  # a pytree of arrays: all that a step changes
 Batch = Mapping[str, np.ndarray]  # this process' rows
@@ -70,7 +73,8 @@ class Cadence:
         watch_every: steps between those whose figures the host waits for, checks and shows.
         look_behind: how many further steps are started before the host waits for one, so that no device waits for the
             host.
-        log_every: a watched step becomes a line of metrics if its number is a multiple of this, or it is the last.
+        log_every: a watched step becomes a line of metrics, and of the log, if its number is a multiple of this, or it
+            is the last.
         checkpoint_every: steps between checkpoints.
         keep: checkpoints that are kept, the newest.
         evaluate_every: steps between evaluations, or None.
@@ -105,13 +109,13 @@ class Evaluation:
     Attributes:
         name: its metrics are of the group `evaluation/NAME`.
         figures: the metrics.
-        note: what the terminal says of it; empty for nothing.
+        note: its line on standard error.
         picture: is kept in `samples/`, or None.
     """
 
     name: str
     figures: Mapping[str, float]
-    note: str = ""
+    note: str
     picture: Image.Image | None = None
 
 
@@ -136,6 +140,15 @@ class Job(Protocol):
     @property
     def share(self) -> tuple[int, int]:
         """Which share of the data this process reads, and how many shares there are."""
+
+    def describe(self) -> list[str]:
+        """Lines for people: what is trained, on what data and devices, and the memory that is known by now."""
+
+    def step_memory(self) -> str:
+        """What a step takes of the memory, for people; empty before the first step, and where that is not known."""
+
+    def usage(self, model: pathlib.Path) -> str:
+        """The command that uses the trained model."""
 
     def abstract_state(self) -> State:
         """Shapes, dtypes and shardings of a state."""
@@ -168,7 +181,7 @@ class Job(Protocol):
         """
 
     def report(self, figures: dict[str, float], seconds: float) -> tuple[dict[str, float], str]:
-        """The metrics of a step that took `seconds`, and what stands beside the bar."""
+        """The metrics of a step that took `seconds`, and what the bar and the log say of it."""
 
     def not_finite(self, step: int, batch: Batch, directory: pathlib.Path) -> tuple[str, str]:
         """Where a step whose loss is not finite is to be looked for, and what to do. May keep its batch."""
@@ -195,7 +208,7 @@ def run(job: Job, directory: pathlib.Path, progress: bool | None) -> Outcome:
     Args:
         job: what is trained.
         directory: of the run.
-        progress: a bar on stderr; by default if that is a terminal.
+        progress: True shows a bar on a terminal and lines in a log, None only the bar, False nothing.
 
     Raises:
         Emu3Error: the directory is in use or of another run, a loss is not finite, or files cannot be written. The
@@ -204,36 +217,68 @@ def run(job: Job, directory: pathlib.Path, progress: bool | None) -> Outcome:
     with locked(directory), contextlib.ExitStack() as stack:
         write_identity(directory, job.identity)
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(directory, job.cadence.keep)))
-        state, step = _start(job, directory, checkpoints)
+        last, steps = checkpoints.latest(), job.cadence.steps
+        if last is not None and last > steps:
+            raise Emu3Error(f"{directory} is at step {last}, the config ends at {steps}: raise steps")
+        shown = stack.enter_context(Progress(progress, steps, "steps", name="train", initial=last or 0, every=None))
+        if shown.shown:
+            for line in _beginning(job, directory, last or 0):
+                shown.say(line)
+        state, step = _start(job, last, checkpoints)
         metrics = None
         if distributed.first():
             metrics = stack.enter_context(contextlib.closing(Metrics(directory, step)))
-        with _bar(job.cadence.steps, step, progress) as bar, stop_signal() as stop:
-            loop = _Loop(job, directory, state, step, checkpoints=checkpoints, metrics=metrics, bar=bar)
+        with stop_signal() as stop:
+            began = time.perf_counter()
+            loop = _Loop(job, directory, state, step, checkpoints=checkpoints, metrics=metrics, shown=shown)
             # A signal does not interrupt the export: it ends complete.
             model = _export(job, directory, loop.step) if loop.train(stop) else None
+        if shown.shown:
+            for line in _ending(job, directory, loop.step, model, time.perf_counter() - began):
+                shown.say(line)
         return Outcome(loop.step, model, job.skipped(), None if model else next(iter(stop), signal.SIGTERM))
 
 
-def _start(job: Job, directory: pathlib.Path, checkpoints: Checkpoints) -> tuple[State, int]:
+def _start(job: Job, step: int | None, checkpoints: Checkpoints) -> tuple[State, int]:
     """The state that the run goes on from, and the steps that were taken; the job's data stand there too."""
-    step, steps = checkpoints.latest(), job.cadence.steps
     if step is None:
         job.start(0, None)
         return job.initial_state(), 0
-    if step > steps:
-        raise Emu3Error(f"{directory} is at step {step}, the config ends at {steps}: raise steps")
     group, groups = job.share
     state, position = checkpoints.restore(step, job.abstract_state(), group, groups)
     job.start(step, position)
     return state, step
 
 
-def _bar(steps: int, step: int, progress: bool | None) -> tqdm:
-    disable = None if progress is None else not progress
-    if not distributed.first():
-        disable = True
-    return tqdm(total=steps, initial=step, unit=" steps", disable=disable, leave=False)
+def _beginning(job: Job, directory: pathlib.Path, step: int) -> Iterator[str]:
+    """What the run will do and needs."""
+    steps, where = job.cadence.steps, printable(str(directory))
+    left = counted(steps - step, "step")
+    if step == 0:
+        yield f"train: {left}, in {where}"
+    else:
+        yield f"train: {where} goes on from step {step:,}, {left} left{_as_before(directory, step, steps)}"
+    yield from job.describe()
+
+
+def _as_before(directory: pathlib.Path, step: int, steps: int) -> str:
+    """How long the steps that are left will take if they take as long as those before."""
+    lines = [line for line in read_metrics(directory) if line["group"] == "train" and line["step"] <= step]
+    seconds = [line["seconds"] for line in lines[-_EARLIER:] if isinstance(line.get("seconds"), float)]
+    if not seconds or step == steps:
+        return ""
+    return f", {duration(statistics.median(seconds) * (steps - step))} at the pace of before"
+
+
+def _ending(job: Job, directory: pathlib.Path, step: int, model: pathlib.Path | None, seconds: float) -> Iterator[str]:
+    """Where the model is and how it is used, or how the run goes on."""
+    if model is None:
+        where = printable(str(directory))
+        yield f"train: stopped after {duration(seconds)} with a checkpoint of step {step:,} in {where}"
+        yield "to go on: run the same command again"
+    else:
+        yield f"train: done in {duration(seconds)}, the model is {printable(str(model))}"
+        yield f"to use it: {job.usage(model)}"
 
 
 def _export(job: Job, directory: pathlib.Path, step: int) -> pathlib.Path:
@@ -277,13 +322,14 @@ class _Loop:
         *,
         checkpoints: Checkpoints,
         metrics: Metrics | None,
-        bar: tqdm,
+        shown: Progress,
     ):
         """`metrics` is None in all processes but the first."""
         self.state, self.step = state, step
         self._job, self._directory = job, directory
-        self._checkpoints, self._metrics, self._bar = checkpoints, metrics, bar
+        self._checkpoints, self._metrics, self._shown = checkpoints, metrics, shown
         self._clock, self._reported = time.perf_counter(), step
+        self._began = step
 
     def train(self, stop: Sequence[int]) -> bool:
         """Takes the steps that are left. Returns False where the run was asked to stop before the last one."""
@@ -344,13 +390,26 @@ class _Loop:
         if not (math.isfinite(figures["loss"]) and math.isfinite(figures["gradient_norm"])):
             self._stop_not_finite(taken, figures)
         seconds = (now - self._clock) / (taken.number - self._reported)
+        if self._reported == self._began:
+            self._tell_first(taken.number - self._began, now - self._clock)
         self._clock, self._reported = now, taken.number
         line, note = self._job.report(figures, seconds)
-        cadence = self._job.cadence
-        if self._metrics and (taken.number % cadence.log_every == 0 or taken.number == cadence.steps):
-            self._metrics.write(taken.number, line)
-        self._bar.update(taken.number - self._bar.n)
-        self._bar.set_postfix_str(note)
+        self._shown.update(taken.number - self._shown.done, note)
+        steps = self._job.cadence.steps
+        if taken.number % self._job.cadence.log_every == 0 or taken.number == steps:
+            if self._metrics:
+                self._metrics.write(taken.number, line)
+            left = self._shown.time_left()
+            self._shown.line(f"step {taken.number:,} of {steps:,}: {note}{left and ', '}{left}")
+
+    def _tell_first(self, steps: int, seconds: float) -> None:
+        """What is known when the step is compiled."""
+        if not self._shown.shown:
+            return
+        which = "the first step" if steps == 1 else f"the first {steps} steps"
+        needed = self._job.step_memory()
+        needed = needed and f"; a step takes {needed}"
+        self._shown.say(f"{which} took {duration(seconds)}, compilation included{needed}")
 
     def _stop_not_finite(self, taken: _Step, figures: Mapping[str, float]) -> None:
         where, remedy = self._job.not_finite(taken.number, taken.batch, self._directory)
@@ -367,8 +426,7 @@ class _Loop:
             self._metrics.write(self.step, evaluation.figures, f"evaluation/{evaluation.name}")
         if evaluation.picture:
             self._show("", {f"{self.step:08d}.png": evaluation.picture})
-        if evaluation.note and not self._bar.disable:
-            self._bar.write(f"step {self.step}, {evaluation.name}: {evaluation.note}", file=sys.stderr)
+        self._shown.say(f"step {self.step:,}, {printable(evaluation.name)}: {evaluation.note}")
 
     def _show(self, folder: str, pictures: Mapping[str, Image.Image]) -> None:
         """Writes pictures to a folder of `samples/`, by their names."""
@@ -426,7 +484,8 @@ class _Interrupt:
         if not self._told:
             self._told = True
             with contextlib.suppress(OSError):
-                os.write(2, _STOPPING)  # the signal may come in the middle of `sys.stderr.write`
+                start = b"\n" if os.isatty(2) else b""  # there a progress bar may stand on the line
+                os.write(2, start + _STOPPING)  # the signal may come in the middle of `sys.stderr.write`
 
     def __call__(self, number: int, frame: types.FrameType | None) -> None:
         now = time.monotonic()

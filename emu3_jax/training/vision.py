@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import pathlib
+import shlex
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -17,10 +18,13 @@ from emu3_jax.compilation import enable_persistent_cache, own_settings
 from emu3_jax.data.pixels import PixelData
 from emu3_jax.errors import Emu3Error
 from emu3_jax.models.vision import make_decoder, make_encoder
+from emu3_jax.printable import printable
 from emu3_jax.sharding.mesh import make_mesh
 from emu3_jax.storage import place, storage_place
+from emu3_jax.training import summary
 from emu3_jax.training.run_directory import Identity
 from emu3_jax.training.runner import Batch, Cadence, Evaluation, Outcome, run
+from emu3_jax.training.summary import counted
 from emu3_jax.training.vision_config import VisionTrainConfig
 from emu3_jax.training.vision_export import export_vision_run, exported, vision_identity
 from emu3_jax.training.vision_losses import peak_signal_to_noise, structural_similarity
@@ -53,6 +57,7 @@ class _VisionJob:
         self._data = PixelData(p.manifests, p.size, p.frames, in_memory=p.in_memory, workers=p.workers, seed=p.seed)
         self._data.require(p.stills, p.clips)
         self._batches: Generator[Batch, None, None] | None = None
+        self._compiled: jax.stages.Compiled | None = None
         self.identity: Identity = vision_identity(config)
         self.product = "model"
         self.share = (0, 1)  # the position is that of all processes
@@ -70,6 +75,36 @@ class _VisionJob:
         """Ends the threads that make batches."""
         if self._batches:
             self._batches.close()
+
+    # -------------------------------------------------------------------------------------------- for people
+
+    def describe(self) -> list[str]:
+        config, p, state = self._config, self._config.pixels, self._trainer.abstract_state()
+        kinds = [counted(p.stills, "picture")] if p.stills else []
+        kinds += [f"{counted(p.clips, 'clip')} of {p.frames} frames"] if p.clips else []
+        found = f"{counted(len(self._data.stills), 'picture')}, {counted(len(self._data.clips), 'clip')}"
+        lines = [
+            f"trained: all {summary.parameters(state.params):,} parameters of a vision tokenizer",
+            f"a step: {' and '.join(kinds)}, each of {p.size}x{p.size} pixels",
+            f"data: {found}, of {', '.join(printable(name) for name in p.manifests)}",
+        ]
+        if config.evaluation:
+            sets = ", ".join(printable(name) for name in config.evaluation)
+            lines.append(f"evaluated every {config.evaluate_every:,} steps: {sets}")
+        parts = {
+            "parameters and their average": (state.params, state.average),
+            "optimizer": state.opt_state,
+            "discriminator": state.discriminator,
+            "gradients": state.params,
+        }
+        mesh = self._trainer.mesh
+        return [*lines, summary.devices(mesh), summary.memory(parts, mesh)]
+
+    def step_memory(self) -> str:
+        return "" if self._compiled is None else summary.step_memory(self._compiled, self._trainer.mesh)
+
+    def usage(self, model: pathlib.Path) -> str:
+        return f"emu3-jax tokenize PICTURE --model {shlex.quote(printable(str(model)))} -o out/codes.npz"
 
     # -------------------------------------------------------------------------------------------- the state
 
@@ -109,13 +144,15 @@ class _VisionJob:
     def step(self, state: VisionState, batch: Batch) -> tuple[VisionState, dict[str, jax.Array]]:
         place = self._trainer.batch_sharding
         spread = {kind: jax.make_array_from_process_local_data(place, values) for kind, values in batch.items()}
-        return self._trainer.step(state, spread)
+        if self._compiled is None:  # ahead of its call, to know what memory it takes
+            self._compiled = self._trainer.step.lower(state, spread).compile()
+        return self._compiled(state, spread)
 
     def skipped(self) -> int:
         return 0
 
     def report(self, figures: dict[str, float], seconds: float) -> tuple[dict[str, float], str]:
-        note = f"psnr {figures['psnr']:.2f} dB, {figures['codes_used']:.0%} of the codes"
+        note = f"loss {figures['loss']:.4f}, psnr {figures['psnr']:.2f} dB, {figures['codes_used']:.0%} of the codes"
         return figures | {"seconds": seconds}, note
 
     def not_finite(self, step: int, batch: Batch, directory: pathlib.Path) -> tuple[str, str]:

@@ -9,7 +9,6 @@ import errno
 import hashlib
 import os
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,8 @@ from emu3_jax.data.sources.examples import Example, clean_caption
 from emu3_jax.data.sources.tables import Columns
 from emu3_jax.errors import Emu3Error
 from emu3_jax.foreign import limit, plain_file, reading
-from emu3_jax.printable import shown
+from emu3_jax.printable import printable, shown
+from emu3_jax.progress import on_terminal, shows, tell
 
 PREFIX = "hf:"
 _PATIENCE = 20  # seconds for the hub's first answer
@@ -108,6 +108,7 @@ def _download(where: str, name: str, config: str | None, split: str | None) -> t
         offline = constants.HF_HUB_OFFLINE
         commit = None if offline else huggingface_hub.HfApi().dataset_info(name, timeout=_PATIENCE).sha
         builder = datasets.load_dataset_builder(f"hf://datasets/{name}", config, revision=commit)
+        tell(f"download {printable(where)}")
         builder.download_and_prepare()
         splits = [str(split) for split in builder.info.splits or ()]
         chosen = split or ("train" if "train" in splits or len(splits) != 1 else splits[0])
@@ -125,7 +126,7 @@ def _quietly(datasets: Any) -> Iterator[None]:
     bars = datasets.utils.are_progress_bars_disabled()
     datasets.logging.set_verbosity_error()
     logging.set_verbosity_error()
-    if not sys.stderr.isatty():
+    if not (shows(None) and on_terminal()):
         datasets.utils.disable_progress_bars()
     try:
         yield

@@ -5,12 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
-from tqdm import tqdm
 
 from emu3_jax.data.prepare import Entries, check_workers
 from emu3_jax.data.records import Record
 from emu3_jax.errors import Emu3Error
 from emu3_jax.fields import is_number
+from emu3_jax.progress import Progress
 
 DIRECTORY = "validation"  # inside the data
 _BATCH = 1024  # entries that are looked at before the next ones are
@@ -71,8 +71,7 @@ def divide(entries: Identified, share: float, *, workers: int = 4, progress: boo
             return
         chosen[index] = int.from_bytes(number, "big") < share * 2**64
 
-    bar = tqdm(total=len(chosen), desc="dividing", unit=" records", disable=None if progress is None else not progress)
-    with ThreadPoolExecutor(workers) as pool, bar:
+    with ThreadPoolExecutor(workers) as pool, Progress(progress, len(chosen), "records", name="dividing") as bar:
         for start in range(0, len(chosen), _BATCH):
             indices = range(start, min(start + _BATCH, len(chosen)))
             list(pool.map(choose, indices))
