@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import os
+import pathlib
 import re
 import shutil
 import struct
@@ -267,6 +268,12 @@ def test_a_download_without_lines(clock):
 
 
 # ------------------------------------------------------------------------------------------------ commands
+
+
+def test_no_other_module_makes_bars():
+    root = pathlib.Path(progress.__file__).parents[1]
+    files = [*root.glob("emu3_jax/**/*.py"), *root.glob("scripts/**/*.py")]
+    assert [file.name for file in files if re.search("(import|from) tqdm", file.read_text())] == ["progress.py"]
 
 
 @pytest.fixture(scope="module")

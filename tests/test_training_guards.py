@@ -217,6 +217,11 @@ def test_how_a_model_is_used_follows_from_its_task(command, tiny_bundle, task, d
     config = config_of(command(task, data))
     with use_mesh(mesh), contextlib.closing(loop._DecoderJob(config, bundle, bundle.decoder_config, mesh)) as job:
         assert job.usage(pathlib.Path("out/my run/model")) == f"emu3-jax {usage}"
+        job.product = "adapter"
+        options = f"--model {tiny_bundle} --adapter 'out/my run/adapter'"
+        usage = usage.replace("--model 'out/my run/model'", options)
+        usage = re.sub("^doctor .+", f"merge {tiny_bundle} --adapter 'out/my run/adapter' -o out/merged", usage)
+        assert job.usage(pathlib.Path("out/my run/adapter")) == f"emu3-jax {usage}"
 
 
 def test_a_run_that_is_stopped_says_how_it_goes_on(command, tmp_path, capsys, monkeypatch):

@@ -202,20 +202,25 @@ class _DecoderJob:
 
     def usage(self, model: pathlib.Path) -> str:
         """By the task of the first source that shows pictures or clips."""
-        where = shlex.quote(printable(str(model)))
+        written, bundle = (shlex.quote(printable(str(path))) for path in (model, self._config.model.bundle))
+        options = f"--model {written}"
+        if self.product == "adapter":
+            options = f"--model {bundle} --adapter {written}"
         if not self._bundle.has("vision"):
-            where += " --vision BUNDLE"
+            options += " --vision BUNDLE"
         sources = self._config.data.sources
         source = next((source for source in sources if not isinstance(source.task, TextOnly)), sources[0])
         match source.task:
             case ImageToText(question=question):
                 question = shlex.quote(printable(question))
-                return f"emu3-jax chat PICTURE --prompt {question} --model {where}"
+                return f"emu3-jax chat PICTURE --prompt {question} {options}"
             case NextFrame():
-                return f"emu3-jax video {self._prompt(source)} --model {where} -o out/clips"
+                return f"emu3-jax video {self._prompt(source)} {options} -o out/clips"
             case TextToImage():
-                return f"emu3-jax generate {self._prompt(source)} --model {where} -o out/pictures"
-        return f"emu3-jax doctor {shlex.quote(printable(str(model)))}"
+                return f"emu3-jax generate {self._prompt(source)} {options} -o out/pictures"
+        if self.product == "adapter":
+            return f"emu3-jax merge {bundle} --adapter {written} -o out/merged"
+        return f"emu3-jax doctor {written}"
 
     def _prompt(self, source: Source) -> str:
         """An example that a shell takes: of the config's samples, or the first caption if that is short."""

@@ -148,7 +148,7 @@ class Job(Protocol):
         """What a step takes of the memory, for people; empty before the first step, and where that is not known."""
 
     def usage(self, model: pathlib.Path) -> str:
-        """The command that uses the trained model."""
+        """The command that uses what `export` wrote."""
 
     def abstract_state(self) -> State:
         """Shapes, dtypes and shardings of a state."""
@@ -277,7 +277,7 @@ def _ending(job: Job, directory: pathlib.Path, step: int, model: pathlib.Path | 
         yield f"train: stopped after {duration(seconds)} with a checkpoint of step {step:,} in {where}"
         yield "to go on: run the same command again"
     else:
-        yield f"train: done in {duration(seconds)}, the model is {printable(str(model))}"
+        yield f"train: done in {duration(seconds)}, the {job.product} is {printable(str(model))}"
         yield f"to use it: {job.usage(model)}"
 
 
