@@ -42,6 +42,7 @@ class Progress:
         name: str,
         initial: int = 0,
         every: float | None = EVERY,
+        delay: float = 0.0,
     ):
         """
         Args:
@@ -52,6 +53,7 @@ class Progress:
             name: of the work, for example "convert".
             initial: units that were done before.
             every: seconds between two lines; None for no lines but those of `line` and `say`.
+            delay: seconds until there is a bar.
         """
         self.done = initial
         self._total, self._unit, self._name, self._every = total, unit, name, every
@@ -71,6 +73,7 @@ class Progress:
                 unit_scale=scaled,
                 bar_format=_FORMAT,
                 leave=False,
+                delay=delay,
             )
 
     def __enter__(self) -> "Progress":

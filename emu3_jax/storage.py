@@ -30,12 +30,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, cast
 
-from tqdm import tqdm
-
 from emu3_jax import foreign
 from emu3_jax.errors import Emu3Error
 from emu3_jax.foreign import AGAIN, MAX_JSON_BYTES, inner_path, limit, local_path, parse_json
 from emu3_jax.printable import shown
+from emu3_jax.progress import Progress
 
 _SCHEME = "gs://"
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
@@ -48,6 +47,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 _THREADS = 8  # requests at once
 _BEAT = 15.0  # seconds between two renewals of a lock
 _LOOKS, _LOOK = 9, 5.0  # how often, and seconds apart, a lock is seen without a renewal until it counts as left behind
+_PATIENCE = 2.0  # seconds that a copy takes before it shows a bar
 _PART = ".emu3-tmp-"
 _DENIED = (
     "access is denied: log in with `gcloud auth application-default login`, or give the service account of this "
@@ -301,7 +301,7 @@ def upload(source: Path, target: str | os.PathLike, progress: bool | None = None
     Args:
         source: local.
         target: in a bucket.
-        progress: a bar on stderr where it takes long; by default if that is a terminal.
+        progress: as `progress.Progress` takes it.
 
     Raises:
         Emu3Error: the bucket is absent, or cannot be written or reached.
@@ -313,9 +313,8 @@ def upload(source: Path, target: str | os.PathLike, progress: bool | None = None
     local = {file.relative_to(source).as_posix(): file for file in sorted(source.rglob("*")) if file.is_file()}
     old = listing(target)
     done: list[str] = []
-    disable = True if progress is False else None
     total = sum(file.stat().st_size for file in local.values())
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc="upload", disable=disable, leave=False, delay=2)
+    bar = Progress(progress, total, "bytes", name="upload", delay=_PATIENCE)
 
     def put(name: str) -> None:
         _gcsfs().put_file(os.fspath(local[name]), f"{os.fspath(target)}/{name}")
@@ -401,7 +400,7 @@ def fetched(
     Args:
         path: the folder.
         keep: whether an object is fetched, by its path below the folder.
-        progress: a bar on stderr where it takes long; by default if that is a terminal.
+        progress: as `progress.Progress` takes it.
 
     Raises:
         Emu3Error: there is nothing to fetch, it cannot be read, or the cache cannot be written.
@@ -413,9 +412,8 @@ def fetched(
     digest = hashlib.sha256(json.dumps([os.fspath(path), found]).encode()).hexdigest()[:20]
     copy = cache_directory() / "buckets" / digest / path.name
     missing = [name for name, item in found.items() if size(copy / name) != item.size]
-    disable = True if progress is False else None
     total = sum(found[name].size for name in missing)
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc="download", disable=disable, leave=False, delay=2)
+    bar = Progress(progress, total, "bytes", name="download", delay=_PATIENCE)
 
     def get(name: str) -> None:
         _get(path / name, copy / name, found[name])

@@ -263,6 +263,8 @@ def _beginning(job: Job, directory: pathlib.Path, step: int) -> Iterator[str]:
 
 def _as_before(directory: pathlib.Path, step: int, steps: int) -> str:
     """How long the steps that are left will take if they take as long as those before."""
+    if storage.is_remote(directory):  # what is there must be fetched first
+        return ""
     lines = [line for line in read_metrics(directory) if line["group"] == "train" and line["step"] <= step]
     seconds = [line["seconds"] for line in lines[-_EARLIER:] if isinstance(line.get("seconds"), float)]
     if not seconds or step == steps:
