@@ -431,7 +431,8 @@ def test_what_is_no_adapter(trained, adapter, tiny_bundle, tmp_path, config_file
     assert f"it is a training run: give {trained}/adapter, or run `emu3-jax convert" in error(*merge, trained)
     assert "it is a bundle: give it as --model" in error(*merge, tiny_bundle)
     assert "addresses are not supported" in error(*merge, "s3://bucket/adapter")
-    assert "not a bundle" in error("merge", adapter, "--adapter", adapter, "-o", tmp_path / "new")
+    assert "is a LoRA adapter: give it as --adapter" in error("merge", adapter, *merge[2:], adapter)
+    assert "is a LoRA adapter: merge it with `emu3-jax merge" in error("convert", adapter, "-o", tmp_path / "new")
     convert = ("convert", "-o", tmp_path / "new", "--adapter-only")
     assert "is no training run, and --adapter-only is for these" in error(*convert, tiny_bundle)
     assert "has no adapter: set adapter=Adapter(...), or leave --adapter-only out" in error(

@@ -26,7 +26,7 @@ import numpy as np
 
 from emu3_jax import storage
 from emu3_jax.checkpoints import layouts
-from emu3_jax.checkpoints.bundle import Bundle
+from emu3_jax.checkpoints.bundle import ADAPTER_CONFIG, Bundle
 from emu3_jax.checkpoints.checksums import compare_checksums, has_checksums, write_checksums
 from emu3_jax.checkpoints.layouts import FLOAT_DTYPES, decoder_params
 from emu3_jax.checkpoints.tensors import Tensor, read_safetensors_header, write_safetensors
@@ -41,7 +41,7 @@ from emu3_jax.models.stacking import Path as TreePath
 from emu3_jax.printable import shown
 
 FORMAT = 1
-CONFIG, WEIGHTS, OWN = "adapter_config.json", "adapter_model.safetensors", "emu3_adapter.json"
+CONFIG, WEIGHTS, OWN = ADAPTER_CONFIG, "adapter_model.safetensors", "emu3_adapter.json"
 _PREFIX = "base_model.model."  # PEFT's, before the names of the model that it wraps
 _MAX_RANK, _MAX_ALPHA = 1 << 16, 1_000_000
 _MERGE = "merge it in PyTorch (merge_and_unload) and convert the model that you save"

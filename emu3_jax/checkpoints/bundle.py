@@ -39,6 +39,7 @@ FORMAT = 1
 PARTS = ("decoder", "vision", "tokenizer")
 TEMPLATES = ("chat", "stage1")
 VOCABULARY = "emu3.tiktoken"
+ADAPTER_CONFIG = "adapter_config.json"  # of a LoRA adapter, see `checkpoints.adapter`
 _CHUNK_BYTES = 64 << 20  # a device that restores a slice of an array reads no more than its chunks
 _WRITE_BYTES = 64 << 20  # small arrays are written together: each commit waits for the disk
 _READ_BYTES = 256 << 20  # ... and read together when a part is walked through on the host
@@ -210,6 +211,8 @@ class Bundle:
             raise Emu3Error(f"{path} is not a directory: give a bundle, made by `emu3-jax convert SRC -o {path}`")
         storage_place(path)
         configs = {part: read_object(files / part / "config.json") for part in PARTS if (files / part).is_dir()}
+        if not configs and (files / ADAPTER_CONFIG).exists():
+            raise Emu3Error(f"{path} is a LoRA adapter: give it as --adapter, and the bundle that it was trained on")
         if not any("format" in config for config in configs.values()):
             raise Emu3Error(
                 f"{path} is not a bundle (no decoder/, vision/ or tokenizer/ with a bundle's config.json): "
