@@ -16,7 +16,7 @@ pod_command() {
         # All pods of a slice get the command, and the others have nothing to do.
         command="if [ \"\${MEGASCALE_SLICE_ID:-0}.\${TPU_WORKER_ID:-0}\" != 0.$worker ]; then exit 0; fi && "
     fi
-    if [[ -z ${IMAGE:-} ]]; then command+="pip install --quiet '.[train,tpu,convert]' && "; fi
+    if [[ -z ${IMAGE:-} ]]; then command+="pip install --quiet '.[train,convert,data,heic,gcs,tpu]' && "; fi
     # `exec` hands the signal that announces the end to the program, which then writes a checkpoint.
     printf -v program ' %q' env "${variables[@]}" emu3-jax "${@}"
     command+="ln -sfn $shared out && exec$program"

@@ -36,7 +36,7 @@ tar -xzf ~/emu3-jax.tar.gz -C ~/emu3-jax
 cd ~/emu3-jax
 [ -x ~/.local/bin/uv ] || curl -LsSf https://astral.sh/uv/install.sh | sh
 [ -d .venv ] || ~/.local/bin/uv venv --python 3.12 .venv
-~/.local/bin/uv pip install --python .venv/bin/python '.[train,tpu,convert]'
+~/.local/bin/uv pip install --python .venv/bin/python '.[train,convert,data,heic,gcs,tpu]'
 "
 if [[ -n ${NFS:-} ]]; then
     remote+="if ! mountpoint -q $shared; then
