@@ -272,8 +272,11 @@ def test_an_incomplete_bundle(bucket, cache, vouched, capsys):
     storage.upload(vouched, "gs://bucket/tiny")
     name = next(name for name in bucket.names("bucket") if "/decoder/weights/" in name and "/d/" in name)
     del bucket.buckets["bucket"][name]
-    line = line_of(capsys, "generate", "a", "--model", "gs://bucket/tiny", "-o", "out", "--quiet")
+    words = ("generate", "a", "--model", "gs://bucket/tiny", "-o", "out", "--quiet")
+    line = line_of(capsys, *words)
     assert "gs://bucket/tiny/decoder/weights holds" in line and "config.json says" in line
+    del bucket.buckets["bucket"]["tiny/vision/config.json"]  # as if its process had been killed
+    assert "gs://bucket/tiny/vision has no config.json, so its upload did not end" in line_of(capsys, *words)
 
 
 def test_no_access_is_no_damage(bucket, cache, vouched):

@@ -206,6 +206,9 @@ class Bundle:
         path = files = storage.place(path)
         if storage.is_remote(path):
             files = storage.fetched(path, lambda name: verify or "/weights/" not in name)
+            for part in sorted({name.split("/")[0] for name in storage.listing(path)} & {*PARTS}):
+                if not (files / part / "config.json").is_file():  # it is uploaded after the weights
+                    raise Emu3Error(f"{path / part} has no config.json, so its upload did not end: upload it again")
             path = files if verify else path
         elif not path.is_dir():
             raise Emu3Error(f"{path} is not a directory: give a bundle, made by `emu3-jax convert SRC -o {path}`")
