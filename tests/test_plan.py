@@ -203,6 +203,23 @@ def test_full_size_states(name):
 
 
 @libtpu
+@pytest.mark.parametrize("name", ["lora_t2i_8b", "qlora_t2i_8b", "lora_i2t_8b"])
+def test_full_size_adapters(name):
+    config = load_config(CONFIGS / f"{name}.py")
+    _, (step,) = training_plan.programs(config, plan.tpu_slice("v5e:4x4"))
+    assert config.evaluation and config.batch_size == 16
+    matrices = EMU3_MATRICES - 2 * 184622 * 4096
+    # bfloat16; or 4 bits a weight and a float32 scale for 64. The tables are bfloat16, the norms lie on each chip.
+    width = 0.5 + 4 / 64 if config.adapter.base == "nf4" else 2
+    tables_and_norms = 2 * (2 * 184622 * 4096 // 16 + 65 * 4096)
+    assert plan.chip_bytes(step.arguments["frozen weights"]) == width * matrices // 16 + tables_and_norms
+    # The two sides of each layer's four matrices, float32, and two moments of each. Axes of 4096 are split.
+    sides = 4 * 4096 // 16 + 48 * 128 + 32 * 128 + 2 * 14336 + 14336
+    assert plan.chip_bytes(step.arguments["weights"]) == 4 * 32 * config.adapter.rank * sides
+    assert plan.chip_bytes(step.arguments["optimizer"]) == 2 * plan.chip_bytes(step.arguments["weights"]) + 2 * 4
+
+
+@libtpu
 def test_full_size_clips_in_training():
     """The paper's context: eight chips of a v5p:4x4x8 to a row of 131,072 tokens."""
     config = load_config(CONFIGS / "video_8b.py")

@@ -1,0 +1,31 @@
+"""Fine-tuning of the 8 B model on questions and answers about pictures by LoRA: adapters beside frozen weights.
+
+    emu3-jax prepare conversations.json --model out/emu3-chat --validation 0.05 -o out/data
+    emu3-jax train configs/lora_i2t_8b.py
+    emu3-jax chat photo.jpg --prompt "What is this?" --model out/lora_i2t/model
+
+The loss is on the answers alone; else the recipe is that of lora_t2i_8b.py. A caption without a conversation is the
+answer to `ImageToText.question`. On small slices `--set adapter.base=nf4` keeps the frozen weights in 4 bits.
+"""
+
+from emu3_jax.config import DecoderConfig
+from emu3_jax.data.config import DataConfig, Source
+from emu3_jax.data.sequences import ImageToText
+from emu3_jax.models.adapters import Adapter
+from emu3_jax.training.config import ModelConfig, OptimizerConfig, TrainConfig
+
+
+def config() -> TrainConfig:
+    return TrainConfig(
+        directory="out/lora_i2t",
+        model=ModelConfig("out/emu3-chat", DecoderConfig()),
+        data=DataConfig((Source("out/data", ImageToText(loss="text")),), sequence_length=10_240),
+        batch_size=16,
+        steps=1_000,
+        adapter=Adapter(rank=16, alpha=32.0),
+        optimizer=OptimizerConfig(learning_rate=1e-4, final_learning_rate=1e-5, clip_norm=1.0, weight_decay=0.0),
+        log_every=10,
+        checkpoint_every=100,
+        evaluation=(("validation", Source("out/data/validation", ImageToText(loss="text"))),),
+        evaluate_every=100,
+    )
