@@ -11,7 +11,7 @@ import sys
 
 from emu3_jax.training.config import load_config
 
-CONFIGS = ("qlora_t2i_8b", "lora_t2i_8b")
+CONFIGS = ("lora_t2i_8b", "qlora_t2i_8b")
 SLICES = (("v5e-1", "v5e:1x1", 1), ("v5e-8", "v5e:2x4", 8), ("v5e-16", "v5e:4x4", 16), ("v6e-1", "v6e:1x1", 1),
           ("v5p-8", "v5p:2x2x1", 4))  # fmt: skip
 

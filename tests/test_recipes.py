@@ -21,22 +21,26 @@ SCRIPTS = ROOT / "scripts"
 SHELL_SCRIPTS = sorted([*SCRIPTS.rglob("*.sh"), *SCRIPTS.rglob("*.sbatch"), ROOT / ".ci" / "run"])
 PAGES = {name: (ROOT / "docs" / f"{name}.md").read_text() for name in ("tpu", "cluster")}
 
-# What the tiny model is fine-tuned by in place of the configs of the 8 B model.
+# What the tiny model is fine-tuned by in place of the configs of the 8 B model: NAME is the config's, ADAPTED whether
+# it is one of adapters, which evaluates what `prepare` held back.
 CONFIG = f"""
 from emu3_jax.config import DecoderConfig, SpecialTokens
 from emu3_jax.data.config import DataConfig, Source
 from emu3_jax.data.sequences import TextToImage
+from emu3_jax.models.adapters import Adapter
 from emu3_jax.training.config import ModelConfig, OptimizerConfig, TrainConfig
 
 
 def config():
     return TrainConfig(
-        directory="out/sft_t2i",
+        directory="out/NAME",
         model=ModelConfig("out/emu3-gen", {DECODER!r}, dtype="float32"),
         data=DataConfig((Source("out/data", TextToImage()),), sequence_length=64),
         batch_size=4,
         steps=16,
         optimizer=OptimizerConfig(warmup_steps=2),
+        adapter=Adapter(rank=4) if ADAPTED else None,
+        evaluation=(("validation", Source("out/data/validation", TextToImage())),) if ADAPTED else (),
     )
 """
 # Stands in for emu3-jax where only its arguments matter: it parses them as emu3-jax does, and makes the output.
@@ -102,7 +106,9 @@ class Cloud:
             copy(ROOT / name, self.checkout / name)
         (self.checkout / "configs").mkdir()
         for config in (ROOT / "configs").glob("*_8b.py"):
-            (self.checkout / "configs" / config.name).write_text(CONFIG)
+            (self.checkout / "configs" / config.name).write_text(
+                CONFIG.replace("NAME", config.stem.removesuffix("_8b")).replace("ADAPTED", str("lora" in config.stem))
+            )
         self.program(self.root / "bin" / "emu3-jax", emu3)
         self.program(
             self.root / "bin" / "python",
@@ -194,7 +200,7 @@ def substitute(text: str, cloud: Cloud) -> str:
     return (
         text.replace("/mnt/emu3", str(cloud.shared))
         .replace("/mnt/bucket", str(cloud.root / "buckets" / "my-bucket"))
-        .replace("TYPE=v5e:8x8 AREA=518400", "TYPE=v5e:2x2 AREA=1024")
+        .replace("TYPE=v5e:4x4 AREA=518400", "TYPE=v5e:2x2 AREA=1024")
         .replace("tensor=4", "tensor=2")
     )
 
@@ -231,8 +237,10 @@ def test_walk_through(real):
     *steps, last = steps
     said = real.run(substitute("\n".join(steps), real))
     assert "16 steps" in said and re.search(r"the training is complete", said)
-    run = json.loads((real.shared / "sft_t2i" / "run.json").read_text())
-    assert run
+    run = json.loads((real.shared / "lora_t2i" / "run.json").read_text())
+    assert run["adapter"]["rank"] == 4
+    metrics = (real.shared / "lora_t2i" / "metrics.jsonl").read_text()
+    assert '"evaluation/validation"' in metrics
     logs = sorted((real.shared / "logs").glob("*.log"))
     assert [log.name for log in logs] == ["emu3-w-0.log", "emu3-w-1.log"]
     headings = [re.findall(r"^[-0-9]+ [0-9:]+ emu3-jax (\w+)", log.read_text(), re.MULTILINE) for log in logs]
