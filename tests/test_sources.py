@@ -147,10 +147,12 @@ def test_what_a_folder_has_beside_is_told(tmp_path):
     write(tmp_path, {
         "good.png": picture(1), "good.txt": "good", "alone.png": picture(2), "empty.png": picture(3), "empty.txt": " ",
         "orphan.txt": "of no picture", "latin.png": picture(4), "latin.txt": b"caf\xe9",
-        "two.png": picture(5), "two.txt": "one", "same.png": picture(6), "same.txt": "the same",
+        "sub/told.png": picture(7), "two.png": picture(5), "two.txt": "one",
+        "same.png": picture(6), "same.txt": "the same",
         "metadata.jsonl": "\n".join([
             '{"file_name": "two.png", "text": "another"}', '{"file_name": "same.png", "text": "the same"}',
             '{"file_name": "gone.png", "text": "gone"}', '{"file_name": "../good.png", "text": "out"}', "{broken",
+            r'{"file_name": ".\\sub\\told.png ", "text": " "}', '{"file_name": 3, "text": "number"}',
         ]),
     })  # fmt: skip
     good, bad = split(Folder(tmp_path, ANY))
@@ -159,10 +161,12 @@ def test_what_a_folder_has_beside_is_told(tmp_path):
         "alone.png has no caption: write a caption beside it", "empty.txt: the caption is empty",
         "orphan.txt: there is no picture of that name", "latin.txt is not UTF-8 text",
         "two.png has two captions, metadata.jsonl line 1 and two.txt", "metadata.jsonl line 3: there is no",
-        "'../good.png' does not name a file below its directory", "metadata.jsonl line 5: not readable as JSON",
+        "'../good.png' is no path below the folder of this file: write it relative",
+        "metadata.jsonl line 5: not readable as JSON", "metadata.jsonl line 6: the caption is empty",
+        "metadata.jsonl line 7: the name 3 is no text",
     ):  # fmt: skip
         assert [reason in line for line in bad].count(True) == 1, (reason, bad)
-    assert len(bad) == 8
+    assert len(bad) == 10
 
 
 @pytest.mark.parametrize(
@@ -303,8 +307,12 @@ def test_tar_files(tmp_path):
     for index in range(4):
         assert source[index].medium.load().size == (8, 8)
     assert split(open_source([str(tmp_path)], ANY))[0] == good
+    (tmp_path / "data").mkdir()
+    assert split(open_source([str(tmp_path)], ANY, output=tmp_path / "data"))[0] == good
+    with pytest.raises(Emu3Error, match=r"holds '0\.tar' and 'data': give the \.tar files by name"):
+        open_source([str(tmp_path)], ANY)
     assert split(open_source([str(one), str(two)], ANY))[0] == good
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.tar", "1.tar"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.tar", "1.tar", "data"]
 
 
 def test_other_things_in_tar_files(tmp_path):

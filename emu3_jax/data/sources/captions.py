@@ -112,12 +112,22 @@ class CaptionFile:
                     raise Emu3Error(f"{where}: {shown(data)} is no object: {_JSON}")
                 name = data[self._columns.file(data, where)]
                 text = data[self._columns.caption(data, where)]
-            if isinstance(name, str):
-                name = name.strip().replace("\\", "/").removeprefix("./")
-            name = inner_path(name, where)
-            return name, clean_caption(text, where)
+            if not isinstance(name, str):
+                raise Emu3Error(f"{where}: the name {shown(name)} is no text: write the picture's file name")
+            name = name.strip().replace("\\", "/").removeprefix("./")
+            return _below(name, where), clean_caption(text, where)
         except Emu3Error as error:
             raise _BadRow(str(error), name if isinstance(name, str) else "") from error
+
+
+def _below(name: str, where: str) -> str:
+    """A picture's name, if it is a path below its list's folder."""
+    try:
+        return inner_path(name, where)
+    except Emu3Error as error:
+        raise Emu3Error(
+            f"{where}: {shown(name)} is no path below the folder of this file: write it relative to that folder"
+        ) from error
 
 
 class _BadRow(Emu3Error):

@@ -69,6 +69,8 @@ def _open_folder(path: Path, columns: Columns, output: Path | None) -> Source:
     """A folder of pictures, or one of tar or Parquet files alone."""
     with reading(path):
         names = sorted(name for name in os.listdir(path) if not name.startswith("."))
+    if output is not None:
+        names = [name for name in names if os.path.realpath(path / name) != os.path.realpath(output)]
     for ending in _CONTAINERS:
         found = [path / name for name in names if name.lower().endswith(ending)]
         if not found:
