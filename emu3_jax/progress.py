@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterable, Iterator, Sized
 from typing import Any, TypeVar
 
-import jax
 from tqdm import tqdm
 
 EVERY = 30.0  # seconds between two lines of a log
@@ -176,8 +175,7 @@ def shows(show: bool | None) -> bool:
         show = _default
     if show is None:
         show = on_terminal()
-    # `process_index` would look for devices, which a command on files alone leaves to others.
-    return show and (not jax.distributed.is_initialized() or jax.process_index() == 0)
+    return show and _first()
 
 
 def on_terminal() -> bool:
@@ -255,6 +253,16 @@ def duration(seconds: float) -> str:
         large, small = ("h", "min"), round(seconds / 60)
     first, second = divmod(small, whole)
     return f"{first} {large[0]} {second} {large[1]}" if second else f"{first} {large[0]}"
+
+
+def _first() -> bool:
+    """Whether this is the first of the processes of a run.
+
+    JAX is not imported here: the command line imports this module before it has set JAX up. And a process that is
+    alone is not asked for its number, for which JAX would look for devices.
+    """
+    jax = sys.modules.get("jax")
+    return jax is None or not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def _listed(*parts: str) -> str:

@@ -20,6 +20,7 @@ from emu3_jax.cli.interruption import Interruption, watched
 from emu3_jax.cli.output import OutputError, guarded, open_closed_streams
 from emu3_jax.errors import Emu3Error
 from emu3_jax.printable import one_line
+from emu3_jax.progress import by_default
 
 COMMANDS = {
     "convert": "PyTorch checkpoints to a bundle",
@@ -82,8 +83,6 @@ def _run(arguments: Sequence[str] | None, state: Interruption) -> int:
             sys.stdout.flush()  # of --help
             raise
         start_jax()
-        from emu3_jax.progress import by_default  # which needs JAX
-
         with by_default(not getattr(options, "quiet", False)):
             code = options.run(options) or 0
         sys.stdout.flush()  # a full disk shows itself here
