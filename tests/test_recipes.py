@@ -205,6 +205,18 @@ def substitute(text: str, cloud: Cloud) -> str:
     )
 
 
+def test_links_between_pages():
+    """What a page links to is there: the file, and in a page the heading."""
+    for page in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
+        for path, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", page.read_text()):
+            target = page.parent / path if path else page
+            assert target.exists(), f"{page.name}: {path}"
+            if anchor:
+                headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+                slugs = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+                assert anchor in slugs, f"{page.name}: {path}#{anchor}"
+
+
 # ------------------------------------------------------------------------------------------------ the walk-through
 
 
