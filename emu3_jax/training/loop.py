@@ -195,7 +195,7 @@ class _DecoderJob:
             "optimizer": state.opt_state,
             "gradients": state.params,
         }
-        return [*lines, summary.memory(parts_of_memory, self._mesh)]
+        return [*lines, *summary.memory(parts_of_memory, self._mesh)]
 
     def step_memory(self) -> str:
         return "" if self._compiled is None else summary.step_memory(self._compiled, self._mesh)

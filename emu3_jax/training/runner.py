@@ -269,7 +269,7 @@ def _as_before(directory: pathlib.Path, step: int, steps: int) -> str:
     seconds = [line["seconds"] for line in lines[-_EARLIER:] if isinstance(line.get("seconds"), float)]
     if not seconds or step == steps:
         return ""
-    return f", {duration(statistics.median(seconds) * (steps - step))} at the pace of before"
+    return f", about {duration(statistics.median(seconds) * (steps - step))} at the earlier pace"
 
 
 def _ending(job: Job, directory: pathlib.Path, step: int, model: pathlib.Path | None, seconds: float) -> Iterator[str]:

@@ -32,18 +32,18 @@ def sources(records: Sequence[tuple[str, int]]) -> str:
 
 
 def devices(mesh: Mesh) -> str:
-    """For example "4 devices (TPU v5 lite), mesh fsdp=4"."""
+    """For example "devices: 4 (TPU v5 lite), mesh fsdp=4"."""
     kind = mesh.devices.flat[0].device_kind
     axes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
     processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    return f"{counted(mesh.size, 'device')} ({kind}){f', mesh {axes}' if axes else ''}{processes}"
+    return f"devices: {mesh.size} ({kind}){f', mesh {axes}' if axes else ''}{processes}"
 
 
-def memory(parts: Mapping[str, Any], mesh: Mesh) -> str:
+def memory(parts: Mapping[str, Any], mesh: Mesh) -> list[str]:
     """What trees of abstract arrays take of each device, by their shardings. Activations are not known yet."""
     sizes = {name: chip_bytes(tree) for name, tree in parts.items()}
     listed = ", ".join(f"{name} {memory_size(size)}" for name, size in sizes.items() if size)
-    return f"memory: {memory_size(sum(sizes.values()))} {_each_device(mesh)}, and activations ({listed})"
+    return [f"memory: {memory_size(sum(sizes.values()))} {_each_device(mesh)}, and activations", f"of it {listed}"]
 
 
 def step_memory(compiled: jax.stages.Compiled, mesh: Mesh) -> str:

@@ -98,7 +98,7 @@ class _VisionJob:
             "gradients": state.params,
         }
         mesh = self._trainer.mesh
-        return [*lines, summary.devices(mesh), summary.memory(parts, mesh)]
+        return [*lines, summary.devices(mesh), *summary.memory(parts, mesh)]
 
     def step_memory(self) -> str:
         return "" if self._compiled is None else summary.step_memory(self._compiled, self._trainer.mesh)
