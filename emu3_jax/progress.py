@@ -79,10 +79,14 @@ class Progress:
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
+        self.close()
+        if self._lines_written and kind is None and self._every is not None:
+            self.line(f"{self._name}: done in {duration(_now() - self._began)}")
+
+    def close(self) -> None:
+        """Takes the bar away; lines may follow."""
         if self._bar is not None:
             self._bar.close()
-        elif self._lines_written and kind is None and self._every is not None:
-            self.line(f"{self._name}: done in {duration(_now() - self._began)}")
 
     @property
     def shown(self) -> bool:

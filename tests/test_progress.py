@@ -217,19 +217,22 @@ def test_sizes(count, text):
 
 
 def test_a_terminal_gets_a_bar(clock):
-    with terminal() as sent:
-        with Progress(None, 4, "steps", name="train", every=None) as bar:
-            bar.update(1, "loss 5.0")
-            clock.now += 10
-            bar.update(1, "loss 4.0")
-            bar.line("for logs")
-            bar.say("a line above")
-            tell("told", True)
-            drawn = sent()
+    with terminal() as sent, Progress(None, 4, "steps", name="train", every=None) as bar:
+        bar.update(1, "loss 5.0")
+        clock.now += 10
+        bar.update(1, "loss 4.0")
+        bar.line("for logs")
+        bar.say("a line above")
+        tell("told", True)
+        drawn = sent()
+        bar.close()
         gone = sent()
+        bar.say("afterwards")
+        after = sent()
     assert "train:" in drawn and "2/4" in drawn and "time left 20 s, loss 4.0" in drawn
     assert "a line above\r\n" in drawn and "for logs" not in drawn and "told" not in drawn and "DATE" not in drawn
     assert re.fullmatch(r"\r *\r", gone)  # the bar is gone
+    assert after.strip("\r ") == "afterwards\r\n"
 
 
 def test_a_terminal_gets_nothing_where_nothing_is_wanted(clock):

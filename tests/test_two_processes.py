@@ -79,6 +79,10 @@ class Pair:
         """What the first process says; the second says nothing."""
         (code, out, errors), (other_code, other_out, other_errors) = self.end()
         assert (code, other_code, other_out) == (0, 0, ""), errors + other_errors
+        self.log, other_log = (
+            re.findall(r"^\d{4}-\d\d-\d\d [\d:]{8} (.+)", said, re.MULTILINE) for said in (errors, other_errors)
+        )
+        assert other_log == []
         return out
 
     def kill(self) -> None:
@@ -194,7 +198,10 @@ def test_stopped_and_killed_processes_go_on(config_file, whole, tmp_path):
 def test_an_adapter_is_merged_by_one_process(config_file, tiny_bundle, tmp_path):
     """The other one waits: nothing of the merging may be spread over the mesh of both."""
     directory, adapter = tmp_path / "run", "adapter=Adapter(rank=2, base='nf4')"
-    Pair("train", config_file, "--set", "steps=3", "--set", adapter, "--set", f"directory={directory}").succeed()
+    pair = Pair("train", config_file, "--set", "steps=3", "--set", adapter, "--set", f"directory={directory}")
+    pair.succeed()
+    assert "devices: 4 (cpu), mesh fsdp=4, 2 processes" in pair.log
+    assert sum(line.startswith("step ") for line in pair.log) == 3
     export_adapter(directory, tmp_path / "adapter")
     merge_bundle(Bundle.open(tiny_bundle), tmp_path / "adapter", tmp_path / "merged", progress=False)
     assert_same_weights(tmp_path / "merged", directory / "model")

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
 import shutil
 
 import flax.linen as nn
@@ -290,7 +291,7 @@ def test_the_discriminator_waits_for_its_step(config):
 # ------------------------------------------------------------------------------------------------ the loop
 
 
-def test_a_run_and_one_that_goes_on_are_equal_and_export_what_they_evaluated(config, in_loops, tmp_path):
+def test_a_run_and_one_that_goes_on_are_equal_and_export_what_they_evaluated(config, in_loops, tmp_path, capsys):
     whole = train_vision(config, progress=False)
     losses = {line["step"]: line["loss"] for line in read_metrics(tmp_path / "run") if line["group"] == "train"}
     assert losses[8] < losses[1]
@@ -319,8 +320,21 @@ def test_a_run_and_one_that_goes_on_are_equal_and_export_what_they_evaluated(con
     assert Bundle.open(tmp_path / "converted").vision_config == VISION
     # A tokenizer that is there already can be trained on.
     further = dataclasses.replace(config, directory=str(tmp_path / "further"), bundle=str(whole.model), evaluation=())
-    train_vision(further, progress=False)
+    capsys.readouterr()
+    train_vision(further, progress=True)
     assert read_metrics(tmp_path / "further")[0]["loss"] < losses[1]
+    lines = [line[20:] for line in capsys.readouterr().err.splitlines()]
+    assert lines[0] == f"train: 8 steps, in {tmp_path}/further"
+    assert re.fullmatch(r"trained: all [\d,]+ parameters of a vision tokenizer", lines[1])
+    assert lines[2:5] == [
+        "a step: 4 pictures and 2 clips of 4 frames, each of 16x16 pixels",
+        f"data: 8 pictures, 4 clips, of {config.pixels.manifests[0]}",
+        "devices: 1 (cpu)",
+    ]
+    assert re.fullmatch(r"the first step took \d+ s, compilation included; a step takes .+ of each device", lines[7])
+    step = r"step \d of 8: loss [\d.]+, psnr [\d.]+ dB, \d+% of the codes(, time left \d+ s)?"
+    assert all(re.fullmatch(step, line) for line in lines[8:-2]) and lines[-3].startswith("step 8 of 8: ")
+    assert lines[-1] == f"to use it: emu3-jax tokenize PICTURE --model {tmp_path}/further/model -o out/codes.npz"
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(config, in_loops, monkeypatch):

@@ -233,6 +233,7 @@ def run(job: Job, directory: pathlib.Path, progress: bool | None) -> Outcome:
             loop = _Loop(job, directory, state, step, checkpoints=checkpoints, metrics=metrics, shown=shown)
             # A signal does not interrupt the export: it ends complete.
             model = _export(job, directory, loop.step) if loop.train(stop) else None
+        shown.close()
         if shown.shown:
             for line in _ending(job, directory, loop.step, model, time.perf_counter() - began):
                 shown.say(line)
