@@ -197,9 +197,19 @@ def test_a_shard_may_be_empty_but_not_all(tmp_path):
     prepare(Entries(4, bad=(0, 1)), tmp_path / "half", CODEBOOK, shards=2, on_error="skip")
     data = PreparedData(tmp_path / "half")
     assert [data[0].name, data[1].name] == ["n2", "n3"]
-    prepare(Entries(2, bad=(0, 1)), tmp_path / "none", CODEBOOK, on_error="skip")
+    index = json.loads((tmp_path / "half/index.json").read_text())
+    (tmp_path / "half/index.json").write_text(json.dumps(index | {"records": 0, "shards": index["shards"][:1]}))
     with pytest.raises(Emu3Error, match="holds no records: all 2 entries were skipped"):
-        PreparedData(tmp_path / "none")
+        PreparedData(tmp_path / "half")
+
+
+def test_where_no_entry_can_be_used_only_the_list_of_why_stays(tmp_path):
+    """So that the same place takes the entries when they are mended."""
+    outcome = prepare(Entries(5, bad=range(5)), tmp_path / "out", CODEBOOK, shards=2, on_error="skip")
+    assert outcome.index.records == 0 and len(outcome.index.skipped) == 5
+    assert list(files(tmp_path / "out")) == ["skipped.txt"]
+    prepare(Entries(5, digest="mended"), tmp_path / "out", CODEBOOK, shards=2, on_error="skip")
+    assert len(PreparedData(tmp_path / "out")) == 5 and not (tmp_path / "out/skipped.txt").exists()
 
 
 @pytest.mark.parametrize(

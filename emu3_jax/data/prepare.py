@@ -237,13 +237,19 @@ class _Directory:
         write_json(file.with_suffix(".json"), {"job": self._job, **dataclasses.asdict(shard)})
 
     def merge(self, codebook: Codebook) -> Outcome:
-        """Writes the index if every shard is finished."""
+        """Writes the index if every shard is finished; where no record could be made, only the list of why stays."""
         shards = [self.finished(number) for number in range(self._count)]
         finished = [shard for shard in shards if shard is not None]
         if len(finished) < self._count:
             return Outcome(None, self._count - len(finished))
         index = Index(self._job, codebook, tuple(finished))
         self._list_skipped(index)
+        if not index.records:
+            for shard in finished:
+                file = self.path / shard.file
+                storage.unlink(file.with_suffix(".json"))
+                storage.unlink(file)
+            return Outcome(index, 0)
         write_json(self.path / INDEX, index.to_json())
         return Outcome(index, 0)
 
