@@ -275,6 +275,7 @@ def test_slurm_walk_through(real):
     log = (real.checkout / "emu3-77.log").read_text()
     starts = re.findall(r"job 77, start 0: emu3-jax (\w+)", log)
     assert starts == ["convert", "prepare", "train", "generate", "export"]
+    assert re.search(r"^[-0-9]+ [0-9:]+ step \d+ of \d+: loss .+ tokens/s", log, re.MULTILINE)
     steps = [dict(flags) for name, flags, _ in real.calls() if name == "srun"]
     one = {"kill-on-bad-exit": "1", "nodes": "1", "ntasks": "1"}
     assert steps == [one, one, {"kill-on-bad-exit": "1"}, {"kill-on-bad-exit": "1"}, one]
