@@ -131,6 +131,7 @@ def _split(path: str | os.PathLike) -> tuple[str, str]:
 @functools.cache
 def _gcsfs() -> Any:
     """gcsfs's file system."""
+    _check_emulator()
     if os.environ.get("STORAGE_EMULATOR_HOST"):
         os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # gRPC, which emulators do not speak
     try:
@@ -147,6 +148,17 @@ def _gcsfs() -> Any:
     # Listings that are kept would hide what other hosts write. Orbax's instance reads this too.
     fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
     return fsspec.filesystem("gcs")
+
+
+def _check_emulator() -> None:
+    """Raises an `Emu3Error` unless all requests go to one place. TensorStore tries another one for many minutes."""
+    names = ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL")
+    gcsfs, tensorstore = (os.environ.get(name, "") for name in names)
+    if gcsfs.rstrip("/") != tensorstore.rstrip("/"):
+        found = " and ".join(f"{name} is {shown(os.environ[name])}" for name in names if name in os.environ)
+        raise Emu3Error(
+            f"{found}: {names[0]} and {names[1]} must name one emulator: set both to http://HOST:PORT, or neither"
+        )
 
 
 @contextlib.contextmanager

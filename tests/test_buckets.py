@@ -351,6 +351,20 @@ def test_absent_buckets_and_no_credentials(word, bucket, tiny_bundle, golden_che
     assert not pathlib.Path("out").exists()
 
 
+@pytest.mark.parametrize(
+    ("gcsfs", "tensorstore"),
+    [("http://localhost:1", None), (None, "http://localhost:1"), ("http://localhost:1", "http://localhost:2")],
+)
+def test_emulators_are_named_to_both_libraries(gcsfs, tensorstore, monkeypatch):
+    storage._gcsfs.cache_clear()
+    for name, value in (("STORAGE_EMULATOR_HOST", gcsfs), ("TENSORSTORE_GCS_HTTP_URL", tensorstore)):
+        monkeypatch.delenv(name, raising=False)
+        if value:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(Emu3Error, match=r"'http://localhost:1'.*must name one emulator: set both .* or neither"):
+        storage.place("gs://bucket/model")
+
+
 def test_absent_objects(bucket, tiny_bundle, capsys):
     line = line_of(capsys, "generate", "a", "--model", "gs://bucket/none", "-o", "out")
     assert "gs://bucket/none: there is nothing of this name in the bucket" in line
