@@ -337,6 +337,7 @@ BAD_CONFIGS = [
         "init_lora_weights is 'pissa_niter_4', which changes the frozen weights: save the adapter with path_initial",
     ),
     ({"init_lora_weights": 1}, "init_lora_weights is 1"),
+    ({"use_rslora": "no"}, "use_rslora is 'no': it must be true or false"),
     ({"r": None}, "r is None: it must be a whole number from 1 to 65536"),
     ({"r": 10**400}, "r is 10000.*: it must be a whole number"),
     ({"r": 8}, "_proj' has rank 3, adapter_config.json says 8: the files are of two adapters"),
@@ -363,6 +364,10 @@ BAD_TENSORS = [
     (lambda t: t.pop(A), "layers.0.mlp.down_proj' has lora_B and not the other side"),
     (lambda t: t.clear(), "holds no adapter"),
     (lambda t: t[Q].fill(np.nan), "q_proj.lora_B.weight' has numbers that are not finite"),
+    (
+        lambda t: (t[A].fill(3e38), t[B].fill(3e38)),
+        "the merged weights layers_0/mlp/down have numbers too large for float32: take float32 .--dtype.; if it is",
+    ),
     (lambda t: t.update({A: t[A][:2].copy()}), "lora_A of rank 2, lora_B of rank 3"),
     (lambda t: t.update({A: np.ones(3, np.float32)}), r"is float32 \[3\]: it must be"),
     (
@@ -391,6 +396,8 @@ BAD_FILES = [
     (shutil.rmtree, "copy is not a directory: give an adapter's"),
     (lambda d: (d / CONFIG).unlink(), "has no adapter_config.json, so it is no adapter: give a"),
     (lambda d: (d / CONFIG).write_text("[]"), "adapter_config.json: holds a JSON list"),
+    # Without the file the adapter would count as one by PEFT, whose frozen weights were not rounded.
+    (lambda d: ((d / OWN).unlink(), (d / OWN).symlink_to("absent")), "cannot read .*emu3_adapter.json: there is no"),
     (lambda d: (d / WEIGHTS).unlink(), "has no adapter_model.safetensors: download or copy it"),
     (lambda d: (d / WEIGHTS).write_bytes(b"x" * 50), "not a whole safetensors file"),
     (
@@ -415,6 +422,15 @@ def test_bad_adapters(copy, tiny_bundle, tmp_path, capsys, change, reason):
     error = capsys.readouterr().err
     assert error == f"emu3-jax: error: {caught.value}\n" and len(error) < 330
     assert set(os.listdir(tmp_path)) <= {"copy"}
+
+
+def test_weights_too_large_for_float16(copy, tiny_bundle, tmp_path, capsys):
+    edit_tensors(copy, lambda t: (t[A].fill(1e3), t[B].fill(1e3)))
+    merge = ("merge", tiny_bundle, "--adapter", copy, "--quiet", "-o", tmp_path / "new")
+    assert run(*merge, "--dtype", "float16") == 2
+    assert "layers_0/mlp/down have numbers too large for float16: take float32" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["copy"]
+    assert run(*merge) == 0
 
 
 def test_what_is_no_adapter(trained, adapter, tiny_bundle, tmp_path, config_file, capsys):

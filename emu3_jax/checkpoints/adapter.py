@@ -176,7 +176,7 @@ class SavedAdapter:
         bundle.require("decoder")
         config = _PeftConfig(path / CONFIG)
         base, decoder = "float32", bundle.decoder_config
-        if (path / OWN).exists():
+        if os.path.lexists(path / OWN):  # a link that leads nowhere is damage, and no adapter by PEFT
             base, decoder = _read_own(path / OWN, bundle)
         found = _read_modules(path / WEIGHTS, config)
         params = [param for param in decoder_params(decoder) if param.path[-1] in MATRICES]
@@ -315,7 +315,9 @@ class _PeftConfig:
                 f"{file}: init_lora_weights is {shown(beginning)}, which changes the frozen weights: save the adapter "
                 f"with path_initial_model_for_weight_conversion, or {_MERGE}"
             )
-        self._rslora = bool(config.get("use_rslora"))
+        self._rslora = config.get("use_rslora", False)
+        if not isinstance(self._rslora, bool):
+            raise Emu3Error(f"{file}: use_rslora is {shown(self._rslora)}: it must be true or false; {AGAIN}")
         self._rank = self._checked("r", config.get("r"), "rank")
         self._alpha = self._checked("lora_alpha", config.get("lora_alpha"), "alpha")
         self._ranks = self._pattern(config, "rank_pattern", "rank")

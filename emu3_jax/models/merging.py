@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from emu3_jax.errors import Emu3Error
 from emu3_jax.models.adapters import (
     MATRICES,
     QUANTISED,
@@ -99,6 +100,9 @@ def merge_array(path: Path, array: np.ndarray, pair: LowRank | None, base: str, 
 
     Returns:
         The array: a NumPy array, or of a matrix a `jax.Array`.
+
+    Raises:
+        Emu3Error: a matrix becomes too large for `dtype`.
     """
     name = path[-1]
     if name not in MATRICES:
@@ -107,7 +111,14 @@ def merge_array(path: Path, array: np.ndarray, pair: LowRank | None, base: str, 
     parts = None if pair is None else (pair.a, pair.b, np.float32(pair.scale))
     # Arrays that lie on no mesh: a mesh that is in use must not spread the work, and with it the order of sums.
     with jax.set_mesh(jax.sharding.Mesh(np.asarray([device]), "one")):
-        return _merge_matrix(*jax.device_put((array, parts), device), name=name, base=base, dtype=np.dtype(dtype))
+        merged = _merge_matrix(*jax.device_put((array, parts), device), name=name, base=base, dtype=np.dtype(dtype))
+        finite = bool(jnp.isfinite(merged).all())
+    if not finite:
+        raise Emu3Error(
+            f"the merged weights {'/'.join(path)} have numbers too large for {np.dtype(dtype).name}: take float32 "
+            "(--dtype); if it is float32, the adapter or the bundle is damaged: copy it again"
+        )
+    return merged
 
 
 @functools.partial(jax.jit, static_argnames=("name", "base", "dtype"))
