@@ -35,7 +35,7 @@ from emu3_jax.errors import Emu3Error
 from emu3_jax.fields import is_number, is_whole, read_from
 from emu3_jax.files import new_directory
 from emu3_jax.foreign import AGAIN, read_object
-from emu3_jax.models.adapters import BASES, MATRICES, Adapter
+from emu3_jax.models.adapters import BASES, MATRICES, MAX_ALPHA, MAX_RANK, Adapter
 from emu3_jax.models.merging import LowRank, merge_array
 from emu3_jax.models.stacking import Path as TreePath
 from emu3_jax.printable import shown
@@ -43,7 +43,6 @@ from emu3_jax.printable import shown
 FORMAT = 1
 CONFIG, WEIGHTS, OWN = ADAPTER_CONFIG, "adapter_model.safetensors", "emu3_adapter.json"
 _PREFIX = "base_model.model."  # PEFT's, before the names of the model that it wraps
-_MAX_RANK, _MAX_ALPHA = 1 << 16, 1_000_000
 _MERGE = "merge it in PyTorch (merge_and_unload) and convert the model that you save"
 _log = logging.getLogger("emu3_jax")
 
@@ -335,9 +334,9 @@ class _PeftConfig:
 
     def _checked(self, field: str, value: Any, kind: str) -> Any:
         if kind == "rank":
-            ok, legal = is_whole(value, 1) and value <= _MAX_RANK, f"a whole number from 1 to {_MAX_RANK}"
+            ok, legal = is_whole(value, 1) and value <= MAX_RANK, f"a whole number from 1 to {MAX_RANK}"
         else:
-            ok, legal = is_number(value) and abs(value) <= _MAX_ALPHA, f"a number from -{_MAX_ALPHA} to {_MAX_ALPHA}"
+            ok, legal = is_number(value) and abs(value) <= MAX_ALPHA, f"a number from -{MAX_ALPHA} to {MAX_ALPHA}"
         if not ok:
             raise Emu3Error(f"{self._file}: {field} is {shown(value)}: it must be {legal}; {AGAIN}")
         return value

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from emu3_jax.errors import Emu3Error
-from emu3_jax.fields import check_field, check_positive_number, check_positive_whole
+from emu3_jax.fields import check_counts, check_field, check_positive_number
 from emu3_jax.models.attention import matmul_precision
 
 Shape = tuple[int, ...]
@@ -55,6 +55,7 @@ class Matrix:
 MATRICES = {"qkv": Matrix(1, 3, -1), "out": Matrix(3, 1, -2), "gate_up": Matrix(1, 2, -1), "down": Matrix(1, 1, -2)}
 BASES = ("float32", "bfloat16", "int8", "nf4")
 QUANTISED = ("int8", "nf4")
+MAX_RANK, MAX_ALPHA = 1 << 16, 1_000_000  # of any adapter, whoever made it: what is trained can be read again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +76,9 @@ class Adapter:
     base: str = "bfloat16"
 
     def __post_init__(self) -> None:
-        check_positive_whole(self, "rank")
+        check_counts(self, rank=MAX_RANK)
         check_positive_number(self, "alpha")
+        check_field(self, "alpha", self.alpha <= MAX_ALPHA, f"at most {MAX_ALPHA:,}")
         names = isinstance(self.targets, tuple) and all(isinstance(name, str) for name in self.targets)
         distinct = names and self.targets and len(set(self.targets)) == len(self.targets)
         some = distinct and set(self.targets) <= set(MATRICES)

@@ -198,6 +198,9 @@ def _value(node: ast.expr, classes: Mapping[str, type]) -> Any:
         given = [*zip(names, node.args, strict=False), *((word.arg or "", word.value) for word in node.keywords)]
         for name, _ in given:
             _check_name(cls, name)
+        twice = [name for name in names if sum(name == other for other, _ in given) > 1]
+        if twice:
+            raise Emu3Error(f"{cls.__name__} gets its field {twice[0]} twice: give it once")
         return _Made(cls, {name: _value(value, classes) for name, value in given})
     if isinstance(node, ast.Tuple):
         return tuple(_value(entry, classes) for entry in node.elts)
