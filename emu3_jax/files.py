@@ -128,12 +128,17 @@ def _require_space(directory: pathlib.Path, nbytes: int, what: str, remedy: str)
         )
 
 
+def is_full(error: BaseException) -> bool:
+    """Whether a disk, a quota or a limit of a file's size is exhausted; TensorStore says so in a `ValueError`."""
+    return getattr(error, "errno", None) in _FULL or any(os.strerror(code) in str(error) for code in _FULL)
+
+
 @contextlib.contextmanager
 def _full_disk(target: pathlib.Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError) as error:  # TensorStore reports a full disk as a ValueError
-        if getattr(error, "errno", None) in _FULL or os.strerror(errno.ENOSPC) in str(error):
+    except (OSError, ValueError) as error:
+        if is_full(error):
             raise Emu3Error(
                 f"{target}: the disk is full; nothing was kept; free space or choose another disk"
             ) from error

@@ -414,6 +414,7 @@ def test_mixed_dtypes_in_one_array_need_a_choice(copy, tmp_path):
             ValueError("RESOURCE_EXHAUSTED: Failed to write: No space left on device [os_error_code='28']"),
             "disk is full",
         ),
+        (ValueError("OUT_OF_RANGE: Failed writing: Disk quota exceeded [os_error_code='122']"), "disk is full"),
         (KeyboardInterrupt(), None),
     ],
 )

@@ -277,11 +277,11 @@ class Checkpoints:
             yield
         except Emu3Error:
             raise
-        except Exception as error:  # TensorStore reports a full disk as a ValueError
+        except Exception as error:  # `files.is_full`: of TensorStore a ValueError too
             if not isinstance(error, (OSError, ValueError)) and not storage.is_remote(self.directory):
                 raise
             last = self.latest()
-            full = getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
+            full = files.is_full(error)
             reason = "the disk is full" if full else (str(error) or type(error).__name__).split("\n", 1)[0][:200]
             raise Emu3Error(
                 f"{self.directory}: no checkpoint could be written at step {step} ({reason}); "
