@@ -7,7 +7,7 @@
 PHOTOS holds pictures and, in text files of their names, captions: photo.jpg and photo.txt. docs/data.md lists what else
 it may be. `python scripts/photos.py PHOTOS` writes 24 photographs with captions to try it with.
 
-On two cores the training takes 8 minutes. The result draws each photograph from its caption, at the 32x32 pixels of the
+On two cores the training takes 6 to 8 minutes. The result draws each photograph from its caption, at the 32x32 pixels of the
 embedded model. Give more steps for more photos, as `--set steps=600`: a step sees eight.
 """
 
