@@ -7,8 +7,8 @@
 PHOTOS holds pictures and, in text files of their names, captions: photo.jpg and photo.txt. docs/data.md lists what else
 it may be. `python scripts/photos.py PHOTOS` writes 24 photographs with captions to try it with.
 
-On two cores the training takes 6 to 8 minutes. The result draws each photograph from its caption, at the 32x32 pixels of the
-embedded model. Give more steps for more photos, as `--set steps=600`: a step sees eight.
+On two cores the training takes 6 to 8 minutes. The result draws each photograph from its caption, at the 32x32 pixels
+of the embedded model. Give more steps for more photos, as `--set steps=600`: a step sees eight.
 """
 
 from emu3_jax.checkpoints.embedded import embedded_bundle
