@@ -152,10 +152,10 @@ def test_paths_in_buckets_that_are_none(path, reason):
 def test_without_gcsfs_the_extra_is_named(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    storage._gcsfs.cache_clear()
+    storage.requests.client.cache_clear()
     remedy = "paths with gs:// need gcsfs, which is not installed: pip install 'emu3-jax[gcs]', or give a local path"
     for command, action, options in ARGUMENTS:
         if action.type in BOTH:
             assert remedy in fails(with_value(command, action, options, "gs://bucket/data"), capsys)
     assert os.listdir(tmp_path) == []
-    storage._gcsfs.cache_clear()
+    storage.requests.client.cache_clear()

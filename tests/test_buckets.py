@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -356,7 +357,7 @@ def test_absent_buckets_and_no_credentials(word, bucket, tiny_bundle, golden_che
     [("http://localhost:1", None), (None, "http://localhost:1"), ("http://localhost:1", "http://localhost:2")],
 )
 def test_emulators_are_named_to_both_libraries(gcsfs, tensorstore, monkeypatch):
-    storage._gcsfs.cache_clear()
+    storage.requests.client.cache_clear()
     for name, value in (("STORAGE_EMULATOR_HOST", gcsfs), ("TENSORSTORE_GCS_HTTP_URL", tensorstore)):
         monkeypatch.delenv(name, raising=False)
         if value:
@@ -495,8 +496,8 @@ def test_two_hosts_share_data_and_a_run(bucket, vouched):
 
 @pytest.fixture
 def quick_locks(monkeypatch):
-    monkeypatch.setattr(storage, "_BEAT", 0.05)
-    monkeypatch.setattr(storage, "_LOOK", 0.05)
+    monkeypatch.setattr(storage.locks, "_BEAT", 0.05)
+    monkeypatch.setattr(storage.locks, "_LOOK", 0.05)
 
 
 def busy(holder: str) -> str:
@@ -508,7 +509,7 @@ def hold(store: Store, **holder) -> None:
 
 
 def test_a_lock_that_is_renewed_is_respected(bucket, quick_locks, monkeypatch):
-    monkeypatch.setattr(storage, "_LOOKS", 1000)  # on a busy machine a renewal may take long
+    monkeypatch.setattr(storage.locks, "_LOOKS", 1000)  # on a busy machine a renewal may take long
     with storage.held("gs://bucket/run/held", busy):
         with pytest.raises(Emu3Error, match="in use by this process"), storage.held("gs://bucket/run/held", busy):
             pass
@@ -524,7 +525,7 @@ def test_a_lock_that_is_renewed_is_respected(bucket, quick_locks, monkeypatch):
 @contextlib.contextmanager
 def monkeypatched_mine():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(storage, "_mine", set())
+        patch.setattr(storage.locks, "_mine", set())
         yield
 
 
@@ -551,7 +552,7 @@ def test_a_lock_that_another_run_took_stays_its_own(bucket, quick_locks, caplog)
         for _ in range(1000):
             if caplog.records:
                 break
-            storage.time.sleep(0.05)
+            time.sleep(0.05)
     assert "was taken away: another run may write there too" in caplog.text
     assert bucket.names("bucket") == ["run/held"]
     bucket.buckets["bucket"].clear()

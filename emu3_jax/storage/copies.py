@@ -1,0 +1,178 @@
+"""Whole folders: to a bucket, from a bucket to the local cache, and out of it again."""
+
+import concurrent.futures
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path, PurePosixPath
+
+from emu3_jax.errors import Emu3Error
+from emu3_jax.foreign import local_path
+from emu3_jax.progress import Progress
+from emu3_jax.storage.objects import Item, delete_object, listing, look_up, place, size
+from emu3_jax.storage.paths import split
+from emu3_jax.storage.requests import client, explained
+
+# Whoever reads a result looks for these first: they are uploaded last, and deleted first.
+_LAST = ("config.json", "index.json", "model.safetensors.index.json", "run.json", "SHA256SUMS")
+_THREADS = 8  # requests at once
+_PATIENCE = 2.0  # seconds that a copy takes before it shows a bar
+_PART = ".emu3-tmp-"
+
+
+def upload(source: Path, target: str | os.PathLike, progress: bool | None = None) -> None:
+    """Uploads a local file, or a directory with all that it holds. Objects of the same names are replaced.
+
+    What marks a result as complete goes last. Where an upload fails, what came new with it is deleted again.
+
+    Args:
+        source: local.
+        target: in a bucket.
+        progress: as `progress.Progress` takes it.
+
+    Raises:
+        Emu3Error: the bucket is absent, or cannot be written or reached.
+    """
+    if source.is_file():
+        with explained(target):
+            client().put_file(os.fspath(source), os.fspath(target))
+        return
+    local = {file.relative_to(source).as_posix(): file for file in sorted(source.rglob("*")) if file.is_file()}
+    old = listing(target)
+    done: list[str] = []
+    total = sum(file.stat().st_size for file in local.values())
+    bar = Progress(progress, total, "bytes", name="upload", delay=_PATIENCE)
+
+    def put(name: str) -> None:
+        client().put_file(os.fspath(local[name]), f"{os.fspath(target)}/{name}")
+        done.append(name)
+        bar.update(local[name].stat().st_size)
+
+    try:
+        with bar, explained(target):
+            for names in _in_turn(local):
+                _each(put, names)
+    except BaseException:
+        with contextlib.suppress(Emu3Error):
+            _delete(target, [name for name in done if name not in old])
+        raise
+
+
+def _in_turn(names: Iterable[str]) -> Iterator[list[str]]:
+    """The names in groups: what marks a result as complete comes last, of it what lies deepest first."""
+    names = list(names)
+
+    def last(name: str) -> tuple[int, int]:
+        path = PurePosixPath(name)
+        return (_LAST.index(path.name), -len(path.parts)) if path.name in _LAST else (-1, 0)
+
+    for rank in sorted({last(name) for name in names}):
+        yield [name for name in names if last(name) == rank]
+
+
+def _each(step: Callable[[str], None], names: list[str]) -> None:
+    """Takes a step for each name, several at once. After an error no new ones begin."""
+    pool = concurrent.futures.ThreadPoolExecutor(_THREADS)
+    try:
+        for _ in pool.map(step, names):
+            pass
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def delete(path: str | os.PathLike) -> None:
+    """Deletes an object, and all below it, if there are any: what marks a result as complete first."""
+    _delete(path, list(listing(path)))
+    with explained(path), contextlib.suppress(FileNotFoundError):
+        delete_object(path)
+
+
+def _delete(path: str | os.PathLike, names: list[str]) -> None:
+    def step(name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            delete_object(f"{os.fspath(path)}/{name}")
+
+    with explained(path):
+        for group in reversed(list(_in_turn(names))):
+            _each(step, group)
+
+
+def cache_directory() -> Path:
+    """Where copies are kept: `EMU3_JAX_CACHE`, else `emu3_jax` in the user's cache directory."""
+    chosen = os.environ.get("EMU3_JAX_CACHE")
+    if chosen:
+        return local_path(chosen)
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:  # no HOME, and a user that the system does not know
+        raise Emu3Error("there is no home directory for copies of what is in buckets: set EMU3_JAX_CACHE") from error
+    return base / "emu3_jax"
+
+
+def fetched(
+    path: str | os.PathLike, keep: Callable[[str], bool] = lambda name: True, progress: bool | None = None
+) -> Path:
+    """A local copy of a folder of a bucket. What is there already is not fetched again.
+
+    A copy has the generations of its objects in its name: a folder that changed gets a new copy.
+
+    Args:
+        path: the folder.
+        keep: whether an object is fetched, by its path below the folder.
+        progress: as `progress.Progress` takes it.
+
+    Raises:
+        Emu3Error: there is nothing to fetch, it cannot be read, or the cache cannot be written.
+    """
+    path = place(path)
+    found = {name: item for name, item in listing(path).items() if keep(name)}
+    if not found:
+        raise Emu3Error(f"{path}: there is nothing of this name in the bucket; correct the path")
+    digest = hashlib.sha256(json.dumps([os.fspath(path), found]).encode()).hexdigest()[:20]
+    copy = cache_directory() / "buckets" / digest / path.name
+    missing = [name for name, item in found.items() if size(copy / name) != item.size]
+    total = sum(found[name].size for name in missing)
+    bar = Progress(progress, total, "bytes", name="download", delay=_PATIENCE)
+
+    def get(name: str) -> None:
+        _get(path / name, copy / name, found[name])
+        bar.update(found[name].size)
+
+    with bar, explained(path):
+        _each(get, missing)
+    return copy
+
+
+def download(source: str | os.PathLike, target: Path) -> None:
+    """Copies one object to a local file, whole or not at all. Raises `Emu3Error` where that fails."""
+    with explained(source):
+        found = look_up(source)
+        if found is None:
+            raise FileNotFoundError(source)
+        _get(place(source), target, Item(int(found["size"]), str(found["generation"])))
+
+
+def _get(source: Path, target: Path, item: Item) -> None:
+    """Copies one version of an object, whole or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=_PART, dir=target.parent)
+    os.close(descriptor)
+    try:
+        bucket, inner = split(source)
+        if item.size:
+            client().get_file(f"{bucket}/{inner}", name)
+        got = os.stat(name).st_size
+        if got != item.size:
+            raise Emu3Error(f"{source}: {got} bytes came, the bucket lists {item.size}: it changes, or run again")
+        os.replace(name, target)
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+
+
+def of_original(path: Path, copy: Path, inner: Path) -> str:
+    """The path in a bucket of a file of its copy."""
+    return f"{os.fspath(path)}/{inner.relative_to(copy).as_posix()}"
