@@ -25,7 +25,7 @@ from emu3_jax.data.encoder import bundle_codebook
 from emu3_jax.data.prepare import prepare
 from emu3_jax.data.sequences import TextToImage
 from emu3_jax.models.adapters import Adapter
-from emu3_jax.training import loop, runner
+from emu3_jax.training import loop, stopping
 from emu3_jax.training.config import ModelConfig, OptimizerConfig, SampleConfig, TrainConfig, load_config
 from emu3_jax.training.loop import train
 from emu3_jax.training.metrics import read_metrics
@@ -120,9 +120,9 @@ def test_a_run_killed_at_random_goes_on_exactly(config_file, whole, tmp_path):
 
 def test_ctrl_c_is_heard_and_the_second_interrupts(monkeypatch, capfd):
     now = [10.0]
-    monkeypatch.setattr(runner.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with runner.stop_signal() as stop:
+    with stopping.stop_signal() as stop:
         signal.getsignal(signal.SIGINT).tell()  # as the watcher of the command line does at once
         signal.raise_signal(signal.SIGINT)
         now[0] += 0.2
