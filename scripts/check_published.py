@@ -31,9 +31,10 @@ from typing import Any
 
 from published_plan import MARK, NONE, PHOTO, ROOT, SOURCE, Step, check, choose_dtype, parser, plan, sources
 from published_report import public_names, report, source_name
-from published_steps import FAILED, NOT_COMPARED, NOT_RUN, VERDICTS, gigabytes, installed
+from published_steps import FAILED, NOT_COMPARED, NOT_RUN, VERDICTS, installed
 
 import emu3_jax
+from emu3_jax import progress
 from emu3_jax.errors import Emu3Error
 from emu3_jax.files import locked, new_file
 from emu3_jax.foreign import local_path
@@ -243,7 +244,7 @@ def _said(result: Mapping[str, Any]) -> str:
         return f"{result['verdict']}, kept from an earlier run"
     if result.get("seconds") is None:
         return f"{result['verdict']}: {result['notes'][0]}"
-    return f"{result['verdict']}, {result['seconds']} s, peak memory {gigabytes(result['peak_bytes'])}"
+    return f"{result['verdict']}, {result['seconds']} s, peak memory {progress.size(result['peak_bytes'])}"
 
 
 def _report(options: argparse.Namespace, out: pathlib.Path, runner: Runner, steps: Sequence[Step]) -> str:
@@ -277,7 +278,7 @@ def _facts(options: argparse.Namespace, runner: Runner) -> dict[str, str]:
     if ours:
         facts["JAX computes on"] = f"{ours['count']} x {ours['device']} ({ours['platform']}), the first of them"
         facts["machine"] = (
-            f"{ours['system']}, {ours['processor']}, {ours['cores']} cores, {gigabytes(ours['host_memory_bytes'])}"
+            f"{ours['system']}, {ours['processor']}, {ours['cores']} cores, {progress.size(ours['host_memory_bytes'])}"
         )
         versions = ours["versions"]
     if theirs:

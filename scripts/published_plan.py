@@ -179,7 +179,7 @@ def plan(options: argparse.Namespace, dtype: Callable[[int], str], oracle: bool)
 
     def model(name: str, source: str, more: Sequence[str], **job: Any) -> Step:
         return Step(
-            name, name, f"published_steps:{name}", (f"convert {source}", f"shapes {source}", *more),
+            name, name, f"published_model:{name}", (f"convert {source}", f"shapes {source}", *more),
             lambda found: {
                 "bundle": found[f"convert {source}"]["bundle"], "out": out, "tokens": options.tokens,
                 "vision": f"{out}/bundles/vision", "dtype": dtype(found[f"shapes {source}"]["parameters"]), **job,

@@ -8,7 +8,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from published_steps import NOT_COMPARED, VERDICTS, gigabytes
+from published_steps import NOT_COMPARED, VERDICTS
+
+from emu3_jax import progress
 
 _ADDRESS_QUERY = re.compile(r"(https?://[^\s?#]+)[?#]\S+")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
@@ -89,7 +91,7 @@ def report(
 
 def _row(result: Mapping[str, Any]) -> list[str]:
     def size(key: str) -> str:
-        return gigabytes(result[key]) if result.get(key) else ""
+        return progress.size(result[key]) if result.get(key) else ""
 
     seconds = f"{result['seconds']:.1f}" if result.get("seconds") is not None else ""
     return [
