@@ -34,6 +34,8 @@ from emu3_jax.training.config import ModelConfig, OptimizerConfig, TrainConfig
 from emu3_jax.training.run_directory import newest_checkpoint
 from emu3_jax.training.weights import export_adapter, export_run
 
+pytestmark = pytest.mark.compiled_quickly
+
 PREFIX = "base_model.model.model.text_model."
 NAMES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
          "mlp.down_proj")  # fmt: skip
@@ -41,10 +43,6 @@ NAMES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.
 
 def run(*arguments) -> int:
     return main([str(argument) for argument in arguments])
-
-
-# Not `compiled_quickly`: collectives of one program that do not depend on each other then run in any order, so that two
-# devices of this small training wait for each other for ever, in 4 of 8 runs (jaxlib 0.10.2).
 
 
 @pytest.fixture(scope="module")
