@@ -183,3 +183,13 @@ class DecoderConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "DecoderConfig":
         return from_json(cls, data)
+
+
+def other_field(one: DecoderConfig, other: DecoderConfig) -> str | None:
+    """The first field by which two configs are of different models; None where weights of one fit the other.
+
+    `dtype` makes no model either: weights are cast.
+    """
+    names = (field.name for field in dataclasses.fields(DecoderConfig))
+    kept = (name for name in names if name not in (*FREE_FIELDS, "dtype"))
+    return next((name for name in kept if getattr(one, name) != getattr(other, name)), None)

@@ -30,7 +30,7 @@ from emu3_jax.checkpoints.bundle import ADAPTER_CONFIG, Bundle
 from emu3_jax.checkpoints.checksums import compare_checksums, has_checksums, write_checksums
 from emu3_jax.checkpoints.layouts import FLOAT_DTYPES, decoder_params
 from emu3_jax.checkpoints.tensors import Tensor, read_safetensors_header, write_safetensors
-from emu3_jax.config import FREE_FIELDS, DecoderConfig
+from emu3_jax.config import DecoderConfig, other_field
 from emu3_jax.errors import Emu3Error
 from emu3_jax.fields import is_number, is_whole, read_from
 from emu3_jax.files import new_directory
@@ -271,13 +271,12 @@ def _read_own(file: Path, bundle: Bundle) -> tuple[str, DecoderConfig]:
         raise Emu3Error(f"{file}: decoder is {shown(data.get('decoder'))}: it must be an object; {remedy}")
     with read_from(file):
         decoder = DecoderConfig.from_dict(data["decoder"])
-    for field in dataclasses.fields(DecoderConfig):
-        theirs, ours = getattr(decoder, field.name), getattr(bundle.decoder_config, field.name)
-        if theirs != ours and field.name not in (*FREE_FIELDS, "dtype"):
-            raise Emu3Error(
-                f"{file.parent} is of another model: its decoder has {field.name} {shown(theirs)}, that of "
-                f"{bundle.path} {shown(ours)}: give the bundle that it was trained on ({shown(data.get('bundle'))})"
-            )
+    if field := other_field(decoder, bundle.decoder_config):
+        theirs, ours = getattr(decoder, field), getattr(bundle.decoder_config, field)
+        raise Emu3Error(
+            f"{file.parent} is of another model: its decoder has {field} {shown(theirs)}, that of "
+            f"{bundle.path} {shown(ours)}: give the bundle that it was trained on ({shown(data.get('bundle'))})"
+        )
     return base, decoder
 
 

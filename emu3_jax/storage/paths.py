@@ -10,6 +10,7 @@ from emu3_jax.printable import shown
 
 _SCHEME = "gs://"
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
+_RETRIES = 6  # of a request, about a minute; TensorStore's own 32 take many
 _MAX_NAME = 1024  # bytes of an object's name
 _SPECIAL = re.compile(r"[*?\[\]#\x00-\x1f\x7f]")  # gcsfs takes some of these for patterns and versions
 
@@ -43,7 +44,8 @@ def kvstore(directory: str | os.PathLike) -> dict[str, Any]:
     if not is_remote(directory):
         return {"driver": "file", "path": f"{os.fspath(directory)}/"}
     bucket, name = split(directory)
-    return {"driver": "gcs", "bucket": bucket, "path": f"{name}/"}
+    context = {"gcs_request_retries": {"max_retries": _RETRIES}}
+    return {"driver": "gcs", "bucket": bucket, "path": f"{name}/", "context": context}
 
 
 def split(path: str | os.PathLike) -> tuple[str, str]:

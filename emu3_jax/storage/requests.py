@@ -84,7 +84,11 @@ def _of_access(error: BaseException) -> str | None:
     denied = re.search(r"^Forbidden|PERMISSION_DENIED|UNAUTHENTICATED|Anonymous caller", text)
     if isinstance(error, PermissionError) or denied or str(getattr(error, "code", "")) in ("401", "403"):
         return _DENIED
-    if isinstance(error, (ConnectionError, TimeoutError)) or kind in ("aiohttp", "requests") or "UNAVAILABLE" in text:
+    if (
+        isinstance(error, (ConnectionError, TimeoutError))
+        or kind in ("aiohttp", "requests")
+        or re.search("UNAVAILABLE|retry attempts failed", text)
+    ):
         return f"Cloud Storage cannot be reached ({text or type(error).__name__}): check the network and run again"
     return _DENIED if kind == "google" else None
 

@@ -17,7 +17,7 @@ from PIL import Image
 from emu3_jax.checkpoints.bundle import Bundle
 from emu3_jax.checkpoints.layouts import decoder_params
 from emu3_jax.compilation import enable_persistent_cache
-from emu3_jax.config import FREE_FIELDS, DecoderConfig
+from emu3_jax.config import FREE_FIELDS, DecoderConfig, other_field
 from emu3_jax.data.config import Source
 from emu3_jax.data.encoder import bundle_codebook
 from emu3_jax.data.pipeline import evaluation_batches, open_source, training_batches
@@ -84,14 +84,12 @@ def _decoder(config: TrainConfig, bundle: Bundle) -> DecoderConfig:
     found = bundle.decoder_config
     if wanted is None:
         return found
+    if field := other_field(found, wanted):
+        raise Emu3Error(
+            f"{bundle.path} is of another model: its decoder has {field} {getattr(found, field)!r}, the config "
+            f"{getattr(wanted, field)!r}; correct the config's model.decoder, or leave it out"
+        )
     # What is trained now may be longer, larger, or clips for the first time: no property of the weights.
-    for field in dataclasses.fields(DecoderConfig):
-        old, new = getattr(found, field.name), getattr(wanted, field.name)
-        if old != new and field.name not in (*FREE_FIELDS, "dtype"):  # the products' dtype is `ModelConfig.dtype`
-            raise Emu3Error(
-                f"{bundle.path} is of another model: its decoder has {field.name} {old!r}, the config {new!r}; "
-                "correct the config's model.decoder, or leave it out"
-            )
     return dataclasses.replace(found, **{name: getattr(wanted, name) for name in FREE_FIELDS})
 
 
