@@ -15,9 +15,16 @@ if typing.TYPE_CHECKING:  # what `_PUBLIC` loads, for editors and type checkers
     from emu3_jax.generation.pipeline import Emu3 as Emu3
     from emu3_jax.loading import load as load
     from emu3_jax.media.clips import Clip as Clip
+    from emu3_jax.models.adapters import Adapter as Adapter
+    from emu3_jax.training.config import TrainConfig as TrainConfig
+    from emu3_jax.training.train import train as train
+
+# The only place of the version: pyproject.toml reads it here, without running this file.
+__version__ = "0.1.0"
 
 # Loaded on first use, so that `emu3-jax --help` need not wait for JAX.
 _PUBLIC = {
+    "Adapter": "emu3_jax.models.adapters",
     "Clip": "emu3_jax.media.clips",
     "DecoderConfig": "emu3_jax.config",
     "Emu3": "emu3_jax.generation.pipeline",
@@ -25,13 +32,15 @@ _PUBLIC = {
     "Generation": "emu3_jax.generation.pictures",
     "ImageConfig": "emu3_jax.config",
     "SpecialTokens": "emu3_jax.config",
+    "TrainConfig": "emu3_jax.training.config",
     "VisionConfig": "emu3_jax.config",
     "convert": "emu3_jax.checkpoints.convert",
     "export": "emu3_jax.checkpoints.export",
     "load": "emu3_jax.loading",
+    "train": "emu3_jax.training.train",
 }
 
-__all__ = sorted(_PUBLIC)
+__all__ = sorted([*_PUBLIC, "__version__"])
 
 
 if not typing.TYPE_CHECKING:  # type checkers would believe that it knows every name

@@ -1,8 +1,10 @@
 """What pip reads of the package: pairs of jax and flax, types, and the public names that type checkers see."""
 
 import ast
+import importlib
 import inspect
 import pathlib
+import subprocess
 import sys
 import tomllib
 
@@ -10,6 +12,7 @@ import flax
 import jax
 import pytest
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 import emu3_jax
 
@@ -67,6 +70,44 @@ def test_type_checkers_see_the_public_names():
     assert seen == emu3_jax._PUBLIC
     assert (ROOT / "emu3_jax" / "py.typed").is_file()
     assert "py.typed" in PROJECT["tool"]["setuptools"]["package-data"]["emu3_jax"]
+
+
+def test_the_version_is_the_package_s():
+    assert PROJECT["project"]["dynamic"] == ["version"] and "version" not in PROJECT["project"]
+    assert PROJECT["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "emu3_jax.__version__"}
+    # setuptools finds it without running the file only where it is a plain text.
+    tree = ast.parse(inspect.getsource(emu3_jax))
+    (value,) = (
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__version__"
+    )
+    assert value == emu3_jax.__version__ and str(Version(value)) == value
+
+
+def test_public_names_are_those_of_their_modules_and_cost_nothing_before_they_are_used():
+    for name, module in emu3_jax._PUBLIC.items():
+        assert getattr(emu3_jax, name) is getattr(importlib.import_module(module), name)
+    assert {"TrainConfig", "Adapter", "train", "__version__"} <= {*dir(emu3_jax)} == {*emu3_jax.__all__}
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = emu3_jax.nonsense
+    script = "import emu3_jax, sys; emu3_jax.__version__; print(sorted({'jax', 'numpy', 'optax'} & {*sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("name", ["optax", "grain", "array_record", "tensorboardX"])
+def test_training_names_the_extra_that_is_missing(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(
+        emu3_jax.Emu3Error, match=f"needs {name}, which is not installed: pip install 'emu3-jax.train.'"
+    ):
+        emu3_jax.train(None)
+
+
+def test_train_takes_configs_alone():
+    with pytest.raises(emu3_jax.Emu3Error, match="train got a str: give a TrainConfig or VisionTrainConfig"):
+        emu3_jax.train("config.py")
 
 
 def test_commits_are_checked_by_the_same_ruff():

@@ -214,7 +214,7 @@ def test_a_directory_above_and_odd_names_beside_checkpoints(base, tmp_path, monk
     monkeypatch.chdir(tmp_path / "here")
     for name in ("\u00b2", "\u0663", "007", "x", "9.orbax"):
         (tmp_path / "run" / "checkpoints" / name).mkdir(parents=True)
-    outcome = train(dataclasses.replace(base, directory="../run", steps=3), progress=False)
+    outcome = emu3_jax.train(dataclasses.replace(base, directory="../run", steps=3), progress=False)
     assert outcome.model == pathlib.Path("../run/model")
     assert Bundle.open("../run/model", verify=True).has("decoder")
     assert main(["convert", "../run", "-o", "bundle"]) == 0

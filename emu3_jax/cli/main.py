@@ -13,13 +13,14 @@ import typing
 import warnings
 from collections.abc import Sequence
 
+import emu3_jax
 from emu3_jax.cli import interruption
 from emu3_jax.cli.environment import explained, quiet_libtpu, start_jax
 from emu3_jax.cli.interruption import CODE as INTERRUPTED
 from emu3_jax.cli.interruption import Interruption, watched
 from emu3_jax.cli.output import OutputError, guarded, open_closed_streams
+from emu3_jax.cli.usage import Parser
 from emu3_jax.errors import Emu3Error
-from emu3_jax.printable import one_line
 from emu3_jax.progress import by_default
 
 COMMANDS = {
@@ -39,21 +40,42 @@ COMMANDS = {
     "bench": "measure: figures as JSON lines",
 }
 
+SHELLS = ("bash", "zsh", "fish")  # that `--print-completion` knows
 CLOSED = 141  # as a shell reports SIGPIPE
 
 
-class _Parser(argparse.ArgumentParser):
-    """Bad arguments get one line too."""
+_DESCRIPTION = """Emu3 in JAX: generates pictures and clips from prompts, answers questions about pictures, and trains.
 
-    def error(self, message: str) -> typing.NoReturn:
-        print(one_line(f"{self.prog}: error: {message} (see {self.prog} --help)"), file=sys.stderr)
-        sys.exit(2)
+examples:
+  emu3-jax generate "a red apple" -o out
+  emu3-jax chat out/000.png --prompt "What is this?"
+  emu3-jax generate --help
+"""
 
 
-def parser() -> argparse.ArgumentParser:
+class _Completion(argparse.Action):
+    """`--print-completion SHELL`."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> typing.NoReturn:
+        from emu3_jax.cli.completion import script
+
+        print(script(parser, values))
+        parser.exit()
+
+
+def parser() -> Parser:
     """The whole command line. Commands are imported here, their heavy imports only when they run."""
-    root = _Parser(prog="emu3-jax", description="Emu3 in JAX: pictures, clips and text as one sequence.")
-    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    root = Parser(prog="emu3-jax", description=_DESCRIPTION)
+    root.add_argument("--version", action="version", version=f"%(prog)s {emu3_jax.__version__}")
+    root.add_argument(
+        "--print-completion",
+        action=_Completion,
+        choices=SHELLS,
+        default=argparse.SUPPRESS,
+        metavar="SHELL",
+        help=f"print a script that lets a shell complete commands, options and files: {', '.join(SHELLS)}",
+    )
+    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     for name, summary in COMMANDS.items():
         module = importlib.import_module(f"emu3_jax.cli.{name}")
         command = commands.add_parser(name, help=summary, description=module.__doc__)
@@ -80,7 +102,7 @@ def _run(arguments: Sequence[str] | None, state: Interruption) -> int:
         try:
             options = parser().parse_args(arguments)
         except SystemExit:
-            sys.stdout.flush()  # of --help
+            sys.stdout.flush()  # of --help and the like
             raise
         start_jax()
         with by_default(not getattr(options, "quiet", False)):

@@ -1,7 +1,6 @@
 """Train: run a config file, from the last checkpoint in its directory if there is one."""
 
 import argparse
-import functools
 
 from emu3_jax.cli import common
 
@@ -21,27 +20,18 @@ def run(options: argparse.Namespace) -> int:
     from emu3_jax.errors import Emu3Error
     from emu3_jax.printable import printable
     from emu3_jax.training.config import TrainConfig, load_config
+    from emu3_jax.training.train import train
     from emu3_jax.training.vision_config import VisionTrainConfig
 
     config = load_config(options.config, options.set)
-    if isinstance(config, TrainConfig):
-        from emu3_jax.training.loop import train
-
-        if options.adapter_only:
-            train = functools.partial(train, adapter_only=True)
-    elif isinstance(config, VisionTrainConfig):
-        if options.adapter_only:
-            raise Emu3Error(
-                f"{options.config} trains a vision tokenizer, which has no adapter: leave --adapter-only out"
-            )
-        from emu3_jax.training.vision import train_vision as train
-    else:
+    if not isinstance(config, TrainConfig | VisionTrainConfig):
         raise Emu3Error(
             f"{options.config}: config() returns a {type(config).__name__}, training needs a TrainConfig or "
             "VisionTrainConfig"
         )
-    distributed.start()
-    outcome = train(config, common.progress(options), verify=options.verify)
+    if options.adapter_only and isinstance(config, VisionTrainConfig):
+        raise Emu3Error(f"{options.config} trains a vision tokenizer, which has no adapter: leave --adapter-only out")
+    outcome = train(config, adapter_only=options.adapter_only, verify=options.verify, progress=common.progress(options))
     if distributed.first():
         where = printable(config.directory)
         if outcome.model is None:

@@ -1,0 +1,66 @@
+"""`emu3_jax.train`: trains what a config describes, a decoder or a vision tokenizer."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from emu3_jax import distributed
+from emu3_jax.errors import Emu3Error
+from emu3_jax.training.config import TrainConfig
+from emu3_jax.training.vision_config import VisionTrainConfig
+
+if TYPE_CHECKING:
+    from emu3_jax.training.runner import Outcome
+
+_EXTRA = ("array_record", "grain", "optax", "tensorboardX")  # what the extra `train` installs; grain needs the first
+
+
+def train(
+    config: TrainConfig | VisionTrainConfig,
+    *,
+    adapter_only: bool = False,
+    verify: bool = False,
+    progress: bool | None = None,
+) -> "Outcome":
+    """Trains a model to the config's last step, as `emu3-jax train` does.
+
+    A run resumes from the newest checkpoint in `config.directory`. Ctrl-C and SIGTERM end it after the step with a
+    checkpoint; call `train` again to resume. Where the environment names several processes, it joins them.
+
+    Args:
+        config: what to train, on which data, and where to write.
+        adapter_only: writes the trained LoRA adapter alone to `DIRECTORY/adapter`, and no model to `DIRECTORY/model`.
+        verify: first compares the files of the config's bundle with their checksums.
+        progress: True shows a bar on a terminal and lines in a log, None only the bar, False nothing.
+
+    Returns:
+        An `Outcome`: `model` is the directory of the trained bundle (or adapter), which `emu3_jax.load` takes. It is
+        None where the run was stopped before its last step; `step` then says how far it came.
+
+    Raises:
+        Emu3Error: on bad input, on a loss that is not finite, where files cannot be written, or where the extra
+            `train` is not installed. Checkpoints that were written stay.
+    """
+    _require_extra()
+    if isinstance(config, TrainConfig):
+        from emu3_jax.training.loop import train as train_decoder
+
+        distributed.start()
+        return train_decoder(config, progress, verify=verify, adapter_only=adapter_only)
+    if not isinstance(config, VisionTrainConfig):
+        raise Emu3Error(f"train got a {type(config).__name__}: give a TrainConfig or VisionTrainConfig")
+    if adapter_only:
+        raise Emu3Error("the config trains a vision tokenizer, which has no adapter: leave adapter_only out")
+    from emu3_jax.training.vision import train_vision
+
+    distributed.start()
+    return train_vision(config, progress, verify=verify)
+
+
+def _require_extra() -> None:
+    for name in _EXTRA:
+        try:
+            importlib.import_module(name)
+        except ImportError as missing:
+            raise Emu3Error(
+                f"training needs {name}, which is not installed: pip install 'emu3-jax[train]'"
+            ) from missing
