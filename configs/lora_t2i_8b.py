@@ -5,8 +5,8 @@
     emu3-jax generate "a portrait of a lighthouse" --model out/lora_t2i/model -o out/pictures
 
 16 rows of 8,704 tokens a step, each with one picture of 720x720 pixels and a caption of some 400 tokens at most.
-docs/plans.md says which TPU slices it fits, and the `accumulation` for each. `--set adapter.rank=32` makes the adapters
-larger. Where `prepare` had no `--validation`, add `--set "evaluation=()"`.
+docs/planning.md says which TPU slices it fits, and the `accumulation` for each. `--set adapter.rank=32` makes the
+adapters larger. Where `prepare` had no `--validation`, add `--set "evaluation=()"`.
 """
 
 from emu3_jax.config import DecoderConfig

@@ -5,7 +5,7 @@
     emu3-jax generate "a portrait of a lighthouse" --model out/qlora_t2i/model -o out/pictures
 
 The recipe is that of lora_t2i_8b.py; the frozen weights take a quarter of the memory, and each step is slower. It is
-for slices that the other does not fit, by docs/plans.md.
+for slices that the other does not fit, by docs/planning.md.
 """
 
 from emu3_jax.config import DecoderConfig
