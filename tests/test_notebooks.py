@@ -1,24 +1,26 @@
-"""The notebooks run from top to bottom in a kernel of their own, and are committed without outputs."""
+"""The notebooks run from top to bottom in a kernel of their own, and are committed without outputs.
 
-import ast
+Each is executed with the embedded model in an empty folder. What it computed is read by a cell that a test adds.
+"""
+
+import contextlib
+import importlib.metadata
 import json
+import os
 import pathlib
+import re
+import subprocess
 import sys
+import types
 
 import pytest
 
 pytestmark = pytest.mark.slow  # and needs Jupyter, which the quick tier does without
 
-NOTEBOOKS = sorted((pathlib.Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
-PARAMETERS = "MODEL = None\nAREA = None\nREPOSITORY = {repository!r}"
-
-
-def read(path: pathlib.Path):
-    import nbformat
-
-    notebook = nbformat.read(path, as_version=4)
-    nbformat.validate(notebook)
-    return notebook
+ROOT = pathlib.Path(__file__).parents[1]
+FIRST_CELL = ROOT / "notebooks" / "first_cell.py"
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SCRIPT = ROOT / "scripts" / "notebooks.py"
 
 
 @pytest.fixture
@@ -31,34 +33,282 @@ def kernel(tmp_path, monkeypatch) -> str:
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
     for name in ("JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "IPYTHONDIR"):
         monkeypatch.setenv(name, str(tmp_path / name))
+    # `!emu3-jax` finds this environment's command. Whatever happens, pip installs nothing into it.
+    monkeypatch.setenv("PATH", f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PIP_DRY_RUN", "1")
     return directory.name
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_committed_without_outputs(path):
-    for cell in read(path).cells:
-        if cell.cell_type == "code":
-            assert cell.outputs == []
-            assert cell.execution_count is None
+class Executed:
+    """What a notebook showed and computed.
+
+    Attributes:
+        values: the value of the expression that was added as a last cell.
+        printed: what cells printed on standard output.
+        images: the number of pictures that are shown.
+    """
+
+    def __init__(self, name: str, folder: pathlib.Path, kernel: str, expression: str):
+        import nbclient
+        import nbformat
+
+        notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+        nbformat.validate(notebook)
+        code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        code[0].source = re.sub(r"^PACKAGE = .*$", f"PACKAGE = {str(ROOT)!r}", code[0].source, flags=re.MULTILINE)
+        file = folder / "values.json"
+        last = f"import json, pathlib\npathlib.Path({str(file)!r}).write_text(json.dumps({expression}))"
+        notebook.cells.append(nbformat.v4.new_code_cell(last))
+        folder.joinpath("work").mkdir()
+        resources = {"metadata": {"path": str(folder / "work")}}
+        nbclient.NotebookClient(notebook, kernel_name=kernel, timeout=300, resources=resources).execute()
+        outputs = [output for cell in code for output in cell.outputs]
+        self.values = json.loads(file.read_text())
+        self.printed = "".join(o.text for o in outputs if o.output_type == "stream" and o.name == "stdout")
+        shown = [o.data for o in outputs if o.output_type in ("execute_result", "display_data")]
+        self.images = sum("image/png" in data or "image/gif" in data for data in shown)
 
 
-def test_quickstart_runs(tmp_path, kernel):
+def test_first_cells_are_one_and_outputs_are_stripped():
+    """`scripts/notebooks.py` would change nothing. Its errors name the notebook."""
+    done = subprocess.run([sys.executable, SCRIPT, "--check"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert len(NOTEBOOKS) == len(list((ROOT / "notebooks").iterdir())) - 1
+
+
+def test_script_strips_outputs_and_renews_the_first_cell(tmp_path):
+    for name in ("notebooks", "scripts"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "notebooks" / "first_cell.py").write_bytes(FIRST_CELL.read_bytes())
+    script = tmp_path / "scripts" / "notebooks.py"
+    script.write_bytes(SCRIPT.read_bytes())
+    notebook = json.loads(NOTEBOOKS[0].read_text())
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    own = 'EXTRAS = "video,train"  # mine\nMEMORY = 7\n'
+    code[0]["source"] = ["# an old cell\n", *own.splitlines(keepends=True)]
+    code[1].update(execution_count=3, outputs=[{"output_type": "stream", "name": "stdout", "text": ["x"]}])
+    file = tmp_path / "notebooks" / "01.ipynb"
+    file.write_text(json.dumps(notebook))
+    for arguments, code_of_exit, said in ((["--check"], 1, "would change"), ([], 0, "written"), (["--check"], 0, "")):
+        done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=False)
+        assert (done.returncode, said in done.stdout, bool(said)) == (code_of_exit, True, bool(done.stdout))
+    code = [cell for cell in json.loads(file.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
+    renewed = "".join(code[0]["source"])
+    assert own in renewed
+    assert re.sub("(?m)^(EXTRAS|MEMORY) = .*\n", "", FIRST_CELL.read_text()) == renewed.replace(own, "") + "\n"
+
+
+class Runtime:
+    """A machine whose installed distributions are what a test says, and the first cell in a kernel on it.
+
+    Attributes:
+        installed: version and requirements by name.
+        after: what pip makes of them.
+        address: that the package was installed from, as pip writes it down.
+        commands: that pip was called with.
+    """
+
+    def __init__(self, monkeypatch, capsys):
+        self.monkeypatch, self.capsys = monkeypatch, capsys
+        self.installed = {
+            "emu3-jax": (
+                "0.1.0",
+                ["jax>=0.11.1", "numpy>=2", 'jax[cuda12] ; extra == "cuda12"', 'optax ; extra == "train"'],
+            ),
+            "jax": ("0.12.0.1", ["jaxlib==0.12.0.1", 'jax-cuda12-plugin==0.12.0.1 ; extra == "cuda12"']),
+            "jaxlib": ("0.12.0.1", ["numpy>=2.2"]),
+            "numpy": ("2.5.5", []),
+            "optax": ("0.2.8", []),
+        }
+        self.after = dict(self.installed)
+        self.address: str | None = "https://github.com/somebody/emu3-jax"
+        self.commands: list[str] = []
+        self.error = ""
+        self.loaded = {"numpy": "2.5.5"}
+        self.restarts = 0
+        self.free = 20e9
+
+    def find(self, name: str):
+        if name not in self.installed:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return self.installed[name]
+
+    def distribution(self, name: str):
+        self.find(name)
+        written = None if self.address is None else json.dumps({"url": self.address})
+        return types.SimpleNamespace(read_text=lambda file: written)
+
+    def pip(self, command, **_):
+        assert command[1:4] == ["-m", "pip", "install"]
+        self.commands.append(command[-1])
+        if not self.error:
+            self.installed, self.address = self.after, command[-1].partition(" @ git+")[2]
+        return types.SimpleNamespace(returncode=int(bool(self.error)), stdout="", stderr=self.error)
+
+    def kernel(self):
+        def shutdown(restart):
+            assert restart
+            self.restarts += 1
+
+        return types.SimpleNamespace(kernel=types.SimpleNamespace(do_shutdown=shutdown))
+
+    def run(self, package: str, extras: str = "train", memory: float = 1) -> str:
+        """What the cell prints, with the line of the exception that ends it."""
+        text = FIRST_CELL.read_text()
+        for name, value in (("PACKAGE", package), ("EXTRAS", extras), ("MEMORY", memory)):
+            text = re.sub(rf"(?m)^{name} = .*$", f"{name} = {value!r}", text)
+        cell: dict = {}
+        with self.monkeypatch.context() as patch:
+            patch.setattr(importlib.metadata, "version", lambda name: self.find(name)[0])
+            patch.setattr(importlib.metadata, "requires", lambda name: self.find(name)[1])
+            patch.setattr(importlib.metadata, "distribution", self.distribution)
+            patch.setattr("shutil.which", lambda name: None)
+            patch.setattr("subprocess.run", self.pip)
+            patch.setattr("IPython.get_ipython", self.kernel)
+            patch.setattr("psutil.virtual_memory", lambda: types.SimpleNamespace(available=self.free))
+            patch.setattr("pathlib.Path.glob", lambda *_: iter(()))
+            patch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+            for module in ("flax", "jax", "jaxlib", "numpy", "optax", "PIL", "ml_dtypes", "emu3_jax"):
+                patch.delitem(sys.modules, module, raising=False)
+            for module, version in self.loaded.items():
+                patch.setitem(sys.modules, module, types.SimpleNamespace(__version__=version))
+            line = ""
+            try:
+                exec(compile(text, FIRST_CELL, "exec"), cell)
+            except Exception as error:
+                if "Stop" not in cell or not isinstance(error, cell["Stop"]):
+                    raise
+                (line,) = error._render_traceback_()
+                assert "\n" not in line and len(line) <= 300
+        return self.capsys.readouterr().out + line
+
+
+@pytest.fixture
+def runtime(monkeypatch, capsys) -> Runtime:
+    return Runtime(monkeypatch, capsys)
+
+
+GIT = "git+https://github.com/somebody/emu3-jax"
+
+
+def test_colab_with_older_modules_in_use(runtime):
+    """As Colab's GPU runtime: JAX with its plugin and NumPy are older, the kernel imported NumPy already."""
+    runtime.installed = {
+        "jax": ("0.7.2", []),
+        "jaxlib": ("0.7.2", []),
+        "jax-cuda12-plugin": ("0.7.2", []),
+        "numpy": ("2.1.3", []),
+    }
+    runtime.after["jax-cuda12-plugin"] = ("0.12.0.1", [])
+    runtime.loaded = {"numpy": "2.1.3", "jax": "0.7.2"}
+    said = runtime.run(GIT)
+    # The old plugin beside the new JAX would leave the GPU unused.
+    assert runtime.commands == [f"emu3-jax[train,cuda12] @ {GIT}"]
+    assert "The kernel must restart: it imported jax 0.7.2 (now 0.12.0.1), numpy 2.1.3 (now 2.5.5) before" in said
+    assert runtime.restarts == 1 and "Stopped: the kernel restarts" in said
+    # If the kernel did not restart, the cell says it again, and does not install again.
+    assert "The kernel must restart" in runtime.run(GIT)
+    runtime.loaded = {"numpy": "2.5.5"}
+    assert runtime.run(GIT) == "emu3-jax 0.1.0 with JAX 0.12.0.1, extras: train,cuda12\n"
+    assert (len(runtime.commands), runtime.restarts) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "extras"),
+    [
+        (lambda installed: installed.update({"jax-cuda12-plugin": ("0.7.2", [])}), "train,cuda12"),  # of another JAX
+        (lambda installed: installed.pop("optax"), "train"),
+        (lambda installed: installed.update({"numpy": ("2.0.2", [])}), "train"),  # that a requirement requires newer
+    ],
+)
+def test_installs_what_is_missing_or_too_old(runtime, change, extras):
+    runtime.after["jax-cuda12-plugin"] = ("0.12.0.1", [])
+    runtime.loaded = {}
+    change(runtime.installed)
+    assert "extras" in runtime.run(GIT)
+    assert runtime.commands == [f"emu3-jax[{extras}] @ {GIT}"]
+
+
+def test_another_source_is_installed_and_its_module_replaced(runtime):
+    runtime.loaded = {"emu3_jax": "0.1.0"}
+    other = "https://github.com/else/emu3-jax@branch"
+    assert "it imported emu3_jax before" in runtime.run(other)
+    assert runtime.commands == [f"emu3-jax[train] @ git+{other}"] and runtime.restarts == 1
+    runtime.loaded = {}
+    runtime.address = None  # from an index: nothing says that it is another one
+    assert runtime.run("emu3-jax==0.1.0") == "emu3-jax 0.1.0 with JAX 0.12.0.1, extras: train\n"
+    assert len(runtime.commands) == 1
+
+
+def test_stops_in_one_line(runtime, tmp_path):
+    del runtime.installed["optax"]
+    assert "Stopped: PACKAGE is a placeholder" in runtime.run("git+https://github.com/OWNER/emu3-jax")
+    assert f"Stopped: PACKAGE names {tmp_path}/a.whl, which does not exist" in runtime.run(f"{tmp_path}/a.whl")
+    runtime.free = 1.5e9
+    assert "this notebook needs 3.22 GB of main memory, and this runtime has 1.5 GB free" in runtime.run(GIT, memory=3)
+    assert runtime.commands == []
+    runtime.free, runtime.error = 9e9, "ERROR: no route to host"
+    said = runtime.run(GIT)
+    assert "ERROR: no route to host\nStopped: pip could not install" in said
+    runtime.error = ""
+    assert "Lacking: ['optax']" in (runtime.after.pop("optax") and runtime.run(GIT))
+
+
+def test_room_is_checked_before_work(runtime, monkeypatch):
+    cell: dict = {}
+    text = FIRST_CELL.read_text().removesuffix("install()\n")
+    exec(compile(text, FIRST_CELL, "exec"), cell)
+    import jax
+    import psutil
+
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=8e9))
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: types.SimpleNamespace(free=20e9))
+    cell["check_room"]("this", memory=8, disk=20, device=8)
+    with pytest.raises(cell["Stop"], match=r"^this needs 45\.3 GB of disk, and this runtime has 20 GB free: choose"):
+        cell["check_room"]("this", memory=8, disk=45.3)
+    with pytest.raises(cell["Stop"], match=r"^this needs 12 GB of device memory, and this runtime has 8 GB free"):
+        cell["check_room"]("this", device=12)
+    gpu = types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": 15e9})
+    monkeypatch.setattr(jax, "local_devices", lambda: [gpu])
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    cell["check_room"]("this", device=12)
+    with pytest.raises(cell["Stop"], match="needs 16 GB of device memory, and this runtime has 15 GB free"):
+        cell["check_room"]("this", device=16)
+
+
+def test_kernel_restarts_and_the_cell_passes(tmp_path, kernel):
+    """A real kernel that imported another version: the cell says so and ends it; in the next kernel it passes."""
     import nbclient
+    import nbformat
 
-    (path,) = (path for path in NOTEBOOKS if path.stem == "01_quickstart")
-    notebook = read(path)
-    (parameters,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
-    parameters.source = PARAMETERS.format(repository=str(path.parents[1]))
-    client = nbclient.NotebookClient(
-        notebook, kernel_name=kernel, timeout=300, resources={"metadata": {"path": str(tmp_path)}}
-    )
-    client.execute()
+    cell = re.sub(r"(?m)^PACKAGE = .*$", f"PACKAGE = {str(ROOT)!r}", FIRST_CELL.read_text())
 
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
-    results = [output.data for output in outputs if output.output_type == "execute_result"]
-    assert len([data for data in results if "image/png" in data]) == 3  # two drawn pictures, and the photograph twice
-    info, answers = (data["text/plain"] for data in results if "image/png" not in data)
-    assert "'prompt': 'noto emoji of hamburger'" in info and "'seed': '1'" in info
-    assert len(ast.literal_eval(answers)) == 2
-    printed = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
-    assert "(13, 19) int32" in printed
+    def run(before: str):
+        notebook = nbformat.v4.new_notebook(cells=[*map(nbformat.v4.new_code_cell, (before, cell, "print('next')"))])
+        resources = {"metadata": {"path": str(tmp_path)}}
+        client = nbclient.NotebookClient(notebook, kernel_name=kernel, timeout=60, resources=resources)
+        with contextlib.suppress(nbclient.exceptions.DeadKernelError, nbclient.exceptions.CellExecutionError):
+            client.execute()
+        return ["".join(o.get("text", o.get("evalue", "")) for o in c.get("outputs", ())) for c in notebook.cells]
+
+    _, first, following = run("import numpy\nnumpy.__version__ = '1.0'")
+    assert "The kernel must restart: it imported numpy 1.0 (now " in first and "the kernel restarts" in first
+    assert following == ""
+    _, first, following = run("import numpy")
+    assert re.fullmatch(r"emu3-jax \S+ with JAX \S+, extras: \S+\n", first) and following == "next\n"
+
+
+def test_generate_and_chat(tmp_path, kernel):
+    from emu3_jax.evaluation.procedural import Still
+
+    expression = "[prompts, answers, [p.info['guidance'] for p in guided], [list(p.getdata())[:9] for p in guided]]"
+    done = Executed("01_generate_and_chat", tmp_path, kernel, expression)
+    prompts, answers, guidance, pixels = done.values
+    assert Still("red", "heart", "small", "black", "top").caption == prompts[3] == answers[3]
+    assert "rainbow" in answers[0] and "tiger" in answers[2]
+    assert guidance == ["1", "2", "3", "5"] and len({str(row) for row in pixels}) > 1
+    assert "Describe the image. -> a large blue circle on the left of a white background" in done.printed
+    assert "What colour is the shape? -> blue" in done.printed
+    assert done.images == 3
