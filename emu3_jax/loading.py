@@ -14,7 +14,7 @@ from emu3_jax.compilation import enable_persistent_cache
 from emu3_jax.generation.codec import Vision
 from emu3_jax.generation.language import Language
 from emu3_jax.generation.pipeline import Emu3
-from emu3_jax.models.quantization import KINDS, check_kind
+from emu3_jax.models.quantization import check_kind
 from emu3_jax.sharding.mesh import make_mesh
 from emu3_jax.sharding.rules import decoder_shardings, vision_shardings
 from emu3_jax.text.prompts import prompt_templates
@@ -46,8 +46,8 @@ def load(
             are restored straight to their parts, and generation runs on all its devices. In float32 tokens do not
             change; in narrower dtypes sums round in another order.
         quantize: "int8" keeps the decoder's matrices and the KV cache as int8, "int8-weights" the matrices alone, "fp8"
-            the matrices as float8 (e4m3) and the cache as int8: half the memory, and other results. By
-            default nothing is.
+            the matrices as float8 (e4m3) and the cache as int8: half the memory, and other results. By default as the
+            bundle is stored: a full bundle is not quantised, and a quantised one stays as it is.
         fast_pixels: codes are decoded at the device's default precision (TF32 on GPUs, bfloat16 on TPUs): faster, and
             other pixels by a little. Codes of pictures are always exact.
         verify: first compares all files of the bundles and the adapter with their checksums, as `emu3-jax doctor` does.
@@ -55,7 +55,8 @@ def load(
 
     Raises:
         Emu3Error: if a bundle or the adapter is absent or damaged, the adapter is of another model, `verify` finds no
-            checksums or other ones, the mesh does not fit the devices or the model, or `quantize` is none of these.
+            checksums or other ones, the mesh does not fit the devices or the model, or `quantize` is none of these, or
+            another kind than that of a quantised bundle.
     """
     check_kind(quantize)
     enable_persistent_cache()
@@ -73,9 +74,8 @@ def load(
             params = bundle.load_decoder(shardings, dtype, quantize)
         else:
             params, name = load_merged(bundle, saved, shardings, dtype, quantize), f"{name} + {saved.name}"
-        narrow_cache = quantize is not None and KINDS[quantize][1]
         templates = prompt_templates(bundle.template, config.clip_layout)
-        language = Language(config, params, bundle.tokenizer(), templates, mesh, narrow_cache)
+        language = Language(config, params, bundle.tokenizer(), templates, mesh, bundle.quantize or quantize)
     return Emu3(name, language, _load_vision(bundle, vision, mesh, fast_pixels, verify))
 
 

@@ -1,6 +1,6 @@
 """What converting costs: bytes read, peak host memory and seconds, for a synthetic sharded bfloat16 decoder.
 
-    python scripts/bench_convert.py [--layers 4] [--directory DIR]
+    python scripts/bench_convert.py [--layers 4] [--quantize int8] [--directory DIR]
 
 The decoder has the published 8 B model's widths and vocabulary, so its largest arrays are the real ones; `--layers 32`
 is the whole 17 GB. Prints one JSON line. Needs twice the checkpoint's size on the disk; removes all of it.
@@ -33,7 +33,7 @@ def bytes_read():
     return int(open("/proc/self/io").readline().split()[1])
 
 before, start = bytes_read(), time.perf_counter()
-convert([sys.argv[1]], sys.argv[2], progress=False)
+convert([sys.argv[1]], sys.argv[2], progress=False, quantize=sys.argv[3] or None)
 seconds = time.perf_counter() - start
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 print(json.dumps({"bytes_read": bytes_read() - before, "peak_rss_bytes": peak, "seconds": round(seconds, 1)}))
@@ -70,6 +70,7 @@ def random_array(entry: tuple[str, tuple[int, ...], np.dtype]) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--quantize", default="", help="a kind of `emu3-jax convert --quantize`; default: in full")
     parser.add_argument("--directory", type=Path, help="where to write; default: the temporary directory")
     arguments = parser.parse_args()
     config = dataclasses.replace(DecoderConfig(), num_layers=arguments.layers)
@@ -77,7 +78,7 @@ def main() -> None:
         source, bundle = Path(name) / "source", Path(name) / "bundle"
         source.mkdir()
         on_disk = write_checkpoint(source, config)
-        command = [sys.executable, "-c", CONVERT, str(source), str(bundle)]
+        command = [sys.executable, "-c", CONVERT, str(source), str(bundle), arguments.quantize]
         result = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
         written = sum(file.stat().st_size for file in bundle.rglob("*") if file.is_file())
     print(json.dumps({"layers": arguments.layers, "bytes_on_disk": on_disk, "bytes_written": written, **result}))

@@ -124,6 +124,7 @@ CLIPS = [f"clip.{e}" for e in ("webp", "gif", "png", "mp4", "webm", "mkv", "mov"
 CALLS: dict[str, list[list[str]]] = {
     "convert": [["upstream/language_model", "upstream/vision_tokenizer"], ["transformers"],
                 ["pickled/language_model", "pickled/vision_tokenizer"], ["run"]],
+    "quantize": [["bundle", "--quiet"], ["bundle", "--quiet", "--quantize", "fp8"]],
     "export": [["bundle", "--layout", "upstream"], ["bundle", "--layout", "transformers"]],
     "merge": [["bundle", "--adapter", "adapter"], ["bundle", "--adapter", "adapter", "--dtype", "bfloat16"]],
     "doctor": [["bundle"], ["upstream/language_model"], ["transformers"], ["pickled/vision_tokenizer"]],

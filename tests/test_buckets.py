@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from gcs_stand_in import Store, serving
@@ -148,6 +149,21 @@ def test_bundles_and_checkpoints_go_there_and_back(bucket, tiny_bundle, capsys):
     parts = [f"gs://bucket/checkpoint/{part}" for part in ("language_model", "vision_tokenizer")]
     run("convert", *parts, "-o", "again", "--quiet")
     assert_same_arrays("again", tiny_bundle)
+
+
+def test_quantised_bundles_go_there_and_are_read_there(bucket, tiny_bundle, capsys):
+    run("export", tiny_bundle, "-o", "published", "--layout", "upstream", "--quiet")
+    run("convert", "published/language_model", "-o", "gs://bucket/at-once", "--quantize", "int8", "--quiet")
+    run("convert", "published/language_model", "-o", "gs://bucket/full", "--quiet")
+    run("quantize", "gs://bucket/full", "-o", "gs://bucket/after", "--verify", "--quiet")
+    local = emu3_jax.load(tiny_bundle, quantize="int8").language
+    for name in ("at-once", "after"):
+        found = emu3_jax.load(f"gs://bucket/{name}").language
+        jax.tree.map(np.testing.assert_array_equal, found.params, local.params)
+        assert found.quantize == "int8" and stored(bucket, name).keys() >= {"SHA256SUMS", "decoder/config.json"}
+    line = line_of(capsys, "quantize", "gs://bucket/after", "-o", "gs://bucket/again", "--quiet")
+    assert "gs://bucket/after is quantised (int8)" in line and not stored(bucket, "again")
+    assert "exists already" in line_of(capsys, "quantize", "gs://bucket/full", "-o", "gs://bucket/after", "--quiet")
 
 
 def test_prepared_data_goes_there(bucket, tiny_bundle, capsys):

@@ -37,7 +37,7 @@ from emu3_jax.models.adapters import MATRICES
 from emu3_jax.models.attention import choose_kernels
 from emu3_jax.models.cache import KVCache
 from emu3_jax.models.decoder import Decoder, visual_head_params
-from emu3_jax.models.quantization import KINDS, is_quantised, quantise
+from emu3_jax.models.quantization import KINDS, codes_and_scales
 from emu3_jax.models.vision import make_decoder
 from emu3_jax.sharding.mesh import make_mesh
 from emu3_jax.sharding.rules import decoder_shardings, use_mesh
@@ -151,6 +151,7 @@ def _subject(preset: str, model: str | None, quantize: str | None, kernels: str,
     else:
         loaded, about = load(None if model == "embedded" else model, quantize=quantize), {"model": model}
         config, params, vision_config = loaded.language.config, loaded.language.params, loaded.vision.config
+        quantize = loaded.language.quantize
     if quantize is not None:
         about["quantize"] = quantize
     about["kernels"] = kernels = choose_kernels(kernels, config.head_dim)
@@ -362,10 +363,7 @@ def random_params(config: DecoderConfig, quantize: str | None = None, mesh: Mesh
         array = random(key, shape, math.prod(shape[: matrix.inputs]) if matrix else config.hidden_size)
         if mesh is not None:
             array = jax.device_put(array, places[path])
-        if quantize is not None and is_quantised(path):
-            params |= {(*path[:-1], name): part for name, part in quantise(path[-1], array, quantize).items()}
-        else:
-            params[path] = array
+        params |= codes_and_scales(path, array, quantize)
     return traverse_util.unflatten_dict(params)
 
 

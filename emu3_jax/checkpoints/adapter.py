@@ -172,7 +172,7 @@ class SavedAdapter:
         _check_directory(path)
         if verify:
             _verify(path)
-        bundle.require("decoder")
+        bundle.require_full("an adapter")
         config = _PeftConfig(path / CONFIG)
         base, decoder = "float32", bundle.decoder_config
         if os.path.lexists(path / OWN):  # a link that leads nowhere is damage, and no adapter by PEFT

@@ -2,6 +2,9 @@
 
 Each part has a `config.json`; weights are one ordinary Orbax checkpoint, `weights/`, that Orbax alone can read. Beside
 the parts, `SHA256SUMS` has the checksums of all files.
+
+In a quantised bundle the decoder's matrices are stored as codes and scales (see `models.quantization`), and the field
+`quantize` of `decoder/config.json` names the kind. Such a bundle generates; it cannot be trained, merged or exported.
 """
 
 import contextlib
@@ -30,7 +33,15 @@ from emu3_jax.errors import Emu3Error
 from emu3_jax.fields import FieldError, is_whole, read_from
 from emu3_jax.files import new_directory
 from emu3_jax.foreign import read_object, storage_path
-from emu3_jax.models.quantization import is_quantised, quantise
+from emu3_jax.models.quantization import (
+    KINDS,
+    codes_and_scales,
+    codes_and_scales_shapes,
+    codes_and_scales_shardings,
+    is_codes_or_scales,
+    is_quantised,
+)
+from emu3_jax.models.stacking import Path as TreePath
 from emu3_jax.printable import shown
 from emu3_jax.storage import storage_place
 from emu3_jax.text.tokenizer import Tokenizer, count_ranks, special_tokens
@@ -40,6 +51,7 @@ PARTS = ("decoder", "vision", "tokenizer")
 TEMPLATES = ("chat", "stage1")
 VOCABULARY = "emu3.tiktoken"
 ADAPTER_CONFIG = "adapter_config.json"  # of a LoRA adapter, see `checkpoints.adapter`
+QUANTIZE = "quantize"  # the field of `decoder/config.json` that makes a bundle a quantised one
 _CHUNK_BYTES = 64 << 20  # a device that restores a slice of an array reads no more than its chunks
 _WRITE_BYTES = 64 << 20  # small arrays are written together: each commit waits for the disk
 _READ_BYTES = 256 << 20  # ... and read together when a part is walked through on the host
@@ -98,6 +110,24 @@ def _in_groups(items: Iterable[Any], nbytes: Callable[[Any], int], limit: int) -
         size += nbytes(item)
     if group:
         yield group
+
+
+def _nbytes(array: Any) -> int:
+    return array.size * array.dtype.itemsize
+
+
+def _fits(found: jax.ShapeDtypeStruct | None, expected: jax.ShapeDtypeStruct | tuple[int, ...] | None) -> bool:
+    """Whether a stored array is the expected one: of this shape, or of this shape and dtype."""
+    if found is None or expected is None:
+        return False
+    if isinstance(expected, tuple):
+        return found.shape == expected
+    return (found.shape, found.dtype) == (expected.shape, expected.dtype)
+
+
+def decoder_dict(decoder: DecoderConfig, quantize: str | None) -> dict[str, Any]:
+    """What `decoder/config.json` says of a decoder that is stored in full, or quantised as this kind."""
+    return decoder.to_dict() if quantize is None else {QUANTIZE: quantize, **decoder.to_dict()}
 
 
 def write_config(directory: Path, config: Mapping[str, Any]) -> None:
@@ -187,6 +217,7 @@ class Bundle:
         """`path` is the bundle's; `files` is a local directory with all that it holds but for weights."""
         self.path, self.files = path, files
         self._weights_bytes = {part: config.pop("weights_bytes", None) for part, config in configs.items()}
+        self._quantize = configs.get("decoder", {}).pop(QUANTIZE, None)
         self._configs = configs
 
     @classmethod
@@ -232,7 +263,7 @@ class Bundle:
             verify_checksums(path)
         bundle = cls(path, files, configs)
         for part, properties in {
-            "decoder": ("decoder_config",),
+            "decoder": ("decoder_config", "quantize"),
             "vision": ("vision_config", "image_config", "num_batches_tracked"),
             "tokenizer": ("template",),
         }.items():
@@ -261,6 +292,24 @@ class Bundle:
     def decoder_config(self) -> DecoderConfig:
         with self._config("decoder") as config:
             return DecoderConfig.from_dict(config)
+
+    @functools.cached_property
+    def quantize(self) -> str | None:
+        """How the decoder is stored: a kind of `models.quantization.KINDS`, or None for a full bundle."""
+        with self._config("decoder"):
+            if self._quantize is not None and self._quantize not in tuple(KINDS):  # JSON may hold what has no hash
+                legal = f"one of {', '.join(KINDS)}, or absent in a full bundle"
+                raise FieldError("config", QUANTIZE, self._quantize, legal)
+            return self._quantize
+
+    def require_full(self, use: str) -> None:
+        """Raises an `Emu3Error` where the bundle has no decoder, or only codes and scales. `use` says what needs it."""
+        self.require("decoder")
+        if self.quantize is not None:
+            raise Emu3Error(
+                f"{self.path} is quantised ({self.quantize}), and {use} needs the full weights: "
+                "give the bundle that it was made from, or convert the checkpoint without --quantize"
+            )
 
     @functools.cached_property
     def vision_config(self) -> VisionConfig:
@@ -330,28 +379,30 @@ class Bundle:
     def load_decoder(self, shardings: Any = None, dtype: Any = None, quantize: str | None = None) -> dict[str, Any]:
         """Restores the decoder's parameters, a nested dict, each array straight into its sharding.
 
-        `shardings` is a tree of `jax.sharding.Sharding` like the parameters, or one for all; by default everything
-        lies on the first device. `dtype` casts on the fly; by default arrays keep the dtype they are stored in.
-        `quantize` (see `models.quantization.KINDS`) turns matrices into codes and scales as they come from disk, so
-        that a device never holds more than a few of them wide.
+        `shardings` is a tree of `jax.sharding.Sharding` like the parameters of a full bundle, or one for all; by
+        default everything lies on the first device. `dtype` casts on the fly; by default arrays keep the dtype they
+        are stored in. `quantize` (see `models.quantization.KINDS`) turns the matrices of a full bundle into codes and
+        scales as they come from disk, so that a device never holds more than a few of them wide. Those of a quantised
+        bundle are restored as they are. Codes and scales are made of the stored weights: `dtype` casts only the rest.
 
         Raises:
-          Emu3Error: no decoder in the bundle, or weights that are damaged or do not fit the config.
+          Emu3Error: no decoder in the bundle, another `quantize` than a quantised bundle's, or weights that are
+            damaged or do not fit the config.
         """
-        if quantize is None:
+        if self.quantize is not None and quantize not in (None, self.quantize):
+            raise Emu3Error(
+                f"{self.path} is quantised as {self.quantize}, and quantize is {quantize}: leave quantize out, or "
+                "quantise the full bundle"
+            )
+        if quantize is None or self.quantize is not None:
             return self._restore("decoder", shardings, dtype)
         stored = self.stored("decoder")
-        params: dict[tuple[str, ...], jax.Array] = {}
-        for group in _in_groups(stored, lambda path: stored[path].size * stored[path].dtype.itemsize, _READ_BYTES):
+        params: dict[TreePath, jax.Array] = {}
+        for group in _in_groups(stored, lambda path: _nbytes(stored[path]), _READ_BYTES):
             some = {path: stored[path] for path in group}
-            wide = traverse_util.flatten_dict(self._restore("decoder", shardings, dtype, some))
+            wide = traverse_util.flatten_dict(self._restore("decoder", shardings, dtype, some, keep=is_quantised))
             for path in group:
-                array = wide.pop(path)
-                if is_quantised(path):
-                    narrow = quantise(path[-1], array, quantize)
-                    params |= {(*path[:-1], name): jax.block_until_ready(leaf) for name, leaf in narrow.items()}
-                else:
-                    params[path] = array
+                params |= codes_and_scales(path, wide.pop(path), quantize)
         return traverse_util.unflatten_dict(params)
 
     def load_vision(self, shardings: Any = None) -> dict[str, Any]:
@@ -359,9 +410,14 @@ class Bundle:
         return self._restore("vision", shardings, np.float32)
 
     def _restore(
-        self, part: str, shardings: Any, dtype: Any, some: Mapping[tuple[str, ...], jax.ShapeDtypeStruct] | None = None
+        self,
+        part: str,
+        shardings: Any,
+        dtype: Any,
+        some: Mapping[TreePath, jax.ShapeDtypeStruct] | None = None,
+        keep: Callable[[TreePath], bool] = is_codes_or_scales,
     ) -> dict[str, Any]:
-        """Restores a part, or `some` of the arrays that `stored` lists."""
+        """Restores a part, or `some` of the arrays that `stored` lists; `keep` tells which are not cast to `dtype`."""
         stored = self.stored(part) if some is None else some
         if shardings is None:
             shardings = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -369,25 +425,39 @@ class Bundle:
             flat = dict.fromkeys(stored, shardings)
         else:
             flat = traverse_util.flatten_dict(shardings)
+            for path in [path for path in flat if path not in stored and is_quantised(path)]:
+                flat |= codes_and_scales_shardings(path, flat[path])
+        dtypes = {
+            path: np.dtype(array.dtype if dtype is None or keep(path) else dtype) for path, array in stored.items()
+        }
         targets = {
-            path: ocp.ArrayRestoreArgs(sharding=flat[path], global_shape=array.shape, dtype=dtype or array.dtype)
+            path: ocp.ArrayRestoreArgs(sharding=flat[path], global_shape=array.shape, dtype=dtypes[path])
             for path, array in stored.items()
         }
         # Room for two of the largest arrays between disk and device, never for all of them.
-        itemsize = max(np.dtype(dt).itemsize for dt in (dtype, *(a.dtype for a in stored.values())) if dt is not None)
-        largest = max(array.size for array in stored.values()) * itemsize
+        largest = max(a.size * max(a.dtype.itemsize, dtypes[path].itemsize) for path, a in stored.items())
         return self._read(part, traverse_util.unflatten_dict(targets), host_gb=math.ceil(2 * largest / 1e9) + 1)
 
     def arrays(self, part: str) -> Iterator[tuple[Param, np.ndarray]]:
-        """Walks through a part's arrays as NumPy arrays, with a few hundred MB on the host at a time."""
+        """Walks through a part's arrays as NumPy arrays, with a few hundred MB on the host at a time.
+
+        Raises:
+          Emu3Error: the part is damaged, or it is a quantised decoder.
+        """
+        if part == "decoder":
+            self.require_full("what reads single weights")
+        params = {param.path: param for param in self.params(part)}
+        for path, array in self.stored_arrays(part):
+            yield params[path], array
+
+    def stored_arrays(self, part: str) -> Iterator[tuple[TreePath, np.ndarray]]:
+        """The same walk over what is on disk: with codes and scales where the decoder is quantised."""
         stored = self.stored(part)
-        for group in _in_groups(
-            self.params(part), lambda param: stored[param.path].size * stored[param.path].dtype.itemsize, _READ_BYTES
-        ):
-            targets = {param.path: ocp.RestoreArgs(restore_type=np.ndarray) for param in group}
+        for group in _in_groups(self._expected(part), lambda path: _nbytes(stored[path]), _READ_BYTES):
+            targets = {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in group}
             arrays = traverse_util.flatten_dict(self._read(part, traverse_util.unflatten_dict(targets)))
-            for param in group:
-                yield param, arrays.pop(param.path)
+            for path in group:
+                yield path, arrays.pop(path)
 
     def array(self, part: str, path: tuple[str, ...]) -> np.ndarray:
         """One array of a part, as it is stored; nothing else is read."""
@@ -396,7 +466,12 @@ class Bundle:
         return traverse_util.flatten_dict(self._read(part, targets))[path]
 
     def write_with_decoder(
-        self, target: Path, decoder: DecoderConfig, arrays: Sequence[LazyArray], written: Callable[[int], Any] = int
+        self,
+        target: Path,
+        decoder: DecoderConfig,
+        arrays: Sequence[LazyArray],
+        written: Callable[[int], Any] = int,
+        quantize: str | None = None,
     ) -> None:
         """Writes a bundle of another decoder and copies of this bundle's other parts, holding one array at a time.
 
@@ -405,12 +480,13 @@ class Bundle:
           decoder: the new decoder's config.
           arrays: its weights.
           written: is told the bytes of each.
+          quantize: the kind, where the arrays hold codes and scales.
 
         Raises:
           Emu3Error: `target` exists or cannot be written, or the disk is too small. Nothing is left behind.
         """
         with new_directory(target, sum(array.nbytes for array in arrays)) as temporary:
-            write_part(temporary / "decoder", decoder.to_dict(), arrays, written)
+            write_part(temporary / "decoder", decoder_dict(decoder, quantize), arrays, written)
             for part in ("tokenizer", "vision"):
                 if self.has(part):
                     self.copy_part(part, temporary / part)
@@ -427,15 +503,29 @@ class Bundle:
             tensorstore.KvStore.open(database).result().list().result()
             leaves = traverse_util.flatten_dict(checkpointer.metadata(directory).item_metadata.tree)
             stored = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
-        expected = {param.path: param.shape for param in self.params(part)}
-        found = {path: array.shape for path, array in stored.items()}
-        wrong = sorted("/".join(p) for p in expected.keys() | found.keys() if expected.get(p) != found.get(p))
+        expected = self._expected(part)
+        wrong = sorted(
+            "/".join(p) for p in expected.keys() | stored.keys() if not _fits(stored.get(p), expected.get(p))
+        )
         if wrong:
+            kind = self.quantize if part == "decoder" else None
+            what = "shape" if kind is None else "shape or dtype"
             raise Emu3Error(
-                f"{self.path / part}: {len(wrong)} of its arrays are missing, unknown or of another shape than "
-                f"config.json says, first {wrong[0]}: convert the model again"
+                f"{self.path / part}: {len(wrong)} of its arrays are missing, unknown or of another {what} than "
+                f"config.json says{'' if kind is None else f' (quantize {kind})'}, first {wrong[0]}: "
+                f"{'convert' if kind is None else 'quantise'} the model again"
             )
         return stored
+
+    def _expected(self, part: str) -> dict[TreePath, jax.ShapeDtypeStruct | tuple[int, ...]]:
+        """What the part's config calls for, in the order of writing: shapes, and of codes and scales dtypes too."""
+        expected: dict[TreePath, jax.ShapeDtypeStruct | tuple[int, ...]] = {}
+        for param in self.params(part):
+            if part == "decoder" and self.quantize is not None and is_quantised(param.path):
+                expected |= codes_and_scales_shapes(param.path, param.shape, self.quantize)
+            else:
+                expected[param.path] = param.shape
+        return expected
 
     def _check_complete(self, part: str) -> None:
         """An interrupted copy is the usual damage; Orbax would find it after a while, in the middle of its threads."""

@@ -16,6 +16,7 @@ from emu3_jax.checkpoints.bundle import (
     VOCABULARY,
     Bundle,
     LazyArray,
+    decoder_dict,
     write_config,
     write_part,
 )
@@ -23,10 +24,12 @@ from emu3_jax.checkpoints.checksums import write_checksums
 from emu3_jax.checkpoints.hub import fetch
 from emu3_jax.checkpoints.layouts import FLOAT_DTYPES, Param, decoder_params, vision_counters, vision_params
 from emu3_jax.checkpoints.published import Published
+from emu3_jax.checkpoints.quantized import quantised_arrays
 from emu3_jax.checkpoints.tensors import Tensor
 from emu3_jax.config import DecoderConfig, VisionConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.files import new_directory
+from emu3_jax.models.quantization import check_kind, is_quantised
 from emu3_jax.printable import shown
 from emu3_jax.progress import Progress
 from emu3_jax.text.tokenizer import Tokenizer
@@ -57,6 +60,7 @@ def convert(
     dtype: str | None = None,
     template: str | None = None,
     progress: bool | None = None,
+    quantize: str | None = None,
 ) -> Bundle:
     """Converts checkpoints into a new bundle at `output`, and opens it.
 
@@ -65,9 +69,10 @@ def convert(
         vision tokenizer.
       output: the bundle's directory; must not exist.
       dtype: casts the decoder's weights ("bfloat16", "float16", "float32"); by default they stay as stored. The
-        vision tokenizer always stays as stored.
+        vision tokenizer always stays as stored, and what is quantised is made of the stored weights.
       template: the prompt template, "chat" or "stage1"; by default "stage1" where a source's name says so.
       progress: True shows a bar on a terminal and lines in a log, None only the bar, False nothing.
+      quantize: stores the decoder's matrices as codes and scales: "int8", "int8-weights" or "fp8", see `load`.
 
     Raises:
       Emu3Error: bad arguments, damaged files, weights that do not fit their config. Nothing is left behind.
@@ -78,18 +83,20 @@ def convert(
         raise Emu3Error(f"dtype is {shown(dtype)}: it must be {', '.join(FLOAT_DTYPES)}")
     if template is not None and template not in TEMPLATES:
         raise Emu3Error(f"template is {shown(template)}: it must be {' or '.join(TEMPLATES)}")
+    check_kind(quantize)
     output = storage.place(output)
     if storage.exists(output):
         raise Emu3Error(f"{output} exists already: choose another name or delete it first")
     names = [str(source) for source in sources]
-    plan = _plan([Published.open(fetch(name, progress)) for name in names], dtype)
+    plan = _plan([Published.open(fetch(name, progress)) for name in names], dtype, quantize)
     plan.template = template or ("stage1" if any("stage1" in Path(n).name.lower() for n in names) else "chat")
     with (
         new_directory(output, plan.nbytes) as directory,
         Progress(progress, plan.nbytes, "bytes", name="convert") as bar,
     ):
         if plan.decoder is not None:
-            write_part(directory / "decoder", plan.decoder.to_dict(), plan.arrays["decoder"], bar.update)
+            config = decoder_dict(plan.decoder, quantize)
+            write_part(directory / "decoder", config, plan.arrays["decoder"], bar.update)
         if plan.vision is not None:
             config = {"vision": plan.vision.to_dict(), **plan.vision_extras}
             write_part(directory / "vision", config, plan.arrays["vision"], bar.update)
@@ -100,7 +107,7 @@ def convert(
     return Bundle.open(output)
 
 
-def _plan(sources: Sequence[Published], dtype: str | None) -> _Plan:
+def _plan(sources: Sequence[Published], dtype: str | None, quantize: str | None) -> _Plan:
     owners: dict[str, Published] = {}
     for source in sources:
         for part in source.layout.parts:
@@ -112,11 +119,13 @@ def _plan(sources: Sequence[Published], dtype: str | None) -> _Plan:
             owners[part] = source
     vision = owners["vision"].vision_config() if "vision" in owners else None
     codebook_size = vision.codebook_size if vision else None
+    if quantize is not None and "decoder" not in owners:
+        raise Emu3Error("--quantize is for a decoder, and no SRC holds one: leave it out, or add a decoder as a SRC")
     decoder = owners["decoder"].decoder_config(codebook_size) if "decoder" in owners else None
     _check_weights(sources, owners, decoder, vision)
     plan = _Plan()
     if decoder is not None:
-        _plan_decoder(plan, owners["decoder"], decoder, None if dtype is None else _DTYPES[dtype])
+        _plan_decoder(plan, owners["decoder"], decoder, None if dtype is None else _DTYPES[dtype], quantize)
     if vision is not None:
         _plan_vision(plan, owners["vision"], vision)
     return plan
@@ -143,11 +152,18 @@ def _check_weights(
         )
 
 
-def _plan_decoder(plan: _Plan, source: Published, config: DecoderConfig, dtype: np.dtype | None) -> None:
-    arrays = _lazy_arrays(source, "decoder", decoder_params(config), dtype)
-    plan.arrays["decoder"] = arrays
+def _plan_decoder(
+    plan: _Plan, source: Published, config: DecoderConfig, dtype: np.dtype | None, quantize: str | None
+) -> None:
+    params = decoder_params(config)
+    arrays = _lazy_arrays(source, "decoder", params, dtype)
     # Computing in the dtype of the weights is what loading them in PyTorch does.
     plan.decoder = dataclasses.replace(config, dtype=_main_dtype(arrays))
+    if quantize is not None:
+        rest = [array for array in arrays if not is_quantised(array.path)]
+        matrices = [param for param in params if is_quantised(param.path)]
+        arrays = rest + quantised_arrays(_lazy_arrays(source, "decoder", matrices, dtype, cast_equal=False), quantize)
+    plan.arrays["decoder"] = arrays
     plan.tokenizer = source.tokenizer(config.tokens)
 
 
@@ -165,7 +181,10 @@ def _plan_vision(plan: _Plan, source: Published, config: VisionConfig) -> None:
     plan.vision_extras = {"image": source.image_config().to_dict(), "num_batches_tracked": counters}
 
 
-def _lazy_arrays(source: Published, part: str, params: Sequence[Param], dtype: np.dtype | None) -> list[LazyArray]:
+def _lazy_arrays(
+    source: Published, part: str, params: Sequence[Param], dtype: np.dtype | None, *, cast_equal: bool = True
+) -> list[LazyArray]:
+    """Without `cast_equal`, `dtype` is only for arrays whose tensors differ in theirs."""
     arrays = []
     for param in params:
         tensors = source.tensors_of(param.weights, part)
@@ -175,7 +194,7 @@ def _lazy_arrays(source: Published, part: str, params: Sequence[Param], dtype: n
                 f"{source.path}: {' and '.join(t.name for t in tensors)} become one array but have different dtypes "
                 f"({', '.join(sorted(str(d) for d in stored))}): choose one with --dtype"
             )
-        target = dtype or tensors[0].dtype
+        target = tensors[0].dtype if dtype is None or (len(stored) == 1 and not cast_equal) else dtype
         load = functools.partial(_load, param, tensors, target)
         arrays.append(LazyArray(param.path, param.shape, target, load))
     return arrays

@@ -24,13 +24,15 @@ from emu3_jax.checkpoints.published import Published
 from emu3_jax.config import DecoderConfig, SpecialTokens
 from emu3_jax.errors import Emu3Error
 from emu3_jax.foreign import local_path
+from emu3_jax.models.quantization import SCALES, is_codes_or_scales
 from emu3_jax.printable import one_line
 from emu3_jax.progress import Progress
 from emu3_jax.text.tokenizer import Tokenizer
 
 OK, WARN, ERROR = "ok", "warn", "error"
 _BLOCK = 1 << 24  # elements looked at together
-_EXPONENTS = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}
+# Bits that are all set in NaN and infinity. float8_e4m3fn has NaN alone, whose bits below the sign are all set.
+_EXPONENTS = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80, "float8_e4m3fn": 0x7F}
 # Versions of transformers that silently drop the pictures of a prompt; 4.51.3 and 5.23.0 are good.
 _DROPS_IMAGES = ((4, 52), (5, 23))
 
@@ -101,7 +103,12 @@ def _bundle(path: Path, progress: bool | None) -> _Patient:
         if part not in held:
             what = f"the bundle has no {part} part"
             patient.findings.append(Finding(WARN, what, "fine when another bundle has it; else convert it in as well"))
-    patient.decoder = bundle.decoder_config if bundle.has("decoder") else None
+    if bundle.has("decoder"):
+        patient.decoder = bundle.decoder_config
+        if bundle.quantize is not None:
+            findings = patient.findings
+            what = f"the decoder is quantised ({bundle.quantize}): for generation, not for training, merge or export"
+            findings.append(Finding(OK, what))
     patient.codes = bundle.vision_config.codebook_size if bundle.has("vision") else None
     if bundle.has("tokenizer"):
         patient.tokenizer = bundle.tokenizer
@@ -113,9 +120,13 @@ def _bundle(path: Path, progress: bool | None) -> _Patient:
         stored = _attempt(patient.findings, functools.partial(bundle.stored, part)) if bundle.has(part) else None
         if stored:
             sound.append(part)
-            patient.dtypes[part] = {np.dtype(array.dtype).name for array in stored.values()}
+            # `stored` has compared the dtypes of codes and scales.
+            quantised = part == "decoder" and bundle.quantize is not None
+            wide = (array for path, array in stored.items() if not (quantised and is_codes_or_scales(path)))
+            what = "rest of the decoder" if quantised else part
+            patient.dtypes[what] = {np.dtype(array.dtype).name for array in wide}
             patient.nbytes += sum(array.size * array.dtype.itemsize for array in stored.values())
-    patient.arrays = ((param.name, array) for part in sound for param, array in bundle.arrays(part))
+    patient.arrays = (("/".join(path), array) for part in sound for path, array in bundle.stored_arrays(part))
     return patient
 
 
@@ -268,6 +279,7 @@ def _dtypes(dtypes: dict[str, set[str]]) -> Iterator[Finding]:
 def _values(arrays: Iterable[tuple[str, np.ndarray]], nbytes: int, progress: bool | None) -> Iterator[Finding]:
     """Walks through all weights, names and arrays, once."""
     not_finite: list[str] = []
+    negative: list[str] = []
     zero: list[str] = []
     digests: dict[str, bytes] = {}
     statistics: list[bool] = []
@@ -276,9 +288,11 @@ def _values(arrays: Iterable[tuple[str, np.ndarray]], nbytes: int, progress: boo
             for name, array in arrays:
                 bits = array.reshape(-1).view(np.dtype(f"u{array.dtype.itemsize}"))
                 blocks = [bits[i : i + _BLOCK] for i in range(0, bits.size, _BLOCK)]
-                exponents = bits.dtype.type(_EXPONENTS[array.dtype.name])
-                if any(((block & exponents) == exponents).any() for block in blocks):
+                exponents = bits.dtype.type(_EXPONENTS.get(array.dtype.name, 0))  # none: an integer is finite
+                if exponents and any(((block & exponents) == exponents).any() for block in blocks):
                     not_finite.append(name)
+                elif name.endswith(SCALES) and (array < 0).any():
+                    negative.append(name)
                 elif array.ndim > 1 and not any(block.any() for block in blocks):
                     zero.append(name)
                 if re.search(r"(embed_tokens\.weight|embed/embedding|lm_head\.weight|head/kernel)$", name):
@@ -294,6 +308,9 @@ def _values(arrays: Iterable[tuple[str, np.ndarray]], nbytes: int, progress: boo
     again = "download or convert the weights again; a training run that diverged writes such weights, too"
     if not_finite:
         yield Finding(ERROR, f"{len(not_finite)} weights hold NaN or infinity, first {not_finite[0]}", again)
+    if negative:
+        what = f"{len(negative)} arrays of scales hold negative numbers, first {negative[0]}"
+        yield Finding(ERROR, what, "quantise the full bundle again")
     if zero:
         what = f"{len(zero)} weights are zero throughout, first {zero[0]}: they were never loaded"
         yield Finding(ERROR, what, again)
@@ -303,7 +320,7 @@ def _values(arrays: Iterable[tuple[str, np.ndarray]], nbytes: int, progress: boo
     if len(digests) == 2 and len(set(digests.values())) == 1:
         what = f"{' and '.join(sorted(digests))} are identical: the head was tied to the embedding by mistake"
         yield Finding(ERROR, what, "save the checkpoint with tie_word_embeddings false; Emu3's head is its own")
-    if not (not_finite or zero):
+    if not (not_finite or negative or zero):
         yield Finding(OK, "all weights are finite and none is zero throughout")
 
 

@@ -55,6 +55,8 @@ def export(
     parts = [part for part in ("decoder", "vision") if bundle.has(part)]
     if not parts:
         raise Emu3Error(f"{bundle.path} has neither a decoder nor a vision part: there are no weights to export")
+    if "decoder" in parts:
+        bundle.require_full("export")
     total = sum(a.size * a.dtype.itemsize for part in parts for a in bundle.stored(part).values())
     with (
         new_directory(output, total) as directory,

@@ -13,7 +13,7 @@ from flax import traverse_util
 from emu3_jax.checkpoints.adapter import SavedAdapter
 from emu3_jax.checkpoints.bundle import Bundle, LazyArray, read_array
 from emu3_jax.checkpoints.layouts import Param
-from emu3_jax.models.quantization import is_quantised, quantise
+from emu3_jax.models.quantization import codes_and_scales
 from emu3_jax.models.stacking import Path as TreePath
 from emu3_jax.progress import Progress
 
@@ -42,11 +42,7 @@ def load_merged(
     for param, array in bundle.arrays("decoder"):
         path = param.path
         wide = _on_devices(adapter.merged(path, array, dtype), None if places is None else places[path])
-        if quantize is not None and is_quantised(path):
-            narrow = quantise(path[-1], wide, quantize)
-            params |= {(*path[:-1], name): jax.block_until_ready(leaf) for name, leaf in narrow.items()}
-        else:
-            params[path] = jax.block_until_ready(wide)
+        params |= codes_and_scales(path, jax.block_until_ready(wide), quantize)
     return traverse_util.unflatten_dict(params)
 
 
@@ -79,6 +75,7 @@ def merge_bundle(
     Raises:
         Emu3Error: the adapter does not fit, or a place cannot be read or written. Nothing is left behind.
     """
+    bundle.require_full("merging an adapter")
     saved = SavedAdapter.open(adapter, bundle, verify=verify)
     bundle.stored("decoder")  # damage is refused before anything is written
     decoder = saved.decoder if dtype is None else dataclasses.replace(saved.decoder, dtype=dtype)

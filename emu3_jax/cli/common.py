@@ -94,13 +94,14 @@ def add_dtype(command: argparse.ArgumentParser) -> None:
     )
 
 
-def add_quantize(command: argparse.ArgumentParser) -> None:
-    """`--quantize`."""
-    command.add_argument(
-        "--quantize",
-        choices=("int8", "int8-weights", "fp8"),
-        help="narrow weights and KV cache: half the memory, other results",
-    )
+def add_quantize(command: argparse.ArgumentParser, default: str | None = None, *, stored: bool = False) -> None:
+    """`--quantize`. `stored`: of a bundle that is written."""
+    if stored:
+        text = "how the decoder is stored: int8 (8-bit weights and KV cache), int8-weights (weights alone), fp8"
+        text += f" (default: {default or 'in full'})"
+    else:
+        text = "narrow weights and KV cache: half the memory, other results (default: as the bundle is stored)"
+    command.add_argument("--quantize", choices=("int8", "int8-weights", "fp8"), default=default, help=text)
 
 
 def add_fast_pixels(command: argparse.ArgumentParser) -> None:

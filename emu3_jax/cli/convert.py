@@ -16,8 +16,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("-o", "--output", type=common.place, required=True, metavar="BUNDLE")
     command.add_argument(
-        "--dtype", choices=("bfloat16", "float16", "float32"), help="of the decoder (default: as stored)"
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        help="of the decoder, or of what --quantize leaves as it is (default: as stored)",
     )
+    common.add_quantize(command, stored=True)
     command.add_argument("--template", choices=("chat", "stage1"), help="chat prompt (default: by the source's name)")
     command.add_argument(
         "--adapter-only", action="store_true", help="of a training run with an adapter, write the adapter alone (LoRA)"
@@ -40,6 +43,7 @@ def run(options: argparse.Namespace) -> None:
         options.output,
         dtype=options.dtype,
         template=options.template,
+        quantize=options.quantize,
         progress=common.progress(options),
     )
     print(options.output)
@@ -51,6 +55,10 @@ def _convert_run(directory: pathlib.Path, options: argparse.Namespace) -> None:
 
     if len(options.sources) > 1 or options.template or options.dtype:
         raise Emu3Error(f"{directory} is a training run: convert it alone, without --template and --dtype")
+    if options.quantize:
+        raise Emu3Error(
+            f"{directory} is a training run: convert it without --quantize, and then run `emu3-jax quantize BUNDLE`"
+        )
     if options.adapter_only:
         from emu3_jax.training.weights import export_adapter as export_run
     elif "vision" in read_identity(directory):

@@ -25,6 +25,7 @@ from emu3_jax.progress import by_default
 
 COMMANDS = {
     "convert": "PyTorch checkpoints to a bundle",
+    "quantize": "a bundle to a smaller one: int8 or fp8 weights on disk",
     "export": "a bundle back to PyTorch checkpoints",
     "merge": "a LoRA adapter into a bundle",
     "doctor": "check a bundle or checkpoint: what is wrong and what to do",

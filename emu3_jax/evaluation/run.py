@@ -38,11 +38,12 @@ def evaluate(
         Emu3Error: the model lacks a part that a figure needs, or the data do not fit.
     """
     reconstruct = Reconstructor(model.vision, config.batch_size, progress)
+    quantize = config.quantize
     if set(config.figures) != {"reconstruction"}:
-        _ = model.language  # says what to do where there is none
+        quantize = model.language.quantize  # a quantised bundle's, where the config names none
     figures: dict[str, Any] = {"model": model.name, "data": str(config.data), "seed": config.seed}
-    if config.quantize is not None:
-        figures["quantize"] = config.quantize
+    if quantize is not None:
+        figures["quantize"] = quantize
     sections, skipped = [], {}
     options = {"skipped": skipped, "progress": progress}
     for name, measure in {

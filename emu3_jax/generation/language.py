@@ -16,6 +16,7 @@ from emu3_jax.generation.rows import Sampling
 from emu3_jax.generation.sampling import RowSettings
 from emu3_jax.generation.schedule import TokenClass, grid_length, grid_schedule, text_schedule
 from emu3_jax.generation.session import DecodeSession, Row
+from emu3_jax.models.quantization import KINDS
 from emu3_jax.printable import shown
 from emu3_jax.progress import Progress
 from emu3_jax.text.prompts import PromptTemplates, frame_ids, generation_prompt
@@ -38,7 +39,7 @@ class Language:
         tokenizer: of text.
         templates: of prompts.
         mesh: what the parameters are spread over, if anything.
-        narrow_cache: keys and values are kept as int8.
+        quantize: how the parameters are quantised, of `models.quantization.KINDS`; None where they are not.
     """
 
     config: DecoderConfig
@@ -46,7 +47,12 @@ class Language:
     tokenizer: Tokenizer
     templates: PromptTemplates
     mesh: Mesh | None = None
-    narrow_cache: bool = False
+    quantize: str | None = None
+
+    @property
+    def narrow_cache(self) -> bool:
+        """Whether keys and values are kept as int8."""
+        return self.quantize is not None and KINDS[self.quantize][1]
 
 
 @dataclasses.dataclass(frozen=True)

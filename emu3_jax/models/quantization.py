@@ -13,9 +13,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from emu3_jax.errors import Emu3Error
 from emu3_jax.models.adapters import MATRICES
+from emu3_jax.models.stacking import Path
 
 # What `--quantize` names: the weights' dtype, and whether the cache is int8.
 KINDS: dict[str, tuple[jnp.dtype, bool]] = {
@@ -33,9 +35,14 @@ def check_kind(kind: str | None) -> None:
         raise Emu3Error(f"quantize is {kind!r}: it must be one of {', '.join(KINDS)}, or left out")
 
 
-def is_quantised(path: tuple[str, ...]) -> bool:
+def is_quantised(path: Path) -> bool:
     """Whether the parameter at this path is a matrix that becomes codes and scales."""
     return path[-1] in MATRICES or path[-2:] == ("head", _HEAD)
+
+
+def is_codes_or_scales(path: Path) -> bool:
+    """Whether the parameter at this path of quantised parameters holds codes or scales."""
+    return path[-1].endswith((CODES, SCALES))
 
 
 @functools.partial(jax.jit, static_argnames=("name", "kind"))
@@ -50,11 +57,63 @@ def quantise(name: str, matrix: jax.Array, kind: str) -> dict[str, jax.Array]:
     Returns:
         `{name}_codes` [out..., in...], and `{name}_scales`, float32 [out...].
     """
-    inputs = 0 if name == _HEAD else MATRICES[name].inputs
-    matrix = jnp.moveaxis(matrix.astype(jnp.float32), range(inputs), range(-inputs, 0))
-    axes = tuple(range(1 if name == _HEAD else MATRICES[name].outputs, matrix.ndim))
-    codes, scales = _narrow(matrix, axes, KINDS[kind][0])
+    outputs, inputs = _axes(name)
+    matrix = jnp.transpose(matrix.astype(jnp.float32), outputs + inputs)
+    codes, scales = _narrow(matrix, tuple(range(len(outputs), matrix.ndim)), KINDS[kind][0])
     return {name + CODES: codes, name + SCALES: scales}
+
+
+def _axes(name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The output axes and the input axes of the matrix `name`."""
+    if name == _HEAD:
+        return (0,), (1,)
+    inputs, outputs = MATRICES[name].inputs, MATRICES[name].outputs
+    return tuple(range(inputs, inputs + outputs)), tuple(range(inputs))
+
+
+def first_output_axis(path: Path) -> int:
+    """The axis of the matrix at `path` that comes first in its codes and scales. Slices along it quantise alone."""
+    return _axes(path[-1])[0][0]
+
+
+def codes_and_scales(path: Path, array: jax.Array, kind: str | None) -> dict[Path, jax.Array]:
+    """A parameter as `kind` keeps it: a matrix as codes and scales, everything else (and with None all) as it is.
+
+    Codes and scales lie on the devices that hold the matrix, split along the same axes. They are computed when this
+    returns, so that the matrix can be freed.
+    """
+    if kind is None or not is_quantised(path):
+        return {path: array}
+    leaves = {(*path[:-1], name): leaf for name, leaf in quantise(path[-1], array, kind).items()}
+    places = codes_and_scales_shardings(path, array.sharding)
+    return {leaf: jax.block_until_ready(jax.device_put(value, places[leaf])) for leaf, value in leaves.items()}
+
+
+def codes_and_scales_shapes(path: Path, shape: tuple[int, ...], kind: str) -> dict[Path, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the codes and scales of the matrix at `path`, by their own paths."""
+    outputs, inputs = _axes(path[-1])
+    codes, scales = (tuple(shape[axis] for axis in axes) for axes in (outputs + inputs, outputs))
+    shapes = jax.ShapeDtypeStruct(codes, KINDS[kind][0]), jax.ShapeDtypeStruct(scales, jnp.float32)
+    return dict(zip(_leaves(path), shapes, strict=True))
+
+
+def codes_and_scales_shardings(path: Path, sharding: Sharding) -> dict[Path, Sharding]:
+    """Where the codes and scales of the matrix at `path` lie, when the matrix lies as `sharding` says."""
+    codes = scales = sharding
+    if isinstance(sharding, NamedSharding):
+        outputs, inputs = _axes(path[-1])
+        split = (*sharding.spec, *(None,) * (len(outputs + inputs) - len(sharding.spec)))
+        codes, scales = (
+            NamedSharding(sharding.mesh, PartitionSpec(*(split[axis] for axis in axes)))
+            for axes in (outputs + inputs, outputs)
+        )
+    return dict(zip(_leaves(path), (codes, scales), strict=True))
+
+
+def _leaves(path: Path) -> tuple[Path, Path]:
+    """The paths of the codes and of the scales of the matrix at `path`."""
+    *parent, name = path
+    return (*parent, name + CODES), (*parent, name + SCALES)
 
 
 def quantise_params(params: Any, kind: str) -> Any:

@@ -81,6 +81,8 @@ def _decoder(config: TrainConfig, bundle: Bundle) -> DecoderConfig:
     if config.model.random and wanted is not None:
         return wanted
     bundle.require("decoder")
+    if not config.model.random:
+        bundle.require_full("training")
     found = bundle.decoder_config
     if wanted is None:
         return found

@@ -110,6 +110,8 @@ class _Run:
             self.decoder = DecoderConfig.from_dict(parts["decoder"])
             self.adapter = from_json(Adapter, parts["adapter"]) if parts["adapter"] else None
         self.bundle = Bundle.open(parts["bundle"])
+        if self.adapter is not None:
+            self.bundle.require_full("a run with an adapter")
 
     def trained(self, path: Path) -> np.ndarray:
         """What was trained, by its path where layers are apart: an array of the decoder, or a side of an adapter."""
