@@ -1,6 +1,6 @@
-"""Which precision fits which GPU: draws a picture and answers a question with the 8 B shapes in a smaller card's memory.
+"""Which precision fits which GPU: the 8 B shapes draw a picture and answer a question in a smaller card's memory.
 
-    python scripts/gpu_memory.py DIR
+    python scripts/gpu_memory.py DIR [CARD ...]
 
 It needs an NVIDIA GPU with more memory than the cards of the table, 60 GB of disk under DIR and the extra `vocabulary`.
 It writes a checkpoint of random weights with the published shapes, converts it to a bfloat16 and to an int8 bundle, and
@@ -45,19 +45,22 @@ def gib(what):
 def peak():
     return gib(jax.devices()[0].memory_stats()["peak_bytes_in_use"])
 
+def since(started):
+    return round(time.perf_counter() - started, 1)
+
 arguments = json.loads(sys.argv[2])
 figures = {"limit_gib": gib(jax.devices()[0].memory_stats()["bytes_limit"])}
 try:
     started = time.perf_counter()
     model = emu3_jax.load(sys.argv[1], **arguments)
     jax.block_until_ready(model.language.params)
-    figures |= {"dtype": model.language.config.dtype, "load_s": round(time.perf_counter() - started, 1), "loaded_gib": peak()}
+    figures |= {"dtype": model.language.config.dtype, "load_s": since(started), "loaded_gib": peak()}
     started = time.perf_counter()
     (picture,) = model.generate("a red apple", seed=0)
-    figures |= {"picture": list(picture.size), "picture_s": round(time.perf_counter() - started, 1), "picture_gib": peak()}
+    figures |= {"picture": list(picture.size), "picture_s": since(started), "picture_gib": peak()}
     started = time.perf_counter()
     (answer,) = model.chat([picture], ["Describe the picture."], max_new_tokens=64)
-    figures |= {"answer_s": round(time.perf_counter() - started, 1), "answer_gib": peak(), "fits": True}
+    figures |= {"answer_s": since(started), "answer_gib": peak(), "fits": True}
 except Exception as error:
     if not isinstance(error, Emu3Error) and "RESOURCE_EXHAUSTED" not in str(error):
         raise
@@ -70,12 +73,20 @@ print(json.dumps(figures))
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=pathlib.Path, metavar="DIR")
+    parser.add_argument(
+        "cards", nargs="*", metavar="CARD", help=f"of {', '.join(map(repr, CARDS))} (default: all of them)"
+    )
     parser.add_argument("--preset", choices=("8b", "small"), default="8b", help="small tries the script itself")
     options = parser.parse_args()
+    for card in options.cards:
+        if card not in CARDS:
+            parser.error(f"card {card!r} is unknown: choose from {', '.join(map(repr, CARDS))}")
     bundles = write_bundles(options.directory, options.preset)
     total = device_gib()
     rows, failed = [], False
     for card, bundle, arguments in RUNS:
+        if options.cards and card not in options.cards:
+            continue
         figures = run(card, bundles[bundle], arguments, total)
         failed |= figures is None
         if figures is not None:
@@ -84,10 +95,13 @@ def main() -> int:
     print("| card | JAX gets | bundle | decoder computes in | loaded | picture 720x720 | answer | fits |")
     print("|---|---|---|---|---|---|---|---|")
     for card, bundle, arguments, figures in rows:
-        sizes = (f"{figures[name]} GiB" if name in figures else "" for name in ("loaded_gib", "picture_gib", "answer_gib"))
+        sizes = (
+            f"{figures[name]} GiB" if name in figures else "" for name in ("loaded_gib", "picture_gib", "answer_gib")
+        )
         name = f"{bundle}, --fast-pixels" if arguments else bundle
         fits = "yes" if figures["fits"] else "no"
-        print(f"| {card} | {figures['limit_gib']} GiB | {name} | {figures.get('dtype', '')} | {' | '.join(sizes)} | {fits} |")
+        cells = (card, f"{figures['limit_gib']} GiB", name, figures.get("dtype", ""), *sizes, fits)
+        print("| " + " | ".join(cells) + " |")
     return int(failed)
 
 
@@ -112,7 +126,9 @@ def write_bundles(directory: pathlib.Path, preset: str) -> dict[str, pathlib.Pat
         for kind, more in (("bfloat16", ()), ("int8", ("--quantize", "int8"))):
             began = time.perf_counter()
             # On the CPU, as on a machine whose GPU is too small for what is converted.
-            subprocess.run([*convert, str(bundles[kind]), *more], check=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+            subprocess.run(
+                [*convert, str(bundles[kind]), *more], check=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}
+            )
             size = sum(file.stat().st_size for file in bundles[kind].rglob("*") if file.is_file())
             seconds = round(time.perf_counter() - began, 1)
             print(json.dumps({"bundle": kind, "bytes": size, "convert_s": seconds}), flush=True)
