@@ -127,7 +127,14 @@ def test_pictures_and_codes_go_there(bucket, tiny_bundle, capsys):
     run("detokenize", "codes.npz", *words, "-o", "back")
     run("detokenize", "codes.npz", *words, "-o", "gs://bucket/back")
     assert stored(bucket, "back") == digests(pathlib.Path("back"))
+    for command in (
+        ("generate", "a cow", "-o", "gs://bucket/a/out"),
+        ("tokenize", "x.png", "-o", "gs://bucket/codes.npz"),
+    ):
+        line = line_of(capsys, *command, "--model", "absent", "--no-clobber")
+        assert line.startswith(f"emu3-jax: error: {command[-1].removesuffix('out')}") and "exists already" in line
     run("generate", "a cow", *words, "-o", "gs://bucket/a/out")  # of the same names: replaced, as in a folder
+    assert capsys.readouterr().err == "emu3-jax: replaced gs://bucket/a/out/000.png\n"
     assert stored(bucket, "a/out").keys() == {"000.png", "001.png", "tokens.npz"}
     assert stored(bucket, "a/out")["001.png"] == digests(pathlib.Path("out"))["001.png"]
 

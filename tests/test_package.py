@@ -4,6 +4,8 @@ import ast
 import importlib
 import inspect
 import pathlib
+import pydoc
+import re
 import subprocess
 import sys
 import tomllib
@@ -108,6 +110,24 @@ def test_training_names_the_extra_that_is_missing(name, monkeypatch):
 def test_train_takes_configs_alone():
     with pytest.raises(emu3_jax.Emu3Error, match="train got a str: give a TrainConfig or VisionTrainConfig"):
         emu3_jax.train("config.py")
+
+
+CALLS = [
+    *(getattr(emu3_jax.Emu3, name) for name in vars(emu3_jax.Emu3) if not name.startswith("_")),
+    *(emu3_jax.load, emu3_jax.convert, emu3_jax.export, emu3_jax.train),
+]
+
+
+@pytest.mark.parametrize("call", [call for call in CALLS if callable(call)], ids=lambda call: call.__name__)
+def test_help_shows_every_argument(call):
+    """Each by its name in the signature, and in the docstring with what it means."""
+    parameters = [p for p in inspect.signature(call).parameters.values() if p.name != "self"]
+    assert not any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
+    described = re.findall(r"^ {2,4}(\w+): \S", inspect.getdoc(call).split("\nRaises:")[0], re.MULTILINE)
+    assert described == [p.name for p in parameters]
+    shown = pydoc.plain(pydoc.render_doc(call))
+    for p in parameters:
+        assert p.default is p.empty or (f"{p.name}: " in shown and f" = {p.default!r}" in shown)
 
 
 def test_commits_are_checked_by_the_same_ruff():

@@ -2,7 +2,7 @@
 
 import argparse
 
-from emu3_jax.cli import common
+from emu3_jax.cli import common, outputs
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -17,6 +17,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     common.add_independent(command)
     common.add_tile(command)
     command.add_argument("-o", "--output", type=common.place, required=True, metavar="DIR")
+    outputs.add_no_clobber(command)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -27,19 +28,21 @@ def run(options: argparse.Namespace) -> None:
     from emu3_jax.progress import each
 
     arrays = load_codes(options.codes)
+    endings = {name: options.clip_format if codes.ndim == 3 else "png" for name, codes in arrays.items()}
     if any(codes.ndim == 3 for codes in arrays.values()):
         check_writable(options.output / f"clip.{options.clip_format}", options.fps)
+    files = {name: options.output / f"{name}.{ending}" for name, ending in endings.items()}
+    written = outputs.Outputs(files.values(), no_clobber=options.no_clobber)
     settings = {name: getattr(options, name) for name in ("independent", "frames", "tile")}
-    written = []
     model = common.load_model(options)
     with files_into(options.output) as directory:
         for name, codes in each(arrays.items(), common.progress(options), "files", name="detokenize"):
             (media,) = model.detokenize([codes], **settings)
             if isinstance(media, Clip):
-                written.append(f"{name}.{options.clip_format}")
-                save_clip(media.frames, directory / written[-1], options.fps)
+                save_clip(media.frames, directory / files[name].name, options.fps)
             else:
-                written.append(f"{name}.png")
-                save_png(media, directory / written[-1], {"model": model.name, "software": "emu3-jax"})
-    for name in written:
-        print(options.output / name)
+                save_png(media, directory / files[name].name, {"model": model.name, "software": "emu3-jax"})
+        written.look()
+    for file in files.values():
+        print(file)
+    written.report()

@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 
-from emu3_jax.cli import common
+from emu3_jax.cli import common, outputs
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -16,6 +16,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="gets evaluation.json and index.html (default: the config's directory)",
     )
+    outputs.add_no_clobber(command)
     common.add_adapter(command)
     common.add_verify(command)
     common.add_quiet(command)
@@ -25,6 +26,7 @@ def run(options: argparse.Namespace) -> int:
     import json
 
     import emu3_jax
+    from emu3_jax import storage
     from emu3_jax.errors import Emu3Error
     from emu3_jax.evaluation import run as evaluation
     from emu3_jax.evaluation.config import EvaluateConfig
@@ -41,9 +43,14 @@ def run(options: argparse.Namespace) -> int:
     if options.adapter is not None:
         config = dataclasses.replace(config, adapter=options.adapter)
     evaluation.check_directory(config.directory)
+    directory = storage.place(config.directory)
+    files = [directory / evaluation.FIGURES_FILE, directory / evaluation.PAGE_FILE]
+    written = outputs.Outputs(files, no_clobber=options.no_clobber)
     data = Data(config.data)
     model = emu3_jax.load(config.model, adapter=config.adapter, quantize=config.quantize, verify=options.verify)
     figures, page = evaluation.evaluate(model, data, config, common.progress(options))
+    written.look()
     evaluation.write(config.directory, figures, page)
     print(json.dumps(figures, indent=2))
+    written.report()
     return 0

@@ -1,45 +1,124 @@
-"""Generate one picture per prompt: DIR/000.png ..., each carrying how it was made in its PNG text fields."""
+"""Generate pictures from prompts: DIR/000.png and so on, each with how it was made.
+
+With -n N, the first N pictures are of the first prompt, and so on. The first picture has the seed --seed, and each next
+one adds 1.
+
+examples:
+  emu3-jax generate "a red apple" "a blue car" -o out
+  emu3-jax generate "a red apple" -n 4 --seed 7 --guidance 5 -o apples
+  emu3-jax generate --prompts-file prompts.txt --format webp --json -o out
+"""
 
 import argparse
+import typing
 
-from emu3_jax.cli import common
+from emu3_jax.cli import common, outputs
+
+FORMATS = ("png", "jpg", "webp")  # `media.picture_files.PICTURE_FORMATS`, which would load Pillow
+_NUMBERS = {"seed": int, "top_k": int, "guidance": float, "temperature": float, "top_p": float}
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("prompts", nargs="+", metavar="PROMPT", help="what to draw")
+    prompts = command.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("prompts", nargs="*", default=[], metavar="PROMPT", help="what to show, in one argument")
+    prompts.add_argument(
+        "--prompts-file",
+        type=common.path,
+        metavar="FILE",
+        help="read prompts from this file in UTF-8, one a line, blank lines skipped; - reads standard input",
+    )
+    command.add_argument(
+        "-o", "--output", type=common.place, required=True, metavar="DIR", help="directory to write to"
+    )
+    command.add_argument(
+        "-n",
+        type=common.whole(1, 100_000),
+        default=1,
+        metavar="N",
+        help="pictures per prompt, with different seeds (default: %(default)s)",
+    )
+    command.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="png",
+        help="png and webp lose nothing, jpg has quality 95; how a picture was made stands in text fields of png, and "
+        "as JSON in the EXIF comment of jpg and webp (default: %(default)s)",
+    )
+    command.add_argument(
+        "--ratio",
+        nargs="+",
+        default=["1:1"],
+        metavar="W:H",
+        help="width:height, one for all prompts or one per prompt (default: 1:1)",
+    )
+    common.add_generation(command)
+    command.add_argument(
+        "--save-tokens", action="store_true", help="also write DIR/tokens.npz: the ids of picture i under the name i"
+    )
+    command.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object per picture, in place of its file name: file, replaced, prompt, seed, ratio, size, "
+        "guidance and so on",
+    )
+    outputs.add_no_clobber(command)
     common.add_model(command)
     common.add_adapter(command)
     common.add_fast_pixels(command)
-    command.add_argument("--ratio", nargs="+", default=["1:1"], metavar="W:H", help="one for all prompts, or one each")
-    common.add_generation(command)
-    command.add_argument("--save-tokens", action="store_true", help="also write DIR/tokens.npz: row i, the full ids")
-    command.add_argument("-o", "--output", type=common.place, required=True, metavar="DIR")
 
 
 def run(options: argparse.Namespace) -> None:
-    import contextlib
-
     from emu3_jax import distributed
+    from emu3_jax.cli.output import json_line
     from emu3_jax.files import files_into
     from emu3_jax.media.codes import save_codes
-    from emu3_jax.media.images import save_png
+    from emu3_jax.media.picture_files import check_about, save_picture
+    from emu3_jax.text.prompt_files import read_prompts
+
+    prompts = options.prompts or read_prompts(options.prompts_file)
+    for prompt in prompts:
+        check_about(options.format, {"prompt": prompt, "negative": max(options.negative, key=len)})
+    count = options.n * len(prompts)
+    files = [options.output / f"{row:0{max(3, len(str(count - 1)))}d}.{options.format}" for row in range(count)]
+    tokens = options.output / "tokens.npz"
 
     distributed.start()
-    model = common.load_model(options)
     # All processes of a mesh compute; the first one shows and writes.
     first = distributed.first()
-    with files_into(options.output) if first else contextlib.nullcontext() as directory:
-        generations = model.generate_sequences(
-            options.prompts,
-            ratio=common.one_or_each(options.ratio),
-            **common.generation(options),
-            progress=common.progress(options),
-        )
-        if not first:
-            return
-        for index, generation in enumerate(generations):
-            save_png(generation.image, directory / f"{index:03d}.png", generation.image.info)
+    if first:
+        written = outputs.Outputs([*files, tokens] if options.save_tokens else files, no_clobber=options.no_clobber)
+    generations = common.load_model(options).stream_sequences(
+        prompts,
+        n=options.n,
+        ratio=common.one_or_each(options.ratio),
+        **common.generation(options),
+        progress=common.progress(options),
+    )
+    if not first:
+        for _ in generations:
+            pass
+        return
+    about: dict[int, dict[str, str]] = {}
+    ids = {}
+    with files_into(options.output) as directory:
+        for row, generation in generations:
+            about[row] = generation.image.info
+            save_picture(generation.image, directory / files[row].name, about[row])
+            if options.save_tokens:
+                ids[str(row)] = generation.ids
         if options.save_tokens:
-            save_codes(directory / "tokens.npz", {str(i): made.ids for i, made in enumerate(generations)})
-    for index in range(len(generations)):
-        print(options.output / f"{index:03d}.png")
+            save_codes(directory / tokens.name, ids)
+        written.look()
+    for row, file in enumerate(files):
+        print(json_line(_figures(file, file in written.replaced, about[row])) if options.json else file)
+    written.report()
+
+
+def _figures(file: typing.Any, replaced: bool, about: dict[str, str]) -> dict[str, typing.Any]:
+    """The JSON object of a picture."""
+    named = {name.replace("-", "_"): value for name, value in about.items()}
+    return {
+        "file": str(file),
+        "replaced": replaced,
+        **{name: _NUMBERS.get(name, str)(value) for name, value in named.items()},
+    }

@@ -2,7 +2,7 @@
 
 import argparse
 
-from emu3_jax.cli import common
+from emu3_jax.cli import common, outputs
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -12,6 +12,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     common.add_independent(command)
     common.add_tile(command)
     command.add_argument("-o", "--output", type=common.place, required=True, metavar="CODES.npz")
+    outputs.add_no_clobber(command)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -25,11 +26,14 @@ def run(options: argparse.Namespace) -> None:
     if options.output.suffix != ".npz":
         raise Emu3Error(f"output {options.output}: its name must end in .npz")
     check_resampling(options.fps, options.frames)
+    written = outputs.Outputs([options.output], no_clobber=options.no_clobber)
     model = common.load_model(options)
     with new_file(options.output) as temporary:
         settings = {name: getattr(options, name) for name in ("independent", "fps", "frames", "tile")}
         files = each(options.files, common.progress(options), "files", name="tokenize")
         codes = {name: model.tokenize([file], **settings)[0] for name, file in zip(names, files, strict=True)}
         save_codes(temporary, codes)
+        written.look()
     for name, array in codes.items():
         print(f"{name}: {'x'.join(map(str, array.shape))} codes")
+    written.report()

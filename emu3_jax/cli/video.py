@@ -2,7 +2,7 @@
 
 import argparse
 
-from emu3_jax.cli import common
+from emu3_jax.cli import common, outputs
 from emu3_jax.generation import defaults
 
 
@@ -29,6 +29,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="also write each new frame to FRAMES/000/0000.png ... at once; those stay if the command is interrupted",
     )
     command.add_argument("-o", "--output", type=common.place, required=True, metavar="DIR")
+    outputs.add_no_clobber(command)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -45,10 +46,13 @@ def run(options: argparse.Namespace) -> None:
     fps = options.fps
     if fps is None:
         fps = extend.fps if isinstance(extend, Clip) else defaults.FPS
-    check_writable(options.output / f"000.{options.format}", fps)
-    model = common.load_model(options)
+    files = [options.output / f"{row:03d}.{options.format}" for row in range(len(options.prompts))]
+    check_writable(files[0], fps)
     # All processes of a mesh compute; the first one shows and writes.
     first = distributed.first()
+    if first:
+        written = outputs.Outputs(files, no_clobber=options.no_clobber)
+    model = common.load_model(options)
     with (
         files_into(options.output) if first else contextlib.nullcontext() as directory,
         live_frames(options.live) if first and options.live else contextlib.nullcontext() as on_frames,
@@ -66,7 +70,9 @@ def run(options: argparse.Namespace) -> None:
         )
         if not first:
             return
-        for index, clip in enumerate(clips):
-            save_clip(clip.frames, directory / f"{index:03d}.{options.format}", clip.fps)
-    for index in range(len(clips)):
-        print(options.output / f"{index:03d}.{options.format}")
+        for file, clip in zip(files, clips, strict=True):
+            save_clip(clip.frames, directory / file.name, clip.fps)
+        written.look()
+    for file in files:
+        print(file)
+    written.report()

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -118,7 +118,25 @@ def generate_grids(
     allow_special: bool = False,
     on_tokens: OnTokens | None = None,
 ) -> list[GeneratedGrid]:
-    """Generates the codes of pictures or clips.
+    """Generates the codes of pictures or clips. Arguments and errors: `stream_grids`."""
+    made = dict(
+        stream_grids(language, grids, settings, batching=batching, allow_special=allow_special, on_tokens=on_tokens)
+    )
+    return [made[row] for row in range(len(grids))]
+
+
+def stream_grids(
+    language: Language,
+    grids: Sequence[Grid],
+    settings: RowSettings,
+    *,
+    batching: Batching,
+    allow_special: bool = False,
+    on_tokens: OnTokens | None = None,
+) -> Iterator[tuple[int, GeneratedGrid]]:
+    """Generates the codes of pictures or clips, and yields those of a batch, with their rows, when it is done.
+
+    All rows are checked before the first batch. The next batch begins when those of the last one were taken.
 
     Args:
         language: the decoder.
@@ -133,9 +151,18 @@ def generate_grids(
     """
     special, layout = language.config.tokens, language.config.clip_layout
 
+    # Many rows may be of one prompt and one size: they share their ids and schedules.
+    @functools.cache
+    def head(text: str, size: tuple[int, ...]) -> list[int]:
+        return generation_prompt(language.tokenizer, special, text, *size, allow_special=allow_special)
+
+    @functools.cache
+    def schedule(size: tuple[int, ...], given: int) -> np.ndarray:
+        return grid_schedule(size, layout, given=given)
+
     def prompt_ids(text: str, grid: Grid) -> list[int]:
-        head = generation_prompt(language.tokenizer, special, text, *grid.size, allow_special=allow_special)
-        return head if grid.given is None else head + frame_ids(special, grid.given, layout)
+        ids = head(text, grid.size)
+        return ids if grid.given is None else ids + frame_ids(special, grid.given, layout)
 
     prompts = [(prompt_ids(grid.prompt, grid), prompt_ids(grid.negative, grid)) for grid in grids]
     given = [0 if grid.given is None else len(grid.given) for grid in grids]
@@ -146,20 +173,19 @@ def generate_grids(
     ]
     session.check_positions(language.config, zip((max(map(len, pair)) for pair in prompts), lengths, strict=True))
     rows = [
-        Row(prompt, grid_schedule(grid.size, layout, given=count), negative)
+        Row(prompt, schedule(grid.size, count), negative)
         for (prompt, negative), grid, count in zip(prompts, grids, given, strict=True)
     ]
     plain = settings.guidance == 1.0
     if plain.all() or batching.deterministic:
         rows = [dataclasses.replace(row, negative=None) if one else row for row, one in zip(rows, plain, strict=True)]
-    results = []
-    for grid, row, ids in zip(grids, rows, _run_batches(language, rows, settings, batching, on_tokens), strict=True):
+    for index, ids in _run_batches(language, rows, settings, batching, on_tokens):
+        grid, row = grids[index], rows[index]
         codes = (ids[row.schedule == TokenClass.VISUAL] - special.visual_start).astype(np.int32)
         if grid.given is not None:
             codes = np.concatenate([grid.given.ravel(), codes])
         full = np.concatenate([np.asarray(row.prompt, np.int32), ids])
-        results.append(GeneratedGrid(full, len(row.prompt), codes.reshape(grid.size)))
-    return results
+        yield index, GeneratedGrid(full, len(row.prompt), codes.reshape(grid.size))
 
 
 def answer(
@@ -194,7 +220,8 @@ def answer(
                 "shorten the prompt, use smaller or fewer pictures, or fewer frames of a clip"
             )
         rows.append(Row(ids, text_schedule(min(max_new_tokens, room))))
-    return _run_batches(language, rows, sampling.settings(len(rows)), batching)
+    made = dict(_run_batches(language, rows, sampling.settings(len(rows)), batching))
+    return [made[index] for index in range(len(rows))]
 
 
 def _run_batches(
@@ -203,11 +230,10 @@ def _run_batches(
     settings: RowSettings,
     batching: Batching,
     on_tokens: OnTokens | None = None,
-) -> list[np.ndarray]:
-    """Each row's generated ids, cut to its own schedule."""
+) -> Iterator[tuple[int, np.ndarray]]:
+    """The number of each row and its generated ids, cut to its own schedule, batch by batch."""
     batches = _batches(language, rows, settings, batching)
     lengths = [max(len(rows[index].schedule) for index in batch) for batch in batches]
-    results: dict[int, np.ndarray] = {}
     with Progress(batching.progress, sum(lengths), "tokens", name="generate") as bar:
         for batch, length in zip(batches, lengths, strict=True):
             before = bar.done
@@ -226,9 +252,9 @@ def _run_batches(
                 narrow_cache=language.narrow_cache,
                 least_rows=batching.batch_size if batching.deterministic else 1,
             )
-            results |= {index: row[: len(rows[index].schedule)] for index, row in zip(batch, ids, strict=True)}
             bar.update(before + length - bar.done)
-    return [results[index] for index in range(len(rows))]
+            for index, row in zip(batch, ids, strict=True):
+                yield index, row[: len(rows[index].schedule)]
 
 
 def _batches(language: Language, rows: Sequence[Row], settings: RowSettings, batching: Batching) -> list[Sequence[int]]:

@@ -1,16 +1,21 @@
 """Pictures from prompts: codes by the decoder, pixels by the vision tokenizer."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from emu3_jax.errors import Emu3Error
+from emu3_jax.fields import is_count
 from emu3_jax.generation.codec import Vision, decode_picture
-from emu3_jax.generation.language import Batching, Grid, Language, generate_grids
-from emu3_jax.generation.rows import Sampling, describe, per_row, prompt_list
+from emu3_jax.generation.language import Batching, Grid, Language, stream_grids
+from emu3_jax.generation.rows import Sampling, describe, per_row, prompt_list, repeat
 from emu3_jax.media.sizes import generate_size
+from emu3_jax.printable import shown
+
+MAX_PICTURES = 1_000_000  # of one call; each takes a few kilobytes from its beginning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,37 +35,38 @@ class Generation:
     image: Image.Image
 
 
-def generate_pictures(
+def stream_pictures(
     language: Language,
     vision: Vision,
     prompts: str | Sequence[str],
     sampling: Sampling,
     *,
+    n: int,
     ratio: str | Sequence[str],
     area: int | None,
     negative: str | Sequence[str],
     batching: Batching,
     allow_special: bool,
     name: str,
-) -> list[Generation]:
-    """See `Emu3.generate_sequences`; `name` is what the pictures say of the model."""
+) -> Iterator[tuple[int, Generation]]:
+    """See `Emu3.stream_sequences`; `name` is what the pictures say of the model."""
     prompts = prompt_list(prompts)
+    count = len(prompts)
+    if not is_count(n) or n * count > MAX_PICTURES:
+        raise Emu3Error(f"n is {shown(n)}: it must be a whole number >= 1, for {MAX_PICTURES:,} pictures at most")
     area = language.config.image_area if area is None else area
-    ratios = per_row("ratio", ratio, len(prompts))
+    ratios = per_row("ratio", ratio, count)
     sizes = [generate_size(r, area, vision.config.spatial_factor) for r in ratios]
-    negatives = per_row("negative", negative, len(prompts))
-    settings = sampling.settings(len(prompts))
-    grids = [Grid(*row) for row in zip(prompts, negatives, sizes, strict=True)]
-    made = generate_grids(language, grids, settings, batching=batching, allow_special=allow_special)
-    results = []
-    for index, grid in enumerate(made):
+    negatives = per_row("negative", negative, count)
+    settings = sampling.settings(count, n)
+    grids = repeat([Grid(*row) for row in zip(prompts, negatives, sizes, strict=True)], n)
+    for row, grid in stream_grids(language, grids, settings, batching=batching, allow_special=allow_special):
         image = decode_picture(vision, grid.codes)
         about: dict[Any, Any] = {
-            "prompt": prompts[index],
-            "negative": negatives[index],
+            "prompt": grids[row].prompt,
+            "negative": grids[row].negative,
             "size": f"{image.width}x{image.height}",
         }
-        about |= {"ratio": ratios[index], **describe(settings, index), "model": name, "software": "emu3-jax"}
+        about |= {"ratio": ratios[row // n], **describe(settings, row), "model": name, "software": "emu3-jax"}
         image.info = about
-        results.append(Generation(grid.ids, grid.prompt_length, grid.codes, image))
-    return results
+        yield row, Generation(grid.ids, grid.prompt_length, grid.codes, image)

@@ -51,7 +51,7 @@ class Sampling:
         top_k: candidates kept.
         top_p: probability mass kept.
         guidance: classifier-free guidance scale; 1 is none.
-        seed: one number counts up over the rows; a sequence gives each row its own.
+        seed: one number counts up over the rows; a sequence gives each row its own, see `settings`.
 
     Raises:
         Emu3Error: a value is not legal.
@@ -68,13 +68,28 @@ class Sampling:
             value = getattr(self, field.name)
             _check(field.name, list(value) if _is_sequence(value) else [value])
 
-    def settings(self, count: int) -> RowSettings:
-        """The settings of `count` rows. Raises `Emu3Error` if a field has values for another number of rows."""
-        columns: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        if not _is_sequence(self.seed):
-            columns["seed"] = [columns["seed"] + index for index in range(count)]
-            _check("seed", columns["seed"])
-        return RowSettings.of(count, **{name: per_row(name, value, count) for name, value in columns.items()})
+    def settings(self, count: int, n: int = 1) -> RowSettings:
+        """The settings of `count` prompts with `n` rows each, those of a prompt together.
+
+        One seed counts up over all rows. With a sequence of seeds, each prompt's rows count up from its own.
+
+        Raises:
+            Emu3Error: a field has values for another number of prompts, or a seed becomes too large.
+        """
+        columns: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            column = repeat(per_row(field.name, getattr(self, field.name), count), n)
+            if field.name == "seed":
+                within = n if _is_sequence(self.seed) else count * n
+                column = [int(seed) + row % within for row, seed in enumerate(column)]
+                _check("seed", column)
+            columns[field.name] = column
+        return RowSettings.of(count * n, **columns)
+
+
+def repeat(values: Sequence[Any], n: int) -> list[Any]:
+    """Each value `n` times, one after the other."""
+    return [value for value in values for _ in range(n)]
 
 
 def _is_sequence(value: Any) -> bool:
@@ -89,10 +104,13 @@ def _check(name: str, values: list[Any]) -> None:
 
 
 def describe(settings: RowSettings, index: int) -> dict[str, str]:
-    """How a row was sampled, for the picture's text fields."""
+    """How a row was sampled, for the picture's text fields: numbers in as many digits as tell them from others."""
+    found = {name: getattr(settings, name)[index] for name in ("seed", "guidance", "temperature", "top_k", "top_p")}
     return {
-        name.replace("_", "-"): f"{getattr(settings, name)[index]:g}"
-        if name != "seed"
-        else str(int(settings.seed[index]))
-        for name in ("seed", "guidance", "temperature", "top_k", "top_p")
+        name.replace("_", "-"): str(value) if isinstance(value, np.integer) else _digits(value)
+        for name, value in found.items()
     }
+
+
+def _digits(value: np.floating) -> str:
+    return np.format_float_positional(value, trim="-")

@@ -1,0 +1,47 @@
+"""Files of prompts, one a line."""
+
+import os
+import sys
+from pathlib import Path
+
+from emu3_jax.errors import Emu3Error
+from emu3_jax.foreign import plain_file, reading
+
+STANDARD_INPUT = "-"
+MAX_BYTES = 16 << 20
+
+
+def read_prompts(path: str | os.PathLike) -> list[str]:
+    """The lines of a file, or of standard input (`-`), that are not blank, without space at their ends.
+
+    Raises:
+        Emu3Error: the file is absent, too large, no UTF-8, or has no such line.
+    """
+    name = "standard input" if os.fspath(path) == STANDARD_INPUT else os.fspath(path)
+    with reading(name, "give a text file in UTF-8"):
+        data = _read(path)
+        if len(data) > MAX_BYTES:
+            raise Emu3Error(
+                f"{name} has more than {MAX_BYTES:,} bytes of prompts: split it, and run once for each part"
+            )
+        prompts = []
+        # Not `str.splitlines`: it also splits at characters within a prompt.
+        for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+            try:
+                prompts.append(line.decode().strip())
+            except UnicodeDecodeError as error:
+                raise Emu3Error(f"{name} line {number} is no UTF-8: save the file as UTF-8") from error
+    prompts = [prompt for prompt in prompts if prompt]
+    if not prompts:
+        raise Emu3Error(f"{name} has no prompt: write one a line")
+    return prompts
+
+
+def _read(path: str | os.PathLike) -> bytes:
+    if os.fspath(path) == STANDARD_INPUT:
+        if sys.stdin.isatty():
+            print("one prompt a line; Ctrl-D ends them", file=sys.stderr, flush=True)
+        return sys.stdin.buffer.read(MAX_BYTES + 1)
+    plain_file(path)
+    with open(Path(path), "rb") as stream:
+        return stream.read(MAX_BYTES + 1)
