@@ -141,6 +141,19 @@ def test_clips(small, layout, steps):
 
 
 @libtpu
+def test_quantised(small):
+    """int8 codes and float32 scales, of weights and cache; the program compiles."""
+    slice_ = plan.tpu_slice("v5e:2x2")
+    config = load_config(small / "generate.py", ["quantize=int8", "decoder.num_layers=1"])
+    mesh, (_, decode, _) = generation_plan.programs(config, slice_)
+    (decode,) = plan.compile_plan(slice_, mesh, [decode])["programs"]
+    assert decode["fits"] and decode["bytes"]["cache"] == 2 * (4 // 2) * (2 // 2) * 2624 * (64 + 4) + 2 * 4 + 4
+    codes = (256 * 12 * 64 + 3 * 256 * 512) // 2 + 512 * 256 // 2  # over two chips; tables by their width
+    scales = 4 * ((8 * 64 + 2 * 512) // 2 + 256 + 256 + 512)  # qkv and gate_up over two chips; out, down, head on each
+    assert decode["bytes"]["weights"] == codes + scales + 2 * (512 * 256 // 2 + 3 * 256)
+
+
+@libtpu
 def test_out_of_memory_is_a_plan(small, capsys):
     code = main(["plan", str(small / "train.py"), "--topology", "v5e:2x2", "--hbm-limit", "0.001"])
     shown = capsys.readouterr()
@@ -253,6 +266,17 @@ def test_full_size_clips_in_generation():
 
 
 @libtpu
+def test_full_size_int8():
+    """Half the weights and the cache of bfloat16, but for the embedding and the scales."""
+    config = load_config(CONFIGS / "generate_8b_int8.py")
+    _, (_, decode, _) = generation_plan.programs(config, plan.tpu_slice("v5e:1x1"))
+    scales = 32 * (48 * 128 + 4096 + 2 * 14336 + 4096) + 184622
+    embedding, norms = 184622 * 4096, 65 * 4096
+    assert plan.chip_bytes(decode.arguments["weights"]) == EMU3_MATRICES + embedding + 2 * norms + 4 * scales
+    assert plan.chip_bytes(decode.arguments["cache"]) == 2 * 32 * 2 * 8 * 8768 * (128 + 4) + 2 * 4 + 4
+
+
+@libtpu
 def test_full_size_decoding_fits_v5e_2x4():
     slice_ = plan.tpu_slice("v5e:2x4")
     mesh, (_, decode, _) = generation_plan.programs(load_config(CONFIGS / "generate_8b.py"), slice_)
@@ -298,6 +322,7 @@ def test_generate_config_is_validated():
         "guidance": -1.0,
         "decoder": 8,
         "ratio": "9:1",
+        "quantize": "int4",
     }.items():
         with pytest.raises(Emu3Error, match=field.split("_")[0]):
             dataclasses.replace(GenerateConfig(), **{field: value})

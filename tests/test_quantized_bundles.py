@@ -18,6 +18,7 @@ from emu3_jax.checkpoints.doctor import doctor
 from emu3_jax.checkpoints.layouts import decoder_params
 from emu3_jax.cli.main import main
 from emu3_jax.errors import Emu3Error
+from emu3_jax.generation import plan
 from emu3_jax.models.quantization import KINDS, is_quantised
 
 pytestmark = pytest.mark.compiled_quickly
@@ -78,6 +79,17 @@ def test_dtype_changes_what_is_not_quantised(tiny_bundle, quantised):
     for name, leaf in stored.params["layers_0"]["mlp"].items():
         np.testing.assert_array_equal(leaf, as_it_is.params["layers_0"]["mlp"][name])
         assert leaf.dtype == (np.int8 if name.endswith("codes") else np.float32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_plans_have_the_arrays_that_loading_gives(quantised, kind):
+    loaded = language(quantised / kind, mesh="fsdp=2,tensor=2")
+    planned = plan._params(loaded.config, loaded.mesh, kind)
+
+    def described(tree):
+        return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), tree)
+
+    assert described(planned) == described(loaded.params)
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ from emu3_jax.models.adapters import MATRICES
 from emu3_jax.models.attention import choose_kernels
 from emu3_jax.models.cache import KVCache
 from emu3_jax.models.decoder import Decoder, visual_head_params
-from emu3_jax.models.quantization import KINDS, codes_and_scales
+from emu3_jax.models.quantization import codes_and_scales, narrows_cache
 from emu3_jax.models.vision import make_decoder
 from emu3_jax.sharding.mesh import make_mesh
 from emu3_jax.sharding.rules import decoder_shardings, use_mesh
@@ -155,7 +155,7 @@ def _subject(preset: str, model: str | None, quantize: str | None, kernels: str,
     if quantize is not None:
         about["quantize"] = quantize
     about["kernels"] = kernels = choose_kernels(kernels, config.head_dim)
-    narrow_cache = quantize is not None and KINDS[quantize][1]
+    narrow_cache = narrows_cache(quantize)
     return _Subject(about, config, params, vision_config, loaded, mesh, narrow_cache, kernels)
 
 
@@ -310,7 +310,7 @@ def logit_errors(config: DecoderConfig, narrow: Any, quantize: str) -> dict[str,
     Args:
         config: of the decoder.
         narrow: what `random_params` gave for `quantize`.
-        quantize: of `KINDS`; says whether the cache is narrow too.
+        quantize: of `quantization.KINDS`; says whether the cache is narrow too.
 
     Returns:
         `logit_error`, the root mean square of the differences over that of the logits, and `same_likeliest`, the share
@@ -325,7 +325,7 @@ def logit_errors(config: DecoderConfig, narrow: Any, quantize: str) -> dict[str,
         params = visual_head_params(params, config)
         return Decoder(config, visual_head=True).apply({"params": params}, tokens, cache)[0]
 
-    found = np.asarray(logits(narrow, tokens, KINDS[quantize][1]))
+    found = np.asarray(logits(narrow, tokens, narrows_cache(quantize)))
     expected = np.asarray(logits(random_params(config), tokens, False))
     return {
         "logit_error": round(float(np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2))), 4),

@@ -10,6 +10,7 @@ from emu3_jax.fields import check_field, is_number, is_whole
 from emu3_jax.generation import defaults
 from emu3_jax.generation.schedule import grid_length, grid_schedule
 from emu3_jax.media.sizes import generate_size
+from emu3_jax.models.quantization import KINDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,7 @@ class GenerateConfig:
         guidance: classifier-free guidance scale; 1 is none, and halves the rows.
         prompt_tokens: of the longest prompt, with all that comes before the first generated token.
         mesh: sizes of the axes data, fsdp, sequence and tensor; -1 is all that is left.
+        quantize: narrow weights and KV cache of the decoder, as `emu3_jax.load` takes it; None for neither.
     """
 
     decoder: DecoderConfig = dataclasses.field(default_factory=DecoderConfig)
@@ -38,12 +40,15 @@ class GenerateConfig:
     guidance: float = defaults.GUIDANCE
     prompt_tokens: int = 64
     mesh: str = "tensor=-1"
+    quantize: str | None = None
 
     def __post_init__(self) -> None:
         for field in ("pictures", "temporal_factor", "prompt_tokens"):
             check_field(self, field, is_whole(getattr(self, field), 1), "a whole number >= 1")
         check_field(self, "frames", self.frames is None or is_whole(self.frames, 1), "a whole number >= 1, or None")
         check_field(self, "decoder", isinstance(self.decoder, DecoderConfig), "a DecoderConfig")
+        kinds = (None, *KINDS)
+        check_field(self, "quantize", self.quantize in kinds, f"None or one of {', '.join(KINDS)}")
         check_field(self, "guidance", is_number(self.guidance) and self.guidance >= 0, "a number >= 0")
         length = self.prompt_tokens + self.steps
         if length > self.decoder.max_positions:

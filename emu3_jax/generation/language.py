@@ -16,7 +16,7 @@ from emu3_jax.generation.rows import Sampling
 from emu3_jax.generation.sampling import RowSettings
 from emu3_jax.generation.schedule import TokenClass, grid_length, grid_schedule, text_schedule
 from emu3_jax.generation.session import DecodeSession, Row
-from emu3_jax.models.quantization import KINDS
+from emu3_jax.models.quantization import narrows_cache
 from emu3_jax.printable import shown
 from emu3_jax.progress import Progress
 from emu3_jax.text.prompts import PromptTemplates, frame_ids, generation_prompt
@@ -52,7 +52,7 @@ class Language:
     @property
     def narrow_cache(self) -> bool:
         """Whether keys and values are kept as int8."""
-        return self.quantize is not None and KINDS[self.quantize][1]
+        return narrows_cache(self.quantize)
 
 
 @dataclasses.dataclass(frozen=True)

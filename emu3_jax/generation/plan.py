@@ -5,6 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 from jax.sharding import Mesh
 
 from emu3_jax.config import DecoderConfig
@@ -12,6 +13,12 @@ from emu3_jax.generation.config import GenerateConfig
 from emu3_jax.generation.rows import Sampling
 from emu3_jax.generation.session import DecodeSession, Row
 from emu3_jax.models.decoder import Decoder
+from emu3_jax.models.quantization import (
+    codes_and_scales_shapes,
+    codes_and_scales_shardings,
+    is_quantised,
+    narrows_cache,
+)
 from emu3_jax.sharding.mesh import make_mesh
 from emu3_jax.sharding.plan import Program, Slice
 from emu3_jax.sharding.rules import decoder_shardings
@@ -25,11 +32,14 @@ def programs(config: GenerateConfig, slice_: Slice) -> tuple[Mesh, list[Program]
     """
     decoder = config.decoder
     mesh = make_mesh(config.mesh, slice_.devices)
-    params = _params(decoder, mesh)
+    params = _params(decoder, mesh, config.quantize)
     prompt = [decoder.tokens.pad] * config.prompt_tokens
     row = Row(prompt, config.schedule, prompt if config.guidance != 1 else None)
     settings = Sampling(guidance=config.guidance).settings(config.pictures)
-    session = DecodeSession(params, decoder, [row] * config.pictures, settings, mesh=mesh, kernels="xla")
+    session = DecodeSession(
+        params, decoder, [row] * config.pictures, settings, mesh=mesh, kernels="xla",
+        narrow_cache=narrows_cache(config.quantize),
+    )  # fmt: skip
     shapes = session.shapes
     rows, width = shapes.computed_rows, shapes.width
     sizes = list(shapes.cache_sizes())
@@ -66,14 +76,19 @@ def programs(config: GenerateConfig, slice_: Slice) -> tuple[Mesh, list[Program]
     return mesh, result
 
 
-def _params(config: DecoderConfig, mesh: Mesh) -> Any:
-    """The decoder's weights in its dtype, as bundles restore them."""
-    shapes = nn.unbox(jax.eval_shape(Decoder(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(config.dtype), sharding=place),
-        shapes,
-        decoder_shardings(config, mesh),
-    )
+def _params(config: DecoderConfig, mesh: Mesh, quantize: str | None) -> Any:
+    """The decoder's weights as bundles restore them: in its dtype, or the matrices as codes and scales."""
+    declared = nn.unbox(jax.eval_shape(Decoder(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
+    places = traverse_util.flatten_dict(decoder_shardings(config, mesh))
+    params = {}
+    for path, leaf in traverse_util.flatten_dict(declared).items():
+        shapes = {path: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(config.dtype))}
+        if quantize is not None and is_quantised(path):
+            shapes = codes_and_scales_shapes(path, leaf.shape, quantize)
+            places |= codes_and_scales_shardings(path, places[path])
+        for name, array in shapes.items():
+            params[name] = jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=places[name])
+    return traverse_util.unflatten_dict(params)
 
 
 def _flops(config: DecoderConfig, tokens: int, attended: float, heads: int) -> float:

@@ -35,6 +35,11 @@ def check_kind(kind: str | None) -> None:
         raise Emu3Error(f"quantize is {kind!r}: it must be one of {', '.join(KINDS)}, or left out")
 
 
+def narrows_cache(kind: str | None) -> bool:
+    """Whether keys and values are kept as int8 beside parameters of this kind."""
+    return kind is not None and KINDS[kind][1]
+
+
 def is_quantised(path: Path) -> bool:
     """Whether the parameter at this path is a matrix that becomes codes and scales."""
     return path[-1] in MATRICES or path[-2:] == ("head", _HEAD)
