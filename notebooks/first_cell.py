@@ -11,6 +11,8 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import sysconfig
+import warnings
 
 import psutil
 from IPython import get_ipython
@@ -20,6 +22,9 @@ from packaging.version import Version
 GB = 1e9
 # JAX takes three quarters of a GPU's memory unless told otherwise. Large models need the rest too.
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+# `!emu3-jax` finds the command that belongs to this kernel. JAX warns of its fork, which is replaced at once.
+os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
+warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called")
 
 
 class Stop(Exception):
@@ -130,7 +135,7 @@ def check_room(what: str, *, memory: float = 0, disk: float = 0, device: float =
 
 def install() -> None:
     check_room("this notebook", memory=MEMORY * 2**30 / GB)
-    extras = ",".join([*filter(None, [EXTRAS]), *accelerators()])
+    extras = ",".join(dict.fromkeys([*filter(None, EXTRAS.split(",")), *accelerators()]))
     requirement, address = source(PACKAGE, extras)
     wanted = Requirement(f"emu3-jax[{extras}]")
     lacking = missing(wanted, set())

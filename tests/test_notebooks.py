@@ -5,6 +5,7 @@ Each is executed with the embedded model in an empty folder. What it computed is
 
 import contextlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import pathlib
@@ -14,6 +15,7 @@ import sys
 import types
 
 import pytest
+from PIL import Image
 
 pytestmark = pytest.mark.slow  # and needs Jupyter, which the quick tier does without
 
@@ -62,7 +64,7 @@ class Executed:
         notebook.cells.append(nbformat.v4.new_code_cell(last))
         folder.joinpath("work").mkdir()
         resources = {"metadata": {"path": str(folder / "work")}}
-        nbclient.NotebookClient(notebook, kernel_name=kernel, timeout=300, resources=resources).execute()
+        nbclient.NotebookClient(notebook, kernel_name=kernel, timeout=900, resources=resources).execute()
         outputs = [output for cell in code for output in cell.outputs]
         self.values = json.loads(file.read_text())
         self.printed = "".join(o.text for o in outputs if o.output_type == "stream" and o.name == "stdout")
@@ -288,7 +290,7 @@ def test_kernel_restarts_and_the_cell_passes(tmp_path, kernel):
     def run(before: str):
         notebook = nbformat.v4.new_notebook(cells=[*map(nbformat.v4.new_code_cell, (before, cell, "print('next')"))])
         resources = {"metadata": {"path": str(tmp_path)}}
-        client = nbclient.NotebookClient(notebook, kernel_name=kernel, timeout=60, resources=resources)
+        client = nbclient.NotebookClient(notebook, kernel_name=kernel, timeout=600, resources=resources)
         with contextlib.suppress(nbclient.exceptions.DeadKernelError, nbclient.exceptions.CellExecutionError):
             client.execute()
         return ["".join(o.get("text", o.get("evalue", "")) for o in c.get("outputs", ())) for c in notebook.cells]
@@ -312,3 +314,75 @@ def test_generate_and_chat(tmp_path, kernel):
     assert "Describe the image. -> a large blue circle on the left of a white background" in done.printed
     assert "What colour is the shape? -> blue" in done.printed
     assert done.images == 3
+
+
+def test_tokenizer(tmp_path, kernel):
+    expression = "[codes.shape, clip_codes.shape, clip.frames.shape, loss, codes.tolist(), edited.tolist()]"
+    done = Executed("02_tokenizer", tmp_path, kernel, expression)
+    shape, clip_shape, frames, loss, codes, edited = done.values
+    assert (shape, clip_shape, frames) == ([16, 16], [2, 16, 16], [8, 32, 32, 3])
+    assert 29 < loss < 33
+    assert all(row[8:] == old[:8] and row[:8] == old[:8] for row, old in zip(edited, codes, strict=True))
+    assert edited != codes
+    assert "the file holds ['house'] and the same codes: True" in done.printed
+    assert done.images == 3
+
+
+def test_convert_and_export(tmp_path, kernel):
+    done = Executed("04_convert_and_export", tmp_path, kernel, "[equal, len(original), bool(np.array_equal(*tokens))]")
+    equal, arrays, tokens = done.values
+    assert equal == {"from_upstream": True, "from_transformers": True} and tokens
+    assert arrays > 200
+    assert re.search(r"36\.\d+ MB  transformers/model\.safetensors", done.printed)
+    assert "ok    all weights are finite and none is zero throughout" in done.printed
+
+
+def test_video(tmp_path, kernel):
+    from emu3_jax.evaluation.procedural import Motion
+
+    begins = "(extended.frames[:4] == clip.frames[:4]).all().item()"
+    expression = f"[arrived, clip.frames.shape, extended.frames.shape, {begins}]"
+    done = Executed("06_video", tmp_path, kernel, expression)
+    arrived, frames, extended, begins = done.values
+    assert arrived == [[0, 0, 4], [0, 4, 4]]
+    assert frames == extended == [8, 32, 32, 3] and begins
+    caption = Motion("yellow", "heart", "large", "black", "moves right").caption
+    assert (
+        f"Describe the clip. -> {caption}" in done.printed and "What does the shape do? -> moves right" in done.printed
+    )
+    assert done.printed.splitlines()[-1].endswith(caption)  # what the command said of the MP4
+    assert "clip.mp4 (8, 128, 128, 3) 8 frames a second" in done.printed
+    assert done.images == 2
+
+
+def test_finetune(tmp_path, kernel):
+    expression = "[losses, distance(before), distance(after), size, list(shown.values())]"
+    done = Executed("03_finetune", tmp_path, kernel, expression)
+    losses, before, after, size, captions = done.values
+    assert len(losses) == 20 and losses[0] > 5 and losses[-1] < 1
+    assert before > 60 and after < 15  # of 255 levels: emoji before, the flags after
+    assert 1e6 < size < 10e6
+    assert f"before {before:.1f}, after {after:.1f}" in done.printed
+    assert "data: 4 records in 1 shards, 0 skipped" in done.printed and len(captions) == 4
+    # The merged model draws what the model with the adapter draws.
+    with Image.open(tmp_path / "work" / "drawn" / "000.png") as drawn:
+        assert drawn.text["prompt"] == captions[0]
+        red, white, blue = (drawn.convert("RGB").getpixel((16, row)) for row in (4, 16, 28))
+    assert red[0] > 150 > max(red[1:]) and min(white) > 200 and blue[2] > 120 > max(blue[:2])
+    assert done.images == 2
+
+
+@pytest.mark.libtpu
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_sharding_and_plan(tmp_path, kernel):
+    expression = "[len(jax.devices()), bool(np.array_equal(alone.ids, spread.ids)), weights]"
+    done = Executed("05_sharding_and_plan", tmp_path, kernel, expression)
+    devices, equal, weights = done.values
+    assert devices == 8 and equal
+    whole = 8_492_011_520 * 2 / 2**30
+    assert weights["tensor=1"] == pytest.approx(whole)
+    assert weights["tensor=8"] == pytest.approx(whole / 8, rel=1e-3)  # norms are whole on every chip
+    assert "8.49 billion weights" in done.printed
+    plan = done.printed[done.printed.index("v5e:2x2: 4 chips") :]
+    assert "training step of 8 rows of 384 tokens, each chip:" in plan and plan.splitlines()[-1] == "fits"
+    assert done.images == 1
