@@ -81,11 +81,11 @@ def texts(node: ast.expr, names: dict[str, list[str]]) -> list[str]:
 
 
 def lines(function: ast.FunctionDef) -> Iterator[str]:
-    names: dict[str, list[str]] = {}
-    for node in ast.walk(function):
+    nodes = sorted((node for node in ast.walk(function) if hasattr(node, "lineno")), key=lambda node: node.lineno)
+    names: dict[str, list[str]] = {}  # what each variable holds at the line
+    for node in nodes:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            names.setdefault(node.targets[0].id, []).extend(texts(node.value, names))
-    for node in ast.walk(function):
+            names[node.targets[0].id] = texts(node.value, names)
         if isinstance(node, ast.JoinedStr) and function.name in TELLERS:
             yield from texts(node, names)
         if isinstance(node, ast.Call):
