@@ -14,11 +14,13 @@ import jax
 from emu3_jax.errors import Emu3Error
 from emu3_jax.printable import shown
 
+_LEAST_SECONDS = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
+
 _log = logging.getLogger("emu3_jax")
 
 
 def enable_persistent_cache() -> None:
-    """Keeps compiled programs in `~/.cache/emu3_jax` unless the user configured JAX's cache already.
+    """Keeps compiled programs in `~/.cache/emu3_jax`, also small ones, unless the user configured JAX's cache already.
 
     `JAX_COMPILATION_CACHE_DIR` or `jax.config` choose another place; `JAX_ENABLE_COMPILATION_CACHE=false` turns it off.
     Where the place cannot be written, or there is no home directory, programs are compiled anew in each process.
@@ -31,6 +33,9 @@ def enable_persistent_cache() -> None:
         except RuntimeError:  # no HOME, and a user that the system does not know
             return
         jax.config.update("jax_compilation_cache_dir", str(base / "emu3_jax" / "compiled"))
+        if _LEAST_SECONDS not in os.environ:
+            # By default JAX keeps what took a second to compile: on a fast machine nothing of the embedded model.
+            jax.config.update(_LEAST_SECONDS.lower(), 0.0)
     place = jax.config.jax_compilation_cache_dir
     if not place or "://" in place:  # a bucket, which JAX knows how to write
         return

@@ -186,8 +186,9 @@ def test_no_memory_is_one_line(monkeypatch, capsys):
     "home, cache, expected",
     [("", "x", "x/emu3_jax/compiled"), ("home", "", "home/.cache/emu3_jax/compiled"), ("", "", None)],
 )
-def test_where_compiled_programs_are_kept(tmp_path, monkeypatch, home, cache, expected):
-    """Without a home directory, nowhere."""
+@pytest.mark.parametrize("least", [None, "1"])
+def test_where_compiled_programs_are_kept(tmp_path, monkeypatch, home, cache, expected, least):
+    """Without a home directory, nowhere. All are kept, however quickly they compile, unless the user says otherwise."""
 
     def no_home():
         raise RuntimeError("Could not determine home directory.")
@@ -204,9 +205,15 @@ def test_where_compiled_programs_are_kept(tmp_path, monkeypatch, home, cache, ex
     config.update = update
     monkeypatch.setattr(compilation, "jax", types.SimpleNamespace(config=config))
     monkeypatch.setenv("XDG_CACHE_HOME", cache and str(tmp_path / cache))
+    monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", raising=False)
+    if least is not None:
+        monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", least)
     monkeypatch.setattr(compilation.pathlib.Path, "home", (lambda: tmp_path / home) if home else no_home)
     compilation.enable_persistent_cache()
-    assert found == ({} if expected is None else {"jax_compilation_cache_dir": str(tmp_path / expected)})
+    wanted = {} if expected is None else {"jax_compilation_cache_dir": str(tmp_path / expected)}
+    if wanted and least is None:
+        wanted["jax_persistent_cache_min_compile_time_secs"] = 0.0
+    assert found == wanted
 
 
 # ------------------------------------------------------------------------------------------------ libtpu

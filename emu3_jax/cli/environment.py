@@ -1,8 +1,10 @@
 """What a command makes of the environment that it is started in, before JAX is imported and when JAX cannot start."""
 
+import gc
 import glob
 import os
 import re
+import sys
 import traceback
 from pathlib import Path
 
@@ -41,10 +43,17 @@ def start_jax() -> None:
     Raises:
         Emu3Error: a variable of the environment that JAX reads has an illegal value.
     """
+    first = "jax" not in sys.modules and gc.isenabled()
+    if first:
+        gc.disable()
     try:
         import jax  # noqa: F401
     except ValueError as error:
         raise Emu3Error(f"JAX cannot start ({error}): correct this variable of the environment") from error
+    finally:
+        if first:  # what importing makes stays: the garbage collector need not walk through it again and again
+            gc.freeze()
+            gc.enable()
 
 
 def explained(error: BaseException) -> Emu3Error | None:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import errno
+import gc
 import importlib
 import logging
 import os
@@ -193,6 +194,7 @@ def program() -> None:
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(code)
+    gc.freeze()  # or the interpreter, before it ends, walks through all that JAX made
     sys.exit(code)
 
 

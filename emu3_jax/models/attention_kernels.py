@@ -1,5 +1,7 @@
 """Fused attention of whole sequences: Splash on TPUs, cuDNN on NVIDIA GPUs. `attention.choose` says which and when.
 
+Splash is imported where it is used: Pallas takes a quarter as long to import as JAX itself.
+
 B batch, S sequence, K KV heads, G query heads per KV head, N = K * G query heads, H head width, M runs in a row.
 """
 
@@ -9,8 +11,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
 ATTENTION = "attention"  # names, for a layer's remat, what the backward pass of a kernel needs of its results
 
@@ -30,6 +30,8 @@ def splash(
     interpret: bool = False,
 ) -> jax.Array:
     """`attention.self_attention` on one TPU core's rows and heads; `interpret` runs the kernel's program anywhere."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
+
     rows, length, k, g, h = q_bskgh.shape
     block, padded = _splash_tiles(length)
     kernel = _splash_kernel(k * g, padded, block, interpret)
@@ -60,6 +62,9 @@ def _splash_tiles(length: int) -> tuple[int, int]:
 
 def _splash_kernel(heads: int, length: int, block: int, interpret: bool) -> Callable[..., jax.Array]:
     """A causal kernel [N, S, H], [K, S, H], [K, S, H] -> [N, S, H]; it reads each KV head once per query head."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+
     sizes = splash_kernel.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=min(block, SPLASH_BLOCK // 2),
         block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=min(block, SPLASH_BLOCK // 2),

@@ -27,7 +27,6 @@ from emu3_jax.models.attention import (
 )
 from emu3_jax.models.attention_kernels import ATTENTION
 from emu3_jax.models.cache import KVCache
-from emu3_jax.models.decode_kernels import attend_one
 
 Params = dict[str, Any]  # nested dicts of arrays
 Rotations = tuple[jax.Array, jax.Array]  # cosines and sines; see `rotations`
@@ -98,6 +97,8 @@ class Attention(nn.Module):
         qkv = project(self, adapter, "bsd,dkph->bskph", x_bsd, name="qkv", shape=(d, k, g + 2, h), axes=axes)
         kernels = "xla" if cache is None or x_bsd.shape[1] > 1 else choose_kernels(self.kernels, h)
         if cache is not None and kernels != "xla":
+            from emu3_jax.models.decode_kernels import attend_one  # with Pallas, which takes long to import
+
             cos, sin = (part[:, 0] for part in rotations_bsr)
             where, interpret = (cache.length, cache.start), kernels != "pallas"
             mixed, kept = attend_one(qkv[:, 0], (cos, sin), cache.layer(layer), *where, interpret=interpret)
