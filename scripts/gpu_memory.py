@@ -24,7 +24,6 @@ SHARE = 0.95  # of the card's memory, which XLA_PYTHON_CLIENT_MEM_FRACTION gives
 RUNS = (
     ("T4", "int8", {}),
     ("T4", "int8", {"fast_pixels": True}),
-    ("T4", "bfloat16", {}),
     ("L4", "int8", {}),
     ("L4", "bfloat16", {}),
     ("A100 40 GB", "bfloat16", {}),
@@ -81,13 +80,12 @@ def main() -> int:
     for card in options.cards:
         if card not in CARDS:
             parser.error(f"card {card!r} is unknown: choose from {', '.join(map(repr, CARDS))}")
-    bundles = write_bundles(options.directory, options.preset)
+    runs = [run for run in RUNS if not options.cards or run[0] in options.cards]
+    bundles = write_bundles(options.directory, options.preset, {bundle for _, bundle, _ in runs})
     total = device_gib()
     rows, failed = [], False
-    for card, bundle, arguments in RUNS:
-        if options.cards and card not in options.cards:
-            continue
-        figures = run(card, bundles[bundle], arguments, total)
+    for card, bundle, arguments in runs:
+        figures = measure(card, bundles[bundle], arguments, total)
         failed |= figures is None
         if figures is not None:
             rows.append((card, bundle, arguments, figures))
@@ -105,16 +103,17 @@ def main() -> int:
     return int(failed)
 
 
-def write_bundles(directory: pathlib.Path, preset: str) -> dict[str, pathlib.Path]:
-    """The bundles of random weights, written unless they are there."""
+def write_bundles(directory: pathlib.Path, preset: str, kinds: set[str]) -> dict[str, pathlib.Path]:
+    """The bundles of random weights, "bfloat16" and "int8", written unless they are there."""
     sys.path.insert(0, str(pathlib.Path(__file__).parent))
     import bench_convert
     import small_checkpoint
 
     from emu3_jax.config import DecoderConfig, VisionConfig
 
-    bundles = {kind: directory / kind for kind in ("bfloat16", "int8")}
-    if not all(bundle.exists() for bundle in bundles.values()):
+    bundles = {kind: directory / kind for kind in sorted(kinds)}
+    absent = [kind for kind, bundle in bundles.items() if not bundle.exists()]
+    if absent:
         if preset == "8b":
             small_checkpoint.VISION = VisionConfig()
         area = 720 * 720 if preset == "8b" else 64 * 64
@@ -123,7 +122,8 @@ def write_bundles(directory: pathlib.Path, preset: str) -> dict[str, pathlib.Pat
             (decoder / "model.safetensors").unlink()
             bench_convert.write_checkpoint(decoder, DecoderConfig())
         convert = [sys.executable, "-m", "emu3_jax", "convert", str(decoder), str(vision), "-o"]
-        for kind, more in (("bfloat16", ()), ("int8", ("--quantize", "int8"))):
+        for kind in absent:
+            more = ("--quantize", kind) if kind == "int8" else ()
             began = time.perf_counter()
             # On the CPU, as on a machine whose GPU is too small for what is converted.
             subprocess.run(
@@ -143,7 +143,7 @@ def device_gib() -> float:
     return int(done.stdout) * 2 / 2**30
 
 
-def run(card: str, bundle: pathlib.Path, arguments: dict, total: float) -> dict | None:
+def measure(card: str, bundle: pathlib.Path, arguments: dict, total: float) -> dict | None:
     """The figures of one run; None where it failed for another reason than memory."""
     memory, capability = CARDS[card]
     share = SHARE if memory is None else SHARE * memory / total
