@@ -1,13 +1,19 @@
 """The command line itself: version, help, lines about wrong words, and completion by a shell. No command runs here."""
 
+import argparse
 import os
+import pathlib
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
 import emu3_jax
-from emu3_jax.cli.main import COMMANDS, main
+from emu3_jax.cli.main import COMMANDS, main, parser
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -87,6 +93,60 @@ def test_values_that_look_like_options(line_of):
         assert "required: -o/--output" in line_of("generate", word)
     assert "invalid int value: '--seed'" not in line_of("generate", "x", "--top-k", "--sed", "1")
     assert "required: -o/--output" in line_of("generate", "--", "--sed")
+
+
+# ------------------------------------------------------------------------------------------------ help
+
+
+def walk(command: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    yield command
+    for action in command._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                yield from walk(inner)
+
+
+ALL = list(walk(parser()))
+EXAMPLES = [
+    line.strip() for command in ALL for line in command.description.splitlines() if line.startswith("  emu3-jax ")
+]
+
+
+@pytest.mark.parametrize("command", ALL, ids=lambda command: command.prog)
+def test_help_is_for_a_newcomer(command, monkeypatch):
+    """A short usage, examples, and for every option a text, a default and a name of its value."""
+    monkeypatch.setenv("COLUMNS", "80")
+    text = command.format_help()
+    usage, described, *_ = text.split("\n\n")
+    assert usage.startswith(f"usage: {command.prog} ") and usage.count("\n") == 0 and "[options]" in usage
+    assert described.rstrip(".") and "\nexamples:\n  emu3-jax " in text
+    assert max(map(len, text.splitlines())) <= 110  # examples are not wrapped
+    for action in command._actions:
+        if isinstance(action, argparse._HelpAction | argparse._SubParsersAction):
+            continue
+        assert action.help and action.help == action.help.strip().rstrip("."), action
+        takes_a_value = action.nargs != 0
+        assert not takes_a_value or action.metavar or action.choices, action
+        if takes_a_value and action.default not in (None, argparse.SUPPRESS, []):
+            assert "(default: " in action.help, action
+
+
+def test_the_commands_of_the_program_are_listed():
+    assert [command.prog for command in ALL if command.prog.count(" ") == 1] == [
+        f"emu3-jax {name}" for name in COMMANDS
+    ]
+    assert ALL[0].format_help().splitlines()[0] == "usage: emu3-jax [options] COMMAND ..."
+    (generate,) = (command for command in ALL if command.prog == "emu3-jax generate")
+    usage = "usage: emu3-jax generate (PROMPT ... | --prompts-file FILE) -o DIR [options]"
+    assert generate.format_help().splitlines()[0] == usage
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_examples_of_the_help_are_legal(example):
+    words = shlex.split(example)[1:]
+    if "--help" not in words:
+        parser().parse_args(words)
+    assert all((ROOT / word).is_file() for word in words if word.startswith("configs/"))
 
 
 # ------------------------------------------------------------------------------------------------ completion

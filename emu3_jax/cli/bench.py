@@ -1,4 +1,11 @@
-"""Measure: figures as JSON lines, both sides of a comparison in one run."""
+"""Measure speed and memory, with random weights or a bundle's. Prints JSON lines.
+
+--compare also runs another implementation with the same shapes on the same device.
+
+examples:
+  emu3-jax bench decode --preset small
+  emu3-jax bench decode --rows 1 8 --compare transformers
+"""
 
 import argparse
 import math
@@ -6,86 +13,174 @@ import math
 from emu3_jax.cli import common
 from emu3_jax.media.sizes import MAX_AREA
 
+_DECODE = """Time the decode loop: milliseconds per token, and the share of the device's bandwidth.
+
+examples:
+  emu3-jax bench decode --preset small
+  emu3-jax bench decode --model --whole
+"""
+_VISION = """Time the vision tokenizer: seconds per picture, encoded and decoded.
+
+examples:
+  emu3-jax bench vision --size 512
+"""
+_TRAIN = """Time the train step: milliseconds per step, tokens per second, MFU and memory.
+
+examples:
+  emu3-jax bench train --preset small --tokens 1024
+"""
+
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    kinds = command.add_subparsers(dest="kind", required=True, metavar="{decode,vision,train}")
-    decode = kinds.add_parser("decode", help="the decode loop, random weights: ms per token, share of bandwidth")
-    decode.add_argument("--preset", choices=("8b", "small"), default="8b", help="decoder shapes (default: %(default)s)")
-    decode.add_argument(
-        "--model",
-        nargs="?",
-        const="embedded",
-        type=common.place_text,
-        metavar="BUNDLE",
-        help="a bundle, or without a name the embedded model, in place of a preset",
-    )
-    common.add_quantize(decode)
-    decode.add_argument(
+    kinds = command.add_subparsers(dest="kind", required=True, metavar="KIND", title="what to measure")
+    _add_decode(kinds.add_parser("decode", help="the decode loop", description=_DECODE))
+    _add_vision(kinds.add_parser("vision", help="the vision tokenizer", description=_VISION))
+    _add_train(kinds.add_parser("train", help="the train step", description=_TRAIN))
+
+
+def _add_decode(command: argparse.ArgumentParser) -> None:
+    _add_preset(command, ("8b", "small"))
+    _add_model(command)
+    common.add_quantize(command)
+    command.add_argument(
         "--kernels",
         choices=("auto", "xla", "pallas"),
         default="auto",
-        help="of attention (default: %(default)s)",
+        help="how attention is computed (default: %(default)s)",
     )
-    decode.add_argument(
-        "--rows", type=common.whole(1, 4096), nargs="+", default=[1], help="pictures at once (default: 1)"
+    command.add_argument(
+        "--rows",
+        type=common.whole(1, 4096),
+        nargs="+",
+        default=[1],
+        metavar="N",
+        help="pictures at once, one or more numbers (default: 1)",
     )
-    decode.add_argument(
-        "--area", type=common.whole(1, MAX_AREA), help="pixels of the picture (default: as many as the model draws)"
+    command.add_argument(
+        "--area",
+        type=common.whole(1, MAX_AREA),
+        metavar="N",
+        help="pixels of the picture (default: what the model was trained for)",
     )
-    decode.add_argument(
-        "--steps",
-        type=common.whole(1, 100_000),
-        default=256,
-        help="steps timed per cache length (default: %(default)s)",
+    _add_steps(command, 256, "steps timed per cache length")
+    command.add_argument(
+        "--whole", action="store_true", help="also time one whole picture, and with --model its pixels too"
     )
-    decode.add_argument("--whole", action="store_true", help="also time one whole picture; of a bundle, to its pixels")
-    decode.add_argument(
-        "--logits", action="store_true", help="also how far --quantize moves the logits of a preset's random weights"
+    command.add_argument(
+        "--logits", action="store_true", help="also say how much --quantize changes the logits of random weights"
     )
-    decode.add_argument("--mesh", metavar="AXIS=N[,...]", help="spread a preset over devices, for example tensor=2")
-    decode.add_argument("--profile", action="store_true", help="also the GPU kernels of a step, by their time")
-    decode.add_argument("--compare", choices=("transformers",), help="also run this peer, same shapes, same device")
-    vision = kinds.add_parser("vision", help="the vision tokenizer with random weights: seconds per picture")
-    vision.add_argument(
+    command.add_argument(
+        "--mesh",
+        metavar="AXIS=N[,...]",
+        help="spread a preset over several devices, for example tensor=2 (default: one device)",
+    )
+    command.add_argument("--profile", action="store_true", help="also list the GPU kernels of a step by their time")
+    _add_compare(command)
+
+
+def _add_vision(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
         "--size",
         type=common.whole(1, math.isqrt(MAX_AREA)),
         default=256,
-        help="picture's height and width (default: %(default)s)",
+        metavar="PIXELS",
+        help="height and width of the picture (default: %(default)s)",
     )
-    vision.add_argument("--preset", choices=("270m", "small"), default="270m", help="shapes (default: %(default)s)")
-    vision.add_argument(
+    _add_preset(command, ("270m", "small"))
+    _add_model(command)
+    command.add_argument("--fast", action="store_true", help="also decode at the device's default precision")
+    command.add_argument(
+        "--repeat",
+        type=common.whole(1, 10_000),
+        default=5,
+        metavar="N",
+        help="timed runs, of which the shortest counts (default: %(default)s)",
+    )
+    _add_compare(command)
+
+
+def _add_train(command: argparse.ArgumentParser) -> None:
+    _add_preset(command, ("8b", "small"))
+    command.add_argument(
+        "--layers", type=common.whole(1, 1024), metavar="N", help="layers of the decoder (default: all of the preset)"
+    )
+    command.add_argument(
+        "--tokens",
+        type=common.whole(1, 2**20),
+        default=10240,
+        metavar="N",
+        help="tokens per row (default: %(default)s)",
+    )
+    command.add_argument(
+        "--rows", type=common.whole(1, 4096), default=1, metavar="N", help="rows per step (default: %(default)s)"
+    )
+    command.add_argument(
+        "--remat",
+        choices=("full", "dots", "none"),
+        default="full",
+        help="what the backward pass computes again instead of keeping it (default: %(default)s)",
+    )
+    command.add_argument(
+        "--attention",
+        choices=("auto", "cudnn", "splash", "xla"),
+        default="auto",
+        help="how attention is computed (default: %(default)s)",
+    )
+    command.add_argument(
+        "--adapter",
+        type=common.whole(0, 4096),
+        default=0,
+        metavar="RANK",
+        help="train LoRA adapters of this rank; 0 trains all weights (default: %(default)s)",
+    )
+    command.add_argument(
+        "--base",
+        choices=("float32", "bfloat16", "int8", "nf4"),
+        default="bfloat16",
+        help="how the frozen weights are kept under --adapter (default: %(default)s)",
+    )
+    command.add_argument(
+        "--mesh", default="fsdp=-1", metavar="AXIS=N[,...]", help="how devices are used (default: %(default)s)"
+    )
+    _add_steps(command, 5, "timed steps")
+    _add_compare(command)
+    command.add_argument("--profile", action="store_true", help="also list the GPU kernels of two steps by their time")
+    command.add_argument(
+        "--compile",
+        dest="compiled",
+        action="store_true",
+        help="with --compare, also run the other implementation with its layers under torch.compile",
+    )
+
+
+def _add_preset(command: argparse.ArgumentParser, presets: tuple[str, str]) -> None:
+    command.add_argument(
+        "--preset", choices=presets, default=presets[0], help="shapes of the random weights (default: %(default)s)"
+    )
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
         "--model",
         nargs="?",
         const="embedded",
         type=common.place_text,
         metavar="BUNDLE",
-        help="a bundle, or without a name the embedded model, in place of a preset",
+        help="measure this bundle instead of a preset; without a name, the small embedded model",
     )
-    vision.add_argument("--fast", action="store_true", help="also decoding at the device's default precision")
-    vision.add_argument(
-        "--repeat",
-        type=common.whole(1, 10_000),
-        default=5,
-        help="timed runs; the shortest counts (default: %(default)s)",
+
+
+def _add_steps(command: argparse.ArgumentParser, default: int, text: str) -> None:
+    command.add_argument(
+        "--steps", type=common.whole(1, 100_000), default=default, metavar="N", help=f"{text} (default: %(default)s)"
     )
-    vision.add_argument("--compare", choices=("transformers",), help="also run this peer, same shapes, same device")
-    train = kinds.add_parser("train", help="the train step, random weights: ms per step, tokens/s, MFU, memory")
-    train.add_argument("--preset", choices=("8b", "small"), default="8b", help="decoder shapes (default: %(default)s)")
-    train.add_argument("--layers", type=common.whole(1, 1024), help="fewer layers than the preset has")
-    train.add_argument("--tokens", type=common.whole(1, 2**20), default=10240, help="of a row (default: %(default)s)")
-    train.add_argument("--rows", type=common.whole(1, 4096), default=1, help="of a step (default: %(default)s)")
-    train.add_argument("--remat", choices=("full", "dots", "none"), default="full", help="default: %(default)s")
-    train.add_argument("--attention", choices=("auto", "cudnn", "splash", "xla"), default="auto", help="default: auto")
-    train.add_argument(
-        "--adapter", type=common.whole(0, 4096), default=0, metavar="RANK", help="train adapters of this rank (LoRA)"
-    )
-    train.add_argument("--base", choices=("float32", "bfloat16", "int8", "nf4"), default="bfloat16", help="with those")
-    train.add_argument("--mesh", default="fsdp=-1", metavar="AXIS=N[,...]", help="default: %(default)s")
-    train.add_argument("--steps", type=common.whole(1, 100_000), default=5, help="timed steps (default: %(default)s)")
-    train.add_argument("--compare", choices=("transformers",), help="also run this peer, same shapes, same device")
-    train.add_argument("--profile", action="store_true", help="also the GPU kernels of two more steps, by their time")
-    train.add_argument(
-        "--compile", dest="compiled", action="store_true", help="also the peer with its layers under torch.compile"
+
+
+def _add_compare(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--compare",
+        choices=("transformers",),
+        help="also run this implementation with the same shapes on the same device",
     )
 
 

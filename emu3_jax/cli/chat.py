@@ -1,6 +1,11 @@
-"""Answer a prompt about each picture or clip; with --together, or without --prompt, hold one conversation about all.
+"""Answer questions about pictures and clips.
 
-Without --prompt, questions are read from standard input, one a line.
+One question is asked about each FILE; several questions are asked about one FILE each. With --together, or without
+--prompt, all files are shown in one conversation. Without --prompt, questions are read from standard input, one a line.
+
+examples:
+  emu3-jax chat out/000.png --prompt "What is this?"
+  emu3-jax chat before.png after.png --prompt "What changed?" --together
 """
 
 import argparse
@@ -10,14 +15,12 @@ from emu3_jax.generation import defaults
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "files", nargs="+", type=common.path_text, metavar="FILE", help="pictures or clips, each asked about on its own"
-    )
-    command.add_argument("--prompt", nargs="+", metavar="TEXT", help="one for all files, or one each; see --together")
+    command.add_argument("files", nargs="+", type=common.path_text, metavar="FILE", help="pictures or clips")
+    command.add_argument("--prompt", nargs="+", metavar="TEXT", help="question, one for all files or one per file")
     command.add_argument(
         "--together",
         action="store_true",
-        help="show all files in one conversation, of which the prompts are the turns, one after the other",
+        help="show all files in one conversation; each --prompt TEXT is its next question",
     )
     common.add_model(command)
     common.add_adapter(command)
@@ -25,21 +28,31 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--clips-as",
         choices=("auto", "clip", "images"),
         default="auto",
-        help="show a clip as one, or its frames as pictures (default: as the model was trained)",
+        help="show a clip as a clip, or its frames as pictures (default: as the model was trained)",
     )
     command.add_argument(
-        "--frames", type=int, metavar="N", help="of a clip (default: those of the training; as pictures, 8)"
+        "--frames",
+        type=int,
+        metavar="N",
+        help="frames to show per clip (default: the training length, or 8 where they are shown as pictures)",
     )
-    command.add_argument("--fps", type=float, metavar="F", help="of a clip's frames that are shown (default: spread)")
+    command.add_argument(
+        "--fps",
+        type=float,
+        metavar="X",
+        help="frames per second to show of a clip (default: spread --frames over all of it)",
+    )
     command.add_argument(
         "--max-new-tokens",
         type=int,
         default=defaults.MAX_NEW_TOKENS,
         metavar="N",
-        help="longest answer (default: %(default)s)",
+        help="longest answer, in tokens (default: %(default)s)",
     )
-    common.add_sampling(command, temperature=0.0)
-    command.add_argument("--json", action="store_true", help="one JSON object a line: file or files, prompt, answer")
+    common.add_sampling(command, "answer", temperature=0.0)
+    command.add_argument(
+        "--json", action="store_true", help="print one JSON object per answer: file (or files), prompt, answer"
+    )
 
 
 def run(options: argparse.Namespace) -> None:

@@ -53,66 +53,92 @@ def whole(least: int, most: int) -> Callable[[str], int]:
     return parse
 
 
+def section(command: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
+    """The options that --help shows under a title of their own."""
+    for group in command._action_groups:
+        if group.title == title:
+            return group
+    return command.add_argument_group(title)
+
+
 def add_model(command: argparse.ArgumentParser) -> None:
-    """`--model`, `--vision`, `--verify`, `--dtype`, `--quantize`, `--mesh`, `--quiet`."""
-    command.add_argument(
-        "--model", type=place_text, metavar="BUNDLE", help="bundle to use (default: the embedded model)"
+    """`--model`, `--vision`, `--verify`, `--dtype`, `--quantize`, `--mesh`, and `--quiet`."""
+    group = section(command, "model")
+    group.add_argument(
+        "--model", type=place_text, metavar="BUNDLE", help="bundle to use (default: the small embedded model)"
     )
-    command.add_argument(
-        "--vision", type=place_text, metavar="BUNDLE", help="take the vision tokenizer from this bundle"
+    group.add_argument(
+        "--vision",
+        type=place_text,
+        metavar="BUNDLE",
+        help="take the vision tokenizer from this bundle (default: from that of --model)",
     )
-    add_verify(command)
-    add_dtype(command)
-    add_quantize(command)
-    command.add_argument("--mesh", metavar="AXIS=N[,...]", help="spread the model over devices, for example tensor=4")
+    add_dtype(group)
+    add_quantize(group)
+    group.add_argument(
+        "--mesh",
+        metavar="AXIS=N[,...]",
+        help="spread the model over several devices, for example tensor=4 (default: one device)",
+    )
+    add_verify(group)
     add_quiet(command)
 
 
 def add_adapter(command: argparse.ArgumentParser) -> None:
     """`--adapter`, beside `--model`."""
-    command.add_argument(
+    section(command, "model").add_argument(
         "--adapter",
         type=place_text,
         metavar="DIR",
-        help="merge this LoRA adapter into the model, from `train --adapter-only` or PEFT",
+        help="merge this LoRA adapter into the model; `train --adapter-only` and the PEFT library write adapters",
     )
 
 
-def add_verify(command: argparse.ArgumentParser) -> None:
+def add_verify(command: argparse._ActionsContainer) -> None:
     """`--verify`."""
     command.add_argument(
-        "--verify",
-        action="store_true",
-        help="first compare the files of the model with their checksums, as doctor does",
+        "--verify", action="store_true", help="first compare the model's files with their checksums, as doctor does"
     )
 
 
-def add_dtype(command: argparse.ArgumentParser) -> None:
+def add_dtype(command: argparse._ActionsContainer) -> None:
     """`--dtype`."""
     command.add_argument(
-        "--dtype", choices=("bfloat16", "float16", "float32"), help="the decoder's dtype (default: the bundle's)"
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        help="dtype of the decoder's weights and computation (default: as the bundle stores them)",
     )
 
 
-def add_quantize(command: argparse.ArgumentParser, default: str | None = None, *, stored: bool = False) -> None:
+def add_quantize(command: argparse._ActionsContainer, default: str | None = None, *, stored: bool = False) -> None:
     """`--quantize`. `stored`: of a bundle that is written."""
     if stored:
-        text = "how the decoder is stored: int8 (8-bit weights and KV cache), int8-weights (weights alone), fp8"
-        text += f" (default: {default or 'in full'})"
+        text = "how to store the decoder: int8 (8-bit weights and KV cache), int8-weights (weights alone), or fp8 "
+        text += f"(8-bit floats, int8 KV cache) (default: {default or 'in full'})"
     else:
-        text = "narrow weights and KV cache: half the memory, other results (default: as the bundle is stored)"
+        text = "keep the decoder's weights, and the KV cache, in 8 bits: half the memory, results change "
+        text += "(default: as the bundle stores them)"
     command.add_argument("--quantize", choices=("int8", "int8-weights", "fp8"), default=default, help=text)
 
 
 def add_fast_pixels(command: argparse.ArgumentParser) -> None:
     """`--fast-pixels`."""
-    command.add_argument("--fast-pixels", action="store_true", help="decode pixels at the device's default precision")
+    section(command, "model").add_argument(
+        "--fast-pixels",
+        action="store_true",
+        help="decode pixels at the device's default precision: faster, pixels change a little, tokens do not",
+    )
 
 
 def add_clip_format(command: argparse.ArgumentParser, name: str) -> None:
     """An option `name` with the endings that `save_clip` writes."""
     formats = ("webp", "png", "gif", "mp4", "webm")
-    command.add_argument(name, choices=formats, default="webp", help="of clips (default: %(default)s)")
+    command.add_argument(
+        name,
+        choices=formats,
+        default="webp",
+        help="format of clips; webp and png lose nothing, mp4 and webm need the extra video (default: %(default)s)",
+    )
 
 
 def add_independent(command: argparse.ArgumentParser) -> None:
@@ -120,7 +146,7 @@ def add_independent(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--independent",
         action="store_true",
-        help="clips in pieces of 4 frames that know nothing of each other, as upstream's script cuts them",
+        help="cut clips into pieces of 4 frames, each coded by itself, as upstream's script does: other codes",
     )
 
 
@@ -129,11 +155,14 @@ def add_resampling(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--fps",
         type=float,
-        metavar="F",
-        help="of clips, take F frames a second (default: as they are); not of pictures",
+        metavar="X",
+        help="resample clips to X frames per second (default: keep their rate); pictures stay as they are",
     )
     command.add_argument(
-        "--frames", type=int, metavar="N", help="take N frames spread over each clip; with --fps, the first N at most"
+        "--frames",
+        type=int,
+        metavar="N",
+        help="take N frames spread over each clip; with --fps, at most the first N (default: all)",
     )
 
 
@@ -143,63 +172,107 @@ def add_tile(command: argparse.ArgumentParser) -> None:
         "--tile",
         type=int,
         metavar="PIXELS",
-        help="large frames in overlapping tiles of this side, for less memory: an approximation, with other results",
+        help="code frames with longer sides in overlapping tiles of this side: less memory, other results",
     )
 
 
 def add_quiet(command: argparse.ArgumentParser) -> None:
     """`--quiet`."""
-    command.add_argument("--quiet", action="store_true", help="show no progress: neither a bar nor lines")
+    command.add_argument("--quiet", action="store_true", help="show no progress")
 
 
-def add_set(command: argparse.ArgumentParser) -> None:
-    """`--set`."""
+def add_config(command: argparse.ArgumentParser, kind: str) -> None:
+    """`CONFIG.py` and `--set`; `kind` is what its `config()` returns."""
+    command.add_argument(
+        "config",
+        type=path,
+        metavar="CONFIG.py",
+        help=f"Python file whose function config() returns {kind}; configs/ has examples",
+    )
     command.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="FIELD=VALUE",
-        help="change a field of the config: --set steps=500 --set adapter.rank=16 (any number, in any order)",
+        help="change a field of the config, for example --set steps=500 --set adapter.rank=16; may be repeated",
     )
 
 
-def add_generation(command: argparse.ArgumentParser) -> None:
-    """What is generated beside the prompts, and how tokens are sampled."""
-    command.add_argument("--area", type=int, help="pixels (default: what the model was trained for)")
-    command.add_argument("--negative", nargs="+", default=[""], metavar="TEXT", help="what to avoid, or one each")
+def add_generation(command: argparse.ArgumentParser, what: str) -> None:
+    """What is generated beside the prompts, and how tokens are sampled; `what` is "picture" or "clip"."""
     command.add_argument(
+        "--area", type=int, metavar="N", help=f"pixels of a {what} (default: what the model was trained for)"
+    )
+    group = section(command, "sampling")
+    group.add_argument(
+        "--negative",
+        nargs="+",
+        default=[""],
+        metavar="TEXT",
+        help="what to avoid, one for all prompts or one per prompt (default: nothing)",
+    )
+    group.add_argument(
         "--guidance",
         type=float,
         nargs="+",
         default=[defaults.GUIDANCE],
-        help=f"scale, or one each (default: {defaults.GUIDANCE})",
+        metavar="X",
+        help="guidance scale, one for all prompts or one per prompt: larger follows the prompt more closely, 1 is none "
+        f"and takes half the work (default: {defaults.GUIDANCE})",
     )
-    add_sampling(command, temperature=defaults.TEMPERATURE)
+    add_sampling(command, what, temperature=defaults.TEMPERATURE)
 
 
-def add_sampling(command: argparse.ArgumentParser, temperature: float) -> None:
-    """How tokens are sampled."""
-    command.add_argument("--temperature", type=float, default=temperature, help="0 is greedy (default: %(default)s)")
-    command.add_argument("--top-k", type=int, default=defaults.TOP_K, help="candidates kept (default: %(default)s)")
-    command.add_argument(
-        "--top-p", type=float, default=defaults.TOP_P, help="probability mass kept (default: %(default)s)"
+def add_sampling(command: argparse.ArgumentParser, what: str, temperature: float) -> None:
+    """How tokens are sampled; `what` is "picture", "clip" or "answer"."""
+    group = section(command, "sampling")
+    group.add_argument(
+        "--temperature",
+        type=float,
+        default=temperature,
+        metavar="X",
+        help="larger is more random, 0 always takes the likeliest token (default: %(default)s)",
     )
-    command.add_argument(
+    group.add_argument(
+        "--top-k",
+        type=int,
+        default=defaults.TOP_K,
+        metavar="N",
+        help="sample among the N likeliest tokens (default: %(default)s)",
+    )
+    group.add_argument(
+        "--top-p",
+        type=float,
+        default=defaults.TOP_P,
+        metavar="X",
+        help="sample among the likeliest tokens whose probabilities add up to X (default: %(default)s)",
+    )
+    group.add_argument("--greedy", action="store_true", help="the same as --temperature 0")
+    group.add_argument(
         "--seed",
         type=int,
         default=defaults.SEED,
-        help="seed of the first row; each next row adds 1 (default: %(default)s)",
+        metavar="N",
+        help=f"seed of the first {what}; each next one adds 1 (default: %(default)s)",
     )
-    command.add_argument("--greedy", action="store_true", help="always take the likeliest token")
-    command.add_argument(
-        "--batch-size", type=int, default=defaults.BATCH_SIZE, help="rows computed at once (default: %(default)s)"
+    group.add_argument(
+        "--batch-size",
+        type=int,
+        default=defaults.BATCH_SIZE,
+        metavar="N",
+        help=f"{what}s computed at once; more take more memory (default: %(default)s)",
     )
-    command.add_argument(
+    group.add_argument(
         "--deterministic",
         action="store_true",
-        help="the same result for a row beside any other rows, in bfloat16 too: batches are filled up to --batch-size",
+        help=f"make each {what} independent of the others of its batch, in bfloat16 too: batches are filled up, which "
+        "takes time",
     )
-    command.add_argument("--allow-special", action="store_true", help="let control tokens in prompts act as such")
+    group.add_argument(
+        "--allow-special",
+        action="store_true",
+        help="let control tokens in prompts act as such (default: refuse such prompts)",
+    )
 
 
 def one_or_each(values: list):

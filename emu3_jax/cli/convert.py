@@ -1,6 +1,13 @@
-"""Convert PyTorch checkpoints (upstream, transformers 4 or 5 layout), or a training run's last one, to a bundle.
+"""Convert PyTorch checkpoints to a bundle.
 
-With --adapter-only, a training run's LoRA adapter, in the format of the PEFT library.
+SRC is the directory of a checkpoint, its id on the Hugging Face hub, or the directory of a training run, whose newest
+checkpoint is taken. Layouts of upstream and of transformers 4 and 5 are recognised. Give a decoder and a vision
+tokenizer together, and the bundle has both.
+
+examples:
+  emu3-jax convert BAAI/Emu3-Gen BAAI/Emu3-VisionTokenizer -o emu3-gen
+  emu3-jax convert BAAI/Emu3-Gen BAAI/Emu3-VisionTokenizer --quantize int8 -o emu3-gen-int8
+  emu3-jax convert run -o tuned
 """
 
 import argparse
@@ -12,18 +19,26 @@ from emu3_jax.cli import common
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "sources", nargs="+", type=common.place_text, metavar="SRC", help="directory, hub id, or a training run"
+        "sources",
+        nargs="+",
+        type=common.place_text,
+        metavar="SRC",
+        help="checkpoint's directory or hub id, or a training run",
     )
-    command.add_argument("-o", "--output", type=common.place, required=True, metavar="BUNDLE")
+    command.add_argument("-o", "--output", type=common.place, required=True, metavar="BUNDLE", help="bundle to write")
     command.add_argument(
         "--dtype",
         choices=("bfloat16", "float16", "float32"),
-        help="of the decoder, or of what --quantize leaves as it is (default: as stored)",
+        help="dtype of the decoder, or of the weights that --quantize leaves as they are (default: as stored)",
     )
     common.add_quantize(command, stored=True)
-    command.add_argument("--template", choices=("chat", "stage1"), help="chat prompt (default: by the source's name)")
     command.add_argument(
-        "--adapter-only", action="store_true", help="of a training run with an adapter, write the adapter alone (LoRA)"
+        "--template", choices=("chat", "stage1"), help="prompt template of the decoder (default: by the name of SRC)"
+    )
+    command.add_argument(
+        "--adapter-only",
+        action="store_true",
+        help="of a training run, write the LoRA adapter alone, in the format of the PEFT library",
     )
     common.add_quiet(command)
 

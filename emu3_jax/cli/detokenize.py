@@ -1,4 +1,12 @@
-"""Decode codes: DIR/NAME.png per [h, w] array, an animated DIR/NAME.webp (or --clip-format) per [t, h, w] array."""
+"""Decode codes to pictures and clips.
+
+CODES.npz is what tokenize wrote. An array [rows, columns] becomes the picture DIR/NAME.png, and an array
+[frames, rows, columns] the clip DIR/NAME.webp.
+
+examples:
+  emu3-jax detokenize codes.npz -o decoded
+  emu3-jax detokenize codes.npz --clip-format gif --fps 24 -o decoded
+"""
 
 import argparse
 
@@ -6,17 +14,24 @@ from emu3_jax.cli import common, outputs
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("codes", type=common.path, metavar="CODES.npz")
+    command.add_argument("codes", type=common.path, metavar="CODES.npz", help="codes, as tokenize writes them")
     common.add_model(command)
     common.add_fast_pixels(command)
     common.add_clip_format(command, "--clip-format")
-    command.add_argument("--fps", type=float, default=12.0, help="frame rate of clips (default: %(default)s)")
     command.add_argument(
-        "--frames", type=int, metavar="N", help="end clips after N frames: tokenize fills them up to a multiple of 4"
+        "--fps", type=float, default=12.0, metavar="X", help="frame rate of clips (default: %(default)s)"
+    )
+    command.add_argument(
+        "--frames",
+        type=int,
+        metavar="N",
+        help="end clips after N frames: tokenize repeats the last frame up to a multiple of 4",
     )
     common.add_independent(command)
     common.add_tile(command)
-    command.add_argument("-o", "--output", type=common.place, required=True, metavar="DIR")
+    command.add_argument(
+        "-o", "--output", type=common.place, required=True, metavar="DIR", help="directory to write to"
+    )
     outputs.add_no_clobber(command)
 
 

@@ -1,4 +1,12 @@
-"""Check a bundle or a published checkpoint: names, shapes, dtypes, vocabulary, templates, checksums."""
+"""Check a bundle or a published checkpoint, and say what is wrong and what to do.
+
+It compares names, shapes, dtypes, the vocabulary, prompt templates and checksums. Exit code 2 means that it found an
+error.
+
+examples:
+  emu3-jax doctor emu3-gen
+  emu3-jax doctor run --clean
+"""
 
 import argparse
 
@@ -6,12 +14,12 @@ from emu3_jax.cli import common
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("path", type=common.path, metavar="BUNDLE_OR_DIR")
-    command.add_argument("--json", action="store_true", help="one JSON object a line: level, what, remedy")
+    command.add_argument("path", type=common.path, metavar="BUNDLE_OR_DIR", help="bundle or checkpoint")
+    command.add_argument("--json", action="store_true", help="print one JSON object per finding: level, what, remedy")
     command.add_argument(
         "--clean",
         action="store_true",
-        help="check nothing: remove what killed runs left in this directory and beside it, and name it",
+        help="check nothing: remove the temporary files that killed runs left in this directory and beside it",
     )
     common.add_quiet(command)
 

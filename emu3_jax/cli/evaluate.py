@@ -1,4 +1,10 @@
-"""Evaluate: measure a model on held-out data; prints the figures as JSON, writes them and a page of pictures."""
+"""Measure a model on held-out data.
+
+Prints the figures as JSON. Writes them to DIR/evaluation.json, and a page of pictures to DIR/index.html.
+
+examples:
+  emu3-jax evaluate configs/eval_emoji.py -o evaluation
+"""
 
 import argparse
 import dataclasses
@@ -7,14 +13,13 @@ from emu3_jax.cli import common, outputs
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("config", type=common.path, metavar="CONFIG.py", help="defines config(), see configs/")
-    common.add_set(command)
+    common.add_config(command, "an EvaluateConfig")
     command.add_argument(
         "-o",
         "--output",
         type=common.place_text,
         metavar="DIR",
-        help="gets evaluation.json and index.html (default: the config's directory)",
+        help="directory to write to (default: the config's)",
     )
     outputs.add_no_clobber(command)
     common.add_adapter(command)

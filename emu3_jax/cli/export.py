@@ -1,4 +1,8 @@
-"""Export a bundle to PyTorch safetensors, bit for bit what it was converted from."""
+"""Export a bundle to PyTorch safetensors, bit for bit what it was converted from.
+
+examples:
+  emu3-jax export emu3-gen --layout transformers -o emu3-gen-hf
+"""
 
 import argparse
 
@@ -6,9 +10,14 @@ from emu3_jax.cli import common
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("bundle", type=common.place, metavar="BUNDLE")
-    command.add_argument("-o", "--output", type=common.place, required=True, metavar="DIR")
-    command.add_argument("--layout", choices=("upstream", "transformers"), required=True, help="whose names to write")
+    command.add_argument("bundle", type=common.place, metavar="BUNDLE", help="bundle to export")
+    command.add_argument("-o", "--output", type=common.place, required=True, metavar="DIR", help="directory to write")
+    command.add_argument(
+        "--layout",
+        choices=("upstream", "transformers"),
+        required=True,
+        help="names and files as in upstream's checkpoints or as in transformers",
+    )
     common.add_verify(command)
     common.add_quiet(command)
 

@@ -1,7 +1,7 @@
-"""Generate pictures from prompts: DIR/000.png and so on, each with how it was made.
+"""Generate pictures from prompts: DIR/000.png and so on.
 
-With -n N, the first N pictures are of the first prompt, and so on. The first picture has the seed --seed, and each next
-one adds 1.
+With -n N, the first N pictures show the first prompt, the next N the second one. The first picture has the seed --seed,
+and each next one adds 1. So a prompt's pictures can be made again one by one.
 
 examples:
   emu3-jax generate "a red apple" "a blue car" -o out
@@ -25,7 +25,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--prompts-file",
         type=common.path,
         metavar="FILE",
-        help="read prompts from this file in UTF-8, one a line, blank lines skipped; - reads standard input",
+        help="read prompts from this file, one a line (UTF-8, blank lines are skipped); - reads standard input",
     )
     command.add_argument(
         "-o", "--output", type=common.place, required=True, metavar="DIR", help="directory to write to"
@@ -41,8 +41,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--format",
         choices=FORMATS,
         default="png",
-        help="png and webp lose nothing, jpg has quality 95; how a picture was made stands in text fields of png, and "
-        "as JSON in the EXIF comment of jpg and webp (default: %(default)s)",
+        help="png and webp lose nothing, jpg has quality 95; each file says how its picture was made: png in text "
+        "fields, jpg and webp as JSON in the EXIF comment (default: %(default)s)",
     )
     command.add_argument(
         "--ratio",
@@ -51,7 +51,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         metavar="W:H",
         help="width:height, one for all prompts or one per prompt (default: 1:1)",
     )
-    common.add_generation(command)
+    common.add_generation(command, "picture")
     command.add_argument(
         "--save-tokens", action="store_true", help="also write DIR/tokens.npz: the ids of picture i under the name i"
     )

@@ -25,28 +25,30 @@ from emu3_jax.errors import Emu3Error
 from emu3_jax.progress import by_default
 
 COMMANDS = {
-    "convert": "PyTorch checkpoints to a bundle",
-    "quantize": "a bundle to a smaller one: int8 or fp8 weights on disk",
-    "export": "a bundle back to PyTorch checkpoints",
-    "merge": "a LoRA adapter into a bundle",
-    "doctor": "check a bundle or checkpoint: what is wrong and what to do",
-    "tokenize": "pictures and clips to codes",
-    "detokenize": "codes to pictures and clips",
-    "generate": "prompts to pictures",
-    "video": "prompts to clips",
-    "chat": "answers about pictures",
-    "prepare": "captioned pictures and clips to training data",
-    "train": "pretrain or fine-tune by a config file",
-    "evaluate": "figures of a model on held-out data",
-    "plan": "compile a config for a TPU slice: memory, FLOPs, collectives",
-    "bench": "measure: figures as JSON lines",
+    "generate": "generate pictures from prompts",
+    "chat": "answer questions about pictures and clips",
+    "video": "generate clips from prompts, or continue a clip",
+    "tokenize": "encode pictures and clips to codes",
+    "detokenize": "decode codes to pictures and clips",
+    "convert": "convert PyTorch checkpoints to a bundle",
+    "quantize": "write a bundle of half the size, with int8 or fp8 weights",
+    "export": "export a bundle to PyTorch checkpoints",
+    "merge": "merge a LoRA adapter into a bundle",
+    "doctor": "check a bundle or checkpoint, and say what to do",
+    "prepare": "prepare training data from captioned pictures and clips",
+    "train": "train or fine-tune a model, as a config file says",
+    "evaluate": "measure a model on held-out data",
+    "plan": "say whether a config fits a TPU slice, on any machine",
+    "bench": "measure speed and memory",
 }
 
 SHELLS = ("bash", "zsh", "fish")  # that `--print-completion` knows
 CLOSED = 141  # as a shell reports SIGPIPE
 
 
-_DESCRIPTION = """Emu3 in JAX: generates pictures and clips from prompts, answers questions about pictures, and trains.
+_DESCRIPTION = """Emu3 in JAX: generate pictures and clips from prompts, ask questions about pictures, and train.
+
+A bundle is a directory that holds a model. Without --model, commands use a small embedded model.
 
 examples:
   emu3-jax generate "a red apple" -o out
@@ -68,14 +70,16 @@ class _Completion(argparse.Action):
 def parser() -> Parser:
     """The whole command line. Commands are imported here, their heavy imports only when they run."""
     root = Parser(prog="emu3-jax", description=_DESCRIPTION)
-    root.add_argument("--version", action="version", version=f"%(prog)s {emu3_jax.__version__}")
+    root.add_argument(
+        "--version", action="version", version=f"%(prog)s {emu3_jax.__version__}", help="print the version"
+    )
     root.add_argument(
         "--print-completion",
         action=_Completion,
         choices=SHELLS,
         default=argparse.SUPPRESS,
         metavar="SHELL",
-        help=f"print a script that lets a shell complete commands, options and files: {', '.join(SHELLS)}",
+        help=f"print a script for a shell, which completes commands, options and files: {', '.join(SHELLS)}",
     )
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     for name, summary in COMMANDS.items():

@@ -1,6 +1,10 @@
-"""Merge a LoRA adapter into a bundle's decoder: a new bundle, complete with vision tokenizer and text tokenizer.
+"""Merge a LoRA adapter into a bundle's decoder, and write a new bundle.
 
-The adapter is one that `emu3-jax train --adapter-only` or the PEFT library wrote.
+`emu3-jax train --adapter-only` and the PEFT library write adapters. The new bundle is complete: it has the vision
+tokenizer and the text tokenizer too.
+
+examples:
+  emu3-jax merge emu3-gen --adapter run/adapter -o merged
 """
 
 import argparse
@@ -9,15 +13,13 @@ from emu3_jax.cli import common
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "bundle", type=common.place, metavar="BUNDLE", help="the bundle that the adapter was trained on"
-    )
-    command.add_argument("--adapter", type=common.place, required=True, metavar="DIR", help="the adapter's directory")
-    command.add_argument("-o", "--output", type=common.place, required=True, metavar="NEW", help="the new bundle")
+    command.add_argument("bundle", type=common.place, metavar="BUNDLE", help="bundle that the adapter was trained on")
+    command.add_argument("--adapter", type=common.place, required=True, metavar="DIR", help="directory of the adapter")
+    command.add_argument("-o", "--output", type=common.place, required=True, metavar="NEW", help="new bundle to write")
     command.add_argument(
         "--dtype",
         choices=("bfloat16", "float16", "float32"),
-        help="of the new decoder (default: that of the training; for adapters by PEFT, the bundle's)",
+        help="dtype of the new decoder (default: as in training; for adapters by PEFT, as in BUNDLE)",
     )
     common.add_verify(command)
     common.add_quiet(command)

@@ -1,4 +1,11 @@
-"""Compile a config for a TPU slice, on any machine: memory, FLOPs, collectives. Exits 1 if it does not fit."""
+"""Compile a config for a TPU slice, on any machine, and say whether it fits: memory, FLOPs, collectives.
+
+No TPU is needed, but the extra tpu is. Exit code 1 means that the config does not fit.
+
+examples:
+  emu3-jax plan configs/generate_8b.py --topology v5e:2x4
+  emu3-jax plan configs/sft_t2i_8b.py --topology v5p:4x4x4 --json
+"""
 
 import argparse
 import json
@@ -8,17 +15,23 @@ from emu3_jax.cli import common
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("config", type=common.path, metavar="CONFIG.py", help="defines config(), see configs/")
-    command.add_argument("--topology", required=True, metavar="KIND:SHAPE", help="like v5p:4x4x4 or v5e:8x8")
-    common.add_set(command)
-    command.add_argument("--rows-per-chip", type=int, metavar="N", help="of training, in place of batch_size")
+    common.add_config(command, "a TrainConfig, VisionTrainConfig or GenerateConfig")
+    command.add_argument(
+        "--topology",
+        required=True,
+        metavar="KIND:SHAPE",
+        help="kind and shape of the slice, for example v5p:4x4x4 or v5e:8x8",
+    )
+    command.add_argument(
+        "--rows-per-chip", type=int, metavar="N", help="training rows per chip (default: by the config's batch_size)"
+    )
     command.add_argument(
         "--hbm-limit",
         type=float,
         metavar="GIB",
-        help="compile as if a chip had no more; with room to spare XLA trades memory for time",
+        help="compile as if a chip had this memory: XLA spends spare memory to save time (default: all of it)",
     )
-    command.add_argument("--json", action="store_true", help="the plan as JSON")
+    command.add_argument("--json", action="store_true", help="print the plan as JSON")
 
 
 def run(options: argparse.Namespace) -> int:

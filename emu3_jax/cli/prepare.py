@@ -1,8 +1,14 @@
-"""Prepare training data: captioned pictures and clips to sharded codes and texts, with an index.
+"""Prepare training data: captioned pictures and clips become files of codes and captions.
 
-SOURCE may be a folder of photos with captions in .txt files of their names; docs/data.md lists all kinds.
-Run again after an interruption, it keeps finished shards. On a TPU slice or under Slurm, start it on every host with
-the same arguments: the hosts share the work. Elsewhere give each its own --host; the last to finish writes the index.
+SOURCE may be a folder of pictures with captions in .txt files of the same names; docs/data.md lists all kinds. Run the
+same command again after an interruption: it keeps the files that are complete.
+
+On a TPU slice or under Slurm, start the command on every host with the same arguments: the hosts share the work.
+Elsewhere give each host --host and --hosts; the last one to finish writes the index.
+
+examples:
+  emu3-jax prepare photos --validation 0.05 -o data
+  emu3-jax prepare hf:NAME --text-column caption -o data
 """
 
 import argparse
@@ -24,34 +30,57 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     source.add_argument(
         "--features", type=common.path, metavar="LIST.json",
-        help="import what the reference's prepare_data.py wrote; its codes must be of this model's tokenizer",
+        help="import the codes that the reference's prepare_data.py wrote; they must be of --model's vision tokenizer",
     )  # fmt: skip
     command.add_argument(
-        "--model", type=common.place_text, metavar="BUNDLE", help="bundle whose vision tokenizer encodes"
+        "--model",
+        type=common.place_text,
+        metavar="BUNDLE",
+        help="bundle whose vision tokenizer encodes the pictures (default: the small embedded model)",
     )
     common.add_verify(command)
-    command.add_argument("-o", "--output", type=common.place, required=True, metavar="DIR")
+    command.add_argument(
+        "-o", "--output", type=common.place, required=True, metavar="DIR", help="directory to write to"
+    )
     size = command.add_mutually_exclusive_group()
     size.add_argument(
         "--area", type=int, default=720 * 720, metavar="N",
-        help="pixels that pictures are resized to, keeping their shape, as the reference does (default: %(default)s)",
+        help="resize pictures to N pixels, keeping their shape, as the reference does (default: %(default)s)",
     )  # fmt: skip
-    size.add_argument("--keep-size", action="store_true", help="leave the size to the bundle's image processor alone")
-    command.add_argument("--image-column", metavar="NAME", help="column with pictures, or with their file names")
-    command.add_argument("--text-column", metavar="NAME", help="column with captions")
-    command.add_argument("--images", type=common.path, metavar="DIR", help="where the paths in LLaVA's JSON begin")
+    size.add_argument(
+        "--keep-size", action="store_true", help="resize pictures only as the bundle's image processor does"
+    )
+    command.add_argument(
+        "--image-column",
+        metavar="NAME",
+        help="column of a table that has the pictures, or their file names (default: by its name)",
+    )
+    command.add_argument(
+        "--text-column", metavar="NAME", help="column of a table that has the captions (default: by its name)"
+    )
+    command.add_argument(
+        "--images",
+        type=common.path,
+        metavar="DIR",
+        help="folder that the paths in LLaVA's JSON start from (default: its own)",
+    )
     command.add_argument(
         "--validation", type=float, metavar="SHARE",
-        help="share of the records, such as 0.05, that goes to DIR/validation; a picture is always on the same side",
+        help="put this share of the records, such as 0.05, into DIR/validation; a picture's side never changes",
     )  # fmt: skip
     command.add_argument(
         "--on-error", choices=("stop", "skip"),
-        help="for what cannot be used: stop (default for manifests and --features), or skip and list it (for others)",
+        help="what to do with unusable records: stop (default for manifests and --features), or skip and list them "
+        "(default for the others)",
     )  # fmt: skip
-    command.add_argument("--shards", type=int, metavar="N", help="files to write (default: one per 1,024 lines)")
+    command.add_argument(
+        "--shards", type=int, metavar="N", help="number of files to write (default: one per 1,024 records)"
+    )
     command.add_argument("--workers", type=int, default=4, metavar="N", help="threads that read (default: %(default)s)")
-    command.add_argument("--host", type=int, metavar="I", help="number of this host, from 0")
-    command.add_argument("--hosts", type=int, metavar="N", help="hosts that share the work (default: as started)")
+    command.add_argument("--host", type=int, metavar="I", help="number of this host, from 0 (default: found out)")
+    command.add_argument(
+        "--hosts", type=int, metavar="N", help="number of hosts that share the work (default: found out)"
+    )
     common.add_quiet(command)
 
 

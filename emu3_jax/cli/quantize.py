@@ -1,6 +1,10 @@
 """Quantise a bundle's decoder on disk: a new bundle of half the size, which loads faster and needs no option.
 
-It generates what `--quantize` generates with the full bundle. Keep the full bundle to train, merge or export.
+The new bundle generates what the full bundle generates with `--quantize`. Keep the full bundle to train, merge or
+export.
+
+examples:
+  emu3-jax quantize emu3-gen -o emu3-gen-int8
 """
 
 import argparse
@@ -9,8 +13,8 @@ from emu3_jax.cli import common
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("bundle", type=common.place, metavar="BUNDLE", help="a full bundle")
-    command.add_argument("-o", "--output", type=common.place, required=True, metavar="NEW", help="the new bundle")
+    command.add_argument("bundle", type=common.place, metavar="BUNDLE", help="full bundle")
+    command.add_argument("-o", "--output", type=common.place, required=True, metavar="NEW", help="new bundle to write")
     common.add_quantize(command, default="int8", stored=True)
     common.add_verify(command)
     common.add_quiet(command)

@@ -1,4 +1,12 @@
-"""Encode pictures and clips to codes: one int32 array per input, keyed by file stem, [h, w] or [t, h, w]."""
+"""Encode pictures and clips to codes.
+
+CODES.npz gets an int32 array for each FILE, under the file's name without its ending: [rows, columns] for a picture,
+[frames, rows, columns] for a clip.
+
+examples:
+  emu3-jax tokenize photo.jpg -o codes.npz
+  emu3-jax tokenize photo.jpg clip.webp --frames 8 -o codes.npz
+"""
 
 import argparse
 
@@ -6,12 +14,12 @@ from emu3_jax.cli import common, outputs
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("files", nargs="+", type=common.path, metavar="FILE", help="pictures or clips")
+    command.add_argument("files", nargs="+", type=common.path, metavar="FILE", help="pictures and clips")
     common.add_model(command)
     common.add_resampling(command)
     common.add_independent(command)
     common.add_tile(command)
-    command.add_argument("-o", "--output", type=common.place, required=True, metavar="CODES.npz")
+    command.add_argument("-o", "--output", type=common.place, required=True, metavar="CODES.npz", help="file to write")
     outputs.add_no_clobber(command)
 
 

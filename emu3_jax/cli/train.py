@@ -1,4 +1,12 @@
-"""Train: run a config file, from the last checkpoint in its directory if there is one."""
+"""Train a model, as a config file says: pretrain or fine-tune a decoder, or train a vision tokenizer.
+
+The config names the run's directory; the trained model is DIRECTORY/model. Run the same command again after an
+interruption: it resumes from the newest checkpoint.
+
+examples:
+  emu3-jax train configs/photos_laptop.py
+  emu3-jax train configs/photos_laptop.py --adapter-only --set steps=500
+"""
 
 import argparse
 
@@ -6,10 +14,11 @@ from emu3_jax.cli import common
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("config", type=common.path, metavar="CONFIG.py", help="defines config(), see configs/")
-    common.add_set(command)
+    common.add_config(command, "a TrainConfig or VisionTrainConfig")
     command.add_argument(
-        "--adapter-only", action="store_true", help="write the trained LoRA adapter alone, not a model with it merged"
+        "--adapter-only",
+        action="store_true",
+        help="write the trained LoRA adapter alone to DIRECTORY/adapter, and no model",
     )
     common.add_verify(command)
     common.add_quiet(command)

@@ -23,6 +23,28 @@ class Parser(argparse.ArgumentParser):
         defaults = {"allow_abbrev": False, "formatter_class": _Formatter}
         super().__init__(*arguments, **{**defaults, **options})
         self._words: Sequence[str] = ()
+        self._positionals.title = "arguments"
+
+    def format_help(self) -> str:
+        """argparse's own usage names every option, in many lines."""
+        self.usage = self.usage or f"{self.prog} {self._short_usage()}".replace("%", "%%")
+        return super().format_help()
+
+    def _short_usage(self) -> str:
+        """Arguments, the options that must be given, and `[options]` for the others."""
+        choices = [group for group in self._mutually_exclusive_groups if group.required]
+        positionals, required = [], []
+        for action in self._actions:
+            group = next((group for group in choices if action in group._group_actions), None)
+            if group is not None:
+                if action is group._group_actions[0]:
+                    positionals.append(f"({' | '.join(map(_usage, group._group_actions))})")
+            elif not action.option_strings:
+                positionals.append(_usage(action))
+            elif action.required:
+                required.append(_usage(action))
+        parts = [*positionals, *required]
+        return " ".join(["[options]", *parts] if self._subparsers else [*parts, "[options]"])
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: typing.Any = None) -> typing.Any:
         self._words = sys.argv[1:] if args is None else list(args)
@@ -69,8 +91,19 @@ class Parser(argparse.ArgumentParser):
         return _suggestion(unknown, self._option_string_actions)
 
 
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of a description, in which examples stand."""
+class _Formatter(argparse.HelpFormatter):
+    """Fills the paragraphs of a description to the terminal's width, but keeps the lines of indented ones: examples."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        fill = super()._fill_text
+        paragraphs = text.strip().split("\n\n")
+        return "\n\n".join(part if "\n  " in part else fill(part, width, indent) for part in paragraphs)
+
+
+def _usage(action: argparse.Action) -> str:
+    several = " ..." if action.nargs in (argparse.ONE_OR_MORE, argparse.ZERO_OR_MORE, argparse.PARSER) else ""
+    named = f"{action.metavar or action.dest}{several}"
+    return f"{action.option_strings[0]} {named}" if action.option_strings else named
 
 
 def _suggestion(word: str, legal: Iterable[str]) -> str:

@@ -1,4 +1,11 @@
-"""Generate or extend one clip per prompt: DIR/000.webp ... For models trained on clips; no published weights are."""
+"""Generate a clip for each prompt, or continue a clip: DIR/000.webp and so on.
+
+No published weights generate clips. Use the embedded model, or one that you trained on clips.
+
+examples:
+  emu3-jax video "a small blue circle moves right on a white background" -o clips
+  emu3-jax video "a small blue circle moves right on a white background" --extend clips/000.webp -o longer
+"""
 
 import argparse
 
@@ -7,28 +14,44 @@ from emu3_jax.generation import defaults
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("prompts", nargs="+", metavar="PROMPT", help="what to show")
+    command.add_argument("prompts", nargs="+", metavar="PROMPT", help="what to show, in one argument")
     common.add_model(command)
     common.add_adapter(command)
     common.add_fast_pixels(command)
     command.add_argument(
-        "--frames", type=int, default=defaults.FRAMES, metavar="N", help="new ones of each clip (default: %(default)s)"
+        "--frames",
+        type=int,
+        default=defaults.FRAMES,
+        metavar="N",
+        help="new frames of each clip (default: %(default)s)",
     )
     command.add_argument(
-        "--fps", type=float, metavar="F", help=f"frames per second (default: those of --extend, or {defaults.FPS:g})"
+        "--fps",
+        type=float,
+        metavar="X",
+        help=f"frames per second of the clips (default: as in --extend, or {defaults.FPS:g})",
     )
-    command.add_argument("--extend", type=common.path, metavar="CLIP", help="go on from this clip or picture")
-    command.add_argument("--window", type=int, metavar="N", help="frames of one pass (default: as in training)")
-    command.add_argument("--ratio", metavar="W:H", help="default: that of --extend, or 1:1")
-    common.add_generation(command)
+    command.add_argument(
+        "--extend", type=common.path, metavar="CLIP", help="clip or picture that the new frames continue"
+    )
+    command.add_argument(
+        "--window",
+        type=int,
+        metavar="N",
+        help="frames generated in one pass, longer clips take several (default: the training length)",
+    )
+    command.add_argument("--ratio", metavar="W:H", help="width:height of the clips (default: as in --extend, or 1:1)")
+    common.add_generation(command, "clip")
     common.add_clip_format(command, "--format")
     command.add_argument(
         "--live",
         type=common.path,
         metavar="FRAMES",
-        help="also write each new frame to FRAMES/000/0000.png ... at once; those stay if the command is interrupted",
+        help="also write each new frame as FRAMES/000/0000.png and so on at once; they stay after an interruption",
     )
-    command.add_argument("-o", "--output", type=common.place, required=True, metavar="DIR")
+    command.add_argument(
+        "-o", "--output", type=common.place, required=True, metavar="DIR", help="directory to write to"
+    )
     outputs.add_no_clobber(command)
 
 
