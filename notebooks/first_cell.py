@@ -123,8 +123,7 @@ def check_room(what: str, *, memory: float = 0, disk: float = 0, device: float =
         import jax
 
         stats = jax.local_devices()[0].memory_stats() or {}
-        on_cpu = jax.default_backend() == "cpu"
-        has["device memory"] = has["main memory"] if on_cpu else stats.get("bytes_limit", 0)
+        has["device memory"] = stats.get("bytes_limit", has["main memory"])  # a CPU has no memory of its own
     for place, needed in (("main memory", memory), ("disk", disk), ("device memory", device)):
         if needed and has[place] < needed * GB:
             raise Stop(

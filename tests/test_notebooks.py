@@ -17,6 +17,10 @@ import types
 import pytest
 from PIL import Image
 
+import emu3_jax
+from emu3_jax.checkpoints.bundle import Bundle
+from emu3_jax.checkpoints.embedded import embedded_bundle
+
 pytestmark = pytest.mark.slow  # and needs Jupyter, which the quick tier does without
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -42,6 +46,35 @@ def kernel(tmp_path, monkeypatch) -> str:
     return directory.name
 
 
+def code_cells(name: str) -> list[str]:
+    """The sources of a notebook's cells of code; the package is this checkout."""
+    import nbformat
+
+    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    first, *others = (cell.source for cell in notebook.cells if cell.cell_type == "code")
+    return [re.sub(r"(?m)^PACKAGE = .*$", f"PACKAGE = {str(ROOT)!r}", first), *others]
+
+
+def run_notebook(cells: list[str], folder: pathlib.Path, kernel: str) -> list:
+    """The outputs of each cell in a new kernel. An error ends the run; later cells have none."""
+    import nbclient
+    import nbformat
+
+    notebook = nbformat.v4.new_notebook(cells=[*map(nbformat.v4.new_code_cell, cells)])
+    resources = {"metadata": {"path": str(folder)}}
+    client = nbclient.NotebookClient(notebook, kernel_name=kernel, timeout=900, resources=resources)
+    with contextlib.suppress(nbclient.exceptions.DeadKernelError, nbclient.exceptions.CellExecutionError):
+        client.execute()
+    return [cell.outputs for cell in notebook.cells]
+
+
+def run_cells(cells: list[str], folder: pathlib.Path, kernel: str) -> list[str]:
+    """What each cell printed, and the message of the error that ended it."""
+    shown = run_notebook(cells, folder, kernel)
+    return ["".join(o.get("text", o.get("evalue", "")) for o in outputs) for outputs in shown]
+
+
 class Executed:
     """What a notebook showed and computed.
 
@@ -52,20 +85,11 @@ class Executed:
     """
 
     def __init__(self, name: str, folder: pathlib.Path, kernel: str, expression: str):
-        import nbclient
-        import nbformat
-
-        notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
-        nbformat.validate(notebook)
-        code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-        code[0].source = re.sub(r"^PACKAGE = .*$", f"PACKAGE = {str(ROOT)!r}", code[0].source, flags=re.MULTILINE)
         file = folder / "values.json"
         last = f"import json, pathlib\npathlib.Path({str(file)!r}).write_text(json.dumps({expression}))"
-        notebook.cells.append(nbformat.v4.new_code_cell(last))
         folder.joinpath("work").mkdir()
-        resources = {"metadata": {"path": str(folder / "work")}}
-        nbclient.NotebookClient(notebook, kernel_name=kernel, timeout=900, resources=resources).execute()
-        outputs = [output for cell in code for output in cell.outputs]
+        outputs = [o for cell in run_notebook([*code_cells(name), last], folder / "work", kernel) for o in cell]
+        assert not [o for o in outputs if o.output_type == "error"]
         self.values = json.loads(file.read_text())
         self.printed = "".join(o.text for o in outputs if o.output_type == "stream" and o.name == "stdout")
         shown = [o.data for o in outputs if o.output_type in ("execute_result", "display_data")]
@@ -274,7 +298,6 @@ def test_room_is_checked_before_work(runtime, monkeypatch):
         cell["check_room"]("this", device=12)
     gpu = types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": 15e9})
     monkeypatch.setattr(jax, "local_devices", lambda: [gpu])
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     cell["check_room"]("this", device=12)
     with pytest.raises(cell["Stop"], match="needs 16 GB of device memory, and this runtime has 15 GB free"):
         cell["check_room"]("this", device=16)
@@ -282,23 +305,12 @@ def test_room_is_checked_before_work(runtime, monkeypatch):
 
 def test_kernel_restarts_and_the_cell_passes(tmp_path, kernel):
     """A real kernel that imported another version: the cell says so and ends it; in the next kernel it passes."""
-    import nbclient
-    import nbformat
-
-    cell = re.sub(r"(?m)^PACKAGE = .*$", f"PACKAGE = {str(ROOT)!r}", FIRST_CELL.read_text())
-
-    def run(before: str):
-        notebook = nbformat.v4.new_notebook(cells=[*map(nbformat.v4.new_code_cell, (before, cell, "print('next')"))])
-        resources = {"metadata": {"path": str(tmp_path)}}
-        client = nbclient.NotebookClient(notebook, kernel_name=kernel, timeout=600, resources=resources)
-        with contextlib.suppress(nbclient.exceptions.DeadKernelError, nbclient.exceptions.CellExecutionError):
-            client.execute()
-        return ["".join(o.get("text", o.get("evalue", "")) for o in c.get("outputs", ())) for c in notebook.cells]
-
-    _, first, following = run("import numpy\nnumpy.__version__ = '1.0'")
+    cell, *_ = code_cells("01_generate_and_chat")
+    before = "import numpy\nnumpy.__version__ = '1.0'"
+    _, first, following = run_cells([before, cell, "print('next')"], tmp_path, kernel)
     assert "The kernel must restart: it imported numpy 1.0 (now " in first and "the kernel restarts" in first
     assert following == ""
-    _, first, following = run("import numpy")
+    _, first, following = run_cells(["import numpy", cell, "print('next')"], tmp_path, kernel)
     assert re.fullmatch(r"emu3-jax \S+ with JAX \S+, extras: \S+\n", first) and following == "next\n"
 
 
@@ -314,6 +326,27 @@ def test_generate_and_chat(tmp_path, kernel):
     assert "Describe the image. -> a large blue circle on the left of a white background" in done.printed
     assert "What colour is the shape? -> blue" in done.printed
     assert done.images == 3
+
+
+def test_large_weights_are_converted_once(tmp_path, kernel):
+    """The section that is off by default. Checkpoints on the disk stand in for those of the hub."""
+    checkpoint = tmp_path / "checkpoint"
+    emu3_jax.export(embedded_bundle(), checkpoint, layout="upstream", progress=False)
+    weights = (checkpoint / "language_model").rename(tmp_path / "Emu3-Gen")
+    first_cell, *_, section = code_cells("01_generate_and_chat")
+    section = section.replace("BAAI/Emu3-VisionTokenizer", str(checkpoint / "vision_tokenizer"))
+    section = re.sub(r"^WEIGHTS = None.*", f"WEIGHTS = {str(weights)!r}", section)
+    little = "import types\npsutil.virtual_memory = lambda: types.SimpleNamespace(available=8e9)"
+    *_, refused = run_cells([first_cell, little, section], tmp_path, kernel)
+    assert "Emu3-Gen in int8 needs 12 GB of device memory, and this runtime has 8 GB free: choose a larger" in refused
+    assert not (tmp_path / "weights").exists() and "\n" not in refused
+    ample = "import emu3_jax\ncheck_room = lambda what, **needs: print(needs)"
+    *_, first, second = run_cells([first_cell, ample, section, section], tmp_path, kernel)
+    assert "{'device': 12}" in first and "'disk': 45.5}" in first and "convert" in first
+    assert "{'device': 12}" in second and "convert" not in second
+    assert Bundle.open(tmp_path / "weights" / "emu3-gen-int8").has("vision")
+    with Image.open(tmp_path / "shiba.png") as drawn:
+        assert drawn.size == (32, 32)
 
 
 def test_tokenizer(tmp_path, kernel):
