@@ -71,13 +71,14 @@ def test_type_checkers_see_the_public_names():
     }
     assert seen == emu3_jax._PUBLIC
     assert (ROOT / "emu3_jax" / "py.typed").is_file()
-    assert "py.typed" in PROJECT["tool"]["setuptools"]["package-data"]["emu3_jax"]
+    # The wheel has all files of the package: `test_release.py` builds it.
+    assert PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"] == {"packages": ["emu3_jax"]}
 
 
 def test_the_version_is_the_package_s():
     assert PROJECT["project"]["dynamic"] == ["version"] and "version" not in PROJECT["project"]
-    assert PROJECT["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "emu3_jax.__version__"}
-    # setuptools finds it without running the file only where it is a plain text.
+    assert PROJECT["tool"]["hatch"]["version"] == {"path": "emu3_jax/__init__.py"}
+    # hatchling, which does not run the file, finds it only where it is a plain text.
     tree = ast.parse(inspect.getsource(emu3_jax))
     (value,) = (
         ast.literal_eval(node.value)
