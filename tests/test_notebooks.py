@@ -341,6 +341,9 @@ def test_large_weights_are_converted_once(tmp_path, kernel):
     assert "Emu3-Gen in int8 needs 12 GB of device memory, and this runtime has 8 GB free: choose a larger" in refused
     assert not (tmp_path / "weights").exists() and "\n" not in refused
     ample = "import emu3_jax\ncheck_room = lambda what, **needs: print(needs)"
+    wrong = section.replace(str(weights), str(tmp_path / "Emu3-Gen-absent"))
+    *_, failed = run_cells([first_cell, ample, wrong], tmp_path, kernel)
+    assert "emu3-jax: error: " in failed and "emu3-jax convert failed: its message is above" in failed
     *_, first, second = run_cells([first_cell, ample, section, section], tmp_path, kernel)
     assert "{'device': 12}" in first and "'disk': 45.5}" in first and "convert" in first
     assert "{'device': 12}" in second and "convert" not in second
