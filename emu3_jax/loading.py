@@ -1,6 +1,8 @@
 """`load`: from a bundle on disk to an `Emu3` in memory."""
 
 import dataclasses
+import functools
+import logging
 import os
 from collections.abc import Mapping
 
@@ -10,14 +12,17 @@ from emu3_jax.checkpoints.adapter import SavedAdapter
 from emu3_jax.checkpoints.bundle import Bundle
 from emu3_jax.checkpoints.embedded import embedded_bundle
 from emu3_jax.checkpoints.merged import load_merged
-from emu3_jax.compilation import enable_persistent_cache
+from emu3_jax.compilation import check_backend, enable_persistent_cache
 from emu3_jax.generation.codec import Vision
 from emu3_jax.generation.language import Language
 from emu3_jax.generation.pipeline import Emu3
+from emu3_jax.models import capability
 from emu3_jax.models.quantization import check_kind
 from emu3_jax.sharding.mesh import make_mesh
-from emu3_jax.sharding.rules import decoder_shardings, vision_shardings
+from emu3_jax.sharding.rules import decoder_shardings, use_mesh, vision_shardings
 from emu3_jax.text.prompts import prompt_templates
+
+_log = logging.getLogger("emu3_jax")
 
 
 def load(
@@ -41,7 +46,8 @@ def load(
         vision: where the vision tokenizer comes from, if not from `model`: another bundle, or a loaded model, whose
             vision tokenizer is then shared in memory.
         dtype: "bfloat16", "float16" or "float32": the decoder's weights and compute dtype. By default the bundle's;
-            with an adapter that was trained here, that of its training.
+            with an adapter that was trained here, that of its training; and float16 in place of bfloat16 on NVIDIA
+            GPUs before Ampere, such as a T4, which lack bfloat16.
         mesh: "tensor=4", a mapping of axes to sizes, or a mesh from `sharding.mesh.make_mesh`: the decoder's weights
             are restored straight to their parts, and generation runs on all its devices. In float32 tokens do not
             change; in narrower dtypes sums round in another order.
@@ -67,6 +73,8 @@ def load(
     saved = None if adapter is None else SavedAdapter.open(adapter, bundle, verify=verify)
     if bundle.has("decoder"):
         config = bundle.decoder_config if saved is None else saved.decoder
+        with use_mesh(mesh):
+            dtype = decoder_dtype(dtype, config.dtype, bundle.quantize or quantize)
         if dtype is not None:
             config = dataclasses.replace(config, dtype=dtype)
         shardings = None if mesh is None else decoder_shardings(config, mesh)
@@ -77,6 +85,46 @@ def load(
         templates = prompt_templates(bundle.template, config.clip_layout)
         language = Language(config, params, bundle.tokenizer(), templates, mesh, bundle.quantize or quantize)
     return Emu3(name, language, _load_vision(bundle, vision, mesh, fast_pixels, verify))
+
+
+def decoder_dtype(wanted: str | None, own: str, quantize: str | None = None) -> str | None:
+    """The dtype to load a decoder in, and one warning line where the GPU lacks what is asked for.
+
+    Args:
+        wanted: what the caller asks for, or None.
+        own: of the bundle.
+        quantize: of `models.quantization.KINDS`, or None.
+
+    Returns:
+        `wanted`, or "float16" where nothing is asked for, the bundle says bfloat16, and the GPU has no bfloat16.
+    """
+    check_backend()
+    if quantize == "fp8" and capability.emulates_float8():
+        _warn_once(
+            f"{_gpu()} has no float8: its codes are widened by many instructions; --quantize int8 takes as little "
+            "memory and is nearer to the full weights"
+        )
+    if (wanted or own) != "bfloat16" or not capability.emulates_bfloat16():
+        return wanted
+    if wanted is not None:
+        _warn_once(f"{_gpu()} has no bfloat16, and computes it in float32, slowly; --dtype float16 is what it has")
+        return wanted
+    _warn_once(
+        f"{_gpu()} has no bfloat16: the decoder is loaded in float16, which is more exact, but cuts numbers off at "
+        "65,504; if pictures look wrong, compare with --dtype float32"
+    )
+    return "float16"
+
+
+def _gpu() -> str:
+    found = capability.cuda_capability()
+    assert found is not None  # else nothing is emulated
+    return f"this GPU (compute capability {capability.text(found)})"
+
+
+@functools.cache
+def _warn_once(line: str) -> None:
+    _log.warning(line)
 
 
 def _load_vision(

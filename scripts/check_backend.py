@@ -7,6 +7,7 @@ check, and exits with 1 if any fails.
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import pathlib
 import re
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import emu3_jax
 from emu3_jax.benchmarks.decode import random_params
 from emu3_jax.checkpoints.layouts import decoder_params, vision_params
 from emu3_jax.checkpoints.published_config import decoder_from_published, vision_from_published
@@ -25,6 +27,7 @@ from emu3_jax.generation.rows import Sampling
 from emu3_jax.generation.schedule import image_schedule, text_schedule
 from emu3_jax.generation.session import DecodeSession, Row
 from emu3_jax.models.cache import KVCache
+from emu3_jax.models.capability import AMPERE, cuda_at_least
 from emu3_jax.models.decoder import Decoder
 from emu3_jax.models.quantization import quantise_params
 from emu3_jax.models.vision import VisionTokenizer
@@ -94,7 +97,7 @@ def check_decoder(config: DecoderConfig, params: dict):
     negative = [config.tokens.bos, *prompt[prompt.index(config.tokens.boi) :]]  # the case's negative prompt is empty
     height, width = sequences["wide/image_size"][0]
     picture = [Row(prompt, image_schedule(height, width), negative)], Sampling(0.0, guidance=5.0).settings(1)
-    for kernels in ("xla", "pallas") if jax.default_backend() == "gpu" else ("xla",):
+    for kernels in kernels_here():
         got = session.run(params, config, *picture, kernels=kernels)
         yield f"guided picture tokens, {kernels}", int((got[0] != ids[length:]).sum()), 0
         for name, case in (("describe", 0), ("batch", 1)):
@@ -105,9 +108,9 @@ def check_decoder(config: DecoderConfig, params: dict):
             got = session.run(params, config, *answers, kernels=kernels)
             expected = sequences[f"{name}/sequences"][:, int(sequences[f"{name}/prompt_length"]) :]
             yield f"answer tokens ({name}), {kernels}", int((got != expected).sum()), 0
-    for kernels in ("xla", "pallas") if jax.default_backend() == "gpu" else ("xla",):
+    for kernels in kernels_here():
         yield f"copies of the cache, {kernels}", cache_copies(config, params, kernels), 0
-    if jax.default_backend() == "gpu":
+    if "pallas" in kernels_here():
         narrow = quantise_params(params, "int8")
         first, second = (
             session.run(narrow, config, *picture, narrow_cache=True, kernels=kernels) for kernels in ("xla", "pallas")
@@ -127,15 +130,15 @@ def cache_copies(config: DecoderConfig, params: dict, kernels: str) -> int:
 
 
 def check_narrow(config: DecoderConfig):
-    """Quantised products in bfloat16, at the 8 B model's widths, against float32 products of what the codes stand for.
+    """Products in narrow dtypes, at the 8 B model's widths, against float32 products of the same weights.
 
-    Yields (what, relative error of the logits, limit). Wide bfloat16 weights come beside them: the measure of what
-    bfloat16 alone does.
+    Weights are stored in bfloat16, in full or as codes and scales. float16 casts what is stored in full, as loading
+    does. Yields (what, relative error of the logits, limit).
     """
     config = dataclasses.replace(
         config, hidden_size=4096, intermediate_size=14336, num_layers=2, num_heads=32, num_kv_heads=8, dtype="bfloat16"
     )
-    exact = dataclasses.replace(config, dtype="float32")
+    half, exact = (dataclasses.replace(config, dtype=dtype) for dtype in ("float16", "float32"))
     tokens = jax.random.randint(jax.random.key(1), (2, 65), 0, config.vocab_size)
 
     def logits(config, params, narrow_cache, kernels):
@@ -145,19 +148,55 @@ def check_narrow(config: DecoderConfig):
         first, cache = step(params, tokens[:, :64], cache)
         return np.asarray(first), np.asarray(step(params, tokens[:, 64:], cache)[0])
 
-    def error(found, expected):
-        return round(float(np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2))), 4)
+    def cast(leaf):
+        return leaf.astype(jnp.float16) if leaf.dtype == jnp.bfloat16 else leaf
 
-    choices = ("xla", "pallas") if jax.default_backend() == "gpu" else ("xla",)
     for kind in (None, "int8", "fp8"):
         params = random_params(config, kind)
         plain = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), widened(params))
         expected = logits(exact, plain, False, "xla")
         del plain
-        for kernels in choices:
-            found = logits(config, params, kind is not None, kernels)
+        for own, kernels in itertools.product((config, half), kernels_here()):
+            found = logits(own, params if own is config else jax.tree.map(cast, params), kind is not None, kernels)
             for what, one, other in zip(("64 tokens", "1 token"), found, expected, strict=True):
-                yield f"logits of {what}, {kind or 'bfloat16'}, {kernels}", error(one, other), 0.03
+                name = ", ".join(filter(None, (kind, own.dtype, kernels)))
+                yield f"logits of {what}, {name}", relative_error(one, other), 0.03
+
+
+def check_embedded():
+    """The embedded model in other dtypes against float32, along a picture that it draws greedily.
+
+    Yields (what, relative error of the logits, limit) and (what, share of tokens whose likeliest token changes, limit).
+    """
+    whole = emu3_jax.load(dtype="float32")
+    (sequence,) = whole.generate_sequences(["3d emoji of rainbow"], greedy=True)
+    tokens = jnp.asarray(sequence.ids)[None]
+
+    def logits(model):
+        language = model.language
+        cache = KVCache.create(language.config, jnp.zeros(1, jnp.int32), tokens.shape[1], language.narrow_cache)
+        decoder = Decoder(language.config)
+        found, _ = jax.jit(lambda p, t, c: decoder.apply({"params": p}, t, c))(language.params, tokens, cache)
+        return np.asarray(found)
+
+    exact = logits(whole)
+    for dtype, kind in (("bfloat16", None), ("float16", None), ("bfloat16", "int8"), ("float16", "int8")):
+        found = logits(emu3_jax.load(dtype=dtype, quantize=kind))
+        name = ", ".join(filter(None, (kind, dtype)))
+        yield f"embedded model, logits, {name}", relative_error(found, exact), 0.1
+        changed = float(np.mean(found.argmax(-1) != exact.argmax(-1)))
+        yield f"embedded model, likeliest tokens that change, {name}", round(changed, 4), 0.1
+
+
+def relative_error(found, expected):
+    """Root mean square of the differences over that of what is expected."""
+    return float(f"{np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2)):.2g}")
+
+
+def kernels_here():
+    """What computes attention of single tokens on this device."""
+    pallas = jax.default_backend() == "gpu" and cuda_at_least(AMPERE)
+    return ("xla", "pallas") if pallas else ("xla",)
 
 
 def widened(params):
@@ -186,6 +225,7 @@ def main() -> int:
         check_vision(vision, reference_params("vq", vision_params(vision))),
         check_decoder(decoder, reference_params("lm", decoder_params(decoder))),
         check_narrow(decoder),
+        check_embedded(),
     ):
         for what, difference, limit in checks:
             failed |= not difference <= limit

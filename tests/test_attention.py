@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from emu3_jax.errors import Emu3Error
-from emu3_jax.models import attention, attention_kernels
+from emu3_jax.models import attention, attention_kernels, capability
 from emu3_jax.models.attention import choose, self_attention
 from emu3_jax.sharding.mesh import make_mesh
 from emu3_jax.sharding.rules import use_mesh
@@ -183,7 +183,7 @@ SHAPE = (1, 10240, 8, 4, 128)
 
 
 @pytest.mark.parametrize(
-    ("platform", "dtype", "shape", "packed", "capability", "expected"),
+    ("platform", "dtype", "shape", "packed", "found", "expected"),
     [
         ("cpu", "bfloat16", SHAPE, True, None, "xla"),
         ("tpu", "bfloat16", SHAPE, True, None, "splash"),
@@ -193,6 +193,8 @@ SHAPE = (1, 10240, 8, 4, 128)
         ("gpu", "bfloat16", SHAPE, True, (9, 0), "cudnn"),
         ("gpu", "bfloat16", SHAPE, True, (8, 0), "xla"),
         ("gpu", "bfloat16", SHAPE, False, (8, 0), "cudnn"),
+        ("gpu", "float16", SHAPE, False, (7, 5), "xla"),
+        ("gpu", "bfloat16", SHAPE, True, (7, 5), "xla"),
         ("gpu", "float32", SHAPE, False, (9, 0), "xla"),
         ("gpu", "bfloat16", (1, 10240, 8, 4, 192), False, (8, 0), "xla"),
         ("gpu", "bfloat16", (1, 10240, 8, 4, 192), False, (9, 0), "cudnn"),
@@ -200,8 +202,8 @@ SHAPE = (1, 10240, 8, 4, 128)
         ("gpu", "bfloat16", (64, 10240, 8, 4, 128), True, (9, 0), "xla"),
     ],
 )
-def test_auto_takes_the_kernel_that_can_serve(platform, dtype, shape, packed, capability, expected, monkeypatch):
-    monkeypatch.setattr(attention_kernels, "cuda_capability", lambda: capability)
+def test_auto_takes_the_kernel_that_can_serve(platform, dtype, shape, packed, found, expected, monkeypatch):
+    monkeypatch.setattr(capability, "cuda_capability", lambda: found)
     assert choose("auto", shape, jnp.dtype(dtype), packed, platform=platform) == expected
 
 
@@ -221,19 +223,19 @@ def test_auto_takes_the_kernel_that_can_serve(platform, dtype, shape, packed, ca
 def test_a_named_kernel_that_cannot_serve_says_why(
     implementation, platform, dtype, shape, packed, message, monkeypatch
 ):
-    monkeypatch.setattr(attention_kernels, "cuda_capability", lambda: (8, 6))
+    monkeypatch.setattr(capability, "cuda_capability", lambda: (8, 6))
     with pytest.raises(Emu3Error) as error:
         choose(implementation, shape, jnp.dtype(dtype), packed, platform=platform)
     assert message in str(error.value)
 
 
 def test_the_mesh_says_where_the_program_will_run():
-    assert attention.target_platform() == "cpu"
+    assert capability.target_platform() == "cpu"
     device = jax.sharding.AbstractDevice(device_kind="TPU v5p", num_cores=1, platform="tpu")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2,), ("data",), abstract_device=device)):
-        assert attention.target_platform() == "tpu"
+        assert capability.target_platform() == "tpu"
     with use_mesh(make_mesh("data=2")):
-        assert attention.target_platform() == "cpu"
+        assert capability.target_platform() == "cpu"
 
 
 # ------------------------------------------------------------------------------------------------ meshes

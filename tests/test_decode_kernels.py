@@ -13,7 +13,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from emu3_jax.errors import Emu3Error
 from emu3_jax.generation import session
 from emu3_jax.generation.schedule import image_schedule, text_schedule
-from emu3_jax.models import attention, attention_kernels
+from emu3_jax.models import attention, capability
 from emu3_jax.models.attention import cached_attention, choose_kernels
 from emu3_jax.models.cache import KVCache
 from emu3_jax.models.decode_kernels import attend_one, check_width
@@ -49,6 +49,24 @@ def test_attention_of_one_token(length, groups, heads, narrow):
     for array, other in zip(kept, written.layer(0), strict=True):
         if other is not None:
             np.testing.assert_allclose(array, other, atol=1e-6)
+
+
+def test_a_narrow_cache_in_float16():
+    """As near to float32 as float16 is, for values as small as 0.01 too."""
+    config = dataclasses.replace(tiny.CONFIG, hidden_size=128, num_layers=1, num_kv_heads=2)
+    keys = jax.random.split(jax.random.key(0), 3)
+    k, v = (size * jax.random.normal(key, (1, 2, 512, 32)) for key, size in zip(keys, (1.0, 0.01), strict=False))
+    cache = KVCache.create(config, jnp.zeros(1, jnp.int32), 512, True).write(0, k, v).replace(length=jnp.int32(500))
+    qkv = jax.random.normal(keys[2], (1, 2, 4, 32)).at[:, :, 3].multiply(0.01)
+    rotated = tuple(part[:, 0] for part in rotations(cache.positions(1), 32, 1e4))
+    exact, half = (
+        np.asarray(
+            attend_one(qkv.astype(dtype), rotated, cache.layer(0), cache.length, cache.start, interpret=True)[0],
+            np.float32,
+        )
+        for dtype in ("float32", "float16")
+    )
+    assert np.sqrt(np.mean((half - exact) ** 2) / np.mean(exact**2)) < 2e-3
 
 
 def test_heads_of_other_widths_are_refused():
@@ -92,16 +110,22 @@ def test_runs_on_a_mesh_are_equal_too(kind):
 )  # fmt: skip
 def test_the_choice_of_kernels(kernels, width, platform, expected, monkeypatch):
     monkeypatch.setattr(attention, "TRITON_SUPPORTED", True)
-    monkeypatch.setattr(attention_kernels, "cuda_capability", lambda: (9, 0))
+    monkeypatch.setattr(capability, "cuda_capability", lambda: (9, 0))
     assert choose_kernels(kernels, width, platform) == expected
-    monkeypatch.setattr(attention_kernels, "cuda_capability", lambda: (7, 5))
+    monkeypatch.setattr(capability, "cuda_capability", lambda: (7, 5))
     assert choose_kernels("auto", width, platform) == "xla"
+
+
+def test_a_named_kernel_that_the_gpu_lacks_is_refused(monkeypatch):
+    monkeypatch.setattr(capability, "cuda_capability", lambda: (7, 5))
+    with pytest.raises(Emu3Error, match=r'"pallas" need compute capability 8.0 \(Ampere\) or later, .* has 7.5'):
+        choose_kernels("pallas", 128, "gpu")
 
 
 @pytest.mark.parametrize("kernels", ["auto", "pallas"])
 def test_without_triton_the_kernel_is_taken_on_request_alone(kernels, monkeypatch):
     monkeypatch.setattr(attention, "TRITON_SUPPORTED", False)
-    monkeypatch.setattr(attention_kernels, "cuda_capability", lambda: (9, 0))
+    monkeypatch.setattr(capability, "cuda_capability", lambda: (9, 0))
     assert choose_kernels(kernels, 128, "gpu") == {"auto": "xla", "pallas": "pallas"}[kernels]
 
 

@@ -32,7 +32,7 @@ from emu3_jax.generation.pipeline import Emu3
 from emu3_jax.generation.rows import Sampling
 from emu3_jax.generation.schedule import TokenClass, image_schedule
 from emu3_jax.generation.session import DecodeSession, Row
-from emu3_jax.loading import load
+from emu3_jax.loading import decoder_dtype, load
 from emu3_jax.models.adapters import MATRICES
 from emu3_jax.models.attention import choose_kernels
 from emu3_jax.models.cache import KVCache
@@ -60,6 +60,7 @@ def run(
     compare: str | None = None,
     model: str | None = None,
     quantize: str | None = None,
+    dtype: str | None = None,
     kernels: str = "auto",
     mesh: str | None = None,
     profile: bool = False,
@@ -81,6 +82,7 @@ def run(
         compare: "transformers" runs that peer on the same shapes before.
         model: a bundle in place of the preset; "embedded" is the embedded model.
         quantize: narrow weights and cache, see `load`.
+        dtype: of the decoder, see `load`; of a preset's by default bfloat16.
         kernels: what computes attention of the steps, of `attention.KERNELS`.
         mesh: spreads the preset's weights over devices, see `load`.
         profile: also lists a GPU's kernels at each cache length.
@@ -101,7 +103,7 @@ def run(
     if compare:
         peer.require()
         # First: from its first device on, JAX holds the memory that the peer needs.
-        config = PRESETS[preset]
+        config = PRESETS[preset] if dtype is None else dataclasses.replace(PRESETS[preset], dtype=dtype)
         if model is not None:
             config = Bundle.open(embedded_bundle() if model == "embedded" else model).decoder_config
         try:
@@ -114,7 +116,7 @@ def run(
     measured = bandwidths(model is None and preset == "8b")  # before anything else needs the memory
     devices = None if mesh is None else make_mesh(mesh)
     with use_mesh(devices):
-        subject = _subject(preset, model, quantize, kernels, devices)
+        subject = _subject(preset, model, quantize, dtype, kernels, devices)
         yield {"bench": "decode", **subject.about, **describe_machine(), **measured}
         config = subject.config
         side = round(math.sqrt(config.image_area if area is None else area) / subject.vision_config.spatial_factor)
@@ -141,17 +143,22 @@ class _Subject:
     kernels: str
 
 
-def _subject(preset: str, model: str | None, quantize: str | None, kernels: str, mesh: Mesh | None) -> _Subject:
+def _subject(
+    preset: str, model: str | None, quantize: str | None, dtype: str | None, kernels: str, mesh: Mesh | None
+) -> _Subject:
     about: dict[str, Any]
     if model is None:
         config, loaded, about = PRESETS[preset], None, {"preset": preset}
+        config = dataclasses.replace(config, dtype=decoder_dtype(dtype, config.dtype, quantize) or config.dtype)
         params = random_params(config, quantize, mesh)
         vision_config = VISION_PRESETS[{"8b": "270m"}.get(preset, preset)]
         about |= {} if mesh is None else {"mesh": dict(mesh.shape)}
     else:
-        loaded, about = load(None if model == "embedded" else model, quantize=quantize), {"model": model}
+        loaded = load(None if model == "embedded" else model, quantize=quantize, dtype=dtype)
+        about = {"model": model}
         config, params, vision_config = loaded.language.config, loaded.language.params, loaded.vision.config
         quantize = loaded.language.quantize
+    about["dtype"] = config.dtype
     if quantize is not None:
         about["quantize"] = quantize
     about["kernels"] = kernels = choose_kernels(kernels, config.head_dim)

@@ -4,6 +4,8 @@ import os
 import platform
 from typing import Any
 
+from emu3_jax.models.capability import SIMULATED
+
 
 def describe_machine() -> dict[str, Any]:
     """The accelerator or processor, its count, and the versions that matter."""
@@ -19,7 +21,15 @@ def describe_machine() -> dict[str, Any]:
         "jax": jax.__version__,
         "jaxlib": jaxlib.__version__,
         "flax": flax.__version__,
+        **_memory_limit(device),
+        **({"choices_of_capability": os.environ[SIMULATED]} if SIMULATED in os.environ else {}),
     }
+
+
+def _memory_limit(device: Any) -> dict[str, float]:
+    """What JAX may take of an accelerator's memory; XLA_PYTHON_CLIENT_MEM_FRACTION sets it on GPUs."""
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    return {} if limit is None else {"memory_limit_gb": round(limit / 1e9, 2)}
 
 
 def _processor() -> str:

@@ -41,6 +41,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def _add_decode(command: argparse.ArgumentParser) -> None:
     _add_preset(command, ("8b", "small"))
     _add_model(command)
+    common.add_dtype(command)
     common.add_quantize(command)
     command.add_argument(
         "--kernels",
@@ -64,7 +65,7 @@ def _add_decode(command: argparse.ArgumentParser) -> None:
     )
     _add_steps(command, 256, "steps timed per cache length")
     command.add_argument(
-        "--whole", action="store_true", help="also time one whole picture, and with --model its pixels too"
+        "--whole", action="store_true", help="also time one whole picture to its pixels, and print its peak memory"
     )
     command.add_argument(
         "--logits", action="store_true", help="also say how much --quantize changes the logits of random weights"

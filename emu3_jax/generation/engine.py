@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from emu3_jax.config import DecoderConfig
 from emu3_jax.generation import sampling
 from emu3_jax.generation.schedule import SAMPLED
-from emu3_jax.models.attention import target_platform
 from emu3_jax.models.cache import KVCache
+from emu3_jax.models.capability import target_platform
 from emu3_jax.models.decoder import Decoder, visual_head_params
 
 

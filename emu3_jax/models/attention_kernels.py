@@ -5,7 +5,6 @@ Splash is imported where it is used: Pallas takes a quarter as long to import as
 B batch, S sequence, K KV heads, G query heads per KV head, N = K * G query heads, H head width, M runs in a row.
 """
 
-import functools
 from collections.abc import Callable
 
 import jax
@@ -167,13 +166,3 @@ def _cudnn_packed(
         q_bsnh, k_bskh, v_bskh, q_seqlen=queries, kv_seqlen=keys, q_offsets=first, kv_offsets=first,
         scale=q_bsnh.shape[-1] ** -0.5, mask_type=fused.MaskType.PADDING_CAUSAL,
     )  # fmt: skip
-
-
-@functools.cache
-def cuda_capability() -> tuple[int, int] | None:
-    """The compute capability of this machine's NVIDIA GPU; None where there is none."""
-    try:
-        major, minor = str(jax.local_devices(backend="gpu")[0].compute_capability).split(".")
-        return int(major), int(minor)
-    except (RuntimeError, ValueError):  # no GPU; an AMD one, whose capability is a name
-        return None

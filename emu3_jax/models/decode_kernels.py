@@ -148,9 +148,15 @@ def _attend_one(
             new = jnp.maximum(top, scores.max(axis=1))
             weights, shrunk = jnp.exp(scores - new[:, None]), jnp.exp(top - new)
             mass = mass * shrunk + weights.sum(axis=1)
+            largest = None
             if narrow:
-                weights = weights * scale_refs[1][here][None]
+                scales = scale_refs[1][here]
+                if dtype == jnp.float16:  # see `attention._masked_attention`
+                    largest = jnp.maximum(jnp.max(scales), jnp.finfo(jnp.float32).tiny)
+                    scales = scales / largest
+                weights = weights * scales[None]
             part = plt.dot(weights.astype(dtype), v_ref[here, :].astype(dtype), precision=precision)
+            part = part if largest is None else part * largest
             return total * shrunk[:, None] + part, new, mass
 
         lowest = jnp.full((padded,), MASKED, jnp.float32)
@@ -162,7 +168,10 @@ def _attend_one(
         score = sum(x.sum(axis=1) for x in products) * (k_scale * width**-0.5)
         new = jnp.where(writes, jnp.maximum(top, score), top)
         weight, shrunk = jnp.where(writes, jnp.exp(score - new), 0.0), jnp.exp(top - new)
-        seen = (weight * v_scale).astype(dtype).astype(jnp.float32)[:, None] * v.astype(jnp.float32)[None]
+        seen = weight * v_scale
+        if dtype != jnp.float16:
+            seen = seen.astype(dtype).astype(jnp.float32)
+        seen = seen[:, None] * v.astype(jnp.float32)[None]
         out_ref[...], top_ref[...], mass_ref[...] = total * shrunk[:, None] + seen, new, mass * shrunk + weight
 
     def per_row(*shape: int) -> pl.BlockSpec:

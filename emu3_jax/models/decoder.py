@@ -18,15 +18,10 @@ import numpy as np
 
 from emu3_jax.config import DecoderConfig
 from emu3_jax.models.adapters import PROJECTION, Adapter, project, weight_dtype
-from emu3_jax.models.attention import (
-    cached_attention,
-    choose_kernels,
-    matmul_precision,
-    self_attention,
-    target_platform,
-)
+from emu3_jax.models.attention import cached_attention, choose_kernels, matmul_precision, self_attention
 from emu3_jax.models.attention_kernels import ATTENTION
 from emu3_jax.models.cache import KVCache
+from emu3_jax.models.capability import target_platform
 
 Params = dict[str, Any]  # nested dicts of arrays
 Rotations = tuple[jax.Array, jax.Array]  # cosines and sines; see `rotations`
@@ -129,7 +124,7 @@ class MLP(nn.Module):
         d, f = self.config.hidden_size, self.config.intermediate_size
         adapter, axes = self.adapter, ("embed", None, "mlp")
         gate_up = project(self, adapter, "bsd,dcf->bscf", x_bsd, name="gate_up", shape=(d, 2, f), axes=axes)
-        hidden = jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
+        hidden = _finite(jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1])
         return project(self, adapter, "bsf,fd->bsd", hidden, name="down", shape=(f, d), axes=("mlp", "embed"))
 
 
@@ -167,11 +162,18 @@ class Block(nn.Module):
 
 def _residual(x_bsd: jax.Array, cache: KVCache | None) -> jax.Array:
     """The residual stream where it belongs on a mesh; steps of generation are too short to split along the sequence."""
+    x_bsd = _finite(x_bsd)
     x_bsd = nn.with_logical_constraint(x_bsd, ("batch", "sequence" if cache is None else None, "width"))
     if cache is None or jax.sharding.get_abstract_mesh().empty or target_platform() != "gpu":
         return x_bsd
     # Between GPUs' sums XLA would add up all layers so far for each norm: 28 us for the last ones, on two H200.
     return jax.lax.optimization_barrier(x_bsd)
+
+
+def _finite(x: jax.Array) -> jax.Array:
+    """x, its float16 numbers cut off at the largest: one infinity would make NaN of every later token."""
+    largest = jnp.finfo(jnp.float16).max
+    return jnp.clip(x, -largest, largest) if x.dtype == jnp.float16 else x
 
 
 class Embedding(nn.Module):

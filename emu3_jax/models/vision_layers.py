@@ -17,8 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from emu3_jax.models.attention import target_platform
-from emu3_jax.models.attention_kernels import cuda_capability
+from emu3_jax.models.capability import takes_tf32
 
 HIGHEST = jax.lax.Precision.HIGHEST
 GROUPS = 32
@@ -85,11 +84,6 @@ def convolve(x: jax.Array, kernel: jax.Array, *args: Any, precision: jax.lax.Pre
     high, total = jax.lax.optimization_barrier((high, product(low, kernel_high)))
     high, total = jax.lax.optimization_barrier((high, total + product(high, kernel_low)))
     return total + product(high, kernel_high)
-
-
-def takes_tf32() -> bool:
-    """Whether the program being traced will run on a GPU whose matrix units take TF32."""
-    return target_platform() == "gpu" and (cuda_capability() or (0, 0)) >= (8, 0)
 
 
 def _tf32_parts(x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import logging
 import math
 import pathlib
 import shlex
@@ -27,6 +28,7 @@ from emu3_jax.files import new_file
 from emu3_jax.generation.codec import Vision
 from emu3_jax.generation.language import Language
 from emu3_jax.generation.pipeline import Emu3
+from emu3_jax.models.capability import emulates_bfloat16
 from emu3_jax.printable import printable
 from emu3_jax.sharding.mesh import make_mesh
 from emu3_jax.sharding.rules import use_mesh, vision_shardings
@@ -41,6 +43,7 @@ from emu3_jax.training.runner import Batch, Cadence, Evaluation, Outcome, run
 from emu3_jax.training.step import Trainer, TrainState
 from emu3_jax.training.summary import counted
 
+_log = logging.getLogger("emu3_jax")
 _EXAMPLE = 100  # characters of a prompt that is shown as an example
 
 
@@ -72,6 +75,10 @@ def train(
     decoder = _decoder(config, bundle)
     mesh = make_mesh(config.mesh)
     with use_mesh(mesh), contextlib.closing(_DecoderJob(config, bundle, decoder, mesh, adapter_only)) as job:
+        if config.model.dtype == "bfloat16" and emulates_bfloat16():
+            _log.warning(
+                "this GPU has no bfloat16, and computes it in float32, slowly; --set model.dtype=float32 is more exact"
+            )
         return run(job, place(config.directory), progress)
 
 
