@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 import emu3_jax
+from emu3_jax.cli.main import main
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -106,6 +107,17 @@ def test_training_names_the_extra_that_is_missing(name, monkeypatch):
         emu3_jax.Emu3Error, match=f"needs {name}, which is not installed: pip install 'emu3-jax.train.'"
     ):
         emu3_jax.train(None)
+
+
+def test_a_command_without_the_extra_says_so_in_one_line(monkeypatch, capsys):
+    def missing(*_):
+        raise ModuleNotFoundError("No module named 'optax'", name="optax")
+
+    monkeypatch.setattr("emu3_jax.training.config.load_config", missing)
+    assert main(["plan", "x.py", "--topology", "v5e:1x1"]) == 2
+    assert capsys.readouterr().err == (
+        "emu3-jax: error: this needs optax, which is not installed: pip install 'emu3-jax[train]'\n"
+    )
 
 
 def test_train_takes_configs_alone():

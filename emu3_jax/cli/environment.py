@@ -12,6 +12,7 @@ from emu3_jax.errors import Emu3Error
 
 _GOOGLE, _NETWORK = "0x1ae0", "0x0042"  # PCI numbers: of the vendor of TPUs, and of its network card
 _ABSENT = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
+_OF_TRAIN = ("array_record", "grain", "optax", "tensorboardX")  # modules of the extra `train`
 
 
 def quiet_libtpu() -> None:
@@ -57,8 +58,11 @@ def start_jax() -> None:
 
 
 def explained(error: BaseException) -> Emu3Error | None:
-    """The error of one line for what is no fault of ours: no memory, and no backend. None for anything else."""
+    """The error of one line for what is no fault of ours: no memory, no backend, a missing extra. Else None."""
     import jax
+
+    if isinstance(error, ModuleNotFoundError) and error.name in _OF_TRAIN:
+        return Emu3Error(f"this needs {error.name}, which is not installed: pip install 'emu3-jax[train]'")
 
     text = str(error).split("\n", 1)[0]
     devices = isinstance(error, jax.errors.JaxRuntimeError) and re.search(
