@@ -102,7 +102,11 @@ def installed_from(address: str) -> bool:
     if written is None or "/OWNER/" in address:
         return True
     origin = json.loads(written)
-    return origin.get("dir_info", {}).get("editable", False) or address.partition("@")[0] == origin["url"]
+    host, _, path = address.partition("://")[2].partition("/")
+    path, _, revision = path.partition("@")
+    wanted = (f"{address.partition('://')[0]}://{host}/{path}", revision)
+    held = (origin["url"], origin.get("vcs_info", {}).get("requested_revision", ""))
+    return origin.get("dir_info", {}).get("editable", False) or wanted == held
 
 
 def stale() -> list[str]:
@@ -138,16 +142,21 @@ def install() -> None:
     requirement, address = source(PACKAGE, extras)
     wanted = Requirement(f"emu3-jax[{extras}]")
     lacking = missing(wanted, set())
-    changed = bool(lacking) or not installed_from(address)
-    if changed:
+    here = installed_from(address)
+    if lacking or not here:
         if "/OWNER/" in PACKAGE:
             raise Stop(
                 "PACKAGE is a placeholder: put the address of the repository there, like git+https://github.com/NAME/"
                 "emu3-jax, or the path of a wheel or a checkout"
             )
         print(f"installing {requirement}; this takes a few minutes", flush=True)
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", requirement]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        # pip does not replace a package by one of another place with the same version, unless it is told to.
+        replace = [[*pip, "--force-reinstall", "--no-deps", requirement]] if version("emu3-jax") and not here else []
+        for command in [[*pip, requirement], *replace]:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                break
         importlib.invalidate_caches()
         lacking = missing(wanted, set())
         if done.returncode or lacking:
@@ -155,7 +164,7 @@ def install() -> None:
             raise Stop(f"pip could not install {requirement}: its message is above. Lacking: {lacking[:5]}")
         if "dependency resolver" in done.stderr:
             print("Other packages of this runtime ask for older versions. This notebook does not use them.")
-    old = stale() + (["emu3_jax"] if changed and "emu3_jax" in sys.modules else [])
+    old = stale() + (["emu3_jax"] if not here and "emu3_jax" in sys.modules else [])
     if old:
         print(f"The kernel must restart: it imported {', '.join(old)} before pip replaced the files.")
         print("It restarts now. Then run this cell again: it will find everything in place.", flush=True)

@@ -163,14 +163,19 @@ class Runtime:
 
     def distribution(self, name: str):
         self.find(name)
-        written = None if self.address is None else json.dumps({"url": self.address})
+        url, _, revision = (self.address or "").partition("@")
+        info = {"vcs": "git"} | ({"requested_revision": revision} if revision else {})
+        written = None if self.address is None else json.dumps({"url": url, "vcs_info": info})
         return types.SimpleNamespace(read_text=lambda file: written)
 
     def pip(self, command, **_):
         assert command[1:4] == ["-m", "pip", "install"]
         self.commands.append(command[-1])
         if not self.error:
-            self.installed, self.address = self.after, command[-1].partition(" @ git+")[2]
+            # pip keeps a package of the same version from another place, unless it must not.
+            if "emu3-jax" not in self.installed or "--force-reinstall" in command:
+                self.address = command[-1].partition(" @ git+")[2]
+            self.installed = self.after
         return types.SimpleNamespace(returncode=int(bool(self.error)), stdout="", stderr=self.error)
 
     def kernel(self):
@@ -261,11 +266,12 @@ def test_another_source_is_installed_and_its_module_replaced(runtime):
     runtime.loaded = {"emu3_jax": "0.1.0"}
     other = "https://github.com/else/emu3-jax@branch"
     assert "it imported emu3_jax before" in runtime.run(other)
-    assert runtime.commands == [f"emu3-jax[train] @ git+{other}"] and runtime.restarts == 1
+    assert runtime.commands == [f"emu3-jax[train] @ git+{other}"] * 2 and runtime.restarts == 1
     runtime.loaded = {}
+    assert "installing" not in runtime.run(other)
     runtime.address = None  # from an index: nothing says that it is another one
     assert runtime.run("emu3-jax==0.1.0") == "emu3-jax 0.1.0 with JAX 0.12.0.1, extras: train\n"
-    assert len(runtime.commands) == 1
+    assert len(runtime.commands) == 2
 
 
 def test_stops_in_one_line(runtime, tmp_path):
