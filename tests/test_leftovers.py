@@ -44,7 +44,7 @@ def test_the_next_run_removes_and_names_them(run, caplog):
     directory, left, kept = run
     with run_directory.locked(directory):
         said = [record.getMessage() for record in caplog.records]
-    assert sorted(said) == sorted(f"removed {path}, which a run that was killed had left" for path in left)
+    assert sorted(said) == sorted(f"removed {path}: a killed run had left it unfinished" for path in left)
     assert not any(path.exists() for path in left) and all(path.exists() for path in kept)
     with run_directory.locked(directory):
         assert len(caplog.records) == len(left)
@@ -84,7 +84,7 @@ def test_a_directory_that_is_in_use_is_left_alone(run, capsys):
 def test_a_file_in_the_way_is_named_before_training(tmp_path, name):
     (tmp_path / name).write_text("")
     with (
-        pytest.raises(Emu3Error, match=f"{name} is no directory: move it away"),
+        pytest.raises(Emu3Error, match=f"{name} is not a directory: move it away"),
         run_directory.locked(tmp_path),
     ):
         pass

@@ -179,7 +179,11 @@ def test_what_xla_says_about_memory():
         ("train", ["v5e:2x2", "--hbm-limit", "17"], "up to 15.75 GiB"),
         ("train", ["v5e:2x2", "--set", "mesh=fsdp=3"], "does not divide the 4"),
         ("train", ["v5e:2x4", "--set", "mesh=tensor=8"], "weight params/layers/attention/out has 2"),
-        ("train", ["v5e:2x2", "--set", "batch_size=6"], "must be a multiple of that; or give --rows-per-chip"),
+        (
+            "train",
+            ["v5e:2x2", "--set", "batch_size=6"],
+            "must be a multiple of 4, because the mesh and accumulation split it",
+        ),
         ("train", ["v5e:2x2", "--set", "mesh=sequence=4", "--set", "data.sequence_length=1022"], "sequence_length"),
         ("train", ["v5e:2x2", "--set", "model.decoder=None"], "model.decoder is None"),
         ("train", ["v5e:2x2", "--rows-per-chip", "0"], "--rows-per-chip is 0"),

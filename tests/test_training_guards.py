@@ -169,12 +169,12 @@ def test_what_a_run_says_in_a_log(command, tiny_bundle, root, tmp_path, capsys, 
     count = sum(math.prod(param.shape) for param in Bundle.open(tiny_bundle).params("decoder"))
     beginning = [
         f"trained: all {count:,} parameters",
-        "a step: 1 row of 128 tokens, so up to 128 tokens",
+        "a step: 1 row of 128 tokens, up to 128 tokens",
         f"data: 1 record in {root}/pictures",
-        "evaluated every 4 steps: held out (1 record)",
+        "evaluation every 4 steps: held out (1 record)",
         "devices: 1 (cpu)",
-        "memory: SIZE of each device, and activations",
-        "of it parameters SIZE, optimizer SIZE, gradients SIZE",
+        "memory: SIZE of each device, plus activations",
+        "memory by part: parameters SIZE, optimizer SIZE, gradients SIZE",
     ]
     first = "the first step took TIME, compilation included; a step takes SIZE of each device"
     ending = [
@@ -192,7 +192,7 @@ def test_what_a_run_says_in_a_log(command, tiny_bundle, root, tmp_path, capsys, 
     shutil.rmtree(run / "checkpoints" / "4")
     assert main(arguments) == 0
     lines = [re.sub(r"MFU [\d.]+%", "MFU", line) for line in log_of(capsys)]
-    goes_on = f"train: {run} goes on from step 2, 2 steps left, about TIME at the earlier pace"
+    goes_on = f"train: {run} resumes from step 2, 2 steps left, about TIME at the earlier pace"
     assert lines == [goes_on, *beginning, first, *ending]
 
     shutil.rmtree(run / "checkpoints" / "4")
@@ -235,5 +235,5 @@ def test_a_run_that_is_stopped_says_how_it_goes_on(command, tmp_path, capsys, mo
     assert main(command()) == 143
     assert log_of(capsys)[-2:] == [
         f"train: stopped after TIME with a checkpoint of step 1 in {tmp_path}/run",
-        "to go on: run the same command again",
+        "to resume: run the same command again",
     ]

@@ -366,7 +366,7 @@ def test_bad_input(config, manifest, tmp_path, capsys):
     fails("name no pictures", pixels=dataclasses.replace(pixels, manifests=(str(tmp_path / "text.jsonl"),)))
     fails("smaller than a crop of 32", pixels=dataclasses.replace(pixels, size=32))
     fails("no such file|cannot read", pixels=dataclasses.replace(pixels, manifests=("absent.jsonl",)))
-    fails("a multiple of 4, the parts that the mesh", mesh="data=4", pixels=dataclasses.replace(pixels, stills=6))
+    fails("a multiple of 4, the size of mesh axis data", mesh="data=4", pixels=dataclasses.replace(pixels, stills=6))
     with pytest.raises(Emu3Error, match="a multiple of 2"):
         dataclasses.replace(config, pixels=dataclasses.replace(pixels, size=17))
     with pytest.raises(Emu3Error, match="a multiple of 2"):
@@ -385,7 +385,7 @@ def test_other_pictures_or_another_model_are_refused(config, in_loops):
     config = dataclasses.replace(config, evaluation=())
     train_vision(config, progress=False)
     other = dataclasses.replace(config, pixels=dataclasses.replace(config.pixels, seed=7))
-    with pytest.raises(Emu3Error, match="other pictures"):
+    with pytest.raises(Emu3Error, match="was trained on other data"):
         train_vision(other, progress=False)
     other = dataclasses.replace(config, vision=dataclasses.replace(VISION, codebook_size=32))
     with pytest.raises(Emu3Error, match="another model"):

@@ -1,1 +1,1 @@
-"""Losses, the optimiser, the train step, and the loop around it."""
+"""Training of the decoder and of the vision tokenizer: losses, optimiser, train step, training loop."""

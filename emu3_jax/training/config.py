@@ -1,4 +1,4 @@
-"""The whole recipe of a run as one frozen config, and the Python files that hold one."""
+"""The config of a decoder's training run, and `load_config`, which reads a config from a Python file."""
 
 import contextlib
 import dataclasses
@@ -22,24 +22,26 @@ from emu3_jax.models.decoder import REMAT_POLICIES
 from emu3_jax.training.overrides import override
 
 ENTRY = "config"  # the function that a config file defines
-MAX_STEPS = 2**31 - 1  # of a run: devices count them in int32
-_MAX_FILE = 16 << 20  # bytes of a config file
+MAX_STEPS = 2**31 - 1  # devices count steps in int32
+_MAX_FILE = 16 << 20  # largest config file, in bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with warm-up and cosine decay. Defaults: the reference's fine-tuning recipe (its `scripts/t2i_sft.sh`).
+    """AdamW with linear warm-up and cosine decay.
+
+    The defaults are the reference's fine-tuning recipe (`scripts/t2i_sft.sh` of the Emu3 repository).
 
     Attributes:
-        learning_rate: at its peak, after the warm-up.
-        final_learning_rate: where the cosine ends, at the last step.
-        warmup_steps: steps of linear warm-up from 0.
-        beta1: decay of the first moment.
-        beta2: decay of the second moment.
-        eps: added to the root of the second moment.
-        weight_decay: decoupled, times the learning rate; the norms' scales do not decay.
-        clip_norm: gradients are scaled down to this global norm.
-        first_moment_dtype: "float32", or "bfloat16", which saves two bytes a weight.
+        learning_rate: peak learning rate, reached at the end of the warm-up.
+        final_learning_rate: learning rate at the last step, where the cosine ends.
+        warmup_steps: number of steps of linear warm-up from 0.
+        beta1: decay rate of the first moment.
+        beta2: decay rate of the second moment.
+        eps: added to the square root of the second moment.
+        weight_decay: decoupled weight decay, multiplied by the learning rate. The scales of norms do not decay.
+        clip_norm: largest global norm of the gradients. Larger gradients are scaled down to this norm.
+        first_moment_dtype: "float32" or "bfloat16". bfloat16 saves two bytes per weight.
     """
 
     learning_rate: float = 1e-5
@@ -69,23 +71,25 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """What is trained, and how its layers are computed.
+    """The model to train, and how its layers are computed.
 
     Attributes:
-        bundle: the model's directory: its tokenizer, its weights unless `random`, and for pictures while training its
-            vision tokenizer. Not needed by `plan`.
-        decoder: the decoder's shapes; None for those of the bundle. With weights from the bundle they must be equal;
-            `image_area`, `max_positions` and what clips are may be new ones, and are the trained model's.
-        random: starts from random weights, for pretraining.
-        dtype: of the products; the weights that are trained are float32.
-        remat: what the backward pass computes again, layer by layer: "none", "dots" or "full", see `Decoder`.
-        attention: the implementation, see `models.attention`.
-        dropout: share of activations that is zeroed while training, see `Decoder`. The published models were trained
-            with none; it is for data that are read many times over.
-        noise: up to which share of a row's visual tokens the model sees as random ones while training; targets stay as
-            they are. The share of each row is `noise` times the square of a uniform number, so many rows have little
-            of it. Noise makes earlier visual tokens less predictive, so the model must use the prompt: its few bits
-            hardly change the loss of a picture whose beginning is known, and are learned late or not at all.
+        bundle: directory of the model bundle. Training reads its text tokenizer, its decoder weights (unless
+            `random`) and, for `samples`, its vision tokenizer. `emu3-jax plan` does not open it.
+        decoder: config of the decoder, or None for the bundle's. If the weights come from the bundle, the shapes must
+            equal the bundle's shapes. Only `image_area`, `max_positions`, `clip_frames` and `clip_layout` may differ;
+            the trained model keeps the new values.
+        random: start from random weights instead of the bundle's weights (pretraining).
+        dtype: dtype of activations and matrix products, "bfloat16" or "float32". Trained weights are float32.
+        remat: what the backward pass recomputes in each layer: "none", "dots" or "full". See `Decoder`.
+        attention: implementation of attention. See `models.attention`.
+        dropout: share of activations that training sets to zero. See `Decoder`. The published models used 0. Use
+            dropout when training reads the same data many times.
+        noise: largest share of a row's visual tokens that training replaces by random visual tokens in the input. The
+            targets do not change. Each row's share is `noise` times the square of a uniform random number, so most
+            rows get little noise. Noise makes earlier visual tokens less predictive, so the model must use the
+            prompt. Without noise the model learns the prompt late or never: once the beginning of a picture is
+            known, the prompt's few bits hardly change the loss.
     """
 
     bundle: str
@@ -101,24 +105,24 @@ class ModelConfig:
         check_path(self, "bundle", "a bundle's directory", remote=True)
         check_field(self, "decoder", isinstance(self.decoder, DecoderConfig | None), "a DecoderConfig or None")
         if self.random:
-            check_field(self, "decoder", self.decoder is not None, "given where weights are random")
+            check_field(self, "decoder", self.decoder is not None, "a DecoderConfig where random is True")
         check_field(self, "dtype", self.dtype in ("bfloat16", "float32"), "bfloat16 or float32")
         legal = ("none", *REMAT_POLICIES)
         check_field(self, "remat", self.remat in legal, " or ".join(legal))
         ok = is_number(self.dropout) and 0 <= self.dropout < 1
-        check_field(self, "dropout", ok, "a number from 0, and less than 1")
+        check_field(self, "dropout", ok, "a number from 0 to below 1")
         check_field(self, "noise", is_number(self.noise) and 0 <= self.noise <= 1, "a number from 0 to 1")
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
-    """Pictures while training, in `DIRECTORY/samples/STEP`.
+    """Sample pictures that a run generates while it trains, in `DIRECTORY/samples/STEP`.
 
     Attributes:
-        prompts: the texts, one picture each.
-        every: steps between them; there is one set at the end as well.
-        ratio: width:height.
-        area: pixels; None for the area that the model was trained for.
+        prompts: prompts, one picture each.
+        every: number of steps between two sets of pictures. The last step gets a set too.
+        ratio: aspect ratio, width:height.
+        area: area in pixels, or None for the area that the model was trained for.
         guidance: classifier-free guidance scale.
     """
 
@@ -134,35 +138,40 @@ class SampleConfig:
         check_field(self, "every", is_whole(self.every, 1), "a whole number >= 1")
         check_field(self, "ratio", isinstance(self.ratio, str), "width:height, such as 16:9")
         check_field(self, "area", self.area is None or is_whole(self.area, 1), "a whole number >= 1, or None")
-        generate_size(self.ratio, 512 * 512 if self.area is None else self.area)  # refused now, not after a day
+        # A wrong ratio must fail now, not at the first samples.
+        generate_size(self.ratio, 512 * 512 if self.area is None else self.area)
         check_field(self, "guidance", is_number(self.guidance) and self.guidance >= 0, "a number >= 0")
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """A run.
+    """The config of a run that trains the decoder.
 
     Attributes:
-        directory: of the run: checkpoints, metrics, samples, and at the end the model as a bundle. A run that finds
-            its checkpoints there goes on from the last one.
-        model: what is trained.
-        data: what it is trained on; `data.sequence_length` is the length of a row.
-        batch_size: rows of a step, over all devices and accumulated parts.
-        steps: optimiser steps in all.
-        optimizer: AdamW's numbers.
-        adapter: trains low-rank adapters beside frozen weights (LoRA, QLoRA) instead of the weights, or None.
-        accumulation: parts that a step's rows are computed in, one after the other; the result is that of one part.
-        vision_weight: weight of visual targets in the loss where text is a target too (0.5 in the paper's
-            pretraining, arXiv 2409.18869, 3.2).
-        mesh: sizes of the axes data, fsdp, sequence and tensor; -1 is all that is left.
-        seed: of random weights and of the pictures' seeds; the data have their own.
-        log_every: steps between lines of metrics, which are about their last step.
-        checkpoint_every: steps between checkpoints; there is one after the last step as well.
-        keep: checkpoints that are kept, the newest.
-        evaluation: sources of which every record is evaluated, by the names they get in the metrics.
-        evaluate_every: steps between evaluations; there is one at the end as well.
-        samples: pictures while training, or None.
-        profile: first step and number of steps whose profile is recorded, or None.
+        directory: directory of the run. It gets checkpoints, metrics, samples and, at the end, the trained model as a
+            bundle. If it already holds checkpoints of this run, the run resumes from the newest one.
+        model: the model to train.
+        data: the training data. `data.sequence_length` is the length of a row in tokens.
+        batch_size: rows per step, over all devices and all `accumulation` parts.
+        steps: total number of optimiser steps.
+        optimizer: settings of AdamW.
+        adapter: settings of low-rank adapters (LoRA, QLoRA) that are trained beside frozen weights, or None to train
+            all weights.
+        accumulation: number of equal parts of a batch that a step computes one after the other, to save memory.
+            Without dropout and noise, the result equals that of one part up to rounding.
+        vision_weight: weight of visual targets in the loss; text targets have weight 1. The paper's pretraining used
+            0.5 (arXiv 2409.18869, 3.2).
+        mesh: sizes of the mesh axes data, fsdp, sequence and tensor, such as "data=2,fsdp=-1". -1 takes all remaining
+            devices.
+        seed: seed of random weights, dropout, noise and sample pictures. `data` has its own seed.
+        log_every: number of steps between two lines of metrics. A line describes its own step, not a mean over steps.
+        checkpoint_every: number of steps between two checkpoints. The last step gets a checkpoint too.
+        keep: number of checkpoints to keep. Older ones are deleted.
+        evaluation: pairs (name, source). An evaluation computes the loss of every record of a source. The metrics
+            carry the name.
+        evaluate_every: number of steps between two evaluations. The last step gets an evaluation too.
+        samples: sample pictures while training, or None.
+        profile: (steps to skip, steps to record) of a JAX profile, counted from the start of this process, or None.
     """
 
     directory: str
@@ -217,28 +226,30 @@ class TrainConfig:
 
 
 def load_config(file: str | os.PathLike, overrides: Sequence[str] = ()) -> Any:
-    """Runs a config file and changes fields of what its function `config` returns.
+    """Runs a config file, calls its function `config`, and applies overrides to the returned config.
 
     Args:
-        file: Python whose name ends in `.py`; it is run, as any script of the user's. What it prints goes to standard
-            error, for standard output is the command's own.
-        overrides: "path.to.field=value", see `overrides.override`.
+        file: path of a Python file, ending in `.py`. The file is executed with all rights of the user. Its printed
+            output goes to standard error, because standard output belongs to the command.
+        overrides: texts "path.to.field=value". See `overrides.override`.
+
+    Returns:
+        The config.
 
     Raises:
-        Emu3Error: no such file, one with another ending, a file that fails in any way, or an override that is not
-            legal.
+        Emu3Error: the file does not exist, does not end in `.py`, or fails while it runs; or an override is not legal.
     """
     file = pathlib.Path(file)
     if not file.is_file():
         raise Emu3Error(f"{file}: no such config file; configs/ has examples")
     if file.suffix != ".py":
-        raise Emu3Error(f"{file}: a config file is run, so its name must end in .py; see configs/")
+        raise Emu3Error(f"{file}: a config file is a Python program, so its name must end in .py; see configs/")
     source = read_bytes(file, _MAX_FILE, "give a config file in Python")
-    # Not `runpy`: it also runs what is in a zip file, whatever its name, and compiled code.
+    # `runpy` would also run zip files and compiled code, whatever the file's name.
     module = types.ModuleType("emu3_jax_config_file")
     module.__file__ = str(file)
     with _running(file):
-        # Classes that the file declares find their module by its name.
+        # Dataclasses that the file declares look up their module in `sys.modules`.
         sys.modules[module.__name__] = module
         try:
             exec(compile(source, str(file), "exec", dont_inherit=True), module.__dict__)
@@ -253,7 +264,7 @@ def load_config(file: str | os.PathLike, overrides: Sequence[str] = ()) -> Any:
 
 @contextlib.contextmanager
 def _running(file: pathlib.Path) -> Iterator[None]:
-    """For a block that runs the user's file: whatever it raises, down to `SystemExit`, is one line that names it."""
+    """Turns every exception of a block that runs the user's file, even `SystemExit`, into a one-line `Emu3Error`."""
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
@@ -269,7 +280,7 @@ def _running(file: pathlib.Path) -> Iterator[None]:
         where = f" line {lines[-1]}" if lines else ""
         try:
             reason = f"{error!s:.200}"
-        except Exception:  # a class of the file's own
+        except Exception:  # the file's own exception class may fail in `__str__`
             reason = ""
         said = type(error).__name__ + (f": {reason}" if reason else "")
         raise Emu3Error(f"{file}{where}: {said}; correct the file") from error

@@ -1,14 +1,14 @@
-"""Floating-point operations of a training step, and what a chip can do: together they make the MFU.
+"""FLOPs of a training step and peak FLOP/s of chips, from which training reports model FLOPs utilisation (MFU).
 
-Model FLOPs as in PaLM, arXiv 2204.02311, appendix B: what forward and backward need, without recomputation, padding or
-the lookup in the embedding table.
+Model FLOPs are counted as in PaLM (arXiv 2204.02311, appendix B). They cover the forward and the backward pass, but
+not recomputation, padding or the lookup in the embedding table.
 """
 
 import math
 
 from emu3_jax.config import DecoderConfig
 
-# Dense bfloat16 FLOP/s of one device, from the vendors' data sheets, by the beginning of JAX's `device_kind`.
+# Peak dense bfloat16 FLOP/s of one device, from the vendors' data sheets. Keys are prefixes of JAX's `device_kind`.
 PEAKS = {
     "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5p": 459e12, "TPU v5": 459e12,
     "TPU v6": 918e12, "NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA B200": 2250e12,
@@ -16,26 +16,28 @@ PEAKS = {
 
 
 def matrix_weights(decoder: DecoderConfig) -> int:
-    """Weights that each token is multiplied with: the layers' matrices and the head."""
+    """The number of weights in the layers' matrices and the head: each token is multiplied with all of them."""
     d, f, h = decoder.hidden_size, decoder.intermediate_size, decoder.head_dim
     heads = 2 * decoder.num_heads + 2 * decoder.num_kv_heads
     return decoder.num_layers * (d * heads * h + 3 * d * f) + decoder.vocab_size * d
 
 
 def step_flops(decoder: DecoderConfig, tokens: float, attended: float, frozen: bool = False) -> float:
-    """Model FLOPs of a step.
+    """Model FLOPs of a training step.
 
     Args:
-        decoder: shapes.
-        tokens: tokens without padding.
-        attended: the keys that they see, summed over all tokens (S * (S + 1) / 2 for one sequence of S).
-        frozen: no gradients of the matrices are computed; the adapters beside them are not counted.
+        decoder: config of the decoder.
+        tokens: number of tokens, without padding.
+        attended: number of keys that a token attends to, summed over all tokens (S * (S + 1) / 2 for one sequence of
+            S tokens).
+        frozen: whether the matrices are frozen, so that no gradients of them are computed. FLOPs of adapters are not
+            counted.
     """
     per_pair = 12 * decoder.num_layers * decoder.num_heads * decoder.head_dim
     return (4 if frozen else 6) * matrix_weights(decoder) * tokens + per_pair * attended
 
 
 def peak_flops(device_kind: str) -> float:
-    """FLOP/s of a device of this kind; NaN where it is not known."""
+    """Peak bfloat16 FLOP/s of one device of this kind, or NaN for an unknown kind."""
     matches = [name for name in PEAKS if device_kind.startswith(name)]
     return PEAKS[max(matches, key=len)] if matches else math.nan

@@ -1,4 +1,4 @@
-"""Which rows of a batch each process reads, and how its rows become arrays over the whole mesh."""
+"""Which rows of a batch each process reads, and how these rows become global arrays on the mesh."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,15 +13,15 @@ from emu3_jax.sharding.rules import batch_sharding, batch_shards
 
 
 class HostRows:
-    """The rows of this process.
+    """The rows of a batch that this process reads.
 
-    Processes whose devices hold the same rows (where `tensor` or `sequence` spans processes) form a group and read the
-    same data; groups read different ones.
+    If the mesh axis `tensor` or `sequence` spans processes, these processes hold the same rows. They form a group and
+    read the same data. Different groups read different data.
 
     Attributes:
-        count: rows of this process.
-        group: the number of its group.
-        groups: how many there are.
+        count: number of rows of this process.
+        group: index of this process' group.
+        groups: number of groups.
     """
 
     def __init__(self, mesh: jax.sharding.Mesh, batch_size: int):
@@ -34,7 +34,7 @@ class HostRows:
             )
         self._sharding: NamedSharding = batch_sharding(mesh)
         self._batch_size = batch_size
-        # A length that every mesh splits: only rows are looked at.
+        # Any column count that every mesh divides will do: only the row indices are used.
         places: Mapping[Any, tuple[slice, ...]] = self._sharding.devices_indices_map((batch_size, mesh.size))
         held: dict[int, set[int]] = {}
         for device, (rows, _) in places.items():
@@ -42,8 +42,8 @@ class HostRows:
         groups = sorted({tuple(sorted(rows)) for rows in held.values()})
         if sum(map(len, groups)) != batch_size:
             raise Emu3Error(
-                "the mesh gives processes rows that overlap only in part: choose axes so that data * fsdp is a "
-                "multiple of the processes, or divides them"
+                "mesh: two processes share only some of their rows; choose axes so that data * fsdp is a multiple or "
+                f"a divisor of the number of processes ({jax.process_count()})"
             )
         mine = tuple(sorted(held[jax.process_index()]))
         self.count, self.group, self.groups = len(mine), groups.index(mine), len(groups)
@@ -51,7 +51,7 @@ class HostRows:
         self._at = {row: index for index, row in enumerate(mine)}
 
     def spread(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Global arrays [batch_size, S] from this process' rows [count, S]."""
+        """Makes global arrays [batch_size, S] from this process' rows [count, S]."""
 
         def place(local: np.ndarray) -> jax.Array:
             shape = (self._batch_size, *local.shape[1:])
@@ -65,11 +65,11 @@ class HostRows:
         return {name: place(array) for name, array in batch.items()}
 
     def total(self, number: int) -> jax.Array | int:
-        """The sum of a number of each group; over several groups, like a step, under way when this returns."""
+        """Sums `number` over all groups. With several groups the result is a device array that may not be ready yet."""
         if self.groups == 1:
             return number
-        # Each group's number stands in its first row.
-        columns = self._sharding.mesh.size  # a length that every mesh splits
+        # The group's number goes into the group's first row, so that processes of one group count once.
+        columns = self._sharding.mesh.size  # a column count that every mesh divides
         numbers = np.zeros((self.count, columns), np.int32)
         numbers[0, 0] = number
         return self._sum(self.spread({"numbers": numbers})["numbers"])

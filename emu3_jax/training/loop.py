@@ -1,4 +1,4 @@
-"""Training the decoder: what is special about it, as a job of `training.runner`."""
+"""Training of the decoder: `train`, and the decoder's `Job` for `training.runner`."""
 
 import contextlib
 import dataclasses
@@ -44,33 +44,37 @@ from emu3_jax.training.step import Trainer, TrainState
 from emu3_jax.training.summary import counted
 
 _log = logging.getLogger("emu3_jax")
-_EXAMPLE = 100  # characters of a prompt that is shown as an example
+_EXAMPLE = 100  # longest prompt, in characters, that the last line shows as an example
 
 
 def train(
     config: TrainConfig, progress: bool | None = None, *, verify: bool = False, adapter_only: bool = False
 ) -> Outcome:
-    """Trains from the last checkpoint in `config.directory`, or from the start, to the last step.
+    """Trains the decoder and exports it as a bundle to `DIRECTORY/model`.
 
-    Asked to stop by Ctrl-C, or by SIGTERM, as machines are before they are taken away, it writes a checkpoint and
-    returns.
+    If `config.directory` holds checkpoints of this run, training resumes from the newest one. On Ctrl-C or SIGTERM
+    (which cloud machines get before they are taken away), the run writes a checkpoint and returns.
 
     Args:
-        config: the run.
-        progress: True shows a bar on a terminal and lines in a log, None only the bar, False nothing.
-        verify: compares the files of the config's bundle with their checksums first.
-        adapter_only: at the end, writes the adapter alone to `DIRECTORY/adapter`, and no model to `DIRECTORY/model`.
+        config: the config of the run.
+        progress: True shows a progress bar on a terminal and lines in a log, None shows only the bar, False nothing.
+        verify: whether to check the files of the config's bundle against their checksums first.
+        adapter_only: whether to export only the adapter, to `DIRECTORY/adapter`, instead of the merged model.
+
+    Returns:
+        How the run ended: the last step, and the exported model's path unless the run was stopped.
 
     Raises:
-        Emu3Error: on bad input, on a loss that is not finite, and where files cannot be written. The checkpoints that
-            were written stay.
+        Emu3Error: bad input, a loss that is not finite, or files that cannot be written. Checkpoints that were
+            written before are kept.
     """
     enable_persistent_cache()
     if adapter_only and config.adapter is None:
         raise Emu3Error(
-            "the config trains all weights and has no adapter: set adapter=Adapter(...), or leave --adapter-only out"
+            "--adapter-only: the config trains all weights and has no adapter; set adapter=Adapter(...), or leave "
+            "--adapter-only out"
         )
-    storage_place(config.directory)  # refused before the work rather than at the first checkpoint
+    storage_place(config.directory)  # a bad path must fail now, not at the first checkpoint
     bundle = Bundle.open(config.model.bundle, verify=verify)
     decoder = _decoder(config, bundle)
     mesh = make_mesh(config.mesh)
@@ -83,7 +87,7 @@ def train(
 
 
 def _decoder(config: TrainConfig, bundle: Bundle) -> DecoderConfig:
-    """The decoder's config; where weights come from the bundle it must be the bundle's, but for what is no shape."""
+    """The config of the decoder to train. If weights come from the bundle, all but `FREE_FIELDS` must equal its own."""
     wanted = config.model.decoder
     if config.model.random and wanted is not None:
         return wanted
@@ -95,29 +99,29 @@ def _decoder(config: TrainConfig, bundle: Bundle) -> DecoderConfig:
         return found
     if field := other_field(found, wanted):
         raise Emu3Error(
-            f"{bundle.path} is of another model: its decoder has {field} {getattr(found, field)!r}, the config "
+            f"{bundle.path}: the decoder of this bundle has {field} {getattr(found, field)!r}, the config has "
             f"{getattr(wanted, field)!r}; correct the config's model.decoder, or leave it out"
         )
-    # What is trained now may be longer, larger, or clips for the first time: no property of the weights.
+    # No weight depends on these fields, so training may change picture size, sequence length and clips.
     return dataclasses.replace(found, **{name: getattr(wanted, name) for name in FREE_FIELDS})
 
 
 def _check_parts(config: TrainConfig, mesh: Mesh) -> None:
     part = config.batch_size // config.accumulation
-    HostRows(mesh, part)  # each part is spread like the whole
+    HostRows(mesh, part)  # raises if the mesh does not divide a part's rows
     length, parts = config.data.sequence_length, mesh.shape["sequence"]
     if length % parts:
         raise Emu3Error(f"sequence_length is {length}, which mesh sequence={parts} does not divide: change one of them")
 
 
 def _losses(figures: Mapping[str, float]) -> str:
-    """The loss, and in brackets those of text and visual tokens; without targets of a kind its mean is 0."""
+    """The loss, then in brackets the mean losses of text and visual targets. A kind without targets is left out."""
     kinds = [f"{kind} {figures[f'loss_{kind}']:.4f}" for kind in ("text", "vision") if figures[f"loss_{kind}"]]
     return f"loss {figures['loss']:.4f}" + (f" ({', '.join(kinds)})" if kinds else "")
 
 
 class _DecoderJob:
-    """The decoder on sequences of tokens. To be made and used within `use_mesh(mesh)`."""
+    """The `Job` that trains the decoder on token sequences. Make and use it within `use_mesh(mesh)`."""
 
     def __init__(
         self, config: TrainConfig, bundle: Bundle, decoder: DecoderConfig, mesh: Mesh, adapter_only: bool = False
@@ -167,15 +171,15 @@ class _DecoderJob:
         if self._tokenizer.special != special:
             found, wanted = ((t.visual_start, t.visual_count) for t in (self._tokenizer.special, special))
             raise Emu3Error(
-                f"{path}: its vocabulary and codebook give {found[1]} visual ids from {found[0]} on, the "
-                f"config's model.decoder.tokens say {wanted[1]} from {wanted[0]} on: make the two agree"
+                f"{path}: this bundle has {found[1]} visual ids from {found[0]} on, the config's "
+                f"model.decoder.tokens has {wanted[1]} from {wanted[0]} on: make the two agree"
             )
         if self._config.samples:
             codes = self._bundle.vision_config.codebook_size
             if codes != special.visual_count:
                 raise Emu3Error(
-                    f"{path}: its vision tokenizer has {codes} codes, its decoder {special.visual_count}, so that "
-                    "samples cannot be shown: put the decoder's own vision tokenizer into the bundle"
+                    f"{path}: the vision tokenizer has {codes} codes, the decoder {special.visual_count}, so samples "
+                    "cannot be decoded: put the decoder's own vision tokenizer into the bundle, or leave samples out"
                 )
 
     # -------------------------------------------------------------------------------------------- for people
@@ -187,14 +191,14 @@ class _DecoderJob:
         lines = [f"trained: all {count:,} parameters"]
         if config.adapter:
             rank, trained = config.adapter.rank, summary.parameters(state.params)
-            lines = [f"trained: adapters of rank {rank}, {trained:,} parameters beside {count:,} frozen ones"]
+            lines = [f"trained: adapters of rank {rank} ({trained:,} parameters); {count:,} parameters are frozen"]
         rows, length = config.batch_size, config.data.sequence_length
         parts = f", in {config.accumulation} parts" if config.accumulation > 1 else ""
-        lines.append(f"a step: {counted(rows, 'row')} of {length:,} tokens, so up to {rows * length:,} tokens{parts}")
+        lines.append(f"a step: {counted(rows, 'row')} of {length:,} tokens, up to {rows * length:,} tokens{parts}")
         lines.append(f"data: {summary.sources(self._batches.sources)}")
         if self._evaluated:
             sets = ", ".join(f"{printable(name)} ({counted(count, 'record')})" for name, count in self._evaluated)
-            lines.append(f"evaluated every {config.evaluate_every:,} steps: {sets}")
+            lines.append(f"evaluation every {config.evaluate_every:,} steps: {sets}")
         lines.append(summary.devices(self._mesh))
         parts_of_memory = {
             "frozen weights": frozen,
@@ -208,7 +212,7 @@ class _DecoderJob:
         return "" if self._compiled is None else summary.step_memory(self._compiled, self._mesh)
 
     def usage(self, model: pathlib.Path) -> str:
-        """By the task of the first source that shows pictures or clips."""
+        """The command that suits the task of the first source with pictures or clips."""
         written, bundle = (shlex.quote(printable(str(path))) for path in (model, self._config.model.bundle))
         options = f"--model {written}"
         if self.product == "adapter":
@@ -230,12 +234,12 @@ class _DecoderJob:
         return f"emu3-jax doctor {written}"
 
     def _prompt(self, source: Source) -> str:
-        """An example that a shell takes: of the config's samples, or the first caption if that is short."""
+        """An example prompt, quoted for a shell: the first sample prompt or caption, or "PROMPT" if that is long."""
         samples, text = self._config.samples, ""
         if samples:
             text = samples.prompts[0]
         else:
-            with contextlib.suppress(Emu3Error):  # the run is over: a damaged record does not matter any more
+            with contextlib.suppress(Emu3Error):  # the run is over: a damaged record must not make it fail now
                 text = open_source(source, self._tokenizer, self._codebook)[0].text
         short = 0 < len(text) <= _EXAMPLE and text.isprintable() and not text.startswith("-")
         return shlex.quote(text) if short else "PROMPT"
@@ -262,7 +266,7 @@ class _DecoderJob:
         return self._trainer.initial_state(params)
 
     def _load_frozen(self) -> Any:
-        """The weights beside adapters; an empty dict where all are trained."""
+        """The frozen weights beside adapters, or an empty dict if all weights are trained."""
         adapter = self._config.adapter
         if adapter is None:
             return {}
@@ -271,7 +275,7 @@ class _DecoderJob:
     # -------------------------------------------------------------------------------------------- steps
 
     def start(self, step: int, position: Any | None) -> None:
-        self._frozen = self._load_frozen()  # before the first step, whose time is its own
+        self._frozen = self._load_frozen()  # here, so that loading does not count as time of the first step
         if position is not None:
             self._batches.set_state(position)
 
@@ -283,7 +287,7 @@ class _DecoderJob:
 
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         arguments = (state, self._frozen, self._rows.spread(batch))
-        if self._compiled is None:  # ahead of its call, to know what memory it takes
+        if self._compiled is None:  # compiled ahead of time, because only that tells its memory
             self._compiled = self._trainer.step.lower(*arguments).compile()
         state, figures = self._compiled(*arguments)
         if self._skips:
@@ -292,7 +296,7 @@ class _DecoderJob:
 
     @property
     def _skips(self) -> bool:
-        """Whether records that are too long are left out."""
+        """Whether records longer than a row are skipped."""
         return self._config.data.too_long == "skip"
 
     def skipped(self) -> int:
@@ -317,7 +321,7 @@ class _DecoderJob:
         arrays: dict[str, Any] = dict(batch)
         with new_file(file) as temporary:
             np.savez(temporary, **arrays)
-        return f"batch {step}, which is in {file}", "lower optimizer.learning_rate or look at the data"
+        return f"step {step}, whose batch is in {file}", "lower optimizer.learning_rate or check the data"
 
     # -------------------------------------------------------------------------------------------- between steps
 
@@ -362,7 +366,7 @@ class _DecoderJob:
     def sample(self, state: TrainState) -> list[Image.Image]:
         vision, convert = self._sampler
         samples = self._config.samples
-        assert samples is not None  # else the cadence asks for none
+        assert samples is not None  # without samples the cadence never calls this
         params = convert(state.params, self._frozen)
         language = Language(self._trainer.decoder, params, self._tokenizer, self._templates, self._mesh)
         return Emu3(f"step {int(state.step)}", language, vision).generate(
@@ -376,7 +380,7 @@ class _DecoderJob:
 
     @functools.cached_property
     def _sampler(self) -> tuple[Vision, Callable[[Any, Any], Any]]:
-        """The vision tokenizer, and what makes parameters to generate with of those that are trained."""
+        """The vision tokenizer, and a function that turns (trained, frozen) parameters into inference parameters."""
         bundle = self._bundle
         params = bundle.load_vision(vision_shardings(bundle.vision_config, self._mesh))
         vision = Vision(bundle.vision_config, bundle.image_config, params)

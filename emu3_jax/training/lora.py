@@ -1,7 +1,7 @@
-"""Parameters of a decoder with adapters: made from a plain decoder's, split into trained and frozen ones.
+"""Parameters of a decoder with low-rank adapters: freezing a plain decoder, and splitting trained from frozen leaves.
 
-`models.merging` merges them back. Functions on trees take nested dicts of stacked layers, of single ones, or any part
-of them: leaves are known by name.
+`models.merging` merges adapters back into the weights. Functions on trees accept nested dicts with stacked layers,
+with separate layers, or any subtree: they recognise leaves by name.
 """
 
 import functools
@@ -26,14 +26,14 @@ _TRAINED = {f"{name}_{side}" for name in MATRICES for side in "ab"}
 
 
 def split(params: Params) -> tuple[Params, Params]:
-    """(adapters, all else) of parameters, of their shardings or of their boxes; `join` is the way back."""
+    """Splits a tree of parameters, shardings or Flax boxes into (adapters, all other leaves). `join` undoes it."""
     flat = traverse_util.flatten_dict(params)
     parts = [{path: x for path, x in flat.items() if (path[-1] in _TRAINED) is side} for side in (True, False)]
     return traverse_util.unflatten_dict(parts[0]), traverse_util.unflatten_dict(parts[1])
 
 
 def join(trainable: Params, frozen: Params) -> Params:
-    """Parameters for `Decoder(config, adapter=adapter)`."""
+    """Joins the two parts of `split` to parameters for `Decoder(config, adapter=adapter)`."""
     flat = {**traverse_util.flatten_dict(frozen), **traverse_util.flatten_dict(trainable)}
     return traverse_util.unflatten_dict(flat)
 
@@ -42,7 +42,7 @@ def join(trainable: Params, frozen: Params) -> Params:
 
 
 def freeze(params: Params, adapter: Adapter) -> Params:
-    """A plain decoder's parameters as `adapter.base` keeps them: matrices quantised or cast, the rest cast."""
+    """Converts a plain decoder's parameters to `adapter.base`: quantises or casts matrices, casts other leaves."""
     flat = traverse_util.flatten_dict(params)
     frozen = (freeze_leaf(path, leaf, adapter.base) for path, leaf in flat.items())
     return traverse_util.unflatten_dict({path: leaf for leaves in frozen for path, leaf in leaves.items()})
@@ -51,17 +51,22 @@ def freeze(params: Params, adapter: Adapter) -> Params:
 def freeze_stacked(
     arrays: Iterable[tuple[Path, np.ndarray]], config: DecoderConfig, adapter: Adapter, places: Params
 ) -> Params:
-    """`freeze` of a plain decoder's arrays, stacked: beside the result, a device holds one layer's matrix at a time.
+    """Freezes a plain decoder's arrays one by one and stacks the layers.
+
+    Beside the result, a device holds only one layer's matrix at a time.
 
     Args:
-        arrays: the path and array of each, layers apart, in any order: from `Bundle.arrays`.
-        config: the decoder's.
-        adapter: how they are kept.
-        places: shardings like the result, of one mesh: the second part that `split` makes of
-            `decoder_shardings(config, mesh, stacked=True, adapter=adapter)`.
+        arrays: pairs (path, array) with separate layers, in any order, as `Bundle.arrays` yields them.
+        config: config of the decoder.
+        adapter: settings of the adapter. Its `base` says how frozen weights are stored.
+        places: shardings in the tree structure of the result, all on one mesh. They are the second part of
+            `split(decoder_shardings(config, mesh, stacked=True, adapter=adapter))`.
+
+    Returns:
+        The frozen parameters, layers stacked.
 
     Raises:
-        Emu3Error: an array is missing.
+        Emu3Error: an array is missing or occurs twice.
     """
     flat_places = traverse_util.flatten_dict(places)
     frozen: dict[Path, jax.Array] = {}
@@ -70,7 +75,7 @@ def freeze_stacked(
     for own_path, array in arrays:
         path, layer = stacked_place(own_path)
         if layer is None:
-            # A table is never whole on a device.
+            # A device gets only its own part of a table: a whole table may not fit.
             cast = array.astype(adapter.dtype, copy=False)
             frozen[path] = jax.make_array_from_callback(cast.shape, flat_places[path], cast.__getitem__)
             written[path] += 1
@@ -91,7 +96,7 @@ def freeze_stacked(
         expected = config.num_layers if is_stacked(path) else 1
         if written[path] != expected:
             raise Emu3Error(
-                f"{written[path]} of {expected} arrays were given for the frozen weight {'/'.join(path)}: "
+                f"frozen weight {'/'.join(path)}: the bundle gave {written[path]} arrays, {expected} are needed; "
                 "convert the model again"
             )
     return traverse_util.unflatten_dict(frozen)

@@ -1,11 +1,11 @@
-"""Next-token cross-entropy in chunks: the logits of a whole row, 7.6 GB at 10,240 tokens, never exist.
+"""Next-token cross-entropy in chunks, so that the logits of a whole row (7.6 GB at 10,240 tokens) never exist.
 
 B batch, S sequence, D width, V vocabulary, N tokens of one device, C tokens of one chunk.
 
-On a mesh everything is explicit, in two `shard_map`s: each device takes the tokens that it holds, gathers the head once
-(in the compute dtype; `tensor` splits its rows, so that a tensor group shares the vocabulary) and adds up the head's
-gradient by itself, in float32, until one reduction at the end. The partitioner would reduce that gradient in every
-chunk.
+On a mesh, `shard_map` makes all communication explicit. Each device takes its own tokens and gathers the head once, in
+the compute dtype. The `tensor` axis splits the head's rows, so a tensor group shares the vocabulary. Each device sums
+the head's gradient in float32 over its chunks; one reduction follows at the end. Without `shard_map`, XLA's partitioner
+would reduce that gradient in every chunk.
 """
 
 import dataclasses
@@ -24,20 +24,21 @@ from jax.sharding import PartitionSpec as P
 
 from emu3_jax.models.attention import matmul_precision
 
-# Logits that exist at once: 1024 x 184,622 in float32 are 0.76 GB. Each chunk adds to the head's gradient, 3 GB.
+# Tokens per chunk. 1024 x 184,622 float32 logits take 0.76 GB. Each chunk also reads and writes the head's gradient
+# (3 GB), so smaller chunks cost time.
 CHUNK = 1024
-TILE = 128  # rows of the head
+TILE = 128  # the head's rows are padded to a multiple of this
 
 
 @flax.struct.dataclass
 class LossSums:
-    """Sums over targets, by what the target is; sums of several batches add up (`jax.tree.map`).
+    """Summed losses of text and visual targets. Add the sums of several batches with `jax.tree.map`.
 
     Attributes:
-        text: float32 scalar, the negative log-likelihood of the targets outside the visual range, in nats.
-        vision: likewise inside the range.
-        text_count: float32 scalar, how many those are; a target's weight counts.
-        vision_count: likewise.
+        text: float32 scalar, weighted negative log-likelihood of targets outside the visual ids, in nats.
+        vision: float32 scalar, weighted negative log-likelihood of targets inside the visual ids, in nats.
+        text_count: float32 scalar, sum of the weights of targets outside the visual ids.
+        vision_count: float32 scalar, sum of the weights of targets inside the visual ids.
     """
 
     text: jax.Array
@@ -47,16 +48,20 @@ class LossSums:
 
     @property
     def count(self) -> jax.Array:
-        """All targets."""
+        """Sum of the weights of all targets, float32 scalar."""
         return self.text_count + self.vision_count
 
 
 def next_tokens(tokens_bs: jax.Array, target_bs: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What each position predicts: the next token's id, and whether that is a target; the last predicts nothing.
+    """Shifts a batch by one token: what each position must predict.
 
     Args:
         tokens_bs: int32 [B, S].
-        target_bs: bool [B, S], which tokens are to be predicted.
+        target_bs: bool [B, S], which tokens are targets.
+
+    Returns:
+        int32 [B, S], the id of the next token; and bool [B, S], whether the next token is a target. The last position
+        has no next token, so it is False there.
     """
     last = jnp.arange(tokens_bs.shape[1])[None] == tokens_bs.shape[1] - 1
     return jnp.roll(tokens_bs, -1, axis=1), jnp.where(last, False, jnp.roll(target_bs, -1, axis=1))
@@ -74,21 +79,21 @@ def chunked_cross_entropy(
 ) -> tuple[jax.Array, LossSums]:
     """Cross-entropy of `labels_bs` under softmax(hidden . head), computed in float32 over chunks of tokens.
 
-    Where it is differentiated, the forward pass computes the gradients too, from the logits that it has before it:
-    that saves computing them again, a quarter of the head's work, or a third where the head is frozen.
+    Under differentiation, the forward pass computes the gradients too, while it has the logits. The backward pass need
+    not compute the logits again, which saves a quarter of the head's work (a third if the head is frozen).
 
     Args:
-        hidden_bsd: [B, S, D], the decoder's `hidden`; its dtype is that of the products.
+        hidden_bsd: [B, S, D], output of the decoder's method `hidden`. Matrix products use its dtype.
         head_vd: [V, D], the head's kernel.
-        labels_bs: int32 [B, S], what each position predicts (see `next_tokens`), inside the vocabulary.
-        mask_bs: [B, S], bool or the weight of each label in the sums; no gradient flows to it.
-        visual: first visual id and one past the last.
-        vision_weight: of visual targets in the objective.
-        chunk: tokens of one device whose logits exist at once.
+        labels_bs: int32 [B, S], the id that each position predicts (see `next_tokens`). All ids must be in [0, V).
+        mask_bs: [B, S], bool, or the weight of each label in the sums. No gradient flows to it.
+        visual: first visual id, and the last one plus 1.
+        vision_weight: weight of visual targets in the objective.
+        chunk: number of tokens per device whose logits exist at the same time.
 
     Returns:
-        The objective, float32 scalar: text + vision_weight * vision, from which gradients flow to `hidden_bsd` and
-        `head_vd`; and the sums by kind of target, from which none flow.
+        The objective, a float32 scalar: text + vision_weight * vision, whose gradients flow to `hidden_bsd` and
+        `head_vd`; and the sums for text and visual targets, which have no gradients.
     """
     weights = mask_bs.astype(jnp.float32)
     is_visual = (labels_bs >= visual[0]) & (labels_bs < visual[1])
@@ -103,7 +108,7 @@ def chunked_cross_entropy(
 
 @dataclasses.dataclass(frozen=True)
 class _How:
-    """The numbers of `chunked_cross_entropy`."""
+    """The static arguments of `chunked_cross_entropy`."""
 
     chunk: int
     vision_weight: float
@@ -113,7 +118,7 @@ class _How:
 def _weighted(
     how: _How, hidden: jax.Array, head: jax.Array, labels: jax.Array, by_kind: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The objective, and float32 [2]: the loss summed with each of the two sets of weights `by_kind` [2, B, S]."""
+    """The objective, and float32 [2]: summed losses of text and of visual targets, weighted by `by_kind` [2, B, S]."""
     layout = _Layout.current(hidden.shape)
     local = functools.partial(_local, layout=layout, how=how, differentiated=False)
     sums, _, _ = layout.spread(local, layout.inputs, (P(), None, None))(hidden, head, labels, by_kind)
@@ -153,7 +158,7 @@ def _local(
     how: _How,
     differentiated: bool,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """The sums over all devices; and, if `differentiated`, the objective's gradients of `hidden` and `head`."""
+    """One device's work: the sums over all devices and, if `differentiated`, the gradients of `hidden` and `head`."""
     width = hidden.shape[-1]
     rows, first = layout.gather_head(head.astype(hidden.dtype))
     product = functools.partial(
@@ -194,7 +199,7 @@ def _local(
 
 
 def _logits(h_cd: jax.Array, rows_vd: jax.Array, first: jax.Array | int, vocabulary: int) -> jax.Array:
-    """float32 [C, V] against some rows of the head, from row `first` on; rows past the vocabulary get no mass."""
+    """float32 [C, V] logits of the head's rows from `first` on. Padding rows past the vocabulary get -inf."""
     logits = jnp.einsum(
         "cd,vd->cv", h_cd, rows_vd, precision=matmul_precision(h_cd.dtype), preferred_element_type=jnp.float32
     )
@@ -202,14 +207,14 @@ def _logits(h_cd: jax.Array, rows_vd: jax.Array, first: jax.Array | int, vocabul
 
 
 def _own_rows(label_c: jax.Array, first: jax.Array | int, count: int) -> tuple[jax.Array, jax.Array]:
-    """Which labels are among the rows `first .. first + count - 1`, and where (0 if not)."""
+    """bool [C], which labels are rows `first .. first + count - 1`; and int32 [C], their index there (0 if not)."""
     at = label_c - first
     mine = (at >= 0) & (at < count)
     return mine, jnp.where(mine, at, 0)
 
 
 def _chunks(x: jax.Array, chunk: int) -> jax.Array:
-    """[N, ...] as [chunks, C, ...] with C at most `chunk`, filled up with few zeros."""
+    """Splits [N, ...] into [chunks, C, ...] with C <= `chunk`. Zeros pad the end; chunks are even, so they are few."""
     count = -(-len(x) // chunk)
     size = -(-len(x) // count)
     return jnp.pad(x, ((0, count * size - len(x)), *((0, 0),) * (x.ndim - 1))).reshape(count, size, *x.shape[1:])
@@ -220,20 +225,20 @@ def _chunks(x: jax.Array, chunk: int) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class _Layout:
-    """How tokens and the head lie on a mesh, and the collectives that follow; without a mesh, none.
+    """How a mesh splits tokens and the head, and the collectives that follow. Without a mesh there are none.
 
-    Each field of axes holds those of more than one device.
+    The fields name mesh axes. Axes of size 1 are left out.
     """
 
     mesh: Any = None
     batch: tuple[str, ...] = ()  # splits rows of tokens
     sequence: tuple[str, ...] = ()  # splits positions
-    gathered: tuple[str, ...] = ()  # splits the head's width; gathered for the products
-    vocabulary: tuple[str, ...] = ()  # splits the head's width too; exchanged for a split of its rows
+    gathered: tuple[str, ...] = ()  # splits the head's width; an all-gather restores full width for the products
+    vocabulary: tuple[str, ...] = ()  # splits the head's width too; an all-to-all turns it into a split of its rows
 
     @classmethod
     def current(cls, shape: tuple[int, ...]) -> "_Layout":
-        """Of hidden states of this shape; without a mesh, or one that does not split them evenly, no layout."""
+        """The layout for hidden states of this shape: empty without a mesh, or if the mesh splits them unevenly."""
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty:
             return cls()
@@ -265,16 +270,16 @@ class _Layout:
         return P(None, self.gathered + self.vocabulary)
 
     def spread(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-        """`function` on each device's part."""
+        """Wraps `function` so that each device runs it on its own part."""
         if self.mesh is None:
             return function
         return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
     def gather_head(self, head: jax.Array) -> tuple[jax.Array, jax.Array | int]:
-        """This device's rows of the head, in full width, and which the first of them is.
+        """This device's rows of the head in full width, and the index of the first row.
 
-        Zeros fill the rows up to whole tiles for each device, without which a GPU's products of bfloat16 take three
-        times as long (184,622 is no multiple of 8); `_logits` gives those rows no mass.
+        Zero rows pad each device's part to a multiple of `TILE`. Without padding, bfloat16 products on a GPU take three
+        times as long, because 184,622 is no multiple of 8. `_logits` gives padding rows no probability.
         """
         first: jax.Array | int = 0
         parts = lax.axis_size(self.vocabulary) if self.vocabulary else 1
@@ -287,7 +292,7 @@ class _Layout:
         return head, first
 
     def scatter_head(self, d_rows: jax.Array, vocabulary: int) -> jax.Array:
-        """The gradient of the head as this device holds it, from each device's gradient of its rows."""
+        """Reduces each device's gradient of its rows to this device's part of the head's gradient."""
         if self.gathered:
             d_rows = lax.psum_scatter(d_rows, self.gathered, scatter_dimension=1, tiled=True)
         replicas = tuple(a for a in self.batch + self.sequence if a not in self.gathered)

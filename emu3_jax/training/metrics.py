@@ -1,7 +1,7 @@
-"""A run's metrics: one JSON object a line in `metrics.jsonl`, and the same numbers for TensorBoard.
+"""The metrics of a run: one JSON object per line in `metrics.jsonl`, and the same numbers for TensorBoard.
 
-Nothing can be added to an object in a bucket. There both are written to a local directory, and uploaded at each
-checkpoint: what a kill loses is what the resumed run writes anew.
+Objects in a bucket cannot be appended to. For a run in a bucket, both are written to a local directory and uploaded at
+each checkpoint. A kill loses only lines after the last checkpoint, and the resumed run writes these lines again.
 """
 
 import contextlib
@@ -19,14 +19,14 @@ from emu3_jax.files import local_directory, new_file
 from emu3_jax.foreign import limit, parse_json, plain_file, reading
 
 FILE = "metrics.jsonl"
-_MAX_BYTES = 4 << 30  # a step is a line of some 200
-_MAX_LINE = 1 << 20
-_CURVES = "emu3-jax"  # what a path of tensorboardX begins with, so that it opens the file with `_Curves`
+_MAX_BYTES = 4 << 30  # largest metrics.jsonl; a step is a line of about 200 bytes
+_MAX_LINE = 1 << 20  # longest line, in bytes
+_CURVES = "emu3-jax"  # path prefix that makes tensorboardX open its files with `_Curves`
 _log = logging.getLogger("emu3_jax")
 
 
 class Metrics:
-    """Writes metrics of one run, from `step` on: what a killed run wrote about later steps goes first."""
+    """Writes the metrics of one run from `step` on. It first deletes lines that a killed run wrote for later steps."""
 
     def __init__(self, directory: pathlib.Path, step: int):
         self._remote = directory if storage.is_remote(directory) else None
@@ -50,7 +50,7 @@ class Metrics:
         self._board = SummaryWriter(f"{_CURVES}:{directory.absolute() / 'tensorboard'}", purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, float], group: str = "train") -> None:
-        """One line `{"step": ..., "group": ..., name: number, ...}`, on disk when this returns."""
+        """Appends one line `{"step": ..., "group": ..., name: number, ...}`. The file is closed before this returns."""
         line = json.dumps({"step": step, "group": group, **values})
         try:
             with open(self._file, "a") as file:
@@ -61,7 +61,7 @@ class Metrics:
             self._board.add_scalar(f"{group}/{name}", value, step)
 
     def keep(self) -> None:
-        """Uploads what was written so far, where the run lies in a bucket."""
+        """Uploads all files written so far if the run's directory is in a bucket."""
         if self._remote:
             self._board.flush()
             for file in sorted(self._file.parent.rglob("*")):
@@ -75,7 +75,7 @@ class Metrics:
 
 
 class _CurvesFactory:
-    """What tensorboardX makes files and directories with."""
+    """The object through which tensorboardX opens files and makes directories."""
 
     def open(self, path: str) -> "_Curves":
         return _Curves(path.removeprefix(f"{_CURVES}:"))
@@ -85,9 +85,10 @@ class _CurvesFactory:
 
 
 class _Curves:
-    """A file for TensorBoard. Where it cannot be written, as on a full disk, it ends with one warning.
+    """A file for TensorBoard that never raises: if a write fails, as on a full disk, it warns once and ends.
 
-    What is in it is in the metrics too. An error would end the thread that writes it, for which the run then waits.
+    An exception would end tensorboardX's writer thread, and the run would hang waiting for it. No numbers are lost:
+    metrics.jsonl holds them too.
     """
 
     def __init__(self, path: str):
@@ -107,14 +108,24 @@ class _Curves:
         _log.warning("%s ends here: %s; metrics.jsonl has the same numbers", self._path, reason)
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Does nothing: the file is unbuffered."""
 
     def close(self) -> None:
         self._file.close()
 
 
 def read_metrics(directory: pathlib.Path) -> list[dict[str, Any]]:
-    """All lines of a run's metrics; one that a kill left unfinished, or that is none of ours, is left out."""
+    """Reads all lines of a run's metrics. It leaves out broken lines (such as the last one after a kill).
+
+    Args:
+        directory: directory of the run.
+
+    Returns:
+        One dict per line, with at least an int `step` and a text `group`. Empty without a metrics file.
+
+    Raises:
+        Emu3Error: the file cannot be read or is too large.
+    """
     file = directory / FILE
     if not file.exists():
         return []

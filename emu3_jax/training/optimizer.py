@@ -1,4 +1,4 @@
-"""AdamW by optax, from the numbers of `OptimizerConfig`."""
+"""optax's AdamW with the settings of an `OptimizerConfig`."""
 
 from typing import Any
 
@@ -9,14 +9,17 @@ from emu3_jax.training.config import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0, then a cosine to the final rate at `steps` (transformers' `cosine_with_min_lr`)."""
+    """The schedule: linear warm-up from 0, then a cosine to the final rate at `steps`.
+
+    It equals transformers' `cosine_with_min_lr`.
+    """
     return optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, config.warmup_steps, steps, config.final_learning_rate
     )
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW; weights decay except the norms' scales, as in the reference."""
+    """Clipping by global norm, then AdamW. All weights decay except the scales of norms, as in the reference."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
@@ -32,8 +35,8 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 
 def _decays(params: Any) -> Any:
-    """Which leaves decay: all but scales."""
-    # Within boxes that name axes, the name is not the last entry of the path.
+    """A tree of bools: which leaves decay. All do but scales."""
+    # Leaves in Flax boxes have further path entries after their name, so every entry is compared.
     return jax.tree_util.tree_map_with_path(
         lambda path, _: all(getattr(entry, "key", None) != "scale" for entry in path), params
     )

@@ -1,7 +1,7 @@
-"""`--set path.to.field=value`: fields of a config that are changed from the command line.
+"""`--set path.to.field=value`: changes fields of a config from the command line.
 
-All changes are gathered first, and each config on the way is made, and so validated, once with all of its own: in which
-order they were given does not matter, and two fields that are legal only together can be changed together.
+All changes are collected first. Then each config object is built, and so validated, once with all its changes. So the
+order of different fields does not matter, and two fields that are legal only together can be changed together.
 """
 
 import ast
@@ -25,12 +25,12 @@ _MAX_SHOWN = 80  # characters of an override in an error line
 
 @dataclasses.dataclass
 class _Change:
-    """What is to become of one place in a config.
+    """The changes to one place in a config: a field, a tuple entry, or the whole config.
 
     Attributes:
-        value: that was given for the place itself, or `_UNSET`.
-        below: changes of its fields or entries, by name or index.
-        said: the overrides that named this place or one below it.
+        value: new value of the place itself, or `_UNSET`.
+        below: changes of the place's fields or tuple entries, by name or index.
+        said: texts of the overrides that named this place or a place below it, for error lines.
     """
 
     value: Any = _UNSET
@@ -40,28 +40,28 @@ class _Change:
 
 @dataclasses.dataclass
 class _Made:
-    """`Class(field=value)` as it was written: the object is made when all changes of its fields are known."""
+    """A parsed call `Class(field=value)`. The object is built later, when all changes of its fields are known."""
 
     cls: type
     fields: dict[str, Any]
 
 
 class _Blamed(Emu3Error):
-    """An error whose line names its overrides already."""
+    """An error whose line already names the overrides that caused it."""
 
 
 def override(config: Any, overrides: Sequence[str]) -> Any:
-    """`config` with fields changed.
+    """Returns a copy of `config` with some fields changed.
 
     Args:
-        config: a frozen dataclass; its fields may be such, and tuples of such.
-        overrides: "path.to.field=value", with indices for tuples: `data.sources.0.path=prepared`. A value is a Python
-            literal, a call of a config's class with literals (`adapter=Adapter(rank=16)`), or else text. A field of a
-            config that is absent makes it, with defaults for the rest: `adapter.rank=16`. The last value that is given
-            for a place counts.
+        config: a frozen dataclass. Its fields may hold frozen dataclasses and tuples of them.
+        overrides: texts "path.to.field=value". Tuple entries are named by index: `data.sources.0.path=prepared`. A
+            value is a Python literal or a call of a config class with literals (`adapter=Adapter(rank=16)`). Any other
+            value is taken as text. Setting a field of a config that is None creates that config, with defaults for
+            its other fields: `adapter.rank=16`. If several overrides name the same place, the last one counts.
 
     Raises:
-        Emu3Error: an override that is not legal, or all of them together are not.
+        Emu3Error: one override is not legal, or the overrides are not legal together.
     """
     found = (*_annotated(type(config), set()), *_present(config), *TASKS)
     classes = {cls.__name__: cls for cls in found if dataclasses.is_dataclass(cls)}
@@ -86,18 +86,18 @@ def override(config: Any, overrides: Sequence[str]) -> Any:
 
 
 def _apply(old: Any, change: _Change, hint: Any) -> Any:
-    """`old` with `change`; `hint` is the annotation of the field that holds it."""
+    """Returns `old` with `change` applied. `hint` is the annotation of the field that holds `old`."""
     try:
         return _changed(old if change.value is _UNSET else change.value, change.below, hint)
     except _Blamed:
         raise
     except FieldError as error:
-        # Of the fields that were changed together, the one that is not legal.
+        # Several fields were changed together: blame only the illegal one.
         culprit = change.below.get(error.field)
         raise _blame(error, culprit or change) from error
     except Emu3Error as error:
         raise _blame(error, change) from error
-    except Exception as error:  # a value of a kind that a config's own checks do not expect
+    except Exception as error:  # a config's own checks may fail in any way on a value of an unexpected type
         raise _blame(Emu3Error(f"{type(error).__name__}: {error}; correct the value"), change) from error
 
 
@@ -122,7 +122,7 @@ def _changed(base: Any, below: Mapping[str, _Change], hint: Any) -> Any:
         for name, change in below.items():
             index = step_number(name)
             if index is None or index >= len(entries):
-                raise _blame(Emu3Error(f"{shown(name)} is no index from 0 to {len(entries) - 1}"), change)
+                raise _blame(Emu3Error(f"{shown(name)} is not an index from 0 to {len(entries) - 1}"), change)
             entries[index] = _apply(entries[index], change, None)
         return tuple(entries)
     if not dataclasses.is_dataclass(base) or isinstance(base, type):
@@ -135,7 +135,7 @@ def _changed(base: Any, below: Mapping[str, _Change], hint: Any) -> Any:
 
 
 def _made(made: _Made, below: Mapping[str, _Change]) -> Any:
-    """The object that `made` says, with the changes of its fields."""
+    """Builds the object of a parsed call, with the changes of its fields."""
     fields = {field.name: field for field in dataclasses.fields(made.cls)}
     new = {name: _changed(value, {}, None) for name, value in made.fields.items() if name not in below}
     for name, hint, change in _fields(made.cls, below):
@@ -149,7 +149,7 @@ def _made(made: _Made, below: Mapping[str, _Change]) -> Any:
 
 
 def _fields(cls: type, below: Mapping[str, _Change]) -> Iterator[tuple[str, Any, _Change]]:
-    """Name, annotation and change of the fields that are changed."""
+    """Yields name, annotation and change of each changed field of `cls`."""
     hints = _hints(cls)
     for name, change in below.items():
         try:
@@ -168,7 +168,7 @@ def _check_name(cls: type, name: str) -> None:
 
 
 def _as_before(old: Any, new: Any) -> Any:
-    """A whole number is a float where one stood."""
+    """Turns a whole number into a float if the old value was a float."""
     return float(new) if isinstance(old, float) and is_whole(new, -math.inf) and is_number(new) else new
 
 
@@ -176,25 +176,25 @@ def _as_before(old: Any, new: Any) -> Any:
 
 
 def _parse(text: str, classes: Mapping[str, type]) -> Any:
-    """A Python literal or a call of one of the classes where the text is one, else the text."""
+    """Parses a Python literal or a call of one of the classes. Any other text is returned as it is."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd escapes and such
+            warnings.simplefilter("ignore")  # Python warns about invalid escapes in a value, such as "\d"
             return _value(ast.parse(text.strip(" \t"), mode="eval").body, classes)
-    except Emu3Error:  # a `ValueError` too
+    except Emu3Error:  # `Emu3Error` is a `ValueError`, which the next clause would swallow
         raise
-    # Deep brackets are a `MemoryError` of the parser, `{[]}` is a `TypeError`.
+    # The parser raises `MemoryError` for deeply nested brackets, and `TypeError` for `{[]}`.
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text
 
 
 def _value(node: ast.expr, classes: Mapping[str, type]) -> Any:
-    """Raises `ValueError` for what is neither a literal nor a call."""
+    """The value of a parsed expression. Raises `ValueError` if it is neither a literal nor a call of a class."""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in classes:
         cls = classes[node.func.id]
         names = [field.name for field in dataclasses.fields(cls)]
         if len(node.args) > len(names):
-            raise Emu3Error(f"{cls.__name__} has {len(names)} fields, {len(node.args)} values are given")
+            raise Emu3Error(f"{cls.__name__} has {len(names)} fields, but gets {len(node.args)} values: remove some")
         given = [*zip(names, node.args, strict=False), *((word.arg or "", word.value) for word in node.keywords)]
         for name, _ in given:
             _check_name(cls, name)
@@ -208,7 +208,7 @@ def _value(node: ast.expr, classes: Mapping[str, type]) -> Any:
 
 
 def _annotated(cls: type, seen: set[type]) -> set[type]:
-    """`cls` and the dataclasses that annotations of its fields name, at any depth."""
+    """`cls` and all dataclasses in the annotations of its fields, at any depth."""
     if cls not in seen:
         seen.add(cls)
         waiting = list(_hints(cls).values())
@@ -221,15 +221,15 @@ def _annotated(cls: type, seen: set[type]) -> set[type]:
 
 
 def _hints(cls: type) -> dict[str, Any]:
-    """The annotations of the fields of `cls`; none where they cannot be told, in a class of the config file's own."""
+    """The annotations of the fields of `cls`. A config file's own class may have unreadable ones: then none."""
     try:
         return typing.get_type_hints(cls)
-    except Exception:  # an annotation in quotes is run
+    except Exception:  # annotations in quotes are evaluated, so anything may be raised
         return {}
 
 
 def _present(config: Any) -> Iterator[type]:
-    """The classes of the configs in `config`, a config file's own among them."""
+    """Yields the classes of all config objects inside `config`, including classes that the config file defines."""
     if isinstance(config, tuple):
         for entry in config:
             yield from _present(entry)

@@ -1,4 +1,4 @@
-"""The program of a training run, to be compiled for a TPU slice by `sharding.plan`."""
+"""The program of a decoder training run, which `sharding.plan` compiles for a TPU slice."""
 
 import dataclasses
 
@@ -15,32 +15,36 @@ from emu3_jax.training.step import Trainer
 
 
 def programs(config: TrainConfig, slice_: Slice, rows_per_chip: int | None = None) -> tuple[Mesh, list[Program]]:
-    """One step on the mesh of the config, spread over all chips of the slice.
+    """The program of one training step, on the config's mesh over all chips of the slice.
 
     Args:
-        config: `model.decoder` must be given: no bundle is opened.
-        slice_: from `sharding.plan.tpu_slice`.
-        rows_per_chip: replaces `batch_size` by so many rows for each chip, counted before `accumulation`.
+        config: config of the run. `model.decoder` must not be None, because planning opens no bundle.
+        slice_: TPU slice, from `sharding.plan.tpu_slice`.
+        rows_per_chip: if given, replaces `batch_size` by `rows_per_chip * chips * accumulation`.
+
+    Returns:
+        The mesh, and a list with the one program.
 
     Raises:
-        Emu3Error: the config does not fit the chips.
+        Emu3Error: the mesh does not divide the rows or the sequence length, or `model.decoder` is None.
     """
     decoder = config.model.decoder
     if decoder is None:
-        raise Emu3Error("TrainConfig field model.decoder is None: a plan opens no bundle, so name the decoder's shapes")
+        raise Emu3Error("TrainConfig field model.decoder is None: a plan opens no bundle, so give a DecoderConfig")
     mesh = make_mesh(config.mesh, slice_.devices)
     if rows_per_chip is not None:
         config = dataclasses.replace(config, batch_size=rows_per_chip * mesh.size * config.accumulation)
     shards = batch_shards(mesh) * config.accumulation
     if config.batch_size % shards:
         raise Emu3Error(
-            f"TrainConfig field batch_size is {config.batch_size}: the mesh and accumulation split it into {shards} "
-            "parts, so it must be a multiple of that; or give --rows-per-chip"
+            f"TrainConfig field batch_size is {config.batch_size}: it must be a multiple of {shards}, because the mesh "
+            "and accumulation split it; or give --rows-per-chip"
         )
     length, parts = config.data.sequence_length, mesh.shape["sequence"]
     if length % parts:
         raise Emu3Error(
-            f"data field sequence_length is {length}: mesh sequence={parts} splits it, so it must be a multiple of that"
+            f"DataConfig field sequence_length is {length}: it must be a multiple of {parts}, because mesh "
+            f"sequence={parts} splits it"
         )
     trainer = Trainer(config, decoder, mesh)
     state, frozen, batch = trainer.abstract_state(), trainer.abstract_frozen(), trainer.abstract_batch()

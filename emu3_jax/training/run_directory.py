@@ -1,10 +1,10 @@
-"""The directory of a run: its lock, what it trains, and its checkpoints by Orbax.
+"""The directory of a training run: its lock, `run.json`, and its checkpoints, which Orbax writes.
 
-run.json          what is trained; a run with other weights is refused
-checkpoints/N/    after step N: weights, optimiser, step and key (`state`), positions in the data (`data`)
+run.json          config of the trained model; resuming with another model is refused
+checkpoints/N/    after step N: weights, optimiser state, step and key (`state`), positions in the data (`data`)
 metrics.jsonl  tensorboard/  samples/  profile/  model/  adapter/
 
-The directory may lie in a bucket. There Orbax ends a checkpoint by writing a file into it, `commit_success.txt`.
+The directory may be in a bucket. There, Orbax marks a finished checkpoint by a file `commit_success.txt` in it.
 """
 
 import contextlib
@@ -33,23 +33,25 @@ from emu3_jax.storage import storage_place
 _log = logging.getLogger("emu3_jax")
 
 FORMAT = 1
-_CHUNK_BYTES = 64 << 20  # a device, or an export, that reads a slice of an array reads no more than its chunks
+_CHUNK_BYTES = 64 << 20  # arrays are stored in chunks, so that restoring or exporting a slice reads only its chunks
 _FOLDERS = ("checkpoints", "samples", "tensorboard", "profile")
 _COMMITTED = "commit_success.txt"
-_UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a checkpoint that is being written
-# What the parts of `run.json` are.
+_UNFINISHED = ".orbax-checkpoint-tmp"  # part of the name of a checkpoint that Orbax is still writing
+# Legal types of the parts of `run.json`.
 PARTS: Mapping[str, Any] = {
     "decoder": dict, "adapter": dict | None, "vision": dict, "image": dict, "bundle": str, "export_dtype": str,
 }  # fmt: skip
-_DTYPE = "dtype"  # of the products: another one is no other model
+_DTYPE = "dtype"  # the compute dtype may change between runs: it does not change the model
 
 
 @contextlib.contextmanager
 def locked(directory: pathlib.Path) -> Iterator[None]:
-    """Holds the run for this process; of several processes of one run, the first holds it for all.
+    """Makes the directory if needed and locks it. If a run has several processes, the first one locks it for all.
+
+    It also removes what a killed run left behind, and warns about each removed path.
 
     Raises:
-        Emu3Error: another run holds it, or the directory cannot be made.
+        Emu3Error: another run has the lock, or the directory cannot be made or used.
     """
     if jax.process_index() != 0:
         yield
@@ -68,21 +70,22 @@ def locked(directory: pathlib.Path) -> Iterator[None]:
     with files.locked(directory / "lock", busy):
         for folder in _FOLDERS:
             if os.path.lexists(directory / folder) and not (directory / folder).is_dir():
-                raise Emu3Error(f"{directory / folder} is no directory: move it away, or choose another directory")
+                raise Emu3Error(f"{directory / folder} is not a directory: move it away, or choose another directory")
         for leftover in clean(directory):
-            _log.warning("removed %s, which a run that was killed had left", leftover)
+            _log.warning("removed %s: a killed run had left it unfinished", leftover)
         yield
 
 
 def clean(directory: pathlib.Path) -> list[pathlib.Path]:
-    """Removes what a killed run left in its directory, and returns the paths. Only for who holds the lock.
+    """Removes unfinished exports and checkpoints that a killed run left. The caller must hold the directory's lock.
 
-    That is: a model or adapter that was being exported, and checkpoints that were being written.
+    Returns:
+        The removed paths.
     """
     if storage.is_remote(directory):
-        return []  # models are exported elsewhere first, and Orbax removes checkpoints that were being written
+        return []  # exports start in a local directory, and Orbax itself removes unfinished checkpoints
     removed = [*files.sweep(directory), *files.sweep(directory / "samples")]
-    # Orbax removes the second without a word when it opens the directory.
+    # Orbax would remove unfinished checkpoints without telling the user.
     unfinished = sorted((directory / "checkpoints").glob(f"*{_UNFINISHED}*"))
     for leftover in (directory / "model.new", directory / "adapter.new", *unfinished):
         if os.path.lexists(leftover):
@@ -92,18 +95,19 @@ def clean(directory: pathlib.Path) -> list[pathlib.Path]:
 
 
 def clean_unused(directory: pathlib.Path) -> list[pathlib.Path]:
-    """The same where no run holds the directory. Raises `Emu3Error` where one does."""
+    """Locks the directory and cleans it (see `clean`). Raises `Emu3Error` if a run has the lock."""
     with files.locked(directory / "lock", lambda holder: f"{directory} is in use by {holder}: wait for it or stop it"):
         return clean(directory)
 
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """What `run.json` says of a run, as parts that JSON can hold.
+    """The contents of `run.json`. All values must fit into JSON.
 
     Attributes:
-        fixed: what all checkpoints of a directory have in common, a dict of fields each, or None.
-        other: what else an export needs to know; the first run of a directory says it.
+        fixed: parts that must be the same in every run of the directory, such as the decoder's config. Each is a dict
+            of fields, or None.
+        other: further parts that an export needs. The directory's first run writes them; later runs do not compare.
     """
 
     fixed: Mapping[str, Mapping[str, Any] | None]
@@ -111,10 +115,10 @@ class Identity:
 
 
 def write_identity(directory: pathlib.Path, identity: Identity) -> None:
-    """Says in `run.json` what is trained, or checks it where the directory has one.
+    """Writes `run.json`. If the directory already has one, compares its fixed parts with `identity` instead.
 
     Raises:
-        Emu3Error: the directory holds checkpoints of another model.
+        Emu3Error: the directory belongs to a run of another model.
     """
     file = directory / "run.json"
     if storage.is_file(file):
@@ -132,7 +136,7 @@ def _check_same(directory: pathlib.Path, identity: Identity) -> None:
             raise Emu3Error(
                 f"{directory} holds checkpoints of another model: its run.json has no {part}; choose another directory"
             )
-        old, new = (x[part] or {} for x in (found, wanted))  # `read_identity` lets only objects and None pass
+        old, new = (x[part] or {} for x in (found, wanted))  # `read_identity` has checked the types
         changed = [k for k in old.keys() | new.keys() if old.get(k) != new.get(k) and k != _DTYPE]
         if changed:
             name = min(changed)
@@ -143,41 +147,54 @@ def _check_same(directory: pathlib.Path, identity: Identity) -> None:
 
 
 def read_identity(directory: pathlib.Path) -> dict[str, Any]:
-    """What `write_identity` wrote. Raises `Emu3Error` if there is none, or of another format."""
+    """Reads `run.json`. Raises `Emu3Error` if the file is missing, damaged, or has another format version."""
     file = directory / "run.json"
     identity = storage.read_json(file, "give the directory of a training run")
     if not isinstance(identity, dict):
-        raise Emu3Error(f"{file} is {shown(identity)}, no object: give the directory of a training run")
+        raise Emu3Error(f"{file} holds {shown(identity)}, not an object: give the directory of a training run")
     if identity.get("format") != FORMAT:
-        raise Emu3Error(f"{file}: format is {shown(identity.get('format'))}, this version reads {FORMAT}: train anew")
+        raise Emu3Error(
+            f"{file}: format is {shown(identity.get('format'))}, this version reads only {FORMAT}: start a new run"
+        )
     for part, value in identity.items():
         if part in PARTS and not isinstance(value, PARTS[part]):
-            raise Emu3Error(f"{file}: {part} is {shown(value)}: it was changed; restore it, or train anew")
+            raise Emu3Error(
+                f"{file}: {part} is {shown(value)}, so the file was changed; restore it, or start a new run"
+            )
     return identity
 
 
 def identity_part(directory: pathlib.Path, identity: Mapping[str, Any], part: str) -> Any:
-    """A part of what `read_identity` gave. Raises `Emu3Error` that names the file if it is not there."""
+    """A part of `run.json`, as `read_identity` returned it. Raises `Emu3Error` if the part is missing."""
     if part not in identity:
-        raise Emu3Error(f"{directory / 'run.json'}: has no {part}: it is of another kind of run, or was changed")
+        raise Emu3Error(
+            f"{directory / 'run.json'} has no {part}: it was changed, or belongs to another kind of run; give the "
+            "directory of the right run"
+        )
     return identity[part]
 
 
 def newest_checkpoint(directory: pathlib.Path, step: int | None = None) -> tuple[int, pathlib.Path]:
-    """The newest checkpoint of a run, or that of `step`: its step, and where its state lies.
+    """Finds the newest checkpoint of a run, or the checkpoint of `step` if given.
+
+    Returns:
+        The checkpoint's step, and the path of its state.
 
     Raises:
         Emu3Error: there is no such checkpoint.
     """
     steps = sorted(number for name in _finished(directory) if (number := step_number(name)) is not None)
-    if not steps or step not in (None, *steps):
-        raise Emu3Error(f"{directory}: no checkpoint {'' if step is None else step}; there are {steps or 'none'}")
+    if not steps:
+        raise Emu3Error(f"{directory} has no checkpoint; train until the first one is written")
+    if step not in (None, *steps):
+        found = ", ".join(map(str, steps[-10:]))
+        raise Emu3Error(f"{directory} has no checkpoint of step {step}; choose one of its newest: {found}")
     step = steps[-1] if step is None else step
     return step, storage_place(directory / "checkpoints" / str(step) / "state")
 
 
 def _finished(directory: pathlib.Path) -> list[str]:
-    """The names of a run's finished checkpoints."""
+    """The names of a run's finished checkpoints (in a local directory, of unfinished ones too)."""
     places = directory / "checkpoints"
     if not storage.is_remote(directory):
         return [place.name for place in places.glob("*")]
@@ -186,7 +203,7 @@ def _finished(directory: pathlib.Path) -> list[str]:
 
 
 class Checkpoints:
-    """Checkpoints of one run. They are written while training goes on; one that a kill interrupts never counts."""
+    """The checkpoints of one run. Orbax writes them while training continues. A kill loses only unfinished ones."""
 
     def __init__(self, directory: pathlib.Path, keep: int):
         self.directory = storage_place(directory) / "checkpoints"
@@ -195,20 +212,20 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(self.directory, item_names=("state", "data"), options=options)
 
     def latest(self) -> int | None:
-        """The step of the newest, if there is any."""
+        """The step of the newest checkpoint, or None without any."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, position: Any, group: int) -> None:
-        """Copies `state` off the devices and begins to write it; the one before is finished first.
+        """Starts to write a checkpoint. It first waits for the previous one, then copies `state` off the devices.
 
         Args:
-            step: its name.
-            state: a `TrainState`.
-            position: JSON-able, of this process' iterator over the data.
-            group: which share of the data this process reads.
+            step: step of the checkpoint, and its directory's name.
+            state: pytree of arrays, for example a `TrainState`.
+            position: position of this process' data iterator, as a value that fits into JSON.
+            group: index of the share of the data that this process reads.
 
         Raises:
-            Emu3Error: this one or the one before cannot be written, for example to a full disk.
+            Emu3Error: this checkpoint or the previous one cannot be written, for example to a full disk.
         """
         positions = _gather(position, group)
         with self._explained(step):
@@ -223,10 +240,19 @@ class Checkpoints:
             )
 
     def restore(self, step: int, abstract: Any, group: int, groups: int) -> tuple[Any, Any]:
-        """(state in the shardings of `abstract`, position of the data for this process).
+        """Reads a checkpoint.
+
+        Args:
+            step: step of the checkpoint.
+            abstract: pytree of `jax.ShapeDtypeStruct` with the shapes, dtypes and shardings of the state.
+            group: index of the share of the data that this process reads.
+            groups: number of shares.
+
+        Returns:
+            The state in the shardings of `abstract`, and the data position of this process' share.
 
         Raises:
-            Emu3Error: the checkpoint is damaged, or was written by another number of processes.
+            Emu3Error: the checkpoint is damaged, or its data was read in another number of shares.
         """
         try:
             restored = self._manager.restore(
@@ -240,27 +266,28 @@ class Checkpoints:
             )
         except (MemoryError, jax.errors.JaxRuntimeError):
             raise
-        except Exception as error:  # Orbax raises anything
+        except Exception as error:  # Orbax raises exceptions of any class
             storage.require_access(self.directory / str(step), error)
             reason = str(error.__cause__ or error).split("\n", 1)[0][:200]
             raise Emu3Error(
-                f"{self.directory / str(step)}: cannot be restored ({reason}); delete it to go on from the one before"
+                f"{self.directory / str(step)} cannot be restored ({reason}); delete it to resume from the checkpoint "
+                "before it"
             ) from error
         positions = restored["data"]
         if not isinstance(positions, list):
             raise Emu3Error(
-                f"{self.directory / str(step)}: data says {shown(positions)} instead of the positions in the data; "
-                "delete it to go on from the one before"
+                f"{self.directory / str(step)}: its part `data` holds {shown(positions)}, not a list of positions; "
+                "delete the checkpoint to resume from the one before it"
             )
         if len(positions) != groups:
             raise Emu3Error(
-                f"{self.directory / str(step)} is of a run that read its data in {len(positions)} shares, this one "
-                f"reads it in {groups}: resume with as many processes"
+                f"{self.directory / str(step)}: the run read its data in {len(positions)} shares, this one reads "
+                f"{groups}: resume with as many processes as before"
             )
         return restored["state"], positions[group]
 
     def finish(self, step: int) -> None:
-        """Waits until all is written. Raises like `save`."""
+        """Waits until all checkpoints are written. Raises like `save`."""
         with self._explained(step):
             self._manager.wait_until_finished()
 
@@ -268,7 +295,7 @@ class Checkpoints:
         self._manager.close()
 
     def reached_preemption(self, step: int) -> bool:
-        """Whether the machine is to be taken away, agreed on by all processes."""
+        """Whether a process got SIGTERM. All processes get the same answer at the same step."""
         return self._manager.reached_preemption(step)
 
     @contextlib.contextmanager
@@ -277,16 +304,16 @@ class Checkpoints:
             yield
         except Emu3Error:
             raise
-        except Exception as error:  # `files.is_full`: of TensorStore a ValueError too
+        except Exception as error:  # TensorStore reports a full disk as a ValueError, see `files.is_full`
             if not isinstance(error, (OSError, ValueError)) and not storage.is_remote(self.directory):
                 raise
             last = self.latest()
             full = files.is_full(error)
             reason = "the disk is full" if full else (str(error) or type(error).__name__).split("\n", 1)[0][:200]
             raise Emu3Error(
-                f"{self.directory}: no checkpoint could be written at step {step} ({reason}); "
-                f"{'none is there yet' if last is None else f'step {last} is kept'}; "
-                f"{'free space' if full else 'mend that'}, then run again"
+                f"{self.directory}: the checkpoint of step {step} cannot be written ({reason}); "
+                f"{'there is no earlier one' if last is None else f'the one of step {last} is kept'}; "
+                f"{'free space' if full else 'correct the cause'}, then run again"
             ) from error
 
     def _require_space(self, nbytes: int) -> None:
@@ -298,7 +325,7 @@ class Checkpoints:
 
 
 def _gather(position: Any, group: int) -> list[Any]:
-    """The positions of all groups, in their order; every process gets them."""
+    """Collects the data positions of all groups on every process, in the order of the groups."""
     if jax.process_count() == 1:
         return [position]
     text = np.frombuffer(json.dumps([group, position]).encode(), np.uint8)

@@ -1,6 +1,6 @@
-"""The runner of every training run: steps, stop signals, reports, checkpoints, evaluations, pictures and the export.
+"""The training loop of every run: steps, stop signals, reports, checkpoints, evaluations, sample pictures, export.
 
-What is trained is a `Job`: `training.loop` has the decoder's, `training.vision` the vision tokenizer's.
+A `Job` says what is trained. `training.loop` defines the decoder's job, `training.vision` the vision tokenizer's.
 """
 
 import contextlib
@@ -28,9 +28,9 @@ from emu3_jax.training.run_directory import Checkpoints, Identity, locked, write
 from emu3_jax.training.stopping import stop_signal
 from emu3_jax.training.summary import counted
 
-_EARLIER = 20  # lines of metrics by which a run that resumes tells how long it will take
+_EARLIER = 20  # lines of metrics from which a resumed run estimates its remaining time
 
-State = Any  # a pytree of arrays: all that a step changes
+State = Any  # a pytree of arrays: everything that a step changes
 Batch = Mapping[str, np.ndarray]  # this process' rows
 
 
@@ -39,11 +39,11 @@ class Outcome:
     """How a run ended.
 
     Attributes:
-        step: the steps taken in all.
-        model: the bundle with the trained weights, or the directory of the adapter alone; None where the run was asked
-            to stop before its last step.
-        skipped: how often a record was too long for a row and was left out.
-        signal: that asked it to stop, SIGINT or SIGTERM; None where it went to its last step.
+        step: number of the last step that was taken.
+        model: path of the bundle with the trained weights, or of the exported adapter. None if the run was stopped
+            before its last step.
+        skipped: number of times that a record was skipped because it was longer than a row.
+        signal: number of the signal that stopped the run (SIGINT or SIGTERM). None if it reached its last step.
     """
 
     step: int
@@ -53,7 +53,7 @@ class Outcome:
 
 
 class Due(NamedTuple):
-    """What is to be done after a step."""
+    """What the loop must do after a step."""
 
     evaluate: bool
     sample: bool
@@ -62,20 +62,20 @@ class Due(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Cadence:
-    """When a run does what. All is counted in steps; after the last one everything is done.
+    """How often a run reports, saves, evaluates and samples, in steps. After the last step it does all of these.
 
     Attributes:
-        steps: of the run.
-        watch_every: steps between those whose figures the host waits for, checks and shows.
-        look_behind: how many further steps are started before the host waits for one, so that no device waits for the
-            host.
-        log_every: a watched step becomes a line of metrics, and of the log, if its number is a multiple of this, or it
-            is the last.
-        checkpoint_every: steps between checkpoints.
-        keep: checkpoints that are kept, the newest.
-        evaluate_every: steps between evaluations, or None.
-        sample_every: steps between pictures, or None.
-        profile: first step, counted from where the run begins or resumes, and number of steps to profile, or None.
+        steps: total number of steps.
+        watch_every: number of steps between two steps whose figures the host waits for, checks and shows.
+        look_behind: number of later steps that are started before the host waits for a step's figures, so that the
+            devices never wait for the host.
+        log_every: a watched step is written to the metrics and the log if its number is a multiple of this, or if it
+            is the last step.
+        checkpoint_every: number of steps between two checkpoints.
+        keep: number of checkpoints to keep. Older ones are deleted.
+        evaluate_every: number of steps between two evaluations, or None for no evaluation.
+        sample_every: number of steps between two sets of sample pictures, or None for no pictures.
+        profile: (steps to skip, steps to record) of a profile, counted from where the run starts or resumes, or None.
     """
 
     steps: int
@@ -89,7 +89,7 @@ class Cadence:
     profile: tuple[int, int] | None = None
 
     def due(self, step: int, stopping: bool) -> Due:
-        """What is to be done after `step`; a run that is to stop is saved first."""
+        """What the loop must do after `step`. A run that is about to stop (`stopping`) always saves."""
         last = step == self.steps
 
         def now(every: int | None) -> bool:
@@ -100,13 +100,13 @@ class Cadence:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """The evaluation of one set of data.
+    """The result of evaluating one data set.
 
     Attributes:
-        name: its metrics are of the group `evaluation/NAME`.
+        name: name of the data set. Its metrics get the group `evaluation/NAME`.
         figures: the metrics.
-        note: its line on standard error.
-        picture: is kept in `samples/`, or None.
+        note: text of its line on standard error.
+        picture: picture to save in `samples/`, or None.
     """
 
     name: str
@@ -116,10 +116,10 @@ class Evaluation:
 
 
 class Job(Protocol):
-    """What a run trains, and on what.
+    """What a run trains, and on which data.
 
-    A job is made before the run's directory is held, and its constructor refuses all bad input that can be told by
-    then: it writes nothing. All processes of a run call the same methods in the same order.
+    A job is constructed before the run's directory is locked. Its constructor raises on all bad input that can be
+    found by then, and writes nothing. All processes of a run call the same methods in the same order.
     """
 
     @property
@@ -127,24 +127,24 @@ class Job(Protocol):
 
     @property
     def identity(self) -> Identity:
-        """What `run.json` says."""
+        """The contents of `run.json`."""
 
     @property
     def product(self) -> str:
-        """What `export` writes: its name in the run's directory, "model" or "adapter"."""
+        """Name of the exported directory inside the run's directory: "model" or "adapter"."""
 
     @property
     def share(self) -> tuple[int, int]:
-        """Which share of the data this process reads, and how many shares there are."""
+        """Index of the share of the data that this process reads, and the number of shares."""
 
     def describe(self) -> list[str]:
-        """Lines for people: what is trained, on what data and devices, and the memory that is known by now."""
+        """Lines for the user: what is trained, data, devices, and memory as far as it is known before compilation."""
 
     def step_memory(self) -> str:
-        """What a step takes of the memory, for people; empty before the first step, and where that is not known."""
+        """Device memory of a compiled step, as text for the user. Empty before the first step, or if unknown."""
 
     def usage(self, model: pathlib.Path) -> str:
-        """The command that uses what `export` wrote."""
+        """A command line that uses the exported model or adapter at `model`."""
 
     def abstract_state(self) -> State:
         """Shapes, dtypes and shardings of a state."""
@@ -153,69 +153,78 @@ class Job(Protocol):
         """The state before the first step."""
 
     def start(self, step: int, position: Any | None) -> None:
-        """Moves the data to after `step` steps. Called once, before `next_batch`.
+        """Moves the data iterator to its position after `step` steps. Called once, before `next_batch`.
 
         Args:
-            step: 0 in a new run.
-            position: what `position` returned when the checkpoint of `step` was written; None in a new run.
+            step: number of steps already taken; 0 in a new run.
+            position: the value of `position()` when the checkpoint of `step` was written; None in a new run.
 
         Raises:
-            Emu3Error: the position is of other data.
+            Emu3Error: the position belongs to other data.
         """
 
     def position(self) -> Any:
-        """Where this process' data stand after the last batch, JSON-able."""
+        """Position of this process' data iterator after the last batch, as a value that fits into JSON."""
 
     def next_batch(self) -> Batch:
         """The next batch."""
 
     def step(self, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
-        """Starts a step and does not wait for it. `state` is donated.
+        """Starts a step without waiting for its result. `state` is donated.
 
         Returns:
-            The new state, and scalars, among them `loss` and `gradient_norm`, which must be finite.
+            The new state, and a dict of scalars. It contains `loss` and `gradient_norm`, which must be finite.
         """
 
     def report(self, figures: dict[str, float], seconds: float) -> tuple[dict[str, float], str]:
-        """The metrics of a step that took `seconds`, and what the bar and the log say of it."""
+        """The metrics of a step that took `seconds`, and its text in the progress bar and the log."""
 
     def not_finite(self, step: int, batch: Batch, directory: pathlib.Path) -> tuple[str, str]:
-        """Where a step whose loss is not finite is to be looked for, and what to do. May keep its batch."""
+        """Two parts of the error line for a loss that is not finite: where it happened, and what to do.
+
+        May save the batch in the run's directory.
+        """
 
     def evaluate(self, state: State) -> Iterator[Evaluation]:
-        """Evaluates every set of data there is."""
+        """Evaluates every evaluation set."""
 
     def sample(self, state: State) -> Sequence[Image.Image]:
-        """Pictures by the model as it is; their `info` is kept."""
+        """Sample pictures of the current model. Their `info` is saved with them."""
 
     def skipped(self) -> int:
-        """How often a record was left out so far, over all shares."""
+        """Number of times that a record was skipped so far, summed over all shares."""
 
     def export(self, directory: pathlib.Path, target: pathlib.Path, step: int) -> Any:
-        """Writes the checkpoint of `step` in the run's directory as `target`: a bundle, or an adapter."""
+        """Exports the checkpoint of `step` in the run's `directory` to `target`, as a bundle or an adapter."""
 
 
 def run(job: Job, directory: pathlib.Path, progress: bool | None) -> Outcome:
-    """Trains from the last checkpoint in `directory`, or from the start, to the last step.
+    """Runs a job to its last step and exports the model.
 
-    Asked to stop by Ctrl-C, or by SIGTERM, as machines are before they are taken away, it writes a checkpoint and
-    returns.
+    If `directory` holds checkpoints, the run resumes from the newest one. On Ctrl-C or SIGTERM, the run writes a
+    checkpoint and returns.
 
     Args:
-        job: what is trained.
-        directory: of the run.
-        progress: True shows a bar on a terminal and lines in a log, None only the bar, False nothing.
+        job: what to train.
+        directory: directory of the run.
+        progress: True shows a progress bar on a terminal and lines in a log, None shows only the bar, False nothing.
+
+    Returns:
+        How the run ended.
 
     Raises:
-        Emu3Error: the directory is in use or of another run, a loss is not finite, or files cannot be written. The
-            checkpoints that were written stay. Errors of the job pass through.
+        Emu3Error: the directory is in use or belongs to another run, a loss is not finite, or files cannot be
+            written. Checkpoints that were written before are kept. Errors of the job pass through.
     """
     with locked(directory), contextlib.ExitStack() as stack:
         write_identity(directory, job.identity)
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(directory, job.cadence.keep)))
         last, steps = checkpoints.latest(), job.cadence.steps
         if last is not None and last > steps:
-            raise Emu3Error(f"{directory} is at step {last}, the config ends at {steps}: raise steps")
+            raise Emu3Error(
+                f"{directory} is already at step {last}, but the config has steps={steps}: raise steps, or choose "
+                "another directory"
+            )
         shown = stack.enter_context(Progress(progress, steps, "steps", name="train", initial=last or 0, every=None))
         if shown.shown:
             for line in _beginning(job, directory, last or 0):
@@ -227,7 +236,7 @@ def run(job: Job, directory: pathlib.Path, progress: bool | None) -> Outcome:
         with stop_signal() as stop:
             began = time.perf_counter()
             loop = _Loop(job, directory, state, step, checkpoints=checkpoints, metrics=metrics, shown=shown)
-            # A signal does not interrupt the export: it ends complete.
+            # A stop signal only fills `stop`, so it does not interrupt the export.
             model = _export(job, directory, loop.step) if loop.train(stop) else None
         shown.close()
         if shown.shown:
@@ -237,7 +246,7 @@ def run(job: Job, directory: pathlib.Path, progress: bool | None) -> Outcome:
 
 
 def _start(job: Job, step: int | None, checkpoints: Checkpoints) -> tuple[State, int]:
-    """The state that the run goes on from, and the steps that were taken; the job's data stand there too."""
+    """Returns the starting state and its step, and moves the job's data iterator to the same step."""
     if step is None:
         job.start(0, None)
         return job.initial_state(), 0
@@ -248,19 +257,19 @@ def _start(job: Job, step: int | None, checkpoints: Checkpoints) -> tuple[State,
 
 
 def _beginning(job: Job, directory: pathlib.Path, step: int) -> Iterator[str]:
-    """What the run will do and needs."""
+    """Yields the lines that a run prints at its start."""
     steps, where = job.cadence.steps, printable(str(directory))
     left = counted(steps - step, "step")
     if step == 0:
         yield f"train: {left}, in {where}"
     else:
-        yield f"train: {where} goes on from step {step:,}, {left} left{_as_before(directory, step, steps)}"
+        yield f"train: {where} resumes from step {step:,}, {left} left{_estimated_time(directory, step, steps)}"
     yield from job.describe()
 
 
-def _as_before(directory: pathlib.Path, step: int, steps: int) -> str:
-    """How long the steps that are left will take if they take as long as those before."""
-    if storage.is_remote(directory):  # what is there must be fetched first
+def _estimated_time(directory: pathlib.Path, step: int, steps: int) -> str:
+    """Estimated time of the remaining steps, from the median of the latest steps in the metrics. Empty if unknown."""
+    if storage.is_remote(directory):  # the metrics are not downloaded yet
         return ""
     lines = [line for line in read_metrics(directory) if line["group"] == "train" and line["step"] <= step]
     seconds = [line["seconds"] for line in lines[-_EARLIER:] if isinstance(line.get("seconds"), float)]
@@ -270,20 +279,20 @@ def _as_before(directory: pathlib.Path, step: int, steps: int) -> str:
 
 
 def _ending(job: Job, directory: pathlib.Path, step: int, model: pathlib.Path | None, seconds: float) -> Iterator[str]:
-    """Where the model is and how it is used, or how the run goes on."""
+    """Yields the last lines of a run: the model's path and how to use it, or how to resume."""
     if model is None:
         where = printable(str(directory))
         yield f"train: stopped after {duration(seconds)} with a checkpoint of step {step:,} in {where}"
-        yield "to go on: run the same command again"
+        yield "to resume: run the same command again"
     else:
         yield f"train: done in {duration(seconds)}, the {job.product} is {printable(str(model))}"
         yield f"to use it: {job.usage(model)}"
 
 
 def _export(job: Job, directory: pathlib.Path, step: int) -> pathlib.Path:
-    """The trained model, or its adapter, in the run's directory, from the checkpoint on disk."""
+    """Exports the checkpoint of `step` into the run's directory, and returns the exported path."""
     target, new = directory / job.product, directory / f"{job.product}.new"
-    if storage.is_remote(directory):  # written here first, and uploaded: there is nothing to rename
+    if storage.is_remote(directory):  # a bucket has no rename; the export is written locally first, then uploaded
         if distributed.first():
             storage.delete(target)
             job.export(directory, target, step)
@@ -297,7 +306,7 @@ def _export(job: Job, directory: pathlib.Path, step: int) -> pathlib.Path:
 
 
 class _Step(NamedTuple):
-    """A step that was started."""
+    """A step that was started and may not be finished."""
 
     number: int
     figures: dict[str, jax.Array]
@@ -305,11 +314,11 @@ class _Step(NamedTuple):
 
 
 class _Loop:
-    """The steps of a run whose directory is held.
+    """The training loop. The caller must hold the lock of the run's directory.
 
     Attributes:
-        step: the steps taken.
-        state: after them.
+        step: number of steps taken.
+        state: the state after these steps.
     """
 
     def __init__(
@@ -323,7 +332,7 @@ class _Loop:
         metrics: Metrics | None,
         shown: Progress,
     ):
-        """`metrics` is None in all processes but the first."""
+        """`metrics` is None on every process except the first."""
         self.state, self.step = state, step
         self._job, self._directory = job, directory
         self._checkpoints, self._metrics, self._shown = checkpoints, metrics, shown
@@ -331,7 +340,7 @@ class _Loop:
         self._began = step
 
     def train(self, stop: Sequence[int]) -> bool:
-        """Takes the steps that are left. Returns False where the run was asked to stop before the last one."""
+        """Takes the remaining steps. Returns False if the run was stopped before the last one."""
         cadence, began = self._job.cadence, self.step
         pending: _Step | None = None
         stopping = False
@@ -339,14 +348,14 @@ class _Loop:
             while self.step < cadence.steps and not stopping:
                 profile(self.step - began)
                 taken = self._take()
-                # The host looks at a step while later ones run.
+                # The host reads a step's figures while the devices run later steps.
                 if pending and taken.number - pending.number >= cadence.look_behind:
                     self._report(pending)
                     pending = None
                 stopping = self._stopping(stop)
                 due = cadence.due(self.step, stopping)
                 if any(due):
-                    self._report(taken)  # a state that is not finite must not be kept
+                    self._report(taken)  # raises if the loss is not finite: such a state must not be saved
                     pending = None
                     self._do(due)
                 elif pending is None and self.step % cadence.watch_every == 0:
@@ -366,7 +375,7 @@ class _Loop:
         return bool(stop)
 
     def _do(self, due: Due) -> None:
-        """What is due between two steps; its time counts for neither."""
+        """Does what is due between two steps. Its time is not counted as time of a step."""
         if due.evaluate:
             for evaluation in self._job.evaluate(self.state):
                 self._tell(evaluation)
@@ -402,7 +411,7 @@ class _Loop:
             self._shown.line(f"step {taken.number:,} of {steps:,}: {note}{left and ', '}{left}")
 
     def _tell_first(self, steps: int, seconds: float) -> None:
-        """What is known when the step is compiled."""
+        """Prints the time of the first steps and the memory of the compiled step."""
         if not self._shown.shown:
             return
         which = "the first step" if steps == 1 else f"the first {steps} steps"
@@ -416,7 +425,7 @@ class _Loop:
         last = self._checkpoints.latest()
         kept = "there is no checkpoint yet" if last is None else f"the checkpoint of step {last} is kept"
         raise Emu3Error(
-            f"the loss is {figures['loss']} and the gradient's norm {figures['gradient_norm']} at {where}; {kept}; "
+            f"the loss is {figures['loss']} and the gradient norm {figures['gradient_norm']} at {where}; {kept}; "
             f"{remedy}, then run again"
         )
 
@@ -428,7 +437,7 @@ class _Loop:
         self._shown.say(f"step {self.step:,}, {printable(evaluation.name)}: {evaluation.note}")
 
     def _show(self, folder: str, pictures: Mapping[str, Image.Image]) -> None:
-        """Writes pictures to a folder of `samples/`, by their names."""
+        """Writes pictures, keyed by file name, to a folder in `samples/`."""
         if distributed.first():
             with files_into(self._directory / "samples" / folder) as directory:
                 for name, picture in pictures.items():
@@ -438,7 +447,7 @@ class _Loop:
 
     @contextlib.contextmanager
     def _profiler(self) -> Iterator[Callable[[int], None]]:
-        """A function of the steps taken since the start, which records those that the cadence names."""
+        """Yields a function that starts and stops the profile. Call it before each step with the steps taken so far."""
         window, place = self._job.cadence.profile, self._directory / "profile"
         running = False
         with contextlib.ExitStack() as stack:

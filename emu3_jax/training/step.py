@@ -1,4 +1,4 @@
-"""One step of training: loss, gradients, update, as one program over a mesh; nothing here touches files or the host."""
+"""One training step (loss, gradients, update) as one compiled program on a mesh. It touches no files."""
 
 import dataclasses
 from typing import Any
@@ -19,21 +19,21 @@ from emu3_jax.training.config import TrainConfig
 from emu3_jax.training.losses import LossSums, chunked_cross_entropy, next_tokens
 from emu3_jax.training.optimizer import learning_rate, make_optimizer
 
-Batch = dict[str, jax.Array]  # see data.pipeline; rows of all processes
+Batch = dict[str, jax.Array]  # global arrays [B, S] by name, see data.pipeline
 
-# What a batch holds beside its rows' tokens, as dtypes.
+# The arrays of a batch and their dtypes.
 BATCH_DTYPES = {"tokens": jnp.int32, "segment_ids": jnp.int32, "positions": jnp.int32, "loss_mask": jnp.bool_}
 
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that a step changes, and a checkpoint keeps.
+    """Everything that a step changes and a checkpoint stores.
 
     Attributes:
-        step: int32 scalar, the steps taken.
-        params: what is trained, float32, layers stacked: the decoder's parameters, or adapters beside them.
-        opt_state: the optimiser's, of `params`.
-        key: uint32 [2], data of the key that a step splits; pictures while training take their seeds from it.
+        step: int32 scalar, number of steps taken.
+        params: the trained parameters in float32, layers stacked: all of the decoder's, or only the adapters.
+        opt_state: state of the optimiser for `params`.
+        key: uint32 [2], data of the random key. Each step splits it. Sample pictures take their seeds from it.
     """
 
     step: jax.Array
@@ -43,19 +43,20 @@ class TrainState:
 
 
 class Trainer:
-    """The programs of one config on one mesh. Call and lower them within `sharding.rules.use_mesh(mesh)`.
+    """The compiled programs of one config on one mesh. Call and lower them within `sharding.rules.use_mesh(mesh)`.
 
     Attributes:
-        decoder: the decoder's config, in the compute dtype.
-        model: the module, without dropout.
-        state_shardings: where a `TrainState` lies.
-        frozen_shardings: where the frozen parameters lie; an empty dict where there are none.
-        batch_shardings: where a batch lies.
+        decoder: config of the decoder, with the compute dtype.
+        model: the Flax module, without dropout.
+        state_shardings: shardings of a `TrainState`.
+        frozen_shardings: shardings of the frozen parameters; an empty dict if all parameters are trained.
+        batch_shardings: shardings of a batch.
         step: jitted `(state, frozen, batch) -> (state, metrics)`; the state is donated. The metrics are float32
-            scalars: loss (what is minimised), loss_text and loss_vision (means; 0 without targets), gradient_norm
-            (before clipping), learning_rate (of this step), targets, tokens (without padding), attended (keys seen,
-            over all tokens).
-        random_state: jitted `() -> state` before the first step, of random parameters; frozen ones are never made.
+            scalars: loss (the minimised objective), loss_text and loss_vision (means over targets; 0 without targets),
+            gradient_norm (before clipping), learning_rate (of this step), targets (count), tokens (count, without
+            padding), attended (number of attended keys, summed over tokens).
+        random_state: jitted `() -> state`, the state before the first step with random parameters. It does not
+            make the frozen parameters.
         evaluate: jitted `(params, frozen, batch) -> LossSums`.
     """
 
@@ -99,11 +100,11 @@ class Trainer:
         return _placed(self._abstract, self.state_shardings)
 
     def abstract_frozen(self) -> Any:
-        """Likewise of the frozen parameters."""
+        """Shapes, dtypes and shardings of the frozen parameters."""
         return _placed(self._abstract_frozen, self.frozen_shardings)
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Likewise of a batch."""
+        """Shapes, dtypes and shardings of a batch."""
         shape = (self._config.batch_size, self._config.data.sequence_length)
         return {
             name: jax.ShapeDtypeStruct(shape, dtype, sharding=self.batch_shardings[name])
@@ -111,16 +112,16 @@ class Trainer:
         }
 
     def initial_state(self, params: Any = None) -> TrainState:
-        """Before the first step: of `params` (stacked, float32), or of random ones; adapters always are random."""
+        """The state before the first step, from `params` (stacked, float32) or random. Adapters always start random."""
         if params is None or self._config.adapter:
             return self.random_state()
-        # The parameters are there already: only the rest is computed.
+        # `params` stay where they are; only the rest of the state is computed.
         places = dataclasses.replace(self.state_shardings, params=None)
         rest = jax.jit(lambda p: dataclasses.replace(self._initial(p), params=None), out_shardings=places)(params)
         return dataclasses.replace(rest, params=params)
 
     def _boxed(self) -> tuple[TrainState, Any]:
-        """A state with random parameters, and the frozen ones, in boxes that name their axes."""
+        """A random state and the frozen parameters, in Flax boxes that name the logical axes."""
         key = jax.random.fold_in(jax.random.key(self._config.seed), 1)
         params: Any = self.model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
         frozen: Any = {}
@@ -139,9 +140,9 @@ class Trainer:
     # -------------------------------------------------------------------------------------------- programs
 
     def _sums(self, params: Any, frozen: Any, batch: Batch, key: jax.Array | None = None) -> tuple[jax.Array, LossSums]:
-        """What is minimised, not yet divided by the targets, and the sums by kind.
+        """The summed objective (not yet divided by the number of targets), and the sums for text and visual targets.
 
-        A key makes it training, with dropout and noise.
+        With a `key`, dropout and noise are applied, as in training. Without one, the model is evaluated.
         """
         if self._config.adapter:
             params = lora.join(params, frozen)
@@ -159,7 +160,7 @@ class Trainer:
         return chunked_cross_entropy(hidden, head, labels, mask, visual, vision_weight=weight)
 
     def _noisy(self, tokens_bs: jax.Array, key: jax.Array) -> jax.Array:
-        """Visual tokens replaced by random ones, of each row another share."""
+        """Replaces a random share of each row's visual tokens by random visual tokens (see `ModelConfig.noise`)."""
         most, special = self._config.model.noise, self.decoder.tokens
         if not most:
             return tokens_bs
@@ -172,7 +173,7 @@ class Trainer:
 
     def _step(self, state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         config = self._config
-        # Known beforehand, so that the parts of an accumulated step weigh their targets alike.
+        # Counted over the whole batch, so that every target has the same weight in all accumulated parts.
         targets = jnp.maximum(next_tokens(batch["tokens"], batch["loss_mask"])[1].sum(dtype=jnp.float32), 1.0)
 
         key, now = jax.random.split(jax.random.wrap_key_data(state.key))
@@ -214,7 +215,7 @@ class Trainer:
         }
 
     def _parts(self, rows: jax.Array) -> jax.Array:
-        """[B, S] as [parts, B / parts, S], each device's rows dealt out evenly, so that none moves to another."""
+        """Splits [B, S] into [parts, B / parts, S]. Each device deals out its own rows, so no row changes device."""
         parts = self._config.accumulation
         return jnp.swapaxes(rows.reshape(-1, parts, *rows.shape[1:]), 0, 1)
 

@@ -1,4 +1,4 @@
-"""What a run says of itself at its start: plain lines about parameters, data, devices and memory."""
+"""Texts that a run prints at its start: parameters, data, devices and memory."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,21 +10,21 @@ from jax.sharding import Mesh
 from emu3_jax.printable import printable
 from emu3_jax.sharding.plan import chip_bytes, memory_size
 
-_SOURCES = 4  # that are named; of more, the rest is counted
+_SOURCES = 4  # most sources that are named; further ones are only counted
 
 
 def parameters(tree: Any) -> int:
-    """How many there are in a tree of arrays, abstract ones too."""
+    """The number of parameters in a tree of arrays or `jax.ShapeDtypeStruct`."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
 def counted(number: int, noun: str) -> str:
-    """For example "1 step" or "2,000 steps"."""
+    """A number with its noun, for example "1 step" or "2,000 steps"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def sources(records: Sequence[tuple[str, int]]) -> str:
-    """For example "24 records in out/a, 1 record in out/b", of paths and how many records each has."""
+    """Lists pairs (path, number of records), for example "24 records in out/a, 1 record in out/b"."""
     named = [f"{counted(count, 'record')} in {printable(path)}" for path, count in records[:_SOURCES]]
     if rest := records[_SOURCES:]:
         named.append(f"{counted(sum(count for _, count in rest), 'record')} in {len(rest)} more")
@@ -32,7 +32,7 @@ def sources(records: Sequence[tuple[str, int]]) -> str:
 
 
 def devices(mesh: Mesh) -> str:
-    """For example "devices: 4 (TPU v5 lite), mesh fsdp=4"."""
+    """The line on devices, for example "devices: 4 (TPU v5 lite), mesh fsdp=4"."""
     kind = mesh.devices.flat[0].device_kind
     axes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
     processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
@@ -40,14 +40,17 @@ def devices(mesh: Mesh) -> str:
 
 
 def memory(parts: Mapping[str, Any], mesh: Mesh) -> list[str]:
-    """What trees of abstract arrays take of each device, by their shardings. Activations are not known yet."""
+    """Lines on the memory per device of trees of sharded arrays. Activations are unknown before compilation."""
     sizes = {name: chip_bytes(tree) for name, tree in parts.items()}
     listed = ", ".join(f"{name} {memory_size(size)}" for name, size in sizes.items() if size)
-    return [f"memory: {memory_size(sum(sizes.values()))} {_each_device(mesh)}, and activations", f"of it {listed}"]
+    return [
+        f"memory: {memory_size(sum(sizes.values()))} {_each_device(mesh)}, plus activations",
+        f"memory by part: {listed}",
+    ]
 
 
 def step_memory(compiled: jax.stages.Compiled, mesh: Mesh) -> str:
-    """What a compiled step takes of each device, by XLA; empty where it does not tell."""
+    """Memory per device of a compiled step, as XLA reports it. Empty if the backend reports none."""
     try:
         found = compiled.memory_analysis()
     except (NotImplementedError, jax.errors.JaxRuntimeError):
@@ -60,7 +63,7 @@ def step_memory(compiled: jax.stages.Compiled, mesh: Mesh) -> str:
 
 
 def _each_device(mesh: Mesh) -> str:
-    """With the memory that programs get of it, where JAX tells."""
+    """The words "of each device", with the device's memory limit if the backend reports one."""
     first = next(device for device in mesh.devices.flat if device.process_index == jax.process_index())
     limit = (first.memory_stats() or {}).get("bytes_limit")
     return f"of each device's {memory_size(limit)}" if limit else "of each device"

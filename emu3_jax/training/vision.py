@@ -1,4 +1,4 @@
-"""Training the vision tokenizer: what is special about it, as a job of `training.runner`."""
+"""Training of the vision tokenizer: `train_vision`, and its `Job` for `training.runner`."""
 
 import contextlib
 import functools
@@ -30,17 +30,30 @@ from emu3_jax.training.vision_export import export_vision_run, exported, vision_
 from emu3_jax.training.vision_losses import peak_signal_to_noise, structural_similarity
 from emu3_jax.training.vision_step import VisionState, VisionTrainer
 
-_EVALUATED = 64  # pictures reconstructed at once
-_SHOWN = 32  # pictures of the sheet
+_EVALUATED = 64  # pictures (or frames) that an evaluation reconstructs at once
+_SHOWN = 32  # pictures in the saved sheet
 
 
 def train_vision(config: VisionTrainConfig, progress: bool | None = None, *, verify: bool = False) -> Outcome:
-    """Trains from the last checkpoint in `config.directory`, or from the start, to the last step.
+    """Trains the vision tokenizer and exports it to `DIRECTORY/model`, a bundle with only a `vision/` part.
 
-    Arguments, result and errors are those of `training.loop.train`; the model is a bundle with `vision/` alone.
+    If `config.directory` holds checkpoints of this run, training resumes from the newest one. On Ctrl-C or SIGTERM,
+    the run writes a checkpoint and returns.
+
+    Args:
+        config: the config of the run.
+        progress: True shows a progress bar on a terminal and lines in a log, None shows only the bar, False nothing.
+        verify: whether to check the files of the config's bundle against their checksums first.
+
+    Returns:
+        How the run ended.
+
+    Raises:
+        Emu3Error: bad input, a loss that is not finite, or files that cannot be written. Checkpoints that were
+            written before are kept.
     """
     enable_persistent_cache()
-    storage_place(config.directory)  # refused before the work rather than at the first checkpoint
+    storage_place(config.directory)  # a bad path must fail now, not at the first checkpoint
     if config.bundle and verify:
         Bundle.open(config.bundle, verify=True)
     with own_settings(), contextlib.closing(_VisionJob(config, make_mesh(config.mesh))) as job:
@@ -48,7 +61,7 @@ def train_vision(config: VisionTrainConfig, progress: bool | None = None, *, ver
 
 
 class _VisionJob:
-    """The vision tokenizer on crops of pictures and clips."""
+    """The `Job` that trains the vision tokenizer on crops of pictures and clips."""
 
     def __init__(self, config: VisionTrainConfig, mesh: Mesh):
         self._config = config
@@ -60,7 +73,7 @@ class _VisionJob:
         self._compiled: jax.stages.Compiled | None = None
         self.identity: Identity = vision_identity(config)
         self.product = "model"
-        self.share = (0, 1)  # the position is that of all processes
+        self.share = (0, 1)  # all processes store the same data position
         self.cadence = Cadence(
             steps=config.steps,
             watch_every=config.log_every,
@@ -72,7 +85,7 @@ class _VisionJob:
         )
 
     def close(self) -> None:
-        """Ends the threads that make batches."""
+        """Ends the threads that read the data."""
         if self._batches:
             self._batches.close()
 
@@ -86,11 +99,11 @@ class _VisionJob:
         lines = [
             f"trained: all {summary.parameters(state.params):,} parameters of a vision tokenizer",
             f"a step: {' and '.join(kinds)}, each of {p.size}x{p.size} pixels",
-            f"data: {found}, of {', '.join(printable(name) for name in p.manifests)}",
+            f"data: {found} in {', '.join(printable(name) for name in p.manifests)}",
         ]
         if config.evaluation:
             sets = ", ".join(printable(name) for name in config.evaluation)
-            lines.append(f"evaluated every {config.evaluate_every:,} steps: {sets}")
+            lines.append(f"evaluation every {config.evaluate_every:,} steps: {sets}")
         parts = {
             "parameters and their average": (state.params, state.average),
             "optimizer": state.opt_state,
@@ -116,7 +129,10 @@ class _VisionJob:
         if config.bundle:
             bundle = Bundle.open(config.bundle)
             if bundle.vision_config != config.vision:
-                raise Emu3Error(f"{config.bundle} has a vision tokenizer of other shapes than the config: correct one")
+                raise Emu3Error(
+                    f"{config.bundle}: its vision tokenizer has other shapes than the config's field vision; correct "
+                    "vision, or choose another bundle"
+                )
             params = bundle.load_vision()
         return self._trainer.initial_state(params)
 
@@ -125,15 +141,15 @@ class _VisionJob:
     def start(self, step: int, position: Any | None) -> None:
         if position is not None and position != self.position():
             raise Emu3Error(
-                f"{self._config.directory} was trained on other pictures: the manifests, crops, frames, batch or seed "
-                "of pixels differ; resume with the same, or start a new run"
+                f"{self._config.directory} was trained on other data: manifests, size, frames, stills, clips or seed "
+                "in the config's pixels have changed; restore them, or choose another directory"
             )
         p = self._config.pixels
         part = slice(jax.process_index(), None, jax.process_count())
         self._batches = self._data.batches(step, p.stills, p.clips, part)
 
     def position(self) -> dict[str, Any]:
-        """What decides the batches: which of them come next follows from the step."""
+        """Everything that determines the batches, except the step."""
         p = self._config.pixels
         return {"pixels": self._data.identity, "stills": p.stills, "clips": p.clips}
 
@@ -144,7 +160,7 @@ class _VisionJob:
     def step(self, state: VisionState, batch: Batch) -> tuple[VisionState, dict[str, jax.Array]]:
         place = self._trainer.batch_sharding
         spread = {kind: jax.make_array_from_process_local_data(place, values) for kind, values in batch.items()}
-        if self._compiled is None:  # ahead of its call, to know what memory it takes
+        if self._compiled is None:  # compiled ahead of time, because only that tells its memory
             self._compiled = self._trainer.step.lower(state, spread).compile()
         return self._compiled(state, spread)
 
@@ -161,7 +177,7 @@ class _VisionJob:
     # -------------------------------------------------------------------------------------------- between steps
 
     def evaluate(self, state: VisionState) -> Iterator[Evaluation]:
-        """Reconstructs the evaluation's pictures and clips as the exported tokenizer will, and shows some pictures."""
+        """Reconstructs the evaluation's pictures and clips with the weights as exported, and makes a sheet of some."""
         params = exported(state.average, self._config.export_dtype)
         for kind, true in self._evaluated.items():
             figures, shown = self._reconstruct(params, true)
@@ -174,13 +190,17 @@ class _VisionJob:
 
     @functools.cached_property
     def _evaluated(self) -> dict[str, np.ndarray]:
-        """All pictures and clips of the evaluation."""
+        """All pictures and clips of the evaluation, uint8, by kind."""
         p = self._config.pixels
         data = PixelData(self._config.evaluation, p.size, p.frames, in_memory=True, workers=p.workers)
         return data.batch(0, len(data.stills), len(data.clips))
 
     def _reconstruct(self, params: Any, true: np.ndarray) -> tuple[dict[str, float], tuple[np.ndarray, np.ndarray]]:
-        """Figures of pictures [N, H, W, 3] or clips [N, T, H, W, 3], and the first of both sides."""
+        """Reconstructs uint8 pictures [N, H, W, 3] or clips [N, T, H, W, 3].
+
+        Returns:
+            The figures, and the first group as (original uint8, reconstruction in -1..1).
+        """
         vision = self._config.vision
         encode, decode = make_encoder(vision), make_decoder(vision)
         psnr, ssim, codes = [], [], []
@@ -210,7 +230,7 @@ class _VisionJob:
         }, shown
 
     def sample(self, state: VisionState) -> list[Image.Image]:
-        return []  # its cadence asks for none: the evaluation shows pictures
+        return []  # never called, because the cadence has no `sample_every`; evaluations show pictures
 
     def export(self, directory: pathlib.Path, target: pathlib.Path, step: int) -> int:
         return export_vision_run(directory, target, step)
@@ -218,12 +238,12 @@ class _VisionJob:
 
 @jax.jit
 def _similarity(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """PSNR and SSIM of each picture, [N] both."""
+    """PSNR in dB and SSIM of each picture: two arrays [N] from pictures [N, H, W, 3] in -1..1."""
     return peak_signal_to_noise(a, b), jax.vmap(lambda x, y: structural_similarity(x[None], y[None]))(a, b)
 
 
 def _sheet(true: np.ndarray, decoded: np.ndarray) -> Image.Image:
-    """True pictures and their reconstructions in turn, eight pairs a row."""
+    """A sheet of originals and reconstructions side by side, eight pairs per row."""
     true, decoded = true[:_SHOWN], np.round((decoded[:_SHOWN] + 1) * 127.5).astype(np.uint8)
     count, height, width, _ = true.shape
     columns = min(8, count)

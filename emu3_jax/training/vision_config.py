@@ -1,4 +1,4 @@
-"""The recipe of a run that trains the vision tokenizer, as one frozen config."""
+"""The config of a run that trains the vision tokenizer."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,20 +11,22 @@ from emu3_jax.training.config import MAX_STEPS, OptimizerConfig
 
 @dataclasses.dataclass(frozen=True)
 class PixelConfig:
-    """Pictures and clips of a step.
+    """The pictures and clips that each step trains on.
 
     Attributes:
-        manifests: JSONL files as `emu3-jax prepare` reads them; their texts do not matter.
-        size: height and width of the crops; pictures are scaled so that their shorter side is as long.
-        stills: a step sees so many pictures.
-        clips: and so many clips.
-        frames: of a clip; longer ones give a random stretch.
-        in_memory: keeps all pictures in the host's memory, scaled and cropped; for small sets.
-        workers: threads that read.
-        augment: share of pictures and clips that are changed at random: zoomed, mirrored, recoloured.
-        zoom: largest magnification of those.
-        recolour: standard deviation of what is added to the identity that mixes their colours.
-        seed: of the order and the changes.
+        manifests: JSONL files in the format that `emu3-jax prepare` reads. Their texts are ignored.
+        size: height and width of the crops in pixels. A picture is first scaled down so that its shorter side has
+            this length. Smaller pictures are refused.
+        stills: number of pictures per step.
+        clips: number of clips per step.
+        frames: number of frames per clip. A longer clip gives a random section, a shorter one repeats its last frame.
+        in_memory: keep all pictures in the host's memory, scaled and cropped. For small data sets.
+        workers: number of reader threads.
+        augment: share of pictures and clips that are augmented: zoomed, mirrored and recoloured at random.
+        zoom: largest magnification of the augmentation.
+        recolour: standard deviation of the random numbers that the augmentation adds to the 3x3 colour matrix (the
+            identity) and to the colours.
+        seed: seed of the order of the data and of the crops.
     """
 
     manifests: tuple[str, ...]
@@ -56,15 +58,15 @@ class PixelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Weights of the parts of the loss. A weight of 0 leaves the part out.
+    """Weights of the terms of the loss. A weight of 0 removes the term.
 
     Attributes:
-        absolute: of the mean absolute difference of pixels, which are in -1..1.
-        squared: of the mean squared difference.
-        structure: of 1 - SSIM.
-        commitment: of the distance of latents to their codes.
-        adversarial: of the discriminator's judgement, times VQGAN's adaptive weight (arXiv 2012.09841, 3.1).
-        adversarial_from: the step at which the discriminator begins to be trained, and to count.
+        absolute: weight of the mean absolute difference of pixels, which are in -1..1.
+        squared: weight of the mean squared difference of pixels.
+        structure: weight of 1 - SSIM.
+        commitment: weight of the mean squared distance of latents from their codes.
+        adversarial: weight of the discriminator's term, multiplied by VQGAN's adaptive weight (arXiv 2012.09841, 3.1).
+        adversarial_from: first step at which the discriminator is trained and its term counts.
     """
 
     absolute: float = 1.0
@@ -82,32 +84,32 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class VisionTrainConfig:
-    """A run that trains the vision tokenizer.
+    """The config of a run that trains the vision tokenizer.
 
     Attributes:
-        directory: of the run, as `TrainConfig`'s.
-        vision: the tokenizer's shapes.
-        pixels: what it is trained on.
-        steps: optimiser steps in all.
-        bundle: whose tokenizer the run starts from; empty for random weights.
-        image: how the finished tokenizer treats pictures; None for pictures of the crops' area.
-        optimizer: AdamW's numbers, of the discriminator too.
-        loss: what is minimised.
-        dtype: "float32" or "bfloat16", of the products and activations while training.
-        precision: "default" or "highest", of float32 products while training.
-        remat: the backward pass computes the insides of blocks again, for large crops.
-        average: decay of the moving average of the weights, which is what is evaluated and exported.
-        code_decay: decay of the moving averages that codes follow (van den Oord et al., arXiv 1711.00937, A.1).
-        dead_below: a code of which a step uses fewer than this on average becomes a latent of the batch, drawn by its
-            squared distance to its own code.
-        norm_momentum: share of a step's statistics in the batch norms' stored ones.
-        batch_statistics_until: share of the run after which batch norms no longer use the batch's statistics, so that
-            the rest trains exactly the network that is exported.
-        export_dtype: "float32", or "bfloat16" for a file of half the size.
-        evaluation: manifests of pictures; all are reconstructed, uncropped where their sides allow.
-        mesh: sizes of the axes, of which only `data` is used; -1 is all that is left.
-        seed: of random weights and dead codes.
-        log_every, checkpoint_every, evaluate_every, keep: as `TrainConfig`'s.
+        directory: directory of the run, see `TrainConfig`.
+        vision: config of the vision tokenizer.
+        pixels: the training data.
+        steps: total number of optimiser steps.
+        bundle: bundle whose vision tokenizer the run starts from; empty for random weights.
+        image: picture sizes that the exported tokenizer accepts. None: pictures are resized to the area of a crop.
+        optimizer: settings of AdamW, for the tokenizer and the discriminator.
+        loss: weights of the loss terms.
+        dtype: dtype of activations and products while training, "float32" or "bfloat16".
+        precision: precision of float32 products while training, "default" or "highest".
+        remat: recompute the insides of blocks in the backward pass. Saves memory for large crops.
+        average: decay of the moving average of the weights. The averaged weights are evaluated and exported.
+        code_decay: decay of the moving averages that update the codebook (van den Oord et al., arXiv 1711.00937, A.1).
+        dead_below: a code is dead if fewer latents per step than this are nearest to it, on average. A dead code is
+            replaced by a latent of the batch, sampled in proportion to its squared distance from its own code.
+        norm_momentum: weight of a step's batch statistics in the stored statistics of batch norms.
+        batch_statistics_until: share of the run during which batch norms use the batch's statistics. The rest of the
+            run uses the stored statistics, so it trains exactly the network that is exported.
+        export_dtype: dtype of the exported weights, "float32" or "bfloat16" (half the file size).
+        evaluation: manifests whose pictures and clips are all reconstructed in an evaluation.
+        mesh: mesh axes and their sizes. Only `data` is used; -1 takes all remaining devices.
+        seed: seed of random weights, augmentation and the replacement of dead codes.
+        log_every, checkpoint_every, evaluate_every, keep: see `TrainConfig`.
     """
 
     directory: str
@@ -162,15 +164,15 @@ class VisionTrainConfig:
             check_field(self, field, is_number(value) and 0 <= value <= 1, "from 0 to 1")
         check_field(self, "dead_below", is_number(self.dead_below) and self.dead_below >= 0, "a number >= 0")
         factor, frames = self.vision.spatial_factor, self.vision.temporal_factor
-        check_field(self.pixels, "size", self.pixels.size % factor == 0, f"a multiple of {factor}, pixels of a code")
+        check_field(self.pixels, "size", self.pixels.size % factor == 0, f"a multiple of {factor}, the pixels per code")
         check_field(
-            self.pixels, "frames", self.pixels.frames % frames == 0, f"a multiple of {frames}, frames of a code"
+            self.pixels, "frames", self.pixels.frames % frames == 0, f"a multiple of {frames}, the frames per code"
         )
         check_paths(self, "evaluation", "a tuple of files")
-        check_field(self, "vision", self.vision.in_channels == 3, "a tokenizer of three channels")
+        check_field(self, "vision", self.vision.in_channels == 3, "a VisionConfig with in_channels=3")
 
     @property
     def image_config(self) -> ImageConfig:
-        """How the exported tokenizer treats pictures."""
+        """The picture sizes of the exported tokenizer: `image`, or the area of a crop."""
         area = self.pixels.size**2
         return ImageConfig(min_pixels=area, max_pixels=area) if self.image is None else self.image

@@ -1,4 +1,4 @@
-"""What a run that trains the vision tokenizer says of itself, and its checkpoints as bundles."""
+"""The identity of a run that trains the vision tokenizer, and the export of its checkpoints as bundles."""
 
 import functools
 import pathlib
@@ -24,31 +24,31 @@ _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloa
 
 
 def vision_identity(config: VisionTrainConfig) -> Identity:
-    """What `run.json` says of a run."""
+    """The contents of `run.json` for a run of this config."""
     other = {"image": config.image_config.to_dict(), "export_dtype": config.export_dtype}
     return Identity(fixed={"vision": config.vision.to_dict()}, other=other)
 
 
 def exported(params: Any, dtype: str) -> Any:
-    """The parameters as a bundle of `dtype` gives them: rounded to it, in float32."""
+    """Rounds parameters to `dtype` and returns them in float32, as loading an exported bundle does."""
     if dtype == "float32":
         return params
     return jax.tree.map(lambda leaf: leaf.astype(dtype).astype(jnp.float32), params)
 
 
 def export_vision_run(directory: pathlib.Path, target: pathlib.Path, step: int | None = None) -> int:
-    """Writes the averaged weights of a run's checkpoint as a bundle with `vision/` alone.
+    """Writes the averaged weights of a run's checkpoint as a bundle with only a `vision/` part.
 
     Args:
-        directory: of the run.
-        target: the bundle; it must not exist.
-        step: of the checkpoint; by default the newest.
+        directory: directory of the run.
+        target: path of the new bundle. It must not exist.
+        step: step of the checkpoint, or None for the newest.
 
     Returns:
-        The step.
+        The step of the exported checkpoint.
 
     Raises:
-        Emu3Error: no such checkpoint, or one of the places cannot be read or written.
+        Emu3Error: there is no such checkpoint, the run's directory cannot be read, or `target` cannot be written.
     """
     identity = read_identity(directory)
     parts = {part: identity_part(directory, identity, part) for part in ("vision", "image", "export_dtype")}
@@ -56,7 +56,7 @@ def export_vision_run(directory: pathlib.Path, target: pathlib.Path, step: int |
         vision, image = VisionConfig.from_dict(parts["vision"]), ImageConfig.from_dict(parts["image"])
     if parts["export_dtype"] not in _DTYPES:
         raise Emu3Error(
-            f"{directory / 'run.json'}: export_dtype is {shown(parts['export_dtype'])}: it must be "
+            f"{directory / 'run.json'}: export_dtype is {shown(parts['export_dtype'])}; it must be "
             f"{' or '.join(_DTYPES)}; correct it"
         )
     dtype = _DTYPES[parts["export_dtype"]]

@@ -1,6 +1,6 @@
-"""Losses of the vision tokenizer: pixels, structure, the discriminator and its losses.
+"""Losses of the vision tokenizer: SSIM, PSNR, and the discriminator with its hinge loss.
 
-B batch (frames of clips too), H W rows and columns, C channels.
+B batch (pictures and frames of clips), H W rows and columns, C channels.
 """
 
 import flax.linen as nn
@@ -15,14 +15,14 @@ _C1, _C2 = 0.01**2, 0.03**2
 
 
 def structural_similarity(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Mean SSIM of pictures [B, H, W, C] in -1..1, per channel (Wang et al. 2004, sigma 1.5, windows of 11).
+    """Mean SSIM of pictures [B, H, W, C] in -1..1 (Wang et al. 2004), a scalar over all pictures and channels.
 
-    Both sides must be at least 11; windows lie inside the picture.
+    The Gaussian windows are 11 pixels wide with sigma 1.5. They lie inside the picture, so H and W must be at least 11.
     """
     a, b = (a + 1) / 2, (b + 1) / 2
     maps = jnp.concatenate([a, b, a * a, b * b, a * b], axis=-1)
-    # Products with banded matrices: gradients of depthwise convolutions are slow. Variances are differences of nearly
-    # equal numbers, hence the precision.
+    # Products with banded matrices, because gradients of depthwise convolutions are slow. Highest precision, because
+    # variances are differences of nearly equal numbers.
     maps = jnp.einsum("bhwc,hi->biwc", maps, _windows(a.shape[1]), precision=jax.lax.Precision.HIGHEST)
     maps = jnp.einsum("bhwc,wj->bhjc", maps, _windows(a.shape[2]), precision=jax.lax.Precision.HIGHEST)
     mean_a, mean_b, square_a, square_b, product = jnp.split(maps, 5, axis=-1)
@@ -32,7 +32,7 @@ def structural_similarity(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _windows(side: int) -> np.ndarray:
-    """float32 [side, side - 10]: column i weighs the pixels of window i."""
+    """float32 [side, side - 10]: column i holds the Gaussian weights of window i."""
     taps = np.exp(-((np.arange(_WINDOW) - _WINDOW // 2) ** 2) / (2 * _SIGMA**2))
     windows = np.zeros((side, side - _WINDOW + 1), np.float32)
     for index in range(windows.shape[1]):
@@ -41,14 +41,14 @@ def _windows(side: int) -> np.ndarray:
 
 
 def peak_signal_to_noise(a: jax.Array, b: jax.Array) -> jax.Array:
-    """PSNR in dB of each picture: [B, H, W, C] in -1..1, rounded to 8 bits as files are, to [B]."""
+    """PSNR in dB of each picture: [B] from [B, H, W, C] in -1..1. Pixels are first rounded to 8 bits, as in files."""
     a, b = (jnp.round(jnp.clip((x + 1) / 2, 0, 1) * 255) for x in (a, b))
     error = jnp.mean((a - b) ** 2, axis=(1, 2, 3))
     return 10 * jnp.log10(255.0**2 / jnp.maximum(error, 1e-10))
 
 
 class Discriminator(nn.Module):
-    """PatchGAN (arXiv 1611.07004): a judgement for each patch. [B, H, W, 3] to float32 [B, h, w, 1]."""
+    """PatchGAN discriminator (arXiv 1611.07004): [B, H, W, 3] to float32 [B, h, w, 1], one logit per patch."""
 
     numerics: Numerics
     width: int = 64
@@ -66,5 +66,5 @@ class Discriminator(nn.Module):
 
 
 def hinge(real: jax.Array, fake: jax.Array) -> jax.Array:
-    """The discriminator's loss."""
+    """Hinge loss of the discriminator, a scalar, from its logits for real and for reconstructed pictures."""
     return 0.5 * (nn.relu(1 - real).mean() + nn.relu(1 + fake).mean())

@@ -1,4 +1,4 @@
-"""The program of a run that trains the vision tokenizer, to be compiled for a TPU slice by `sharding.plan`."""
+"""The program of a vision tokenizer training run, which `sharding.plan` compiles for a TPU slice."""
 
 import dataclasses
 
@@ -11,15 +11,18 @@ from emu3_jax.training.vision_step import VisionTrainer
 
 
 def programs(config: VisionTrainConfig, slice_: Slice, rows_per_chip: int | None = None) -> tuple[Mesh, list[Program]]:
-    """One step on the mesh of the config, spread over all chips of the slice.
+    """The program of one training step, on the config's mesh over all chips of the slice.
 
     Args:
-        config: the run.
-        slice_: from `sharding.plan.tpu_slice`.
-        rows_per_chip: replaces `pixels.stills` by so many pictures for each chip.
+        config: config of the run.
+        slice_: TPU slice, from `sharding.plan.tpu_slice`.
+        rows_per_chip: if given, replaces `pixels.stills` by `rows_per_chip * chips`.
+
+    Returns:
+        The mesh, and a list with the one program.
 
     Raises:
-        Emu3Error: the config does not fit the chips.
+        Emu3Error: the mesh does not divide the pictures or the clips.
     """
     mesh = make_mesh(config.mesh, slice_.devices)
     if rows_per_chip is not None:

@@ -1,6 +1,6 @@
-"""One step of training the vision tokenizer, jitted over a mesh whose `data` axis splits the pictures.
+"""One training step of the vision tokenizer, jitted on a mesh whose `data` axis splits the pictures.
 
-B stills or frames, b clips, T frames, H W rows and columns, P latents of all of them, K codes, C embedding width.
+B stills or frames, b clips, T frames, H W rows and columns, P latents of a batch, K codes, C embedding width.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,23 +25,23 @@ from emu3_jax.training.vision_losses import Discriminator, hinge, structural_sim
 
 Batch = Mapping[str, jax.Array]  # uint8 `stills` [B, H, W, 3], `clips` [b, T, H, W, 3]; see data.pixels
 
-_LAST_LAYER = ("decoder", "conv_out", "kernel")  # where the adaptive weight compares gradients
-_SCORES = 2**28  # distances of latents to codes that exist at once: 1 GiB
+_LAST_LAYER = ("decoder", "conv_out", "kernel")  # VQGAN's adaptive weight compares gradients of this kernel
+_SCORES = 2**28  # largest number of latent-to-code distances in memory at once: 1 GiB in float32
 
 
 @flax.struct.dataclass
 class VisionState:
-    """Everything that a step changes, and a checkpoint keeps.
+    """Everything that a step changes and a checkpoint stores.
 
     Attributes:
-        step: int32 scalar, the steps taken.
-        params: the tokenizer's, codebook and stored statistics of batch norms among them.
-        average: their moving average, which is evaluated and exported.
-        opt_state: the optimiser's.
-        used: float32 [K], moving average of how many latents of a step are nearest to each code.
-        sums: float32 [K, C], likewise of the sums of these latents.
-        discriminator: its parameters and optimiser state; None without an adversarial loss.
-        key: uint32 [2], data of the key that a step splits.
+        step: int32 scalar, number of steps taken.
+        params: parameters of the tokenizer, including the codebook and the stored statistics of batch norms.
+        average: moving average of `params`, which is evaluated and exported.
+        opt_state: state of the optimiser for `params`.
+        used: float32 [K], moving average of the number of latents per step that are nearest to each code.
+        sums: float32 [K, C], moving average of the sum of these latents per step.
+        discriminator: parameters and optimiser state of the discriminator, or None without an adversarial loss.
+        key: uint32 [2], data of the random key. Each step splits it.
     """
 
     step: jax.Array
@@ -55,23 +55,24 @@ class VisionState:
 
 
 class VisionTrainer:
-    """The programs of one config on one mesh.
+    """The compiled programs of one config on one mesh.
 
     Attributes:
         step: jitted `(state, batch) -> (state, metrics)`; the state is donated. The metrics are float32 scalars: loss
-            (what is minimised), absolute, squared, structure, commitment, psnr (of the training crops, in dB),
-            codes_used (share of the codes that occur in the step), perplexity, codes_revived, gradient_norm,
-            learning_rate, and with an adversarial loss, adversarial, discriminator and adaptive_weight.
-        state_sharding: where all of a `VisionState` lies: whole on every device.
-        batch_sharding: where a batch lies.
+            (without the adversarial term), absolute, squared, structure (only with a weight), commitment, psnr (of the
+            training crops, in dB), codes_used (share of codes that occur in the step), perplexity (of the codes'
+            moving average use), codes_revived (number of dead codes replaced), gradient_norm (before clipping),
+            learning_rate; with an adversarial loss also adversarial, discriminator and adaptive_weight.
+        state_sharding: sharding of every array of a `VisionState`: replicated.
+        batch_sharding: sharding of a batch: split over `data`.
     """
 
     def __init__(self, config: VisionTrainConfig, mesh: Mesh):
-        """Raises `Emu3Error` if the mesh does not split the pictures and clips of a step evenly."""
+        """Raises `Emu3Error` if the mesh does not divide the pictures and the clips of a step."""
         parts = mesh.shape["data"]
         for field in ("stills", "clips"):
             ok = getattr(config.pixels, field) % parts == 0
-            check_field(config.pixels, field, ok, f"a multiple of {parts}, the parts that the mesh splits it into")
+            check_field(config.pixels, field, ok, f"a multiple of {parts}, the size of mesh axis data")
         self.config, self.mesh = config, mesh
         numerics = Numerics(
             dtype=jnp.dtype(config.dtype),
@@ -93,7 +94,7 @@ class VisionTrainer:
         )
 
     def initial_state(self, params: Any = None) -> VisionState:
-        """Before the first step: of `params`, or of random ones."""
+        """The state before the first step, from `params` (as a bundle holds them) or from random parameters."""
         return jax.jit(self._initial, out_shardings=self.state_sharding)(params)
 
     def abstract_state(self) -> VisionState:
@@ -103,7 +104,7 @@ class VisionTrainer:
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract)
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Likewise of a batch."""
+        """Shapes, dtypes and shardings of a batch."""
         p = self.config.pixels
         shapes = {"stills": (p.stills, p.size, p.size, 3), "clips": (p.clips, p.frames, p.size, p.size, 3)}
         return {
@@ -118,7 +119,8 @@ class VisionTrainer:
         if params is None:
             size = config.pixels.size
             params = nn.unbox(self.model.init(jax.random.fold_in(key, 1), jnp.zeros((1, size, size, 3))))["params"]
-        # A run that starts from a trained tokenizer keeps its codes until the moving averages have seen data.
+        # `used` is 1 for the codes of a trained tokenizer, so that its codes move slowly. For random codes it is 0, so
+        # that the first data replace them.
         codes = _flat(params)[CODEBOOK]
         used = jnp.full(len(codes), 0.0 if not config.bundle else 1.0, jnp.float32)
         discriminator = None
@@ -163,11 +165,11 @@ class VisionTrainer:
         codes, used, sums, occurring, revived = self._codes(state, found["latents"], found["codes"], code_key)
         params[CODEBOOK] = codes
         params = traverse_util.unflatten_dict(params)
-        # At the start the average follows at once, or random weights would stay in it for long.
+        # A small decay at the start makes the average forget the random initial weights quickly.
         decay = jnp.minimum(config.average, (1.0 + state.step) / (10.0 + state.step))
         average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, state.average, params)
         average = _flat(average)
-        average[CODEBOOK] = codes  # an average of codes is no code; these are averages already
+        average[CODEBOOK] = codes  # codes are moving averages already, and averaging across a revival would be wrong
         average = traverse_util.unflatten_dict(average)
         share = used / jnp.maximum(used.sum(), 1e-9)
         metrics |= {
@@ -185,14 +187,21 @@ class VisionTrainer:
     def _loss(
         self, params: Any, pixels: Mapping[str, jax.Array], batch_statistics: jax.Array
     ) -> tuple[tuple[jax.Array, jax.Array], dict[str, Any]]:
-        """The loss without the discriminator's part and the reconstructed pixels; and what else came of it.
+        """The loss without the adversarial term.
 
-        `batch_statistics`: how far batch norms use the batch's statistics; see `models.vision_layers.BatchNorm`.
+        Args:
+            params: parameters of the tokenizer.
+            pixels: float32 `stills` [B, H, W, 3] and `clips` [b, T, H, W, 3] in -1..1.
+            batch_statistics: float32 scalar, 1 if batch norms use the batch's statistics, 0 if they use the stored
+                ones. See `models.vision_layers.BatchNorm`.
+
+        Returns:
+            (loss, reconstructed pixels [N, H, W, 3]), and a dict with metrics, batch statistics, latents and codes.
         """
         weights = self.config.loss
         flat = _flat(params)
         codebook = jax.lax.stop_gradient(flat[CODEBOOK])
-        # Stored statistics are no weights: they are replaced, not descended on.
+        # Stored statistics are not trained by gradients: each step replaces them.
         params = traverse_util.unflatten_dict(
             {k: jax.lax.stop_gradient(v) if k[-1] in ("mean", "var") or k == CODEBOOK else v for k, v in flat.items()}
         )
@@ -241,9 +250,11 @@ class VisionTrainer:
         decoded: jax.Array,
         pull_back: Callable[[Any], tuple[Any]],
     ) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
-        """The discriminator's weighted slope at the reconstructed pixels, the discriminator trained, and metrics.
+        """The adversarial term and one training step of the discriminator, as in VQGAN (arXiv 2012.09841, 3.1).
 
-        See VQGAN, arXiv 2012.09841, 3.1.
+        Returns:
+            The weighted gradient of the adversarial term with respect to the reconstructed pixels; the new
+            discriminator; metrics.
         """
         weights, (params, opt_state) = self.config.loss, state.discriminator
         true = _frames(pixels)
@@ -256,7 +267,7 @@ class VisionTrainer:
             return -scores(params, out).mean()
 
         def last_layer(*cotangents: jax.Array) -> jax.Array:
-            # XLA drops what lies behind that layer: nothing asks for it.
+            # Only this layer's gradient is used, so XLA does not compute the gradients of earlier layers.
             return jnp.linalg.norm(_flat(pull_back(cotangents)[0])[_LAST_LAYER])
 
         value, slope = jax.value_and_grad(judge)(decoded)
@@ -271,7 +282,7 @@ class VisionTrainer:
         decoded = jax.lax.stop_gradient(decoded)
         loss, gradients = jax.value_and_grad(judged)(params)
         updates, opt_state = self.optimizer.update(gradients, opt_state, params)
-        # Before its time the discriminator stays as it was, its optimiser too.
+        # Before step `adversarial_from`, the discriminator and its optimiser state do not change.
         kept = jax.tree.map(
             lambda new, old: jnp.where(on > 0, new, old),
             (optax.apply_updates(params, updates), opt_state),
@@ -282,27 +293,29 @@ class VisionTrainer:
     def _codes(
         self, state: VisionState, latents: jax.Array, codes: jax.Array, key: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
-        """The codebook after the step: codes follow their latents, and dead ones become latents of the batch.
+        """Updates the codebook: codes move to the mean of their latents, and latents of the batch replace dead codes.
 
         Returns:
-            The codebook, `used` and `sums` of the state, the share of the codes that occur, and how many were revived.
+            The codebook [K, C], the new `used` [K] and `sums` [K, C] of the state, the share of codes that occur in
+            this step, and the number of replaced codes.
         """
         config, count = self.config, len(state.used)
         decay = config.code_decay
         hits = jnp.zeros(count, jnp.float32).at[codes].add(1.0)
         sums = jnp.zeros_like(state.sums).at[codes].add(latents)
-        # Until a code has been used, its moving averages weigh nothing: the first data replace what was random.
+        # A random code starts with `used` 0, so its first latents replace it completely.
         used = decay * state.used + (1 - decay) * hits
         sums = decay * state.sums + (1 - decay) * sums
         followed = jnp.where(
             used[:, None] > 1e-6, sums / jnp.maximum(used, 1e-6)[:, None], _flat(state.params)[CODEBOOK]
         )
         dead = used < config.dead_below
-        # The worse a latent is coded, the likelier it becomes a code, as in k-means++: most are plain background.
+        # Sampled in proportion to the squared error, as in k-means++. Uniform sampling would mostly pick plain
+        # background.
         errors = jnp.sum((latents - _flat(state.params)[CODEBOOK][codes]) ** 2, axis=-1)
         fresh = latents[jax.random.choice(key, len(latents), (count,), p=errors / jnp.maximum(errors.sum(), 1e-30))]
         embedding = jnp.where(dead[:, None], fresh, followed)
-        # A revived code has some time to find latents before it counts as dead again.
+        # A replaced code starts with twice the threshold, so that it has some steps to find latents.
         grace = 2 * config.dead_below
         return (
             embedding,
@@ -317,7 +330,11 @@ class VisionTrainer:
 
 
 def nearest(latents: jax.Array, codebook: jax.Array) -> jax.Array:
-    """The nearest code of each latent [..., C], int32 [...], by one product: for training, where ties do not matter."""
+    """The nearest code of each latent: int32 [...] from [..., C] and the codebook [K, C].
+
+    The search uses one matrix product, so near ties may be decided differently than by `models.quantizer`. Training
+    does not mind.
+    """
     flat = latents.reshape(-1, latents.shape[-1])
     norms = jnp.sum(codebook**2, axis=-1)
 
@@ -335,7 +352,10 @@ def nearest(latents: jax.Array, codebook: jax.Array) -> jax.Array:
 
 
 def augmented(pixels: jax.Array, key: jax.Array, config: PixelConfig) -> jax.Array:
-    """uint8 [N, (T,) H, W, 3] as float32 in -1..1, some zoomed, mirrored and recoloured; a clip's frames alike."""
+    """Converts uint8 [N, (T,) H, W, 3] to float32 in -1..1 and augments a share of the pictures and clips.
+
+    All frames of a clip are zoomed, mirrored and recoloured in the same way.
+    """
     values = pixels.astype(jnp.float32) / 127.5 - 1
     if not config.augment:
         return values
@@ -358,7 +378,7 @@ def augmented(pixels: jax.Array, key: jax.Array, config: PixelConfig) -> jax.Arr
         shift: jax.Array,
     ) -> jax.Array:
         values = jnp.where(mirrored, jnp.flip(values, axis=-2), values)
-        # The window that the zoom shows lies anywhere within the picture.
+        # The zoomed window is placed at random within the picture.
         room = jnp.asarray([height, width]) * (zoom - 1)
         values = jax.image.scale_and_translate(
             values, values.shape, (values.ndim - 3, values.ndim - 2), jnp.full(2, zoom), -place * room, "cubic"
@@ -370,15 +390,15 @@ def augmented(pixels: jax.Array, key: jax.Array, config: PixelConfig) -> jax.Arr
 
 
 def _frames(pixels: Mapping[str, jax.Array]) -> jax.Array:
-    """Stills, then the frames of clips, [N, H, W, 3]."""
+    """Concatenates stills and the frames of clips to [N, H, W, 3]."""
     return jnp.concatenate([pixels[k].reshape(-1, *pixels[k].shape[-3:]) for k in ("stills", "clips") if k in pixels])
 
 
 def _stored_statistics(params: dict, sown: Any, momentum: float) -> dict:
-    """The batch norms' new `mean` and `var`, by path: a share of what all their calls in the step saw together."""
+    """New stored `mean` and `var` of batch norms, by path. The statistics of all calls in a step are pooled first."""
     flat = _flat(sown)
     new = {}
-    for path in sorted({path[:-1] for path in flat}):  # in one order, or each process compiles its own program
+    for path in sorted({path[:-1] for path in flat}):  # sorted: all processes must compile the same program
         means, variances, counts = (flat[*path, name] for name in ("mean", "var", "count"))
         total = sum(counts)
         mean = sum(m * n for m, n in zip(means, counts, strict=True)) / total

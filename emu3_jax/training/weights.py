@@ -1,4 +1,4 @@
-"""Weights into a run and out of it: from a bundle to the stacked training form, and from a checkpoint to a bundle."""
+"""Loads weights from a bundle into the stacked form for training, and exports checkpoints as bundles or adapters."""
 
 import functools
 import pathlib
@@ -27,7 +27,17 @@ from emu3_jax.training.run_directory import identity_part, newest_checkpoint, re
 
 
 def stacked_from_bundle(bundle: Bundle, decoder: DecoderConfig, mesh: Mesh, places: Any) -> Any:
-    """The decoder's parameters in float32, stacked, in the shardings `places`; twice the largest of them at a time."""
+    """Loads the decoder's parameters in float32 with stacked layers.
+
+    Args:
+        bundle: bundle to read.
+        decoder: config of the decoder.
+        mesh: the mesh.
+        places: shardings in the tree structure of the result.
+
+    Returns:
+        The stacked parameters, in the shardings `places`.
+    """
     flat = traverse_util.flatten_dict(bundle.load_decoder(decoder_shardings(decoder, mesh), np.float32))
     flat_places = traverse_util.flatten_dict(places)
 
@@ -38,13 +48,13 @@ def stacked_from_bundle(bundle: Bundle, decoder: DecoderConfig, mesh: Mesh, plac
 
 
 def frozen_from_bundle(bundle: Bundle, decoder: DecoderConfig, adapter: Adapter, places: Any) -> Any:
-    """The decoder's parameters as `adapter.base` keeps them, stacked, in the shardings `places`."""
+    """Loads the decoder's parameters converted to `adapter.base`, with stacked layers, in the shardings `places`."""
     arrays = ((param.path, array) for param, array in bundle.arrays("decoder"))
     return lora.freeze_stacked(arrays, decoder, adapter, places)
 
 
 def make_inference_params(decoder: DecoderConfig, adapter: Adapter | None, mesh: Mesh) -> Callable[[Any, Any], Any]:
-    """jitted `(params, frozen) -> parameters to generate with`, in `decoder.dtype`, adapters merged."""
+    """Makes a jitted `(params, frozen) -> inference parameters`, in `decoder.dtype`, with adapters merged."""
 
     def convert(params: Any, frozen: Any) -> Any:
         if adapter is not None:
@@ -55,18 +65,18 @@ def make_inference_params(decoder: DecoderConfig, adapter: Adapter | None, mesh:
 
 
 def export_run(directory: pathlib.Path, target: pathlib.Path, step: int | None = None) -> int:
-    """Writes the weights of a run's checkpoint as a bundle, adapters merged, holding one array at a time.
+    """Writes the weights of a run's checkpoint as a bundle. Adapters are merged. Memory holds one array at a time.
 
     Args:
-        directory: of the run.
-        target: the bundle; it must not exist.
-        step: of the checkpoint; by default the newest.
+        directory: directory of the run.
+        target: path of the new bundle. It must not exist.
+        step: step of the checkpoint, or None for the newest.
 
     Returns:
-        The step.
+        The step of the exported checkpoint.
 
     Raises:
-        Emu3Error: no such checkpoint, or one of the places cannot be read or written.
+        Emu3Error: there is no such checkpoint, the run's directory cannot be read, or `target` cannot be written.
     """
     run = _Run(directory, step)
     dtype = np.dtype(run.decoder.dtype)
@@ -79,18 +89,19 @@ def export_run(directory: pathlib.Path, target: pathlib.Path, step: int | None =
 
 
 def export_adapter(directory: pathlib.Path, target: pathlib.Path, step: int | None = None) -> int:
-    """Writes the adapter of a run's checkpoint alone, in PEFT's format (see `checkpoints.adapter`).
+    """Writes only the adapter of a run's checkpoint, in PEFT's format (see `checkpoints.adapter`).
 
     Args:
-        directory: of the run.
-        target: the adapter's directory; it must not exist.
-        step: of the checkpoint; by default the newest.
+        directory: directory of the run.
+        target: path of the new adapter directory. It must not exist.
+        step: step of the checkpoint, or None for the newest.
 
     Returns:
-        The step.
+        The step of the exported checkpoint.
 
     Raises:
-        Emu3Error: the run trains no adapter; otherwise as `export_run`.
+        Emu3Error: the run trains no adapter, there is no such checkpoint, the run's directory cannot be read, or
+            `target` cannot be written.
     """
     run = _Run(directory, step)
     if run.adapter is None:
@@ -100,7 +111,7 @@ def export_adapter(directory: pathlib.Path, target: pathlib.Path, step: int | No
 
 
 class _Run:
-    """A checkpoint of a run, and what `run.json` says. Made as the exports' arguments say, and raises like them."""
+    """A checkpoint of a run, with the contents of `run.json`. Arguments and errors are those of `export_run`."""
 
     def __init__(self, directory: pathlib.Path, step: int | None):
         identity = read_identity(directory)
@@ -114,17 +125,17 @@ class _Run:
             self.bundle.require_full("a run with an adapter")
 
     def trained(self, path: Path) -> np.ndarray:
-        """What was trained, by its path where layers are apart: an array of the decoder, or a side of an adapter."""
+        """A trained array, by its path with separate layers: an array of the decoder, or one side of an adapter."""
         stacked, index = stacked_place(path)
         return read_array(self._state, ("params", *stacked), index)
 
     def frozen(self, path: Path) -> np.ndarray:
-        """An array of the bundle's decoder."""
+        """An array of the decoder in the run's bundle."""
         return read_array(self.bundle.weights("decoder"), path)
 
 
 def _load(run: _Run, path: Path, dtype: np.dtype) -> np.ndarray:
-    """One array of the bundle."""
+    """One array of the exported bundle, by its path, with adapters merged."""
     if run.adapter is None:
         return run.trained(path).astype(dtype)
     *parent, name = path
