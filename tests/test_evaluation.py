@@ -208,7 +208,7 @@ def test_a_judge_learns_and_is_kept(toy, tmp_path):
     judge.file.write_bytes(judge.file.read_bytes()[:100])
     with pytest.raises(Emu3Error, match="delete it"):
         get_judge(tmp_path, TOY, learned, names[:32], reconstruct=lambda: learned, tokenizer="t")
-    with pytest.raises(Emu3Error, match="needs two"):
+    with pytest.raises(Emu3Error, match="needs at least two"):
         get_judge(tmp_path, TOY, learned, ["one"] * 32, reconstruct=lambda: learned, tokenizer="t")
 
 
@@ -230,7 +230,7 @@ def test_a_judge_that_cannot_be_kept(toy, tmp_path, capsys):
         reconstruct=lambda: drawn[:32],
         tokenizer="t",
     )
-    assert judge.file is None and "trained again" in capsys.readouterr().err
+    assert judge.file is None and "trains it again" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------ parts
@@ -457,14 +457,14 @@ def test_bad_input_gets_one_line_and_writes_nothing(evaluate, tiny_bundle, data,
         ("[]", "line 2: not a JSON object"),
         (json.dumps(json.loads(lines[1]) | {"kind": "song"}), "kind is 'song'"),
         (json.dumps(json.loads(lines[1]) | {"label": None}), "field label is None"),
-        (lines[0], "is there twice"),
+        (lines[0], "occurs twice"),
     ):
         items.write_text("\n".join([lines[0], broken, *lines[2:]]) + "\n")
         assert words in error_of()
     items.write_text("\n".join(lines) + "\n")
     picture = tmp_path / "data" / "3d-5.webp"
     Image.new("RGB", (32, 32)).save(picture)
-    assert "all pictures and all clips must have one size" in error_of(figures="('reconstruction',)")
+    assert "all must have the same size" in error_of(figures="('reconstruction',)")
     picture.unlink()
     assert "3d-5.webp" in error_of(figures="('reconstruction',)")
 

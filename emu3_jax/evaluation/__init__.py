@@ -1,1 +1,1 @@
-"""Metrics, and pictures whose content can be read back exactly."""
+"""Evaluation of models: metrics, the judge, procedural pictures, and the page of results."""

@@ -1,4 +1,4 @@
-"""What `emu3-jax evaluate` measures, as one frozen config."""
+"""The config of `emu3-jax evaluate`."""
 
 import dataclasses
 from typing import Any
@@ -8,9 +8,9 @@ from emu3_jax.fields import check_field, is_number, is_whole
 from emu3_jax.generation import defaults
 from emu3_jax.models.quantization import KINDS
 
-_MAX_BATCH = 2**12  # the last batch is filled up
+_MAX_BATCH = 2**12  # the last batch is padded to full size, so a huge batch would waste memory
 FIGURES = ("reconstruction", "text_to_image", "image_to_text", "procedural", "motion")
-# The groups whose labels tell what is seen; the model is trained to generate and name these.
+# Groups of emoji whose labels describe what the picture shows. The embedded model was trained on these.
 GROUPS = (
     "smileys & emotion", "animals & nature", "food & drink", "travel & places", "activities", "objects",
 )  # fmt: skip
@@ -18,18 +18,19 @@ GROUPS = (
 
 @dataclasses.dataclass(frozen=True)
 class JudgeConfig:
-    """How the classifier that judges generated pictures is trained.
+    """Settings for training the judge, the classifier that scores generated pictures.
 
     Attributes:
-        steps: of training.
-        batch_size: pictures a step.
-        width: channels of the first block; the others have twice and four times as many.
-        learning_rate: of AdamW at its peak; it warms up over a twentieth of the steps and falls to 0 as a cosine.
-        weight_decay: of AdamW.
-        label_smoothing: the share of the target that is spread over all concepts.
-        reconstructions: the share of the training pictures that are seen as the vision tokenizer reconstructs them,
-            since generated pictures are blurred in the same way.
-        seed: of weights, batches and augmentation.
+        steps: number of training steps.
+        batch_size: pictures per step.
+        width: channels of the first block. The next blocks have twice and four times as many.
+        learning_rate: peak learning rate of AdamW. It warms up over the first twentieth of the steps, then falls to 0
+            as a cosine.
+        weight_decay: weight decay of AdamW.
+        label_smoothing: share of the target distribution that is spread evenly over all concepts.
+        reconstructions: share of training pictures that are replaced by their reconstruction by the vision tokenizer.
+            Generated pictures have the same blur as reconstructions.
+        seed: seed of weights, batches and augmentation.
     """
 
     steps: int = 3000
@@ -58,29 +59,29 @@ class JudgeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    """An evaluation.
+    """The config of an evaluation.
 
     Attributes:
-        directory: gets evaluation.json and index.html.
-        model: the bundle's directory; None for the embedded model.
-        adapter: the directory of a LoRA adapter that is merged into the model, or None.
-        quantize: narrow weights and KV cache of the decoder, as `emu3_jax.load` takes it; None for neither.
-        data: the directory with items.jsonl that scripts/build_emoji.py wrote.
-        figures: which are measured, of `FIGURES`.
-        groups: of the pictures and clips that are generated, described and judged; reconstruction takes all groups.
-        cases: of each figure at most, a fixed choice by `seed`; None for all.
-        codebook_cases: pictures, and clips, over which use of the codebook is counted, likewise; fewer than all use
-            less of it, which the figures do not correct.
-        batch_size: pictures that are encoded, decoded or generated at once, and four times as many judged.
-        guidance: classifier-free guidance scales of text to image, each of which gives one point of the curve.
-        procedural_guidance: the scale at which pictures and clips of procedural prompts are generated.
-        clip_guidance: the scale at which clips of animated subjects are generated.
-        temperature: of generation; 0 is greedy. Answers are always greedy.
-        top_k: candidates kept.
-        top_p: probability mass kept.
-        seed: of the choice of cases, and of the first generated picture; each next one adds 1.
-        rows: cases of each figure that the page shows.
-        judge: how the judge is trained.
+        directory: output directory. It gets evaluation.json and index.html.
+        model: directory of the bundle, or None for the embedded model.
+        adapter: directory of a LoRA adapter to merge into the model, or None.
+        quantize: quantisation of the decoder's weights and KV cache, as in `emu3_jax.load`, or None.
+        data: directory with items.jsonl, written by scripts/build_emoji.py.
+        figures: names of the figures to measure, from `FIGURES`.
+        groups: groups of emoji to generate, describe and judge. The figure "reconstruction" uses all groups.
+        cases: largest number of cases per figure, chosen by `seed`, or None for all.
+        codebook_cases: largest number of pictures, and of clips, over which codebook use is counted, or None for all.
+            Fewer cases use fewer codes; the figures are not corrected for this.
+        batch_size: pictures to encode, decode or generate at once. The judge takes four times as many at once.
+        guidance: classifier-free guidance scales for text to image, in rising order. Each gives a point of the curve.
+        procedural_guidance: guidance scale for procedural pictures and clips.
+        clip_guidance: guidance scale for clips of animated subjects.
+        temperature: sampling temperature of generation; 0 is greedy. Answers are always greedy.
+        top_k: number of most likely tokens to sample from.
+        top_p: probability mass of the most likely tokens to sample from, above 0 and at most 1.
+        seed: seed of the choice of cases, and of the first generated picture. Picture i uses seed + i.
+        rows: number of cases per figure that the page shows.
+        judge: settings for training the judge.
     """
 
     directory: str
@@ -140,5 +141,5 @@ class EvaluateConfig:
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """How pictures and clips are sampled, as keyword arguments of `Emu3`."""
+        """The sampling options, as keyword arguments of the methods of `Emu3`."""
         return {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "seed", "batch_size")}

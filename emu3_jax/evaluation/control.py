@@ -1,4 +1,7 @@
-"""Whether pictures and clips of procedural prompts show what was asked for, as read back from their pixels."""
+"""The figure "procedural": do generated shapes have the colour, shape and place that the prompt names?
+
+The answers are read from the pixels (see `procedural`).
+"""
 
 import functools
 from typing import Any
@@ -14,8 +17,8 @@ from emu3_jax.evaluation.reconstruction import Reconstructor
 from emu3_jax.evaluation.text_to_image import generate
 from emu3_jax.generation.pipeline import Emu3
 
-_GIVEN = FRAMES // 2  # frames of the clips that are extended
-# What is generated, of which kind of item, and how it is read.
+_GIVEN = FRAMES // 2  # frames that a clip extension is given
+# Kind of item and reader function of each task.
 _TASKS = {
     "stills": ("picture", read_still),
     "clips": ("clip", read_clip),
@@ -32,20 +35,28 @@ def measure(
     skipped: dict[str, str],
     progress: bool | None,
 ) -> tuple[dict[str, Any], list[Section]]:
-    """Colour, shape and position or motion on the held-out triples.
+    """Measures colour, shape and position (or motion) on triples that are held out of training.
 
-    Of extensions the model is given the first half of the true clip, and only what it makes of the second is read. The
-    truth, and what the tokenizer's reconstruction leaves of it, are read in the same way.
+    For the task "extensions", the model gets the first half of the true clip, and only the generated second half is
+    read. The true pictures and their reconstructions by the vision tokenizer are read too, as upper bounds.
+
+    Args:
+        model: model to evaluate.
+        data: evaluation data.
+        config: config of the evaluation.
+        reconstruct: the model's vision tokenizer.
+        skipped: gets the reason for each task that cannot be measured.
+        progress: as in `progress.Progress`.
 
     Returns:
-        the figures, and the page's sections.
+        The figures (shares from 0 to 1), and the sections of the page.
     """
     figures, sections = {}, []
     for name, (kind, read) in _TASKS.items():
         place = f"procedural.{name}"
         cases = choose(data.where(f"procedural_{kind}", "triple"), config.cases, config.seed, place)
         if not cases:
-            skipped[place] = f"the data have no procedural {kind}s of held-out triples"
+            skipped[place] = f"the data has no procedural {kind}s of held-out triples"
             continue
         truth = data.pixels(cases)
         again = reconstruct(truth)
@@ -57,7 +68,7 @@ def measure(
             given = truth[:, :_GIVEN] if name == "extensions" else None
             made = animate(model, prompts, FRAMES, truth.shape[2:4], given=given, **options)
         if name == "extensions":
-            again[:, :_GIVEN] = truth[:, :_GIVEN]  # as a generated clip has them
+            again[:, :_GIVEN] = truth[:, :_GIVEN]  # a generated clip also starts with the true frames
         names = list(cases[0].scene)
         wanted = [item.scene for item in cases]
         seen = [read(pixels) for pixels in made]
@@ -74,13 +85,13 @@ def measure(
         for item, pixels, true, one, ok in list(zip(cases, made, truth, seen, right, strict=True))[: config.rows]:
             read_back = ", ".join(str(getattr(one, n) or "?") for n in names)
             rows.append(Row(item.caption, (Cell("truth", true), Cell(f"read: {read_back}", pixels, bool(ok.all())))))
-        text = "Triples of colour, shape and " + names[-1] + " that are held out; green where all three are right."
+        text = "Held-out triples of colour, shape and " + names[-1] + ". A green frame means that all three are right."
         if name == "extensions":
-            text += f" The first {_GIVEN} frames are given, the rest is generated and read."
+            text += f" The first {_GIVEN} frames are given. The model generates the rest, and only the rest is read."
         sections.append(Section(f"Procedural {name}", text, tuple(rows)))
     return figures, sections
 
 
 def _right(seen, wanted: list[dict[str, str]], names: list[str]) -> np.ndarray:
-    """Whether each thing seen is what was wanted, bool [N, names]."""
+    """bool [N, names]: whether each value read from picture i equals the wanted value."""
     return np.array([[getattr(one, n) == scene[n] for n in names] for one, scene in zip(seen, wanted, strict=True)])

@@ -1,4 +1,4 @@
-"""Whether the model says what pictures and clips show, by the exact text of its answers."""
+"""The figure "image_to_text": does the model say what pictures and clips show? Answers must match exactly."""
 
 from typing import Any
 
@@ -12,12 +12,12 @@ from emu3_jax.generation.pipeline import Emu3
 from emu3_jax.media.clips import Clip
 
 DESCRIBE, CATEGORY, DESCRIBE_CLIP = "Describe the image.", "What category is this?", "Describe the clip."
-_LONGEST = 48  # tokens of an answer; right ones are shorter
+_LONGEST = 48  # most tokens of an answer; correct answers are shorter
 _BETWEEN = " emoji of "
 
 
 def parse(answer: str) -> tuple[str, str]:
-    """Style and label of "{style} emoji of {label}"; of another answer, no style and the whole of it."""
+    """Splits "{style} emoji of {label}" into (style, label). Any other answer becomes ("", answer)."""
     style, between, label = answer.strip().removesuffix(".").partition(_BETWEEN)
     return (style, label) if between else ("", style)
 
@@ -25,10 +25,17 @@ def parse(answer: str) -> tuple[str, str]:
 def measure(
     model: Emu3, data: Data, config: EvaluateConfig, *, skipped: dict[str, str], progress: bool | None
 ) -> tuple[dict[str, Any], list[Section]]:
-    """Descriptions of held-out styles, categories of held-out concepts, descriptions of held-out moving shapes.
+    """Measures answers on held-out data: descriptions of pictures, categories of pictures, descriptions of clips.
+
+    Args:
+        model: model to evaluate.
+        data: evaluation data.
+        config: config of the evaluation.
+        skipped: gets the reason for each task that cannot be measured.
+        progress: as in `progress.Progress`.
 
     Returns:
-        the figures, and the page's sections.
+        The figures (shares from 0 to 1), and the sections of the page.
     """
     figures: dict[str, Any] = {}
     sections = []
@@ -39,7 +46,7 @@ def measure(
         cases = choose(data.where(kind, split, groups), config.cases, config.seed, f"image_to_text.{name}")
         if not cases:
             skipped[f"image_to_text.{name}"] = (
-                f"the data have no {'clips' if moving else 'pictures'} of the split {split}"
+                f"the data has no {'clips' if moving else 'pictures'} of the split {split}"
             )
             return [], []
         media = [Clip(pixels) if moving else Image.fromarray(pixels) for pixels in data.pixels(cases)]
@@ -62,7 +69,7 @@ def measure(
             "label_exact": float(np.mean(right)),
             "both": float(np.mean([a and b for a, b in zip(right, styles, strict=True)])),
         }
-        show(DESCRIBE, "Styles that are held out; green where the label is right.", cases, answers, right)
+        show(DESCRIBE, "Pictures in held-out styles. Green: the label is right.", cases, answers, right)
     cases, answers = ask("category", "picture", "concept", CATEGORY)
     if cases:
         right = [answer == item.group for item, answer in zip(cases, answers, strict=True)]
@@ -72,7 +79,7 @@ def measure(
             "right": float(np.mean(right)),
             "always_the_commonest": float(counts.max() / len(cases)),
         }
-        show(CATEGORY, "Concepts that are held out; green where the category is right.", cases, answers, right)
+        show(CATEGORY, "Pictures of held-out concepts. Green: the category is right.", cases, answers, right)
     cases, answers = ask("clips", "procedural_clip", "triple", DESCRIBE_CLIP)
     if cases:
         right = [answer == item.label for item, answer in zip(cases, answers, strict=True)]
@@ -80,5 +87,5 @@ def measure(
         for name in cases[0].scene:
             said = [item.scene[name] in answer for item, answer in zip(cases, answers, strict=True)]
             figures["clips"][f"{name}_right"] = float(np.mean(said))
-        show(DESCRIBE_CLIP, "Triples that are held out; green where all is right.", cases, answers, right)
+        show(DESCRIBE_CLIP, "Clips of held-out triples. Green: the whole answer is right.", cases, answers, right)
     return figures, sections

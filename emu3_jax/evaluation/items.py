@@ -1,4 +1,4 @@
-"""What a model is evaluated on: `items.jsonl` as scripts/build_emoji.py writes it, and its pictures and clips."""
+"""The evaluation data: `items.jsonl`, which scripts/build_emoji.py writes, and the pictures and clips that it names."""
 
 import dataclasses
 import zlib
@@ -18,7 +18,7 @@ from emu3_jax.progress import Progress, each
 
 ITEMS = "items.jsonl"
 _KINDS = {"picture": (), "clip": (), "procedural_picture": ("position",), "procedural_clip": ("motion",)}
-_MAX_BYTES = 1 << 28  # of the list; the embedded model's has 6 MB
+_MAX_BYTES = 1 << 28  # largest items.jsonl; the embedded model's data has 6 MB
 _SCENE = ("colour", "shape")
 _BUILD = "build the data again (python scripts/build_emoji.py DIR)"
 
@@ -28,15 +28,15 @@ class Item:
     """One picture or clip.
 
     Attributes:
-        name: unique.
-        file: relative to the data's directory.
+        name: unique name.
+        file: path relative to the data's directory.
         kind: "picture", "clip", "procedural_picture" or "procedural_clip".
-        style: of the drawing.
-        concept: codepoint of what it shows; pictures of one concept in several styles share it.
-        label: in words; of procedural ones the whole caption.
-        group: the concept's category.
-        split: "train", or why it is held out: "style", "concept" or "triple".
-        scene: colour, shape and position or motion of procedural ones.
+        style: style of the drawing.
+        concept: codepoint of the emoji. Pictures of the same emoji in several styles have the same concept.
+        label: the concept in words; for procedural items the whole caption.
+        group: category of the concept.
+        split: "train", or what is held out of training: "style", "concept" or "triple".
+        scene: for procedural items, colour, shape and position (of a clip, motion).
     """
 
     name: str
@@ -51,32 +51,32 @@ class Item:
 
     @property
     def caption(self) -> str:
-        """What the model is asked to generate, and should say of the picture."""
+        """The prompt for generating the item, which is also the correct description of it."""
         return self.label if self.kind.startswith("procedural") else f"{self.style} emoji of {self.label}"
 
 
 class Data:
-    """A directory of items. Pictures and clips are read when they are asked for, and kept."""
+    """A directory of items. Pictures and clips are read on first use and then kept in memory."""
 
     def __init__(self, directory: str | Path):
-        """Raises `Emu3Error` if there is no `items.jsonl`, or a line of it is not what it should be."""
+        """Raises `Emu3Error` if `items.jsonl` is missing or a line of it is malformed."""
         self.directory = local_path(directory)
         self.items = _read(self.directory / ITEMS)
         self._held: dict[str, np.ndarray] = {}
 
     def where(self, kind: str, split: str | None = None, groups: Sequence[str] | None = None) -> list[Item]:
-        """The items of a kind and, where given, of a split and of some groups; in order of their names."""
+        """The items of a kind, and of a split and of groups if given, sorted by name."""
         found = [item for item in self.items if item.kind == kind and split in (None, item.split)]
         return [item for item in found if groups is None or item.group in groups]
 
     def pixels(self, items: Sequence[Item], progress: bool | None = None) -> np.ndarray:
-        """Pictures, uint8 [N, H, W, 3], or clips, [N, T, H, W, 3].
+        """The pixels of items: uint8 [N, H, W, 3] for pictures, [N, T, H, W, 3] for clips.
 
         Raises:
-            Emu3Error: a file cannot be read, or they are not all of one size.
+            Emu3Error: a file cannot be read, or the items have different sizes.
         """
         missing = [item for item in items if item.name not in self._held]
-        # A bar that comes and goes within a moment would only flicker.
+        # A bar for few files would only flicker.
         show = False if len(missing) < 500 else progress
         for item in each(missing, show, "files", name="reading"):
             path = self.directory / item.file
@@ -87,13 +87,13 @@ class Data:
             if array.shape != arrays[0].shape:
                 raise Emu3Error(
                     f"{self.directory / item.file} has shape {list(array.shape)}, {items[0].file} "
-                    f"{list(arrays[0].shape)}: all pictures and all clips must have one size; {_BUILD}"
+                    f"{list(arrays[0].shape)}: all must have the same size; {_BUILD}"
                 )
         return np.stack(arrays)
 
 
 def choose(items: Sequence[Item], cases: int | None, seed: int, figure: str) -> list[Item]:
-    """At most `cases` of the items, in their order; the choice depends on `seed`, `figure` and the items alone."""
+    """At most `cases` of the items, in their order. The choice depends only on `seed`, `figure` and the items."""
     if cases is None or len(items) <= cases:
         return list(items)
     rng = np.random.default_rng([seed, zlib.crc32(figure.encode())])
@@ -103,9 +103,9 @@ def choose(items: Sequence[Item], cases: int | None, seed: int, figure: str) -> 
 def in_batches(
     call: Callable[[np.ndarray], np.ndarray], array: np.ndarray, size: int, bar: Progress | None = None
 ) -> np.ndarray:
-    """`call` over rows of `array`, `size` at once; the last batch is filled up, so that all have one shape.
+    """Applies `call` to `array` in batches of `size` rows, and concatenates the results.
 
-    `bar` is told the rows that are done.
+    The last batch is padded with its last row, so that `call` compiles for one shape only. `bar` advances by the rows.
     """
     parts = []
     for start in range(0, len(array), size):
@@ -128,7 +128,7 @@ def _read(file: Path) -> list[Item]:
         try:
             item = _item(data, where)
             if item.name in items:
-                raise Emu3Error(f"the name {shown(item.name)} is there twice")
+                raise Emu3Error(f"the name {shown(item.name)} occurs twice")
         except Emu3Error as error:
             said = str(error).removeprefix(f"{where}: ")
             raise Emu3Error(f"{where}: {said}; {_BUILD}") from error
@@ -141,7 +141,7 @@ def _item(data: Any, where: str) -> Item:
         raise Emu3Error("not a JSON object")
     kind = data.get("kind")
     if not isinstance(kind, str) or kind not in _KINDS:
-        raise Emu3Error(f"kind is {shown(kind)}: legal are {', '.join(_KINDS)}")
+        raise Emu3Error(f"kind is {shown(kind)}: it must be one of {', '.join(_KINDS)}")
     scene = (*_SCENE, *_KINDS[kind]) if _KINDS[kind] else ()
     fields = [field.name for field in dataclasses.fields(Item) if field.name != "scene"]
     for field in (*fields, *scene):

@@ -1,7 +1,8 @@
-"""The judge: a small convolutional classifier of concepts, trained on the training pictures alone.
+"""The judge: a small convolutional classifier that names the concept of a picture.
 
-It tells what a generated picture shows. Its own accuracy on true held-out pictures is the ceiling of every score that
-it gives. Once trained, it lies in a file beside the data, under a name that depends on all that it was made from.
+It is trained on the training pictures and their reconstructions, and scores generated pictures. No score can be
+trusted beyond the judge's own accuracy on real held-out pictures. The trained judge is cached in a file beside the
+data, whose name contains a hash of everything that the training depends on.
 
 Axes: N pictures, B rows of a batch, H W rows and columns of pixels, C channels, K concepts.
 """
@@ -34,16 +35,16 @@ try:
 except ImportError as missing:
     raise Emu3Error("the judge needs optax, which is not installed: pip install 'emu3-jax[train]'") from missing
 
-_FORMAT = 1  # part of the cache's name: raised when the network, the augmentation or the training changes
-_AGAIN = "delete it, and it is trained again"
+_FORMAT = 1  # part of the cached file's name: raise it when network, augmentation or training change
+_AGAIN = "delete the file; the next evaluation trains the judge again"
 _STEPS_PER_REPORT = 10
 _GROUPS = 8
-_SHIFT = 1 / 12  # of the side, at most, in each direction
-_SCALE = 0.15  # larger or smaller by at most this share
+_SHIFT = 1 / 12  # largest shift in each direction, as a share of the side
+_SCALE = 0.15  # largest relative change of scale
 
 
 class Block(nn.Module):
-    """Halves the resolution, then one residual convolution. [B, H, W, C] to [B, H / 2, W / 2, `features`]."""
+    """A convolution of stride 2, then a residual convolution. [B, H, W, C] to [B, H / 2, W / 2, `features`]."""
 
     features: int
 
@@ -56,14 +57,14 @@ class Block(nn.Module):
 
 
 class Network(nn.Module):
-    """Pictures to scores of concepts. The last feature map is averaged in quarters, which keeps some of the layout."""
+    """The classifier. The last feature map is averaged to 2x2 cells, which keeps some of the picture's layout."""
 
     width: int
     concepts: int
 
     @nn.compact
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        """float32 pixels in 0..1, [B, H, W, 3], to logits, [B, K]."""
+        """Logits [B, K] from float32 pixels [B, H, W, 3] in 0..1."""
         x = nn.Conv(self.width, (5, 5), (2, 2), use_bias=False)(2 * pixels - 1)
         x = nn.relu(nn.GroupNorm(_GROUPS)(x))
         for factor in (1, 2, 4):
@@ -77,11 +78,11 @@ class Judge:
     """A trained judge.
 
     Attributes:
-        concepts: by the network's index.
-        width: of the network.
-        params: its weights.
-        file: where it is kept; None if that place could not be written.
-        pictures: how many it was trained on.
+        concepts: names of the concepts, in the order of the logits.
+        width: width of the network, see `JudgeConfig`.
+        params: parameters of the network.
+        file: path of the cached judge, or None if it could not be written.
+        pictures: number of training pictures.
     """
 
     concepts: tuple[str, ...]
@@ -92,15 +93,18 @@ class Judge:
 
     @property
     def parameters(self) -> int:
+        """The number of parameters."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.params))
 
     def ranks(self, pictures: np.ndarray, concepts: Sequence[str], batch_size: int = 128) -> np.ndarray:
-        """How many concepts the judge finds likelier than the true one: 0 is right, below 5 among the best five.
+        """The rank of each picture's true concept: the number of concepts that the judge finds likelier.
+
+        Rank 0 is a right answer (top 1). Ranks below 5 are in the top 5.
 
         Args:
             pictures: uint8 [N, H, W, 3], of the size that the judge was trained on.
-            concepts: the true ones, of `self.concepts`.
-            batch_size: pictures at once.
+            concepts: the true concept of each picture, from `self.concepts`.
+            batch_size: number of pictures to judge at once.
 
         Returns:
             int64 [N].
@@ -111,7 +115,7 @@ class Judge:
         return (logits > logits[np.arange(len(truth)), truth][:, None]).sum(axis=1)
 
     def verdicts(self, pictures: np.ndarray, batch_size: int = 128) -> list[str]:
-        """The concept that the judge finds likeliest, for uint8 [N, H, W, 3]."""
+        """The likeliest concept of each picture, for uint8 [N, H, W, 3]."""
         return [self.concepts[i] for i in self._logits(pictures, batch_size).argmax(axis=1)]
 
     def _logits(self, pictures: np.ndarray, batch_size: int) -> np.ndarray:
@@ -129,25 +133,29 @@ def get_judge(
     tokenizer: str,
     progress: bool | None = None,
 ) -> Judge:
-    """The judge from its file in `directory`, or trained and kept there.
+    """Loads the cached judge from `directory`, or trains it and caches it there.
 
     Args:
-        directory: of the data.
-        config: how it is trained.
+        directory: directory of the data.
+        config: settings of the training.
         pictures: the training pictures, uint8 [N, H, W, 3].
-        concepts: what each of them shows.
-        reconstruct: gives what the vision tokenizer makes of `pictures`; called only for training.
-        tokenizer: identifies that tokenizer.
-        progress: as `progress.Progress` takes it.
+        concepts: the concept of each training picture.
+        reconstruct: function that returns the vision tokenizer's reconstructions of `pictures`, of the same shape. It
+            is called only if the judge must be trained.
+        tokenizer: hash of the vision tokenizer.
+        progress: as in `progress.Progress`.
+
+    Returns:
+        The judge.
 
     Raises:
-        Emu3Error: there are fewer than two concepts, or the file is damaged.
+        Emu3Error: there are fewer than two concepts, or the cached file is damaged.
     """
     names = tuple(sorted(set(concepts)))
     if len(names) < 2:
         raise Emu3Error(
-            f"{directory}: the training pictures show {len(names)} concepts, a judge needs two: build the data again, "
-            "or correct the config's field groups"
+            f"{directory}: the training pictures show {len(names)} concepts, a judge needs at least two: build the "
+            "data again, or correct the config's field groups"
         )
     digest = hashlib.sha256(f"{_FORMAT} {config} {tokenizer} {pictures.shape} {list(concepts)}".encode())
     digest.update(np.ascontiguousarray(pictures))
@@ -159,8 +167,8 @@ def get_judge(
     try:
         with new_file(file) as temporary, temporary.open("wb") as stream:
             np.savez(stream, **traverse_util.flatten_dict(params, sep="/"))
-    except Emu3Error as error:  # the figures matter more than the next run's start
-        print(f"emu3-jax: the judge is not kept, and will be trained again: {error}", file=sys.stderr)
+    except Emu3Error as error:  # the figures do not need the cached file
+        print(f"emu3-jax: cannot save the judge, so the next run trains it again: {error}", file=sys.stderr)
         return dataclasses.replace(judge, params=params, file=None)
     return dataclasses.replace(judge, params=params)
 
@@ -174,17 +182,17 @@ def train(
     *,
     progress: bool | None = None,
 ) -> Any:
-    """Trains a network from random weights; the result depends on the arguments alone.
+    """Trains the judge's network from random weights.
 
-    Convolutions of some GPUs add in varying order, which shows in the last digits.
+    The result depends only on the arguments. On some GPUs, convolutions sum in varying order, so the last digits vary.
 
     Args:
-        config: the recipe.
+        config: settings of the training.
         pictures: uint8 [N, H, W, 3].
-        reconstructions: of them, the same shape.
+        reconstructions: the vision tokenizer's reconstructions of `pictures`, uint8 [N, H, W, 3].
         labels: int [N], from 0 to `concepts` - 1.
-        concepts: how many there are.
-        progress: as `progress.Progress` takes it.
+        concepts: number of concepts.
+        progress: as in `progress.Progress`.
 
     Returns:
         The parameters, nested dicts of NumPy arrays.
@@ -197,7 +205,7 @@ def train(
 
     state = optimizer.init(params)
     with Progress(progress, config.steps, "steps", name="training the judge") as bar:
-        for number in range(1, config.steps + 1):  # a scan over steps would leave XLA one CPU core for convolutions
+        for number in range(1, config.steps + 1):  # inside `lax.scan`, XLA runs CPU convolutions on one core only
             rows = rng.integers(0, len(labels), config.batch_size)
             second = (rng.random(config.batch_size) < config.reconstructions).astype(np.int32)
             change = Change.random(rng, config.batch_size)
@@ -208,15 +216,15 @@ def train(
 
 
 class Change(NamedTuple):
-    """How each of B pictures is changed, float32. NumPy's random numbers: the same on every device, and no compilation.
+    """Random augmentation of B pictures, float32. NumPy's random numbers are the same on every device.
 
     Attributes:
-        scale: of what is shown, [B, 1].
-        shift: down and right, as shares of the side, [B, 2].
-        blur: how much of a blurred picture is mixed in, most often little, [B, 1, 1, 1].
-        mix: of the colour channels, near the identity, [B, 3, 3].
-        gain: of the contrast, [B, 1, 1, 1].
-        offset: of the colours, [B, 1, 1, 3].
+        scale: magnification, [B, 1].
+        shift: shift down and right, as shares of the side, [B, 2].
+        blur: share of a blurred copy that is mixed in, mostly small, [B, 1, 1, 1].
+        mix: matrix that mixes the colour channels, near the identity, [B, 3, 3].
+        gain: factor on the contrast, [B, 1, 1, 1].
+        offset: number added to each colour channel, [B, 1, 1, 3].
     """
 
     scale: np.ndarray
@@ -240,20 +248,22 @@ class Change(NamedTuple):
 
 
 def augment(pixels: jax.Array, change: Change) -> jax.Array:
-    """Shifts, scales, blurs and recolours each picture in its own way; never mirrors: arrows have a direction.
+    """Shifts, scales, blurs and recolours each picture by its own random numbers.
+
+    It never mirrors a picture: the direction of an arrow is part of its concept.
 
     Args:
-        pixels: float32 in 0..1, [B, H, W, 3].
-        change: what is done.
+        pixels: float32 [B, H, W, 3] in 0..1.
+        change: the random numbers.
 
     Returns:
-        The same shape.
+        float32 [B, H, W, 3] in 0..1.
     """
     _, height, width, _ = pixels.shape
     x = jnp.einsum("byh,bhwc->bywc", _resampling(height, change.scale, change.shift[:, :1]), pixels)
     x = jnp.einsum("bxw,bywc->byxc", _resampling(width, change.scale, change.shift[:, 1:]), x)
     blurred = x
-    for _ in range(2):  # repeated [1 2 1] / 4 is a Gaussian
+    for _ in range(2):  # repeated [1 2 1] / 4 filters approximate a Gaussian
         blurred = _smoothed(_smoothed(blurred, 1), 2)
     x = x + change.blur * (blurred - x)
     x = jnp.einsum("bhwc,bcd->bhwd", x - 0.5, change.mix)
@@ -270,7 +280,8 @@ def _make_step(config: JudgeConfig, concepts: int) -> tuple[optax.GradientTransf
     optimizer = optax.adamw(rate, weight_decay=config.weight_decay)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, state, both, *, second, rows, label, change):  # the pictures are an argument: constants are folded
+    # The pictures are an argument, because XLA would fold a constant of their size at compile time.
+    def step(params, state, both, *, second, rows, label, change):
         pixels = augment(both[second, rows].astype(jnp.float32) / 255, change)
         target = optax.smooth_labels(jax.nn.one_hot(label, concepts), config.label_smoothing)
 
@@ -285,7 +296,7 @@ def _make_step(config: JudgeConfig, concepts: int) -> tuple[optax.GradientTransf
 
 
 def _random_params(network: Network, shape: tuple[int, ...], rng: np.random.Generator) -> Any:
-    """Kernels of variance 2 / fan-in, for the ReLU after them; norms that do nothing yet."""
+    """Random parameters: kernels of variance 2 / fan-in (He initialisation), norm scales 1, biases 0."""
     zeros = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     shapes = traverse_util.flatten_dict(jax.eval_shape(network.init, jax.random.key(0), zeros)["params"])
     params = {}
@@ -299,12 +310,12 @@ def _random_params(network: Network, shape: tuple[int, ...], rng: np.random.Gene
 
 
 def _resampling(side: int, scale: jax.Array, shift: jax.Array) -> jax.Array:
-    """Linear interpolation along one axis as matrices [B, new pixel, old pixel]; beyond the border it repeats.
+    """Linear interpolation along one axis, as matrices [B, new pixel, old pixel]. Border pixels are repeated outside.
 
     Args:
-        side: pixels of the axis.
-        scale: of what is shown, [B, 1].
-        shift: of it, as shares of the side, [B, 1].
+        side: number of pixels of the axis.
+        scale: magnification, [B, 1].
+        shift: shift of the picture, as shares of the side, [B, 1].
     """
     middle = (side - 1) / 2
     pixel = jnp.arange(side)
@@ -313,7 +324,7 @@ def _resampling(side: int, scale: jax.Array, shift: jax.Array) -> jax.Array:
 
 
 def _smoothed(x: jax.Array, axis: int) -> jax.Array:
-    """[1 2 1] / 4 along `axis`; borders repeat their last pixel."""
+    """Filters with [1 2 1] / 4 along `axis`. Border pixels are repeated outside."""
     pads = [(0, 0)] * x.ndim
     pads[axis] = (1, 1)
     padded = jnp.pad(x, pads, mode="edge")
@@ -329,7 +340,7 @@ def _make_forward(width: int, concepts: int) -> Callable[[Any, np.ndarray], jax.
 
 @functools.cache
 def _shapes(width: int, concepts: int, shape: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of the network's weights, by their paths."""
+    """Shapes and dtypes of the network's parameters, by path."""
     zeros = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     expected = jax.eval_shape(Network(width, concepts).init, jax.random.key(0), zeros)["params"]
     return traverse_util.flatten_dict(expected, sep="/")
@@ -338,7 +349,7 @@ def _shapes(width: int, concepts: int, shape: tuple[int, ...]) -> dict[str, jax.
 def _load(file: Path, width: int, concepts: int, shape: tuple[int, ...]) -> Any:
     expected = _shapes(width, concepts, shape)
     arrays = {}
-    other = Emu3Error(f"the judge {file} has other weights than its recipe: {_AGAIN}")
+    other = Emu3Error(f"{file}: this judge has other weights than its config says; {_AGAIN}")
     with reading(file, _AGAIN):
         plain_file(file)
         with zipfile.ZipFile(file) as archive:
@@ -347,7 +358,7 @@ def _load(file: Path, width: int, concepts: int, shape: tuple[int, ...]) -> Any:
                 raise other
             for name, leaf in expected.items():
                 with archive.open(members[name]) as stream:
-                    # What the header says is compared before memory is taken for it.
+                    # Check the header's shape and dtype before allocating memory for the array.
                     version = np.lib.format.read_magic(stream)
                     read = np.lib.format.read_array_header_1_0
                     if version != (1, 0) or read(stream) != (leaf.shape, False, leaf.dtype):

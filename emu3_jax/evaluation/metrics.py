@@ -1,4 +1,4 @@
-"""How far pictures are from each other, and how evenly a codebook is used."""
+"""Metrics: distances between pictures, motion of clips, and use of the codebook."""
 
 import jax
 import jax.numpy as jnp
@@ -6,13 +6,13 @@ import numpy as np
 
 from emu3_jax.errors import Emu3Error
 
-EQUAL_PSNR = 100.0  # dB: what equal pictures count as, so that means stay finite
+EQUAL_PSNR = 100.0  # PSNR of equal pictures in dB, instead of infinity, so that means are finite
 _WINDOW, _SIGMA, _K1, _K2, _RANGE = 11, 1.5, 0.01, 0.03, 255.0
-_BLOCK = 1024  # pictures that are compared at once
+_BLOCK = 1024  # number of pictures compared at once
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Peak signal-to-noise ratio of each pair, in dB for the 8-bit range; `EQUAL_PSNR` at most.
+    """Peak signal-to-noise ratio of each pair of pictures, in dB for the 8-bit range, at most `EQUAL_PSNR`.
 
     Args:
         a: uint8 [N, H, W, 3].
@@ -27,9 +27,10 @@ def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Structural similarity of each pair (Wang et al. 2004): 11x11 Gaussian window of deviation 1.5, 8-bit range.
+    """Structural similarity (SSIM, Wang et al. 2004) of each pair of pictures.
 
-    Only windows that lie wholly in the picture count, as in the authors' program. Of a picture's channels the mean.
+    The window is an 11x11 Gaussian with standard deviation 1.5, the range 8 bits. As in the authors' program, only
+    windows wholly inside the picture count. The result is the mean over windows and channels.
 
     Args:
         a: uint8 [N, H, W, 3].
@@ -42,7 +43,10 @@ def ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         Emu3Error: the pictures are smaller than the window.
     """
     if min(a.shape[1:3]) < _WINDOW:
-        raise Emu3Error(f"pictures of {a.shape[2]}x{a.shape[1]} pixels have no SSIM: its window has {_WINDOW} rows")
+        raise Emu3Error(
+            f"SSIM needs pictures of at least {_WINDOW}x{_WINDOW} pixels, these have {a.shape[2]}x{a.shape[1]}: "
+            "evaluate larger pictures"
+        )
     c1, c2 = (_K1 * _RANGE) ** 2, (_K2 * _RANGE) ** 2
     values = []
     for x, y in zip(a.astype(np.float64), b.astype(np.float64), strict=True):
@@ -55,28 +59,27 @@ def ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def code_counts(codes: np.ndarray, codebook_size: int) -> np.ndarray:
-    """How often each code occurs, int64 [codebook_size]; `codes` are whole numbers of any shape."""
+    """The number of occurrences of each code, int64 [codebook_size]. `codes` is an int array of any shape."""
     return np.bincount(codes.reshape(-1), minlength=codebook_size)
 
 
 def perplexity(counts: np.ndarray) -> float:
-    """exp of the entropy of the codes: how many codes would be used if all of them were used equally."""
+    """exp of the entropy of the code distribution: the number of equally frequent codes with the same entropy."""
     shares = counts[counts > 0] / counts.sum()
     return float(np.exp(-(shares * np.log(shares)).sum()))
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Mean absolute difference of each pair of uint8 [N, H, W, 3], in steps of 8-bit pixels: float64 [N]."""
+    """Mean absolute difference of each pair of uint8 [N, H, W, 3], in 8-bit pixel values: float64 [N]."""
     return np.abs(a.astype(np.int16) - b.astype(np.int16)).mean(axis=(1, 2, 3), dtype=np.float64)
 
 
 def motion_energy(clips: np.ndarray, power: int = 2) -> np.ndarray:
-    """Mean squared difference of each clip's consecutive frames, in squared steps of 8-bit pixels.
-
-    `power` 1 is the mean absolute difference instead.
+    """Mean squared difference of consecutive frames of each clip, in squared 8-bit pixel values.
 
     Args:
         clips: uint8 [N, T, H, W, 3]; T >= 2.
+        power: 2 for squared differences, 1 for absolute differences.
 
     Returns:
         float64 [N].
@@ -85,19 +88,19 @@ def motion_energy(clips: np.ndarray, power: int = 2) -> np.ndarray:
 
 
 def nearest(pictures: np.ndarray, among: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest of other pictures to each picture, by `distance`.
+    """The nearest picture of `among` to each picture, by `distance`.
 
     Args:
         pictures: uint8 [N, H, W, 3].
         among: uint8 [M, H, W, 3].
 
     Returns:
-        indices into `among`, int [N], of equally near ones the first; and the distances, float64 [N].
+        Indices into `among`, int [N] (the first of equally near pictures); and the distances, float64 [N].
     """
     sums = []
     for start in range(0, len(among), _BLOCK):
         part = among[start : start + _BLOCK]
-        padded = np.pad(part, [(0, _BLOCK - len(part)), (0, 0), (0, 0), (0, 0)])  # one compiled shape for all
+        padded = np.pad(part, [(0, _BLOCK - len(part)), (0, 0), (0, 0), (0, 0)])  # one compiled shape for all parts
         sums.append(np.asarray(_absolute_sums(pictures, padded))[:, : len(part)])
     sums = np.concatenate(sums, axis=1)
     indices = sums.argmin(axis=1)
@@ -106,10 +109,10 @@ def nearest(pictures: np.ndarray, among: np.ndarray) -> tuple[np.ndarray, np.nda
 
 @jax.jit
 def _absolute_sums(pictures: jax.Array, others: jax.Array) -> jax.Array:
-    """Sums of absolute differences, int32 [N, M]. Sums of whole numbers are exact on every device."""
+    """Sums of absolute differences, int32 [N, M]. Integer sums are exact on every device."""
 
     def of_one(picture):
-        # Larger minus smaller stays within uint8.
+        # Larger minus smaller value: a plain difference would overflow uint8.
         difference = jnp.maximum(picture[None], others) - jnp.minimum(picture[None], others)
         return difference.astype(jnp.int32).sum(axis=(1, 2, 3))
 
@@ -117,7 +120,7 @@ def _absolute_sums(pictures: jax.Array, others: jax.Array) -> jax.Array:
 
 
 def _blurred(values: np.ndarray) -> np.ndarray:
-    """[H, W, C] under the window, [H - 10, W - 10, C]. The Gaussian is one over rows times one over columns."""
+    """Filters [H, W, C] with the Gaussian window to [H - 10, W - 10, C], first along rows, then along columns."""
     steps = np.arange(_WINDOW) - _WINDOW // 2
     weights = np.exp(-(steps**2) / (2 * _SIGMA**2))
     weights /= weights.sum()

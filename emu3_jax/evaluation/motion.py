@@ -1,4 +1,4 @@
-"""Whether generated clips of animated subjects move as much as the true ones, and how clips are generated."""
+"""The figure "motion": do generated clips of animated subjects move as much as the true clips?"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from emu3_jax.evaluation.reconstruction import Reconstructor
 from emu3_jax.generation.pipeline import Emu3
 from emu3_jax.media.clips import Clip
 
-_FACTOR = 2.0  # up to which two clips' energies count as alike
+_FACTOR = 2.0  # two clips count as moving alike if their energies differ by at most this factor
 
 
 def animate(
@@ -27,17 +27,20 @@ def animate(
     progress: bool | None,
     given: Sequence[np.ndarray] | None = None,
 ) -> np.ndarray:
-    """Clips of the prompts, uint8 [N, T, H, W, 3], of `side` = (H, W).
+    """Generates one clip per prompt.
 
     Args:
-        model: which generates.
-        prompts: one for each clip.
-        frames: T, with those that are given.
-        side: the clips' height and width.
-        guidance: the scale.
-        config: how the clips are sampled.
-        progress: as `progress.Progress` takes it.
-        given: for each clip the frames that it begins with, uint8 [t, H, W, 3], all of one length.
+        model: model that generates.
+        prompts: N prompts.
+        frames: number of frames T per clip, including given frames.
+        side: height and width of the clips in pixels.
+        guidance: guidance scale.
+        config: config of the evaluation, for its sampling options.
+        progress: as in `progress.Progress`.
+        given: first frames of each clip, uint8 [t, H, W, 3], all of the same length t, or None.
+
+    Returns:
+        uint8 [N, T, H, W, 3].
     """
     height, width = side
     clips = model.generate_clips(
@@ -62,20 +65,28 @@ def measure(
     skipped: dict[str, str],
     progress: bool | None,
 ) -> tuple[dict[str, Any], list[Section]]:
-    """Motion energy of clips whose subject is known from training pictures, but not as a clip.
+    """Compares the motion energy of generated and true clips. Training had pictures of their subjects, but no clips.
 
-    Energy is that of `metrics.motion_energy`: squared differences of consecutive frames. Ratios are those of the means,
-    to the true clips'; what the tokenizer's reconstruction keeps says how much the model could show. Ratios of the
-    absolute differences, on which blur tells less, stand beside them.
+    Motion energy is the mean squared difference of consecutive frames (`metrics.motion_energy`). A ratio divides the
+    mean energy of generated clips by that of true clips. The ratio of reconstructed clips is an upper bound, because
+    the vision tokenizer blurs. Ratios of absolute differences, which depend less on blur, are given too.
+
+    Args:
+        model: model to evaluate.
+        data: evaluation data.
+        config: config of the evaluation.
+        reconstruct: the model's vision tokenizer.
+        skipped: gets the reason if nothing can be measured.
+        progress: as in `progress.Progress`.
 
     Returns:
-        the figures, and the page's sections.
+        The figures, and the sections of the page.
     """
     known = {item.concept for item in data.where("picture", "train", config.groups)}
     held_out = [item for item in data.where("clip", "style", config.groups) if item.concept in known]
     cases = choose(held_out, config.cases, config.seed, "motion")
     if not cases:
-        skipped["motion"] = "the data have no clips of a held-out style whose concept is in training"
+        skipped["motion"] = "the data has no clips in a held-out style whose concept is in the training pictures"
         return {}, []
     truth = data.pixels(cases)
     again = reconstruct(truth)
@@ -114,8 +125,8 @@ def measure(
         )
         rows.append(Row(item.caption, cells))
     text = (
-        "Subjects whose clip is held out. Energy is the mean squared difference of consecutive frames, of pixels from "
-        f"0 to 255; green where the generated clip's is within {_FACTOR:g} times the true one's."
+        "Subjects whose clip is held out. Energy is the mean squared difference of consecutive frames, in squared "
+        f"8-bit pixel values. A green frame means: within a factor of {_FACTOR:g} of the true clip's energy."
     )
     return figures, [Section("Motion of animated subjects", text, tuple(rows))]
 

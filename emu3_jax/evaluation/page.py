@@ -1,4 +1,4 @@
-"""The page of pictures: one HTML file that needs no other, with pictures as data URIs and curves as inline SVG."""
+"""The page of results: one self-contained HTML file, with pictures as data URIs and curves as inline SVG."""
 
 import base64
 import dataclasses
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-_FRAME_MS = 125  # of the clips: 8 frames are a second
+_FRAME_MS = 125  # duration of a clip's frame in milliseconds: 8 frames per second
 _COLOURS = ("#0b6bcb", "#c2410c", "#15803d", "#7e22ce")
 _STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:75rem;padding:0 1rem;color:#1c1c1e;background:#fff}
@@ -25,7 +25,13 @@ figcaption{font-size:12px;overflow-wrap:anywhere}pre{background:#f6f6f7;padding:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """A picture, uint8 [H, W, 3], or clip, [T, H, W, 3], its caption, and whether it is right, where that is asked."""
+    """A picture or clip with its caption.
+
+    Attributes:
+        caption: text below the picture.
+        pixels: uint8 [H, W, 3] or, for a clip, [T, H, W, 3].
+        right: whether the picture is right (green frame) or wrong (red frame); None for a grey frame.
+    """
 
     caption: str
     pixels: np.ndarray
@@ -34,7 +40,7 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What belongs to one case."""
+    """The pictures of one case, under its title."""
 
     title: str
     cells: Sequence[Cell]
@@ -42,7 +48,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """Lines over shared abscissae; values are shares from 0 to 1."""
+    """A line chart: named lines over the same x values. Values are shares from 0 to 1."""
 
     label: str
     x: tuple[float, ...]
@@ -51,7 +57,7 @@ class Curve:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A headline, a sentence, the cases, and perhaps a curve."""
+    """A section of the page: headline, explanation, cases and an optional line chart."""
 
     title: str
     text: str
@@ -60,7 +66,7 @@ class Section:
 
 
 def render(title: str, figures: Mapping[str, Any], sections: Sequence[Section]) -> str:
-    """The whole page; figures are shown as JSON at its end."""
+    """Returns the HTML of the page. `figures` appear as JSON at its end."""
     parts = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
@@ -88,7 +94,7 @@ def _row(row: Row) -> str:
 
 
 def _data_uri(pixels: np.ndarray) -> str:
-    """Lossless: PNG for a picture, animated WebP for a clip."""
+    """A lossless data URI: PNG for a picture, animated WebP for a clip."""
     stream = io.BytesIO()
     if pixels.ndim == 3:
         Image.fromarray(pixels).save(stream, "PNG", optimize=True)
@@ -101,7 +107,7 @@ def _data_uri(pixels: np.ndarray) -> str:
 
 
 def _svg(curve: Curve, width: int = 420, height: int = 220) -> str:
-    """Lines with their points, percent on the left, abscissae below."""
+    """The SVG of a line chart, with percent on the y axis."""
     left, right, top, bottom = 46, 70, 12, 40
     span = curve.x[-1] - curve.x[0] or 1.0
     highest = max(0.05, *(value for values in curve.lines.values() for value in values))

@@ -1,9 +1,9 @@
-"""Coloured shapes on plain backgrounds: rasterising them, captioning them, and reading them back from pixels.
+"""Coloured shapes on plain backgrounds: rasterising them, captioning them, and recognising them in pixels.
 
-Captions of such pictures and clips can be scored exactly, without a judge that was trained. Reading goes by analysis:
-the border gives the background, what differs from it gives colour and place, and the silhouette is compared with every
-shape rasterised at that place and size. It therefore bears the blur, noise and small shifts of a generated picture, and
-says None where it cannot tell. Only NumPy is needed.
+Such pictures and clips can be scored exactly, without a trained judge. The reader takes the background colour from the
+border. Pixels that differ from it give the colour and the place of the shape. The silhouette is then compared with
+every shape, rasterised at the same place and size. The reader therefore tolerates blur, noise and small shifts of
+generated pictures. It returns None for what it cannot recognise. It needs only NumPy.
 """
 
 import dataclasses
@@ -32,24 +32,25 @@ FRAMES = 8
 
 _PLACES = {"left": "on the left of", "right": "on the right of", "top": "at the top of", "bottom": "at the bottom of"}
 _DIRECTIONS = {"moves left": (-1, 0), "moves right": (1, 0), "moves up": (0, -1), "moves down": (0, 1)}
-# Encoders of animated pictures merge equal frames. Runs of a single frame at both ends keep the others countable.
+# Encoders of animated pictures merge equal frames. The first and the last frame differ from their neighbours, so that
+# the merged frames can still be counted.
 _BLINK = (True, False, False, True, True, False, False, True)
 _GROWTH = 1.65
 _MARGIN = 0.03
-_REACH = 1.2  # no shape of radius 1 goes further
-_SAMPLES = 8  # per pixel and axis
-_BLURS = (0.0, 0.02, 0.035)  # deviations, as shares of the side, that a silhouette is tried with
+_REACH = 1.2  # every shape of radius 1 lies within this distance of its centre
+_SAMPLES = 8  # samples per pixel along each axis
+_BLURS = (0.0, 0.02, 0.035)  # standard deviations of blur to try for a silhouette, as shares of the side
 
-_FAINTEST = 45.0  # distance in RGB that counts as a shape
-_UNCLEAR = 0.45  # share of the silhouette's area on which the best shape may disagree
-_COMPARED = 4  # frames of a clip whose silhouettes are compared with the shapes
-_MOVED = 0.09  # share of the side; a large shape at an edge lies 0.2 off the centre
-_GROWN = 1.25  # of the radius over a whole clip, where `rasterise_clip` has _GROWTH
+_FAINTEST = 45.0  # smallest RGB distance from the background that counts as a shape
+_UNCLEAR = 0.45  # a shape is recognised if it disagrees on at most this share of the silhouette's area
+_COMPARED = 4  # number of a clip's frames whose silhouettes are compared with the shapes
+_MOVED = 0.09  # smallest offset that counts, as a share of the side; a large shape at an edge is 0.2 off the centre
+_GROWN = 1.25  # smallest growth of the radius that counts over a whole clip; `rasterise_clip` uses _GROWTH
 
 
 @dataclasses.dataclass(frozen=True)
 class Still:
-    """What a picture shows; None for what could not be read."""
+    """The content of a picture. A field is None if it could not be recognised."""
 
     colour: str | None
     shape: str | None
@@ -66,7 +67,7 @@ class Still:
 
 @dataclasses.dataclass(frozen=True)
 class Motion:
-    """What a clip shows; None for what could not be read."""
+    """The content of a clip. A field is None if it could not be recognised."""
 
     colour: str | None
     shape: str | None
@@ -81,23 +82,23 @@ class Motion:
 
 
 def all_stills() -> Iterator[Still]:
-    """Every still that there is, 1,440 in all."""
+    """All 1,440 possible stills."""
     return itertools.starmap(Still, itertools.product(COLOURS, SHAPES, SIZES, BACKGROUNDS, POSITIONS))
 
 
 def all_clips() -> Iterator[Motion]:
-    """Every clip that there is, 1,728 in all."""
+    """All 1,728 possible clips."""
     return itertools.starmap(Motion, itertools.product(COLOURS, SHAPES, SIZES, BACKGROUNDS, MOTIONS))
 
 
 def rasterise_still(still: Still, side: int) -> np.ndarray:
-    """The picture, uint8 [side, side, 3]."""
+    """Rasterises a still to uint8 [side, side, 3]."""
     radius = SIZES[still.size]
     return _paint(still, _mask(still.shape, side, *_place(POSITIONS[still.position], radius), radius))
 
 
 def rasterise_clip(clip: Motion, side: int) -> np.ndarray:
-    """The frames, uint8 [FRAMES, side, side, 3]. A growing shape has its size at the start."""
+    """Rasterises a clip to uint8 [FRAMES, side, side, 3]. A growing shape has its named size in the first frame."""
     radius = SIZES[clip.size]
     frames = []
     for number in range(FRAMES):
@@ -112,8 +113,14 @@ def rasterise_clip(clip: Motion, side: int) -> np.ndarray:
 
 
 def read_still(pixels: np.ndarray) -> Still:
-    """Reads a picture, uint8 or float in 0..255, [side, side, 3]. Where nothing stands out, all but the background is
-    None."""
+    """Recognises the content of a picture.
+
+    Args:
+        pixels: uint8, or float in 0..255, [side, side, 3].
+
+    Returns:
+        The content. Without a visible shape, all fields but `background` are None.
+    """
     seen = _see(np.asarray(pixels, np.float64)[None])
     if seen is None:
         return Still(None, None, None, _background(pixels[None]), None)
@@ -128,26 +135,39 @@ def read_still(pixels: np.ndarray) -> Still:
 
 
 def read_clip(frames: np.ndarray, span: float = 1.0) -> Motion:
-    """Reads frames, uint8 or float in 0..255, [T, side, side, 3], T >= 3. Where nothing stands out, all but the
-    background is None. `span` is the share of a whole clip's way that the frames cover: they have to move, or grow,
-    by that share only."""
+    """Recognises the content of a clip.
+
+    Args:
+        frames: uint8, or float in 0..255, [T, side, side, 3], T >= 3.
+        span: share of a whole clip that the frames cover. Thresholds for motion and growth are scaled by it.
+
+    Returns:
+        The content. Without a visible shape, all fields but `background` are None.
+    """
     frames = np.asarray(frames, np.float64)
     seen = _see(frames)
     if seen is None:
         return Motion(None, None, None, _background(frames), None)
     visible = np.flatnonzero(seen.visible)
     motion = _motion(seen, visible, span)
-    # Where the shape grows, the first frame alone has the size that the caption tells.
+    # A growing shape has the size of its caption only in the first frame.
     compared = visible[:: -(-len(visible) // _COMPARED)]
     shape, size = _shape_and_size(seen, compared, visible[:1] if motion == "grows" else visible)
     return Motion(seen.colour, shape, size, seen.background, motion)
 
 
 def read_extension(frames: np.ndarray, given: int) -> Motion:
-    """Reads what follows the first `given` of a clip's FRAMES frames, uint8 or float in 0..255, [T, side, side, 3].
+    """Recognises the content of the generated part of an extended clip.
 
-    Colour, shape, size and background are those of the new frames alone. Their motion is seen from the last given frame
-    on, so that it has to go on from there, and the motion of the given frames does not count for it.
+    Colour, shape, size and background are read from the new frames only. Motion is read from the last given frame on:
+    the new frames must continue from there, and motion within the given frames does not count.
+
+    Args:
+        frames: uint8, or float in 0..255, [FRAMES, side, side, 3].
+        given: number of given frames at the start.
+
+    Returns:
+        The content of the new frames.
     """
     new = read_clip(frames[given:], (FRAMES - given - 1) / (FRAMES - 1))
     seen = _see(np.asarray(frames[given - 1 :], np.float64))
@@ -159,8 +179,15 @@ def read_extension(frames: np.ndarray, given: int) -> Motion:
 
 @dataclasses.dataclass(frozen=True)
 class _Seen:
-    """What stands out from the background: soft silhouettes [T, H, W], and their centres [T, (x, y)] and areas [T] as
-    shares of the picture."""
+    """The shape that stands out from the background.
+
+    Attributes:
+        background: name of the background colour.
+        colour: name of the shape's colour.
+        masks: soft silhouettes [T, H, W], from 0 to 1.
+        centres: centres of mass (x, y) [T, 2], as shares of the side.
+        areas: areas [T], as shares of the picture.
+    """
 
     background: str
     colour: str
@@ -170,11 +197,12 @@ class _Seen:
 
     @property
     def visible(self) -> np.ndarray:
+        """bool [T]: whether the shape is visible in a frame."""
         return self.areas > 0.35 * np.median(self.areas[self.areas > 0.35 * self.areas.max()])
 
 
 def _see(frames: np.ndarray) -> _Seen | None:
-    """Parts the shape from the background; None where nothing stands out."""
+    """Separates the shape from the background. Returns None if no shape stands out."""
     ground = np.median(_border(frames), axis=0)
     distance = np.linalg.norm(frames - ground, axis=-1)
     peak = np.percentile(distance, 99.5)
@@ -194,7 +222,7 @@ def _see(frames: np.ndarray) -> _Seen | None:
 
 
 def _shape_and_size(seen: _Seen, frames, sized=None) -> tuple[str | None, str | None]:
-    """The shape whose silhouette agrees best over `frames`, and its size in `sized`; None where none agrees."""
+    """The shape that fits the silhouettes of `frames` best, and its size in the frames `sized`; None if none fits."""
     side = seen.masks.shape[-1]
     errors = {}
     for shape in SHAPES:
@@ -216,7 +244,7 @@ def _shape_and_size(seen: _Seen, frames, sized=None) -> tuple[str | None, str | 
 
 def _motion(seen: _Seen, visible: np.ndarray, span: float) -> str | None:
     first, last = visible[0], visible[-1]
-    if len(visible) < last - first + 1:  # hidden in between
+    if len(visible) < last - first + 1:  # the shape is hidden in a frame in between
         return "blinks"
     if len(visible) < 3:
         return None
@@ -227,7 +255,7 @@ def _motion(seen: _Seen, visible: np.ndarray, span: float) -> str | None:
 
 
 def _direction(offset: np.ndarray, least: float, directions: tuple) -> str | None:
-    """The name of the direction that `offset` (x, y) clearly has, if it is longer than `least`."""
+    """The name of the direction of `offset` (x, y). None if it is shorter than `least` or not clearly along an axis."""
     along = int(np.abs(offset).argmax())
     if abs(offset[along]) < least or abs(offset[1 - along]) > abs(offset[along]) / 2:
         return None
@@ -241,7 +269,7 @@ def _background(frames: np.ndarray) -> str:
 
 
 def _border(frames: np.ndarray) -> np.ndarray:
-    """The outermost pixels of all frames, [N, 3]. No shape reaches them."""
+    """The outermost pixels of all frames, [N, 3]. Shapes never reach them."""
     edges = (frames[:, 0], frames[:, -1], frames[:, :, 0], frames[:, :, -1])
     return np.concatenate([edge.reshape(-1, 3) for edge in edges])
 
@@ -251,7 +279,7 @@ def _nearest(colour: np.ndarray, names: dict[str, tuple[int, int, int]]) -> str:
 
 
 def _place(direction: tuple[int, int], radius: float) -> tuple[float, float]:
-    """The centre of a shape as near to the edge in `direction` as the margin lets it come."""
+    """The centre (x, y) of a shape that is moved in `direction` as far as the margin allows."""
     reach = 0.5 - _MARGIN - radius
     return 0.5 + reach * direction[0], 0.5 + reach * direction[1]
 
@@ -263,12 +291,12 @@ def _paint(scene: Still | Motion, mask: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(maxsize=1024)
 def _mask(shape: str, side: int, x: float, y: float, radius: float) -> np.ndarray:
-    """A shape's silhouette; a few hundred of them serve all colours and backgrounds."""
+    """A shape's silhouette. The cache holds the few hundred silhouettes that all colours and backgrounds share."""
     return _rasterise(shape, side, x, y, radius)
 
 
 def _rasterise(shape: str, side: int, x: float, y: float, radius: float, *, samples: int = _SAMPLES) -> np.ndarray:
-    """How much of each pixel the shape covers, [side, side] from 0 to 1."""
+    """The share of each pixel that the shape covers, [side, side], from 0 to 1."""
     mask = np.zeros((side, side))
     rows, columns = (_span(centre, _REACH * radius, side) for centre in (y, x))
     ys, xs = (_points(span, samples) / side for span in (rows, columns))
@@ -279,23 +307,23 @@ def _rasterise(shape: str, side: int, x: float, y: float, radius: float, *, samp
 
 
 def _span(centre: float, reach: float, side: int) -> slice:
-    """The pixels that a shape can cover along one axis."""
+    """The pixels along one axis that a shape can cover."""
     low, high = np.floor((centre - reach) * side), np.ceil((centre + reach) * side)
     return slice(int(np.clip(low, 0, side)), int(np.clip(high, 0, side)))
 
 
 def _points(span: slice, samples: int) -> np.ndarray:
-    """Places in pixels at which a span is looked at."""
+    """Coordinates, in pixels, of the sample points in a span."""
     return span.start + (np.arange((span.stop - span.start) * samples) + 0.5) / samples
 
 
 def _sharpen(strength: np.ndarray) -> np.ndarray:
-    """Cuts off weak noise; symmetric about 1/2, so that a blurred edge stays where it was."""
+    """Removes weak noise and steepens edges. The function is symmetric about 1/2, so a blurred edge does not move."""
     return np.clip((strength - 0.2) / 0.6, 0, 1)
 
 
 def _blurred(mask: np.ndarray, deviation: float) -> np.ndarray:
-    """`mask` [side, side] under a Gaussian of `deviation` sides."""
+    """Blurs `mask` [side, side] with a Gaussian of standard deviation `deviation`, a share of the side."""
     if not deviation:
         return mask
     kernel = _kernel(len(mask), deviation)
@@ -311,7 +339,7 @@ def _kernel(side: int, deviation: float) -> np.ndarray:
 
 @functools.cache
 def _unit(shape: str) -> tuple[float, np.ndarray]:
-    """Area and centre of mass (x, y) of the shape with radius 1 about the origin."""
+    """Area and centre of mass (x, y) of the shape of radius 1 around the origin."""
     mask = _rasterise(shape, 256, 0.5, 0.5, 0.25, samples=2)
     steps = (np.arange(256) + 0.5) / 256 - 0.5
     centre = np.array([(mask.sum(0) * steps).sum(), (mask.sum(1) * steps).sum()]) / mask.sum()
@@ -319,7 +347,7 @@ def _unit(shape: str) -> tuple[float, np.ndarray]:
 
 
 def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Whether the points (x, y), y downwards, lie in the shape of radius 1."""
+    """Whether points (x, y) lie inside the shape of radius 1. The y axis points down."""
     if shape == "circle":
         return x**2 + y**2 <= 1
     if shape == "square":

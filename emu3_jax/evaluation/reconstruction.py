@@ -1,4 +1,4 @@
-"""What the vision tokenizer loses: pictures and clips encoded and decoded again, in batches of one shape."""
+"""The figure "reconstruction": how much of pictures and clips does the vision tokenizer preserve?"""
 
 import hashlib
 from typing import Any
@@ -19,18 +19,24 @@ from emu3_jax.progress import Progress
 
 
 class Reconstructor:
-    """The vision tokenizer over arrays of pictures and clips."""
+    """Encodes and decodes arrays of pictures and clips with a vision tokenizer, in batches of one shape."""
 
     def __init__(self, vision: Vision, batch_size: int, progress: bool | None = None):
         self.vision, self._batch_size, self._progress = vision, batch_size, progress
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
-        """Codes, int32: pictures, uint8 [N, H, W, 3], to [N, h, w]; clips, [N, T, H, W, 3], to [N, t, h, w].
+        """Encodes pictures or clips to codes.
 
-        A clip whose frame count is not a multiple of the temporal factor is filled up with its last frame.
+        If the number of a clip's frames is no multiple of the temporal factor, its last frame is repeated.
+
+        Args:
+            pixels: uint8 [N, H, W, 3] for pictures, [N, T, H, W, 3] for clips.
+
+        Returns:
+            int32 [N, h, w] for pictures, [N, t, h, w] for clips.
 
         Raises:
-            Emu3Error: the model resizes pictures of this size, so that pixels cannot be compared.
+            Emu3Error: the model would resize pictures of this size, so pixels could not be compared.
         """
         vision, encode = self.vision, make_encoder(self.vision.config)
         if pixels.ndim == 5:
@@ -46,7 +52,7 @@ class Reconstructor:
                 (height, width), (rows_seen, columns_seen) = frames.shape[1:3], seen.shape[1:3]
                 raise Emu3Error(
                     f"the model resizes pictures of {width}x{height} pixels to {columns_seen}x{rows_seen}, so pixels "
-                    "cannot be compared: evaluate a model that reads this size, or build the data in another"
+                    "cannot be compared: choose another model, or build the data in a size that it keeps"
                 )
             return encode(vision.params, seen.reshape(rows.shape))
 
@@ -54,7 +60,7 @@ class Reconstructor:
             return in_batches(codes, pixels, self._rows(pixels), bar)
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
-        """The pictures, uint8 [N, H, W, 3], or clips, [N, T, H, W, 3], of codes."""
+        """Decodes codes [N, h, w] to pictures uint8 [N, H, W, 3], or [N, t, h, w] to clips [N, T, H, W, 3]."""
         decode, vision = make_decoder(self.vision.config), self.vision
 
         def pixels(rows):
@@ -64,12 +70,12 @@ class Reconstructor:
             return in_batches(pixels, codes, self._rows(codes[..., None]), bar)
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
-        """Encoded and decoded again, the same shape as `pixels`."""
+        """Encodes and decodes `pixels`. The result has the same shape and dtype."""
         again = self.decode(self.encode(pixels))
         return again[:, : pixels.shape[1]] if pixels.ndim == 5 else again
 
     def digest(self) -> str:
-        """Identifies the tokenizer: SHA-256 of its weights and configs."""
+        """SHA-256 of the vision tokenizer's weights and configs, which identifies it."""
         total = hashlib.sha256(f"{self.vision.config} {self.vision.image}".encode())
         for path, leaf in jax.tree_util.tree_leaves_with_path(self.vision.params):
             total.update(jax.tree_util.keystr(path).encode())
@@ -77,7 +83,7 @@ class Reconstructor:
         return total.hexdigest()
 
     def _rows(self, pixels: np.ndarray) -> int:
-        """Fewer clips than pictures at once: each is several of them."""
+        """Rows per batch: fewer clips than pictures, because a clip has several frames."""
         return self._batch_size if pixels.ndim == 4 else max(1, self._batch_size // 8)
 
     def _bar(self, name: str, total: int) -> Progress:
@@ -92,17 +98,24 @@ def measure(
     skipped: dict[str, str],
     progress: bool | None = None,
 ) -> tuple[dict[str, Any], list[Section]]:
-    """Fidelity on held-out concepts, and use of the codebook over everything.
+    """Measures PSNR and SSIM on held-out concepts, and use of the codebook over all pictures and clips.
+
+    Args:
+        data: evaluation data.
+        config: config of the evaluation.
+        reconstruct: the vision tokenizer.
+        skipped: gets the reason for each kind of data that cannot be measured.
+        progress: as in `progress.Progress`.
 
     Returns:
-        the figures, and the page's sections.
+        The figures, and the sections of the page.
     """
     figures, sections = {}, []
     total = np.zeros(reconstruct.vision.config.codebook_size, np.int64)
     for kind, name in (("picture", "pictures"), ("clip", "clips")):
         held_out = choose(data.where(kind, "concept"), config.cases, config.seed, f"reconstruction.{name}")
         if not held_out:
-            skipped[f"reconstruction.{name}"] = f"the data have no {name} of held-out concepts"
+            skipped[f"reconstruction.{name}"] = f"the data has no {name} of held-out concepts"
             continue
         truth = data.pixels(held_out, progress)
         again = reconstruct(truth)

@@ -1,4 +1,4 @@
-"""An evaluation from one end to the other: the figures, and the files that hold them."""
+"""A whole evaluation: `evaluate` measures all figures, `write` writes evaluation.json and index.html."""
 
 import json
 import os
@@ -23,24 +23,25 @@ _DIGITS = 5
 def evaluate(
     model: Emu3, data: Data, config: EvaluateConfig, progress: bool | None = None
 ) -> tuple[dict[str, Any], str]:
-    """Measures what `config.figures` names. On one kind of device the same call gives the same figures.
+    """Measures the figures that `config.figures` names. On the same kind of device, a call gives the same figures.
 
     Args:
-        model: which is evaluated.
-        data: what it is evaluated on.
-        config: what is measured, and how.
-        progress: True shows bars on a terminal and lines in a log, None only bars, False nothing.
+        model: model to evaluate.
+        data: evaluation data.
+        config: config of the evaluation.
+        progress: True shows progress bars on a terminal and lines in a log, None shows only bars, False nothing.
 
     Returns:
-        the figures, as JSON can hold them, shares from 0 to 1; and the page.
+        The figures as a dict that fits into JSON (shares from 0 to 1), and the HTML of the page.
 
     Raises:
-        Emu3Error: the model lacks a part that a figure needs, or the data do not fit.
+        Emu3Error: the model lacks a part that a figure needs, or the data does not fit the model.
     """
     reconstruct = Reconstructor(model.vision, config.batch_size, progress)
     quantize = config.quantize
     if set(config.figures) != {"reconstruction"}:
-        quantize = model.language.quantize  # a quantised bundle's, where the config names none
+        # Raises an error with a remedy if the bundle has no decoder. A quantised bundle names its own quantisation.
+        quantize = model.language.quantize
     figures: dict[str, Any] = {"model": model.name, "data": str(config.data), "seed": config.seed}
     if quantize is not None:
         figures["quantize"] = quantize
@@ -54,7 +55,7 @@ def evaluate(
         "motion": lambda: motion.measure(model, data, config, reconstruct, **options),
     }.items():
         if name not in config.figures:
-            skipped[name] = "the config does not name it"
+            skipped[name] = "not in the config's figures"
             continue
         measured, shown = measure()
         if measured:
@@ -65,15 +66,15 @@ def evaluate(
 
 
 def write(directory: str | Path, figures: dict[str, Any], page: str) -> None:
-    """Writes both files, or none. Raises `Emu3Error` where the directory cannot be written."""
+    """Writes both files, or neither. Raises `Emu3Error` if the directory cannot be written."""
     with files_into(directory) as temporary:
-        # A name that is no UTF-8 may be part of a path that is shown.
+        # The page may show a path whose name is not valid UTF-8.
         (temporary / FIGURES_FILE).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
         (temporary / PAGE_FILE).write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
 def check_directory(directory: str | Path) -> None:
-    """Raises the `Emu3Error` of `write` that is known before the work."""
+    """Raises `Emu3Error` before the evaluation if `write` could not write to this directory."""
     if storage.is_remote(directory):
         storage.require_directory(storage.place(directory))
         return

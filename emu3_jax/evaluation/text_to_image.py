@@ -1,4 +1,7 @@
-"""Whether generated pictures show what was asked for, beside the judge's ceilings, and whether they were memorised."""
+"""The figure "text_to_image": do generated pictures show what the prompt asks for, and are they memorised?
+
+The judge scores them. Its scores on real pictures and on reconstructions are given as upper bounds.
+"""
 
 from typing import Any
 
@@ -22,7 +25,10 @@ def generate(
     config: EvaluateConfig,
     progress: bool | None,
 ) -> np.ndarray:
-    """Pictures of the prompts, uint8 [N, H, W, 3], of `side` = (H, W); the same seeds at every guidance scale."""
+    """Generates one picture per prompt, uint8 [N, H, W, 3] with (H, W) = `side`.
+
+    All guidance scales use the same seeds.
+    """
     height, width = side
     made = model.generate_sequences(
         prompts,
@@ -44,23 +50,37 @@ def measure(
     skipped: dict[str, str],
     progress: bool | None,
 ) -> tuple[dict[str, Any], list[Section]]:
-    """Scores on pairs of concept and style that are held out, at every guidance scale.
+    """Scores generated pictures of held-out pairs of concept and style, at every guidance scale.
 
-    A picture counts as memorised if it is nearer to a training picture than reconstructions of training pictures are to
-    their originals on average. That average is unkind to plain drawings, so a second share goes by the twin alone:
-    a generated picture counts as copied if it is no farther from its nearest training picture than the tokenizer's
-    reconstruction of that training picture is: a perfect copy could not come nearer. Reconstructions of the true
-    held-out pictures, some of which have near twins among the training pictures, are counted the same way.
+    Two shares measure memorisation; distances are mean absolute pixel differences:
+
+    - `memorised`: the picture is nearer to a training picture than the average reconstruction of a training picture is
+      to its original. This average makes plain drawings look memorised.
+    - `copied`: the picture is at least as near to its nearest training picture as that picture's own reconstruction.
+      A perfect copy could not be nearer.
+
+    Both shares are also given for the true held-out pictures and for their reconstructions, because some of these have
+    near twins among the training pictures.
+
+    Args:
+        model: model to evaluate.
+        data: evaluation data.
+        config: config of the evaluation.
+        reconstruct: the model's vision tokenizer.
+        skipped: gets the reason if nothing can be measured.
+        progress: as in `progress.Progress`.
 
     Returns:
-        the figures, and the page's sections.
+        The figures, and the sections of the page.
     """
     training = data.where("picture", "train", config.groups)
     known = {item.concept for item in training}
     held_out = [item for item in data.where("picture", "style", config.groups) if item.concept in known]
     cases = choose(held_out, config.cases, config.seed, "text_to_image")
     if not cases:
-        skipped["text_to_image"] = "the data have no pictures of a held-out style whose concept is in training"
+        skipped["text_to_image"] = (
+            "the data has no pictures in a held-out style whose concept is in the training pictures"
+        )
         return {}, []
     train_pixels, held_out_pixels = data.pixels(training, progress), data.pixels(held_out, progress)
     judge = get_judge(
@@ -137,7 +157,7 @@ def _section(
     columns: dict[str, np.ndarray],
     curve: list[dict[str, Any]],
 ) -> Section:
-    """The page's section; `columns` are pictures of all cases, by what they are."""
+    """The section of the page. `columns` maps a column's title to the pictures of all cases."""
     shown = cases[: config.rows]
     labels = {item.concept: item.label for item in data.where("picture", "train", config.groups)}
     cells = []
@@ -155,7 +175,7 @@ def _section(
     lines = {name: tuple(point[name] for point in curve) for name in ("top1", "top5")}
     return Section(
         "Text to image",
-        "Pairs of concept and style that are held out; what the judge sees is green where it is right.",
+        "Held-out pairs of concept and style. A green frame means that the judge names the right concept.",
         rows,
         Curve("guidance scale", scales, lines),
     )
