@@ -1,1 +1,4 @@
-"""Benchmarks: both sides of a comparison in one run, figures as dicts."""
+"""Benchmarks of decoding, training and the vision tokenizer. Each yields figures as dicts.
+
+A comparison measures both sides in the same run.
+"""

@@ -1,5 +1,4 @@
-"""`bench decode`: the decode loop at full shapes with random weights, or of a bundle; guidance, sampler and schedule as
-in use."""
+"""`bench decode`: times the decode loop with guidance, sampler and schedule, on random weights or on a bundle."""
 
 import dataclasses
 import functools
@@ -47,7 +46,7 @@ PRESETS = {
     "small": DecoderConfig(hidden_size=256, intermediate_size=512, num_layers=2, num_heads=4, num_kv_heads=2),
 }
 PROMPT_TOKENS = 64
-PROFILED = 16  # steps
+PROFILED = 16  # number of steps to profile
 
 
 def run(
@@ -66,43 +65,46 @@ def run(
     profile: bool = False,
     logits: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """Yields figures as dicts: with `compare` the peer's, then the machine and its bandwidths, then one per batch size
-    and cache length.
+    """Times the decode loop.
 
-    Times are the shortest of three runs of `steps` steps; `bytes_per_step` is what a step must move: the layers, the
-    visual rows of the head and the live part of the cache. On a mesh all devices' bytes count, of which each moves its
-    part; bandwidths are of one device.
+    A time is the shortest of three runs of `steps` steps. `bytes_per_step` counts the bytes that a step must read:
+    weights of the layers, the visual rows of the head, and the used part of the KV cache. On a mesh, `bytes_per_step`
+    is the sum over all devices, but the bandwidths are those of one device.
 
     Args:
-        preset: decoder shapes; the weights are random.
-        rows: pictures at once, one benchmark for each.
-        area: pixels of a picture; by default the model's default.
-        steps: timed for each cache length, at most the picture's.
-        whole: also times whole pictures from prompt to last token, and to their pixels.
-        compare: "transformers" runs that peer on the same shapes before.
-        model: a bundle in place of the preset; "embedded" is the embedded model.
-        quantize: narrow weights and cache, see `load`.
-        dtype: of the decoder, see `load`; of a preset's by default bfloat16.
-        kernels: what computes attention of the steps, of `attention.KERNELS`.
-        mesh: spreads the preset's weights over devices, see `load`.
-        profile: also lists a GPU's kernels at each cache length.
-        logits: also compares the logits of narrow weights and cache with those of wide ones, see `logit_errors`; last,
-            since both need memory.
+        preset: name of the decoder shapes in `PRESETS`. The weights are random.
+        rows: batch sizes, in pictures. Each is benchmarked on its own.
+        area: area of a picture in pixels, or None for the model's default.
+        steps: number of steps to time at each cache length, at most the picture's number of tokens.
+        whole: whether to also time whole pictures, from prompt to last token and to pixels.
+        compare: "transformers" to first run this peer on the same shapes, or None.
+        model: bundle to benchmark instead of the preset; "embedded" is the embedded model.
+        quantize: quantisation of weights and KV cache, see `load`.
+        dtype: dtype of the decoder, see `load`; for a preset bfloat16 by default.
+        kernels: implementation of attention in the decode steps, from `attention.KERNELS`.
+        mesh: mesh over which the preset's weights are spread, see `load`.
+        profile: whether to also list the GPU's kernels at each cache length.
+        logits: whether to also compare the logits of quantised and unquantised weights, see `logit_errors`. This runs
+            last, because both sets of weights need memory.
+
+    Yields:
+        The peer's figures if `compare` is given; then the machine and its bandwidths; then figures for each batch size
+        and cache length.
 
     Raises:
-        Emu3Error: the bundle is absent, damaged, or lacks a part; the peer's packages are missing, or at the end, it
-            failed; `logits` has nothing to compare; or the mesh does not fit the devices or the preset.
+        Emu3Error: the bundle is missing, damaged, or lacks a part; the peer's packages are missing; options do not fit
+            together; or the mesh does not fit the devices or the preset. If the peer fails, this is raised at the end.
     """
     if mesh is not None and (logits or model is not None or compare is not None):
-        raise Emu3Error("--mesh spreads a preset's weights: leave out --logits, --model and --compare")
+        raise Emu3Error("--mesh works only with a preset: leave out --logits, --model and --compare")
     if logits and (quantize is None or model is not None):
         raise Emu3Error(
-            "--logits compares a preset's narrow weights with its wide ones: add --quantize, leave out --model"
+            "--logits compares a preset's logits with and without --quantize: add --quantize, leave out --model"
         )
     failure = None
     if compare:
         peer.require()
-        # First: from its first device on, JAX holds the memory that the peer needs.
+        # The peer runs first, because JAX reserves most of the GPU's memory once it has used the device.
         config = PRESETS[preset] if dtype is None else dataclasses.replace(PRESETS[preset], dtype=dtype)
         if model is not None:
             config = Bundle.open(embedded_bundle() if model == "embedded" else model).decoder_config
@@ -113,7 +115,7 @@ def run(
         except Emu3Error as error:
             failure = error
     enable_persistent_cache()
-    measured = bandwidths(model is None and preset == "8b")  # before anything else needs the memory
+    measured = bandwidths(model is None and preset == "8b")  # first, because it needs much memory
     devices = None if mesh is None else make_mesh(mesh)
     with use_mesh(devices):
         subject = _subject(preset, model, quantize, dtype, kernels, devices)
@@ -131,7 +133,7 @@ def run(
 
 @dataclasses.dataclass(frozen=True)
 class _Subject:
-    """What is measured: a decoder of random weights, or a bundle, which is then `loaded`."""
+    """The decoder to measure: one with random weights, or a bundle's (then `loaded` is the whole model)."""
 
     about: dict[str, Any]
     config: DecoderConfig
@@ -169,7 +171,10 @@ def _subject(
 def _measure(
     subject: _Subject, count: int, side: int, *, steps: int, whole: bool, profile: bool, copy: float
 ) -> Iterator[dict[str, Any]]:
-    """Figures of `count` pictures of `side` x `side` tokens at once; `copy` is a device's copy bandwidth in GB/s."""
+    """Yields figures for a batch of `count` pictures of `side` x `side` tokens.
+
+    `copy` is the copy bandwidth of one device in GB/s.
+    """
     config, params = subject.config, subject.params
     schedule = image_schedule(side, side)
     total = len(schedule) - 3
@@ -189,7 +194,7 @@ def _measure(
     devices = 1 if subject.mesh is None else subject.mesh.size
     seconds = 0.0
     position = 1
-    while position < total:  # one stop in the middle of each size that a growing cache would have
+    while position < total:  # times the middle of each stage of a growing cache
         needed, final = PROMPT_TOKENS + position + 1, decoding.shapes.width + decoding.shapes.steps
         last = min(session.cache_slots(needed, final, "xla") - PROMPT_TOKENS, total)
         middle = max((position + last - timed) // 2, 1)
@@ -231,7 +236,7 @@ def _measure(
     del decoding
     if whole:
         began = time.perf_counter()
-        tokens = session.run(params, config, pictures, settings, **options)  # its programs have been compiled above
+        tokens = session.run(params, config, pictures, settings, **options)  # already compiled by the runs above
         summary["whole_run_s"] = round(time.perf_counter() - began, 2)
         if subject.loaded is None:
             summary["pixels_s"] = _pixel_seconds(tokens, schedule, side, config, subject.vision_config)
@@ -273,7 +278,7 @@ def bandwidths(large: bool) -> dict[str, float]:
 
 
 def _sampler_seconds(config: DecoderConfig, decoding: DecodeSession, count: int) -> float:
-    """Of one step's guidance and sampling alone, in a loop of `PROFILED` of them."""
+    """Seconds that guidance and sampling of one step take, measured in a loop of `PROFILED` steps without a model."""
     plan, variant = jax.tree.map(jnp.asarray, decoding.plan), decoding.shapes.variant
     candidates = config.tokens.visual_count if variant.visual_only else config.vocab_size
     logits = jax.random.normal(jax.random.key(0), (2 * count, candidates), jnp.float32)
@@ -286,7 +291,7 @@ def _sampler_seconds(config: DecoderConfig, decoding: DecodeSession, count: int)
         def step(_, carry):
             logits, state = carry
             state = engine.emit(logits, state, plan, config, variant)
-            return logits + state.step, state  # other logits at each step: nothing can leave the loop
+            return logits + state.step, state  # the logits change, or XLA would move the work out of the loop
 
         return jax.lax.fori_loop(0, PROFILED, step, (logits, state))
 
@@ -301,7 +306,7 @@ def _sampler_seconds(config: DecoderConfig, decoding: DecodeSession, count: int)
 def _pixel_seconds(
     tokens: np.ndarray, schedule: np.ndarray, side: int, config: DecoderConfig, vision: VisionConfig
 ) -> float:
-    """Seconds from the tokens of pictures to their pixels by a tokenizer of random weights, once it is compiled."""
+    """Seconds to decode the tokens of all pictures to pixels, by a compiled vision tokenizer with random weights."""
     params = traverse_util.unflatten_dict(jax.tree.map(jnp.asarray, random_weights(vision)))
     codes = tokens[:, schedule == TokenClass.VISUAL].reshape(-1, 1, side, side) - config.tokens.visual_start
     for _ in range(2):
@@ -312,16 +317,16 @@ def _pixel_seconds(
 
 
 def logit_errors(config: DecoderConfig, narrow: Any, quantize: str) -> dict[str, float]:
-    """What narrowing does to the logits of `PROMPT_TOKENS` visual tokens under random weights.
+    """Measures how much quantisation changes the logits of `PROMPT_TOKENS` visual tokens, with random weights.
 
     Args:
-        config: of the decoder.
-        narrow: what `random_params` gave for `quantize`.
-        quantize: of `quantization.KINDS`; says whether the cache is narrow too.
+        config: config of the decoder.
+        narrow: the quantised parameters, from `random_params(config, quantize)`.
+        quantize: name of the quantisation, from `quantization.KINDS`. It also decides whether the KV cache is int8.
 
     Returns:
-        `logit_error`, the root mean square of the differences over that of the logits, and `same_likeliest`, the share
-        of positions whose likeliest visual token stays.
+        `logit_error`: root mean square of the differences, divided by the root mean square of the unquantised logits.
+        `same_likeliest`: share of positions whose likeliest visual token does not change.
     """
     special = config.tokens
     tokens = jax.random.randint(jax.random.key(1), (1, PROMPT_TOKENS), special.visual_start, special.visual_end)
@@ -341,7 +346,7 @@ def logit_errors(config: DecoderConfig, narrow: Any, quantize: str) -> dict[str,
 
 
 def step_weight_bytes(params: Any, config: DecoderConfig) -> int:
-    """Bytes of weights that one step reads: every layer, the last norm and the visual rows of the head."""
+    """Bytes of weights that one step reads: all layers, the last norm and the visual rows of the head."""
     counted = {k: v for k, v in params.items() if k not in ("embed", "head")}
     rows = config.tokens.visual_count / config.vocab_size
     return sum(leaf.nbytes for leaf in jax.tree.leaves(counted)) + round(
@@ -350,9 +355,10 @@ def step_weight_bytes(params: Any, config: DecoderConfig) -> int:
 
 
 def random_params(config: DecoderConfig, quantize: str | None = None, mesh: Mesh | None = None) -> Any:
-    """Parameters as `Decoder.init` makes them, in the compute dtype, quantised or spread over a mesh if asked for.
+    """Random parameters in the compute dtype, with the tree structure of `Decoder.init`.
 
-    One leaf at a time: there is no float32 copy of all, and no wide one of what is quantised.
+    With `quantize`, the layers' matrices are quantised; with `mesh`, arrays are sharded. Leaves are made one at a time,
+    so memory never holds a second, wider copy of all weights.
     """
     places = {} if mesh is None else traverse_util.flatten_dict(decoder_shardings(config, mesh))
     declared = decoder_params(config)
@@ -375,7 +381,7 @@ def random_params(config: DecoderConfig, quantize: str | None = None, mesh: Mesh
 
 
 def _timed(decoding: DecodeSession, first: int, steps: int) -> float:
-    """Seconds that `steps` steps take from step `first` on. Every call has the same shapes, so the same program."""
+    """Seconds that `steps` steps take from step `first` on. The shapes do not depend on `first`."""
     decoding.place(first)
     jax.block_until_ready(decoding.state)
     began = time.perf_counter()

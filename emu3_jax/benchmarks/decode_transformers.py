@@ -1,4 +1,4 @@
-"""The peer of `bench decode`: the two ways in which transformers decodes Emu3 with guidance, on the same GPU."""
+"""The peer of `bench decode`: transformers decodes Emu3 with guidance, in two ways, on the same GPU."""
 
 import gc
 import time
@@ -14,7 +14,10 @@ PROMPT_TOKENS = 64
 
 
 def run(config: DecoderConfig, area: int) -> Iterator[dict[str, Any]]:
-    """Yields ms per image token of `generate()` as upstream's README calls it, and of a compiled static-cache step."""
+    """Yields milliseconds per image token, at two cache lengths, of two ways to decode.
+
+    The first is `generate()` as the README of Emu3 calls it. The second is a compiled step with a static cache.
+    """
     import torch
     import transformers
 
@@ -54,7 +57,7 @@ def run(config: DecoderConfig, area: int) -> Iterator[dict[str, Any]]:
 
 
 def _generate(model, config: DecoderConfig, context: int, device: str) -> float:
-    """Seconds per token of `generate()` with guidance as a second pass, top-k and a constraint on visual tokens."""
+    """Seconds per token of `generate()` with top-k, visual tokens only, and guidance as a second forward pass."""
     import torch
     from transformers import GenerationConfig
 
@@ -87,7 +90,7 @@ def _generate(model, config: DecoderConfig, context: int, device: str) -> float:
 
 
 def _compiled(model, config: DecoderConfig, context: int, *, slots: int, device: str, steps: int = 100) -> float:
-    """Seconds per token of the best a torch user can write: doubled batch, static cache, compiled step."""
+    """Seconds per token of a hand-written PyTorch loop: guidance as a doubled batch, static cache, compiled step."""
     import torch
     from transformers import StaticCache
 

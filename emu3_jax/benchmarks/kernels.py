@@ -1,4 +1,4 @@
-"""Where a GPU's time goes: the kernels of a profile, by name and by kind."""
+"""GPU time by kernel: reads the kernels of a JAX profile and sums them by name and by kind."""
 
 import collections
 import contextlib
@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.profiler import ProfileData
 
-# By the beginning or a part of a kernel's name; the first that matches counts.
+# Patterns for kernel names. The first pattern that matches decides the kind.
 _KINDS = (
     ("attention", re.compile(r"cudnn|flash|fmha|attention|attend")),
     ("matrix products", re.compile(r"gemm|nvjet|cutlass|xmma|cublas", re.IGNORECASE)),
@@ -22,13 +22,14 @@ _KINDS = (
 
 @contextlib.contextmanager
 def gpu_kernels(steps: int, most: int = 40) -> Iterator[dict[str, Any]]:
-    """Profiles what runs within; the dict it gives is filled afterwards, and stays empty without a GPU.
+    """Profiles the code of a `with` block. The yielded dict is filled after the block; without a GPU it stays empty.
 
-    It holds the milliseconds a step of all kernels and of each kind, and the `most` costliest with their calls a step.
+    The dict holds milliseconds per step of all kernels and of each kind, and the `most` most expensive kernels with
+    their calls per step.
 
     Args:
-        steps: taken within, all finished at its end.
-        most: kernels listed.
+        steps: number of steps that the block runs. All must be finished when the block ends.
+        most: number of kernels to list.
     """
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as directory:

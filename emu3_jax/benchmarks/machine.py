@@ -1,4 +1,4 @@
-"""What a figure was measured on."""
+"""Description of the machine that a benchmark ran on."""
 
 import os
 import platform
@@ -8,7 +8,7 @@ from emu3_jax.models.capability import SIMULATED
 
 
 def describe_machine() -> dict[str, Any]:
-    """The accelerator or processor, its count, and the versions that matter."""
+    """Accelerator or processor, number of CPU cores, and versions of Python, JAX and Flax."""
     import flax
     import jax
     import jaxlib

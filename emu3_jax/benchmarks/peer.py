@@ -1,4 +1,4 @@
-"""Peers of benchmarks, each in a process of its own: from its first device on, JAX holds the memory that they need."""
+"""Runs a benchmark's peer (a PyTorch program) in its own process, which frees all GPU memory when it ends."""
 
 import importlib.util
 import json
@@ -20,15 +20,15 @@ def require(*packages: str) -> None:
 
 
 def in_a_process(module: str, config: DecoderConfig, **arguments: Any) -> Iterator[dict[str, Any]]:
-    """Figures as a peer's `main` prints them, in a process that gives all its memory back.
+    """Runs a peer in a new process and yields its figures.
 
     Args:
-        module: under `benchmarks`, which calls `main` where it is run.
-        config: of the decoder.
-        arguments: the others, of JSON's types.
+        module: name of a module in `benchmarks` that calls `main` when it is run as a program.
+        config: config of the decoder.
+        arguments: further arguments of the peer's `run`. They must fit into JSON.
 
     Raises:
-        Emu3Error: the process failed, after the figures that it printed.
+        Emu3Error: the process failed. This is raised after all figures that it printed.
     """
     command = [sys.executable, "-m", f"emu3_jax.benchmarks.{module}", json.dumps([config.to_dict(), arguments])]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -38,11 +38,11 @@ def in_a_process(module: str, config: DecoderConfig, **arguments: Any) -> Iterat
             process.kill()
             raise
     if process.returncode:
-        raise Emu3Error(f"the peer's process ended with status {process.returncode}: what it printed is above")
+        raise Emu3Error(f"the peer's process failed with status {process.returncode}: see its output above")
 
 
 def main(run: Callable[..., Iterator[dict[str, Any]]]) -> None:
-    """Prints the figures of a peer's `run(config, ...)`, called with what `in_a_process` was."""
+    """Calls a peer's `run` with the arguments of `in_a_process`, and prints each dict of figures as a JSON line."""
     config, arguments = json.loads(sys.argv[1])
     for figures in run(DecoderConfig.from_dict(config), **arguments):
         print(json.dumps(figures), flush=True)

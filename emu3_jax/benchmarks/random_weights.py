@@ -1,13 +1,13 @@
-"""Random weights of the benchmarks."""
+"""Random weights for benchmarks."""
 
 import jax
 import jax.numpy as jnp
 
 
 def normal(key: jax.Array, shape: tuple[int, ...], deviation: float, dtype: jnp.dtype) -> jax.Array:
-    """Normal numbers of mean 0, made in float32 and then rounded.
+    """Normal random numbers of mean 0 and standard deviation `deviation`, made in float32 and then rounded to `dtype`.
 
-    Of bfloat16's coarse uniform numbers JAX makes normal ones whose mean is -0.012 deviations: one direction common to
-    all matrices, which grows with width and depth until a decoder's logits hang on it.
+    `jax.random.normal` in bfloat16 has a mean of -0.012 standard deviations. This bias is the same in all matrices. It
+    grows with width and depth, until it dominates a decoder's logits.
     """
     return (jax.random.normal(key, shape) * deviation).astype(dtype)

@@ -1,4 +1,4 @@
-"""`bench train`: the train step at full widths with random weights and tokens, one sequence a row."""
+"""`bench train`: times the training step with random weights and random tokens, one sequence per row."""
 
 import dataclasses
 import functools
@@ -35,7 +35,7 @@ PRESETS = {
 }
 
 
-PROFILED = 2  # steps
+PROFILED = 2  # number of steps to profile
 
 
 def run(
@@ -54,15 +54,31 @@ def run(
     compiled: bool = False,
     profile: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """Yields figures as dicts: with `compare` the peer's (and with `compiled` its layers under `torch.compile`), then
-    the machine and our step.
+    """Times training steps.
 
-    Times are of `steps` steps after two that warm up; `losses` are of the first and the last. MFU is model FLOPs
-    (`training.flops`) against the data sheet's peak; the same FLOPs count for both sides, whatever they recompute.
-    With `profile`, two more steps are profiled, and a GPU's kernels come last.
+    Two steps warm up, then `steps` steps are timed. `losses` are the losses of the first and of the last step. MFU
+    divides model FLOPs (`training.flops`) by the chip's peak; recomputation does not count, on either side.
+
+    Args:
+        preset: name of the decoder shapes in `PRESETS`.
+        layers: number of layers, or None for the preset's.
+        tokens: length of a row.
+        rows: rows per step.
+        remat: what the backward pass recomputes, see `ModelConfig`.
+        attention: implementation of attention, see `models.attention`.
+        adapter: rank of the adapters, or 0 to train all weights.
+        base: dtype or quantisation of the frozen weights beside adapters, see `Adapter`.
+        mesh: mesh axes and their sizes.
+        steps: number of steps to time.
+        compare: "transformers" to first run this peer, or None.
+        compiled: whether the peer also runs with its layers under `torch.compile`.
+        profile: whether to profile `PROFILED` further steps and list the GPU's kernels.
+
+    Yields:
+        The peer's figures if `compare` is given; then the machine; then the figures of our step; then its kernels.
 
     Raises:
-        Emu3Error: the peer's packages are missing, or at the end, it failed; our figures came nevertheless.
+        Emu3Error: the peer's packages are missing. If the peer fails, this is raised at the end, after our figures.
     """
     enable_persistent_cache()
     decoder = PRESETS[preset]
@@ -71,7 +87,7 @@ def run(
     failure = None
     if compare:
         peer.require(*(("peft",) if adapter else ()))
-        # First: from its first device on, JAX holds the memory that the peer needs.
+        # The peer runs first, because JAX reserves most of the GPU's memory once it has used the device.
         try:
             options = {"tokens": tokens, "rows": rows, "rank": adapter, "steps": steps, "compiled": compiled}
             for figures in peer.in_a_process("train_transformers", decoder, **options):
@@ -115,14 +131,14 @@ def run(
 
 
 def rates(ms: float, tokens: int, flops: float, peak: float) -> dict[str, float]:
-    """Tokens and FLOPs per second of a step, and its MFU where the peak is known."""
+    """Tokens and TFLOPs per second of a step of `ms` milliseconds, and its MFU if `peak` is not NaN."""
     seconds = ms / 1e3
     known = {} if math.isnan(peak) else {"mfu": round(flops / seconds / peak, 4)}
     return {"tokens_per_second": round(tokens / seconds), "model_tflops": round(flops / seconds / 1e12, 1), **known}
 
 
 def device_memory() -> dict[str, float]:
-    """The peak so far, where the backend tells it."""
+    """Peak device memory so far in GB. Empty if the backend does not report it."""
     stats = jax.devices()[0].memory_stats() or {}
     return {"peak_gb": round(stats["peak_bytes_in_use"] / 1e9, 2)} if "peak_bytes_in_use" in stats else {}
 
@@ -175,9 +191,9 @@ def _measure(config: TrainConfig, decoder: DecoderConfig, steps: int, profile: b
 
 
 def _random_frozen(trainer: Trainer) -> Any:
-    """Frozen parameters, leaf by leaf in their own dtypes, of standard deviation about 0.02 and norms of 1.
+    """Random frozen parameters in their own dtypes, with standard deviation of about 0.02; norm scales are 1.
 
-    Really random: a GPU spends less power on patterns, and then computes faster than it would on weights.
+    Constant or regular weights would give wrong times: a GPU needs less power for them, and so runs faster.
     """
     leaves, tree = jax.tree_util.tree_flatten_with_path(trainer.abstract_frozen())
     keys = jax.random.split(jax.random.key(0), max(len(leaves), 1))
@@ -201,5 +217,5 @@ def _random_leaf(name: str, shape: tuple[int, ...], dtype: jnp.dtype, key: jax.A
 
     if len(shape) < 3:
         return random(key, shape)
-    # Layer by layer: no more than one layer's random bits exist.
+    # One layer at a time, because the random bits of all layers would need too much memory.
     return jax.lax.map(lambda key: random(key, shape[1:]), jax.random.split(key, shape[0]))

@@ -1,7 +1,8 @@
-"""The peer of `bench train`: the train step of transformers' Emu3 on one GPU, as a PyTorch user writes it.
+"""The peer of `bench train`: a training step of transformers' Emu3 on one GPU, as a PyTorch user would write it.
 
-bfloat16 autocast over float32 masters (or LoRA by `peft` over bfloat16 weights), SDPA, gradient checkpointing, fused
-AdamW. Its own loss holds all logits at once; where that runs out of memory, a loss in checkpointed chunks stands in.
+It uses bfloat16 autocast over float32 weights (or LoRA by `peft` over bfloat16 weights), SDPA, gradient checkpointing
+and fused AdamW. transformers' own loss holds all logits at once and may run out of memory. A second variant computes
+the loss in checkpointed chunks.
 """
 
 import functools
@@ -23,8 +24,10 @@ CHUNK = 1024
 def run(
     config: DecoderConfig, *, tokens: int, rows: int, rank: int, steps: int, compiled: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """Yields figures of a step with the model's own loss, with a chunked one, and with that the other ways there are:
-    FlashAttention 2 where it is installed, compiled layers where they are asked for.
+    """Yields figures of each variant of the step.
+
+    The variants are: the model's own loss; a chunked loss; the chunked loss with FlashAttention 2, if it is installed;
+    the chunked loss with compiled layers, if `compiled`.
     """
     import torch
     import transformers
@@ -80,7 +83,7 @@ def run(
 
 
 def _model(config: DecoderConfig, rank: int, device: str):
-    """The model with random weights, ready to train: float32 masters, or adapters over bfloat16."""
+    """The model with random weights, ready to train: float32 weights or, with `rank`, LoRA over bfloat16 weights."""
     import torch
     import transformers
 
@@ -97,7 +100,7 @@ def _model(config: DecoderConfig, rank: int, device: str):
     finally:
         torch.set_default_dtype(previous)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its newer name does not exist in older versions
+        warnings.simplefilter("ignore")  # deprecated, but older versions of transformers lack its replacement
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.config.use_cache = False
     if rank:

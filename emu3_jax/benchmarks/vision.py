@@ -1,4 +1,4 @@
-"""`bench vision`: seconds to encode and decode one still picture, beside transformers on the same processor."""
+"""`bench vision`: times encoding and decoding of one picture, optionally beside transformers on the same CPU."""
 
 import math
 import time
@@ -35,26 +35,29 @@ def run(
     model: str | None = None,
     fast: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """Yields figures as dicts: the machine, each side, with `compare` their ratios and how far the results differ, and
-    with `fast` decoding at the device's default precision: how far its pixels, cut to what pictures hold, are from the
-    exact ones on average, in 255ths of the range.
+    """Times encoding and decoding of one picture.
 
-    Times are the shortest of `repeat` rounds after one warm round, as in `bench decode`: what else the machine does can
-    only add to them. A round times every side, so that all of them meet the same machine. Both sides hold the same
-    random weights and see the same pixels and codes. `temporary_mb` is what XLA allocates beyond weights, input and
-    output; `compile_s` is short where the persistent cache has the program.
+    A time is the shortest of `repeat` rounds after one warm-up round, because other work on the machine can only add
+    time. Each round times all sides, so that they run under the same conditions. Both sides use the same weights, pixels
+    and codes. `temporary_mb` is the memory that XLA allocates beyond weights, input and output. `compile_s` is
+    short if the persistent cache already holds the program.
 
     Args:
-        size: of the picture.
-        preset: shapes; the weights are random.
-        repeat: rounds.
-        compare: "transformers" or None.
-        model: a bundle in place of the preset; "embedded" is the embedded model. The pixels are still random.
-        fast: see above.
+        size: height and width of the picture in pixels.
+        preset: name of the shapes in `PRESETS`. The weights are random.
+        repeat: number of rounds.
+        compare: "transformers" to also time transformers, or None.
+        model: bundle to benchmark instead of the preset; "embedded" is the embedded model. The pixels are still random.
+        fast: whether to also decode at the device's default precision, and report the mean difference from the exact
+            pixels, in 255ths of the range.
+
+    Yields:
+        The machine; then the figures of each side; then, with `compare`, ratios and differences of the results; then,
+        with `fast`, the figures of fast decoding.
 
     Raises:
-        Emu3Error: the bundle is absent, damaged or has no vision tokenizer, `size` fits no codes, or `compare` is asked
-            for on an accelerator.
+        Emu3Error: the bundle is missing, damaged or has no vision tokenizer; `size` is no multiple of the spatial
+            factor; `repeat` is below 1; or `compare` is given on an accelerator.
     """
     bundle = None if model is None else Bundle.open(embedded_bundle() if model == "embedded" else model)
     if bundle is not None:
@@ -66,7 +69,7 @@ def run(
         raise Emu3Error(f"--repeat is {repeat}: it must be at least 1")
     if compare and jax.default_backend() != "cpu":
         raise Emu3Error(
-            f"--compare {compare} runs on the processor, JAX on {jax.default_backend()}: set JAX_PLATFORMS=cpu"
+            f"--compare {compare} runs on the CPU, but JAX runs on {jax.default_backend()}: set JAX_PLATFORMS=cpu"
         )
     enable_persistent_cache()
     if bundle is None:
@@ -125,7 +128,10 @@ def run(
 
 
 def random_weights(config: VisionConfig) -> dict[tuple[str, ...], np.ndarray]:
-    """Float32 parameters by path: kernels of variance 1 / fan-in, a standard normal codebook, norms that do nothing."""
+    """Random float32 parameters by path.
+
+    Kernels have variance 1 / fan-in, the codebook is standard normal, norms have scale 1 and bias 0.
+    """
     rng = np.random.default_rng(0)
     weights = {}
     for param in vision_params(config):
@@ -139,7 +145,7 @@ def random_weights(config: VisionConfig) -> dict[tuple[str, ...], np.ndarray]:
 
 
 def compile_operations(params: Any, pixels: np.ndarray, config: VisionConfig) -> tuple[Operations, dict[str, Any]]:
-    """Our encode and decode for the shape of `pixels`, and what compiling them said."""
+    """Compiles our encode and decode for the shape of `pixels`. Returns both, and their compile time and memory."""
     codes = jax.eval_shape(make_encoder(config), params, pixels)
     operations, figures = {}, {}
     for name, function, example in (("encode", make_encoder(config), pixels), ("decode", make_decoder(config), codes)):
@@ -149,7 +155,7 @@ def compile_operations(params: Any, pixels: np.ndarray, config: VisionConfig) ->
 
 
 def _compiled(function: Any, params: Any, example: Any) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any]]:
-    """The jitted function for the example's shape, applied to `params`, and what compiling it said."""
+    """Compiles `function` for the example's shape and binds `params`. Returns it, and its compile time and memory."""
     began = time.perf_counter()
     compiled = function.lower(params, example).compile()
     seconds = time.perf_counter() - began
@@ -163,14 +169,14 @@ def _compiled(function: Any, params: Any, example: Any) -> tuple[Callable[[np.nd
 def transformers_operations(
     weights: dict[tuple[str, ...], np.ndarray], config: VisionConfig
 ) -> tuple[Operations, dict[str, Any]]:
-    """Encode and decode of transformers' `Emu3VQVAE` with the same weights, and its versions."""
+    """Encode and decode of transformers' `Emu3VQVAE` with the same weights, and the versions of its packages."""
     try:
         import torch
         import transformers
         from transformers import Emu3VQVAE, Emu3VQVAEConfig
     except ImportError as error:
         raise Emu3Error(f"--compare transformers needs {error.name}: pip install 'emu3-jax[test]'") from error
-    with torch.device("meta"):  # no time spent on an initialisation that is overwritten
+    with torch.device("meta"):  # skips the random initialisation, which the loaded weights replace
         model = Emu3VQVAE(Emu3VQVAEConfig(**vision_to_published(config, "transformers")))
     state = {}
     for param in vision_params(config):
