@@ -266,7 +266,7 @@ def test_bench_on_a_mesh_and_bad_combinations(capsys):
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert lines[0]["mesh"]["tensor"] == 2 and lines[-1]["pixels_s"] > 0 and 0 < lines[-1]["sampler_share"] < 1
     assert run(*arguments, "--model") == 2
-    assert "--mesh spreads a preset" in capsys.readouterr().err
+    assert "--mesh works only with a preset" in capsys.readouterr().err
     assert run(*arguments[:-1], "tensor=3") == 2
     assert "mesh tensor=3" in capsys.readouterr().err
 

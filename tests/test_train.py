@@ -391,7 +391,7 @@ def test_config_files_and_overrides(config_file, base, tmp_path):
     for override, reason in {
         "steps": "write path.to.field=value",
         "stepps=3": "did you mean steps",
-        "data.sources.1.weight=2": "no index from 0 to 0",
+        "data.sources.1.weight=2": "not an index from 0 to 0",
         "steps.more=2": "has no fields",
         "steps=many": "steps is 'many': it must be a whole number",
         "model.dropout=1": "dropout is 1",

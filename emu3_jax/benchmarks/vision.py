@@ -38,8 +38,8 @@ def run(
     """Times encoding and decoding of one picture.
 
     A time is the shortest of `repeat` rounds after one warm-up round, because other work on the machine can only add
-    time. Each round times all sides, so that they run under the same conditions. Both sides use the same weights, pixels
-    and codes. `temporary_mb` is the memory that XLA allocates beyond weights, input and output. `compile_s` is
+    time. Each round times all sides, so that they run under the same conditions. Both sides use the same weights,
+    pixels and codes. `temporary_mb` is the memory that XLA allocates beyond weights, input and output. `compile_s` is
     short if the persistent cache already holds the program.
 
     Args:

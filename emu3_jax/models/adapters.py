@@ -1,12 +1,13 @@
-"""Low-rank adapters beside the decoder's matrices (LoRA, arXiv 2106.09685), which are frozen, or quantised too (QLoRA).
+"""Low-rank adapters beside the decoder's frozen matrices (LoRA, arXiv 2106.09685); with quantised matrices, QLoRA.
 
-A module of our own rather than `qwix`: its quantised weights cannot be reshaped on the way to a product, as `out` is,
-and it has no function that merges adapters into the weights.
+We do not use `qwix`: its quantised weights cannot be reshaped before a product, as `out` is, and it cannot merge
+adapters into the weights.
 
-R rank. A matrix M of shape [in..., out...] has adapters `M_a` [in..., R] and `M_b` [R, out...], with the logical axes
-of M and "rank". A quantised M is stored as `M_q`, codes, and `M_scale`, the largest magnitude of each block of weights.
-Blocks lie along an axis that `fsdp` and `sequence` never split: H of `qkv` and `out`, F of `gate_up` and `down`.
-`tensor` splits F, so it must divide the number of blocks too (F / 64, 224 in the published models).
+R is the rank. A matrix M of shape [in..., out...] has the adapters `M_a` [in..., R] and `M_b` [R, out...], with the
+logical axes of M and "rank". A quantised M is stored as codes `M_q` and scales `M_scale`. A scale is the largest
+magnitude in a block of weights. Blocks run along an axis that `fsdp` and `sequence` never split: H of `qkv` and `out`,
+F of `gate_up` and `down`. `tensor` splits F, so its size must also divide the number of blocks (F / 64; 224 in the
+published models).
 """
 
 import dataclasses
@@ -25,11 +26,11 @@ from emu3_jax.models.attention import matmul_precision
 
 Shape = tuple[int, ...]
 
-PROJECTION = "projection"  # names, for a layer's remat, what `project` returns
+PROJECTION = "projection"  # checkpoint name of `project`'s result, for remat policies
 
-BLOCK = 64  # weights that share a scale, as in QLoRA; fewer where the axis has no such blocks
+BLOCK = 64  # weights per scale, as in QLoRA; fewer if 64 does not divide the axis
 
-# The 4-bit NormalFloat of QLoRA, arXiv 2305.14314, appendix E: quantiles of the normal distribution, among them 0.
+# The 4-bit NormalFloat of QLoRA (arXiv 2305.14314, appendix E): quantiles of the normal distribution, including 0.
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -39,12 +40,12 @@ NF4 = (
 
 @dataclasses.dataclass(frozen=True)
 class Matrix:
-    """How a matrix's axes are used; a leading axis of layers is not counted.
+    """The roles of a matrix's axes. A leading layer axis is not counted.
 
     Attributes:
-        inputs: the first axes, which a product contracts.
-        outputs: the axes after them.
-        block_axis: the axis that the blocks of a quantised matrix lie along, from the end.
+        inputs: number of input axes (the first axes), which a product contracts.
+        outputs: number of output axes.
+        block_axis: index, counted from the end, of the axis along which blocks of a quantised matrix run.
     """
 
     inputs: int
@@ -55,19 +56,19 @@ class Matrix:
 MATRICES = {"qkv": Matrix(1, 3, -1), "out": Matrix(3, 1, -2), "gate_up": Matrix(1, 2, -1), "down": Matrix(1, 1, -2)}
 BASES = ("float32", "bfloat16", "int8", "nf4")
 QUANTISED = ("int8", "nf4")
-MAX_RANK, MAX_ALPHA = 1 << 16, 1_000_000  # of any adapter, whoever made it: what is trained can be read again
+MAX_RANK, MAX_ALPHA = 1 << 16, 1_000_000  # the same limits for training and for reading adapters from files
 
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """Which matrices get adapters, and how the frozen weights are kept.
+    """Settings of low-rank adapters: which matrices get one, and how the frozen weights are stored.
 
     Attributes:
-        rank: R. The fused matrices `qkv` and `gate_up` have one adapter each.
-        alpha: the adapters' product is scaled by alpha / rank.
-        targets: matrices with adapters, of "qkv", "out", "gate_up" and "down", in every layer.
-        base: "float32" or "bfloat16", or of all matrices of the layers "int8" or "nf4" with float32 scales per block;
-            the rest (tables, norms) is then bfloat16.
+        rank: rank R of the adapters. The fused matrices `qkv` and `gate_up` have one adapter each.
+        alpha: the product of an adapter is multiplied by alpha / rank.
+        targets: matrices that get adapters in every layer, from "qkv", "out", "gate_up" and "down".
+        base: storage of the frozen weights: "float32", "bfloat16", "int8" or "nf4". "int8" and "nf4" quantise the
+            layers' matrices, with a float32 scale per block; tables and norms are then bfloat16.
     """
 
     rank: int = 16
@@ -87,27 +88,27 @@ class Adapter:
 
     @property
     def scale(self) -> float:
-        """What the adapters' product is multiplied by."""
+        """The factor on the product of an adapter: alpha / rank."""
         return self.alpha / self.rank
 
     @property
     def quantised(self) -> bool:
-        """Whether the frozen matrices are."""
+        """Whether the frozen matrices are quantised."""
         return self.base in QUANTISED
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of the frozen weights that are not quantised."""
+        """The dtype of frozen weights that are not quantised."""
         return base_dtype(self.base)
 
 
 def base_dtype(base: str) -> jnp.dtype:
-    """Of the frozen weights that `base`, of `BASES`, does not quantise."""
+    """The dtype of frozen weights that `base` (from `BASES`) does not quantise."""
     return jnp.dtype(jnp.float32 if base == "float32" else jnp.bfloat16)
 
 
 def weight_dtype(adapter: Adapter | None) -> jnp.dtype:
-    """Of weights that are not quantised: float32 masters, or what a frozen one is kept in."""
+    """The dtype of weights that are not quantised: float32 without an adapter, else `adapter.dtype`."""
     return jnp.dtype(jnp.float32) if adapter is None else adapter.dtype
 
 
@@ -124,18 +125,21 @@ def project(
     shape: Shape,
     axes: tuple[str | None, ...],
 ) -> jax.Array:
-    """`x_bsi` times the matrix `name`, declared here in `module`, and its adapters' part; in x's dtype.
+    """Declares the matrix `name` and its adapter in `module`, and multiplies `x_bsi` with them.
 
-    No gradient flows to a matrix that is frozen and quantised; to another frozen one, none that is not asked for.
+    No gradient flows to a quantised matrix.
 
     Args:
-        module: the layer, in its compact `__call__`.
-        adapter: None for a float32 master weight by itself.
-        equation: the einsum of x and the matrix, the matrix's input axes made one.
-        x_bsi: [B, S, I], I the product of the matrix's input axes.
-        name: of `MATRICES`.
-        shape: of the matrix, input axes first.
-        axes: its logical axes.
+        module: the layer. Call this from its compact `__call__`.
+        adapter: settings of the adapters, or None for a plain float32 matrix.
+        equation: einsum equation of x and the matrix, with all input axes of the matrix as one axis.
+        x_bsi: [B, S, I], where I is the product of the matrix's input axes.
+        name: name of the matrix, from `MATRICES`.
+        shape: shape of the matrix, input axes first.
+        axes: logical axes of the matrix.
+
+    Returns:
+        [B, S, out...] in the dtype of `x_bsi`.
     """
     inputs = MATRICES[name].inputs
     fan_in, outputs = math.prod(shape[:inputs]), shape[inputs:]
@@ -163,7 +167,7 @@ def project(
         codes = declare(f"{name}_q", nn.initializers.zeros, codes_shape, axes, codes_dtype)
         scale = declare(f"{name}_scale", nn.initializers.zeros, scale_shape, axes, jnp.float32)
 
-        # What the backward pass keeps is the codes, whatever the layers' remat: never a layer's wide weights.
+        # Without this checkpoint, the backward pass would keep every layer's dequantised weights.
         @jax.checkpoint
         def quantised_product(x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
             return product(x, dequantise_matrix(name, codes, scale, adapter.base, x.dtype))
@@ -184,16 +188,16 @@ def project(
 
 
 def quantised_shapes(name: str, shape: Shape, base: str) -> tuple[Shape, Shape, jnp.dtype]:
-    """Shapes of the codes and scales of the matrix `name`, and the codes' dtype (nf4 packs two a byte).
+    """Shapes of the codes and the scales of a quantised matrix, and the dtype of the codes (nf4: two codes per byte).
 
     Raises:
-        Emu3Error: the blocks' axis is odd, so that nf4 cannot pack it.
+        Emu3Error: the block axis has odd size, so nf4 cannot pack it.
     """
     axis = len(shape) + MATRICES[name].block_axis
     size = shape[axis]
     block = math.gcd(size, BLOCK)
     if base == "nf4" and block % 2:
-        raise Emu3Error(f"{name} has {size} weights along axis {axis}: nf4 needs an even number; choose base int8")
+        raise Emu3Error(f"{name} has size {size} along axis {axis}, but nf4 needs an even size: choose base int8")
 
     def resized(new: int) -> Shape:
         return (*shape[:axis], new, *shape[axis + 1 :])
@@ -204,12 +208,15 @@ def quantised_shapes(name: str, shape: Shape, base: str) -> tuple[Shape, Shape, 
 
 
 def quantise_matrix(name: str, matrix: jax.Array, base: str) -> tuple[jax.Array, jax.Array]:
-    """Codes and float32 scales of the matrix `name`, stacked or not; each weight takes the nearest value there is.
+    """Quantises a matrix in blocks. Each weight is rounded to the nearest representable value.
 
     Args:
-        name: of `MATRICES`.
+        name: name of the matrix, from `MATRICES`.
         matrix: [(layers,) in..., out...].
-        base: "int8" (multiples of scale / 127) or "nf4" (`NF4` times scale).
+        base: "int8" (multiples of scale / 127) or "nf4" (multiples `NF4` of the scale).
+
+    Returns:
+        The codes and the float32 scales, with the shapes of `quantised_shapes`.
     """
     codes_shape, scale_shape, dtype = quantised_shapes(name, matrix.shape, base)
     axis = matrix.ndim + MATRICES[name].block_axis
@@ -220,14 +227,15 @@ def quantise_matrix(name: str, matrix: jax.Array, base: str) -> tuple[jax.Array,
         codes = jnp.round(unit * 127).astype(dtype)
     else:
         codes = sum((unit > (low + high) / 2).astype(dtype) for low, high in itertools.pairwise(NF4))
-        # The halves of a block share bytes: unpacking is two contiguous runs, and never crosses a device.
+        # Byte i of a block packs code i of its first half and code i of its second half. So unpacking concatenates
+        # two contiguous halves, and never needs data of another device.
         first, second = jnp.split(codes, 2, axis=axis + 1)
         codes = first | (second << 4)
     return codes.reshape(codes_shape), scale.reshape(scale_shape)
 
 
 def dequantise_matrix(name: str, codes: jax.Array, scale: jax.Array, base: str, dtype: Any = jnp.float32) -> jax.Array:
-    """The matrix that `quantise_matrix` stored: computed in float32, then cast."""
+    """Restores a matrix from the results of `quantise_matrix`: computed in float32, then cast to `dtype`."""
     axis = codes.ndim + MATRICES[name].block_axis
     blocks = _blocks(codes, axis, scale.shape[axis])
     if base == "int8":
@@ -243,7 +251,7 @@ def _blocks(x: jax.Array, axis: int, count: int) -> jax.Array:
 
 
 def _nf4_value(codes: jax.Array) -> jax.Array:
-    """A tree of selects, which every backend fuses into the product's operand; TPUs gather slowly."""
+    """Looks up nf4 values with a tree of selects. Every backend fuses it into the product; gathers are slow on TPUs."""
     level = [jnp.float32(value) for value in NF4]
     for bit in range(4):
         high = (codes >> bit) & 1 == 1

@@ -1,8 +1,8 @@
-"""Fused attention of whole sequences: Splash on TPUs, cuDNN on NVIDIA GPUs. `attention.choose` says which and when.
+"""Fused attention of whole sequences: Splash on TPUs, cuDNN on NVIDIA GPUs. `attention.choose` chooses between them.
 
-Splash is imported where it is used: Pallas takes a quarter as long to import as JAX itself.
+Splash is imported inside functions, because importing Pallas takes a quarter of the time of importing JAX.
 
-B batch, S sequence, K KV heads, G query heads per KV head, N = K * G query heads, H head width, M runs in a row.
+B batch, S sequence, K KV heads, G query heads per KV head, N = K * G query heads, H head width, M runs per row.
 """
 
 from collections.abc import Callable
@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-ATTENTION = "attention"  # names, for a layer's remat, what the backward pass of a kernel needs of its results
+ATTENTION = "attention"  # checkpoint name of the kernels' residuals, for remat policies
 
 # ------------------------------------------------------------------------------------------------ Splash
 
-# Queries and keys per tile, at most.
+# Largest number of queries and keys per tile.
 SPLASH_BLOCK = 1024
 _LANES = 128
 
@@ -28,7 +28,10 @@ def splash(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """`attention.self_attention` on one TPU core's rows and heads; `interpret` runs the kernel's program anywhere."""
+    """`attention.self_attention` of one TPU core's rows and heads.
+
+    `interpret` runs the kernel in Pallas' interpreter, on any device.
+    """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
 
     rows, length, k, g, h = q_bskgh.shape
@@ -36,21 +39,21 @@ def splash(
     kernel = _splash_kernel(k * g, padded, block, interpret)
 
     def heads_first(x: jax.Array) -> jax.Array:
-        # Tokens that only fill the last tile come after all others: causality hides their keys.
+        # Padding tokens come after all real tokens, so the causal mask hides their keys.
         return jnp.swapaxes(jnp.pad(x, ((0, 0), (0, padded - length), (0, 0), (0, 0))), 1, 2)
 
     q_bnsh = heads_first((q_bskgh * h**-0.5).astype(q_bskgh.dtype).reshape(rows, length, k * g, h))
     ids = None
     if segments_bs is not None:
         segments_bs = jnp.pad(segments_bs, ((0, 0), (0, padded - length)))
-        # Negative keys meet no query: those are all >= 0.
+        # Query ids are made >= 0, so keys with negative ids are visible to no query.
         ids = splash_kernel.SegmentIds(q=jnp.abs(segments_bs), kv=segments_bs)
     out_bnsh = jax.vmap(kernel)(q_bnsh, heads_first(k_bskh), heads_first(v_bskh), ids)
     return jnp.swapaxes(out_bnsh, 1, 2)[:, :length].reshape(q_bskgh.shape)
 
 
 def _splash_tiles(length: int) -> tuple[int, int]:
-    """The tile for rows of this length, and the length rounded up to whole tiles."""
+    """The tile size for rows of this length, and the length rounded up to whole tiles."""
     half = SPLASH_BLOCK // 2
     if length <= half:
         padded = -(-length // _LANES) * _LANES
@@ -60,14 +63,14 @@ def _splash_tiles(length: int) -> tuple[int, int]:
 
 
 def _splash_kernel(heads: int, length: int, block: int, interpret: bool) -> Callable[..., jax.Array]:
-    """A causal kernel [N, S, H], [K, S, H], [K, S, H] -> [N, S, H]; it reads each KV head once per query head."""
+    """A causal kernel from [N, S, H], [K, S, H], [K, S, H] to [N, S, H]. It reads a KV head once per query head."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
     sizes = splash_kernel.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=min(block, SPLASH_BLOCK // 2),
         block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=min(block, SPLASH_BLOCK // 2),
-        # Not the fused backward kernel: it holds S / block partial dq, 0.8 GB for 10,240 tokens of the 8 B model.
+        # The fused backward kernel is off: it holds S / block partial dq, 0.8 GB for 10,240 tokens of the 8 B model.
         block_q_dq=block, block_kv_dq=block,
     )  # fmt: skip
     mask = splash_mask.MultiHeadMask([splash_mask.CausalMask((length, length))] * heads)
@@ -78,8 +81,8 @@ def _splash_kernel(heads: int, length: int, block: int, interpret: bool) -> Call
 
 # ------------------------------------------------------------------------------------------------ cuDNN
 
-# Runs that cuDNN may find in a row. Its statistics and workspace grow with it, whatever the rows hold: at 10,240 tokens
-# of the 8 B model, forward and backward, 16 took 3 GB more than none on an H100.
+# Largest number of runs per row that cuDNN is prepared for. Its workspace grows with this number, however many runs the
+# rows have: on an H100, at 10,240 tokens of the 8 B model, forward and backward, 16 took 3 GB more than no runs.
 CUDNN_RUNS = 8
 
 
@@ -92,19 +95,23 @@ def cudnn(
     otherwise: Callable[..., jax.Array],
     max_runs: int | None = None,
 ) -> jax.Array:
-    """`attention.self_attention` on one NVIDIA GPU's rows and heads; the tokens of a segment stand together.
+    """`attention.self_attention` of one NVIDIA GPU's rows and heads. The tokens of a segment must be contiguous.
 
-    Rows with segments go through cuDNN's layout for packed sequences, which takes a bounded number of them. Batches
-    with more take another way, decided while running.
+    Rows with segments use cuDNN's layout for packed sequences, which takes a bounded number of segments. If a row has
+    more, the whole batch uses `otherwise`. This is decided at run time.
 
     Args:
-        q_bskgh: as `attention.self_attention`, in bfloat16 or float16; so the keys and values.
-        k_bskh: [B, S, K, H].
-        v_bskh: [B, S, K, H].
-        segments_bs: [B, S] or None. Segments n, and -n right behind it, are one run: queries of both, keys of n.
-        otherwise: the same of (q, k, v, segments), for batches in which a row has more than `max_runs` runs. Its
-            memory is reserved too, for one row.
-        max_runs: the bound; `CUDNN_RUNS` by default.
+        q_bskgh: [B, S, K, G, H] queries in bfloat16 or float16, as in `attention.self_attention`.
+        k_bskh: [B, S, K, H] keys in the same dtype.
+        v_bskh: [B, S, K, H] values in the same dtype.
+        segments_bs: int32 [B, S], or None. Segment n, and segment -n right after it, form one run: all its tokens are
+            queries, only the tokens of n are keys.
+        otherwise: attention as a function of (q, k, v, segments), for batches in which a row has more than `max_runs`
+            runs. It runs row by row. Its memory for one row is always reserved.
+        max_runs: largest number of runs per row, by default `CUDNN_RUNS`.
+
+    Returns:
+        [B, S, K, G, H] in the queries' dtype.
     """
     q_bsnh = q_bskgh.reshape(*q_bskgh.shape[:2], -1, q_bskgh.shape[-1])
     if segments_bs is None:
@@ -112,13 +119,13 @@ def cudnn(
         return out.reshape(q_bskgh.shape)
     max_runs = max_runs or CUDNN_RUNS
     count, lengths = runs(segments_bs, max_runs)
-    # cuDNN leaves the gradients of keys that no run has unwritten; here they become 0.
+    # cuDNN does not write the gradients of keys that belong to no run. Masking the keys makes these gradients 0.
     key_bs11 = (segments_bs >= 0)[:, :, None, None]
     k_bskh, v_bskh = (jnp.where(key_bs11, x, jnp.zeros((), x.dtype)) for x in (k_bskh, v_bskh))
 
     def packed(q: jax.Array, k: jax.Array, v: jax.Array, _: jax.Array) -> jax.Array:
         if jax.__version_info__ < (0, 11, 2):
-            # There, offsets of keys count query heads.
+            # Before JAX 0.11.2, offsets of keys are computed with the number of query heads.
             k, v = (jnp.repeat(x, q_bskgh.shape[3], axis=2) for x in (k, v))
         return _cudnn_packed(q.reshape(q_bsnh.shape), k, v, lengths).reshape(q.shape)
 
@@ -130,11 +137,11 @@ def cudnn(
 
 
 def runs(segments_bs: jax.Array, max_runs: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
-    """Where the runs of each row lie, in the form of cuDNN's packed layout.
+    """Finds the runs of each row, in the form of cuDNN's packed layout.
 
     Returns:
-        The number of runs of each row, int32 [B]; and of the first M = `max_runs` of them, padded with -1: numbers
-        of queries [B, M], numbers of keys [B, M], first slots [B, M + 1].
+        The number of runs of each row, int32 [B]; and for the first M = `max_runs` runs, padded with -1: the numbers
+        of queries [B, M], the numbers of keys [B, M], and the first slots [B, M + 1].
     """
     before = segments_bs[:, :-1]
     joined = (segments_bs[:, 1:] == before) | ((segments_bs[:, 1:] == -before) & (before > 0))
@@ -147,7 +154,7 @@ def runs(segments_bs: jax.Array, max_runs: int) -> tuple[jax.Array, tuple[jax.Ar
     inside = run_bs[:, None] == run[None, :-1]
     queries = tokens(inside)
     keys = tokens(inside & (segments_bs >= 0)[:, None])
-    keys = jnp.where(keys == 0, queries, keys)  # a run of -n alone has no keys to see: any, so that nothing is 0 / 0
+    keys = jnp.where(keys == 0, queries, keys)  # a run without keys gets some, or softmax gives NaN
     first = tokens(run_bs[:, None] < run[None])
     count = run_bs[:, -1] + 1
     exists = run[None, :, 0] < jnp.minimum(count, max_runs)[:, None]
@@ -158,7 +165,7 @@ def runs(segments_bs: jax.Array, max_runs: int) -> tuple[jax.Array, tuple[jax.Ar
 def _cudnn_packed(
     q_bsnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, lengths: tuple[jax.Array, jax.Array, jax.Array]
 ) -> jax.Array:
-    # `jax.nn.dot_product_attention` does not pass offsets on to this.
+    # A private function of JAX, because `jax.nn.dot_product_attention` takes no offsets.
     from jax._src.cudnn import fused_attention_stablehlo as fused
 
     queries, keys, first = lengths

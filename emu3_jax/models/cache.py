@@ -1,4 +1,4 @@
-"""The KV cache: a plain pytree, argument and result of the decoder, donated by the decode loop."""
+"""The KV cache: a pytree that the decoder takes and returns, and that the decode loop donates."""
 
 import functools
 from typing import ClassVar
@@ -15,19 +15,20 @@ from emu3_jax.models.quantization import narrow_rows
 
 
 class KVCache(flax.struct.PyTreeNode):
-    """Keys and values of every layer for rows that are aligned to the right at prefill.
+    """Keys and values of every layer. Prefill aligns the rows to the right.
 
-    All rows write the same slot at the same time, so a step's update is one in-place slice. Row b owns the slots
-    `start[b] .. length-1`; the slots before `start[b]` are padding, which no query ever sees.
+    All rows write the same slot in the same step, so an update is one in-place slice. Row b owns the slots
+    `start[b] .. length-1`. The slots before `start[b]` are padding, which no query sees.
+
+    A narrow cache stores int8 codes and float32 scales: a key is its codes times its scale.
 
     Attributes:
-        keys: one [B, K, T, H] array per layer (T slots); in a narrow cache int8 codes.
-        values: likewise.
-        key_scales: of a narrow cache, one float32 [B, K, T] array per layer: a key is its codes times its scale. Else
-            empty.
-        value_scales: likewise.
-        start: int32 [B], each row's first slot.
-        length: int32 scalar, the slots written so far.
+        keys: one [B, K, T, H] array per layer (T slots), in the compute dtype, or int8 codes in a narrow cache.
+        values: one [B, K, T, H] array per layer, as for keys.
+        key_scales: in a narrow cache, one float32 [B, K, T] array per layer; else an empty tuple.
+        value_scales: as `key_scales`, for values.
+        start: int32 [B], first slot of each row.
+        length: int32 scalar, number of slots written so far.
     """
 
     AXES: ClassVar = ("batch", "kv_heads", "cache_slots", "head_dim")  # logical axes of one layer's array
@@ -41,7 +42,7 @@ class KVCache(flax.struct.PyTreeNode):
 
     @classmethod
     def create(cls, config: DecoderConfig, start: jax.Array, slots: int, narrow: bool = False) -> "KVCache":
-        """An empty cache of `slots` slots for the rows whose first slots are `start` (int32 [B])."""
+        """An empty cache of `slots` slots. `start` (int32 [B]) is the first slot of each row."""
         shape = (start.shape[0], config.num_kv_heads, slots, config.head_dim)
 
         def zeros(shape: tuple[int, ...], dtype: DTypeLike) -> tuple[jax.Array, ...]:
@@ -49,30 +50,30 @@ class KVCache(flax.struct.PyTreeNode):
 
         dtype = jnp.int8 if narrow else config.dtype
         scales = (zeros(shape[:3], jnp.float32), zeros(shape[:3], jnp.float32)) if narrow else ((), ())
-        # Strongly typed scalars: a weakly typed carry would recompile the decode loop on its second call.
+        # The scalar is strongly typed: a weakly typed one would make the decode loop compile again on its second call.
         return cls(zeros(shape, dtype), zeros(shape, dtype), *scales, start, jnp.zeros((), jnp.int32))
 
     @property
     def narrow(self) -> bool:
-        """Whether keys and values are codes and scales."""
+        """Whether keys and values are stored as int8 codes with scales."""
         return bool(self.key_scales)
 
     @property
     def slots(self) -> int:
-        """T."""
+        """The number of slots T."""
         return self.keys[0].shape[2]
 
     def grow(self, slots: int) -> "KVCache":
-        """The same cache with room for `slots` slots."""
+        """The same cache, padded to `slots` slots."""
         return self.replace(**{name: _pad_slots(getattr(self, name), slots) for name in _PER_SLOT})
 
     def layer(self, index: int) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
-        """Keys, values, and their scales or None."""
+        """Keys, values, key scales and value scales of a layer. The scales are None in a cache that is not narrow."""
         scales = (self.key_scales[index], self.value_scales[index]) if self.narrow else (None, None)
         return self.keys[index], self.values[index], *scales
 
     def with_layer(self, index: int, *arrays: jax.Array | None) -> "KVCache":
-        """The cache with other arrays in one layer, in `layer`'s order."""
+        """The cache with new arrays in one layer, in the order of `layer`."""
         new = dict(zip(_PER_SLOT, arrays, strict=True))
 
         def replaced(name: str) -> tuple[jax.Array, ...]:
@@ -82,7 +83,7 @@ class KVCache(flax.struct.PyTreeNode):
         return self.replace(**{name: replaced(name) for name in _PER_SLOT})
 
     def write(self, layer: int, keys: jax.Array, values: jax.Array) -> "KVCache":
-        """Puts [B, K, S, H] new keys and values into the slots from `length` on; `length` itself stays."""
+        """Writes new keys and values [B, K, S, H] to the slots from `length` on. It does not change `length`."""
         key_scales = value_scales = None
         if self.narrow:
             (keys, key_scales), (values, value_scales) = narrow_rows(keys), narrow_rows(values)
@@ -97,7 +98,7 @@ class KVCache(flax.struct.PyTreeNode):
         return self.with_layer(layer, *map(written, self.layer(layer), new))
 
     def positions(self, count: int) -> jax.Array:
-        """int32 [B, count]: positions of the next `count` tokens, counted from each row's own start."""
+        """Positions of the next `count` tokens, int32 [B, count], counted from each row's start."""
         return self.length + jnp.arange(count, dtype=jnp.int32)[None] - self.start[:, None]
 
 

@@ -1,7 +1,8 @@
-"""Attention of one token at a time over the KV cache on GPUs, a kernel in Pallas (Triton).
+"""A Pallas (Triton) kernel for GPUs: attention of one token per row over the KV cache.
 
-It rotates queries and key, writes key and value into the cache, narrow where the cache is, and streams the live part of
-the cache, which is split between programs, so that one small batch fills the chip. For XLA these are many kernels.
+The kernel applies RoPE to queries and key, writes key and value to the cache (as int8 codes in a narrow cache), and
+reads the used part of the cache. Several programs share a row's slots, so that even a small batch fills the GPU. XLA
+would need many kernels for the same work.
 
 B batch, T cache slots, K KV heads, G query heads per KV head, H width.
 """
@@ -18,9 +19,9 @@ from jax.experimental.pallas import triton as plt
 from emu3_jax.errors import Emu3Error
 from emu3_jax.models.attention import MASKED, matmul_precision
 
-_LEAST_ROWS = 16  # of a matrix unit's product
-_MULTIPROCESSORS = 132  # of an H100
-_MOST_PARTS = 16  # into which one row's slots are split: as many as one kernel of XLA's combines
+_LEAST_ROWS = 16  # smallest number of rows in a matrix unit's product
+_MULTIPROCESSORS = 132  # number of multiprocessors of an H100
+_MOST_PARTS = 16  # most parts of one row's slots; XLA combines up to this many in one kernel
 
 
 Cache = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]
@@ -29,7 +30,7 @@ Cache = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]
 def check_width(width: int) -> None:
     """Raises `Emu3Error` if the kernel cannot serve heads of this width."""
     if width & (width - 1):
-        raise Emu3Error(f'kernels "pallas" take heads whose width is a power of two, not {width}: choose "xla"')
+        raise Emu3Error(f'kernels "pallas" needs a head width that is a power of two, not {width}: choose "xla"')
 
 
 @functools.partial(jax.jit, static_argnames="interpret")
@@ -42,24 +43,24 @@ def attend_one(
     *,
     interpret: bool = False,
 ) -> tuple[jax.Array, Cache]:
-    """Attention of one token a row to the slots from `start` to its own; reads no other blocks of the cache.
+    """Attention of one token per row over the row's slots, from `start` to the token's own slot.
 
-    On a mesh each device computes its rows and heads.
+    It reads only blocks of the cache that contain these slots. On a mesh, each device computes its own rows and heads.
 
     Args:
-        qkv_bkph: [B, K, G + 2, H]: queries, key and value of each KV head, as projected.
+        qkv_bkph: [B, K, G + 2, H], the projected queries, key and value of each KV head, without RoPE.
         rotations_br: cosines and sines of the tokens' positions, float32 [B, H / 2] each.
-        cache: keys and values [B, K, T, H], T a multiple of 64, and float32 [B, K, T] scales of a narrow cache's, else
-            None.
+        cache: keys and values [B, K, T, H], T a multiple of 64; and their scales, float32 [B, K, T] in a narrow cache,
+            else None.
         length: int32 scalar, the token's slot.
-        start: int32 [B], each row's first slot.
-        interpret: runs the kernel's program anywhere, for tests.
+        start: int32 [B], first slot of each row.
+        interpret: run the kernel in Pallas' interpreter, on any device, for tests.
 
     Returns:
-        [B, K, G, H] in the queries' dtype, and the cache with the token's key and value, in place where it is donated.
+        [B, K, G, H] in the queries' dtype; and the cache with the token's key and value, updated in place if donated.
 
     Raises:
-        Emu3Error: the heads' width is not a power of two.
+        Emu3Error: the head width is not a power of two.
     """
     check_width(qkv_bkph.shape[-1])
     local = functools.partial(_attend_one, interpret=interpret)
@@ -80,13 +81,13 @@ def _attend_one(
     *,
     interpret: bool,
 ) -> tuple[jax.Array, Cache]:
-    """`attend_one` of one device's rows and heads."""
+    """`attend_one` for the rows and heads of one device."""
     b, kv_heads, groups, width = qkv_bkph.shape
     groups -= 2
     kept = [array for array in cache if array is not None]
     slots, dtype, half = kept[0].shape[2], qkv_bkph.dtype, width // 2
-    # Programs of one warp wait for no other warp, which pays where narrow codes have to be widened; with few rows it
-    # would take too many parts to fill the chip with them.
+    # A program of one warp never waits for other warps. This is faster when int8 codes must be converted. But it needs
+    # many programs to fill the GPU, so it is used only with enough rows.
     single = len(kept) == 4 and b * kv_heads * _MOST_PARTS >= 4 * _MULTIPROCESSORS
     block, warps, programs = (32, 1, 4 * _MULTIPROCESSORS) if single else (64, 4, 2 * _MULTIPROCESSORS)
     parts = min(slots // block, max(1, programs // (b * kv_heads)), _MOST_PARTS)
@@ -94,16 +95,17 @@ def _attend_one(
     precision, narrow = matmul_precision(dtype), len(kept) == 4
 
     def kernel(length_ref: Any, start_ref: Any, qkv_ref: Any, cos_ref: Any, sin_ref: Any, *refs: Any) -> None:
-        k_ref, v_ref, *scale_refs = refs[len(kept) : 2 * len(kept)]  # the results: in place they are the arguments too
+        k_ref, v_ref, *scale_refs = refs[len(kept) : 2 * len(kept)]  # results, aliased to the arguments
         out_ref, top_ref, mass_ref = refs[-3:]
         length, first = length_ref[0], start_ref[0]
-        none = length * 0  # a start that is no constant: what reaches beyond the group is masked, not refused
+        # A dynamic 0: with a constant start, Pallas refuses a slice that reaches beyond the array, even a masked one.
+        none = length * 0
         there = jax.lax.broadcasted_iota(jnp.int32, (padded, half), 0) < groups
 
         def queries(at: int) -> jax.Array:
             return plt.load(qkv_ref.at[pl.ds(none, padded), pl.ds(at, half)], mask=there, other=0.0)
 
-        # All reading comes before what waits for it.
+        # All loads come first, so that none waits for the computation.
         cos, sin, v = cos_ref[...], sin_ref[...], qkv_ref[groups + 1, :]
         q_low, q_high = queries(0), queries(half)
         k_low, k_high = (qkv_ref[groups, pl.ds(at, half)] for at in (0, half))
@@ -128,7 +130,7 @@ def _attend_one(
         for ref, scale in zip(scale_refs, (k_scale, v_scale), strict=False):
             plt.store(ref.at[pl.ds(length, 1)], scale[None], mask=writes[None])
 
-        # This part's blocks lie a stride apart, so that all parts have as much to do at any length.
+        # A part takes every `parts`-th block, so that all parts have equal work at any length.
         begin = first // block + pl.program_id(2)
         count = jnp.maximum(((length - 1) // block - begin + parts) // parts, 0)
 
@@ -163,7 +165,7 @@ def _attend_one(
         empty = (jnp.zeros((padded, width), jnp.float32), lowest, jnp.zeros((padded,), jnp.float32))
         total, top, mass = jax.lax.fori_loop(0, count, add, empty)
 
-        # The token itself, which the cache may not hold yet when another part looks: the part that writes it sees it.
+        # Other parts may run before the token's own key and value are written. So only the writing part adds them.
         products = (q.astype(jnp.float32) * k.astype(jnp.float32)[None] for q, k in ((q_low, k_low), (q_high, k_high)))
         score = sum(x.sum(axis=1) for x in products) * (k_scale * width**-0.5)
         new = jnp.where(writes, jnp.maximum(top, score), top)
@@ -206,10 +208,10 @@ def _attend_one(
         interpret=interpret,
         name="attend_one",
     )(length.reshape(1), start, qkv_bkph, *rotations_br, *kept)
-    # One by one, which XLA makes one kernel of; of reductions it makes several.
+    # Sums of separate parts, because XLA fuses them into one kernel; it makes several kernels of reductions.
     totals, tops, masses = ([x[:, :, part, :groups] for part in range(parts)] for x in (totals, tops, masses))
     top = functools.reduce(jnp.maximum, tops)
-    # A part that saw nothing has a mass of 0, or the lowest top beside others: it weighs nothing.
+    # A part without visible slots has mass 0, or the lowest maximum, so its weight is 0.
     shares = [jnp.exp(x - top) for x in tops]
     mass = sum(x * share for x, share in zip(masses, shares, strict=True))
     out = sum(x * share[..., None] for x, share in zip(totals, shares, strict=True)) / mass[..., None]
@@ -217,8 +219,8 @@ def _attend_one(
 
 
 def _codes(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """As `quantization.narrow_rows` has them, still in float32."""
+    """The int8 codes of `quantization.narrow_rows`, still in float32."""
     unit = x / jnp.where(scale == 0, 1.0, scale)
-    above = jnp.floor(unit + 0.5)  # to the nearest, ties to even: Triton has no such operation
+    above = jnp.floor(unit + 0.5)  # rounds to nearest, ties to even; Triton has no operation for it
     tie = (above - unit == 0.5) & (above.astype(jnp.int32) & 1 == 1)
     return jnp.clip(jnp.where(tie, above - 1, above), -127, 127)

@@ -1,12 +1,12 @@
 """The decoder: a LLaMA-like transformer over text and visual tokens, as a pure function of (params, inputs).
 
-B batch, S sequence, T cache slots, D width, V vocabulary, K KV heads, G query heads per KV head (the reference's query
-head n is k * G + g), H head width, F MLP width.
+B batch, S sequence, T cache slots, D width, V vocabulary, K KV heads, G query heads per KV head (query head k * G + g
+of the reference is head g of KV head k), H head width, F MLP width.
 
 Logical axes of the weights: "vocab", "table_width" (D of the two tables), "width" (D of the norms), "embed" (D of
 the matrices), "kv_heads" (K), "heads_per_kv" (G, or G + 2 in the fused projection), "head_dim" (H), "mlp" (F), "layers"
-(of the stacked form). Of the activations: "batch", "sequence", "width", "lookup_batch", "lookup_width". Without a mesh
-they mean nothing.
+(in the stacked form). Logical axes of the activations: "batch", "sequence", "width", "lookup_batch", "lookup_width".
+Logical axes have an effect only on a mesh.
 """
 
 from typing import Any
@@ -28,7 +28,7 @@ Rotations = tuple[jax.Array, jax.Array]  # cosines and sines; see `rotations`
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale: the norm in float32, the scale in x's dtype, as the reference does."""
+    """x / rms(x) * scale. As in the reference, the norm is float32 and the product with the scale is in x's dtype."""
 
     epsilon: float
     adapter: Adapter | None = None
@@ -43,12 +43,15 @@ class RMSNorm(nn.Module):
 
 
 def rotations(positions_bs: jax.Array, width: int, theta: float) -> Rotations:
-    """Cosines and sines of the rotary position embedding, float32 [B, S, H / 2] each: once for all heads and layers.
+    """Cosines and sines of the rotary position embedding (RoPE), for all heads and layers.
 
     Args:
         positions_bs: int32 [B, S].
-        width: H, of a head.
+        width: head width H.
         theta: base of the frequencies.
+
+    Returns:
+        Cosines and sines, float32 [B, S, H / 2] each.
     """
     frequencies = 1.0 / np.float32(theta) ** (np.arange(0, width, 2, dtype=np.float32) / np.float32(width))
     angles = positions_bs.astype(jnp.float32)[..., None] * frequencies[None, None]
@@ -56,11 +59,14 @@ def rotations(positions_bs: jax.Array, width: int, theta: float) -> Rotations:
 
 
 def rope(x_bs_h: jax.Array, rotations_bsr: Rotations) -> jax.Array:
-    """Rotary position embedding, halves rotated against each other, in float32.
+    """Applies the rotary position embedding in float32. Element i is rotated with element i + H / 2.
 
     Args:
         x_bs_h: [B, S, ..., H] queries or keys.
-        rotations_bsr: of their positions, see `rotations`.
+        rotations_bsr: cosines and sines of the positions, from `rotations`.
+
+    Returns:
+        The rotated queries or keys, in the shape and dtype of `x_bs_h`.
     """
     shape = (*x_bs_h.shape[:2], *(1,) * (x_bs_h.ndim - 3), x_bs_h.shape[-1] // 2)
     cos, sin = (x.reshape(shape) for x in rotations_bsr)
@@ -69,7 +75,7 @@ def rope(x_bs_h: jax.Array, rotations_bsr: Rotations) -> jax.Array:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with one fused projection, laid out by KV head so that it shards over KV heads."""
+    """Grouped-query attention. One fused projection, grouped by KV head, so that it can be sharded over KV heads."""
 
     config: DecoderConfig
     implementation: str
@@ -107,14 +113,14 @@ class Attention(nn.Module):
                 cache = cache.write(layer, jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2))
                 kept = cache.layer(layer)
                 mixed = cached_attention(queries, *kept, first_query=cache.length, start=cache.start)
-        # One contracted axis: with three, XLA may choose another order of them and transpose the weight every step.
+        # One contracted axis: with three axes, XLA may reorder them and transpose the weight in every step.
         mixed = mixed.reshape(*x_bsd.shape[:2], c.num_heads * h)
         axes = ("kv_heads", "heads_per_kv", "head_dim", "embed")
         return project(self, adapter, "bsn,nd->bsd", mixed, name="out", shape=(k, g, h, d), axes=axes), cache
 
 
 class MLP(nn.Module):
-    """down(silu(gate(x)) * up(x)), gate and up in one projection."""
+    """down(silu(gate(x)) * up(x)). Gate and up are one fused projection."""
 
     config: DecoderConfig
     adapter: Adapter | None = None
@@ -131,7 +137,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One transformer layer: pre-norm attention and pre-norm MLP, each added to the residual stream.
 
-    Without a cache it is the body of a scan over layers: the residual stream is the carry, and None comes beside it.
+    Returns (residual stream, cache). Without a cache, this is the form of a scan body: (carry, None).
     """
 
     config: DecoderConfig
@@ -161,12 +167,13 @@ class Block(nn.Module):
 
 
 def _residual(x_bsd: jax.Array, cache: KVCache | None) -> jax.Array:
-    """The residual stream where it belongs on a mesh; steps of generation are too short to split along the sequence."""
+    """Shards the residual stream. Generation steps (with a cache) are too short to split along the sequence."""
     x_bsd = _finite(x_bsd)
     x_bsd = nn.with_logical_constraint(x_bsd, ("batch", "sequence" if cache is None else None, "width"))
     if cache is None or jax.sharding.get_abstract_mesh().empty or target_platform() != "gpu":
         return x_bsd
-    # Between GPUs' sums XLA would add up all layers so far for each norm: 28 us for the last ones, on two H200.
+    # Without the barrier, when GPUs share a layer, XLA recomputes the sum over all previous layers for each norm. On
+    # two H200, that takes 28 us in the last layers.
     return jax.lax.optimization_barrier(x_bsd)
 
 
@@ -177,7 +184,7 @@ def _finite(x: jax.Array) -> jax.Array:
 
 
 class Embedding(nn.Module):
-    """The token table: looked up as the embedding, multiplied as the (untied) head."""
+    """A table [V, D]: `lookup` uses it as the embedding, `logits` as the head. The two tables are not tied."""
 
     config: DecoderConfig
     weight_name: str
@@ -196,10 +203,10 @@ class Embedding(nn.Module):
         self.table = self.param(self.weight_name, init, (self.rows, width), weight_dtype(self.adapter))
 
     def lookup(self, tokens_bs: jax.Array) -> jax.Array:
-        # On a mesh the tokens travel, not the table: each device looks up its part of the width for the rows of all.
+        # On a mesh, tokens are exchanged instead of the table. Each device looks up its part of the width for all rows.
         tokens_bs = nn.with_logical_constraint(tokens_bs, ("lookup_batch", None))
         x_bsd = self.table[tokens_bs].astype(self.config.dtype)
-        # From width to rows in steps that each are one collective; in one leap the partitioner would replicate.
+        # Reshard from width to rows in steps of one collective each; in one step, XLA's partitioner would replicate.
         for axes in (("lookup_batch", "table_width"), ("lookup_batch", "embed"), ("batch", "lookup_width")):
             x_bsd = nn.with_logical_constraint(x_bsd, (axes[0], None, axes[1]))
         return x_bsd
@@ -210,40 +217,39 @@ class Embedding(nn.Module):
         logits = jnp.einsum("bsd,vd->bsv", x_bsd, table, precision=precision, preferred_element_type=jnp.float32)
         if self.scales is not None:
             logits = logits * self.scales[None, None]
-        # Whole rows: a split along the vocabulary would have the table, which is split by width, move at every step.
+        # Logits are not split along the vocabulary: the table is split by width, so it would be moved in every step.
         return nn.with_logical_constraint(logits, ("batch", None, None))
 
 
 def _products(primitive: Any, *avals: Any, **params: Any) -> bool:
-    """Keeps the sums of a projection and its adapters' part, one array where the two would be two, and attention."""
+    """The remat policy "dots": keeps the results of projections (with the adapter's part added) and of attention."""
     named = jax.checkpoint_policies.save_only_these_names(PROJECTION, ATTENTION)
-    # cuDNN's results have no names: they arise in its own rule of differentiation.
+    # cuDNN's residuals have no checkpoint names, because JAX makes them inside its own differentiation rule.
     return primitive.name.startswith("dot_product_attention_fwd") or named(primitive, *avals, **params)
 
 
-# What the backward pass finds kept of each layer; the rest it computes again.
+# What each layer keeps for the backward pass. The backward pass recomputes everything else.
 REMAT_POLICIES: dict[str, Any] = {"full": jax.checkpoint_policies.nothing_saveable, "dots": _products}
 
 
 class Decoder(nn.Module):
-    """The whole decoder. Computes in `config.dtype`; logits are float32.
+    """The whole decoder. It computes in `config.dtype`; logits are float32.
 
-    `params` holds one subtree per layer (`layers_0`, ...), the form that bundles store and decoding unrolls, or with
-    `stacked` one subtree `layers` whose arrays have a leading layer axis, the form that training scans over
-    (`models.stacking` converts).
+    Parameters have two forms (`models.stacking` converts between them). Bundles store, and decoding unrolls, one
+    subtree per layer: `layers_0`, `layers_1`, ... Training scans over one subtree `layers` (with `stacked`), whose
+    arrays have a leading layer axis.
 
     Attributes:
         config: shapes and numerics.
-        visual_head: the head has only the visual rows (`visual_head_params` cuts them out), which is exact wherever
-            only visual tokens are legal; column 0 of the logits is then token id `config.tokens.visual_start`.
-        stacked: the layers are one scan over stacked parameters, which compiles once whatever their number; no cache.
-        remat: what the backward pass computes again, layer by layer: "none", "full" (all) or "dots" (all but matrix
-            products with weights, and attention where a kernel does it).
-        attention: the implementation for whole sequences; see `attention.self_attention`.
-        adapter: low-rank adapters beside frozen matrices; `training.lora` makes and merges their parameters.
-        kernels: what computes attention of single tokens over the cache; see `attention.choose_kernels`.
-        dropout: share of the embeddings, and of what each attention and MLP adds to them, that is zeroed, and the rest
-            scaled up for it; takes a key named "dropout".
+        visual_head: whether the head has only the visual rows (see `visual_head_params`). This is exact where only
+            visual tokens are legal. Column 0 of the logits is then token id `config.tokens.visual_start`.
+        stacked: whether to scan over stacked layers. Compile time does not grow with their number. Not with a cache.
+        remat: what the backward pass recomputes in each layer: "none", "full" (everything) or "dots" (everything but
+            products with weights, and attention if a fused kernel computes it).
+        attention: implementation of attention for whole sequences, see `attention.self_attention`.
+        adapter: low-rank adapters beside frozen matrices. `training.lora` makes their parameters.
+        kernels: implementation of attention for single tokens over the cache, see `attention.choose_kernels`.
+        dropout: dropout rate of the embeddings and of the outputs of each attention and MLP. Needs a key "dropout".
     """
 
     config: DecoderConfig
@@ -260,7 +266,8 @@ class Decoder(nn.Module):
         self.embed = Embedding(c, "embedding", c.vocab_size, self.adapter)
         block = Block
         if self.remat != "none":
-            # In a scan nothing could merge the two computations; outside, a barrier has to keep them apart.
+            # Outside a scan, `prevent_cse` keeps XLA from merging the recomputation with the forward pass. Inside a
+            # scan XLA cannot merge them.
             block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.stacked)
         if self.stacked:
             scanned = nn.scan(
@@ -283,16 +290,16 @@ class Decoder(nn.Module):
     def __call__(
         self, tokens_bs: jax.Array, cache: KVCache | None = None, *, last_only: bool = False
     ) -> tuple[jax.Array, KVCache | None]:
-        """Logits of the next token after each token of `tokens_bs`.
+        """Logits of the next token, after each token of `tokens_bs`.
 
         Args:
-            tokens_bs: int32 [B, S]. Without a cache, whole sequences that begin at position 0. With one, the tokens
-                for the next S slots; slots before a row's `cache.start` hold padding, whose results mean nothing.
-            cache: what came before; None means nothing did and nothing need be kept.
-            last_only: logits of the last token alone (S becomes 1).
+            tokens_bs: int32 [B, S]. Without a cache: whole sequences, from position 0 on. With a cache: the tokens of
+                the next S slots. Slots before a row's `cache.start` are padding, and their results are meaningless.
+            cache: keys and values of the previous tokens, or None to use no cache.
+            last_only: compute only the logits of the last token (S becomes 1).
 
         Returns:
-            (logits float32 [B, S, V], the cache with S more slots filled).
+            Logits, float32 [B, S, V]; and the cache with S more slots filled, or None.
         """
         if cache is None:
             hidden = self.hidden(tokens_bs)
@@ -308,13 +315,13 @@ class Decoder(nn.Module):
     def hidden(
         self, tokens_bs: jax.Array, positions_bs: jax.Array | None = None, segments_bs: jax.Array | None = None
     ) -> jax.Array:
-        """What the head multiplies, for losses that never hold all logits (`training.losses`).
+        """The hidden states that the head multiplies, for losses that never hold all logits (`training.losses`).
 
         Args:
             tokens_bs: int32 [B, S].
             positions_bs: int32 [B, S], counted within each segment; by default 0, 1, ...
-            segments_bs: int32 [B, S]; a token sees the earlier tokens of its own segment, and of -n those of segment
-                n; none sees -n. None: a row is one segment.
+            segments_bs: int32 [B, S]. A token of segment n attends to earlier tokens of segment n. A token of segment
+                -n attends to segment n, and no token attends to it. None: each row is one segment.
 
         Returns:
             [B, S, D] in the compute dtype, after the last norm.
@@ -335,7 +342,7 @@ class Decoder(nn.Module):
 
 
 def visual_head_params(params: Params, config: DecoderConfig) -> Params:
-    """`params` with the head cut to its visual rows, for `Decoder(config, visual_head=True)`."""
+    """`params` with only the visual rows of the head, for `Decoder(config, visual_head=True)`."""
     special = config.tokens
     rows = slice(special.visual_start, special.visual_end)
     return {**params, "head": {name: leaf[rows] for name, leaf in params["head"].items()}}

@@ -1,6 +1,7 @@
-"""Frozen weights beside adapters: how each is kept, and how adapters are merged into it.
+"""Frozen weights beside adapters: how they are stored, and how adapters are merged into them.
 
-Functions on trees take nested dicts of stacked layers, of single ones, or any part of them: leaves are known by name.
+Functions on trees accept nested dicts with stacked layers, with separate layers, or any subtree: they recognise leaves
+by name.
 """
 
 import functools
@@ -26,12 +27,12 @@ Params = dict[str, Any]
 
 
 class LowRank(NamedTuple):
-    """An adapter of one matrix, which becomes W + scale * A B.
+    """The adapter of one matrix W. Merging gives W + scale * A B.
 
     Attributes:
-        a: float32 [in..., R].
-        b: float32 [R, out...].
-        scale: of the product.
+        a: A, float32 [in..., R].
+        b: B, float32 [R, out...].
+        scale: factor on the product.
     """
 
     a: np.ndarray
@@ -40,15 +41,15 @@ class LowRank(NamedTuple):
 
 
 def freeze_leaf(path: Path, leaf: jax.Array, base: str) -> dict[Path, jax.Array]:
-    """What is kept of one array of a plain decoder: a matrix quantised or cast, anything else cast.
+    """Converts one array of a plain decoder to its frozen form: a matrix is quantised or cast, other arrays are cast.
 
     Args:
-        path: of the array.
+        path: path of the array.
         leaf: the array.
-        base: of `BASES`.
+        base: storage of frozen weights, from `BASES`.
 
     Returns:
-        The array by its path; of a quantised matrix codes and scales.
+        The frozen arrays by path: one array, or codes and scales of a quantised matrix.
     """
     *parent, name = path
     if name not in MATRICES or base not in QUANTISED:
@@ -58,16 +59,19 @@ def freeze_leaf(path: Path, leaf: jax.Array, base: str) -> dict[Path, jax.Array]
 
 
 def merge(trainable: Params, frozen: Params, adapter: Adapter, dtype: Any) -> Params:
-    """A plain decoder's parameters W + alpha / rank * A B, computed in float32, then cast to `dtype`.
+    """Merges adapters into frozen weights: W + alpha / rank * A B, computed in float32, then cast to `dtype`.
 
-    A quantised W is what its codes stand for: the weights that the adapters were trained beside. For one layer at a
-    time, give both trees sliced to it.
+    A quantised W is dequantised first, because the adapters were trained beside the dequantised weights. To merge one
+    layer at a time, slice both trees to that layer.
 
     Args:
-        trainable: adapters; empty for the frozen weights alone.
-        frozen: all arrays of a decoder, each as `freeze_leaf` keeps it.
-        adapter: their config.
-        dtype: of the result.
+        trainable: the adapters; an empty dict to only dequantise and cast the frozen weights.
+        frozen: all arrays of a decoder, in the form of `freeze_leaf`.
+        adapter: settings of the adapters.
+        dtype: dtype of the result.
+
+    Returns:
+        The parameters of a plain decoder.
     """
     flat = traverse_util.flatten_dict(frozen)
     adapters = traverse_util.flatten_dict(trainable)
@@ -86,37 +90,36 @@ def merge(trainable: Params, frozen: Params, adapter: Adapter, dtype: Any) -> Pa
 
 
 def merge_array(path: Path, array: np.ndarray, pair: LowRank | None, base: str, dtype: np.dtype) -> Any:
-    """One array of a plain decoder with its adapter merged: bit for bit the same wherever it is called.
+    """Merges the adapter of one array of a plain decoder. The bits of the result do not depend on the caller's mesh.
 
-    A matrix is computed whole, on this process' first device; of other arrays nothing but the dtype changes, on the
-    host.
+    A matrix is merged on this process' first device. Other arrays are only cast, on the host.
 
     Args:
-        path: of the array.
-        array: as a bundle holds it.
+        path: path of the array.
+        array: the array as a bundle stores it.
         pair: its adapter, or None.
-        base: of `BASES`, how the frozen weights were kept while the adapter was trained.
-        dtype: of the result.
+        base: storage of the frozen weights while the adapter was trained, from `BASES`.
+        dtype: dtype of the result.
 
     Returns:
-        The array: a NumPy array, or of a matrix a `jax.Array`.
+        The merged array: a `jax.Array` for a matrix, else a NumPy array.
 
     Raises:
-        Emu3Error: a matrix becomes too large for `dtype`.
+        Emu3Error: a merged weight is too large for `dtype`.
     """
     name = path[-1]
     if name not in MATRICES:
         return array.astype(base_dtype(base), copy=False).astype(dtype, copy=False)
     device = jax.local_devices()[0]
     parts = None if pair is None else (pair.a, pair.b, np.float32(pair.scale))
-    # Arrays that lie on no mesh: a mesh that is in use must not spread the work, and with it the order of sums.
+    # A mesh of one device: the caller's mesh would spread the work, which changes the order of sums.
     with jax.set_mesh(jax.sharding.Mesh(np.asarray([device]), "one")):
         merged = _merge_matrix(*jax.device_put((array, parts), device), name=name, base=base, dtype=np.dtype(dtype))
         finite = bool(jnp.isfinite(merged).all())
     if not finite:
         raise Emu3Error(
-            f"the merged weights {'/'.join(path)} have numbers too large for {np.dtype(dtype).name}: take float32 "
-            "(--dtype); if it is float32, the adapter or the bundle is damaged: copy it again"
+            f"merged weight {'/'.join(path)}: a number is too large for {np.dtype(dtype).name}; give --dtype float32. "
+            "If the dtype is float32, the adapter or the bundle is damaged: copy it again"
         )
     return merged
 
@@ -134,7 +137,7 @@ def _merge_matrix(matrix: jax.Array, parts: Any, *, name: str, base: str, dtype:
 
 
 def _outer(name: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """A B in the shape of the matrix, float32."""
+    """The product A B, float32, in the shape of the matrix."""
     inputs, outputs = a.shape[:-1], b.shape[b.ndim - MATRICES[name].outputs :]
     layers = inputs[: len(inputs) - MATRICES[name].inputs]
     a, b = a.reshape(*layers, -1, a.shape[-1]), b.reshape(*layers, a.shape[-1], -1)

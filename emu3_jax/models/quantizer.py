@@ -1,21 +1,21 @@
-"""The codebook of the VQ: codes to vectors, and the nearest code of a vector, searched in blocks.
+"""The codebook of the vision tokenizer: looks up the vectors of codes, and searches the nearest code of a vector.
 
-Axes: P positions, K codes (in blocks), C embedding width.
+Axes: P positions, N blocks of the codebook, K codes, C embedding width.
 """
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-# One step holds POSITION_BLOCK x CODE_BLOCK vectors, whatever the picture and the codebook.
+# Block sizes of the search. They bound its memory for any size of picture and codebook.
 POSITION_BLOCK = 64
 CODE_BLOCK = 256
 
-CODEBOOK = ("quantize", "embedding")  # where the vectors lie among the vision tokenizer's parameters
+CODEBOOK = ("quantize", "embedding")  # path of the codebook in the vision tokenizer's parameters
 
 
 class Quantizer(nn.Module):
-    """`codebook_size` vectors of width `embed_dim` (upstream `Emu3VisionVQVectorQuantizer`)."""
+    """The codebook: `codebook_size` vectors of width `embed_dim` (upstream `Emu3VisionVQVectorQuantizer`)."""
 
     codebook_size: int
     embed_dim: int
@@ -28,20 +28,20 @@ class Quantizer(nn.Module):
         self.embedding = self.param("embedding", init, (self.codebook_size, self.embed_dim), jnp.float32)
 
     def lookup(self, codes: jax.Array) -> jax.Array:
-        """Codes [...] to vectors [..., C]."""
+        """The codebook vectors [..., C] of codes [...]."""
         return self.embedding[codes]
 
     def __call__(self, latents: jax.Array) -> jax.Array:
-        """Latents [..., C] to the nearest codes, int32 [...]."""
+        """The nearest codes of latents [..., C], int32 [...]."""
         return nearest_codes(latents, self.embedding)
 
 
 def nearest_codes(latents: jax.Array, codebook: jax.Array) -> jax.Array:
-    """The index of the codebook row nearest to each latent; of equally near rows the first.
+    """The index of the codebook row nearest to each latent. Of equally near rows it is the first.
 
-    The search is exact and has two levels: the smallest distance to each block of codes, then the nearest code of
-    the best block. Only a minimum runs over the whole codebook, which compilers vectorise where they do not an argmin,
-    and no positions x codes array exists.
+    The search is exact. It first finds the smallest distance to each block of codes, then the nearest code in the best
+    block. So only a minimum runs over the whole codebook, which compilers vectorise (unlike an argmin), and no array of
+    positions x codes exists.
 
     Args:
         latents: float32 [..., C].
@@ -51,7 +51,7 @@ def nearest_codes(latents: jax.Array, codebook: jax.Array) -> jax.Array:
         int32 [...].
     """
     shape, width = latents.shape[:-1], latents.shape[-1]
-    # Rows at infinity fill the last block and are never the nearest.
+    # The last block is padded with rows at infinity, which are never nearest.
     filled = jnp.pad(codebook, ((0, -len(codebook) % CODE_BLOCK), (0, 0)), constant_values=jnp.inf)
     blocks_nkc = filled.reshape(-1, CODE_BLOCK, width)
 
@@ -69,5 +69,5 @@ def nearest_codes(latents: jax.Array, codebook: jax.Array) -> jax.Array:
 
 
 def _squared_distance(a: jax.Array, b: jax.Array) -> jax.Array:
-    """|a - b|^2 over the last axis, from differences: |a|^2 + |b|^2 - 2ab would cancel."""
+    """|a - b|^2 over the last axis. The form |a|^2 + |b|^2 - 2ab would lose digits by cancellation."""
     return sum((a[..., i] - b[..., i]) ** 2 for i in range(a.shape[-1]))

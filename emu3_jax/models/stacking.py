@@ -1,9 +1,9 @@
-"""The two forms of a decoder's parameters, and the ways between them. Nothing else knows how layers are named.
+"""Converts between the two forms of a decoder's parameters. Only this module knows how layers are named.
 
-Apart     one subtree per layer, `layers_0`, `layers_1`, ...: bundles store it, decoding unrolls it
-stacked   one subtree `layers` whose arrays have a leading axis of layers: training scans over it
+separate  one subtree per layer, `layers_0`, `layers_1`, ...: bundles store it, decoding unrolls it
+stacked   one subtree `layers` whose arrays have a leading layer axis: training scans over it
 
-All other parameters are the same in both. A path is the names from the root of the tree to an array.
+All other parameters are the same in both forms. A path is a tuple of the names from the root of the tree to an array.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,16 +15,16 @@ from emu3_jax.config import DecoderConfig
 
 Path = tuple[str, ...]
 
-_LAYERS = "layers"  # what `Decoder.setup` calls its layers, one module or a list
+_LAYERS = "layers"  # the attribute of `Decoder` that holds the layers: one scanned module, or a list of modules
 
 
 def layer_name(index: int) -> str:
-    """The subtree of a layer where layers are apart."""
+    """The name of a layer's subtree in the separate form."""
     return f"{_LAYERS}_{index}"
 
 
 def stacked_place(path: Path) -> tuple[Path, int | None]:
-    """Where an array of the form apart lies in the stacked one: its path there, and its layer, None if it has none."""
+    """The path of an array in the stacked form, from its path in the separate form; and its layer, or None."""
     name, _, index = path[0].rpartition("_")
     if name != _LAYERS:
         return path, None
@@ -32,19 +32,23 @@ def stacked_place(path: Path) -> tuple[Path, int | None]:
 
 
 def is_stacked(path: Path) -> bool:
-    """Whether the array at this path of the stacked form has an axis of layers."""
+    """Whether the array at this path of the stacked form has a layer axis."""
     return path[0] == _LAYERS
 
 
 def stack_layers(
     apart: dict[Path, Any], config: DecoderConfig, stack: Callable[[Path, Sequence[Any]], Any]
 ) -> dict[Path, Any]:
-    """The stacked form, by path.
+    """Converts the separate form to the stacked form.
 
     Args:
-        apart: all arrays by path; they are taken out of it one by one, so that no more than one stack is there twice.
-        config: the decoder's.
-        stack: makes the array at a path of the stacked form from the layers' arrays.
+        apart: all arrays of the separate form, by path. This dict is emptied while stacking, so that memory holds only
+            one stack twice.
+        config: config of the decoder.
+        stack: function that makes the stacked array at a path from the arrays of all layers.
+
+    Returns:
+        All arrays of the stacked form, by path.
     """
     stacked = {}
     for path in list(apart):
@@ -58,7 +62,7 @@ def stack_layers(
 
 
 def unstack_layers(params: dict[str, Any], config: DecoderConfig) -> dict[str, Any]:
-    """Parameters whose layers are apart from stacked ones; both nested dicts."""
+    """Converts parameters from the stacked form to the separate form. Both are nested dicts."""
     rest = {name: subtree for name, subtree in params.items() if name != _LAYERS}
     layers = {
         layer_name(index): jax.tree.map(lambda leaf, index=index: leaf[index], params[_LAYERS])

@@ -1,6 +1,7 @@
-"""The causal 3D VQ: pictures and clips to codes of a 32,768-entry codebook, and back.
+"""The vision tokenizer, a causal 3D VQ model: pictures and clips to codes of a 32,768-entry codebook, and back.
 
-Axes: B batch, T frames, H W rows and columns of pixels, t h w the same of codes, C channels, N frames of all clips.
+Axes: B batch, T frames, H W rows and columns of pixels; t frames, h w rows and columns of codes; C channels, N frames
+of all clips.
 """
 
 import functools
@@ -32,13 +33,13 @@ from emu3_jax.models.vision_layers import (
     conv3x3,
 )
 
-# Frames go through the spatial network together up to this many pixels: small ones fill the device, and neither a long
-# clip nor a large batch needs more memory than one 512x512 picture.
+# The spatial network processes frames in groups of up to this many pixels. Small frames together fill the device, and a
+# long clip or a large batch needs no more memory than one 512x512 picture.
 PIXELS_PER_STEP = 512 * 512
 
 
 class Stage(nn.Module):
-    """The blocks of one resolution, then the change to the next. `resample` is "downsample", "upsample" or None."""
+    """The blocks at one resolution, then resampling. `resample` is "downsample", "upsample" or None."""
 
     numerics: Numerics
     features: int
@@ -61,7 +62,7 @@ class Stage(nn.Module):
 
 
 class Middle(nn.Module):
-    """Residual, attention, residual at the lowest resolution. [B, h, w, C] to the same."""
+    """Residual block, attention block, residual block at the lowest resolution. Keeps the shape [B, h, w, C]."""
 
     numerics: Numerics
 
@@ -74,7 +75,7 @@ class Middle(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """Frames to latents of the codebook's width."""
+    """Encodes frames to latents."""
 
     config: VisionConfig
     numerics: Numerics
@@ -100,7 +101,7 @@ class VisionEncoder(nn.Module):
         self.time_res_stack = [TemporalResnetBlock(numerics) for _ in range(c.num_res_blocks)]
 
     def spatial(self, frames: jax.Array) -> jax.Array:
-        """Every frame by itself. [N, H, W, in_channels] to [N, h, w, latent_channels]."""
+        """Encodes every frame on its own: [N, H, W, in_channels] to [N, h, w, latent_channels]."""
         x = self.conv_in(frames)
         for stage in self.down:
             x = stage(x)
@@ -108,7 +109,7 @@ class VisionEncoder(nn.Module):
         return self.conv_out(nn.silu(self.norm_out(x)))
 
     def temporal(self, latents: jax.Array, batch_statistics: jax.Array | None = None) -> jax.Array:
-        """Along time, causally. [B, T, h, w, C] to [B, T / temporal_factor, h, w, C].
+        """Convolves causally along time: [B, T, h, w, C] to [B, T / temporal_factor, h, w, C].
 
         `batch_statistics`: see `BatchNorm`.
         """
@@ -125,12 +126,12 @@ class VisionEncoder(nn.Module):
         latents = _over_frames(VisionEncoder.spatial, self, height * width, frames)
         if pixels.ndim == 5:
             return self.temporal(latents.reshape(*pixels.shape[:2], *latents.shape[1:]))
-        # A still is a clip that repeats it; its frames are equal up to here, so one was enough.
+        # A still counts as a clip of equal frames. The spatial network ran only once, because its results are equal.
         return self.temporal(latents[:, None].repeat(self.config.temporal_factor, axis=1))
 
 
 class VisionDecoder(nn.Module):
-    """Latents to frames, every norm steered by the codebook vectors."""
+    """Decodes latents to frames. Every norm of the spatial network also takes the codebook vectors."""
 
     config: VisionConfig
     numerics: Numerics
@@ -155,7 +156,7 @@ class VisionDecoder(nn.Module):
         self.conv_out = conv3x3(numerics, c.out_channels)
 
     def temporal(self, latents: jax.Array, batch_statistics: jax.Array | None = None) -> jax.Array:
-        """Along time, causally. [B, t, h, w, C] to [B, t * temporal_factor, h, w, C].
+        """Convolves causally along time: [B, t, h, w, C] to [B, t * temporal_factor, h, w, C].
 
         `batch_statistics`: see `BatchNorm`.
         """
@@ -166,16 +167,16 @@ class VisionDecoder(nn.Module):
         return latents
 
     def spatial(self, z: jax.Array, zq: jax.Array) -> jax.Array:
-        """Every frame by itself. Latents and codebook vectors, both [N, h, w, C], to [N, H, W, out_channels]."""
+        """Decodes every frame on its own: latents and codebook vectors [N, h, w, C] to [N, H, W, out_channels]."""
         x = self.mid(self.conv_in(z), zq)
         for stage in reversed(self.up):
             x = stage(x, zq)
         return self.conv_out(nn.silu(self.norm_out(x, zq)))
 
     def __call__(self, z: jax.Array, zq: jax.Array, still: bool) -> jax.Array:
-        """Latents and codebook vectors, both [B, t, h, w, C], to frames [B, T, H, W, out_channels].
+        """Decodes latents and codebook vectors, both [B, t, h, w, C], to frames [B, T, H, W, out_channels].
 
-        A still's pixels are the first of the frames that its one latent stands for: only that one is decoded, T is 1.
+        The picture of a still is the first frame of its latent. Only this frame is decoded, so T is 1.
         """
         both = self.temporal(jnp.concatenate([z, zq]))
         if still:
@@ -187,14 +188,14 @@ class VisionDecoder(nn.Module):
 
 
 class VisionTokenizer(nn.Module):
-    """The whole tokenizer (upstream `Emu3VisionVQModel`): `encode`, `latents` and `decode` are its methods for `apply`.
+    """The whole vision tokenizer (upstream `Emu3VisionVQModel`). Call `encode`, `latents` or `decode` through `apply`.
 
-    Frames pass the spatial network one group after another, so sharding a batch over devices wants `jax.shard_map`
-    around `apply`, each device with rows of its own.
+    The spatial network processes groups of frames in a loop. To shard a batch over devices, wrap `apply` in
+    `jax.shard_map`, so that each device loops over its own rows.
 
     Attributes:
         config: shapes.
-        numerics: how everything is computed; exactly, in float32, by default.
+        numerics: dtypes and precision; by default exact float32.
     """
 
     config: VisionConfig
@@ -209,38 +210,45 @@ class VisionTokenizer(nn.Module):
         self.post_quant_conv = CausalConv3d(numerics, c.latent_channels)
 
     def latents(self, pixels: jax.Array) -> jax.Array:
-        """What is quantised.
+        """The latents before quantisation.
 
         Args:
-            pixels: in -1..1, stills [B, H, W, in_channels] or clips [B, T, H, W, in_channels]; H and W multiples of
-                `spatial_factor`, T of `temporal_factor`.
+            pixels: float in -1..1, stills [B, H, W, in_channels] or clips [B, T, H, W, in_channels]. H and W must be
+                multiples of `spatial_factor`, T of `temporal_factor`.
 
         Returns:
             float32 [B, t, h, w, embed_dim]; t is 1 for stills.
 
         Raises:
-            Emu3Error: the shape is none of these.
+            Emu3Error: `pixels` has an illegal shape.
         """
         self._check_pixels(pixels)
         return self.quant_conv(self.encoder(pixels.astype(jnp.float32))).astype(jnp.float32)
 
     def encode(self, pixels: jax.Array) -> jax.Array:
-        """Codes of pictures or clips; `pixels` and errors as for `latents`.
+        """Encodes pictures or clips to codes.
+
+        Args:
+            pixels: as for `latents`.
 
         Returns:
             int32 [B, h, w] for stills, [B, t, h, w] for clips.
+
+        Raises:
+            Emu3Error: `pixels` has an illegal shape.
         """
         codes = self.quantize(self.latents(pixels))
         return codes[:, 0] if pixels.ndim == 4 else codes
 
     def decode(self, codes: jax.Array) -> jax.Array:
-        """Pictures or clips of codes.
+        """Decodes codes to pictures or clips.
 
         Args:
-            codes: integers [B, h, w] for stills, [B, t, h, w] for clips; inside the codebook, as `check_codes` assures.
+            codes: integers [B, h, w] for stills, [B, t, h, w] for clips. All must be in the codebook: `check_codes`
+                checks this, `decode` does not.
 
         Returns:
-            float32 pixels, in -1..1 but not clipped: [B, H, W, out_channels], or for clips
+            float32 pixels, nominally in -1..1 but not clipped: [B, H, W, out_channels], or for clips
             [B, t * temporal_factor, H, W, out_channels].
 
         Raises:
@@ -248,13 +256,13 @@ class VisionTokenizer(nn.Module):
         """
         if codes.ndim not in (3, 4):
             raise Emu3Error(
-                f"codes have shape {codes.shape}: they must be [B, h, w] for stills or [B, t, h, w] for clips"
+                f"codes have shape {codes.shape}: they must be [B, h, w] for stills, or [B, t, h, w] for clips"
             )
         still = codes.ndim == 3
         return self.decode_vectors(self.quantize.lookup(codes[:, None] if still else codes), still)
 
     def decode_vectors(self, zq: jax.Array, still: bool) -> jax.Array:
-        """Pictures or clips of codebook vectors [B, t, h, w, embed_dim]; t is 1 for stills. Returns as `decode`."""
+        """Decodes codebook vectors [B, t, h, w, embed_dim] (t is 1 for stills). Returns the same as `decode`."""
         pixels = self.decoder(self.post_quant_conv(zq), zq, still)
         return pixels[:, 0] if still else pixels
 
@@ -265,18 +273,20 @@ class VisionTokenizer(nn.Module):
         quantise: Callable[[jax.Array], jax.Array],
         batch_statistics: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """Pictures and clips through the whole tokenizer, as `latents` and `decode_vectors` do it, for training.
+        """Encodes, quantises and decodes pictures and clips, for training.
 
-        The frames of both pass the spatial networks together: half the programs, and fuller ones.
+        The results equal those of `latents` and `decode_vectors`. Frames of pictures and clips pass the spatial
+        networks together, which makes fewer and larger operations.
 
         Args:
-            stills: in -1..1, [B, H, W, in_channels], or None.
-            clips: [B, T, H, W, in_channels], of the same H and W, or None.
-            quantise: latents [P, embed_dim] of all, stills first, to codebook vectors with a gradient of their own.
+            stills: float in -1..1, [B, H, W, in_channels], or None.
+            clips: float in -1..1, [B, T, H, W, in_channels], with the same H and W, or None.
+            quantise: function from all latents [P, embed_dim], stills first, to codebook vectors [P, embed_dim]. It
+                defines the gradient of quantisation.
             batch_statistics: see `BatchNorm`.
 
         Returns:
-            Latents [P, embed_dim], and pixels [N, H, W, out_channels] of stills, then of the clips' frames.
+            The latents [P, embed_dim]; and the pixels [N, H, W, out_channels], stills first, then frames of clips.
         """
         inputs = [x for x in (stills, clips) if x is not None]
         size = inputs[0].shape[-3:]
@@ -304,39 +314,39 @@ class VisionTokenizer(nn.Module):
         return flat, self.decoder.spatial(jnp.concatenate(z_frames), jnp.concatenate(zq_frames))
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        """The reconstruction of `pixels`: touches every parameter, for `init`."""
+        """Encodes and decodes `pixels`. This uses every parameter, as `init` needs."""
         return self.decode(self.encode(pixels))
 
     def _check_pixels(self, pixels: jax.Array) -> None:
         c, shape = self.config, pixels.shape
         if len(shape) not in (4, 5) or shape[-1] != c.in_channels:
             raise Emu3Error(
-                f"pixels have shape {shape}: they must be [B, H, W, {c.in_channels}] for stills or "
+                f"pixels have shape {shape}: they must be [B, H, W, {c.in_channels}] for stills, or "
                 f"[B, T, H, W, {c.in_channels}] for clips"
             )
         height, width = shape[-3:-1]
         if height % c.spatial_factor or width % c.spatial_factor or 0 in shape:
             raise Emu3Error(
-                f"pixels have {height} rows and {width} columns: both must be multiples of "
-                f"{c.spatial_factor} and none empty; resize the picture"
+                f"pixels have shape {shape}: H ({height}) and W ({width}) must be multiples of "
+                f"{c.spatial_factor}, and no axis may be 0; resize the picture"
             )
         if len(shape) == 5 and shape[1] % c.temporal_factor:
             missing = -shape[1] % c.temporal_factor
             raise Emu3Error(
-                f"the clip has {shape[1]} frames: it must have a multiple of {c.temporal_factor}; repeat the last "
+                f"the clip has {shape[1]} frames: it must be a multiple of {c.temporal_factor}; repeat the last "
                 f"frame {missing} times, or drop {c.temporal_factor - missing}"
             )
 
 
 def check_codes(codes: np.ndarray, config: VisionConfig) -> None:
-    """Refuses what cannot be decoded: host-side, before the device would clamp it in silence.
+    """Checks on the host that codes can be decoded. A device would silently clamp codes outside the codebook.
 
     Args:
         codes: integers [..., h, w].
-        config: of the tokenizer that will decode them.
+        config: config of the vision tokenizer that will decode them.
 
     Raises:
-        Emu3Error: the array is empty, not of whole numbers, or has a code outside the codebook.
+        Emu3Error: the array is empty, does not hold whole numbers, or has a code outside the codebook.
     """
     codes = np.asarray(codes)
     if not np.issubdtype(codes.dtype, np.integer):
@@ -347,24 +357,24 @@ def check_codes(codes: np.ndarray, config: VisionConfig) -> None:
     if outside.any():
         place = tuple(int(i) for i in np.argwhere(outside)[0])
         raise Emu3Error(
-            f"code {codes[place]} at {list(place)} is outside the codebook: codes must be "
-            f"0 to {config.codebook_size - 1}; subtract the first visual id if these are token ids"
+            f"code {codes[place]} at {list(place)} is outside the codebook: codes must be from 0 to "
+            f"{config.codebook_size - 1}; if these are token ids, subtract the first visual id"
         )
 
 
 @functools.cache
 def make_encoder(config: VisionConfig) -> Callable[[Any, jax.Array], jax.Array]:
-    """The jitted `(params, pixels) -> codes` of `VisionTokenizer.encode`, compiled once per shape."""
+    """Returns `VisionTokenizer.encode` as a jitted `(params, pixels) -> codes`. It compiles once per shape."""
     model = VisionTokenizer(config)
     return jax.jit(lambda params, pixels: model.apply({"params": params}, pixels, method="encode"))
 
 
 @functools.cache
 def make_decoder(config: VisionConfig, fast: bool = False) -> Callable[[Any, jax.Array], jax.Array]:
-    """The jitted `(params, codes) -> pixels` of `VisionTokenizer.decode`, compiled once per shape.
+    """Returns `VisionTokenizer.decode` as a jitted `(params, codes) -> pixels`. It compiles once per shape.
 
-    `fast` takes float32 products at the device's default precision: TF32 on recent GPUs, bfloat16 on TPUs, no
-    difference on CPUs. Codes have no such choice: the nearest codebook vector can be another one.
+    `fast` computes float32 products at the device's default precision: TF32 on recent GPUs, bfloat16 on TPUs; on CPUs
+    nothing changes. Encoding has no such option, because the nearest codebook vector could change.
     """
     model = VisionTokenizer(config, _inference(fast))
 
@@ -379,27 +389,27 @@ def _inference(fast: bool) -> Numerics:
 
 
 class Stream:
-    """A clip that goes through the tokenizer in parts, each of which sees what came before: as the whole clip at once.
+    """Encodes or decodes a clip part by part. The results equal those of the whole clip at once.
 
-    What the causal convolutions remember is two frames of each of their inputs, at the resolution of the codes; so the
-    memory that a clip takes does not grow with its length. Parts of one size share a program.
+    Between parts, each causal convolution keeps the last two frames of its input, at the resolution of the codes. So
+    memory does not grow with the length of the clip. Parts of equal size share a compiled program.
     """
 
     def __init__(self, config: VisionConfig, params: Any, method: str, fast: bool = False):
-        """`method`: "encode" or "decode"; `fast`: see `make_decoder`."""
+        """Starts a stream. `method` is "encode" or "decode"; for `fast` see `make_decoder`."""
         self._step = _make_step(config, method, fast)
         self._params = params
         self._past = None
 
     def __call__(self, part: jax.Array | np.ndarray) -> jax.Array:
-        """The next part: pixels [B, T, H, W, in_channels] to codes, or codes [B, t, h, w] to pixels.
+        """Processes the next part: pixels [B, T, H, W, in_channels] to codes, or codes [B, t, h, w] to pixels.
 
         Raises:
-            Emu3Error: the shape is none that `VisionTokenizer.encode` takes.
+            Emu3Error: the part has an illegal shape, see `VisionTokenizer`.
         """
         if self._past is None:
-            # Where the weights lie, as what a step returns: elsewhere the second step would compile anew, and on a mesh
-            # of several processes the first would not run.
+            # The state is placed like the weights, because a step returns it there. Placed elsewhere, the second step
+            # would compile again, and on a mesh of several processes the first step would fail.
             place = getattr(jax.tree.leaves(self._params)[0], "sharding", None)
             shapes = jax.eval_shape(self._step, self._params, {}, part)[1]
             self._past = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=place), shapes)
@@ -409,7 +419,7 @@ class Stream:
 
 @functools.cache
 def _make_step(config: VisionConfig, method: str, fast: bool) -> Callable[[Any, Any, jax.Array], tuple[jax.Array, Any]]:
-    """The jitted `(params, past, part) -> (result, past)` of a stream."""
+    """The jitted step `(params, past, part) -> (result, past)` of a stream."""
     model = VisionTokenizer(config, _inference(fast))
 
     def step(params: Any, past: Any, part: jax.Array) -> tuple[jax.Array, Any]:
@@ -420,12 +430,12 @@ def _make_step(config: VisionConfig, method: str, fast: bool) -> Callable[[Any, 
 
 
 def _doublings(factor: int) -> int:
-    """log2 of a power of two."""
+    """The base-2 logarithm of a power of two."""
     return factor.bit_length() - 1
 
 
 def _over_frames(network: Callable[..., jax.Array], module: nn.Module, pixels: int, *frames: jax.Array) -> jax.Array:
-    """`network(module, *frames)` over frames [N, ...] of `pixels` pixels each, in equal groups of bounded size."""
+    """Applies `network(module, *frames)` to frames [N, ...] of `pixels` pixels each, in equal groups."""
     count = len(frames[0])
     limit = max(1, PIXELS_PER_STEP // pixels)
     group = max(d for d in range(1, min(limit, count) + 1) if count % d == 0)
@@ -435,7 +445,7 @@ def _over_frames(network: Callable[..., jax.Array], module: nn.Module, pixels: i
     def step(
         module: nn.Module, carry: tuple[()], start: jax.Array, frames: tuple[jax.Array, ...]
     ) -> tuple[tuple[()], jax.Array]:
-        # Slices of the whole, not rows of a reshaped array: that one XLA would copy first.
+        # Dynamic slices, because XLA would copy the whole array for a reshape into groups.
         return carry, network(module, *(jax.lax.dynamic_slice_in_dim(f, start, group) for f in frames))
 
     loop = nn.scan(step, variable_broadcast="params", split_rngs={"params": False}, in_axes=(0, nn.broadcast))

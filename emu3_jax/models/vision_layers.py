@@ -1,11 +1,12 @@
-"""Building blocks of the causal 3D VQ: convolutions, norms, residual and attention blocks.
+"""Building blocks of the vision tokenizer: convolutions, norms, residual and attention blocks.
 
-Axes: B batch (the spatial blocks see the frames of clips here), T frames, H W rows and columns, C channels, S positions
-(H times W), Q the queries of one block. Layout is channels-last. By default everything is float32 at the highest matmul
-precision: single TF32 and bfloat16 passes change codes. `Numerics` says otherwise, for training and for fast decoding.
+Axes: B batch (in spatial blocks, all frames of all clips), T frames, H W rows and columns, C channels, S positions
+(H times W), Q queries of one block. Layout is channels-last. By default everything is float32 at the highest matmul
+precision, because single TF32 and bfloat16 passes change codes. `Numerics` changes this for training and for fast
+decoding.
 
 Parameter names follow upstream's PyTorch modules segment by segment. Logical axes of the weights: "conv_time",
-"conv_rows", "conv_columns", "conv_in", "conv_out", and "channels" for what is per channel.
+"conv_rows", "conv_columns", "conv_in", "conv_out", and "channels" for vectors with one number per channel.
 """
 
 import dataclasses
@@ -23,14 +24,14 @@ HIGHEST = jax.lax.Precision.HIGHEST
 GROUPS = 32
 GROUP_NORM_EPS = 1e-6
 BATCH_NORM_EPS = 1e-5
-# Attention scores held at once: 64 MiB of float32. Up to 512x512 pixels one picture is one block.
+# Most attention scores in memory at once: 64 MiB in float32. A picture of up to 512x512 pixels is one block.
 MAX_SCORES = 2**24
 
-# [phase, pixel, tap]: which taps of a 3-kernel fall on which of two neighbours, for an even and an odd output row.
+# [phase, pixel, tap]: which taps of a kernel of 3 fall on which of two neighbour pixels, for even and odd output rows.
 _PHASES = np.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], np.float32)
 
-_FRAMES_BEFORE = 2  # of zeros, before the first one of a causal convolution
-PAST = "past"  # the collection of what causal convolutions see of the parts of a clip that came before
+_FRAMES_BEFORE = 2  # frames of zeros before the first frame of a causal convolution
+PAST = "past"  # Flax collection: the last frames of the previous part of a clip, one array per causal convolution
 
 _CONV_AXES = ("conv_time", "conv_rows", "conv_columns", "conv_in", "conv_out")
 _conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # upstream's Kaiming initialisation
@@ -40,14 +41,15 @@ _ones_init = nn.with_logical_partitioning(nn.initializers.ones_init(), ("channel
 
 @dataclasses.dataclass(frozen=True)
 class Numerics:
-    """How a module computes; each hands it to the modules inside. The defaults are those of exact inference.
+    """Dtypes and precision of a module and its submodules. The defaults are for exact inference.
 
     Attributes:
-        dtype: of the products and of what lies between them; norms and softmax stay float32. None: the inputs' own.
-        precision: of float32 products.
-        tf32_pairs: float32 convolutions at the highest precision go the fast way of `convolve`, on GPUs that have it.
-        differentiated: convolutions take the form whose gradients are fast, for a backward pass.
-        remat: the backward pass computes the insides of residual and attention blocks again.
+        dtype: dtype of products and activations, or None for the dtype of the inputs. Norms and softmax are float32.
+        precision: precision of float32 products.
+        tf32_pairs: compute float32 convolutions at the highest precision by `convolve`, which is faster on GPUs with
+            TF32.
+        differentiated: use forms of convolutions whose gradients are fast, for training.
+        remat: recompute the insides of residual and attention blocks in the backward pass.
     """
 
     dtype: jnp.dtype | None = None
@@ -58,19 +60,20 @@ class Numerics:
 
     @property
     def convolve(self) -> Callable[..., jax.Array]:
-        """`jax.lax.conv_general_dilated`, or what stands in for it."""
+        """The convolution function: `convolve` with `tf32_pairs`, else `jax.lax.conv_general_dilated`."""
         return convolve if self.tf32_pairs else jax.lax.conv_general_dilated
 
     def block(self, kind: type[nn.Module]) -> type[nn.Module]:
-        """A kind of block, its insides computed again in the backward pass where that is asked for."""
+        """The block class `kind`, wrapped in `nn.remat` if `remat` is set."""
         return nn.remat(kind) if self.remat else kind
 
 
 def convolve(x: jax.Array, kernel: jax.Array, *args: Any, precision: jax.lax.Precision, **kwargs: Any) -> jax.Array:
-    """`jax.lax.conv_general_dilated`, but three times as fast in float32 at the highest precision on NVIDIA GPUs.
+    """`jax.lax.conv_general_dilated`, three times as fast for float32 at the highest precision on NVIDIA GPUs.
 
-    There each operand is the sum of two TF32 numbers, and the matrix units take all products but the smallest, whose
-    share is that of a rounding to 23 bits; sums are float32. XLA splits products so on request, convolutions not.
+    On GPUs with TF32, each operand is split into a sum of two TF32 numbers. The matrix units compute three of the four
+    products, with float32 sums. The omitted product of the two small parts is as small as a rounding to 23 bits. XLA
+    can split matrix products this way, but not convolutions.
     """
 
     def product(x: jax.Array, kernel: jax.Array, precision: jax.lax.Precision = jax.lax.Precision.DEFAULT) -> jax.Array:
@@ -80,20 +83,20 @@ def convolve(x: jax.Array, kernel: jax.Array, *args: Any, precision: jax.lax.Pre
     if not exact or not takes_tf32():
         return product(x, kernel, precision)
     (high, low), (kernel_high, kernel_low) = _tf32_parts(x), _tf32_parts(kernel)
-    # One after the other, the smallest first: no more of these large arrays exist at once than must.
+    # Barriers make the products run one after the other, smallest first, so that few large arrays exist at once.
     high, total = jax.lax.optimization_barrier((high, product(low, kernel_high)))
     high, total = jax.lax.optimization_barrier((high, total + product(high, kernel_low)))
     return total + product(high, kernel_high)
 
 
 def _tf32_parts(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Two TF32 numbers (10 bits of mantissa) whose sum is x but for the last two of its 24 bits."""
+    """Splits x into two TF32 numbers (10 bits of mantissa each). Their sum equals x except in its last two bits."""
     high = jax.lax.reduce_precision(x, 8, 10)
     return high, jax.lax.reduce_precision(x - high, 8, 10)
 
 
 def kernel_init(*axes: str) -> Callable[..., Any]:
-    """Upstream's initialisation of a kernel with these logical axes."""
+    """Upstream's random initialisation, for a kernel with these logical axes."""
     return nn.with_logical_partitioning(_conv_init, axes)
 
 
@@ -106,7 +109,7 @@ def conv(
     stride: Sequence[int] | None = None,
     name: str | None = None,
 ) -> nn.Conv:
-    """A 2D or 3D convolution with bias: `kernel`, `padding` and `stride` per axis ([T,] H, W)."""
+    """A 2D or 3D convolution with bias. `kernel`, `padding` and `stride` have one entry per axis ([T,] H, W)."""
     return nn.Conv(
         features,
         tuple(kernel),
@@ -141,12 +144,12 @@ def dense(numerics: Numerics, features: int, name: str | None = None) -> nn.Dens
 
 
 def per_channel(vector: jax.Array, x: jax.Array) -> jax.Array:
-    """[C] as [1, ..., 1, C], to be broadcast to x."""
+    """Reshapes [C] to [1, ..., 1, C], so that it broadcasts to x."""
     return jnp.expand_dims(vector, range(x.ndim - 1))
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation over rows, columns and the channels of each of 32 groups. [B, H, W, C] to the same."""
+    """Group normalisation of [B, H, W, C] over rows, columns and the channels of each of 32 groups."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -155,29 +158,30 @@ class GroupNorm(nn.Module):
         bias = self.param("bias", _channels_init, (channels,), jnp.float32)
 
         def group_mean(values: jax.Array) -> jax.Array:
-            """[B, H, W, C] to [B, 1, 1, C]; per channel first, a fast reduction on every backend."""
+            """Group means [B, 1, 1, C] of [B, H, W, C]. Reducing per channel first is fast on every backend."""
             per_channel = values.mean((1, 2))
             per_group = per_channel.reshape(len(values), GROUPS, -1).mean(-1)
             return jnp.repeat(per_group, channels // GROUPS, axis=-1)[:, None, None]
 
         dtype, x = x.dtype, x.astype(jnp.float32)
         centred = x - group_mean(x)
-        variance = group_mean(centred**2)  # of the centred values: E[x^2] - E[x]^2 cancels
+        variance = group_mean(centred**2)  # E[x^2] - E[x]^2 would lose digits by cancellation
         normed = centred * jax.lax.rsqrt(variance + GROUP_NORM_EPS)
         return (normed * per_channel(scale, x) + per_channel(bias, x)).astype(dtype)
 
 
 class SpatialNorm(nn.Module):
-    """Group normalisation, then a gain and a shift per position from the codebook vectors (MoVQ, arXiv 2209.09002)."""
+    """Group normalisation, then a gain and a shift per position, computed from codebook vectors (arXiv 2209.09002)."""
 
     numerics: Numerics
 
     @nn.compact
     def __call__(self, x: jax.Array, zq: jax.Array) -> jax.Array:
-        """x [B, H, W, C], zq [B, h, w, embed] with H a multiple of h and W the same multiple of w."""
+        """Normalises x [B, H, W, C] with vectors zq [B, h, w, embed]; H and W are the same multiple of h and w."""
         b, height, width, channels = x.shape
         rows, columns = zq.shape[1:3]
-        # Nearest up-sampling commutes with a 1x1 convolution, so both run on the small grid and are broadcast.
+        # Nearest up-sampling commutes with a 1x1 convolution. So the convolutions run on the small grid; their results
+        # are broadcast.
         gain = conv1x1(self.numerics, channels, name="conv_y")(zq)[:, :, None, :, None]
         shift = conv1x1(self.numerics, channels, name="conv_b")(zq)[:, :, None, :, None]
         x = GroupNorm(name="norm_layer")(x)
@@ -186,16 +190,20 @@ class SpatialNorm(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation. The stored statistics are parameters like any other."""
+    """Batch normalisation. The stored statistics are ordinary parameters."""
 
     @nn.compact
     def __call__(self, x: jax.Array, batch_statistics: jax.Array | None = None) -> jax.Array:
-        """[..., C] to the same.
+        """Normalises x over all axes but the last.
 
         Args:
-            x: over all but the last axis it is normalised.
-            batch_statistics: float32 scalar from 0 to 1: how far the batch's statistics replace the stored ones. The
-                batch's are sown into the collection "statistics". None, as at inference: the stored ones alone.
+            x: [..., C].
+            batch_statistics: float32 scalar from 0 to 1, the weight of the batch's statistics against the stored ones.
+                The batch's statistics are also sown into the collection "statistics". None (inference): use only the
+                stored statistics.
+
+        Returns:
+            [..., C] in the dtype of x.
         """
         shape = (x.shape[-1],)
         scale = self.param("scale", _ones_init, shape, jnp.float32)
@@ -216,12 +224,12 @@ class BatchNorm(nn.Module):
 
 
 def norm(numerics: Numerics, name: str, x: jax.Array, zq: jax.Array | None) -> jax.Array:
-    """The encoder normalises by groups; the decoder, which has codebook vectors `zq`, by groups and position."""
+    """The norm of a block: `GroupNorm` in the encoder, `SpatialNorm` with codebook vectors `zq` in the decoder."""
     return GroupNorm(name=name)(x) if zq is None else SpatialNorm(numerics, name=name)(x, zq)
 
 
 class ResnetBlock(nn.Module):
-    """Two 3x3 convolutions around a shortcut. [B, H, W, C] to [B, H, W, features]."""
+    """A residual block of two 3x3 convolutions: [B, H, W, C] to [B, H, W, features]."""
 
     numerics: Numerics
     features: int
@@ -233,14 +241,15 @@ class ResnetBlock(nn.Module):
         h = conv3x3(numerics, self.features, name="conv2")(nn.silu(norm(numerics, "norm2", h, zq)))
         if x.shape[-1] != self.features:
             if numerics.tf32_pairs and takes_tf32():
-                # Not before h is there: the TF32 parts of both, of a large picture, would be the most that ever exists.
+                # The barrier delays the shortcut until h exists. Otherwise the TF32 parts of both convolutions would
+                # exist at once, which would set the peak memory of large pictures.
                 x, h = jax.lax.optimization_barrier((x, h))
             x = conv1x1(numerics, self.features, name="nin_shortcut")(x)
         return x + h
 
 
 class AttentionBlock(nn.Module):
-    """One head of attention over all positions of a picture, around a shortcut. [B, H, W, C] to the same."""
+    """A residual block of one attention head over all positions of a picture. Keeps the shape [B, H, W, C]."""
 
     numerics: Numerics
 
@@ -254,11 +263,11 @@ class AttentionBlock(nn.Module):
 
 
 def spatial_attention(q: jax.Array, k: jax.Array, v: jax.Array, precision: jax.lax.Precision = HIGHEST) -> jax.Array:
-    """Softmax attention, exact, over blocks of queries: the [S, S] scores of a large picture never exist whole.
+    """Exact softmax attention, computed in blocks of queries, so that the [S, S] scores never exist as a whole.
 
     Args:
-        q, k, v: [B, S, C].
-        precision: of float32 products.
+        q, k, v: queries, keys and values [B, S, C].
+        precision: precision of float32 products.
 
     Returns:
         [B, S, C].
@@ -281,7 +290,7 @@ def spatial_attention(q: jax.Array, k: jax.Array, v: jax.Array, precision: jax.l
 
 
 class Downsample(nn.Module):
-    """A strided 3x3 convolution, padded right and bottom only. [B, H, W, C] to [B, H/2, W/2, C]."""
+    """A 3x3 convolution of stride 2, padded only right and bottom: [B, H, W, C] to [B, H/2, W/2, C]."""
 
     numerics: Numerics
 
@@ -291,7 +300,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest up-sampling and a 3x3 convolution. [B, H, W, C] to [B, 2H, 2W, C]."""
+    """Nearest up-sampling, then a 3x3 convolution: [B, H, W, C] to [B, 2H, 2W, C]."""
 
     numerics: Numerics
 
@@ -301,10 +310,10 @@ class Upsample(nn.Module):
 
 
 class UpsampleConv(nn.Module):
-    """The 3x3 convolution of a picture whose every pixel is repeated 2x2, without making that picture.
+    """The 3x3 convolution of a picture up-sampled 2x2, computed without the up-sampled picture.
 
-    Along each axis the three taps fall on two different pixels, so the four output phases are 2x2 convolutions of the
-    small picture by sums of taps: 16 multiplications in place of 36.
+    Along each axis, the three taps fall on only two different pixels of the small picture. So each of the four output
+    phases is a 2x2 convolution of the small picture with sums of taps: 16 multiplications instead of 36.
     """
 
     numerics: Numerics
@@ -317,7 +326,7 @@ class UpsampleConv(nn.Module):
         taps = jnp.einsum("prk,qsl,klio->rsipqo", _PHASES, _PHASES, kernel, precision=HIGHEST)
         taps, precision = taps.reshape(2, 2, channels, 4 * channels).astype(x.dtype), self.numerics.precision
         if self.numerics.differentiated:
-            # Four products: XLA's CPU backend takes 40 times as long for the gradient of the convolution below.
+            # Four products, because XLA's CPU backend takes 40 times as long for the gradient of the convolution below.
             padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
             out = sum(
                 jnp.dot(padded[:, r : r + height + 1, s : s + width + 1], taps[r, s], precision=precision)
@@ -334,17 +343,18 @@ class UpsampleConv(nn.Module):
                 precision=precision,
             )
         out = out.reshape(b, height + 1, width + 1, 2, 2, channels)
-        # Output (i, j) saw pixels i - 1 and i: where phase 0 of i looks, and phase 1 of i - 1.
+        # Row i of `out` saw pixels i - 1 and i. For pixel i, phase 0 needs row i of `out`, phase 1 needs row i + 1.
         rows = [jnp.stack([out[:, p : p + height, q : q + width, p, q] for q in (0, 1)], axis=3) for p in (0, 1)]
         out = jnp.stack(rows, axis=2).reshape(b, 2 * height, 2 * width, channels)
         return out + per_channel(bias.astype(x.dtype), x)
 
 
 class CausalConv3d(nn.Module):
-    """A 3D convolution that sees no later frame. [B, T, H, W, C] to [B, T', H, W, features].
+    """A 3D convolution that never uses later frames: [B, T, H, W, C] to [B, T', H, W, features].
 
-    Two frames of zeros go before the first, also where the kernel is four long, as in upstream. Where the collection
-    "past" is mutable, the last two frames of the call before take their place: a clip may come in parts.
+    As in upstream, two frames of zeros precede the first frame, even if the kernel is four frames long. If the
+    collection "past" is mutable, the last two frames of the previous call replace the zeros, so a clip may come in
+    parts.
     """
 
     numerics: Numerics
@@ -368,10 +378,11 @@ class CausalConv3d(nn.Module):
 
 
 class FoldedConv3d(nn.Module):
-    """`CausalConv3d`'s convolution as one in two dimensions that has all frames' channels side by side.
+    """The convolution of `CausalConv3d` as one 2D convolution, with the channels of all frames side by side.
 
-    It multiplies with zeros where a frame does not see another, for one 2D convolution of more channels: few kernels
-    are made for 3D ones of so few. What that gains in a training step was not measured by itself.
+    It multiplies with zeros where an output frame does not depend on an input frame. In return it is one 2D convolution
+    with many channels; libraries have few fast kernels for 3D convolutions with few channels. The gain in a training
+    step was not measured separately.
     """
 
     numerics: Numerics
@@ -389,7 +400,7 @@ class FoldedConv3d(nn.Module):
         kernel = self.param("kernel", kernel_init(*_CONV_AXES), shape, jnp.float32)
         bias = self.param("bias", _channels_init, (self.features,), jnp.float32)
         outputs = (frames + _FRAMES_BEFORE - taps) // self.stride + 1
-        # [frame, tap, output frame]: which frame a tap of an output frame falls on
+        # `falls` [frame, tap, output frame] is 1 if the tap of an output frame falls on the frame.
         sees = np.arange(taps)[:, None] + self.stride * np.arange(outputs) - _FRAMES_BEFORE
         falls = (np.arange(frames)[:, None, None] == sees).astype(np.float32)
         folded = jnp.einsum("fto,trsck->rsfcok", falls, kernel, precision=HIGHEST).astype(x.dtype)
@@ -405,7 +416,7 @@ class FoldedConv3d(nn.Module):
 
 
 class TemporalDownsample(nn.Module):
-    """Halves the frames. [B, T, H, W, C] to [B, T/2, H, W, C]."""
+    """Halves the number of frames: [B, T, H, W, C] to [B, T/2, H, W, C]."""
 
     numerics: Numerics
 
@@ -415,7 +426,7 @@ class TemporalDownsample(nn.Module):
 
 
 class TemporalUpsample(nn.Module):
-    """Repeats each frame, then a causal convolution. [B, T, H, W, C] to [B, 2T, H, W, C]."""
+    """Repeats each frame, then applies a causal convolution: [B, T, H, W, C] to [B, 2T, H, W, C]."""
 
     numerics: Numerics
 
@@ -425,13 +436,13 @@ class TemporalUpsample(nn.Module):
 
 
 class TemporalResnetBlock(nn.Module):
-    """Two causal 3x3x3 convolutions around a shortcut. [B, T, H, W, C] to the same."""
+    """A residual block of two causal 3x3x3 convolutions. Keeps the shape [B, T, H, W, C]."""
 
     numerics: Numerics
 
     @nn.compact
     def __call__(self, x: jax.Array, batch_statistics: jax.Array | None = None) -> jax.Array:
-        """`batch_statistics`: see `BatchNorm`."""
+        """For `batch_statistics` see `BatchNorm`."""
         h = x
         for number in (1, 2):
             h = nn.silu(BatchNorm(name=f"norm{number}")(h, batch_statistics))
