@@ -366,7 +366,7 @@ BAD_TENSORS = [
     (lambda t: t[Q].fill(np.nan), "q_proj.lora_B.weight' has numbers that are not finite"),
     (
         lambda t: (t[A].fill(3e38), t[B].fill(3e38)),
-        "the merged weights layers_0/mlp/down have numbers too large for float32: take float32 .--dtype.; if it is",
+        "merged weight layers_0/mlp/down: a number is too large for float32; give --dtype float32. If the dtype is",
     ),
     (lambda t: t.update({A: t[A][:2].copy()}), "lora_A of rank 2, lora_B of rank 3"),
     (lambda t: t.update({A: np.ones(3, np.float32)}), r"is float32 \[3\]: it must be"),
@@ -428,7 +428,7 @@ def test_weights_too_large_for_float16(copy, tiny_bundle, tmp_path, capsys):
     edit_tensors(copy, lambda t: (t[A].fill(1e3), t[B].fill(1e3)))
     merge = ("merge", tiny_bundle, "--adapter", copy, "--quiet", "-o", tmp_path / "new")
     assert run(*merge, "--dtype", "float16") == 2
-    assert "layers_0/mlp/down have numbers too large for float16: take float32" in capsys.readouterr().err
+    assert "layers_0/mlp/down: a number is too large for float16; give --dtype float32" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["copy"]
     assert run(*merge) == 0
 

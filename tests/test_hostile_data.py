@@ -263,7 +263,7 @@ def test_config_files(folder, text):
 
 def test_an_index_is_one_of_python_s_digits():
     for name in ("²", "٣", "-1", "01", "1_0", "9" * 30, ""):
-        with pytest.raises(Emu3Error, match="is no index from 0 to 1"):
+        with pytest.raises(Emu3Error, match="is not an index from 0 to 1"):
             override(CONFIGS["train"], [f"profile.{name}=1"])
 
 

@@ -142,7 +142,7 @@ def test_bad_adapters_are_refused(fields, message):
 
 
 def test_an_odd_axis_has_no_4_bit_pairs():
-    with pytest.raises(Emu3Error, match="down has 7 weights along axis 0: nf4 needs an even number"):
+    with pytest.raises(Emu3Error, match="down has size 7 along axis 0, but nf4 needs an even size"):
         quantise_matrix("down", jnp.ones((7, 4)), "nf4")
 
 

@@ -221,7 +221,7 @@ def test_their_checkpoint_in_one_process(base, whole, tmp_path):
     assert_same_weights(whole / "model", tmp_path / "model")
     # The data was read in two shares: going on with one would repeat and leave out records.
     shutil.copytree(whole, tmp_path / "run")
-    with pytest.raises(Emu3Error, match="read its data in 2 shares, this one reads it in 1: resume with as many"):
+    with pytest.raises(Emu3Error, match="read its data in 2 shares, this one reads 1: resume with as many"):
         train(dataclasses.replace(base, directory=str(tmp_path / "run"), steps=STEPS + 1), progress=False)
 
 
