@@ -1,14 +1,16 @@
-"""Pretraining of the embedded model's decoder, 15.5 M parameters, on emoji: pictures, clips, questions and texts.
+"""Pretrains the decoder of the embedded model (15.5 M parameters) on emoji: pictures, clips, questions and texts.
 
     python scripts/build_emoji.py out/emoji
     emu3-jax train configs/vision_emoji.py
     python scripts/emoji_bundle.py out/vision_emoji/model -o out/emoji_start
-    emu3-jax prepare out/emoji/SET.jsonl --model out/emoji_start --keep-size -o out/emoji_tokens/SET    # each below
+    emu3-jax prepare out/emoji/SET.jsonl --model out/emoji_start --keep-size -o out/emoji_tokens/SET    # for each SET
     emu3-jax train configs/emoji_pretrain.py
     emu3-jax train configs/emoji_sft.py
 
-Everything is one mixture, as in the paper (arXiv 2409.18869, 3.2), with visual targets weighed by a tenth, where the
-paper has a half: answers are a few words.
+SET is the name of each data set below, such as t2i_train. `bash scripts/emoji_model.sh` runs all these commands.
+
+As in the paper (arXiv 2409.18869, 3.2), all kinds of data are trained in one mixture. Visual targets have weight 0.1;
+the paper uses 0.5. The lower weight compensates for short answers: they have only a few text tokens.
 """
 
 from emu3_jax.config import DecoderConfig
@@ -28,7 +30,8 @@ PROMPTS = ("3d emoji of dog face", "noto emoji of pizza", "flat emoji of rocket"
 
 
 def decoder() -> DecoderConfig:
-    tokens = special_tokens(2048, 2048)  # see scripts/emoji_bundle.py; the codebook of configs/vision_emoji.py
+    # 2,048 text tokens, see scripts/emoji_bundle.py; 2,048 codes, see configs/vision_emoji.py.
+    tokens = special_tokens(2048, 2048)
     return DecoderConfig(
         vocab_size=tokens.visual_end,
         hidden_size=384,
@@ -47,7 +50,7 @@ def decoder() -> DecoderConfig:
 def config() -> TrainConfig:
     captioned = TextToImage(loss="all", prompt_dropout=0.1, eos=True)
     sources = (
-        # Mostly the pictures as they are to be drawn; fewer of them smaller and off-centre, as an augmentation.
+        # Mostly pictures at full size. Fewer pictures are smaller and off-centre, as an augmentation.
         Source(f"{TOKENS}/t2i_upright", captioned, weight=3.5, parts=2),
         Source(f"{TOKENS}/t2i_train", captioned, weight=1.5, parts=2),
         Source(f"{TOKENS}/i2t_train", ImageToText(), weight=4.0, parts=2),
@@ -57,9 +60,10 @@ def config() -> TrainConfig:
     )
     return TrainConfig(
         directory="out/emoji_pretrain",
-        # A picture is seen hundreds of times: without dropout the loss on held-out ones rises after 1,000 steps.
+        # Training reads each picture hundreds of times. Without dropout, the held-out loss rises after 1,000 steps.
         model=ModelConfig("out/emoji_start", decoder(), random=True, remat="none", dropout=0.1, noise=1.0),
-        # A row is a clip, with or without questions, two pictures with text (338 tokens at most) or four texts.
+        # A row holds a clip (with or without questions), two pictures with text (at most 338 tokens each), or four
+        # texts.
         data=DataConfig(sources, sequence_length=688, packing=0, in_memory=True),
         batch_size=192,
         mesh="data=-1",

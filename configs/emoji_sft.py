@@ -1,10 +1,10 @@
-"""Fine-tuning of the embedded model after configs/emoji_pretrain.py: no loss on prompts, all of it on what is asked.
-
-Answers are learned by heart long before they are right for pictures that were never seen, so more than half of what is
-seen here are questions, most of them about close-ups, which pretraining did not have.
+"""Fine-tunes the embedded model after configs/emoji_pretrain.py. The loss counts only pictures, clips and answers.
 
 emu3-jax train configs/emoji_sft.py
 emu3-jax evaluate configs/eval_emoji.py --set model=out/emoji_sft/model
+
+The model memorises answers about training pictures long before it answers correctly about new pictures. So more than
+half of the data are questions, most of them about close-ups, which pretraining did not have.
 """
 
 import dataclasses

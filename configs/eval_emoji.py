@@ -1,14 +1,18 @@
-"""Evaluation of the embedded model, or one trained like it, on the emoji that it was not trained on.
+"""Evaluates the embedded model, or a model trained like it, on emoji that are held out of its training.
 
     python scripts/build_emoji.py out/emoji
     emu3-jax evaluate configs/eval_emoji.py
     emu3-jax evaluate configs/eval_emoji.py --set model=out/emoji_sft/model --set cases=64 --set codebook_cases=500
 
-Prints the figures as JSON and writes them, with a page of pictures, to out/evaluation: how well the vision tokenizer
-reconstructs concepts it never saw (PSNR, SSIM, use of the codebook), whether generated pictures show what was asked
-for at five guidance scales (by a judge that is trained once and kept beside the data, with its ceilings on the true
-pictures), whether descriptions and categories are right, whether shapes have the colour, form and place or motion
-asked for, also in a clip whose first half is given, and how much animated subjects move, beside the true clips.
+The command prints the figures as JSON. It writes them to out/evaluation, with a page of pictures. The figures are:
+
+- reconstruction: PSNR, SSIM and codebook use of the vision tokenizer on unseen concepts
+- text_to_image: do generated pictures show the prompt, at five guidance scales? A classifier, the judge, decides. It
+  is trained once and cached beside the data. Its scores on the true pictures are reported as upper bounds.
+- image_to_text: are descriptions and categories right?
+- procedural: do shapes have the colour, form and place or motion that the prompt names? Also for clips whose first
+  half is given.
+- motion: how much do animated subjects move, compared with the true clips?
 """
 
 from emu3_jax.evaluation.config import EvaluateConfig

@@ -1,4 +1,4 @@
-"""Pictures of 720x720 from the 8 B model with guidance, for planning: does it fit?
+"""For `emu3-jax plan`: does generating 720x720 pictures with the 8 B model and guidance fit a TPU slice?
 
 emu3-jax plan configs/generate_8b.py --topology v5e:2x4
 emu3-jax plan configs/generate_8b.py --topology v6e:2x2 --set pictures=8

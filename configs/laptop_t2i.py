@@ -1,4 +1,4 @@
-"""Text to picture from random weights, small enough for a laptop's CPU: two layers, 128x128 pixels, about ten minutes.
+"""Trains a tiny text-to-picture model from random weights on a laptop's CPU in about ten minutes.
 
     python scripts/small_checkpoint.py out/checkpoint
     emu3-jax convert out/checkpoint/decoder out/checkpoint/vision -o out/bundle
@@ -7,8 +7,9 @@
     emu3-jax train configs/laptop_t2i.py
     emu3-jax generate "a photo of a cat, top left" --model out/run/model --area 16384 --greedy -o out/pictures
 
-It learns the nine pieces of one photograph by heart: the loss falls from 12.1 = ln(184,622) to nearly 0. The pictures
-are as good as the vision tokenizer, which in that bundle has random weights.
+The model has two layers and makes 128x128 pixels. It memorises nine pieces of one photograph: the loss falls from
+12.1 = ln(184,622) to nearly 0. The pictures look like noise, because the vision tokenizer in out/bundle has random
+weights.
 """
 
 from emu3_jax.config import DecoderConfig

@@ -1,11 +1,12 @@
-"""Fine-tuning of the 8 B model on questions and answers about pictures by LoRA: adapters beside frozen weights.
+"""Fine-tunes the 8 B model by LoRA on questions and answers about pictures.
 
     emu3-jax prepare conversations.json --model out/emu3-chat --validation 0.05 -o out/data
     emu3-jax train configs/lora_i2t_8b.py
     emu3-jax chat photo.jpg --prompt "What is this?" --model out/lora_i2t/model
 
-The loss is on the answers alone; else the recipe is that of lora_t2i_8b.py. A caption without a conversation is the
-answer to `ImageToText.question`. On small slices `--set adapter.base=nf4` keeps the frozen weights in 4 bits.
+The loss counts only the answers. All other settings are those of lora_t2i_8b.py. If an example has a caption but no
+conversation, the question is `ImageToText.question` and the caption is the answer. On small slices,
+`--set adapter.base=nf4` stores the frozen weights in 4 bits.
 """
 
 from emu3_jax.config import DecoderConfig

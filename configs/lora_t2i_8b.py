@@ -1,12 +1,13 @@
-"""Fine-tuning of the 8 B model from text to pictures by LoRA: adapters beside frozen bfloat16 weights.
+"""Fine-tunes the 8 B model by LoRA on pictures with captions. The frozen weights are bfloat16.
 
     emu3-jax prepare PHOTOS --model out/emu3-gen --validation 0.05 -o out/data
     emu3-jax train configs/lora_t2i_8b.py
     emu3-jax generate "a portrait of a lighthouse" --model out/lora_t2i/model -o out/pictures
 
-16 rows of 8,704 tokens a step, each with one picture of 720x720 pixels and a caption of some 400 tokens at most.
-docs/planning.md says which TPU slices it fits, and the `accumulation` for each. `--set adapter.rank=32` makes the
-adapters larger. Where `prepare` had no `--validation`, add `--set "evaluation=()"`.
+A step has 16 rows of 8,704 tokens. A row holds one picture of 720x720 pixels and a caption of at most about 400
+tokens. docs/planning.md lists the TPU slices that this config fits, and the `accumulation` for each.
+`--set adapter.rank=32` makes larger adapters. If you called `prepare` without `--validation`, add
+`--set "evaluation=()"`.
 """
 
 from emu3_jax.config import DecoderConfig

@@ -1,14 +1,14 @@
-"""Fine-tuning of the embedded model on a folder of your own captioned photos, by LoRA, on a laptop's CPU.
+"""Fine-tunes the embedded model by LoRA on a folder of your own captioned photos, on a laptop's CPU.
 
     emu3-jax prepare PHOTOS -o out/photos_data
     emu3-jax train configs/photos_laptop.py
     emu3-jax generate "a ginger cat looks at the camera" --model out/photos/model --guidance 1 -o out/pictures
 
-PHOTOS holds pictures and, in text files of their names, captions: photo.jpg and photo.txt. docs/data.md lists what else
-it may be. `python scripts/photos.py PHOTOS` writes 24 photographs with captions to try it with.
+PHOTOS is a folder of pictures with captions in text files of the same name: photo.jpg and photo.txt. docs/data.md
+lists other formats. `python scripts/photos.py PHOTOS` writes 24 photographs with captions to try it.
 
-On two cores the training takes 6 to 8 minutes. The result draws each photograph from its caption, at the 32x32 pixels
-of the embedded model. Give more steps for more photos, as `--set steps=600`: a step sees eight.
+Training takes 6 to 8 minutes on two cores. The trained model generates each photograph from its caption, in the 32x32
+pixels of the embedded model. A step reads eight photos. For more photos use more steps, for example `--set steps=600`.
 """
 
 from emu3_jax.checkpoints.embedded import embedded_bundle
@@ -21,10 +21,10 @@ from emu3_jax.training.config import ModelConfig, OptimizerConfig, TrainConfig
 def config() -> TrainConfig:
     return TrainConfig(
         directory="out/photos",
-        # Noise makes earlier tokens less predictive, so the model must use the caption. Without it pictures that are
-        # known by heart fall apart under guidance.
+        # Noise makes earlier tokens less predictive, so the model must use the caption. Without noise, guidance breaks
+        # memorised pictures.
         model=ModelConfig(str(embedded_bundle()), dtype="float32", remat="none", dropout=0.05, noise=1.0),
-        # A picture of 32x32 pixels takes some 285 tokens; the rest of a row is for long captions and wide pictures.
+        # A picture of 32x32 pixels takes about 285 tokens. The rest of a row is for long captions and wide pictures.
         data=DataConfig((Source("out/photos_data", TextToImage(prompt_dropout=0.1)),), 384, packing=0, in_memory=True),
         batch_size=8,
         steps=200,

@@ -1,11 +1,11 @@
-"""Pretraining of the 8 B model from random weights: captions and pictures, both ways round, every token a target.
+"""Pretrains the 8 B model from random weights on pictures and captions, in both orders. Every token is a target.
 
     emu3-jax plan configs/pretrain_8b.py --topology v5p:4x4x8
     emu3-jax prepare manifest.jsonl --model out/emu3-stage1 -o out/data
     emu3-jax train configs/pretrain_8b.py
 
-As in the paper (arXiv 2409.18869, 3.2), visual targets weigh half and the rate falls by a cosine from 5e-5. Batch size
-and length of the run are choices for a slice of 128 chips.
+As in the paper (arXiv 2409.18869, 3.2), visual targets have weight 0.5, and the learning rate falls from 5e-5 as a
+cosine. Batch size and number of steps are our choices for a slice of 128 chips.
 """
 
 from emu3_jax.config import DecoderConfig

@@ -1,11 +1,11 @@
-"""Fine-tuning of the 8 B model from text to pictures by QLoRA: adapters beside frozen weights of 4 bits (NF4).
+"""Fine-tunes the 8 B model by QLoRA on pictures with captions. The frozen weights have 4 bits (NF4).
 
     emu3-jax prepare PHOTOS --model out/emu3-gen --validation 0.05 -o out/data
     emu3-jax train configs/qlora_t2i_8b.py
     emu3-jax generate "a portrait of a lighthouse" --model out/qlora_t2i/model -o out/pictures
 
-The recipe is that of lora_t2i_8b.py; the frozen weights take a quarter of the memory, and each step is slower. It is
-for slices that the other does not fit, by docs/planning.md.
+All other settings are those of lora_t2i_8b.py. The frozen weights take a quarter of the memory, but each step is
+slower. Use this config on slices that lora_t2i_8b.py does not fit; docs/planning.md lists them.
 """
 
 from emu3_jax.config import DecoderConfig

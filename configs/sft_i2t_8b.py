@@ -1,10 +1,10 @@
-"""Fine-tuning of the 8 B model on questions and answers about pictures, all weights.
+"""Fine-tunes all weights of the 8 B model on questions and answers about pictures.
 
     emu3-jax plan configs/sft_i2t_8b.py --topology v5e:8x8
     emu3-jax prepare manifest.jsonl --model out/emu3-chat -o out/data
     emu3-jax train configs/sft_i2t_8b.py
 
-The loss is on the answers alone; else the recipe is that of sft_t2i_8b.py.
+The loss counts only the answers. All other settings are those of sft_t2i_8b.py.
 """
 
 from emu3_jax.config import DecoderConfig

@@ -1,12 +1,12 @@
-"""Fine-tuning of the 8 B model from text to pictures, all weights: the reference's recipe (its scripts/t2i_sft.sh).
+"""Fine-tunes all weights of the 8 B model on pictures with captions, by the recipe of Emu3 (its scripts/t2i_sft.sh).
 
     emu3-jax plan configs/sft_t2i_8b.py --topology v5p:4x4x4
     emu3-jax prepare manifest.jsonl --model out/emu3-gen -o out/data
     emu3-jax train configs/sft_t2i_8b.py
 
-64 rows of 10,240 tokens a step: one for each chip of a slice of 64. By its plans a chip needs 13.5 GiB of a v5e:8x8;
-of a v5p:4x4x4 13.7 GiB with `--hbm-limit 15`, and XLA takes 19.7 GiB where it may. For fewer chips: `--set
-accumulation=...`.
+A step has 64 rows of 10,240 tokens, one row for each of 64 chips. By `emu3-jax plan`, a chip of a v5e:8x8 needs 13.5
+GiB. A chip of a v5p:4x4x4 needs 13.7 GiB with `--hbm-limit 15`; without the limit, XLA spends spare memory to save
+time: 19.7 GiB. For fewer chips add `--set accumulation=...`.
 """
 
 from emu3_jax.config import DecoderConfig

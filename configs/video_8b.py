@@ -1,17 +1,19 @@
-"""Second stage of pretraining the 8 B model: clips beside pictures, at 131,072 tokens a row. For clips and next frames.
+"""Second stage of pretraining the 8 B model: clips and pictures in rows of 131,072 tokens.
 
     emu3-jax plan configs/video_8b.py --topology v5p:4x4x8
     emu3-jax prepare clips.jsonl --model out/emu3-stage1 -o out/clips
     emu3-jax prepare pictures.jsonl --model out/emu3-stage1 -o out/pictures
     emu3-jax train configs/video_8b.py
 
-As in the paper (arXiv 2409.18869, 3.2), video comes in with a context of 131,072 tokens, visual targets weigh half and
-the rate falls by a cosine from 5e-5. A clip of 5 s at 24 frames a second is 30 latent frames: at 512x512 pixels 124,830
-tokens. What is shorter is packed. No weights for clips are published: `out/emu3-stage1` is the first stage's bundle,
-which knew shorter rows.
+The trained model generates clips and continues them (next-frame prediction). As in the paper (arXiv 2409.18869, 3.2),
+this stage has a context of 131,072 tokens, visual targets have weight 0.5, and the learning rate falls from 5e-5 as a
+cosine. A clip of 5 s at 24 frames per second is 30 latent frames; at 512x512 pixels it has 124,830 tokens. Shorter
+examples are packed into rows. No weights for clips are published. Training starts from `out/emu3-stage1`, the bundle of
+the first stage, which was trained on shorter rows.
 
-Eight chips share a row: each holds 16,384 of its tokens, and in attention one KV head of the whole row. Sixteen rows
-are 2.1 million tokens a step. Mixture, batch and length of the run are choices. By its plan a chip needs 18.3 GiB.
+Eight chips share a row. Each chip holds 16,384 tokens of it and, in attention, one KV head of the whole row. Sixteen
+rows are 2.1 million tokens per step. The data mixture, the batch size and the number of steps are our choices. By
+`emu3-jax plan`, a chip needs 18.3 GiB.
 """
 
 from emu3_jax.config import DecoderConfig

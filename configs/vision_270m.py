@@ -1,9 +1,10 @@
-"""The published 270 M vision tokenizer's shapes, trained by the recipe of configs/vision_emoji.py; never run.
+"""Trains a vision tokenizer in the shapes of the published one (270 M parameters). This config was never run.
 
     emu3-jax plan configs/vision_270m.py --topology v5p:2x2x4
     emu3-jax train configs/vision_270m.py
 
-A manifest of pictures and clips as `emu3-jax prepare` reads them; 256x256 crops, clips of 8 frames.
+manifest.jsonl names pictures and clips, in the format that `emu3-jax prepare` reads. Training uses crops of 256x256
+pixels and clips of 8 frames. The method is that of configs/vision_emoji.py.
 """
 
 from emu3_jax.config import ImageConfig, VisionConfig

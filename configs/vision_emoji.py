@@ -1,7 +1,9 @@
-"""The embedded model's vision tokenizer, 2.9 M parameters: 32x32 emoji and clips to 16x16 codes of 2,048, and back.
+"""Trains the vision tokenizer of the embedded model (2.9 M parameters) on emoji of 32x32 pixels and clips.
 
 python scripts/build_emoji.py out/emoji
 emu3-jax train configs/vision_emoji.py
+
+A picture becomes 16x16 codes from a codebook of 2,048.
 """
 
 from emu3_jax.config import VisionConfig
@@ -14,7 +16,8 @@ def config() -> VisionTrainConfig:
         directory="out/vision_emoji",
         vision=VisionConfig(
             codebook_size=2048,
-            # More than the published 4, which all temporal layers compute in: short runs learned faster with 16.
+            # The published model has 4 channels, in which all temporal layers compute. With 16, short runs learned
+            # faster.
             embed_dim=8,
             latent_channels=8,
             base_channels=64,

@@ -1,9 +1,10 @@
-"""What converting costs: bytes read, peak host memory and seconds, for a synthetic sharded bfloat16 decoder.
+"""Measures `emu3-jax convert`: bytes read, peak host memory and seconds, for a random sharded bfloat16 decoder.
 
     python scripts/bench_convert.py [--layers 4] [--quantize int8] [--directory DIR]
 
-The decoder has the published 8 B model's widths and vocabulary, so its largest arrays are the real ones; `--layers 32`
-is the whole 17 GB. Prints one JSON line. Needs twice the checkpoint's size on the disk; removes all of it.
+The decoder has the widths and the vocabulary of the published 8 B model, so its largest arrays are of real size. With
+`--layers 32` it has the full 17 GB. The script prints one JSON line. It needs twice the checkpoint's size on the disk,
+and removes all files at the end.
 """
 
 import argparse
@@ -41,7 +42,7 @@ print(json.dumps({"bytes_read": bytes_read() - before, "peak_rss_bytes": peak, "
 
 
 def write_checkpoint(directory: Path, config: DecoderConfig) -> int:
-    """Writes a sharded upstream checkpoint of random finite weights; returns the bytes of its weights."""
+    """Writes a sharded checkpoint of random finite weights in upstream's layout. Returns the bytes of its weights."""
     (directory / "config.json").write_text(json.dumps(decoder_to_published(config, "upstream")))
     shards, size = [[]], 0
     for weight in (w for param in decoder_params(config) for w in param.weights):
@@ -62,16 +63,16 @@ def write_checkpoint(directory: Path, config: DecoderConfig) -> int:
 
 
 def random_array(entry: tuple[str, tuple[int, ...], np.dtype]) -> np.ndarray:
-    """A tile of random numbers, repeated: drawing gigabytes takes longer than converting them."""
+    """Repeats a tile of random numbers, because generating gigabytes of them takes longer than converting them."""
     tile = np.random.default_rng(0).standard_normal(1 << 20, np.float32).astype(BFLOAT16)
     return np.resize(tile.view(np.uint16), entry[1]).view(BFLOAT16)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--quantize", default="", help="a kind of `emu3-jax convert --quantize`; default: in full")
-    parser.add_argument("--directory", type=Path, help="where to write; default: the temporary directory")
+    parser.add_argument("--layers", type=int, default=4, help="layers of the decoder (default: %(default)s)")
+    parser.add_argument("--quantize", default="", help="quantise as `emu3-jax convert --quantize` (default: do not)")
+    parser.add_argument("--directory", type=Path, help="directory for the files (default: the system's temporary one)")
     arguments = parser.parse_args()
     config = dataclasses.replace(DecoderConfig(), num_layers=arguments.layers)
     with tempfile.TemporaryDirectory(dir=arguments.directory) as name:

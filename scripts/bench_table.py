@@ -1,7 +1,8 @@
-"""The whole table of decoding on this machine's GPU: `python scripts/bench_table.py` from a checkout.
+"""Benchmarks decoding on this machine's GPU and prints one table. Run `python scripts/bench_table.py` in a checkout.
 
-Runs `emu3-jax bench` for each part, every one in a process of its own, passes its JSON lines on to standard error, and
-prints one Markdown table with what is aimed at on an H100 80 GB beside what was measured. Exits with 1 if a part fails.
+The script runs `emu3-jax bench` once per part, each in its own process. It copies the JSON lines of the benchmarks to
+standard error, and prints a Markdown table: the goal for an H100 80 GB beside the measured figure. The exit code is 1
+if a part fails.
 """
 
 import argparse
@@ -27,19 +28,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     everywhere = [part for part in PARTS if part != "two"]
     parser.add_argument(
-        "parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all but two, which needs two GPUs)"
+        "parts",
+        nargs="*",
+        metavar="PART",
+        help=f"parts to run: {', '.join(PARTS)} (default: all except `two`, which needs two GPUs)",
     )
     chosen = parser.parse_args().parts or everywhere
     for part in chosen:
         if part not in PARTS:
-            parser.error(f"part {part!r} is unknown: choose of {', '.join(PARTS)}")
+            parser.error(f"part {part!r} is unknown: choose from {', '.join(PARTS)}")
     results, failed = {}, False
     for part in chosen:
         results[part], ok = run(PARTS[part])
         failed |= not ok
     machine = next((line for figures in results.values() for line in figures if "device" in line), {})
     print(", ".join(f"{key} {machine[key]}" for key in ("device", "copy_gb_per_s", "jax") if key in machine))
-    print("| what | aim (H100) | measured |\n|---|---|---|")
+    print("| what | goal (H100) | measured |\n|---|---|---|")
     for row in rows(results):
         print("| " + " | ".join(row) + " |")
     return int(failed)
@@ -58,7 +62,7 @@ def run(arguments: tuple[str, ...]) -> tuple[Figures, bool]:
 
 
 def rows(results: dict[str, Figures]):
-    """(what, aim, measured) of everything that there are figures for."""
+    """Yields (what, goal, measured) for everything that was measured."""
     pictures = {
         part: {line["pictures"]: line for line in figures if "ms_per_token_average" in line}
         for part, figures in results.items()
@@ -71,36 +75,36 @@ def rows(results: dict[str, Figures]):
         ]
         yield (
             "exact, one guided 720x720 picture",
-            "5.8 ms a step, 90% of copy bandwidth",
+            "5.8 ms per step, 90% of copy bandwidth",
             (f"{ms} ms, {min(shares):.0%} to {max(shares):.0%}"),
         )
         for name, aim in (("generate()", 23), ("torch.compile", 2.3)):
             times = [line["ms_per_token"] for line in results["exact"] if name in line.get("peer", "")]
             if times:
                 ratio = min(times) / ms
-                yield f"times as fast as {name} of transformers", f"{aim}", f"{ratio:.1f} ({min(times)} ms at best)"
+                yield f"speed-up over {name} of transformers", f"{aim}", f"{ratio:.1f} (its best: {min(times)} ms)"
         yield "compile, prefill and decode, first calls", "60 s", f"{exact[1]['first_calls_s']} s"
-        yield "sampler", "3% of a step", f"{exact[1]['sampler_share']:.1%}"
+        yield "sampler, share of a step", "3%", f"{exact[1]['sampler_share']:.1%}"
     again, two = pictures.get("again", {}), pictures.get("two", {})
     if 1 in again and 1 in exact:
-        yield "the same from the persistent cache", "10 s", f"{again[1]['first_calls_s']} s"
+        yield "the same, with programs from the persistent cache", "10 s", f"{again[1]['first_calls_s']} s"
     if 1 in again and 1 in two:
         ratio = again[1]["ms_per_token_average"] / two[1]["ms_per_token_average"]
-        yield "two GPUs, tensor parallel", "1.7 times one", f"{ratio:.2f}"
+        yield "two GPUs, tensor parallel, speed-up over one", "1.7", f"{ratio:.2f}"
     if 1 in narrow:
-        yield "int8 weights and cache, one picture", "3.2 ms a step", f"{narrow[1]['ms_per_token_average']} ms"
+        yield "int8 weights and cache, one picture", "3.2 ms per step", f"{narrow[1]['ms_per_token_average']} ms"
     for part, figures in pictures.items():
         for count, line in figures.items():
             ratio = ""
             if 1 in figures and count > 1:
-                ratio = f", {line['pictures_per_minute'] / figures[1]['pictures_per_minute']:.2f} times those of one"
-            aim = {("exact", 8): "4.8 times those of one", ("int8", 8): "5 s a picture"}.get((part, count), "")
+                ratio = f" ({line['pictures_per_minute'] / figures[1]['pictures_per_minute']:.2f} x batch size 1)"
+            aim = {("exact", 8): "4.8 x batch size 1", ("int8", 8): "5 s per picture"}.get((part, count), "")
             yield (
-                f"{part}, {count} at once",
+                f"{part}, batch size {count}",
                 aim,
                 (
-                    f"{line['ms_per_token_average']} ms a step, {line['seconds_per_picture']} s a picture, "
-                    f"{line['pictures_per_minute']} a minute{ratio}, {line.get('peak_gb', '?')} GB at peak"
+                    f"{line['ms_per_token_average']} ms per step, {line['seconds_per_picture']} s per picture, "
+                    f"{line['pictures_per_minute']} per minute{ratio}, peak memory {line.get('peak_gb', '?')} GB"
                 ),
             )
         error = next((line for line in results[part] if "logit_error" in line), None)
@@ -121,8 +125,8 @@ def rows(results: dict[str, Figures]):
         fast = sides["emu3_jax, fast"]
         yield (
             "VQ 720x720, fast decode",
-            "0.1 s, under 1/255 off",
-            (f"{fast['decode_s']} s, {fast['mean_difference_255ths']}/255 off"),
+            "0.1 s, mean error under 1/255",
+            (f"{fast['decode_s']} s, mean error {fast['mean_difference_255ths']}/255"),
         )
 
 

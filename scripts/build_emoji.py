@@ -1,8 +1,10 @@
-"""Builds the data of the embedded model: captioned emoji pictures and clips from open packages, and drawn shapes.
+"""Builds the data of the embedded model: captioned emoji pictures and clips from open packages, and coloured shapes.
 
-python scripts/build_emoji.py out/emoji      pictures/, clips/, procedural/, items.jsonl, *.jsonl, NOTICE, summary.json
+python scripts/build_emoji.py out/emoji
 
-Needs npm where the cache lacks a package (about 760 MB in all, 30 MB with --no-clips), and the extra `emoji`.
+The directory gets pictures/, clips/, procedural/, items.jsonl, manifests (*.jsonl), NOTICE and summary.json. The script
+needs the extra `emoji`, and npm to download packages that are not in the cache (about 760 MB in all; 30 MB with
+--no-clips).
 """
 
 import argparse
@@ -38,11 +40,11 @@ from emu3_jax.media.clips import load_clip, save_clip
 from emu3_jax.progress import each
 
 NOTICE = pathlib.Path(__file__).parent / "emoji_data" / "notice.txt"
-ALIKE = 16.0  # mean difference, of 255, below which two styles draw a concept the same way; unlike ones differ by 38
+ALIKE = 16.0  # two styles draw a concept alike if their mean difference, of 255, is below this; others differ by 38
 PROCEDURAL_FPS = 4.0
-SMALLER, CLOSEUPS = 5, 6  # further views of a picture that the decoder is trained on: more than one sequence of codes
-SEED = 1  # with 0, the 24 clock faces make up a third of the concepts that are held out
-_BYTES_PER_PIXEL = 300_000  # of the whole directory, for each pixel of a picture: a generous bound for the disk
+SMALLER, CLOSEUPS = 5, 6  # numbers of smaller views and close-ups per training picture, so that its codes vary
+SEED = 1  # with seed 0, a third of the held-out concepts would be the 24 clock faces
+_BYTES_PER_PIXEL = 300_000  # bytes of the whole directory per pixel of a picture: a generous bound for the disk check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Sources:
 
 
 class _Unused:
-    """What was left out and why, for the summary."""
+    """Names of unused pictures and clips by reason, for the summary."""
 
     def __init__(self):
         self._names = collections.defaultdict(list)
@@ -78,19 +80,19 @@ def build(
     sources: Sources | None = None,
     scenes: tuple[Sequence[procedural.Still], Sequence[procedural.Motion]] | None = None,
 ) -> dict:
-    """Writes the data set, whole or not at all, and returns its summary.
+    """Writes the whole data set, or nothing, and returns its summary.
 
     Args:
-        directory: to be made.
-        cache: where the packages' tarballs are kept; nothing in it is ever deleted.
-        size: side of the pictures and frames.
+        directory: new directory for the data set.
+        cache: directory of the packages' tarballs. Nothing in it is ever deleted.
+        size: side of pictures and frames in pixels, at least 16.
         clips: whether to read the animated packages.
-        seed: of the splits and captions.
-        sources: other packages than the pinned ones.
-        scenes: which stills and clips to draw, all by default.
+        seed: seed of splits and captions.
+        sources: packages to use instead of the pinned ones.
+        scenes: procedural stills and clips to rasterise, by default all.
 
     Raises:
-        Emu3Error: `directory` exists, a package cannot be had, or something cannot be written.
+        Emu3Error: `directory` exists, a package cannot be fetched, or a file cannot be written.
     """
     if size < 16:
         raise Emu3Error(f"size is {size}: the pictures must be at least 16 pixels wide")
@@ -126,11 +128,13 @@ def _write_pictures(
     seed: int,
     unused: _Unused,
 ) -> tuple[list[dict], set[str]]:
-    """Writes all pictures; returns their items and the codepoints whose clips are held out with their 3d pictures."""
+    """Writes all pictures. Returns their items, and the codepoints whose clips are held out too."""
     labelled = set(concepts)
     characters = {style: load_characters(tarballs[package]) for style, package in sources.drawings.items()}
     if not characters.get("vintage"):
-        characters["vintage"] = characters["noto"]  # the older package lists no characters, its names are the same
+        characters["vintage"] = characters[
+            "noto"
+        ]  # the older package has no list of characters, but uses the same names
     loaded = {"3d": load_pictures(tarballs[sources.pictures_3d], labelled, size, SMALLER, CLOSEUPS)}
     for style, package in sources.drawings.items():
         loaded[style] = load_drawings(
@@ -166,7 +170,7 @@ def _write_pictures(
 
 
 def _alike(pictures: dict[str, np.ndarray]) -> dict[str, set[str]]:
-    """For each style, the styles that draw a concept almost the same way; Fluent's 3d and flat always do."""
+    """For each style, the set of styles that draw this concept alike. Fluent's 3d and flat always count as alike."""
     groups = {style: {style} for style in pictures}
     for one, other in itertools.combinations(pictures, 2):
         difference = np.abs(pictures[one][0].astype(int) - pictures[other][0]).mean()
@@ -186,7 +190,7 @@ def _write_clips(
     held_clips: set[str],
     unused: _Unused,
 ) -> list[dict]:
-    """Writes all clips that move and returns their items."""
+    """Writes all clips that move, and returns their items."""
     (target / "clips").mkdir()
     items, labelled = {}, set(concepts)
     for tarball in tarballs:
@@ -208,7 +212,7 @@ def _write_clips(
 
 
 def _write_clip(frames: np.ndarray, path: pathlib.Path, fps: float) -> bool:
-    """Writes a clip unless it cannot be read back: encoders merge equal frames, and then their number may be lost."""
+    """Writes a clip and checks that it can be read back. Encoders merge equal frames, which may lose their number."""
     save_clip(frames, path, fps)
     if np.array_equal(load_clip(path).frames, frames):
         return True
@@ -223,10 +227,10 @@ def _write_scenes(
     size: int,
     seed: int,
 ) -> list[dict]:
-    """Draws the procedural stills and clips and returns their items."""
+    """Rasterises and writes the procedural stills and clips, and returns their items."""
     (target / "procedural").mkdir()
     items = []
-    for scene in each([*stills, *clips], True, "scenes", name="drawing"):
+    for scene in each([*stills, *clips], True, "scenes", name="rasterising"):
         moving = isinstance(scene, procedural.Motion)
         name = "procedural/" + "-".join(dataclasses.astuple(scene)).replace(" ", "-")
         path = target / f"{name}.webp"
@@ -288,15 +292,15 @@ def _write_lines(path: pathlib.Path, lines: Iterable[dict]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code."""
+    """Runs the command line and returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=pathlib.Path, metavar="DIR", help="to be made")
+    parser.add_argument("directory", type=pathlib.Path, metavar="DIR", help="new directory for the data set")
     parser.add_argument(
         "--size", type=int, default=32, metavar="PIXELS", help="side of pictures (default: %(default)s)"
     )
-    parser.add_argument("--cache", type=pathlib.Path, metavar="DIR", help="for tarballs (default: DIR-packages)")
-    parser.add_argument("--no-clips", action="store_true", help="leave the animated packages (730 MB) out")
-    parser.add_argument("--seed", type=int, default=SEED, help="of splits and captions (default: %(default)s)")
+    parser.add_argument("--cache", type=pathlib.Path, metavar="DIR", help="cache of tarballs (default: DIR-packages)")
+    parser.add_argument("--no-clips", action="store_true", help="do not read the animated packages (730 MB)")
+    parser.add_argument("--seed", type=int, default=SEED, help="seed of splits and captions (default: %(default)s)")
     given = parser.parse_args(arguments)
     cache = given.cache or given.directory.with_name(given.directory.name + "-packages")
     try:

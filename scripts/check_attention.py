@@ -1,9 +1,9 @@
-"""Implementations of attention on this machine's accelerator: `python scripts/check_attention.py` from a checkout.
+"""Checks and times attention on this machine's accelerator. Run `python scripts/check_attention.py` in a checkout.
 
-Compares each that serves here with XLA's in float32: output and gradients, with and without segments, and prints one
-JSON line per case. Differences are relative to the largest entry. Milliseconds and TFLOP/s are of the best of five
-calls of bfloat16; only visible pairs of tokens count as work. Memory is the program's temporaries, forward and
-backward, as the compiler reports them. Exits with 1 if a difference is too large for bfloat16.
+The script compares the output and the gradients of each available implementation with XLA's in float32, with and
+without segments. It prints one JSON line per case. Differences are relative to the largest entry. Milliseconds and
+TFLOP/s are the best of five bfloat16 calls; only visible pairs of tokens count as work. Memory is the compiler's figure
+for temporaries of forward and backward pass. The exit code is 1 if a difference is too large for bfloat16.
 """
 
 import argparse
@@ -21,17 +21,17 @@ from emu3_jax.models import attention_kernels
 from emu3_jax.models.attention import choose, self_attention
 
 LIMIT = 2e-2
-HEADS = (8, 4, 128)  # of the 8 B model: KV heads, query heads per KV head, width
+HEADS = (8, 4, 128)  # KV heads, query heads per KV head and head width of the 8 B model
 
 
 def segments(kind: str, length: int) -> np.ndarray | None:
-    """int32 [1, S] or None."""
+    """Segment ids, int32 [1, S], or None."""
     if kind == "none":
         return None
-    if kind == "padded":  # the reference's: one sequence, and padding that sees it
+    if kind == "padded":  # as in the reference: one sequence, then padding that attends to it
         real = length * 3 // 4
         return np.repeat(np.asarray([1, -1], np.int32), [real, length - real])[None]
-    count = {"packed": 4, "many": 40}[kind]  # "many" is more than cuDNN takes at once
+    count = {"packed": 4, "many": 40}[kind]  # "many" is more than `CUDNN_RUNS`
     ends = np.sort(np.random.default_rng(length).choice(np.arange(1, length), count, replace=False))
     ids = np.searchsorted(ends, np.arange(length), side="right") + 1
     return np.where(ids > count, 0, ids).astype(np.int32)[None]
@@ -47,12 +47,12 @@ def inputs(length: int, dtype):
     k, g, h = HEADS
     keys = jax.random.split(jax.random.key(0), 4)
     shapes = [(1, length, k, g, h), (1, length, k, h), (1, length, k, h), (1, length, k, g, h)]
-    # Rounded to bfloat16 also for the comparison, so that it judges arithmetic alone.
+    # The float32 inputs are rounded to bfloat16 too, so that only the arithmetic differs.
     return [jax.random.normal(key, shape, jnp.bfloat16).astype(dtype) for key, shape in zip(keys, shapes, strict=True)]
 
 
 def compiled(implementation: str, ids, arrays):
-    """(forward, forward and backward) of q, k, v and the output's cotangent, ahead of time."""
+    """Compiles two programs of q, k, v, segments and the output's cotangent: forward, and forward with backward."""
 
     def forward(q, k, v, ids, _):
         return self_attention(q, k, v, ids, implementation)
@@ -91,7 +91,7 @@ def check(implementation: str, kind: str, length: int, timed: bool) -> dict:
     pairs = zip(("out", "dq", "dk", "dv"), found, expected, strict=True)
     differences = {name: difference(a, b) for name, a, b in pairs}
     line = {"implementation": implementation, "segments": kind, "length": length, **differences}
-    line["ok"] = all(value <= LIMIT for value in differences.values())  # a NaN is not
+    line["ok"] = all(value <= LIMIT for value in differences.values())  # NaN counts as too large
     line["temporaries_mib"] = round(both.memory_analysis().temp_size_in_bytes / 2**20, 1)
     if timed:
         work = 4 * visible_pairs(ids, length) * HEADS[0] * HEADS[1] * HEADS[2]
@@ -103,9 +103,9 @@ def check(implementation: str, kind: str, length: int, timed: bool) -> dict:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[100, 1024, 10240])
-    parser.add_argument("--runs", type=int, help="runs in a row that cuDNN's packed layout is given room for")
-    parser.add_argument("--untimed", action="store_true")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[100, 1024, 10240], help="numbers of tokens to test")
+    parser.add_argument("--runs", type=int, help="largest number of segments per row for cuDNN's packed layout")
+    parser.add_argument("--untimed", action="store_true", help="only check, do not time")
     args = parser.parse_args()
     attention_kernels.CUDNN_RUNS = args.runs or attention_kernels.CUDNN_RUNS
     machine = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "runs": attention_kernels.CUDNN_RUNS}

@@ -1,8 +1,8 @@
-"""Golden cases on this machine's accelerator: `python scripts/check_backend.py` from a checkout.
+"""Checks this machine's accelerator against golden cases. Run `python scripts/check_backend.py` in a checkout.
 
-The tests run on CPU. This repeats what depends on a backend's arithmetic (codes, latents and pixels of the vision
-tokenizer, logits and greedy sequences of the decoder, all in float32) on whatever JAX finds, prints one JSON line per
-check, and exits with 1 if any fails.
+The tests run on CPUs. This script repeats the checks that depend on a backend's arithmetic: codes, latents and pixels
+of the vision tokenizer, and logits and greedy sequences of the decoder, all in float32. It uses JAX's default device,
+and prints one JSON line per check. The exit code is 1 if a check fails.
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ def reference_params(part: str, params) -> dict:
 
 
 def check_vision(config: VisionConfig, params: dict):
-    """Yields (what, worst difference or count of differing codes, limit)."""
+    """Yields (name of the check, largest difference or number of differing codes, limit)."""
 
     def apply(x, method):
         return np.asarray(
@@ -82,7 +82,7 @@ def check_vision(config: VisionConfig, params: dict):
 
 
 def check_decoder(config: DecoderConfig, params: dict):
-    """Yields (what, worst difference or count of differing tokens, limit)."""
+    """Yields (name of the check, largest difference or number of differing tokens, limit)."""
     arrays = golden("decoder.npz")
     start = jnp.asarray((1 - arrays["attention_mask"]).sum(axis=1), jnp.int32)
     tokens = jnp.asarray(arrays["input_ids"], jnp.int32)
@@ -119,7 +119,7 @@ def check_decoder(config: DecoderConfig, params: dict):
 
 
 def cache_copies(config: DecoderConfig, params: dict, kernels: str) -> int:
-    """Copies of a layer's keys or values in the compiled loop."""
+    """The number of operations in the compiled decode loop that copy a layer's keys or values."""
     slots, rows = 4096, 4
     row = Row([config.tokens.pad] * 64, image_schedule(38, 100))
     decoding = DecodeSession(params, config, [row] * rows, Sampling(guidance=1.0).settings(rows), kernels=kernels)
@@ -130,10 +130,10 @@ def cache_copies(config: DecoderConfig, params: dict, kernels: str) -> int:
 
 
 def check_narrow(config: DecoderConfig):
-    """Products in narrow dtypes, at the 8 B model's widths, against float32 products of the same weights.
+    """Compares logits in narrow dtypes with float32 logits of the same weights, at the 8 B model's widths.
 
-    Weights are stored in bfloat16, in full or as codes and scales. float16 casts what is stored in full, as loading
-    does. Yields (what, relative error of the logits, limit).
+    Weights are stored in bfloat16, or as codes and scales. float16 casts bfloat16 weights, as loading does. Yields (name
+    of the check, relative error of the logits, limit).
     """
     config = dataclasses.replace(
         config, hidden_size=4096, intermediate_size=14336, num_layers=2, num_heads=32, num_kv_heads=8, dtype="bfloat16"
@@ -142,7 +142,7 @@ def check_narrow(config: DecoderConfig):
     tokens = jax.random.randint(jax.random.key(1), (2, 65), 0, config.vocab_size)
 
     def logits(config, params, narrow_cache, kernels):
-        """Of a prompt of 64 tokens, and of the token after it."""
+        """The logits of a prompt of 64 tokens, and of the next token."""
         cache = KVCache.create(config, jnp.zeros(2, jnp.int32), 128, narrow_cache)
         step = jax.jit(lambda p, t, c: Decoder(config, kernels=kernels).apply({"params": p}, t, c))
         first, cache = step(params, tokens[:, :64], cache)
@@ -200,7 +200,7 @@ def kernels_here():
 
 
 def widened(params):
-    """What quantised parameters stand for, as plain ones."""
+    """Dequantises parameters."""
     plain = {}
     for name, leaf in params.items():
         stem = name.removesuffix("_codes")

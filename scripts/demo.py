@@ -1,6 +1,6 @@
-"""The embedded model at work: pictures for prompts, descriptions of what it never saw, and clips.
+"""Shows the embedded model: pictures from prompts, descriptions of unseen pictures, and clips.
 
-One decoder does all three. It is small, trained by this project on emoji, and part of the package.
+One decoder does all three. It is small, was trained by this project on emoji, and is part of the package.
 """
 
 import argparse
@@ -18,8 +18,8 @@ from emu3_jax.media.clips import load_clip
 from emu3_jax.media.images import save_png
 
 ASSETS = pathlib.Path(__file__).parent / "assets" / "emoji"
-# The model saw all of these things and styles in training, but not together where it says unseen. They were chosen
-# among those that it draws well; the figures in its card are over all.
+# Prompts marked "unseen" are pairs of a thing and a style that training did not contain; it contained the thing and the
+# style in other pairs. The prompts are hand-picked; the figures in the model's card cover all cases.
 PROMPTS = {
     "noto emoji of hamburger": "unseen",
     "twemoji emoji of pineapple": "unseen",
@@ -35,20 +35,20 @@ PROMPTS = {
     "twemoji emoji of strawberry": "",
 }
 CLIPS = ("animated emoji of beating heart", "a large yellow heart moves right on a black background")
-# The first half of a clip of a triple of colour, shape and motion that was not in training.
+# The first half of a clip. Its triple of colour, shape and motion was not in training.
 HALF, GOES_ON = "star-moves-down.webp", "a large purple star moves down on a white background"
 QUESTIONS = ("Describe the image.", "What category is this?")
 _SIDE, _STRIP, _LINE, _MARGIN, _COLUMNS = 128, 44, 26, 8, 4
 
 
 def run(output: pathlib.Path, model: pathlib.Path | None = None) -> None:
-    """Runs every command, with the embedded model or another like it."""
+    """Runs all commands, with the embedded model or with `model`."""
     chosen = () if model is None else ("--model", model)
     pictures, clips, extended = output / "pictures", output / "clips", output / "extended"
     files, half = [os.path.relpath(file) for file in sorted(ASSETS.glob("*.webp")) if file.name != HALF], ASSETS / HALF
-    print("# Text to pictures: eight of these in styles that the model never saw them in")
+    print("# Text to pictures: eight of these things appeared in training only in other styles")
     emu3_jax("generate", *PROMPTS, "--seed", 13, "--batch-size", len(PROMPTS), "-o", pictures, *chosen)
-    print("# Pictures to text: four pictures that it never saw, two questions about each")
+    print("# Pictures to text: two questions about each of four pictures that were not in training")
     asked = [(file, question) for file in files for question in QUESTIONS]
     emu3_jax(
         "chat", *(file for file, _ in asked), "--prompt", *(question for _, question in asked), "--max-new-tokens", 32,
@@ -56,9 +56,9 @@ def run(output: pathlib.Path, model: pathlib.Path | None = None) -> None:
     )  # fmt: skip
     print("# Text to clips: eight frames each")
     emu3_jax("video", *CLIPS, "--seed", 1, "-o", clips, *chosen)
-    print("# What happens next: four frames are given, four are new")
+    print("# Continuing a clip: four frames are given, four are new")
     emu3_jax("video", GOES_ON, "--extend", os.path.relpath(half), "--frames", 4, "-o", extended, *chosen)
-    print("# A clip to text, question after question")
+    print("# A clip to text: two questions in one conversation")
     emu3_jax(
         "chat", extended / "000.webp", "--together", "--prompt", "Describe the clip.", "What does the shape do?",
         "--max-new-tokens", 32, *chosen,
@@ -71,12 +71,12 @@ def run(output: pathlib.Path, model: pathlib.Path | None = None) -> None:
     strips = [(name, load_clip(file).frames) for name, file in shown]
     sheet = output / "sheet.png"
     save_png(contact_sheet(tiles, strips), sheet, {"software": "emu3-jax"})
-    print(f"\nThe pictures and the clips' frames on one sheet: {sheet}")
+    print(f"\nAll pictures, and the frames of the clips, on one sheet: {sheet}")
     print(f"The clips: {' '.join(str(file) for _, file in shown)}")
 
 
 def emu3_jax(command: str, *arguments: object) -> None:
-    """Shows and runs one command of `emu3-jax`, in this process: starting JAX anew takes longer than the work."""
+    """Prints and runs one `emu3-jax` command in this process, because starting JAX again takes longer than the work."""
     words = [command, *map(str, arguments)]
     print(f"$ emu3-jax {shlex.join(words)}", flush=True)
     if code := cli.main(words):
@@ -84,7 +84,7 @@ def emu3_jax(command: str, *arguments: object) -> None:
 
 
 def contact_sheet(tiles: list[tuple[str, pathlib.Path]], clips: list[tuple[str, np.ndarray]]) -> Image.Image:
-    """Pictures in rows, each with its name below, and under them the frames [T, H, W, 3] of clips."""
+    """A sheet with the pictures in rows, their names below them, and then the frames [T, H, W, 3] of each clip."""
     font, width = ImageFont.load_default(), _COLUMNS * (_SIDE + _MARGIN) + _MARGIN
     rows = -(-len(tiles) // _COLUMNS)
     strips = []
@@ -111,7 +111,11 @@ def contact_sheet(tiles: list[tuple[str, pathlib.Path]], clips: list[tuple[str, 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("-o", "--output", type=pathlib.Path, default="out/demo", metavar="DIR")
-    parser.add_argument("--model", type=pathlib.Path, metavar="BUNDLE", help="default: the embedded model")
+    parser.add_argument(
+        "-o", "--output", type=pathlib.Path, default="out/demo", metavar="DIR", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--model", type=pathlib.Path, metavar="BUNDLE", help="bundle to show (default: the embedded model)"
+    )
     options = parser.parse_args()
     run(options.output, options.model)

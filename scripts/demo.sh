@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One command on a machine with Python 3.11 or newer: makes .venv, installs the package there and runs demo.py.
+# Makes .venv, installs the package in it and runs demo.py. Needs only Python 3.11 or newer.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/venv.sh

@@ -1,9 +1,10 @@
-"""Puts a trained bundle and its figures where the package looks for the embedded model.
+"""Makes a trained bundle the embedded model of the package.
 
     python scripts/emoji_assets.py out/evaluation/evaluation.json --bundle out/emoji_sft/model
 
-Writes emu3_jax/assets/emoji: the bundle, compressed, CARD.md with the figures, NOTICE and SHA256SUMS. To be committed
-only when the weights are the ones to keep. Without --bundle the weights stay as they are and only the card is new.
+The script writes emu3_jax/assets/emoji: the compressed bundle, CARD.md with the figures, NOTICE and SHA256SUMS. Commit
+the directory only if you want to keep these weights. Without --bundle, the script keeps the weights and writes only
+the card and the checksums.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from emu3_jax.checkpoints.embedded import DIRECTORY
 from emu3_jax.errors import Emu3Error
 from emu3_jax.files import new_directory
 
-LIMIT = 30_000_000  # bytes, of the whole directory
+LIMIT = 30_000_000  # largest size of the whole directory, in bytes
 NOTICE = pathlib.Path(__file__).parent / "emoji_data" / "notice.txt"
 TRIED = NOTICE.with_name("tried.md")
 NOTICE_OF_WEIGHTS = "The weights in this directory were learned from a data set of emoji. Its sources:\n\n"
@@ -55,7 +56,7 @@ generated pictures right than true ones.
 ```
 """
 
-# Title, aim (a text stands as it is) and how it reads, then where the figure is.
+# Title, goal (a number, or text that is shown as it is), format of numbers, path of the figure.
 _ROWS = (
     ("Reconstruction of unseen concepts: PSNR", 26.0, "{:.1f} dB", "reconstruction.pictures.psnr_db"),
     ("Reconstruction of unseen concepts: SSIM", 0.90, "{:.3f}", "reconstruction.pictures.ssim"),
@@ -105,7 +106,7 @@ _ROWS = (
 
 
 def table(figures: dict[str, Any]) -> str:
-    """The figures that there are, one line each, beside their aims."""
+    """The Markdown table of the figures that were measured, beside their goals."""
     curve = figures.get("text_to_image", {}).get("guidance", [])
     best = figures.get("text_to_image", {}).get("best_guidance")
     points = {"best": [p for p in curve if p["scale"] == best], "unguided": [p for p in curve if p["scale"] == 1.0]}
@@ -122,7 +123,7 @@ def table(figures: dict[str, Any]) -> str:
 
 
 def write_assets(source: pathlib.Path, figures: dict[str, Any], target: pathlib.Path = DIRECTORY) -> int:
-    """Writes `target` anew from the bundle `source`; returns its bytes.
+    """Replaces `target` by the bundle `source` with its card. Returns its size in bytes.
 
     Raises:
         Emu3Error: the bundle lacks a part, or the directory would be larger than `LIMIT`.
@@ -151,7 +152,9 @@ def write_assets(source: pathlib.Path, figures: dict[str, Any], target: pathlib.
         write_card(temporary, figures)
         size = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file())
         if size > LIMIT:
-            raise Emu3Error(f"{source} takes {size / 1e6:.1f} MB, the limit is {LIMIT / 1e6:.0f}: train a smaller one")
+            raise Emu3Error(
+                f"{source} takes {size / 1e6:.1f} MB, the limit is {LIMIT / 1e6:.0f} MB: train a smaller model"
+            )
     if target.exists():
         target.rename(old)
     new.rename(target)
@@ -160,7 +163,7 @@ def write_assets(source: pathlib.Path, figures: dict[str, Any], target: pathlib.
 
 
 def write_card(assets: pathlib.Path, figures: dict[str, Any]) -> None:
-    """Writes CARD.md of the bundle `assets` with its figures, and its checksums anew. Its weights stay as they are."""
+    """Writes CARD.md with the figures into the bundle `assets`, and updates its checksums."""
     bundle = Bundle.open(assets)
     decoder, vision = bundle.decoder_config, bundle.vision_config
     sizes = {
@@ -190,7 +193,7 @@ def _held(path: tuple[str, ...], array: np.ndarray) -> LazyArray:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("figures", type=pathlib.Path, metavar="evaluation.json")
-    parser.add_argument("--bundle", type=pathlib.Path, help="with the weights (default: those in the package)")
+    parser.add_argument("--bundle", type=pathlib.Path, help="bundle with new weights (default: keep the package's)")
     options = parser.parse_args()
     try:
         figures = json.loads(options.figures.read_text())

@@ -1,9 +1,9 @@
-"""Puts a trained vision tokenizer and a small vocabulary into one bundle, which the emoji decoder is pretrained from.
+"""Makes the bundle that pretraining of the emoji decoder starts from: a vision tokenizer and a small vocabulary.
 
     python scripts/emoji_bundle.py out/vision_emoji/model -o out/emoji_start
 
-The first ranks of Emu3's vocabulary are a byte-pair vocabulary by themselves: longer merges come later. A small model
-keeps the real tokenizer that way, without 150,000 rows of tables that its captions never use.
+The first ranks of Emu3's vocabulary are a complete byte-pair vocabulary, because longer merges have higher ranks. So a
+small model can use the real tokenizer without 150,000 table rows that its captions never need.
 """
 
 import argparse
@@ -23,10 +23,13 @@ RANKS = 2048
 
 
 def write_bundle(vision: pathlib.Path, target: pathlib.Path, ranks: int = RANKS) -> pathlib.Path:
-    """Writes `target` with `vision/` of the bundle `vision` and `tokenizer/` of the first `ranks` ranks; returns it.
+    """Writes a bundle with the vision tokenizer of the bundle `vision` and the first `ranks` ranks of the vocabulary.
+
+    Returns:
+        `target`.
 
     Raises:
-        Emu3Error: no vision tokenizer there, `target` exists, or the public vocabulary is not installed.
+        Emu3Error: `vision` has no vision tokenizer, `target` exists, or the public vocabulary is not installed.
     """
     bundle = Bundle.open(vision)
     bundle.require("vision")
@@ -42,9 +45,9 @@ def write_bundle(vision: pathlib.Path, target: pathlib.Path, ranks: int = RANKS)
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("vision", type=pathlib.Path, metavar="BUNDLE", help="with the vision tokenizer")
-    parser.add_argument("-o", "--output", type=pathlib.Path, required=True, metavar="BUNDLE")
-    parser.add_argument("--ranks", type=int, default=RANKS, help="of the vocabulary (default: %(default)s)")
+    parser.add_argument("vision", type=pathlib.Path, metavar="BUNDLE", help="bundle with the vision tokenizer")
+    parser.add_argument("-o", "--output", type=pathlib.Path, required=True, metavar="BUNDLE", help="new bundle")
+    parser.add_argument("--ranks", type=int, default=RANKS, help="size of the vocabulary (default: %(default)s)")
     options = parser.parse_args()
     try:
         print(write_bundle(options.vision, options.output, options.ranks))

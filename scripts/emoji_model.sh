@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The embedded model from nothing, under out/: data, vision tokenizer, token data, decoder, figures. Each step is left out
-# where its result is there, and training goes on from its last checkpoint, so this may be stopped and started again.
-# The vision tokenizer takes some minutes on one H100. VISION, PRETRAIN, SFT and EVALUATE hold further options, as in
-# VISION="--set steps=100" bash scripts/emoji_model.sh
+# Trains the embedded model from scratch, under out/: data, vision tokenizer, token data, decoder, evaluation. You may
+# stop the script and start it again: steps whose result exists are skipped, and training resumes from its newest
+# checkpoint. Training the vision tokenizer takes some minutes on one H100. VISION, PRETRAIN, SFT and EVALUATE may hold
+# further options, for example: VISION="--set steps=100" bash scripts/emoji_model.sh
 # shellcheck disable=SC2086 # VISION and the others hold several words
 set -euo pipefail
 cd "$(dirname "$0")/.."

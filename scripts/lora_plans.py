@@ -1,8 +1,9 @@
-"""Which TPU slices LoRA and QLoRA of the 8 B model fit: compiles each config for each, and prints a Markdown table.
+"""Prints a Markdown table of the TPU slices that LoRA and QLoRA of the 8 B model fit.
 
     python scripts/lora_plans.py
 
-It needs libtpu (the extra `tpu`) and no TPU. A chip gets one row at a time; `accumulation` follows from that.
+The script compiles each config for each slice. It needs libtpu (the extra `tpu`) but no TPU. Each chip computes one row
+at a time, which determines `accumulation`.
 """
 
 import json
@@ -17,7 +18,7 @@ SLICES = (("v5e-1", "v5e:1x1", 1), ("v5e-8", "v5e:2x4", 8), ("v5e-16", "v5e:4x4"
 
 
 def main() -> int:
-    print("| config | slice | chips | `accumulation` | frozen weights | a chip in all | of | fits |")
+    print("| config | slice | chips | `accumulation` | frozen weights per chip | total per chip | usable | fits |")
     print("|---|---|---|---|---|---|---|---|")
     for name in CONFIGS:
         file = f"configs/{name}.py"

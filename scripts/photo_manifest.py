@@ -1,6 +1,6 @@
-"""Cuts the photograph of the demo into captioned pictures, the smallest real data to prepare and to train on.
+"""Cuts a photograph into nine captioned pictures: a minimal data set for `prepare` and `train`.
 
-python scripts/photo_manifest.py DIR      DIR/manifest.jsonl and DIR/*.png
+python scripts/photo_manifest.py DIR      writes DIR/manifest.jsonl and DIR/*.png
 """
 
 import argparse
@@ -15,7 +15,7 @@ COLUMNS = ("left", "centre", "right")
 
 
 def write_manifest(directory: pathlib.Path) -> pathlib.Path:
-    """Writes nine pieces of the photograph and the manifest, which it returns."""
+    """Writes nine pieces of the photograph and a manifest. Returns the manifest's path."""
     directory.mkdir(parents=True, exist_ok=True)
     lines = []
     with Image.open(PHOTO) as photo:

@@ -1,10 +1,11 @@
-"""Writes 24 photographs with captions beside them, the smallest folder of photos to prepare and to train on.
+"""Writes a folder of 24 photographs with captions, to try `prepare` and `train`.
 
-python scripts/photos.py DIR      DIR/*.jpg and, of the same names, DIR/*.txt; needs pip install 'emu3-jax[photos]'
+python scripts/photos.py DIR      writes DIR/*.jpg and captions of the same names, DIR/*.txt
 
-They are pieces of pictures that come with scikit-image: those whose docstrings in `skimage.data` say that they may be
-used freely. camera, chelsea, coffee, brick, grass, gravel, retina and cell are CC0. astronaut, hubble_deep_field,
-rocket and text are in the public domain. coins and ihc have no known copyright restrictions.
+The script needs `pip install 'emu3-jax[photos]'`. The photographs are pieces of pictures that come with scikit-image.
+The docstrings in `skimage.data` allow free use of them. camera, chelsea, coffee, brick, grass, gravel, retina and cell
+are CC0. astronaut, hubble_deep_field, rocket and text are in the public domain. coins and ihc have no known copyright
+restrictions.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from PIL import Image
 
 SIDE = 256  # pixels of a photograph's height and width
 
-# Name of the photograph, the picture that it is a piece of, left, top and side of the piece, caption.
+# Name of the photograph, file of the original picture, left, top and side of the piece in pixels, caption.
 PHOTOS = (
     ("astronaut", "astronaut.png", 0, 0, 512, "an astronaut in an orange space suit"),
     ("face", "astronaut.png", 145, 0, 165, "the face of a smiling woman"),
@@ -46,15 +47,15 @@ PHOTOS = (
 
 
 def pictures() -> pathlib.Path:
-    """The directory of the pictures that come with scikit-image, which is not imported."""
+    """The directory of scikit-image's pictures. It is found without importing scikit-image."""
     found = importlib.util.find_spec("skimage")
     if found is None or found.origin is None:
-        sys.exit("scikit-image is not installed: pip install 'emu3-jax[photos]'")
+        sys.exit("photos.py: scikit-image is not installed: pip install 'emu3-jax[photos]'")
     return pathlib.Path(found.origin).parent / "data"
 
 
 def write_photos(directory: pathlib.Path) -> None:
-    """Writes the photographs and their captions."""
+    """Writes the photographs and their captions to `directory`."""
     source = pictures()
     directory.mkdir(parents=True, exist_ok=True)
     for name, file, left, top, side, caption in PHOTOS:

@@ -1,6 +1,6 @@
-"""Writes a small Emu3 in upstream's PyTorch layout: the real vocabulary and structure, random weights.
+"""Writes a small Emu3 checkpoint in upstream's PyTorch layout: real vocabulary and structure, random weights.
 
-python scripts/small_checkpoint.py DIR      DIR/decoder and DIR/vision, two directories as upstream publishes them
+python scripts/small_checkpoint.py DIR      writes DIR/decoder and DIR/vision, in the layout that upstream publishes
 """
 
 import argparse
@@ -28,11 +28,11 @@ VISION = VisionConfig(base_channels=32, num_res_blocks=1)
 
 
 def write_checkpoint(directory: pathlib.Path, area: int = 256 * 256) -> list[pathlib.Path]:
-    """Writes `decoder` and `vision` under `directory`; returns the two.
+    """Writes the directories `decoder` and `vision` in `directory`, and returns their paths.
 
     Args:
-        directory: made where it does not exist.
-        area: pixels of the pictures that the model draws and, at most 1.5 times as many, reads.
+        directory: parent directory, made if it does not exist.
+        area: area in pixels of the pictures that the model generates. It reads pictures of up to 1.5 times this area.
 
     Raises:
         Emu3Error: the vocabulary is not installed, or is not the one that Emu3 was trained with.
@@ -58,7 +58,7 @@ def write_checkpoint(directory: pathlib.Path, area: int = 256 * 256) -> list[pat
 
 
 def public_vocabulary() -> bytes:
-    """The public Qwen vocabulary, which is Emu3's; the `dashscope` wheel carries it. Nothing of that package is run."""
+    """Emu3's vocabulary, which is Qwen's, from the installed package `dashscope`. No code of that package runs."""
     package = importlib.util.find_spec("dashscope")
     if package is None:
         raise Emu3Error("the vocabulary is not installed: pip install --no-deps dashscope")
@@ -75,7 +75,7 @@ def _write_weights(file: pathlib.Path, weights: Iterable[Weight], dtype: np.dtyp
 
 
 def _random(weight: Weight, dtype: np.dtype) -> np.ndarray:
-    """What a fresh PyTorch model would hold: kernels that keep the variance, and norms that do nothing yet."""
+    """The values of a new PyTorch model: random kernels that preserve variance, norms with scale 1 and bias 0."""
     leaf = weight.name.rpartition(".")[2]
     if leaf == "num_batches_tracked":
         return np.zeros(weight.shape, np.int64)
@@ -83,14 +83,14 @@ def _random(weight: Weight, dtype: np.dtype) -> np.ndarray:
         return np.ones(weight.shape, dtype)
     if leaf in ("bias", "running_mean"):
         return np.zeros(weight.shape, dtype)
-    # Drawn from the name, so that a weight does not depend on those before it.
-    draw = np.random.default_rng(zlib.crc32(weight.name.encode())).standard_normal(weight.shape, np.float32)
-    scale = {"model.embed_tokens.weight": 1.0, "quantize.embedding.weight": 0.05}  # latents are about that small
-    return (draw * scale.get(weight.name, np.prod(weight.shape[1:]) ** -0.5)).astype(dtype)
+    # The name is the seed, so a weight does not depend on the weights before it.
+    values = np.random.default_rng(zlib.crc32(weight.name.encode())).standard_normal(weight.shape, np.float32)
+    scale = {"model.embed_tokens.weight": 1.0, "quantize.embedding.weight": 0.05}  # 0.05 matches the latents' size
+    return (values * scale.get(weight.name, np.prod(weight.shape[1:]) ** -0.5)).astype(dtype)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("directory", type=pathlib.Path, metavar="DIR")
+    parser.add_argument("directory", type=pathlib.Path, metavar="DIR", help="directory for decoder/ and vision/")
     for part in write_checkpoint(parser.parse_args().directory):
         print(part)

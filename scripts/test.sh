@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# One command on a machine with Python 3.11 or newer: makes .venv, installs the test extra there, runs ruff, mypy and the
-# whole test suite. With --quick it runs the quick tier, which needs a smaller extra, without PyTorch. Further arguments go
-# to pytest: bash scripts/test.sh --quick -k decoder
+# Makes .venv, installs the extra `test` in it, and runs ruff, mypy and the whole test suite. Needs Python 3.11 or
+# newer. With --quick it runs only the quick tier, which needs the smaller extra `test-quick` without PyTorch. Further
+# arguments go to pytest: bash scripts/test.sh --quick -k decoder
 # PYTHON and VENV choose the interpreter and the virtual environment (see venv.sh).
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -22,8 +22,8 @@ in_venv "$extra" install
 "$VENV/bin/python" -m ruff check
 "$VENV/bin/python" -m ruff format --check
 "$VENV/bin/python" -m mypy
-# A second run finds its programs compiled. Only a cache of limited size is locked, as two workers need it to be. What a
-# killed run left half-written is compiled again: that costs time, and is no error.
+# The compilation cache makes a second run faster. JAX locks the cache only if its size is limited, and two workers need
+# the lock. A cache entry that a killed run left unfinished only gives a warning, and the program is compiled again.
 JAX_COMPILATION_CACHE_DIR=$(realpath "$VENV")/compiled
 export JAX_COMPILATION_CACHE_DIR JAX_COMPILATION_CACHE_MAX_SIZE=2000000000
 exec "$VENV/bin/python" -m pytest -n 2 --dist loadfile \

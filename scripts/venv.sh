@@ -1,10 +1,11 @@
 # shellcheck shell=bash
-# Sourced by demo.sh and test.sh: `in_venv NAME FUNCTION` makes the virtual environment $VENV where there is none and
-# runs FUNCTION, which installs into it. Neither happens again before pyproject.toml changes.
+# Sourced by demo.sh and test.sh. `in_venv NAME FUNCTION` makes the virtual environment $VENV if it does not exist, and
+# calls FUNCTION, which installs packages in it. A later call does nothing until pyproject.toml changes.
 #
-# Two environment variables choose another one than .venv with the first suitable Python on the PATH:
-#   VENV    the directory of the virtual environment
-#   PYTHON  the interpreter that makes it, as in: PYTHON=python3.13 VENV=.venv313 bash scripts/test.sh --quick
+# Environment variables:
+#   VENV    directory of the virtual environment (default: .venv)
+#   PYTHON  interpreter that makes it (default: the first suitable one on the PATH), for example
+#           PYTHON=python3.13 VENV=.venv313 bash scripts/test.sh --quick
 VENV=${VENV:-.venv}
 
 find_python() {
@@ -12,7 +13,8 @@ find_python() {
     if [ -n "${PYTHON:-}" ]; then
         choices=("$PYTHON")
     fi
-    # Debian's python3 without its venv package cannot make one, and a python3 built without ssl cannot download.
+    # Debian's python3 cannot make a virtual environment without the package python3-venv. A Python without ssl cannot
+    # download.
     for python in "${choices[@]}"; do
         if "$python" -c 'import ensurepip, ssl, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             echo "$python"
@@ -33,7 +35,7 @@ check_version() {
     local held wanted
     held=$("$VENV/bin/python" --version 2>&1) wanted=$("$PYTHON" --version 2>&1 | head -n 1) || true
     if [ "$held" != "$wanted" ]; then
-        echo "$0: $VENV holds $held, and PYTHON=$PYTHON is $wanted: name another directory with VENV, or delete $VENV" >&2
+        echo "$0: $VENV has $held, but PYTHON=$PYTHON is $wanted: set VENV to another directory, or delete $VENV" >&2
         return 1
     fi
 }
@@ -50,7 +52,7 @@ in_venv() {
         python=$(find_python)
         "$python" -m venv "$VENV"
     fi
-    echo "installing into $VENV, which takes a few minutes the first time"
+    echo "installing packages in $VENV; this takes a few minutes the first time"
     "$2"
     cp pyproject.toml "$stamp"
 }
