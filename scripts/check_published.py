@@ -1,16 +1,15 @@
-"""Tries this package on Emu3's published weights, and writes a report to paste into an issue.
+"""Checks this package on Emu3's published weights, and writes a report that you can paste into an issue.
 
 python scripts/check_published.py OUT
 
-downloads BAAI/Emu3-Gen, BAAI/Emu3-Chat and BAAI/Emu3-VisionTokenizer, and for transformers BAAI/Emu3-Chat-hf. It
-compares the files' hashes with the hub's, the tensors with config.json, and each source with what comes back from
-converting and exporting it. Then it compares with transformers, if that is installed: the codes of a photograph, the
-logits after two prompts, and the first greedy tokens of a picture and of an answer. Without transformers these are "not
-compared". docs/published.md says how much disk and memory that takes.
+The script downloads BAAI/Emu3-Gen, BAAI/Emu3-Chat and BAAI/Emu3-VisionTokenizer, and BAAI/Emu3-Chat-hf for
+transformers. It compares the files' hashes with the hub's hashes, and the tensors with config.json. It converts each
+checkpoint, exports it again, and compares the export with the source. If transformers is installed, it also compares
+codes of a photograph, logits after two prompts, and the first greedy tokens of a picture and of an answer. Without
+transformers these are "not compared". docs/published.md lists the disk space and memory that it needs.
 
-OUT keeps each step's result. Call it again after an error or a kill: what is done is not done anew.
-Exit codes: 0 all comparisons that were made hold, 1 some step failed or some comparison does not hold (see the report),
-2 bad arguments.
+OUT keeps the result of each step. After an error or a kill, run the same command again: it skips finished steps.
+Exit codes: 0 all comparisons hold, 1 a step failed or a comparison does not hold (see the report), 2 bad arguments.
 """
 
 import argparse
@@ -42,7 +41,7 @@ from emu3_jax.printable import one_line
 
 
 def launch(file: pathlib.Path, environment: Mapping[str, str]) -> tuple[int, int]:
-    """Runs the job `file` in a process of its own; its exit code, negative for a signal, and peak memory in bytes."""
+    """Runs the job `file` in a new process. Returns its exit code (negative: a signal) and peak memory in bytes."""
     process = subprocess.Popen([sys.executable, __file__, "--child", str(file)], env={**os.environ, **environment})
     try:
         _, status, usage = os.wait4(process.pid, 0)
@@ -55,14 +54,14 @@ def launch(file: pathlib.Path, environment: Mapping[str, str]) -> tuple[int, int
 
 
 def run_job(file: pathlib.Path) -> None:
-    """Runs the function that a job names, and writes what it finds, or its error, beside the job."""
+    """Runs the function that a job names, and writes its result or its error to a file beside the job."""
     job = json.loads(file.read_text())
     module, _, function = job.pop("function").partition(":")
     try:
         answer = dataclasses.asdict(getattr(importlib.import_module(module), function)(job))
     except Emu3Error as error:
         answer = {"error": str(error)}
-    except Exception as error:  # a report of what failed is what this program is for
+    except Exception as error:  # the report must contain every failure
         traceback.print_exc()
         first = str(error).strip().split("\n", 1)[0]
         answer = {"error": one_line(f"{type(error).__name__}: {first}")}
@@ -71,16 +70,18 @@ def run_job(file: pathlib.Path) -> None:
 
 @dataclasses.dataclass
 class Runner:
-    """Runs steps, and keeps their results as JSON files: one for each, found again by what it was made of."""
+    """Runs steps and stores each result as a JSON file. A stored result is reused if its inputs are the same."""
 
     out: pathlib.Path
-    environments: Mapping[str, Mapping[str, str]]  # of a step's process, by `Step.on`
+    environments: Mapping[str, Mapping[str, str]]  # environment variables of a step's process, by `Step.on`
     machines: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     results: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    jobs: Mapping[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # of the machines' probes
+    jobs: Mapping[str, dict[str, Any]] = dataclasses.field(
+        default_factory=dict
+    )  # jobs that describe the machines, by `Step.on`
 
     def run(self, step: Step, why: str | None = None) -> dict[str, Any]:
-        """The result of a step; `why` it is not compared, if it is not."""
+        """Runs a step and returns its result. `why`, if given, is the reason that the step is not compared."""
         result = self._result(step, why)
         self.results[step.name] = result
         return result
@@ -90,7 +91,7 @@ class Runner:
             return _empty(step, NOT_COMPARED, why)
         absent = [name for name in step.needs if not self._usable(name)]
         if absent:
-            return _empty(step, NOT_RUN, f"it needs the step {absent[0]}")
+            return _empty(step, NOT_RUN, f"it needs the step {absent[0]}, which failed or was not run")
         try:
             if step.on:
                 self.machine(step.on)
@@ -111,7 +112,7 @@ class Runner:
         return result
 
     def machine(self, on: str) -> dict[str, Any]:
-        """What JAX ("ours") or PyTorch ("reference") computes on; asked once. Raises `Emu3Error` if nothing works."""
+        """Describes the device of JAX ("ours") or PyTorch ("reference"). Raises `Emu3Error` if there is none."""
         if on not in self.machines:
             module = "published_steps" if on == "ours" else "published_reference"
             answer, _ = self._launch(f"{module}:machine", self.jobs.get(on, {}), on)
@@ -136,7 +137,7 @@ class Runner:
         return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
     def _kept(self, step: Step, key: str) -> dict[str, Any] | None:
-        """The result of an earlier run, if it was made of the same and all that it wrote is still there."""
+        """The stored result of an earlier run, if its inputs are the same and all its files still exist."""
         try:
             result = json.loads(self._file(step).read_text())
         except (OSError, ValueError):
@@ -156,7 +157,7 @@ class Runner:
         try:
             code, peak = launch(file, self.environments.get(on, {}))
             if not answer.is_file():
-                reason = f"signal {-code}, out of memory perhaps" if code < 0 else f"exit code {code}"
+                reason = f"signal {-code}, perhaps out of memory" if code < 0 else f"exit code {code}"
                 return {"error": f"its process ended with {reason}"}, peak
             return json.loads(answer.read_text()), peak
         finally:
@@ -165,13 +166,13 @@ class Runner:
 
 
 def _empty(step: Step, verdict: str, why: str) -> dict[str, Any]:
-    """The result of a step that did not come to its end."""
+    """The result of a step that did not finish."""
     checks = [{"what": what, "verdict": verdict, "detail": why} for what in step.checks]
     return {"step": step.name, "verdict": verdict, "notes": [why], "checks": checks, "data": {}, "files": []}
 
 
 def code_digest() -> str:
-    """A hash of the code that runs, and of the versions of what it runs on: results of another one are not kept."""
+    """A hash of the code and of the packages' versions. Results of another version are not reused."""
     versions = installed(("jax", "jaxlib", "flax", "orbax-checkpoint", "numpy", "pillow", "torch", "transformers"))
     digest = hashlib.sha256(json.dumps([sys.version, versions]).encode())
     package = pathlib.Path(emu3_jax.__file__).parent
@@ -181,7 +182,7 @@ def code_digest() -> str:
 
 
 def why_no_oracle(options: argparse.Namespace, step: Step) -> str | None:
-    """Why an oracle's step cannot be run; None where it can."""
+    """The reason that a step of the oracle (transformers) cannot run, or None if it can."""
     chosen = options.gen_reference if step.group == "picture" else options.reference
     if chosen == NONE:
         return f"--{'gen-' if step.group == 'picture' else ''}reference is none"
@@ -189,7 +190,7 @@ def why_no_oracle(options: argparse.Namespace, step: Step) -> str | None:
 
 
 def has_transformers() -> bool:
-    """Whether there is an oracle."""
+    """Whether transformers and PyTorch are installed."""
     return all(importlib.util.find_spec(name) is not None for name in ("transformers", "torch"))
 
 
@@ -197,11 +198,11 @@ def has_transformers() -> bool:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs all steps and writes the report; the exit code."""
+    """Runs all steps, writes the report, and returns the exit code."""
     check(options)
     out = local_path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    with locked(out / ".lock", lambda who: f"{out}: {who} checks there: wait for its end", passing=True):
+    with locked(out / ".lock", lambda who: f"{out} is in use by {who}: wait until it ends", passing=True):
         (out / MARK).write_text(json.dumps({"of": "check_published.py"}) + "\n")
         (out / "results").mkdir(exist_ok=True)
         (out / "bundles").mkdir(exist_ok=True)
@@ -212,7 +213,7 @@ def _run(options: argparse.Namespace, out: pathlib.Path) -> int:
     environments = {
         "": {"JAX_PLATFORMS": "cpu"},
         "ours": {"JAX_PLATFORMS": options.device} if options.device else {},
-        "reference": {"JAX_PLATFORMS": "cpu"},  # the accelerator is PyTorch's alone
+        "reference": {"JAX_PLATFORMS": "cpu"},  # so that JAX leaves the accelerator to PyTorch
     }
     runner = Runner(out, environments, jobs={"reference": {"device": options.reference_device}})
     oracle = has_transformers()
@@ -237,19 +238,19 @@ def _run(options: argparse.Namespace, out: pathlib.Path) -> int:
 
 
 def _said(result: Mapping[str, Any]) -> str:
-    """A result in one line."""
+    """The line that is printed for a result."""
     if "error" in result:
         return f"{result['verdict']}: {result['error']}"
     if result.get("kept"):
-        return f"{result['verdict']}, kept from an earlier run"
+        return f"{result['verdict']}, reused from an earlier run"
     if result.get("seconds") is None:
         return f"{result['verdict']}: {result['notes'][0]}"
     return f"{result['verdict']}, {result['seconds']} s, peak memory {progress.size(result['peak_bytes'])}"
 
 
 def _report(options: argparse.Namespace, out: pathlib.Path, runner: Runner, steps: Sequence[Step]) -> str:
-    """The report of the steps that were run, and of those that an interruption left out."""
-    results = [runner.results.get(step.name) or _empty(step, NOT_RUN, "the check was stopped before") for step in steps]
+    """The report. Steps that an interruption left out are listed as not run."""
+    results = [runner.results.get(step.name) or _empty(step, NOT_RUN, "the check was stopped") for step in steps]
     checks = [check for result in results for check in result["checks"]]
     names = {str(local_path(source)): name for name, source in sources(options).items() if os.path.isdir(source)}
     public = public_names({**names, str(out): "OUT", str(local_path(options.photo)): "PHOTO", str(ROOT): "."})
@@ -257,7 +258,7 @@ def _report(options: argparse.Namespace, out: pathlib.Path, runner: Runner, step
 
 
 def _facts(options: argparse.Namespace, runner: Runner) -> dict[str, str]:
-    """The head of the report."""
+    """The facts at the head of the report."""
     facts = {
         "checked": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "emu3-jax": installed(["emu3-jax"]).get("emu3-jax", "not installed"),
@@ -270,9 +271,7 @@ def _facts(options: argparse.Namespace, runner: Runner) -> dict[str, str]:
     for option, source in (("reference", options.reference), ("gen-reference", options.gen_reference)):
         facts.setdefault(option, "the files under test" if source == SOURCE else "none")
     own = pathlib.Path(options.photo).absolute() == PHOTO
-    facts["photograph"] = (
-        "the repository's (scripts/assets/chelsea.jpg)" if own else "another one than the repository's"
-    )
+    facts["photograph"] = "the repository's (scripts/assets/chelsea.jpg)" if own else "not the repository's"
     ours, theirs = runner.machines.get("ours"), runner.machines.get("reference")
     versions = {"python": sys.version.split()[0], **installed(("jax", "jaxlib", "flax", "numpy", "pillow"))}
     if ours:
@@ -289,7 +288,7 @@ def _facts(options: argparse.Namespace, runner: Runner) -> dict[str, str]:
 
 
 def _commit() -> str:
-    """The commit of the checkout that this script is in, with a + if it was changed; empty outside."""
+    """The commit of this checkout, with a + if tracked files were changed. Empty outside a checkout."""
     git = ["git", "-C", str(ROOT)]
     try:
         told = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
@@ -310,13 +309,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"check_published.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("check_published.py: interrupted; the same command goes on", file=sys.stderr)
+        print("check_published.py: interrupted; run the same command again to continue", file=sys.stderr)
         return 130
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the check, which ends its steps
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C and kills this one
         run_job(pathlib.Path(sys.argv[2]))
         sys.exit()
     sys.exit(main())

@@ -1,6 +1,6 @@
-"""The steps of `check_published.py` that compute with a model: codes and pixels of a photograph, a picture, an answer.
+"""Steps of `check_published.py` that compute with a model: codes and pixels of a photograph, a picture, an answer.
 
-As those of `published_steps.py`, each runs in a process of its own and imports what it needs when it runs.
+As in `published_steps.py`, each step runs in its own process and imports what it needs inside the function.
 """
 
 import functools
@@ -16,7 +16,7 @@ from emu3_jax.errors import Emu3Error
 
 
 def codes(job: Mapping[str, Any]) -> Outcome:
-    """The codes of the photograph, and how near the picture is that they decode to."""
+    """Encodes the photograph to codes, decodes them, and measures the difference."""
     import numpy as np
     from PIL import Image
 
@@ -44,7 +44,7 @@ def codes(job: Mapping[str, Any]) -> Outcome:
 
 
 def picture(job: Mapping[str, Any]) -> Outcome:
-    """The logits after a picture's prompt, and the first greedy tokens of the picture under guidance."""
+    """Computes the logits after a prompt for a picture, and the first greedy tokens of the picture with guidance."""
     from emu3_jax.checkpoints.bundle import Bundle
     from emu3_jax.generation.schedule import forced_ids, image_schedule
     from emu3_jax.media.sizes import generate_size
@@ -69,7 +69,7 @@ def picture(job: Mapping[str, Any]) -> Outcome:
 
 
 def answer(job: Mapping[str, Any]) -> Outcome:
-    """The logits after a question about the photograph, and the first greedy tokens of the answer."""
+    """Computes the logits after a question about the photograph, and the first greedy tokens of the answer."""
     import numpy as np
 
     from emu3_jax.generation.schedule import text_schedule
@@ -118,7 +118,7 @@ def _generate(
         language.params, config, [Row(prompt, schedule, negative)], Sampling(0.0, guidance=guidance).settings(1)
     )[0]
     if not np.isfinite(logits).all():
-        raise Emu3Error("the logits hold NaN or infinity: compare the checkpoint's hashes, and report this")
+        raise Emu3Error("the logits contain NaN or infinity: compare the checkpoint's hashes, and report this")
     likeliest = int(np.argmax(logits))
     outcome = Outcome(data={"arrays": {"logits": logits, "tokens": ids}}, device_peak_bytes=device_peak())
     outcome.notes += [
@@ -141,7 +141,7 @@ def _forward(config: Any) -> Any:
 
 
 def _keep(outcome: Outcome, job: Mapping[str, Any], name: str, **arrays: Any) -> None:
-    """Writes arrays for the reference, and puts their hash into the outcome, from which later steps know them."""
+    """Writes arrays for later steps, and puts their hash into the outcome, so that changed arrays are noticed."""
     import numpy as np
 
     from emu3_jax.files import new_file

@@ -1,4 +1,4 @@
-"""The command line of `check_published.py`, and the steps that follow from it."""
+"""The command line of `check_published.py`, and the list of steps for its options."""
 
 import argparse
 import dataclasses
@@ -14,16 +14,16 @@ from emu3_jax.foreign import local_path
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PHOTO = ROOT / "scripts" / "assets" / "chelsea.jpg"
-# The same in every report, so that reports can be compared with each other.
+# Fixed, so that reports can be compared with each other.
 PROMPT = "a shiba inu. masterpiece, film grained, best quality."
 NEGATIVE = "lowres, bad anatomy, text, error, cropped, worst quality, low quality, jpeg artifacts, blurry."
 QUESTION = "Please describe the image"
 GUIDANCE = 3.0
 GROUPS = ("download", "hash", "shapes", "convert", "codes", "picture", "answer")
-SOURCE, NONE = "source", "none"  # of --reference
-MARK = "check_published.json"  # in OUT: the directory is this script's
+SOURCE, NONE = "source", "none"  # special values of --reference
+MARK = "check_published.json"  # file in OUT that marks the directory as this script's
 _MOST_TOKENS = 4096
-_ROOM = 1.3  # times the weights' bytes: beside them lie a cache and a few activations
+_ROOM = 1.3  # memory needed, as a multiple of the weights' bytes: room for the cache and activations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,13 +31,13 @@ class Step:
     """A step of the check.
 
     Attributes:
-        name: in the report.
-        group: of `GROUPS`.
-        function: "module:function" that is run in a process of its own.
-        needs: names of steps that come before.
-        job: from the data of these steps, what the function is told.
-        on: "" where the result does not depend on the machine, "ours" or "reference".
-        checks: what an oracle's step compares, for the report of a run without it.
+        name: name in the report.
+        group: group for --only, from `GROUPS`.
+        function: "module:function", which runs in its own process.
+        needs: names of steps that must run before.
+        job: function from the data of these steps to the argument of `function`.
+        on: device of the step: "ours" (JAX) or "reference" (PyTorch); "" if the result does not depend on it.
+        checks: names of an oracle step's comparisons, for reports of runs without transformers.
     """
 
     name: str
@@ -50,39 +50,42 @@ class Step:
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """The command line's."""
+    """The argument parser."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument(
         "out", metavar="OUT", help="directory of results, bundles and the report; new, or of an earlier run"
     )
     source = "directory or hub id (default: %(default)s)"
-    made.add_argument("--gen", default="BAAI/Emu3-Gen", help=f"the decoder that draws: {source}")
-    made.add_argument("--chat", default="BAAI/Emu3-Chat", help=f"the decoder that answers: {source}")
-    made.add_argument("--vision", default="BAAI/Emu3-VisionTokenizer", help=f"the vision tokenizer: {source}")
+    made.add_argument("--gen", default="BAAI/Emu3-Gen", help=f"decoder that generates pictures: {source}")
+    made.add_argument("--chat", default="BAAI/Emu3-Chat", help=f"decoder that answers questions: {source}")
+    made.add_argument("--vision", default="BAAI/Emu3-VisionTokenizer", help=f"vision tokenizer: {source}")
     made.add_argument(
         "--reference", default="BAAI/Emu3-Chat-hf",
-        help=f"what transformers loads for --chat and --vision: {source}; source: the files of those two; none",
+        help=f"checkpoint that transformers loads for --chat and --vision: {source}; `source`: the files of --chat and "
+        "--vision; `none`: do not compare",
     )  # fmt: skip
     made.add_argument(
         "--gen-reference", default=SOURCE,
-        help="what transformers loads for --gen, for example BAAI/Emu3-Gen-hf; source: the files of --gen; none "
-        "(default: %(default)s)",
+        help="checkpoint that transformers loads for --gen, for example BAAI/Emu3-Gen-hf; `source`: the files of "
+        "--gen; `none`: do not compare (default: %(default)s)",
     )  # fmt: skip
-    made.add_argument("--photo", default=str(PHOTO), help="the photograph (default: the repository's picture of a cat)")
-    made.add_argument("--tokens", type=int, default=64, help="greedy tokens to compare (default: %(default)s)")
+    made.add_argument("--photo", default=str(PHOTO), help="photograph (default: the repository's picture of a cat)")
+    made.add_argument(
+        "--tokens", type=int, default=64, help="number of greedy tokens to compare (default: %(default)s)"
+    )
     made.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
-        help="what both sides compute the decoder in; auto: float32 where both have the memory, else bfloat16",
+        help="dtype of the decoder on both sides; auto: float32 if both sides have the memory, else bfloat16",
     )  # fmt: skip
-    made.add_argument("--device", choices=("cpu", "cuda", "tpu"), help="where JAX computes (default: what it chooses)")
+    made.add_argument("--device", choices=("cpu", "cuda", "tpu"), help="JAX's device (default: JAX's choice)")
     made.add_argument(
-        "--reference-device", choices=("cpu", "cuda"), help="where PyTorch computes (default: cuda if any)"
+        "--reference-device", choices=("cpu", "cuda"), help="PyTorch's device (default: cuda if there is one)"
     )
     made.add_argument(
         "--only", action="append", choices=GROUPS, metavar="STEP",
-        help=f"only this step and those that it needs; may be given several times; of {', '.join(GROUPS)}",
+        help=f"run only this step and the steps that it needs; may be repeated; one of {', '.join(GROUPS)}",
     )  # fmt: skip
-    made.add_argument("--report", help="the report's file (default: OUT/report.md)")
+    made.add_argument("--report", help="file of the report (default: OUT/report.md)")
     return made
 
 
@@ -103,13 +106,13 @@ def check(options: argparse.Namespace) -> None:
     if os.path.lexists(out) and not out.is_dir():
         raise Emu3Error(f"{out} is a file: choose a directory for the results")
     if out.is_dir() and any(out.iterdir()) and not (out / MARK).is_file():
-        raise Emu3Error(f"{out} holds other files: choose a new directory, or that of an earlier check")
+        raise Emu3Error(f"{out} holds other files: choose a new directory, or the directory of an earlier check")
     if target.is_dir() or not target.absolute().parent.is_dir():
-        raise Emu3Error(f"--report {target}: it must be a file's name in a directory that exists; correct it")
+        raise Emu3Error(f"--report {target}: it must be a file in an existing directory; correct it")
 
 
 def sources(options: argparse.Namespace) -> dict[str, str]:
-    """The checkpoints by the names of their options."""
+    """The checkpoints that the options name, by option."""
     names = ("vision", "gen", "chat", "reference", "gen-reference")
     found = {name: getattr(options, name.replace("-", "_")) for name in names}
     return {
@@ -118,12 +121,12 @@ def sources(options: argparse.Namespace) -> dict[str, str]:
 
 
 def plan(options: argparse.Namespace, dtype: Callable[[int], str], oracle: bool) -> list[Step]:
-    """All steps, each after those that it needs.
+    """All steps, each after the steps that it needs.
 
     Args:
-        options: of the command line.
-        dtype: from a decoder's size in numbers, what to compute it in.
-        oracle: there is a transformers.
+        options: options of the command line.
+        dtype: function from a decoder's number of parameters to its compute dtype.
+        oracle: whether transformers is installed.
     """
     out, given = str(local_path(options.out).absolute()), sources(options)
     steps: list[Step] = []
@@ -228,7 +231,7 @@ def plan(options: argparse.Namespace, dtype: Callable[[int], str], oracle: bool)
 
 
 def _wanted(steps: Sequence[Step], only: Sequence[str] | None) -> list[Step]:
-    """The steps of the groups `only`, and what they need; all without `only`."""
+    """The steps of the groups `only` and the steps that they need; all steps if `only` is empty."""
     if not only:
         return list(steps)
     by_name = {step.name: step for step in steps}
@@ -243,7 +246,7 @@ def _wanted(steps: Sequence[Step], only: Sequence[str] | None) -> list[Step]:
 
 
 def choose_dtype(option: str, parameters: int, memories: Sequence[int]) -> str:
-    """What to compute a decoder of so many numbers in, where each side has so many bytes of memory."""
+    """The compute dtype of a decoder with this number of parameters, given each side's memory in bytes."""
     if option != "auto":
         return option
     return "float32" if all(parameters * 4 * _ROOM <= memory for memory in memories) else "bfloat16"

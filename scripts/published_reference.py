@@ -1,8 +1,8 @@
-"""The steps of `check_published.py` that run transformers: the oracle, in processes of its own.
+"""Steps of `check_published.py` that run transformers, the oracle. Each step runs in its own process.
 
-Each function computes with the classes of transformers what a step of `published_steps.py` has written, and compares.
-The decoder is loaded by transformers itself. Only the vision tokenizer of an upstream checkpoint, whose names
-transformers does not know, is renamed by this package's table, and the report says so.
+Each function computes with transformers what a step of `published_model.py` has computed, and compares the results.
+transformers itself loads the decoder. It cannot load the vision tokenizer of an upstream checkpoint, because it uses
+other names. These weights are renamed by this package's table, and the report says so.
 """
 
 import json
@@ -15,10 +15,10 @@ from published_steps import AGREES, DIFFERS, EQUAL, NOT_COMPARED, Outcome, host_
 
 from emu3_jax.errors import Emu3Error
 
-# The greatest difference of two logits over the largest logit. Sums in another order move float32 by about 1e-5 in
-# small models; bfloat16 has 8 bits, and an error of 1% at two layers of the 8 B model's widths.
+# Largest allowed difference of logits, relative to the largest logit. In float32, another order of sums changes logits
+# of small models by about 1e-5. bfloat16 has 8 bits; two layers with the 8 B model's widths have an error of 1%.
 LIMITS = {"float32": 1e-3, "bfloat16": 5e-2}
-_KEPT = 8  # of the likeliest tokens that a first difference is looked up in
+_KEPT = 8  # number of likeliest tokens to keep, to explain the first difference
 _PREFIXES = {"model.vqmodel.": True, "vqmodel.": True, "encoder.down_block.": False}
 _DECODER_FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -27,7 +27,7 @@ _DECODER_FIELDS = (
 
 
 def machine(job: Mapping[str, Any]) -> Outcome:
-    """What PyTorch computes on, and the bytes of memory there."""
+    """Describes PyTorch's device and its memory in bytes."""
     import torch
 
     device = _device(job)
@@ -41,11 +41,11 @@ def machine(job: Mapping[str, Any]) -> Outcome:
 def _device(job: Mapping[str, Any]) -> str:
     import torch
 
-    # On GPUs PyTorch's convolutions are of 10 bits by default, which changes codes.
+    # By default, PyTorch's convolutions on GPUs use TF32 (10 bits of mantissa), which changes codes.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     wanted = job.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise Emu3Error("--reference-device is cuda, and PyTorch finds no such GPU: use cpu")
+        raise Emu3Error("--reference-device is cuda, but PyTorch finds no CUDA GPU: use cpu")
     return wanted
 
 
@@ -59,7 +59,7 @@ def _device_peak(device: str) -> int | None:
 
 
 def codes(job: Mapping[str, Any]) -> Outcome:
-    """The codes of the same pixels by transformers' Emu3VQVAE, and its own preprocessing of the photograph."""
+    """Compares the codes of the same pixels with transformers' Emu3VQVAE, and the preprocessing with transformers'."""
     import torch
 
     outcome = Outcome()
@@ -72,7 +72,7 @@ def codes(job: Mapping[str, Any]) -> Outcome:
     expected = torch.stack(list(encoded.image_tokens))[0].cpu().numpy()
     found = arrays["codes"]
     if expected.shape != found.shape:
-        raise Emu3Error(f"transformers makes codes {list(expected.shape)}, this package {list(found.shape)}")
+        raise Emu3Error(f"transformers makes codes of shape {list(expected.shape)}, this package {list(found.shape)}")
     count = int((expected != found).sum())
     outcome.compare(
         "codes of the photograph", DIFFERS if count else EQUAL, f"{found.size - count} of {found.size} codes equal"
@@ -83,7 +83,7 @@ def codes(job: Mapping[str, Any]) -> Outcome:
 
 
 def _vision(job: Mapping[str, Any], outcome: Outcome) -> Any:
-    """transformers' vision tokenizer with a checkpoint's weights, in float32."""
+    """transformers' vision tokenizer in float32, with a checkpoint's weights."""
     import torch
     import transformers
 
@@ -122,7 +122,7 @@ def _vision(job: Mapping[str, Any], outcome: Outcome) -> Any:
 
 
 def _renamed(directory: pathlib.Path, tensors: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Upstream's vision tokenizer under transformers' names, and its config."""
+    """The weights of upstream's vision tokenizer, renamed for transformers, and its config."""
     from emu3_jax.checkpoints import layouts
     from emu3_jax.checkpoints.published import Published
     from emu3_jax.checkpoints.published_config import vision_to_published
@@ -138,7 +138,7 @@ def _renamed(directory: pathlib.Path, tensors: dict[str, Any]) -> tuple[dict[str
 
 
 def _torch_tensors(directory: pathlib.Path) -> Iterator[tuple[str, Any]]:
-    """The tensors of a checkpoint but the decoder's, read by the libraries that wrote them."""
+    """Yields all tensors of a checkpoint except the decoder's, read by safetensors or PyTorch."""
     import safetensors
     import torch
 
@@ -155,7 +155,7 @@ def _torch_tensors(directory: pathlib.Path) -> Iterator[tuple[str, Any]]:
 
 
 def _compare_pixels(job: Mapping[str, Any], ours: np.ndarray) -> tuple[str, str]:
-    """Verdict and detail of transformers' own preprocessing of the photograph."""
+    """Compares the pixels with transformers' own preprocessing of the photograph. Returns verdict and detail."""
     import transformers
     from PIL import Image
 
@@ -166,21 +166,21 @@ def _compare_pixels(job: Mapping[str, Any], ours: np.ndarray) -> tuple[str, str]
         processor = transformers.Emu3ImageProcessor.from_pretrained(directory)
         with Image.open(job["photo"]) as photo:
             made = processor(photo.convert("RGB"), return_tensors="np")
-    except Exception as error:  # of another layout's file, or of what transformers is built on
+    except Exception as error:  # any class: the file may have another layout, or a dependency may fail
         return NOT_COMPARED, f"transformers' processor does not run ({type(error).__name__})"
     theirs = np.moveaxis(np.asarray(made["pixel_values"])[0], 0, -1)
     if theirs.shape != ours.shape:
-        return DIFFERS, f"sizes {list(theirs.shape[:2])} and {list(ours.shape[:2])}"
+        return DIFFERS, f"transformers has size {list(theirs.shape[:2])}, this package {list(ours.shape[:2])}"
     worst = float(np.abs(theirs - ours).max())
-    # A step of 255 is 2 / 255 or more after normalisation; float32 rounding is far below.
-    return (EQUAL if worst < 1e-5 else DIFFERS), f"worst difference {worst:.2g} of normalised pixels"
+    # One 8-bit step is at least 2 / 255 after normalisation. float32 rounding is far smaller.
+    return (EQUAL if worst < 1e-5 else DIFFERS), f"largest difference {worst:.2g} of normalised pixels"
 
 
 # ------------------------------------------------------------------------------------------------ decoder
 
 
 def picture(job: Mapping[str, Any]) -> Outcome:
-    """Logits and greedy tokens of the picture by transformers, with its own guidance and constraint."""
+    """Compares logits and greedy tokens of the picture with transformers, with its own guidance and constraint."""
     import torch
     from transformers.generation.logits_process import (
         LogitsProcessorList,
@@ -209,7 +209,7 @@ def picture(job: Mapping[str, Any]) -> Outcome:
 
 
 def answer(job: Mapping[str, Any]) -> Outcome:
-    """Logits and greedy tokens of the answer by transformers."""
+    """Compares logits and greedy tokens of the answer with transformers."""
     arrays = _read(job, "answer")
     device, model, outcome = _loaded(job)
     _compare_generated(job, outcome, model, device, arrays, None, "the question about the photograph", "the answer")
@@ -217,7 +217,7 @@ def answer(job: Mapping[str, Any]) -> Outcome:
 
 
 def _loaded(job: Mapping[str, Any]) -> tuple[str, Any, Outcome]:
-    """The device, transformers' model on it, and an outcome that says how it was loaded."""
+    """Loads transformers' model. Returns the device, the model, and an outcome with a note on how it was loaded."""
     import torch
     import transformers
 
@@ -235,13 +235,13 @@ def _loaded(job: Mapping[str, Any]) -> tuple[str, Any, Outcome]:
     lost = {kind: names for kind, names in info.items() if names}
     if lost:
         kind, names = next(iter(lost.items()))
-        raise Emu3Error(f"transformers does not load the reference whole: {kind}: {sorted(map(str, names))[:2]}")
+        raise Emu3Error(f"transformers cannot load all weights of the reference: {kind}: {sorted(map(str, names))[:2]}")
     outcome = Outcome(notes=[f"transformers loaded {how}; {job['dtype']} on {device}"])
     return device, model.eval().to(device), outcome
 
 
 def _text_config(config: Mapping[str, Any], major: int) -> Any:
-    """transformers' config of upstream's `config.json`."""
+    """transformers' config, made from upstream's `config.json`."""
     import transformers
 
     fields = {name: config[name] for name in _DECODER_FIELDS if name in config}
@@ -254,7 +254,7 @@ def _compare_generated(
     job: Mapping[str, Any], outcome: Outcome, model: Any, device: str, arrays: Mapping[str, np.ndarray],
     processors: Any, asked: str, made: str,
 ) -> None:  # fmt: skip
-    """Adds the comparisons of the prompt's text, of its logits, and of greedy tokens."""
+    """Adds comparisons of the prompt's token ids, of the logits after it, and of greedy tokens."""
     import torch
     import transformers
 
@@ -283,28 +283,34 @@ def _compare_generated(
 
 
 def compare_logits(ours: np.ndarray, theirs: np.ndarray, limit: float) -> tuple[str, str]:
-    """Verdict and detail of two rows of logits, float32 [V]; `limit` is of the difference over the largest logit."""
+    """Compares two rows of logits, float32 [V]. Returns verdict and detail.
+
+    `limit` is the largest allowed difference, relative to the largest logit.
+    """
     if ours.shape != theirs.shape:
-        return DIFFERS, f"{len(ours)} logits and {len(theirs)}"
+        return DIFFERS, f"this package has {len(ours)} logits, transformers {len(theirs)}"
     worst, largest = float(np.abs(ours - theirs).max()), float(np.abs(theirs).max())
     relative = worst / largest if largest else worst
     first, second = int(ours.argmax()), int(theirs.argmax())
     same = "same likeliest token" if first == second else f"likeliest tokens {first} and {second}"
     ok = first == second and relative <= limit
-    detail = f"worst difference {worst:.3g}, over the largest logit {relative:.2g} (limit {limit:g}), {same}"
+    detail = f"largest difference {worst:.3g}, relative to the largest logit {relative:.2g} (limit {limit:g}), {same}"
     return (AGREES if ok and worst else EQUAL if ok else DIFFERS), detail
 
 
 def compare_tokens(
     ours: np.ndarray, theirs: np.ndarray, likeliest: list[dict[int, float]], pad: int
 ) -> tuple[str, str]:
-    """Verdict and detail of two rows of ids.
+    """Compares two rows of token ids.
 
     Args:
         ours: int [n]; padding follows the end of an answer.
         theirs: int [up to n]; nothing follows the end.
-        likeliest: for each of `theirs`, its likeliest ids and their scores.
-        pad: the padding's id.
+        likeliest: for each token of `theirs`, the likeliest ids and their scores.
+        pad: id of padding.
+
+    Returns:
+        Verdict and detail.
     """
     padded = np.full(len(ours), pad)
     padded[: len(theirs)] = theirs
@@ -317,12 +323,12 @@ def compare_tokens(
     scores = likeliest[first] if first < len(likeliest) else {}
     if int(ours[first]) in scores and int(padded[first]) in scores:
         gap = scores[int(padded[first])] - scores[int(ours[first])]
-        return DIFFERS, f"{detail}, whose score there is larger by {gap:.3g}"
-    return DIFFERS, f"{detail}, which does not have the other among its {_KEPT} likeliest"
+        return DIFFERS, f"{detail}, whose score of its own token is larger by {gap:.3g}"
+    return DIFFERS, f"{detail}; our token is not among its {_KEPT} likeliest"
 
 
 def _compare_text(job: Mapping[str, Any], ours: np.ndarray) -> tuple[str, str]:
-    """Verdict and detail of the ids that transformers' tokenizer makes of the prompt's text."""
+    """Compares the ids of the prompt's text with transformers' tokenizer. Returns verdict and detail."""
     import transformers
 
     directory = pathlib.Path(job["directory"])
@@ -331,7 +337,7 @@ def _compare_text(job: Mapping[str, Any], ours: np.ndarray) -> tuple[str, str]:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
         theirs = tokenizer.encode(job["text"], add_special_tokens=False)
-    except Exception as error:  # of another layout's files, or of what transformers is built on
+    except Exception as error:  # any class: the files may have another layout, or a dependency may fail
         return NOT_COMPARED, f"transformers' tokenizer does not load ({type(error).__name__})"
     if theirs == ours.tolist():
         return EQUAL, f"{len(theirs)} ids"

@@ -1,4 +1,4 @@
-"""The report of `check_published.py`: one Markdown page that holds no private path, no token and no variable."""
+"""The report of `check_published.py`: one Markdown page without private paths, tokens or environment variables."""
 
 import dataclasses
 import os
@@ -14,13 +14,13 @@ from emu3_jax import progress
 
 _ADDRESS_QUERY = re.compile(r"(https?://[^\s?#]+)[?#]\S+")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
-# A path that begins at the root and has two parts or more; in an address and after ~ it does not begin.
+# An absolute path of two parts or more. Paths in web addresses and after ~ do not match.
 _ABSOLUTE = re.compile(r"(?<![\w.~:/\-])/(?:[^\s/:;,'\"`|()]+/)+([^\s/:;,'\"`|()]*)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Public:
-    """Makes text fit for a public page. `names` are directories and files, and what the page calls them."""
+    """Replaces private parts of a text. `names` maps directories and files to their names on the page."""
 
     names: Mapping[str, str]
 
@@ -32,7 +32,7 @@ class Public:
 
 
 def public_names(known: Mapping[str, str]) -> Public:
-    """`known` and the home directory; each with links followed, too."""
+    """`known` and the home directory, also with symbolic links resolved."""
     names = {}
     for path, name in {**known, os.path.expanduser("~"): "~"}.items():
         for form in {path, os.path.abspath(path), os.path.realpath(path)}:
@@ -42,7 +42,7 @@ def public_names(known: Mapping[str, str]) -> Public:
 
 
 def source_name(source: str) -> str:
-    """What the page calls a source: a hub id as it is, of a directory its name alone."""
+    """The name of a source on the page: a hub id as it is, or the last part of a directory's path."""
     return pathlib.Path(source).name or "directory" if os.path.isdir(source) else source
 
 
@@ -55,13 +55,13 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def report(
     facts: Mapping[str, str], results: Sequence[Mapping[str, Any]], checks: Sequence[Mapping[str, str]], public: Public
 ) -> str:
-    """The page.
+    """Returns the page.
 
     Args:
-        facts: what was run, on what: a list at the head.
-        results: of the steps, in their order: see `check_published.Runner`.
-        checks: comparisons, with those that were not made.
-        public: what makes foreign text fit for the page.
+        facts: the list at the head of the page: what was checked, on which machine.
+        results: results of the steps in order, see `check_published.Runner`.
+        checks: all comparisons, including those that were not made.
+        public: removes private parts from foreign text.
     """
     count = Counter(check["verdict"] for check in checks)
     said = ", ".join(f"{count[verdict]} {verdict}" for verdict in VERDICTS if count[verdict]) or "none"
@@ -72,15 +72,15 @@ def report(
         ("what", "verdict", "detail"), [[public(c["what"]), c["verdict"], public(c["detail"])] for c in checks]
     )
     if count[NOT_COMPARED]:
-        lines += ["", "What was not compared has not passed: nothing is known about it."]
+        lines += ["", '"not compared" does not mean passed: these comparisons were not made.']
     lines += ["", "## Steps", ""]
     lines += table(
-        ("step", "verdict", "seconds", "peak memory", "accelerator's peak", "left on the disk"),
+        ("step", "verdict", "seconds", "peak memory", "peak accelerator memory", "files left on disk"),
         [_row(result) for result in results],
     )
     kept = [result["step"] for result in results if result.get("kept")]
     if kept:
-        lines += ["", f"Kept from an earlier run, with its times: {', '.join(kept)}."]
+        lines += ["", f"Reused from an earlier run, with its times: {', '.join(kept)}."]
     for result in results:
         notes = [*result["notes"], *([f"error: {result['error']}"] if result.get("error") else [])]
         if notes:
@@ -105,7 +105,7 @@ def _row(result: Mapping[str, Any]) -> list[str]:
 
 
 def _files(results: Sequence[Mapping[str, Any]], public: Public) -> list[str]:
-    """The checkpoints' files and their hashes, folded."""
+    """The lines with the checkpoints' files and hashes, in a section that is folded."""
     hashed = [result for result in results if result["data"].get("files")]
     if not hashed:
         return []
@@ -116,5 +116,5 @@ def _files(results: Sequence[Mapping[str, Any]], public: Public) -> list[str]:
             for file in result["data"]["files"]
         ]
         lines += ["", f"{result['step'].removeprefix('hash ')}:", ""]
-        lines += table(("file", "bytes", "SHA-256", "and the hub's hash"), rows)
+        lines += table(("file", "bytes", "SHA-256", "compared with the hub"), rows)
     return [*lines, "", "</details>"]

@@ -1,7 +1,7 @@
-"""The steps of `check_published.py` that run this package: each function is one step, in a process of its own.
+"""Steps of `check_published.py` about files and checkpoints. Each function is one step and runs in its own process.
 
-A step takes what `check_published.py` tells it and returns an `Outcome`. It imports what it needs when it runs, so that
-a step about files does not start JAX.
+A step takes a job (a dict) and returns an `Outcome`. It imports what it needs inside the function, so that a step about
+files does not start JAX.
 """
 
 import dataclasses
@@ -19,12 +19,12 @@ from typing import Any
 from emu3_jax import progress
 from emu3_jax.errors import Emu3Error
 
-# What a comparison or a step ends with, from good to bad.
+# Verdicts of comparisons and steps, from good to bad.
 DONE, NOT_COMPARED, EQUAL, AGREES, NOT_RUN, DIFFERS, FAILED = VERDICTS = (
     "done", "not compared", "equal", "agrees", "not run", "differs", "failed",
 )  # fmt: skip
-SUFFIXES = (".json", ".safetensors", ".bin", ".tiktoken", ".txt")  # of the files that a download takes
-_BLOCK = 1 << 24  # bytes that are hashed or compared together
+SUFFIXES = (".json", ".safetensors", ".bin", ".tiktoken", ".txt")  # suffixes of the files to download
+_BLOCK = 1 << 24  # number of bytes to hash or compare at once
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _PACKAGES = (
     "emu3-jax", "jax", "jaxlib", "flax", "orbax-checkpoint", "numpy", "pillow", "tiktoken", "huggingface-hub",
@@ -33,16 +33,16 @@ _PACKAGES = (
 
 @dataclasses.dataclass
 class Outcome:
-    """What a step found.
+    """The result of a step.
 
     Attributes:
-        verdict: of `VERDICTS`; the worst of the checks' where there are any.
+        verdict: a verdict from `VERDICTS`; with checks, their worst verdict.
         notes: sentences for the report.
-        checks: comparisons: what is compared, its verdict, and how near.
-        data: for later steps, of which JSON can be made.
-        files: that the step wrote, under the output directory.
-        device_peak_bytes: of the accelerator's memory; None where nothing tells.
-        new_bytes: that the step left on the disk.
+        checks: comparisons, each with what was compared, the verdict and the detail.
+        data: data for later steps, which must fit into JSON.
+        files: files that the step wrote, relative to the output directory.
+        device_peak_bytes: peak of the accelerator's memory in bytes, or None if unknown.
+        new_bytes: bytes that the step left on the disk.
     """
 
     verdict: str = DONE
@@ -60,7 +60,7 @@ class Outcome:
 
 
 def installed(packages: Sequence[str]) -> dict[str, str]:
-    """The versions of those packages that are installed."""
+    """The versions of the installed packages among `packages`."""
     found = {}
     for package in packages:
         try:
@@ -74,7 +74,7 @@ def installed(packages: Sequence[str]) -> dict[str, str]:
 
 
 def machine(job: Mapping[str, Any]) -> Outcome:
-    """What JAX computes on: its platform, devices, and the bytes of memory that one of them has."""
+    """Describes JAX's platform, its devices, and the memory of one device in bytes."""
     import jax
 
     from emu3_jax.compilation import check_backend
@@ -97,12 +97,12 @@ def machine(job: Mapping[str, Any]) -> Outcome:
 
 
 def host_memory() -> int:
-    """Bytes of main memory."""
+    """The size of main memory in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def processor() -> str:
-    """The processor's name, as Linux tells it."""
+    """The processor's name."""
     try:
         told = pathlib.Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -122,7 +122,7 @@ def device_peak() -> int | None:
 
 
 def download(job: Mapping[str, Any]) -> Outcome:
-    """Finds the directory of a source, and downloads it where it is a hub id; asks the hub for its files' hashes."""
+    """Finds a source's directory; downloads a hub id and asks the hub for the hashes of its files."""
     from emu3_jax.checkpoints.hub import fetch, local_source
 
     source = job["source"]
@@ -136,13 +136,13 @@ def download(job: Mapping[str, Any]) -> Outcome:
     outcome.notes.append(f"commit {revision or 'unknown'}")
     try:
         outcome.data["hub"] = hub_hashes(source, revision)
-    except Exception as error:  # of the hub's library, or of what it connects with
-        outcome.notes.append(f"the hub told no hashes ({type(error).__name__})")
+    except Exception as error:  # the hub's library and its network libraries raise many classes
+        outcome.notes.append(f"the hub gave no hashes ({type(error).__name__})")
     return outcome
 
 
 def hub_hashes(source: str, revision: str | None) -> dict[str, dict[str, Any]]:
-    """Size, and SHA-256 or Git's hash, of each file of a repository, as the hub tells them."""
+    """Size, and SHA-256 or Git hash, of each file of a repository, from the hub."""
     import huggingface_hub
 
     told = huggingface_hub.HfApi().model_info(source, revision=revision, files_metadata=True)
@@ -154,7 +154,7 @@ def hub_hashes(source: str, revision: str | None) -> dict[str, dict[str, Any]]:
 
 
 def listing(directory: pathlib.Path) -> list[tuple[str, int, int]]:
-    """Name, bytes and time of change of a checkpoint's files, in the order of their names."""
+    """Name, size in bytes and modification time of a checkpoint's files, sorted by name."""
     try:
         entries = [(file.name, file.stat()) for file in directory.iterdir() if file.suffix in SUFFIXES]
     except OSError as error:
@@ -163,7 +163,7 @@ def listing(directory: pathlib.Path) -> list[tuple[str, int, int]]:
 
 
 def hash_files(job: Mapping[str, Any]) -> Outcome:
-    """SHA-256 of every file of a checkpoint, compared with what the hub tells."""
+    """Computes the SHA-256 of every file of a checkpoint, and compares it with the hub's."""
     directory, hub = pathlib.Path(job["directory"]), job["hub"]
     outcome, files = Outcome(), []
     for name, size, _ in listing(directory):
@@ -191,7 +191,7 @@ def hash_files(job: Mapping[str, Any]) -> Outcome:
 
 
 def digests(file: pathlib.Path) -> tuple[str, str]:
-    """A file's SHA-256, and the hash by which Git knows it."""
+    """A file's SHA-256 and its Git blob hash."""
     sha256, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % file.stat().st_size, usedforsecurity=False)
     with file.open("rb") as stream:
         while block := stream.read(_BLOCK):
@@ -204,7 +204,7 @@ def digests(file: pathlib.Path) -> tuple[str, str]:
 
 
 def shapes(job: Mapping[str, Any]) -> Outcome:
-    """Names, shapes and dtypes of a checkpoint's tensors against its own config, and its config against this package's.
+    """Compares a checkpoint's tensors with its config (names, shapes, dtypes), and its config with our defaults.
 
     Raises:
         Emu3Error: the files are damaged, or the tensors are not those that the config calls for.
@@ -242,17 +242,17 @@ def shapes(job: Mapping[str, Any]) -> Outcome:
 
 
 def _differences(name: str, config: Any, known: Any) -> str:
-    """A sentence about the fields of a published config that are not this package's defaults."""
+    """A sentence about the fields of a published config that differ from this package's defaults."""
     pairs = [
         f"{field.name} {getattr(config, field.name)!r} (here {getattr(known, field.name)!r})"
         for field in dataclasses.fields(config)
         if field.name != "dtype" and getattr(config, field.name) != getattr(known, field.name)
     ]
-    return f"{name}: {'as this package has it' if not pairs else 'differs in ' + ', '.join(pairs)}"
+    return f"{name}: {'equal to the defaults of this package' if not pairs else 'differs in ' + ', '.join(pairs)}"
 
 
 def _compare_sources(outcome: Outcome, one: Any, title: str, other: Any, job: Mapping[str, Any]) -> None:
-    """Adds a comparison of the weights that two checkpoints have in common."""
+    """Adds a comparison of the weights that are in both checkpoints."""
     for part in one.layout.parts:
         if part in other.layout.parts and part in job["parts"]:
             _compare_part(outcome, one, other, part, f"{title} and in {job['title']}")
@@ -264,17 +264,17 @@ def _compare_part(outcome: Outcome, one: Any, other: Any, part: str, where: str)
         f"weights of the {part} in {where}",
         DIFFERS if differing else EQUAL,
         f"{count - len(differing)} of {count} tensors equal bit for bit, {progress.size(nbytes)}"
-        + (f", first other: {differing[0]}" if differing else ""),
+        + (f", first difference: {differing[0]}" if differing else ""),
     )
 
 
 def _compare_tensors(one: Any, other: Any, part: str) -> tuple[list[str], int, int]:
-    """The tensors of a part that are not equal in two open checkpoints, how many there are, and their bytes."""
+    """Compares a part of two open checkpoints. Returns the differing tensors, the number of tensors and their bytes."""
     differing, count, nbytes = [], 0, 0
     for weight in _weights(one, part):
         pair = [source.tensors_of([weight], part) for source in (one, other)]
         if not pair[0] and not pair[1]:
-            continue  # a counter that both lack
+            continue  # a counter that neither has
         count += 1
         if not pair[0] or not pair[1]:
             differing.append(f"{weight.name} (absent in one)")
@@ -289,7 +289,7 @@ def _compare_tensors(one: Any, other: Any, part: str) -> tuple[list[str], int, i
 
 
 def _same_bits(first: Any, second: Any) -> bool:
-    """Whether two tensors of one dtype hold the same bits, whatever their shapes: a linear layer may be a kernel."""
+    """Whether two tensors of one dtype have equal bits. Shapes may differ: a linear layer may be stored as kernel."""
     import numpy as np
 
     one, other = (tensor.read().reshape(-1).view(np.uint8) for tensor in (first, second))
@@ -298,7 +298,7 @@ def _same_bits(first: Any, second: Any) -> bool:
 
 
 def _weights(published: Any, part: str) -> Iterator[Any]:
-    """Upstream's weights of a part, counters of batch norms among them."""
+    """Upstream's weights of a part, including counters of batch norms."""
     from emu3_jax.checkpoints import layouts
 
     if part == "vision":
@@ -312,18 +312,18 @@ def _weights(published: Any, part: str) -> Iterator[Any]:
 
 
 def convert_source(job: Mapping[str, Any]) -> Outcome:
-    """Converts a checkpoint into a bundle, and examines every weight of it as `emu3-jax doctor` does."""
+    """Converts a checkpoint to a bundle, and checks every weight of the bundle as `emu3-jax doctor` does."""
     from emu3_jax.checkpoints.convert import convert
     from emu3_jax.checkpoints.doctor import ERROR, WARN, doctor
 
     bundle = pathlib.Path(job["bundle"])
     if bundle.exists():
-        shutil.rmtree(bundle)  # of an earlier run, whose source or version was another one
+        shutil.rmtree(bundle)  # left by an earlier run with another source or version
     convert([job["directory"]], bundle, template="stage1" if "stage1" in job["source"].lower() else "chat")
     size = sum(file.stat().st_size for file in bundle.rglob("*") if file.is_file())
     outcome = Outcome(data={"bundle": str(bundle)}, files=[f"{bundle.parent.name}/{bundle.name}"], new_bytes=size)
     for finding in doctor(bundle):
-        # What a bundle of one part lacks is in another bundle here.
+        # Here each part has its own bundle, so missing parts are no fault.
         if finding.level in (ERROR, WARN) and not re.fullmatch(r"the bundle has no \w+ part", finding.what):
             outcome.notes.append(f"doctor, {finding.level}: {finding.what}: {finding.remedy}")
             if finding.level == ERROR:
@@ -334,7 +334,7 @@ def convert_source(job: Mapping[str, Any]) -> Outcome:
 
 
 def export_bundle(job: Mapping[str, Any]) -> Outcome:
-    """Exports a bundle to the layout that it came from, compares each tensor with the source, and deletes it."""
+    """Exports a bundle to its original layout, compares each tensor with the source, and deletes the export."""
     from emu3_jax.checkpoints.export import export
     from emu3_jax.checkpoints.published import Published
 

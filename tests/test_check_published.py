@@ -125,7 +125,7 @@ def test_the_whole_check_and_once_more(script, stand_ins, tmp_path, capsys):
     assert script.main(command) == 0
     assert times(out) == before and len(before) > 20
     assert set(script.launched) == {"published_steps:machine", "published_reference:machine"}
-    assert verdicts(report, "Comparisons") == checks and "Kept from an earlier run" in report.read_text()
+    assert verdicts(report, "Comparisons") == checks and "Reused from an earlier run" in report.read_text()
 
     # Another number of tokens changes what is made of it; what was lost comes again, and is what it was.
     (out / "photo.png").unlink()
@@ -314,7 +314,7 @@ def test_a_process_that_is_killed(monkeypatch, tmp_path):
     (tmp_path / "results").mkdir()
     step = check_published.Step("killed", "codes", "dies:now", checks=("codes",))
     result = runner.run(step)
-    assert result["verdict"] == "failed" and "signal 9, out of memory perhaps" in result["error"]
+    assert result["verdict"] == "failed" and "signal 9, perhaps out of memory" in result["error"]
     assert [check["verdict"] for check in result["checks"]] == ["failed"]
     assert runner.run(step).get("kept") is None, "what failed is tried again"
 
@@ -331,7 +331,7 @@ def test_ctrl_c_leaves_a_report_of_what_was_done(script, stand_ins, tmp_path, mo
     out = tmp_path / "out"
     command = arguments(stand_ins, out, "--reference=none", "--only=shapes")
     assert script.main(command) == 130
-    assert capsys.readouterr().err == "check_published.py: interrupted; the same command goes on\n"
+    assert capsys.readouterr().err == "check_published.py: interrupted; run the same command again to continue\n"
     steps = verdicts(out / "report.md", "Steps")
     assert (steps["shapes vision"], steps["download gen"], steps["shapes chat"]) == ("equal", "not run", "not run")
     assert sorted(os.listdir(out)) == ["bundles", "check_published.json", "report.md", "results"]
@@ -351,8 +351,8 @@ def test_bad_input(script, stand_ins, tmp_path, capsys):
         ([str(out), "--tokens=0"], "--tokens is 0: it must be a whole number from 1 to 4096"),
         ([str(out), f"--photo={tmp_path / 'file'}"], "file"),
         ([str(out), f"--photo={tmp_path / 'absent.png'}"], "absent.png"),
-        ([str(out), f"--report={tmp_path / 'no' / 'report.md'}"], "a directory that exists; correct it"),
-        ([str(out), f"--report={tmp_path}"], "it must be a file's name"),
+        ([str(out), f"--report={tmp_path / 'no' / 'report.md'}"], "an existing directory; correct it"),
+        ([str(out), f"--report={tmp_path}"], "it must be a file in an existing directory"),
         ([str(tmp_path / "file")], "file is a file: choose a directory"),
         ([str(full)], "full holds other files: choose a new directory"),
     ):
@@ -373,7 +373,7 @@ def test_how_logits_and_tokens_are_compared(script):
     ours = np.asarray([1.0, -4.0, 2.0], np.float32)
     assert compare_logits(ours, ours, 1e-3)[0] == "equal"
     assert compare_logits(ours + np.float32(1e-3), ours, 1e-3) == (
-        "agrees", "worst difference 0.001, over the largest logit 0.00025 (limit 0.001), same likeliest token"
+        "agrees", "largest difference 0.001, relative to the largest logit 0.00025 (limit 0.001), same likeliest token"
     )  # fmt: skip
     assert compare_logits(ours + np.float32(1e-2), ours, 1e-3)[0] == "differs"
     assert compare_logits(ours, ours[[2, 1, 0]], 1.0)[1].endswith("likeliest tokens 2 and 0")
