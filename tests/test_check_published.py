@@ -382,7 +382,7 @@ def test_how_logits_and_tokens_are_compared(script):
     assert compare_tokens(ids, ids[:2], [{}, {}], pad=0) == ("equal", "4 of 4 equal; the answer ends after 2")
     verdict, detail = compare_tokens(ids, np.asarray([5, 7, 8, 9]), [{}, {7: 1.5, 6: 1.25}], pad=0)
     assert verdict == "differs" and detail == (
-        "first difference at token 1: 6 here, 7 by transformers, whose score there is larger by 0.25"
+        "first difference at token 1: 6 here, 7 by transformers, whose score of its own token is larger by 0.25"
     )
     assert compare_tokens(ids, np.asarray([4, 6]), [{4: 1.0}], pad=0)[1].endswith("among its 8 likeliest")
 

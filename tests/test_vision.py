@@ -344,7 +344,7 @@ def test_bad_rank_of_codes():
 @pytest.mark.parametrize(
     ("codes", "message"),
     [
-        (np.array([[0, 32768]]), r"code 32768 at \[0, 1\] is outside the codebook: codes must be 0 to 32767"),
+        (np.array([[0, 32768]]), r"code 32768 at \[0, 1\] is outside the codebook: codes must be from 0 to 32767"),
         (np.array([[-1, 0]]), "code -1"),
         (np.zeros((2, 2)), "dtype float64"),
         (np.zeros((0, 2), int), "at least one code"),
