@@ -206,7 +206,7 @@ def test_a_judge_learns_and_is_kept(toy, tmp_path):
     ]
     assert len({judge.file, *(other.file for other in others)}) == 3
     judge.file.write_bytes(judge.file.read_bytes()[:100])
-    with pytest.raises(Emu3Error, match="delete it"):
+    with pytest.raises(Emu3Error, match="delete the file"):
         get_judge(tmp_path, TOY, learned, names[:32], reconstruct=lambda: learned, tokenizer="t")
     with pytest.raises(Emu3Error, match="needs at least two"):
         get_judge(tmp_path, TOY, learned, ["one"] * 32, reconstruct=lambda: learned, tokenizer="t")

@@ -423,7 +423,7 @@ def test_freezing_array_by_array_is_freezing_all(base, sizes):
     assert identical(jax.device_get(found), jax.device_get(freeze(plain(), adapter)))
     assert jax.tree.all(jax.tree.map(lambda x, place: x.sharding.is_equivalent_to(place, x.ndim), found, places))
     missing = [item for item in given if item[0] != ("layers_1", "mlp", "down")]
-    with pytest.raises(Emu3Error, match="frozen weight layers/mlp/down: the bundle gave 1 arrays, 2 are needed"):
+    with pytest.raises(Emu3Error, match=r"frozen weight layers/mlp/down.*: the bundle gave 1 arrays, 2 are needed"):
         freeze_stacked(missing, CONFIG, adapter, places)
 
 
