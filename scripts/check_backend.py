@@ -132,8 +132,8 @@ def cache_copies(config: DecoderConfig, params: dict, kernels: str) -> int:
 def check_narrow(config: DecoderConfig):
     """Compares logits in narrow dtypes with float32 logits of the same weights, at the 8 B model's widths.
 
-    Weights are stored in bfloat16, or as codes and scales. float16 casts bfloat16 weights, as loading does. Yields (name
-    of the check, relative error of the logits, limit).
+    Weights are stored in bfloat16, or as codes and scales. float16 casts bfloat16 weights, as loading does. Yields
+    (name of the check, relative error of the logits, limit).
     """
     config = dataclasses.replace(
         config, hidden_size=4096, intermediate_size=14336, num_layers=2, num_heads=32, num_kv_heads=8, dtype="bfloat16"

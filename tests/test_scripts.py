@@ -19,7 +19,7 @@ from emu3_jax.text.tokenizer import special_tokens
 
 SCRIPTS = pathlib.Path(__file__).parents[1] / "scripts"
 SHELL_SCRIPTS = sorted([*SCRIPTS.rglob("*.sh"), *SCRIPTS.rglob("*.sbatch"), SCRIPTS.parent / ".ci" / "run"])
-ANNOUNCED = "installing into .venv, which takes a few minutes the first time\n"
+ANNOUNCED = "installing packages in .venv; this takes a few minutes the first time\n"
 
 
 @pytest.fixture
@@ -170,7 +170,7 @@ def test_environment_of_another_python(tmp_path):
     other.chmod(0o755)
     done = in_venv(tmp_path, "test", "true", PYTHON=str(other), VENV=".venv-other")
     assert (done.returncode, done.stdout) == (1, "")
-    assert len(done.stderr.splitlines()) == 1 and ".venv-other holds Python 3.1" in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and ".venv-other has Python 3.1" in done.stderr
     assert "is Python 3.99.0" in done.stderr and "VENV" in done.stderr
 
 
