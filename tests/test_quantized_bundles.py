@@ -309,6 +309,17 @@ def test_other_kinds_are_refused(quantised, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("target", ["/dev/zero", "absent"])
+def test_links_that_lead_to_no_file_are_not_copied(tiny_bundle, tmp_path, capsys, target):
+    """A copy of /dev/zero would never end."""
+    copy = shutil.copytree(tiny_bundle, tmp_path / "copy")
+    (copy / "vision" / "weights" / "more").symlink_to(target)
+    assert main(["quantize", str(copy), "-o", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert f"cannot read {copy}/vision/weights/more: " in error and error.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy"]
+
+
 def test_what_cannot_be_quantised(golden_checkpoint, tiny_bundle, tmp_path, capsys):
     output = tmp_path / "out"
     assert main(["convert", str(golden_checkpoint / "vq"), "-o", str(output), "--quantize", "int8"]) == 2

@@ -32,7 +32,7 @@ from emu3_jax.config import DecoderConfig, ImageConfig, SpecialTokens, VisionCon
 from emu3_jax.errors import Emu3Error
 from emu3_jax.fields import FieldError, is_whole, read_from
 from emu3_jax.files import new_directory
-from emu3_jax.foreign import read_object, storage_path
+from emu3_jax.foreign import plain_file, read_object, reading, storage_path
 from emu3_jax.models.quantization import (
     KINDS,
     codes_and_scales,
@@ -123,6 +123,13 @@ def _fits(found: jax.ShapeDtypeStruct | None, expected: jax.ShapeDtypeStruct | t
     if isinstance(expected, tuple):
         return found.shape == expected
     return (found.shape, found.dtype) == (expected.shape, expected.dtype)
+
+
+def _copy_plain(source: str, target: str) -> None:
+    """Copies a file; of a device such as /dev/zero, to which a damaged bundle may link, a copy would never end."""
+    with reading(source):
+        plain_file(source)
+        shutil.copy2(source, target)
 
 
 def decoder_dict(decoder: DecoderConfig, quantize: str | None) -> dict[str, Any]:
@@ -370,7 +377,7 @@ class Bundle:
         source = self.path
         if storage.is_remote(source):
             source = storage.fetched(source, lambda name: name.startswith(f"{part}/"))
-        shutil.copytree(source / part, target)
+        shutil.copytree(source / part, target, copy_function=_copy_plain)
 
     def params(self, part: str) -> list[Param]:
         """The arrays that the part's config calls for. `part` is "decoder" or "vision"."""
