@@ -244,7 +244,7 @@ def test_walk_through(real):
     """Steps 1 to 11 of docs/tpu.md in one shell, as a reader types them; nothing is left in the end."""
     text = PAGES["tpu"]
     steps = [block for number in range(1, 12) for block in blocks("tpu", f"{number}. ")]
-    assert len(re.findall(r"^## \d", text, re.MULTILINE)) == 11 and len(blocks("tpu")) == len(steps) + 4
+    assert len(re.findall(r"^## \d", text, re.MULTILINE)) == 11 and len(blocks("tpu")) == len(steps) + 5
     # Before the slice is deleted: what the hosts have.
     *steps, last = steps
     said = real.run(substitute("\n".join(steps), real))
