@@ -1,4 +1,4 @@
-"""Frozen, validated configs of the model's parts."""
+"""Frozen, validated configs of the decoder, the vision tokenizer, picture preprocessing and the special tokens."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from emu3_jax.fields import (
     tuple_field,
 )
 
-# Far above every model, and small enough that what is sized by them fits into a machine.
+# Far above the values of every known model, but low enough that arrays of these sizes fit in memory.
 MAX_IDS = 1 << 23
 MAX_CODES = 1 << 20
 _MAX_PIXELS = 1 << 30
@@ -22,7 +22,7 @@ _MAX_PIXELS = 1 << 30
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """The causal 3D VQ (upstream `Emu3VisionVQConfig`). Defaults are the published 270 M tokenizer."""
+    """The vision tokenizer, a causal 3D VQ (upstream `Emu3VisionVQConfig`). Defaults: the published 270 M tokenizer."""
 
     codebook_size: int = 32768
     embed_dim: int = 4
@@ -55,7 +55,7 @@ class VisionConfig:
 
     @property
     def spatial_factor(self) -> int:
-        """Pixels per code along height and width."""
+        """Pixels per code along each of height and width."""
         return 2 ** (len(self.channel_multipliers) - 1)
 
     def to_dict(self) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ImageConfig:
-    """Picture preprocessing (upstream `preprocessor_config.json`). Areas are in pixels."""
+    """Picture preprocessing (upstream `preprocessor_config.json`). `min_pixels` and `max_pixels` limit the area."""
 
     min_pixels: int = 512 * 512
     max_pixels: int = 1024 * 1024
@@ -93,12 +93,12 @@ class ImageConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SpecialTokens:
-    """Ids of the control tokens and of the visual range (upstream `config.json` and tokenizer). Defaults are Emu3's."""
+    """Ids of the control tokens, and the range of visual ids (upstream `config.json` and tokenizer). Defaults: Emu3."""
 
     pad: int = 151643
     bos: int = 151849
     eos: int = 151850
-    img: int = 151851  # closes the size text; the first visual token follows
+    img: int = 151851  # ends the size text; the first visual token follows
     boi: int = 151852  # begin of image
     eoi: int = 151853  # end of image
     eol: int = 151846  # end of line: after each row of visual tokens
@@ -121,18 +121,18 @@ class SpecialTokens:
 
     @property
     def visual_end(self) -> int:
-        """One past the last visual id."""
+        """The last visual id plus one."""
         return self.visual_start + self.visual_count
 
 
 CLIP_LAYOUTS = ("lines", "flat")
-# Fields of a `DecoderConfig` that fine-tuning may change, since no weight depends on them. The others make a model.
+# Fields of a `DecoderConfig` that fine-tuning may change, because no weight depends on them.
 FREE_FIELDS = ("image_area", "max_positions", "clip_frames", "clip_layout")
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """The decoder (upstream `Emu3Config`). Defaults are the published 8 B models; `dtype` is the compute dtype."""
+    """The decoder (upstream `Emu3Config`). Defaults: the published 8 B models. `dtype` is the compute dtype."""
 
     vocab_size: int = 184622
     hidden_size: int = 4096
@@ -143,9 +143,9 @@ class DecoderConfig:
     max_positions: int = 9216
     rms_norm_eps: float = 1e-5
     rope_theta: float = 1_000_000.0
-    image_area: int = 720 * 720  # pixels; the area that pictures are generated at by default
-    clip_frames: int | None = None  # of the clips that it was trained on; None where nobody says
-    clip_layout: str = "lines"  # of their tokens: "lines" ends rows with EOL, "flat" does not
+    image_area: int = 720 * 720  # default area of generated pictures, in pixels
+    clip_frames: int | None = None  # frames per clip in training; None if unknown
+    clip_layout: str = "lines"  # tokens of clips: "lines" ends each row with EOL, "flat" does not
     dtype: str = "bfloat16"
     tokens: SpecialTokens = SpecialTokens()
 
@@ -186,9 +186,13 @@ class DecoderConfig:
 
 
 def other_field(one: DecoderConfig, other: DecoderConfig) -> str | None:
-    """The first field by which two configs are of different models; None where weights of one fit the other.
+    """Finds a difference that makes the weights of one config unusable with the other.
 
-    `dtype` makes no model either: weights are cast.
+    Differences in `FREE_FIELDS` and in `dtype` are ignored: no weight depends on `FREE_FIELDS`, and weights are cast
+    to `dtype`.
+
+    Returns:
+        The name of the first field that differs; None if the weights fit both configs.
     """
     names = (field.name for field in dataclasses.fields(DecoderConfig))
     kept = (name for name in names if name not in (*FREE_FIELDS, "dtype"))

@@ -1,7 +1,7 @@
-"""Several processes as one: start-up on TPU slices, Slurm and by hand, waiting for each other, and failing together.
+"""Runs on several processes: start-up on TPU slices, on Slurm and by hand; barriers; and a common end after a failure.
 
-JAX wants `jax.distributed.initialize` before anything touches a device. It is called where the environment says that
-this process is one of several; elsewhere nothing is asked of any server, so a laptop does not wait for one.
+JAX requires `jax.distributed.initialize` before the first use of a device. `start` calls it only if the environment
+says that this process is one of several. A single process contacts no server, so it never waits for one.
 """
 
 import os
@@ -15,29 +15,31 @@ import jax
 
 from emu3_jax.errors import Emu3Error
 
-# By hand, and on Kubernetes with GPUs: JAX itself reads the first, the others are named after its arguments.
+# For a start by hand, and on Kubernetes with GPUs. JAX itself reads the first variable. The other two are ours, and
+# take the names of arguments of `jax.distributed.initialize`.
 COORDINATOR, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 _BY_HAND = f"set {COORDINATOR}=HOST:PORT, {COUNT} and {INDEX} for every process, or {COUNT}=1 to run alone"
-# A process that is gone is noticed after this long, and the others end. JAX' own 100 s cost a slice more than that.
+# When a process dies, the others end after this time. JAX's default of 100 s would keep a slice waiting longer.
 _HEARTBEAT_SECONDS = 60
 
 
 def start(patience: int = 300) -> bool:
-    """Joins the other processes of this run, if the environment says that there are any; once.
+    """Connects this process with the other processes of the run, if the environment names any.
 
-    By hand: JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES, JAX_PROCESS_ID. Slurm (`srun`), Open MPI, GKE and
-    TPU VMs are found out by JAX. JAX_NUM_PROCESSES=1 turns all of it off.
+    JAX detects Slurm (`srun`), Open MPI, GKE and TPU VMs. To start by hand, set JAX_COORDINATOR_ADDRESS=HOST:PORT,
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID. JAX_NUM_PROCESSES=1 turns detection off. A second call changes nothing.
+
+    If the other processes do not connect within EMU3_START_TIMEOUT seconds (300 by default), this process prints an
+    error line and exits with code 2.
 
     Args:
-        patience: seconds that a process waits at its end for the others to end.
+        patience: seconds that a process waits at its end until the other processes end.
 
     Returns:
-        Whether this process is now one of several.
+        Whether this process is one of several.
 
     Raises:
-        Emu3Error: the variables are not legal, or the cluster cannot be found out.
-
-    Where the others do not come within EMU3_START_TIMEOUT seconds (300 by default) the process says so and exits 2.
+        Emu3Error: a variable is not legal, or the connection failed.
     """
     if jax.distributed.is_initialized():
         return jax.process_count() > 1
@@ -49,7 +51,7 @@ def start(patience: int = 300) -> bool:
 
     def unmet(reason: str) -> str:
         return (
-            f"the processes of this run did not meet {place} ({reason}): start all of them, see that they reach "
+            f"the processes of this run did not meet {place} ({reason}): start all of them, check that they can reach "
             f"that host and port, or {_BY_HAND}"
         )
 
@@ -57,7 +59,7 @@ def start(patience: int = 300) -> bool:
         print(f"emu3-jax: error: {unmet(f'waited {seconds} s, see EMU3_START_TIMEOUT')}", file=sys.stderr, flush=True)
         os._exit(2)
 
-    # JAX' own timeout aborts with a stack trace, which cannot be caught: it comes too late to be seen.
+    # JAX's own timeout aborts with a stack trace that cannot be caught. It is set to 60 s later than this timer.
     timer = threading.Timer(seconds, give_up)
     timer.daemon = True
     timer.start()
@@ -68,7 +70,7 @@ def start(patience: int = 300) -> bool:
             heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=patience,
         )
-    except Exception as error:  # JAX and the metadata server's client raise anything
+    except Exception as error:  # JAX and the client of the metadata server raise errors of many kinds
         raise Emu3Error(unmet(str(error).split("\n", 1)[0][:200])) from error
     finally:
         timer.cancel()
@@ -76,14 +78,17 @@ def start(patience: int = 300) -> bool:
 
 
 def arguments(environment: Mapping[str, str], tpu_host: bool) -> dict[str, object] | None:
-    """What `jax.distributed.initialize` is to be called with; None where this process is alone.
+    """Chooses the arguments for `jax.distributed.initialize` from the environment.
 
     Args:
-        environment: the process'.
+        environment: environment variables.
         tpu_host: whether this machine has TPU chips that JAX will use.
 
+    Returns:
+        Keyword arguments; None if this process is the only one.
+
     Raises:
-        Emu3Error: the variables set by hand are incomplete or not legal.
+        Emu3Error: the variables for a start by hand are incomplete or not legal.
     """
     by_hand = [name for name in (COORDINATOR, COUNT, INDEX) if environment.get(name)]
     if COUNT in by_hand and _whole_number(environment, COUNT, 1) == 1:
@@ -97,28 +102,30 @@ def arguments(environment: Mapping[str, str], tpu_host: bool) -> dict[str, objec
         if not (host and re.fullmatch("[0-9]{1,5}", port)):
             raise Emu3Error(f"{COORDINATOR} is {environment[COORDINATOR]!r}: it must be HOST:PORT; {_BY_HAND}")
         if index >= count:
-            raise Emu3Error(f"{INDEX} is {index}: of {count} processes the last is {count - 1}; {_BY_HAND}")
+            raise Emu3Error(f"{INDEX} is {index}: with {count} processes, the highest is {count - 1}; {_BY_HAND}")
         return {"coordinator_address": environment[COORDINATOR], "num_processes": count, "process_id": index}
-    # `srun` sets SLURM_STEP_NODELIST; a batch script's own shell has the other variables too, and is alone.
+    # Only `srun` sets SLURM_STEP_NODELIST. The shell of a batch script has SLURM_NTASKS too, but is a single process.
     if "SLURM_STEP_NODELIST" in environment and _whole_number(environment, "SLURM_NTASKS", 1, 1) > 1:
         return {"cluster_detection_method": "slurm"}
     if "OMPI_MCA_orte_hnp_uri" in environment and _whole_number(environment, "OMPI_COMM_WORLD_SIZE", 1, 1) > 1:
         return {"cluster_detection_method": "ompi"}
     if tpu_host:
-        # GKE names the hosts of a slice. On a TPU VM its metadata server does, unless it is said to have none (Colab).
+        # On GKE, variables name the hosts of a slice. On a TPU VM the metadata server does, unless TPU_SKIP_MDS_QUERY
+        # says that there is no such server, as on Colab.
         hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
         slices = _whole_number(environment, "MEGASCALE_NUM_SLICES", 1, 1)
         if hosts is not None:
             return {"cluster_detection_method": "gketpu"} if slices > 1 or "," in hosts else None
         if "TPU_SKIP_MDS_QUERY" not in environment:
             return {"cluster_detection_method": "gcetpu"}
-    # Pods of an indexed Kubernetes Job may be parts of one run or runs of their own: there, by hand.
+    # Nothing tells whether the pods of an indexed Kubernetes Job form one run. Users start such runs by hand.
     return None
 
 
 def _tpu_host() -> bool:
-    """Whether JAX found TPU chips, and may use them."""
-    from jax._src import cloud_tpu_init  # as JAX' own detection does; looking at devices would be too late
+    """Whether JAX found TPU chips, and `jax_platforms` allows them."""
+    # JAX's own detection reads this flag. Looking at devices would start the backend before `initialize`.
+    from jax._src import cloud_tpu_init
 
     platforms = jax.config.jax_platforms
     return bool(getattr(cloud_tpu_init, "running_in_cloud_tpu_vm", False)) and (not platforms or "tpu" in platforms)
@@ -132,12 +139,12 @@ def _whole_number(environment: Mapping[str, str], name: str, least: int, default
 
 
 def first() -> bool:
-    """Whether this process writes what all of them made."""
+    """Whether this is the first process. Only the first process writes results that belong to the whole run."""
     return jax.process_index() == 0
 
 
 def wait(what: str) -> None:
-    """Until every process is here. `what` names the place, the same for all."""
+    """Blocks until every process has called this function with the same `what`, the name of the barrier."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -145,21 +152,21 @@ def wait(what: str) -> None:
 
 
 def leave() -> None:
-    """Waits for the others at the end, as Python's ordinary end does. For a process that ends in another way."""
+    """Waits for the other processes and disconnects. Needed before `os._exit`; a normal exit of Python does it too."""
     if jax.distributed.is_initialized():
         jax.distributed.shutdown()
 
 
 def end_failed(code: int) -> int:
-    """Ends a process of several at once with `code`, or returns it where there is but one.
+    """Ends this process at once with exit code `code`. In a single process, returns `code` instead.
 
-    Python's ordinary end would wait for the others, who wait for this process. The connections close with it, which
-    ends the others.
+    A normal exit of Python would wait for the other processes, and they would wait for this one. When this process
+    ends, its connections close, and that ends the other processes.
     """
     if not jax.distributed.is_initialized():
         return code
     sys.stdout.flush()
     sys.stderr.flush()
-    # Without the first process the others abort: let those that failed alike say so before.
+    # When the first process ends, the others abort. Give processes with the same failure time to print their error.
     time.sleep(2)
     os._exit(code)

@@ -1,4 +1,4 @@
-"""How frozen configs check their fields when they are made, and how they are made from JSON objects."""
+"""Checks for the fields of frozen configs, and construction of configs from JSON objects."""
 
 import contextlib
 import dataclasses
@@ -18,12 +18,12 @@ Config = TypeVar("Config", bound="DataclassInstance")
 
 
 class FieldError(Emu3Error):
-    """A field of a config holds an illegal value. Only what read the value from a file knows the remedy: `read_from`.
+    """A config field holds an illegal value. `read_from` adds the file name and the remedy.
 
     Attributes:
-        field: its name.
-        value: what it holds.
-        legal: what it may hold, in words.
+        field: name of the field.
+        value: the illegal value.
+        legal: description of the legal values.
     """
 
     def __init__(self, config: str, field: str, value: Any, legal: str):
@@ -33,7 +33,11 @@ class FieldError(Emu3Error):
 
 @contextlib.contextmanager
 def read_from(file: Path) -> Iterator[None]:
-    """For a block that makes configs of what `file` holds: its errors name the file, where a bad value is corrected."""
+    """Adds the file's name to errors of the block, which constructs configs from the contents of `file`.
+
+    Raises:
+        Emu3Error: the block raised one. The message names the file and, for a field, says to correct it there.
+    """
     try:
         yield
     except FieldError as error:
@@ -47,21 +51,29 @@ def read_from(file: Path) -> Iterator[None]:
 
 
 def check_field(config: Any, field: str, ok: Any, legal: str) -> None:
-    """Raises a `FieldError` that names the config's class, the field, its value and what is `legal`, unless `ok`."""
+    """Raises a `FieldError` unless `ok`. The error names the config's class, the field, its value and what is `legal`.
+
+    Args:
+        config: the config under construction.
+        field: name of the field.
+        ok: whether the value is legal.
+        legal: description of the legal values; follows the words "it must be".
+    """
     if not ok:
         raise FieldError(type(config).__name__, field, getattr(config, field), legal)
 
 
 def check_positive_whole(config: Any, *fields: str) -> None:
-    """Raises a `FieldError` unless each of the fields is an int > 0."""
+    """Raises a `FieldError` unless every named field is an int > 0."""
     for field in fields:
         check_field(config, field, is_whole(getattr(config, field), 1), "a whole number > 0")
 
 
 def check_counts(config: Any, **most: int) -> None:
-    """Raises a `FieldError` unless each of the named fields is an int from 1 to the number that is given for it.
+    """Raises a `FieldError` unless every named field is an int from 1 to its maximum, as in `num_layers=1024`.
 
-    What is read from files sizes loops and arrays: an absurd count is refused before anything loops or allocates.
+    These values come from files and determine loop lengths and array sizes. So absurd values are refused here, before
+    anything is allocated.
     """
     check_positive_whole(config, *most)
     for field, bound in most.items():
@@ -69,9 +81,9 @@ def check_counts(config: Any, **most: int) -> None:
 
 
 def check_positive_number(config: Any, *fields: str) -> None:
-    """Stores each of the fields as a float; raises a `FieldError` unless it is a finite number > 0.
+    """Converts the fields to float; raises a `FieldError` unless every one is a finite number > 0.
 
-    JSON has ints of any size, and devices take none of more than 64 bits.
+    The conversion matters because JSON ints have any size, while devices accept at most 64 bits.
     """
     for field in fields:
         value = getattr(config, field)
@@ -82,7 +94,18 @@ def check_positive_number(config: Any, *fields: str) -> None:
 def tuple_field(
     config: Any, field: str, is_entry: Callable[[Any], bool], legal: str, *, length: int | None = None
 ) -> None:
-    """Stores a list as a tuple; raises a `FieldError` unless every entry `is_entry`, and there are `length` of them."""
+    """Converts a list field to a tuple, and checks its entries.
+
+    Args:
+        config: the config under construction.
+        field: name of the field.
+        is_entry: returns whether an entry is legal.
+        legal: description of the legal values.
+        length: required number of entries; None allows any number.
+
+    Raises:
+        FieldError: the field is not a list or tuple, its length differs, or an entry is illegal.
+    """
     value = getattr(config, field)
     ok = isinstance(value, list | tuple) and all(map(is_entry, value)) and length in (None, len(value))
     check_field(config, field, ok, legal)
@@ -90,17 +113,17 @@ def tuple_field(
 
 
 def is_whole(value: Any, least: float) -> bool:
-    """Whether `value` is an int of at least `least`; True and False are none."""
+    """Whether `value` is an int >= `least`. Bools do not count as ints."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def is_count(value: Any) -> bool:
-    """Whether an argument is a whole number >= 1, of Python or NumPy. Fields of configs are Python's: `is_whole`."""
+    """Whether an argument is a Python or NumPy integer >= 1. For config fields, use `is_whole`: it refuses NumPy's."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
 def is_number(value: Any) -> bool:
-    """Whether `value` is a finite int or float; True and False are none."""
+    """Whether `value` is a finite int or float. Bools do not count."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
@@ -108,10 +131,10 @@ def is_number(value: Any) -> bool:
 
 
 def from_json(cls: type[Config], data: Mapping[str, Any]) -> Config:
-    """Makes `cls` of the fields in `data`; absent ones keep their defaults.
+    """Constructs `cls` from the fields in `data`. Absent fields keep their defaults, and lists become tuples.
 
     Raises:
-        Emu3Error: `data` is no object, a field is unknown, or `cls` refuses a value.
+        Emu3Error: `data` is not a JSON object, a field is unknown, or `cls` refuses a value.
     """
     if not isinstance(data, Mapping):
         raise Emu3Error(

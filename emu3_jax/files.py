@@ -1,10 +1,10 @@
-"""Writing all or nothing: everything goes to a temporary name and is renamed at the end.
+"""All-or-nothing writes: results are written under a temporary name and renamed at the end.
 
-Temporary files and directories stand beside what they become and are called `.emu3-tmp-...`. The process that writes
-one holds a lock on it, which the kernel gives back even when the process is killed. So the next run that writes to the
-same directory can tell what a killed run left, and removes it.
+Temporary files and directories are called `.emu3-tmp-...` and lie in the same directory as the result. The process
+that writes one holds a lock on it, and the kernel releases the lock even if the process is killed. So the next run
+that writes to the same directory can recognise the leftovers of a killed run, and removes them.
 
-What goes to a bucket is written to a temporary directory of this machine and uploaded at the end (see `storage`).
+Results for a bucket are written to a local temporary directory, and uploaded at the end (see `storage`).
 """
 
 import contextlib
@@ -31,16 +31,19 @@ _OLD = re.compile(r"\.(.+)\.([0-9]{1,9})\.tmp")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _log = logging.getLogger("emu3_jax")
 _lock = threading.Lock()
-_live: set[pathlib.Path] = set()  # temporaries of this process
-_swept: set[pathlib.Path] = set()  # directories that this process has looked through
+_live: set[pathlib.Path] = set()  # temporary files and directories of this process
+_swept: set[pathlib.Path] = set()  # directories from which this process has removed leftovers
 
 
 @contextlib.contextmanager
 def new_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """Yields a temporary sibling of `path` that takes its name when the block ends well, and vanishes otherwise.
+    """Yields a temporary path for a new file. It is renamed to `path` if the block succeeds, and deleted if it fails.
+
+    Args:
+        path: local or in a bucket. An existing file is replaced.
 
     Raises:
-        Emu3Error: if the place cannot be written (no such directory, a full disk, ...).
+        Emu3Error: `path` is a directory or cannot be written (no such directory, a full disk, ...).
     """
     if storage.is_remote(path):
         with _staged(path) as (folder, target):
@@ -61,9 +64,15 @@ def new_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def files_into(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """Yields a temporary directory whose files move into `directory` when the block ends well.
+    """Yields a temporary directory. Its files move into `directory` if the block succeeds, and are deleted if it fails.
 
-    Files of the same names are replaced; nothing moves unless everything was written and has a place.
+    Files with the same names are replaced. A new file never replaces a directory: then nothing moves.
+
+    Args:
+        directory: local or in a bucket; made if absent.
+
+    Raises:
+        Emu3Error: `directory` is a file or cannot be written, or holds a directory with the name of a new file.
     """
     if storage.is_remote(directory):
         with _staged(directory) as (folder, target):
@@ -93,16 +102,20 @@ def files_into(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def new_directory(target: str | os.PathLike, nbytes: int) -> Iterator[pathlib.Path]:
-    """A temporary sibling that becomes `target` when the block succeeds, and vanishes when it does not.
+    """Yields a temporary directory. It is renamed to `target` if the block succeeds, and deleted if it fails.
+
+    Args:
+        target: local or in a bucket; must not exist.
+        nbytes: disk space that the directory needs, in bytes.
 
     Raises:
-      Emu3Error: `target` exists, its parent cannot be written, or the disk has less than `nbytes` left.
+        Emu3Error: `target` exists, its parent cannot be written, or the disk has less than `nbytes` free.
     """
     if storage.is_remote(target):
         with _staged(target) as (folder, place):
             if storage.exists(place):
                 raise Emu3Error(f"{place} exists already: choose another name or delete it first")
-            _require_space(folder, nbytes, f"{place.name}, before it is uploaded,", "set TMPDIR to another disk")
+            _require_space(folder, nbytes, f"the local copy of {place.name}", "set TMPDIR to another disk")
             (folder / place.name).mkdir()
             with _full_disk(place):
                 yield folder / place.name
@@ -124,12 +137,12 @@ def _require_space(directory: pathlib.Path, nbytes: int, what: str, remedy: str)
     free = shutil.disk_usage(directory).free
     if free < nbytes:
         raise Emu3Error(
-            f"{directory} has {_gigabytes(free)} free, {what} needs {_gigabytes(nbytes)}: free space or {remedy}"
+            f"{directory} has {_gigabytes(free)} free, but {what} needs {_gigabytes(nbytes)}: free space or {remedy}"
         )
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether a disk, a quota or a limit of a file's size is exhausted; TensorStore says so in a `ValueError`."""
+    """Whether the error reports a full disk, quota or file size limit. TensorStore reports it as a `ValueError`."""
     return getattr(error, "errno", None) in _FULL or any(os.strerror(code) in str(error) for code in _FULL)
 
 
@@ -147,7 +160,7 @@ def _full_disk(target: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def local_directory() -> Iterator[pathlib.Path]:
-    """A temporary directory of this machine (`TMPDIR` chooses where), which goes after the block."""
+    """Yields a local temporary directory, and deletes it after the block. `TMPDIR` chooses the disk."""
     parent = pathlib.Path(tempfile.gettempdir())
     with _explained(parent), _temporary(parent / "directory", parent, is_directory=True) as folder:
         yield folder
@@ -155,21 +168,24 @@ def local_directory() -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def _staged(path: str | os.PathLike) -> Iterator[tuple[pathlib.Path, pathlib.Path]]:
-    """A local temporary directory for what goes to a bucket, and its place there."""
+    """Yields a local temporary directory for a result, and the path in the bucket that it will be uploaded to."""
     target = storage.place(path)
     with local_directory() as folder:
         yield folder, target
 
 
 def _place(path: str | os.PathLike) -> pathlib.Path:
-    """A path to write to, without `..`: a directory that it leads out of again is not made."""
+    """Resolves `..` in an output path. In `new/../out`, the directory `new` must not be made."""
     path = local_path(path)
     return pathlib.Path(os.path.realpath(path)) if ".." in path.parts else path
 
 
 @contextlib.contextmanager
 def _explained(path: pathlib.Path) -> Iterator[None]:
-    """Errors of the system become one line. Those that name another file were made reading it."""
+    """Turns an `OSError` of the block, which writes `path`, into a one-line `Emu3Error`.
+
+    An error that names an unrelated file came from reading that file, so the message names that file.
+    """
     try:
         yield
     except OSError as error:
@@ -186,7 +202,7 @@ def _explained(path: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _new_parents(directory: pathlib.Path) -> Iterator[None]:
-    """Makes a directory and those above it; where the block fails, what was made goes again."""
+    """Makes a directory and its parents. If the block fails, removes the directories that it made."""
     missing = []
     place = directory
     while not os.path.lexists(place):
@@ -197,7 +213,7 @@ def _new_parents(directory: pathlib.Path) -> Iterator[None]:
         yield
     except BaseException:
         for made in missing:
-            with contextlib.suppress(OSError):  # someone else uses it meanwhile
+            with contextlib.suppress(OSError):  # another process has put files there
                 made.rmdir()
         raise
 
@@ -207,7 +223,10 @@ def _new_parents(directory: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _temporary(target: pathlib.Path, parent: pathlib.Path, *, is_directory: bool = False) -> Iterator[pathlib.Path]:
-    """A temporary file or directory in `parent`, locked by this process. It is gone after the block, if not renamed."""
+    """Yields a temporary file or directory in `parent`, locked by this process. Deletes it after the block.
+
+    A block that renames it keeps the result.
+    """
     _sweep_once(parent)
     temporary, descriptor = _make(parent, target.suffix if len(target.suffix) < 16 else "", is_directory)
     with _lock:
@@ -222,16 +241,16 @@ def _temporary(target: pathlib.Path, parent: pathlib.Path, *, is_directory: bool
 
 
 def _make(parent: pathlib.Path, suffix: str, is_directory: bool) -> tuple[pathlib.Path, int]:
-    """A new temporary, and the descriptor that holds its lock."""
+    """Makes a temporary file or directory. Returns its path, and the file descriptor that holds its lock."""
     while True:
         if is_directory:
             name = tempfile.mkdtemp(prefix=_PREFIX, dir=parent)
             descriptor = os.open(name, os.O_RDONLY)
         else:
             descriptor, name = tempfile.mkstemp(prefix=_PREFIX, suffix=suffix, dir=parent)
-        with contextlib.suppress(OSError):  # a file system without locks: then nothing sweeps there either
+        with contextlib.suppress(OSError):  # a file system without locks, where `sweep` removes nothing either
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Another process that sweeps may have come between the making and the lock.
+        # The `sweep` of another process may have deleted it before it was locked. Then make another one.
         with contextlib.suppress(OSError):
             if os.stat(name).st_ino == os.fstat(descriptor).st_ino:
                 return pathlib.Path(name), descriptor
@@ -239,34 +258,37 @@ def _make(parent: pathlib.Path, suffix: str, is_directory: bool) -> tuple[pathli
 
 
 def remove(temporary: pathlib.Path) -> None:
-    """Removes a file, a link, or a directory with all that it holds, as far as that is possible."""
+    """Removes a file, a link, or a directory with its contents. Ignores errors."""
     if temporary.is_dir() and not temporary.is_symlink():
         for _ in range(20):
             shutil.rmtree(temporary, ignore_errors=True)
             if not temporary.exists():
                 break
-            time.sleep(0.05)  # after Ctrl-C threads of a library still write into it for a moment
+            time.sleep(0.05)  # after Ctrl-C, threads of a library may still write files into it for a moment
     else:
         with contextlib.suppress(OSError):
             temporary.unlink()
 
 
 def remove_temporaries() -> None:
-    """Removes all temporaries of this process. For its hard end, where no block ends any more."""
+    """Removes all temporary files and directories of this process. Call it before `os._exit`, which runs no cleanup."""
     with _lock:
         for temporary in _live:
             remove(temporary)
 
 
 def sweep(directory: str | os.PathLike) -> list[pathlib.Path]:
-    """Removes the temporaries in `directory` that killed runs left, and returns their paths. None is an error."""
+    """Removes the temporary files and directories of killed runs from `directory`, and returns their paths.
+
+    Ignores errors: an unreadable directory counts as empty.
+    """
     removed = []
     try:
         candidates = [entry.path for entry in os.scandir(os.fspath(directory)) if entry.name.startswith(_PREFIX)]
     except OSError:
         return []
     for name in candidates:
-        with contextlib.suppress(OSError):  # another process was faster, or it is not ours to remove
+        with contextlib.suppress(OSError):  # its process still runs, another process removed it, or access is denied
             descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -278,10 +300,11 @@ def sweep(directory: str | os.PathLike) -> list[pathlib.Path]:
 
 
 def clean(path: str | os.PathLike) -> list[pathlib.Path]:
-    """Removes what killed runs left in the directory `path` and beside it, and returns the paths.
+    """Removes leftovers of killed runs from the directory `path` and from its parent, and returns their paths.
 
-    Beside it: temporaries, and what version 0.1.0 called `.NAME.PID.tmp`, NAME being that of `path`. `path` itself may
-    be absent, as after the first run that wrote to it was killed.
+    Leftovers are temporary files and directories, and files `.NAME.PID.tmp` that version 0.1.0 wrote. In the parent,
+    such a file of version 0.1.0 is removed only if NAME is the name of `path`. `path` itself may be absent: a killed
+    run may have left its temporary directory only.
     """
     path = local_path(path)
     removed = [*sweep(path), *sweep(path.absolute().parent)]
@@ -312,15 +335,15 @@ def _sweep_once(directory: pathlib.Path) -> None:
             return
         _swept.add(place)
     for leftover in sweep(directory):
-        _log.warning("removed %s, which a run that was killed had left", leftover)
+        _log.warning("removed %s, a leftover of a killed run", leftover)
 
 
 @contextlib.contextmanager
 def shared_directory(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """Makes a directory that others may write to at the same time. An empty one goes again where the block fails.
+    """Makes a directory that several processes may write to. If the block fails, removes it if it is new and empty.
 
     Raises:
-        Emu3Error: it is a file, or cannot be made or written.
+        Emu3Error: `directory` is a file, or cannot be made or written.
     """
     if storage.is_remote(directory):
         place = storage.place(directory)
@@ -336,17 +359,17 @@ def shared_directory(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def locked(file: pathlib.Path, busy: Callable[[str], str], *, passing: bool = False) -> Iterator[None]:
-    """Holds the lock file `file` for this process; its directory must exist.
+    """Holds a lock during the block, so that only one process uses a directory.
 
-    On a file system that has no locks this does nothing. In a bucket see `storage.held`.
+    On a file system without locks, this only logs a warning. Locks in a bucket: see `storage.held`.
 
     Args:
-        file: is made if need be.
-        busy: from who holds it, an error line.
-        passing: it goes again after the block; otherwise it stays.
+        file: the lock file; made if absent. Its directory must exist.
+        busy: makes the error message from a description of the process that holds the lock.
+        passing: delete the lock file after the block.
 
     Raises:
-        Emu3Error: another process holds it, or it cannot be made.
+        Emu3Error: another process holds the lock, or the file cannot be made.
     """
     if storage.is_remote(file):
         with storage.held(file, busy):
@@ -367,12 +390,12 @@ def locked(file: pathlib.Path, busy: Callable[[str], str], *, passing: bool = Fa
 
 
 def _lock_file(file: pathlib.Path, busy: Callable[[str], str], passing: bool) -> TextIO | None:
-    """The open lock file, locked; None where another process just now removed it, so that the lock holds nobody off."""
+    """Opens and locks the lock file. Returns None if another process has just removed it: then try again."""
     try:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         if passing and isinstance(error, FileNotFoundError):
-            file.parent.mkdir(parents=True, exist_ok=True)  # the other process failed, and removed what it had made
+            file.parent.mkdir(parents=True, exist_ok=True)  # another process made the directory, failed and removed it
             return None
         raise Emu3Error(f"{file.parent}: cannot be used ({error.strerror}); choose another directory") from error
     stream = os.fdopen(descriptor, "r+", errors="replace")
@@ -382,7 +405,7 @@ def _lock_file(file: pathlib.Path, busy: Callable[[str], str], passing: bool) ->
         with stream:
             raise Emu3Error(busy(stream.read(200).strip() or "another process")) from error
     except OSError as error:
-        _log.warning("%s: cannot be locked (%s); let no other run use it", file.parent, error.strerror)
+        _log.warning("%s: cannot be locked (%s); do not let another run write there", file.parent, error.strerror)
     with contextlib.suppress(OSError):
         if os.stat(file).st_ino == os.fstat(descriptor).st_ino:
             return stream

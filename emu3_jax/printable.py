@@ -1,17 +1,17 @@
-"""Text from elsewhere, made fit for a terminal: control characters escaped, and never more than a line of it."""
+"""Makes foreign text safe for a terminal: escapes control characters and limits the length."""
 
 import re
 import reprlib
 from typing import Any
 
-LINE = 300  # characters of an error line
-_SHOWN = 80  # characters of a value in an error line
-_SHORTEST = 40  # characters that stay of a word in a line that is too long
+LINE = 300  # maximum characters in an error line
+_SHOWN = 80  # maximum characters of a value in an error line
+_SHORTEST = 40  # a long word is shortened to no fewer characters
 _CUT = "..."
 
 
 class _Repr(reprlib.Repr):
-    """`repr` that looks at no more of a value than it shows."""
+    """A `repr` that reads only the part of a value that it shows, so huge values cost little."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -19,7 +19,7 @@ class _Repr(reprlib.Repr):
         self.maxlevel, self.maxdict, self.maxlist, self.maxtuple = 3, 4, 4, 4
 
     def repr_int(self, x: int, level: int) -> str:
-        # Python refuses to make more than 4,300 digits of a number, which may take long.
+        # Python raises ValueError for numbers of more than 4,300 digits, because converting them is slow.
         return repr(x) if x.bit_length() <= 4096 else f"a number of {x.bit_length()} bits"
 
     def repr_str(self, x: str, level: int) -> str:
@@ -30,16 +30,19 @@ _REPR = _Repr()
 
 
 def shown(value: Any) -> str:
-    """`repr(value)` for an error line: at most 80 characters, whatever the value, and all of them printable."""
+    """Returns `repr(value)` for an error line: printable, and at most 80 characters long."""
     return _cut(printable(_REPR.repr(value)), _SHOWN)
 
 
 def printable(text: str, keep: str = "") -> str:
-    """`text` with everything escaped that moves a terminal's cursor, or that UTF-8 has no bytes for.
+    r"""Escapes control characters and characters that UTF-8 cannot encode, for example as `\x1b`.
 
     Args:
-        text: from anywhere.
-        keep: characters that stay as they are, for example a line end in an answer.
+        text: any string.
+        keep: characters that are not escaped, for example a line end in an answer.
+
+    Returns:
+        The text, which a terminal can print without side effects.
     """
     if text.isprintable():
         return text
@@ -49,9 +52,10 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def one_line(message: str) -> str:
-    """An error message as one printable line of at most 300 characters.
+    """Turns an error message into one printable line of at most 300 characters.
 
-    Long words, which are paths and what a file says, lose their middle first: both ends of a path tell most.
+    In a longer message, the longest words lose their middle first. They are mostly paths and quoted values, and the
+    two ends of a path say most.
     """
     message = message if len(message) <= 100 * LINE else message[: 50 * LINE] + _CUT + message[-50 * LINE :]
     line = printable(" ".join(message.split()))
@@ -64,7 +68,7 @@ def one_line(message: str) -> str:
 
 
 def _cut(text: str, length: int) -> str:
-    """`text` without its middle where it is longer."""
+    """Replaces the middle of `text` by `...` if it has more than `length` characters."""
     if len(text) <= length:
         return text
     head = (length - len(_CUT)) // 2

@@ -1,4 +1,4 @@
-"""What long work shows on standard error: a bar on a terminal, lines in a log, or nothing."""
+"""Progress of long tasks on standard error: a bar on a terminal, lines in a log, or nothing."""
 
 import contextlib
 import io
@@ -10,26 +10,25 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-EVERY = 30.0  # seconds between two lines of a log
+EVERY = 30.0  # seconds between two lines in a log
 
-# tqdm's own format with our time left instead of its own, which counts the compilation as if it came again.
+# tqdm's format with our estimate of the time left. tqdm's own estimate counts compilation time as if it recurred.
 _FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"
 _UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 _T = TypeVar("_T")
 
-_default: bool | None = None  # what None means, see `by_default`
+_default: bool | None = None  # stands for `show=None`; `by_default` sets it
 _now = time.monotonic
 
 
 class Progress:
-    """The progress of one piece of work, which is a context manager.
+    """Shows the progress of one task. Use it as a context manager.
 
-    On a terminal it is a bar. Elsewhere it is lines, one every 30 seconds: a line has the date, is written at once and
-    as a whole, and work that ends before its first line writes none. Of several processes only the first one shows
-    anything.
+    On a terminal it shows a bar. Elsewhere it writes one line with the date every 30 seconds, without buffering. A
+    task that takes less time writes no line. In runs of several processes only the first one shows anything.
 
     Attributes:
-        done: units that are done.
+        done: units finished so far, including `initial`.
     """
 
     def __init__(
@@ -45,21 +44,21 @@ class Progress:
     ):
         """
         Args:
-            show: False for nothing; True for a bar on a terminal and lines elsewhere; None for a bar on a terminal and
-                nothing elsewhere, unless `by_default` says otherwise.
-            total: units of all of the work, or None where that is not known.
-            unit: what they are, "bytes" or any other word.
-            name: of the work, for example "convert".
-            initial: units that were done before.
-            every: seconds between two lines; None for no lines but those of `line` and `say`.
-            delay: seconds until there is a bar.
+            show: False shows nothing. True shows a bar on a terminal and lines elsewhere. None shows a bar on a
+                terminal and nothing elsewhere, unless `by_default` sets something else.
+            total: number of units in the whole task, or None if unknown.
+            unit: name of the unit, such as "steps". "bytes" are shown as kB, MB, GB or TB.
+            name: name of the task, for example "convert".
+            initial: units finished before this run.
+            every: seconds between two lines. With None, only `line` and `say` write lines.
+            delay: seconds before the bar appears.
         """
         self.done = initial
         self._total, self._unit, self._name, self._every = total, unit, name, every
         self._began = self._said = _now()
-        self._first: tuple[float, int] | None = None  # when the first units were done, and how many
+        self._first: tuple[float, int] | None = None  # time and count after the first update
         self._lines_written = False
-        self._updating = threading.Lock()  # those who write arrays tell of them from threads
+        self._updating = threading.Lock()  # writers of arrays call `update` from several threads
         self._show = shows(show)
         self._bar: tqdm | None = None
         if self._show and on_terminal():
@@ -84,17 +83,17 @@ class Progress:
             self.line(f"{self._name}: done in {duration(_now() - self._began)}")
 
     def close(self) -> None:
-        """Takes the bar away; lines may follow."""
+        """Removes the bar. `line` and `say` still work."""
         if self._bar is not None:
             self._bar.close()
 
     @property
     def shown(self) -> bool:
-        """Whether anything is shown: what is only told here need not be computed otherwise."""
+        """Whether anything is shown. If not, the caller can skip computing a note."""
         return self._show
 
     def update(self, units: int = 1, note: str = "") -> None:
-        """Some more units are done; `note` stands beside the bar, after the time left."""
+        """Adds finished units. The bar shows `note` after the time left."""
         with self._updating:
             self.done += units
             now = _now()
@@ -108,20 +107,20 @@ class Progress:
                 self.line(f"{self._name}: {_listed(self._amount(), self._pace(), self.time_left())}")
 
     def time_left(self) -> str:
-        """For example "time left 1 h 20 min"; empty where it is not known, or nothing is left.
+        """Estimates the time left, for example "time left 1 h 20 min". Empty if unknown, or if nothing is left.
 
-        It is told by the units after the first ones, with which programs are compiled.
+        The estimate excludes the first update, because its time includes compilation.
         """
         speed, left = self._speed(), 0 if self._total is None else self._total - self.done
         return f"time left {duration(left / speed)}" if speed and left > 0 else ""
 
     def line(self, text: str) -> None:
-        """A line of a log. A terminal does not show it: it has the bar."""
+        """Writes a line to a log. Writes nothing on a terminal, which shows the bar."""
         if self._show and self._bar is None:
             _write(text)
 
     def say(self, text: str) -> None:
-        """A line of a log, or above the bar of a terminal."""
+        """Writes a line to a log, or above the bar on a terminal."""
         if self._bar is not None:
             with contextlib.suppress(OSError, ValueError):
                 self._bar.write(text, file=sys.stderr)
@@ -131,7 +130,7 @@ class Progress:
     # -------------------------------------------------------------------------------------------- figures
 
     def _speed(self) -> float:
-        """Units a second after the first ones; 0 while there are no others."""
+        """Units per second since the first update; 0 before the second update."""
         if self._first is None:
             return 0.0
         seconds, units = _now() - self._first[0], self.done - self._first[1]
@@ -155,7 +154,7 @@ class Progress:
 
 
 def each(items: Iterable[_T], show: bool | None, unit: str, *, name: str) -> Iterator[_T]:
-    """The items one after the other, with a `Progress` over them."""
+    """Yields the items and shows a `Progress` over them."""
     with Progress(show, len(items) if isinstance(items, Sized) else None, unit, name=name) as progress:
         for item in items:
             yield item
@@ -164,7 +163,7 @@ def each(items: Iterable[_T], show: bool | None, unit: str, *, name: str) -> Ite
 
 @contextlib.contextmanager
 def by_default(show: bool | None) -> Iterator[None]:
-    """Within, a `show` of None means this one. The command line uses it: a log of a command should say something."""
+    """Sets what `show=None` means inside the block. The command line uses it, so that its logs show progress."""
     global _default
     before, _default = _default, show
     try:
@@ -174,7 +173,7 @@ def by_default(show: bool | None) -> Iterator[None]:
 
 
 def shows(show: bool | None) -> bool:
-    """Whether anything is shown: in the first of several processes, by what the caller and `by_default` say."""
+    """Whether this process shows progress. Resolves `show=None`; only the first process of a run shows anything."""
     if show is None:
         show = _default
     if show is None:
@@ -186,20 +185,27 @@ def on_terminal() -> bool:
     """Whether standard error is a terminal."""
     try:
         return sys.stderr is not None and sys.stderr.isatty()
-    except ValueError:  # it is closed
+    except ValueError:  # standard error is closed
         return False
 
 
 def tell(text: str, show: bool | None = None) -> None:
-    """A line of a log that belongs to no `Progress`. A terminal does not show it."""
+    """Writes a line to a log outside any `Progress`. Writes nothing on a terminal."""
     if shows(show) and not on_terminal():
         _write(text)
 
 
 def download_bars(show: bool | None, name: str) -> type[tqdm] | None:
-    """What `huggingface_hub` is to make its bars with; None for its own, on a terminal.
+    """Returns a replacement for the bar class of `huggingface_hub`.
 
-    In a log, all bars of a download together become one line every 30 seconds.
+    In a log, it reports all bars of one download together, as one line every 30 seconds.
+
+    Args:
+        show: as for `Progress`.
+        name: the name of the download in these lines.
+
+    Returns:
+        A subclass of `tqdm`; None on a terminal, where the bars of `huggingface_hub` are used.
     """
     visible = shows(show)
     if visible and on_terminal():
@@ -219,7 +225,7 @@ def download_bars(show: bool | None, name: str) -> type[tqdm] | None:
             _write(f"download {name}: {_listed(size(loaded) if loaded else '', *files[:1])}")
 
     class Bar(tqdm):
-        """Counts, and displays nothing."""
+        """A `tqdm` bar that counts but displays nothing."""
 
         def __init__(self, *args: Any, **kwargs: Any):
             super().__init__(*args, **{**kwargs, "file": io.StringIO(), "disable": False})
@@ -237,7 +243,7 @@ def download_bars(show: bool | None, name: str) -> type[tqdm] | None:
 
 
 def size(count: float) -> str:
-    """Bytes for people, for example "17.0 GB"."""
+    """Formats a number of bytes, for example as "17.0 GB"."""
     for scale, unit in _UNITS:
         if count >= scale:
             return f"{count / scale:.3g} {unit}" if count < 100 * scale else f"{count / scale:,.0f} {unit}"
@@ -245,7 +251,7 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """For example "45 s", "3 min 20 s", "1 h 20 min" or "2 d 3 h"."""
+    """Formats a duration, for example as "45 s", "3 min 20 s", "1 h 20 min" or "2 d 3 h"."""
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds} s"
@@ -260,10 +266,10 @@ def duration(seconds: float) -> str:
 
 
 def _first() -> bool:
-    """Whether this is the first of the processes of a run.
+    """Whether this is the first process of the run, or the only one.
 
-    JAX is not imported here: the command line imports this module before it has set JAX up. And a process that is
-    alone is not asked for its number, for which JAX would look for devices.
+    Do not import JAX here: the command line imports this module before it configures JAX. Do not call
+    `jax.process_index` in a single process: the call starts JAX's backend.
     """
     jax = sys.modules.get("jax")
     return jax is None or not jax.distributed.is_initialized() or jax.process_index() == 0
@@ -274,7 +280,7 @@ def _listed(*parts: str) -> str:
 
 
 def _write(text: str) -> None:
-    """One call, so that lines of several processes do not mix. Work goes on where nobody can read them."""
+    """Writes a line with the date in one call, so that lines of several processes do not mix. Ignores write errors."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         sys.stderr.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
         sys.stderr.flush()

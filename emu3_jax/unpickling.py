@@ -1,8 +1,8 @@
-"""`torch.save` files without torch and without running code.
+"""Reads the pickles of `torch.save` files without torch, and without running their code.
 
-Such a file is a zip of one pickle (`data.pkl`) and one entry per storage. A pickle is a program, and an ordinary reader
-calls whatever it names. The few instructions that plain data need are carried out here one by one: there is no way to
-import, to call anything but a few inert functions, or to change what the next file means.
+A `torch.save` file is a zip with one pickle (`data.pkl`) and one entry per storage. A pickle is a program, and Python's
+unpickler calls any function that it names. This module executes only the few instructions that plain data need. A file
+cannot import anything, cannot call anything but the functions of a `Vocabulary`, and cannot affect later files.
 """
 
 import dataclasses
@@ -16,46 +16,48 @@ from emu3_jax.errors import Emu3Error
 from emu3_jax.foreign import limit, plain_file
 from emu3_jax.printable import shown
 
-MAX_BYTES = 64 << 20  # of a pickle; that of a whole 8 B model has about 100 kB
-MAX_STEPS = 1_000_000  # instructions of a pickle; a tensor takes about 45
-_MAX_DIRECTORY = 8 << 20  # bytes of a zip's directory: about 100,000 entries, which take a hundred times that in memory
-_END_BYTES = 22 + (1 << 16)  # of a zip's last record, with the longest comment
+MAX_BYTES = 64 << 20  # of a pickle; the pickle of an 8 B model has about 100 kB
+MAX_STEPS = 1_000_000  # instructions in a pickle; a tensor needs about 45
+# Bytes of a zip's directory: about 100,000 entries. In memory, `zipfile` needs a hundred times as many bytes.
+_MAX_DIRECTORY = 8 << 20
+_END_BYTES = 22 + (1 << 16)  # length of a zip's last record with the longest possible comment
 
 
 class BadPickle(ValueError):
-    """A pickle that is damaged, or is of other data than it is read for."""
+    """The pickle is damaged, or holds other data than expected."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Function:
-    """What a pickle may call by a name: a function of plain values that checks them itself."""
+    """A function that a pickle may call. It takes plain values, and must check them itself."""
 
     call: Callable[..., Any]
 
 
 def ordered_dict(*items: Any) -> dict[Any, Any]:
-    """Stands in for `collections.OrderedDict`, which is pickled empty and then filled."""
+    """Replaces `collections.OrderedDict`. A pickle creates it empty, then sets its items."""
     if items:
-        raise BadPickle("a dict is made of what it should be filled with")
+        raise BadPickle("an OrderedDict is created with items instead of empty")
     return {}
 
 
 class Filled:
-    """What a pickle makes empty and then fills, once, with what its BUILD instruction gives."""
+    """Base class for objects that a pickle creates empty, then fills once with a BUILD instruction."""
 
     def fill(self, state: Any) -> None:
+        """Takes the state of the BUILD instruction, which may be any value."""
         raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """What the pickles of one kind of file may name.
+    """The globals that one kind of pickle may use.
 
     Attributes:
-        names: what each global, a module and a name in it, stands for. Values that are a `Function` can be called.
-        persistent: makes the object of a persistent id, which may be any value.
-        purpose: of the file, as in "which plain tensors never need".
-        remedy: what its owner is to do instead.
+        names: maps a global, (module, name), to the value that replaces it. Only `Function` values can be called.
+        persistent: makes an object from a persistent id. The id may be any value.
+        purpose: what the file holds, such as "plain tensors", for the error message "which plain tensors never need".
+        remedy: what the user should do if the file is refused.
     """
 
     names: Mapping[tuple[str, str], Any]
@@ -65,12 +67,20 @@ class Vocabulary:
 
 
 def open_archive(file: Path, remedy: str) -> tuple[zipfile.ZipFile, str]:
-    """Opens a `torch.save` file, to be closed, and finds the folder that its entries lie in.
+    """Opens a `torch.save` file.
+
+    Compressed entries are refused, because torch never writes them. So no entry is larger than the file.
+
+    Args:
+        file: the file.
+        remedy: what the user should do if the file is refused.
+
+    Returns:
+        The open archive, which the caller must close, and the folder of its entries, ending in "/".
 
     Raises:
-        Emu3Error: it has not one pickle, has too many entries, or packed ones, which torch never writes: so an entry is
-            never larger than the file.
-        OSError, zipfile.BadZipFile: it cannot be read, or is no zip.
+        Emu3Error: the file does not hold exactly one pickle, has too many entries, or has compressed entries.
+        OSError, zipfile.BadZipFile: the file cannot be read, or is not a zip.
     """
     plain_file(file)
     limit(file, "bytes of its directory", _directory_bytes(file), _MAX_DIRECTORY)
@@ -91,7 +101,7 @@ def open_archive(file: Path, remedy: str) -> tuple[zipfile.ZipFile, str]:
 
 
 def _directory_bytes(file: Path) -> int:
-    """The size of a zip's directory by its last record; 0 where there is none, which `zipfile` reports."""
+    """Reads the size of a zip's directory from its last record. Returns 0 if there is none; `zipfile` reports that."""
     with file.open("rb") as stream:
         size = stream.seek(0, 2)
         stream.seek(max(0, size - _END_BYTES - 20))
@@ -101,19 +111,26 @@ def _directory_bytes(file: Path) -> int:
             return 0
         found = int.from_bytes(tail[at + 12 : at + 16], "little")
         locator = tail[at - 20 : at] if at >= 20 else b""
-        if locator.startswith(b"PK\x06\x07"):  # a large zip says its sizes in another record
+        if locator.startswith(b"PK\x06\x07"):  # zip64 keeps the size in another record
             stream.seek(int.from_bytes(locator[8:16], "little"))
             found = max(found if found != 0xFFFFFFFF else 0, int.from_bytes(stream.read(56)[40:48], "little"))
         return found
 
 
 def unpickle(data: bytes, file: Path, vocabulary: Vocabulary) -> Any:
-    """What a pickle describes: None, bools, ints up to 64 bits, floats, strings, bytes, tuples, lists, dicts, and what
-    the vocabulary makes.
+    """Reads a pickle of plain data.
+
+    Args:
+        data: the pickle.
+        file: path of the file, for error messages.
+        vocabulary: the globals that the pickle may use.
+
+    Returns:
+        None, bools, ints of up to 64 bits, floats, strings, bytes, tuples, lists, dicts, and objects of `vocabulary`.
 
     Raises:
-        BadPickle: it is damaged, or has an instruction that plain data never need.
-        Emu3Error: it asks for a global that is not in the vocabulary, or is too large.
+        BadPickle: the pickle is damaged, or has an instruction that plain data never need.
+        Emu3Error: the pickle uses a global that is not in `vocabulary`, or is too large.
     """
     limit(file, "bytes of its pickle", len(data), MAX_BYTES)
     machine = _Machine(file, vocabulary)
@@ -139,7 +156,7 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 class _Machine:
-    """The stack and the memo of one pickle."""
+    """The stack and the memo of a pickle under execution."""
 
     def __init__(self, file: Path, vocabulary: Vocabulary):
         self._file, self._vocabulary = file, vocabulary
@@ -217,7 +234,7 @@ class _Machine:
 
     def _extend(self, values: list[Any]) -> None:
         if type(self._top()) is not list:
-            raise BadPickle("something is appended to what is no list")
+            raise BadPickle("it appends to something that is not a list")
         self._top().extend(values)
 
     def _dict(self, _: Any) -> None:
@@ -233,9 +250,9 @@ class _Machine:
 
     def _set(self, values: list[Any]) -> None:
         if type(self._top()) is not dict or len(values) % 2:
-            raise BadPickle("an item is set in what is no dict")
+            raise BadPickle("it sets an item of something that is not a dict")
         for key, value in zip(values[::2], values[1::2], strict=True):
-            if type(key) not in (str, int):  # hashing a tuple of tuples of ... would end the process
+            if type(key) not in (str, int):  # hashing deeply nested tuples would crash the process
                 raise BadPickle(f"a dict has the key {shown(key)}")
             self._top()[key] = value
 
@@ -263,7 +280,7 @@ class _Machine:
 
     def _build(self, _: Any) -> None:
         (state,) = self._pop(1)
-        # The state of an ordered dict is `_metadata`, which modules of PyTorch put there: nothing reads it.
+        # PyTorch modules attach `_metadata` to an OrderedDict as its state. We ignore it.
         if isinstance(self._top(), Filled):
             self._top().fill(state)
         elif type(self._top()) is not dict:

@@ -130,11 +130,11 @@ def test_the_remedy_is_that_of_the_scheme(path, remedy):
 @pytest.mark.parametrize(
     ("path", "reason"),
     [
-        ("gs://", "'' is not the name of a bucket"),
-        ("gs:///x", "'' is not the name of a bucket"),
-        ("gs://B/x", "'B' is not the name of a bucket"),
-        ("gs://bucket", "names a bucket alone"),
-        ("gs://bucket/", "names a bucket alone"),
+        ("gs://", "'' is not a legal bucket name"),
+        ("gs:///x", "'' is not a legal bucket name"),
+        ("gs://B/x", "'B' is not a legal bucket name"),
+        ("gs://bucket", "the path inside the bucket is missing"),
+        ("gs://bucket/", "the path inside the bucket is missing"),
         ("gs://bucket/a/../b", "an empty part, . or .."),
         ("gs://bucket/a//b", "an empty part, . or .."),
         ("gs://bucket/a*", "one of * ? [ ] #"),

@@ -232,7 +232,7 @@ def test_places_that_are_taken(bucket):
     for name in ("folder", "file"):
         with pytest.raises(Emu3Error, match="exists already"), files.new_directory(f"gs://bucket/{name}", 0):
             pass
-    reason = r"before it is uploaded, needs 1000000.00 GB: free space or set TMPDIR"
+    reason = r"the local copy of new needs 1000000.00 GB: free space or set TMPDIR"
     with pytest.raises(Emu3Error, match=reason), files.new_directory("gs://bucket/new", 10**15):
         pass
 
@@ -327,7 +327,7 @@ def test_a_copy_is_whole_or_not_there(bucket, cache, tmp_path):
     copy = storage.fetched("gs://bucket/data")
     assert (copy / "b").read_bytes() == b"b" * 100 and cached(bucket) == ["data/a", "data/b"]
     bucket.put("bucket", "evil/../../x", b"")
-    with pytest.raises(Emu3Error, match=r"does not name a file below its directory"):
+    with pytest.raises(Emu3Error, match=r"is not a legal path inside the directory"):
         storage.fetched("gs://bucket/evil")
 
 
@@ -351,7 +351,7 @@ def test_adapters_are_written_and_read_there(bucket, cache, vouched):
 def test_absent_buckets_and_no_credentials(word, bucket, tiny_bundle, golden_checkpoint, capsys):
     photos(pathlib.Path("photos"), 2)
     bucket.bucket("private", private=True)
-    for name, reason in (("absent", "there is no such bucket"), ("private", "gcloud auth application-default login")):
+    for name, reason in (("absent", "bucket does not exist"), ("private", "gcloud auth application-default login")):
         out = ["-o", f"gs://{name}/out", "--quiet"]
         words = {
             "generate": ["a", "--model", tiny_bundle, *out],
@@ -391,12 +391,14 @@ def test_emulators_are_named_to_both_libraries(gcsfs, tensorstore, monkeypatch):
 
 def test_absent_objects(bucket, tiny_bundle, capsys):
     line = line_of(capsys, "generate", "a", "--model", "gs://bucket/none", "-o", "out")
-    assert "gs://bucket/none: there is nothing of this name in the bucket" in line
+    assert "gs://bucket/none: the bucket holds nothing with this name" in line
     line = line_of(capsys, "convert", "gs://bucket/none", "-o", "out")
-    assert "gs://bucket/none: there is nothing of this name in the bucket" in line
+    assert "gs://bucket/none: the bucket holds nothing with this name" in line
     config = write_config(tiny_bundle, "gs://bucket/none", "gs://bucket/run")
-    assert "gs://bucket/none: there is nothing of this name" in line_of(capsys, "train", config, "--quiet")
-    with pytest.raises(Emu3Error, match="gs://bucket/none: there is no such bucket, or nothing of this name"):
+    assert "gs://bucket/none: the bucket holds nothing with this name" in line_of(capsys, "train", config, "--quiet")
+    with pytest.raises(
+        Emu3Error, match="gs://bucket/none: this bucket does not exist, or holds nothing with this name"
+    ):
         storage.download("gs://bucket/none", pathlib.Path("x"))
 
 
@@ -576,6 +578,6 @@ def test_a_lock_that_another_run_took_stays_its_own(bucket, quick_locks, caplog)
             if caplog.records:
                 break
             time.sleep(0.05)
-    assert "was taken away: another run may write there too" in caplog.text
+    assert "another run took this lock and may write to the same place" in caplog.text
     assert bucket.names("bucket") == ["run/held"]
     bucket.buckets["bucket"].clear()

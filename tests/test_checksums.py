@@ -117,12 +117,12 @@ def test_every_bundle_that_is_written_has_them(golden_bundle):
         (b"", "is empty"),
         (b"abc  x\n", "line 1 is not a checksum"),
         (b"0" * 64 + b" x\n", "line 1 is not a checksum"),
-        (b"0" * 64 + b"  ../x\n", "does not name a file below its directory"),
-        (b"0" * 64 + b"  /etc/passwd\n", "does not name a file below its directory"),
-        (b"0" * 64 + b"  a\x1b[0m\n", "does not name a file below its directory"),
+        (b"0" * 64 + b"  ../x\n", "is not a legal path inside the directory"),
+        (b"0" * 64 + b"  /etc/passwd\n", "is not a legal path inside the directory"),
+        (b"0" * 64 + b"  a\x1b[0m\n", "is not a legal path inside the directory"),
         (2 * (b"0" * 64 + b"  a\n"), "line 2 is not a checksum, two spaces and a new name"),
         (b"\xff\n", "is damaged"),
-        (b"\n" * 200_000, "200000 lines, and at most 100,000 are read"),
+        (b"\n" * 200_000, "200000 lines; the limit is 100,000"),
     ],
 )
 def test_damaged_lists(bundle, text, reason):

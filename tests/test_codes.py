@@ -108,26 +108,26 @@ def test_names_of_inputs():
 @pytest.mark.parametrize(
     "data, reason",
     [
-        (npy(header("(20000, 20000)")), "400000000 codes in a frame of 'a', and at most 262,144"),
-        (npy(header("(100000, 64, 64)")), "409600000 codes in 'a', and at most 4,194,304"),
+        (npy(header("(20000, 20000)")), "400000000 codes in a frame of 'a'; the limit is 262,144"),
+        (npy(header("(100000, 64, 64)")), "409600000 codes in 'a'; the limit is 4,194,304"),
         (npy(header("(2**31, 1)")), "is not a readable"),
         (npy(header(f"({10**400}, 1)")), "codes in a frame of 'a'"),
-        (npy(header("(2, 3)", "'|O'")), r"is object \(2, 3\), codes are integers"),
+        (npy(header("(2, 3)", "'|O'")), r"is object \(2, 3\): codes must be integers"),
         (npy(header("(2, 3)", "'<f4'")), "is float32"),
-        (npy(header("(2, 3)", "[('x', '<i4')]")), "codes are integers"),
-        (npy(header("(2,)")), "codes are integers"),
-        (npy(header("(0, 3)")), "codes are integers"),
-        (npy(header("(-2, 3)")), "codes are integers"),
-        (npy(header("(True, 3)")), "has not as many codes as its header says"),
+        (npy(header("(2, 3)", "[('x', '<i4')]")), "codes must be integers"),
+        (npy(header("(2,)")), "codes must be integers"),
+        (npy(header("(0, 3)")), "codes must be integers"),
+        (npy(header("(-2, 3)")), "codes must be integers"),
+        (npy(header("(True, 3)")), "does not have as many codes as its header says"),
         (npy(header("'x'")), "is not a readable .npz"),
-        (npy(header(), bytes(23)), "has not as many codes as its header says"),
-        (npy(header(), bytes(25)), "has not as many codes as its header says"),
+        (npy(header(), bytes(23)), "does not have as many codes as its header says"),
+        (npy(header(), bytes(25)), "does not have as many codes as its header says"),
         (npy("__import__('os').abort()"), "is not a readable .npz"),
         (npy("(" * 900), "is not a readable .npz"),
         (npy("[]"), "is not a readable .npz"),
         (npy("{}"), "is not a readable .npz"),
-        (b"\x93NUMPY\x02\x00" + (2**31).to_bytes(4, "little"), "bytes in the header of 'a', and at most 1,000"),
-        (b"\x93NUMPY\x09\x00", "is no array of NumPy's"),
+        (b"\x93NUMPY\x02\x00" + (2**31).to_bytes(4, "little"), "bytes in the header of 'a'; the limit is 1,000"),
+        (b"\x93NUMPY\x09\x00", "is not a NumPy array"),
         (b"text", "is not a readable .npz"),
         (b"", "is not a readable .npz"),
     ],
@@ -154,10 +154,10 @@ def test_all_arrays_together_are_bounded(tmp_path, monkeypatch):
     save_codes(tmp_path / "x.npz", {name: ONE for name in "abcd"})
     assert len(load_codes(tmp_path / "x.npz")) == 4
     save_codes(tmp_path / "x.npz", {name: ONE for name in "abcde"})
-    with pytest.raises(Emu3Error, match="120 bytes in 'e' and what came before, and at most 100"):
+    with pytest.raises(Emu3Error, match="120 bytes up to the end of 'e'; the limit is 100"):
         load_codes(tmp_path / "x.npz")
     monkeypatch.setattr(module, "MAX_ARRAYS", 4)
-    with pytest.raises(Emu3Error, match="5 arrays, and at most 4"):
+    with pytest.raises(Emu3Error, match="5 arrays; the limit is 4"):
         load_codes(tmp_path / "x.npz")
 
 

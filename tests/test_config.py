@@ -249,7 +249,7 @@ def test_fields_out_of_range(cls, change, message):
         (
             decoder_from_published,
             {"vocabulary_map": {"<|visual token 000000|>": 700, "<|image end|>": 5}},
-            r"^vocabulary_map: it has <\|image end\|> at id 5, its other tokens want 699",
+            r"^vocabulary_map: it has <\|image end\|> at id 5, but its other tokens imply id 699",
         ),
         (decoder_from_published, {"vocabulary_map": [5]}, r"vocabulary_map is \[5\]: it must be an object"),
     ],

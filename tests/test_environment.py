@@ -128,7 +128,7 @@ def test_random_keys_and_widths_are_ours():
         (
             RuntimeError("The TPU is in use by process 7"),
             {},
-            r"JAX has no backend.*in use by process 7.*JAX_PLATFORMS=cpu",
+            r"JAX has no usable backend.*in use by process 7.*JAX_PLATFORMS=cpu",
         ),
     ],
 )

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from emu3_jax.data.epochs import Epochs, Recent, drops_prompt, drops_prompts
+from emu3_jax.data.epochs import Epochs, PerEpoch, drops_prompt, drops_prompts
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_places_in_any_order_over_several_epochs():
 
 def test_the_last_two_epochs_are_kept():
     made = []
-    recent = Recent(lambda epoch: made.append(epoch) or epoch)
+    recent = PerEpoch(lambda epoch: made.append(epoch) or epoch)
     for epoch in (0, 1, 0, 1, 2, 1, 2):
         assert recent(epoch) == epoch
     assert made == [0, 1, 2] and recent(0) == 0 and made[-1] == 0

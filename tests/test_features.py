@@ -87,7 +87,7 @@ def test_cut_features(features, tmp_path):
     with pytest.raises(Emu3Error, match=r"holds 0 data\.pkl"):
         records[0]
     (tmp_path / "0.pth").unlink()
-    with pytest.raises(Emu3Error, match=r"path_list\[0\]: there is no"):
+    with pytest.raises(Emu3Error, match=r"path_list\[0\]: .*does not exist"):
         records.check(0)
 
 

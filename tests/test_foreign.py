@@ -40,7 +40,7 @@ def test_an_error_that_names_its_culprit_passes():
     "text, reason",
     [
         (b"[" * 100_000, "nested too deeply"),
-        (b"[" + b"1," * 5_000_000 + b"1]", "values in its JSON, and at most 4,000,000"),
+        (b"[" + b"1," * 5_000_000 + b"1]", "values in its JSON; the limit is 4,000,000"),
         (b"{", "not readable as JSON"),
         (b"\xff\xfe", "not readable as JSON"),
         (b"1" * 5000, "not readable as JSON"),
@@ -69,7 +69,7 @@ def test_a_file_that_is_too_long_is_not_read(tmp_path):
     file = tmp_path / "long.json"
     with file.open("wb") as stream:
         stream.truncate(1 << 40)  # takes no space
-    with pytest.raises(Emu3Error, match="1099511627776 bytes, and at most"):
+    with pytest.raises(Emu3Error, match="1099511627776 bytes; the limit is"):
         read_json(file)
 
 
@@ -164,7 +164,7 @@ def test_printable_keeps_what_it_is_told():
 
 def test_limits_are_checked_before_memory_is_taken():
     limit("x.npz", "elements", 10, 10)
-    with pytest.raises(Emu3Error, match=re.escape("x.npz: 11 elements, and at most 10 are read")):
+    with pytest.raises(Emu3Error, match=re.escape("x.npz: 11 elements; the limit is 10")):
         limit("x.npz", "elements", 11, 10)
     with pytest.raises(Emu3Error, match="JSON"):
         parse_json(b"1" * (65 << 20), "x")

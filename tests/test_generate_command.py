@@ -181,8 +181,8 @@ def test_bad_prompts(refused, tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe")
     monkeypatch.setattr(prompt_files, "MAX_BYTES", 99)
     for name, words in (
-        ("blank.txt", "blank.txt has no prompt: write one a line"),
-        ("latin.txt", "latin.txt line 2 is no UTF-8: save the file as UTF-8"),
+        ("blank.txt", "blank.txt has no prompt: write one prompt per line"),
+        ("latin.txt", "latin.txt line 2 is not UTF-8: save the file as UTF-8"),
         ("long.txt", "long.txt has more than 99 bytes of prompts: split it"),
         ("folder", "cannot read folder: it is a directory; give a file"),
         ("pipe", "cannot read pipe: it is a pipe or device; give a file"),

@@ -164,7 +164,7 @@ DOUBLED = b"(" + text("a") + b"t" + b"q\x00" + b"h\x00\x86q\x00" * 60
         (state(tensor((2,) * 65, (0,) * 65)), "impossible"),
         (state(tensor((6,), (1,), start=10**17)), "outside its stored data"),
         (state(b"(" * 200_000), "missing|values"),
-        (state(b"]" * 300_000), "no dict"),
+        (state(b"]" * 300_000), "not a dict"),
         (b"\x80\x02" + b"N" * 1_100_000 + b".", "instructions"),
         (state(b"]" + b"\x85" * 100_000 + b"q\x00}h\x00Nsb"), "key"),  # hashing it would end the process
         (b"\x80\x04\x95" + b"\xff" * 8 + b".", "damaged|no end"),
@@ -211,7 +211,7 @@ def test_a_directory_of_a_million_entries_is_not_read(tmp_path):
     raw = bytearray(write(tmp_path / "m.bin", state(tensor())).read_bytes())
     raw[-10:-6] = struct.pack("<I", 60_000_000)  # bytes of the directory
     (tmp_path / "m.bin").write_bytes(raw)
-    refused(tmp_path / "m.bin", "60000000 bytes of its directory, and at most 8,388,608")
+    refused(tmp_path / "m.bin", "60000000 bytes of its directory; the limit is 8,388,608")
 
 
 def test_many_tensors_of_one_storage_are_refused(tmp_path):
@@ -243,7 +243,7 @@ def test_a_feature_file_that_is_too_large_is_not_read(tmp_path):
     with (tmp_path / "0.pth").open("wb") as stream:
         stream.truncate(1 << 33)  # takes no space
     (tmp_path / "list.json").write_text(json.dumps({"prefix": str(tmp_path), "path_list": ["0.pth"]}))
-    with pytest.raises(Emu3Error, match="8589934592 bytes, and at most 67,108,864"):
+    with pytest.raises(Emu3Error, match="8589934592 bytes; the limit is 67,108,864"):
         FeatureRecords(tmp_path / "list.json", 64)[0]
 
 
@@ -331,7 +331,7 @@ def agrees(path: pathlib.Path) -> bool:
         read_safetensors_header(path)
     except Emu3Error as error:
         # Stricter than the library: dtypes that no Emu3 has, a name that stands twice, more axes than NumPy has.
-        assert not theirs or any(what in str(error) for what in ("has dtype", "stands twice", "[1, 1, 1"))
+        assert not theirs or any(what in str(error) for what in ("has dtype", "contains a name twice", "[1, 1, 1"))
         assert len(str(error)) <= 300
         return False
     assert theirs
@@ -378,7 +378,7 @@ def test_headers_that_lie(tmp_path, header, body, reason):
 def test_a_header_of_many_values_is_not_held(tmp_path):
     raw = b'{"a":[' + b"1," * 5_000_000 + b"1]}"
     (tmp_path / "m").write_bytes(with_header(raw, b""))
-    with pytest.raises(Emu3Error, match="values in its JSON, and at most 4,000,000"):
+    with pytest.raises(Emu3Error, match="values in its JSON; the limit is 4,000,000"):
         read_safetensors_header(tmp_path / "m")
 
 

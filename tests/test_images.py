@@ -321,7 +321,7 @@ def test_formats_that_run_programs_are_not_read(tmp_path, monkeypatch):
     (tmp_path / "x.png").write_bytes((tmp_path / "x.eps").read_bytes())
     monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("a program was run"))
     for name in ("x.eps", "x.png"):
-        with pytest.raises(Emu3Error, match=f"{name} is not a picture that can be read"):
+        with pytest.raises(Emu3Error, match=f"{name} is not a picture in a known format"):
             load_image(tmp_path / name)
 
 
@@ -333,7 +333,7 @@ def test_pictures_too_large_for_memory(tmp_path, suffix, most):
         image._size = (most // 1000, 1000)
         _check_size(image)
         image._size = (most // 1000 + 1, 1000)
-        with pytest.raises(Emu3Error, match=f"at most {most:,} are read as {suffix.upper()}; scale"):
+        with pytest.raises(Emu3Error, match=f"the limit for {suffix.upper()} is {most:,}: scale"):
             _check_size(image)
 
 

@@ -44,7 +44,7 @@ def test_the_next_run_removes_and_names_them(run, caplog):
     directory, left, kept = run
     with run_directory.locked(directory):
         said = [record.getMessage() for record in caplog.records]
-    assert sorted(said) == sorted(f"removed {path}: a killed run had left it unfinished" for path in left)
+    assert sorted(said) == sorted(f"removed {path}, a leftover of a killed run" for path in left)
     assert not any(path.exists() for path in left) and all(path.exists() for path in kept)
     with run_directory.locked(directory):
         assert len(caplog.records) == len(left)
@@ -59,7 +59,7 @@ def test_doctor_removes_and_names_them(run, dead, capsys):
     assert main(["doctor", "--clean", str(directory)]) == 0
     gone = [*left, beside, old, inside]
     said = capsys.readouterr().out.splitlines()
-    assert sorted(said) == sorted(f"ok    removed {path}, which a run that was killed had left" for path in gone)
+    assert sorted(said) == sorted(f"ok    removed {path}, a leftover of a killed run" for path in gone)
     assert not any(path.exists() for path in gone)
     assert all(path.exists() for path in (*kept, older, mine))
     assert main(["doctor", "--clean", "--json", str(directory)]) == 0
@@ -102,4 +102,4 @@ def test_a_lock_on_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
 
     monkeypatch.setattr("fcntl.flock", none)
     with files.locked(tmp_path / "lock", str):
-        assert "cannot be locked (Function not implemented); let no other run use it" in caplog.text
+        assert "cannot be locked (Function not implemented); do not let another run write there" in caplog.text

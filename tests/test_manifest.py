@@ -81,7 +81,7 @@ def test_entries(manifest, tmp_path):
     [
         ("{'image': 'a.png'}", "not readable as JSON"),
         ("\udcff", "not readable as JSON"),
-        ("[1]", "is no object"),
+        ("[1]", "is not an object"),
         ({"image": "a.png", "caption": "A"}, "unknown field 'caption'"),
         ({"image": "a.png", "clip": "b.gif", "text": "A"}, "both image and clip"),
         ({"image": "a.png"}, "neither text nor conversation"),
@@ -96,14 +96,14 @@ def test_entries(manifest, tmp_path):
         ({"clip": "  ", "text": "A"}, "an empty path"),
         ({"image": "gs://b/x.png", "text": "A"}, "gs:// addresses are not supported"),
         ({"image": "x" * 256, "text": "A"}, "is too long: a name has at most 255 bytes"),
-        ({"image": "a\0b", "text": "A"}, "zero character"),
+        ({"image": "a\0b", "text": "A"}, "null character"),
         ({"image": "\ud800.png", "text": "A"}, "surrogate"),
         ("[" * 100_000, "nested too deeply"),
         ("1" * 5000, "not readable as JSON"),
         ({"conversation": "hello"}, "conversation is 'hello'"),
         ({"conversation": []}, "has 0 turns"),
         ({"conversation": TALK[:1]}, "has 1 turns: it must end with an answer"),
-        ({"conversation": TALK[::-1]}, "turn 0 has role 'assistant', 'user' belongs there"),
+        ({"conversation": TALK[::-1]}, "turn 0 has role 'assistant': it must be 'user'"),
         ({"conversation": [{"role": "user"}]}, "turn 0 is"),
         ({"conversation": [{"role": "user", "text": 1}]}, "conversation turn 0 is 1"),
     ],
@@ -133,7 +133,7 @@ def test_a_line_is_bounded(tmp_path):
     with file.open("wb") as stream:
         stream.write(b'{"text": "good"}\n')
         stream.truncate(1 << 40)  # takes no space
-    with pytest.raises(Emu3Error, match=r"line 2: 16777217 bytes or more, and at most 16,777,216 are read"):
+    with pytest.raises(Emu3Error, match=r"line 2: 16777217 bytes or more; the limit is 16,777,216"):
         Manifest(file)
     with pytest.raises(Emu3Error, match="it is a pipe or device; give a file"):
         Manifest("/dev/zero")
@@ -195,7 +195,7 @@ def test_a_picture_of_several_lines_is_encoded_once(manifest, golden_model):
         found = list(pool.map(records.__getitem__, (0, 1, 2, 3, 5)))
     assert sorted(encoded) == ["gray.png", "photo.png"]
     np.testing.assert_array_equal(found[0].codes, found[4].codes)
-    with pytest.raises(Emu3Error, match=r"there is no .*absent\.png"):
+    with pytest.raises(Emu3Error, match=r"absent\.png does not exist"):
         records[4]
 
 
@@ -215,7 +215,7 @@ def test_pictures_that_cannot_be_used(manifest, golden_model, tmp_path):
         {"text": "<|image start|>"},
     )  # fmt: skip
     records = SourceRecords(ManifestSource(lines), golden_model, None, tokenizer)
-    for index, reason in enumerate(["there is no", "cannot read", "too elongated", "special token"]):
+    for index, reason in enumerate(["does not exist", "cannot read", "too elongated", "special token"]):
         with pytest.raises(Emu3Error, match=reason) as error:
             records[index]
         assert f"m.jsonl line {index + 1}: " in str(error.value)

@@ -80,10 +80,10 @@ def test_other_things_in_tar_files(tmp_path):
     for reason in (
         "'alone.png': there is no caption", "'orphan.txt': it is a caption without a picture",
         "'LICENSE': it is neither", "'model.pkl': it is neither",
-        "'both.png', 'both.jpg', 'both.txt': there are two pictures of one name",
-        "none.json has no column with captions: it has ['url']", "list.json: [1] is no object",
-        "'good.txt' is in it twice", "'link.png' is no plain file",
-        "'sparse.png' is no plain file",
+        "'both.png', 'both.jpg', 'both.txt': two pictures have the same name",
+        "none.json has no column with captions: its columns are ['url']", "list.json: [1] is not an object",
+        "'good.txt' is in it twice", "'link.png' is not a regular file",
+        "'sparse.png' is not a regular file",
     ):  # fmt: skip
         assert [reason in line for line in bad].count(True) == 1, (reason, bad)
     assert len(bad) == 10
@@ -96,10 +96,10 @@ def test_damaged_tar_files(tmp_path):
     data = good.read_bytes()
     second = data.index(b"b.png")
     cases = {
-        "gz": (b"\x1f\x8b" + data, "is compressed"), "text": (b"hello" * 300, "is no tar file"),
-        "empty": (b"", "no tar"), "cut": (data[:700], "is cut off in 'a.png'"),
+        "gz": (b"\x1f\x8b" + data, "is compressed"), "text": (b"hello" * 300, "is not a readable tar file"),
+        "empty": (b"", "not a readable tar"), "cut": (data[:700], "is cut off in 'a.png'"),
         "zero": (bytes(10240), "no picture in it has a caption"),
-        "joined": (data + data, "goes on after its end, as tar files that were joined do: give them one by one"),
+        "joined": (data + data, "consists of several tar files joined together: split it, and give each one"),
         "middle": (data[:second] + b"\xff" * 512 + data[second + 512 :], f"is damaged at byte {second}"),
     }  # fmt: skip
     for name, (content, reason) in cases.items():
@@ -151,8 +151,8 @@ def test_rows_that_cannot_be_used(tmp_path):
     ])  # fmt: skip
     records = SourceRecords(open_source([str(tmp_path / "a.parquet")], ANY), Model(), None)
     assert records[0].text == "good"
-    reasons = ["row 1: caption is None", "row 2: the caption is empty", "row 3: there are no bytes of a picture"]
-    for index, reason in enumerate([*reasons, "row 4: there are no bytes", "row 5 is not a picture"], start=1):
+    reasons = ["row 1: caption is None", "row 2: the caption is empty", "row 3: this row has no picture"]
+    for index, reason in enumerate([*reasons, "row 4: this row has no picture", "row 5 is not a picture"], start=1):
         with pytest.raises(Emu3Error) as error:
             records[index]
         assert str(tmp_path / "a.parquet") in str(error.value) and reason in str(error.value)
@@ -161,13 +161,13 @@ def test_rows_that_cannot_be_used(tmp_path):
 def test_columns_of_tables(tmp_path):
     row = {"a": picture(1), "b": picture(2), "c": "see", "d": "dee", "n": 1}
     path = str(write_parquet(tmp_path / "a.parquet", [row]))
-    with pytest.raises(Emu3Error, match=r"columns \['a', 'b'\] may hold pictures: name one with --image-column"):
+    with pytest.raises(Emu3Error, match=r"columns \['a', 'b'\] can hold pictures: name one with --image-column"):
         open_source([path], ANY)
-    with pytest.raises(Emu3Error, match=r"columns \['c', 'd'\] may hold captions: name one with --text-column"):
+    with pytest.raises(Emu3Error, match=r"columns \['c', 'd'\] can hold captions: name one with --text-column"):
         open_source([path], Columns("a"))
     with pytest.raises(Emu3Error, match=r"column 'n' cannot hold captions: it is int64"):
         open_source([path], Columns("a", "n"))
-    with pytest.raises(Emu3Error, match=r"column 'z' cannot hold pictures: there is none of that name"):
+    with pytest.raises(Emu3Error, match=r"column 'z' cannot hold pictures: it does not exist"):
         open_source([path], Columns("z", "n"))
     assert open_source([path], Columns("b", "d"))[0].text == "dee"
 
@@ -193,8 +193,8 @@ def test_types_of_columns(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "reason"),
     [
-        ([{"n": 1}], r"no column holds pictures: it has \['n'\]; add one of bytes"),
-        ([{"image": b"x", "n": 1}], r"no column holds captions: it has \['image', 'n'\]; add one of text"),
+        ([{"n": 1}], r"no column holds pictures: its columns are \['n'\]; add a column of bytes"),
+        ([{"image": b"x", "n": 1}], r"no column holds captions: its columns are .*; add a column of text"),
         ([], "no column"),
     ],
 )
@@ -365,19 +365,19 @@ def test_data_sets_that_cannot_be_had(hub):
     ]
     lines = hub(*(f"hf:{place}" for place in places))
     for line, reason in zip(lines, (
-        "ERROR hf:org/none: the hub has no such data set, or it is private",
+        "ERROR hf:org/none: this data set does not exist or is private",
         "ERROR hf:org/shards has no split 'dev': it has ['train', 'test']",
-        "ERROR hf:org/numbers: no column holds pictures: it has ['n']",
+        "ERROR hf:org/numbers: no column holds pictures: its columns are ['n']",
         "ERROR hf:org/nothing: The directory at hf://datasets/org/nothing@",
         "ERROR hf:org/two: Config name is missing. Please pick one among the available configs: ['first', 'second']",
         "hf:org/away", "ERROR", "ERROR", "ERROR", "ERROR",
     ), strict=True):  # fmt: skip
         assert line.startswith(reason), (line, reason)
-    assert "there are no bytes of a picture in this row" in lines[6]  # a file here is none of the hub's
+    assert "this row has no picture" in lines[6]  # a file here is none of the hub's
     assert "give files that you downloaded" in lines[3] and "hf:NAME:CONFIG:SPLIT" in lines[4]
-    assert all("is no name of a hub data set" in line for line in lines[7:])
+    assert all("is not a legal name of a hub data set" in line for line in lines[7:])
     (line,) = hub("hf:org/else", HF_HUB_OFFLINE="1")
-    assert line == "ERROR hf:org/else: HF_HUB_OFFLINE is set, and it was not downloaded before: unset the variable"
+    assert line == "ERROR hf:org/else: not downloaded yet, and HF_HUB_OFFLINE is set: unset the variable"
     with socket.socket() as free:  # nobody listens there
         free.bind(("127.0.0.1", 0))
         (line,) = hub("hf:org/photos", HF_ENDPOINT=f"http://127.0.0.1:{free.getsockname()[1]}")

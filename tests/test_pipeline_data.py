@@ -258,7 +258,7 @@ def test_rows_in_tables_are_the_rows_of_the_pipeline(start, pictures, documents)
 
 
 def test_a_row_in_a_table_that_is_too_long(start, pictures):
-    with pytest.raises(Emu3Error, match=r"has 2\d tokens, a row has 20: raise sequence_length"):
+    with pytest.raises(Emu3Error, match=r"has 2\d tokens, but a row has 20: raise sequence_length"):
         list(
             itertools.islice(start(Source(pictures, TextToImage()), packing=0, sequence_length=20, in_memory=True), 30)
         )
@@ -305,7 +305,9 @@ def test_rows_in_parts_resume(start, pictures, documents, stop_at):
 
 def test_a_part_of_a_row_that_is_too_short(start, pictures):
     batches = start(Source(pictures, TextToImage(), parts=3), packing=0, sequence_length=60, in_memory=True)
-    with pytest.raises(Emu3Error, match=r"has 2\d tokens, each of the 3 parts of a row has 20: raise sequence_length"):
+    with pytest.raises(
+        Emu3Error, match=r"has 2\d tokens, but each of the 3 parts of a row has 20: raise sequence_length"
+    ):
         list(itertools.islice(batches, 30))
 
 
@@ -329,7 +331,7 @@ def test_a_position_is_only_for_its_own_data(start, pictures, documents, tmp_pat
         start(Source(pictures, TextToImage()), batch_size=1),
         start(Source(pictures, TextToImage()), process_count=2),
     ):
-        with pytest.raises(Emu3Error, match="the saved position is of other data"):
+        with pytest.raises(Emu3Error, match="the saved position belongs to other data"):
             other.set_state(state)
     (tmp_path / "moved").symlink_to(pictures)
     start(Source(str(tmp_path / "moved"), TextToImage())).set_state(state)
@@ -424,7 +426,7 @@ def test_records_skipped_in_evaluation_are_counted(pictures, tokenizer):
 
 
 def test_records_of_another_kind_are_named(start, documents):
-    with pytest.raises(Emu3Error, match=rf"{documents}: record 'd\d+': is plain text, and text to image"):
+    with pytest.raises(Emu3Error, match=rf"{documents}: record 'd\d+': is plain text, but text to image"):
         next(start(Source(documents, TextToImage())))
 
 
@@ -438,7 +440,7 @@ def test_a_damaged_shard_stops_training(write, start):
 
 
 def test_data_of_another_tokenizer(write, start, pictures):
-    with pytest.raises(Emu3Error, match="codebook of 8 codes, the model has 32768"):
+    with pytest.raises(Emu3Error, match="codebook of 8 codes, but the model has 32768"):
         start(Source(write([picture(0)], Codebook(8, "0" * 64)), TextToImage()))
     with pytest.raises(Emu3Error, match="another vision tokenizer"):
         start(Source(pictures, TextToImage()), codebook_sha256="1" * 64)

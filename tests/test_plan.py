@@ -176,9 +176,9 @@ def test_what_xla_says_about_memory():
         ("train", ["v5q:4x4"], "topology 'v5q:4x4' is unknown"),
         ("train", ["v5p:4x4"], "three sides"),
         ("train", ["v5e:3x3"], "topology 'v5e:3x3' is not legal"),
-        ("train", ["v5e:2x2", "--hbm-limit", "17"], "up to 15.75 GiB"),
+        ("train", ["v5e:2x2", "--hbm-limit", "17"], "the most is 15.75 GiB"),
         ("train", ["v5e:2x2", "--set", "mesh=fsdp=3"], "does not divide the 4"),
-        ("train", ["v5e:2x4", "--set", "mesh=tensor=8"], "weight params/layers/attention/out has 2"),
+        ("train", ["v5e:2x4", "--set", "mesh=tensor=8"], "weight params/layers/attention/out has size 2"),
         (
             "train",
             ["v5e:2x2", "--set", "batch_size=6"],

@@ -189,7 +189,7 @@ def test_bad_entries_stop_or_are_skipped_and_listed(tmp_path):
     assert outcome.index.skipped == ("entry 3 is broken: mend it", "entry 12 is broken: mend it")
     data = PreparedData(tmp_path / "new")
     assert [data[index].name for index in range(len(data))] == [f"n{i}" for i in range(23) if i not in bad]
-    with pytest.raises(Emu3Error, match=r"entry 3 is broken.*An earlier run skipped it: then delete"):
+    with pytest.raises(Emu3Error, match=r"entry 3 is broken.*An earlier run skipped it: correct it and delete"):
         prepare(Entries(bad=bad), tmp_path / "new", CODEBOOK, shards=2)
 
 
@@ -303,7 +303,7 @@ def test_damaged_data_is_named(tmp_path, whole):
             assert re.search(rf"{file.name} is damaged \(.*\): delete it and run the same emu3-jax prepare", str(error))
     assert 0 < 23 - len(readable) <= 5 and {"n0", "n22"} <= set(readable)
     file.write_bytes(contents[:-10])
-    with pytest.raises(Emu3Error, match=f"{file.name} has 131062 bytes, index.json says 131072"):
+    with pytest.raises(Emu3Error, match=f"{file.name} has 131062 bytes, but index.json says 131072"):
         PreparedData(out)
     file.unlink()
     with pytest.raises(Emu3Error, match=f"{file.name} has 0 bytes"):
@@ -335,7 +335,7 @@ def test_codes_of_another_tokenizer_are_refused(tmp_path, whole):
     data = PreparedData(tmp_path / "whole")
     data.require_codebook(32768)
     data.require_codebook(32768, "0" * 64)
-    with pytest.raises(Emu3Error, match="codebook of 32768 codes, the model has 8192"):
+    with pytest.raises(Emu3Error, match="codebook of 32768 codes, but the model has 8192"):
         data.require_codebook(8192)
     with pytest.raises(Emu3Error, match="another vision tokenizer"):
         data.require_codebook(32768, "1" * 64)
@@ -365,7 +365,7 @@ def test_the_command(golden_bundle, golden_model, tmp_path, monkeypatch, capsys)
     command = ("prepare", "m.jsonl", "--model", golden_bundle, "--keep-size", "--shards", 2, "--quiet", "-o")
     assert run(*command, "out") == 2
     error = capsys.readouterr().err
-    assert error.startswith("emu3-jax: error: m.jsonl line 3: there is no missing.png") and error.count("\n") == 1
+    assert error.startswith("emu3-jax: error: m.jsonl line 3: missing.png does not exist") and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
     assert run(*command, "out", "--on-error", "skip") == 0
     assert capsys.readouterr().out.splitlines()[1] == "out: 3 records in 2 shards, 1 skipped, listed in out/skipped.txt"

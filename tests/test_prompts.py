@@ -112,7 +112,7 @@ def test_text_is_never_read_as_template(tokenizer):
 
 @pytest.mark.parametrize("template", ["", "{text}", "{image}", "{image}{image}{text}", "{image}{text}{text}", None])
 def test_bad_template(template):
-    with pytest.raises(Emu3Error, match=r"must hold \{image\} and \{text\} once each"):
+    with pytest.raises(Emu3Error, match=r"must contain \{image\} and \{text\} once each"):
         PromptTemplates(template, next_turn="{image}{text}")
 
 

@@ -171,9 +171,9 @@ def test_what_is_text_what_is_vision_and_what_is_all(tokenizer, text, shape, eos
 @pytest.mark.parametrize(
     ("task", "record", "reason"),
     [
-        (TextToImage(), picture(codes=None), "is plain text, and text to image needs a picture"),
+        (TextToImage(), picture(codes=None), "is plain text, but text to image needs a picture"),
         (TextToImage(), picture(codes=np.zeros((1, 2, 2), np.int32)), "is a clip"),
-        (NextFrame(), picture(), "is a picture, and next frame needs a clip"),
+        (NextFrame(), picture(), "is a picture, but next frame needs a clip"),
         (NextFrame(), picture(codes=np.full((1, 2, 2), 40000, np.int32)), "code 40000 is outside the codebook"),
         (ImageToText(), picture(codes=np.full((1, 2, 2), 40000, np.int32)), "code 40000 is outside the codebook"),
         (TextToImage(), picture(codes=np.full((2, 2), 40000, np.int32)), "code 40000 is outside the codebook"),

@@ -53,7 +53,7 @@ def test_a_mesh_always_has_all_axes():
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ("tensor=3", "mesh tensor=3 needs 3 devices, which does not divide the 8 there are"),
+        ("tensor=3", "mesh tensor=3 needs 3 devices, which does not divide the 8 available devices"),
         ("data=4,fsdp=4", "mesh data=4,fsdp=4 needs 16 devices"),
         ("pipeline=2", "pipeline=2 is not legal: axes are data, fsdp, sequence, tensor"),
         ("tensor", "tensor= is not legal"),
@@ -101,11 +101,11 @@ def test_an_axis_that_does_not_divide_a_weight_is_an_error_not_a_copy():
     with pytest.raises(Emu3Error) as error:
         decoder_shardings(tiny.CONFIG, make_mesh("tensor=4"))
     assert str(error.value) == (
-        "weight layers_0/attention/out has 2 along its axis 'kv_heads', which mesh tensor=4 does not divide: "
-        "choose a product of tensor among 1, 2"
+        "weight layers_0/attention/out has size 2 along its axis 'kv_heads', which mesh tensor=4 does not divide: "
+        "set tensor to one of 1, 2"
     )
     config = dataclasses.replace(tiny.CONFIG, hidden_size=12, num_heads=2)
-    with pytest.raises(Emu3Error, match="embed/embedding has 12 along its axis"):
+    with pytest.raises(Emu3Error, match="embed/embedding has size 12 along its axis"):
         decoder_shardings(config, make_mesh("fsdp=8"), stacked=True)
 
 
@@ -220,7 +220,7 @@ def test_load_restores_into_the_mesh_and_gives_the_golden_results(golden_bundle)
 def test_the_command_line_takes_a_mesh(golden_bundle, tmp_path, capsys):
     arguments = ["generate", "a", "--model", str(golden_bundle), "-o", str(tmp_path / "out"), "--quiet"]
     assert main([*arguments, "--mesh", "tensor=4"]) == 2
-    assert "weight layers_0/attention/out has 2 along its axis 'kv_heads'" in capsys.readouterr().err
+    assert "weight layers_0/attention/out has size 2 along its axis 'kv_heads'" in capsys.readouterr().err
     assert main([*arguments, "--mesh", "tensor=3"]) == 2
     assert "does not divide the 8" in capsys.readouterr().err
 

@@ -56,7 +56,7 @@ def test_smart_resize_errors(height, width, message):
 
 def test_limits_that_leave_nothing():
     assert smart_resize(100, 500, 8, 1, 320) == (8, 40)
-    with pytest.raises(Emu3Error, match=r"max_pixels 319 leaves nothing .* at least 320"):
+    with pytest.raises(Emu3Error, match=r"max_pixels 319 is too small for .* at least 320"):
         smart_resize(100, 500, 8, 1, 319)
 
 
@@ -90,7 +90,7 @@ def test_generate_size_answers_or_explains(ratio, area):
     "ratio", ["", "1", "16x9", "16:", ":9", "0:1", "1:0", "-1:1", "1.5:1", "1:1:1", "a:b", "1:1\n"]
 )
 def test_malformed_ratio(ratio):
-    with pytest.raises(Emu3Error, match="is not width:height in whole numbers: write for example"):
+    with pytest.raises(Emu3Error, match="is not width:height in whole numbers: give for example"):
         generate_size(ratio, 518400)
 
 
@@ -108,5 +108,5 @@ def test_bad_area(area):
 
 @pytest.mark.parametrize("ratio, area", [("1:1", 16), ("5:1", 60), ("1:5", 60)])
 def test_area_that_leaves_no_tokens(ratio, area):
-    with pytest.raises(Emu3Error, match=f"area {area} leaves no tokens at ratio {ratio}: one token covers 8x8"):
+    with pytest.raises(Emu3Error, match=f"area {area} is too small for a token at ratio {ratio}: a token covers 8x8"):
         generate_size(ratio, area)

@@ -63,7 +63,9 @@ def test_lists_in_folders_inside_name_what_lies_there(tmp_path):
 
 def test_columns_that_the_user_names(tmp_path):
     write(tmp_path, {"a.png": picture(), "metadata.csv": "where,text,what\na.png,no,yes\n"})
-    with pytest.raises(Emu3Error, match=r"no column with the pictures' file names: it has \['where', 'text', 'what'\]"):
+    with pytest.raises(
+        Emu3Error, match=r"no column with the pictures' file names: its columns are \['where', 'text', 'what'\]"
+    ):
         Folder(tmp_path, ANY)
     assert split(Folder(tmp_path, Columns("where", "what")))[0] == {"a.png": "yes"}
 
@@ -83,12 +85,12 @@ def test_what_a_folder_has_beside_is_told(tmp_path):
     good, bad = split(Folder(tmp_path, ANY))
     assert good == {"good.png": "good", "same.png": "the same"}
     for reason in (
-        "alone.png has no caption: write a caption beside it", "empty.txt: the caption is empty",
-        "orphan.txt: there is no picture of that name", "latin.txt is not UTF-8 text",
-        "two.png has two captions, metadata.jsonl line 1 and two.txt", "metadata.jsonl line 3: there is no",
-        "'../good.png' is no path below the folder of this file: write it relative",
+        "alone.png has no caption: write a caption to a .txt file", "empty.txt: the caption is empty",
+        "orphan.txt: there is no picture with this name", "latin.txt is not UTF-8 text",
+        "two.png has two captions, metadata.jsonl line 1 and two.txt", "gone.png does not exist: correct the name",
+        "'../good.png' is not a path below this file's folder: write it relative",
         "metadata.jsonl line 5: not readable as JSON", "metadata.jsonl line 6: the caption is empty",
-        "metadata.jsonl line 7: the name 3 is no text",
+        "metadata.jsonl line 7: the name 3 is not text",
     ):  # fmt: skip
         assert [reason in line for line in bad].count(True) == 1, (reason, bad)
     assert len(bad) == 10
@@ -98,10 +100,10 @@ def test_what_a_folder_has_beside_is_told(tmp_path):
     ("content", "reason"),
     [
         ("caption".encode("utf-16"), "is not UTF-8 text: save it in UTF-8"),
-        ("caption".encode("utf-16-le"), "the caption has zero characters in it: save it as text in UTF-8"),
+        ("caption".encode("utf-16-le"), "the caption contains null characters: save it as text in UTF-8"),
         (b"caf\xe9", "is not UTF-8 text"),
         (b" \r\n", "the caption is empty: write one"),
-        (b"x" * ((1 << 20) + 1), "1048577 bytes, and at most 1,048,576 are read"),
+        (b"x" * ((1 << 20) + 1), "1048577 bytes; the limit is 1,048,576"),
     ],
 )
 def test_captions_that_are_no_text(tmp_path, content, reason):
@@ -140,7 +142,7 @@ def test_a_caption_with_an_unquoted_comma_is_not_cut(tmp_path):
     write(tmp_path, {"a.png": picture(), "b.png": picture(), "captions.csv": "file,text\na.png,red, round\nb.png,b\n"})
     good, bad = split(Folder(tmp_path, ANY))
     assert good == {"b.png": "b"} and len(bad) == 1
-    assert "captions.csv line 2: has 3 fields, the header 2: put captions in double quotes" in bad[0]
+    assert "captions.csv line 2: has 3 fields, but the header has 2: put captions in double quotes" in bad[0]
 
 
 @pytest.mark.parametrize(
@@ -164,9 +166,9 @@ def test_spellings_of_lists(tmp_path, name, text):
 @pytest.mark.parametrize(
     ("files", "reason"),
     [
-        ({}, "holds no pictures: give a folder of PNG, JPEG, WebP or other pictures, or one of tar or Parquet files"),
+        ({}, "holds no pictures: give a folder of PNG, JPEG, WebP or other pictures, or of tar or Parquet files"),
         ({"a.txt": "text", "b.md": "text"}, "holds no pictures"),
-        ({"a.png": b"x"}, "no picture has a caption that can be used; the first: .*a.png has no caption"),
+        ({"a.png": b"x"}, "no picture has a usable caption; the first problem: .*a.png has no caption"),
         ({"a.png": b"x", "metadata.csv": b"file_name,text\na.png,caf\xe9\n"}, r"metadata.csv line 2 is not UTF-8"),
         ({"a.png": b"x", "metadata.csv": 'file_name,text\na.png,"open\n'}, r"metadata.csv line .*not readable as CSV"),
         ({"a.png": b"x", "metadata.csv": ""}, "no column with the pictures' file names"),
@@ -249,15 +251,18 @@ def test_conversations(tmp_path):
     [
         ({"conversations": "hi"}, "conversations is 'hi': it must be a list of turns"),
         ({"conversations": [{"from": "system", "value": "x"}]}, "is not from human or gpt"),
-        ({"conversations": turns("<image>\nwhat", "this")}, "a turn shows <image>, and the object names none"),
+        (
+            {"conversations": turns("<image>\nwhat", "this")},
+            "a turn contains <image>, but the object has no image field",
+        ),
         ({"image": ["a", "b"], "conversations": turns("a", "b")}, "has several pictures"),
         ({"image": ["a"], "video": "b", "conversations": turns("a", "b")}, "has several pictures"),
-        ({"image": [3], "conversations": turns("a", "b")}, "the name 3 is no text"),
-        ({"image": "a", "conversations": turns("<image> <image>", "b")}, "its turns have 2 pictures"),
-        ({"image": "../a.png", "conversations": turns("a", "b")}, "does not name a file below its directory"),
-        ({"image": "/a.png", "conversations": turns("a", "b")}, "does not name a file below its directory"),
+        ({"image": [3], "conversations": turns("a", "b")}, "the name 3 is not text"),
+        ({"image": "a", "conversations": turns("<image> <image>", "b")}, "its turns contain 2 pictures"),
+        ({"image": "../a.png", "conversations": turns("a", "b")}, "is not a legal path inside the directory"),
+        ({"image": "/a.png", "conversations": turns("a", "b")}, "is not a legal path inside the directory"),
         ({"conversations": turns("a")}, "has 1 turns: it must end with an answer"),
-        ({"conversations": turns("a", "b")[::-1]}, "'user' belongs there"),
+        ({"conversations": turns("a", "b")[::-1]}, "it must be 'user'"),
         ({"conversations": [{"from": "human", "value": 3}]}, "value is 3: it must be text"),
     ],
 )
@@ -272,10 +277,10 @@ def test_objects_that_are_no_conversations(tmp_path, line, reason):
 
 def test_where_conversations_have_their_pictures(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([{"conversations": turns("a", "b")}]))
-    with pytest.raises(Emu3Error, match=r"gone is no folder: give --images the folder where the paths"):
+    with pytest.raises(Emu3Error, match=r"gone is not a folder: give the folder that paths"):
         open_source([str(tmp_path / "a.json")], ANY, images=tmp_path / "gone")
     write(tmp_path, {"a.png": picture(), "a.txt": "a"})
-    with pytest.raises(Emu3Error, match=r"--images is for LLaVA's JSON alone"):
+    with pytest.raises(Emu3Error, match=r"--images works only with LLaVA's JSON"):
         open_source([str(tmp_path)], ANY, images=tmp_path)
 
 
@@ -287,7 +292,7 @@ def test_lists_that_are_none(tmp_path, text):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(Emu3Error, match=r"a\.json") as error:
         Conversations(tmp_path / "a.json")
-    assert "as LLaVA's are" in str(error.value)
+    assert "in LLaVA's format" in str(error.value)
 
 
 # ---------------------------------------------------------------------------------------------------------- all kinds
@@ -351,13 +356,13 @@ def test_records_of_a_folder(tmp_path):
         SourceRecords(Folder(tmp_path, ANY), Model(), None)[0]
     assert (
         str(error.value)
-        == rf"{tmp_path}/\x1b .png is not a picture that can be read: give a PNG, JPEG, WebP or the like"
+        == rf"{tmp_path}/\x1b .png is not a picture in a known format: give a PNG, JPEG, WebP or the like"
     )
 
 
 def test_several_sources_that_are_no_shards(tmp_path):
     write(tmp_path, {"a.csv": "x", "b.csv": "x", "c.tar": "", "d.tgz": "x"})
-    with pytest.raises(Emu3Error, match="2 sources were given: several must be tar or Parquet files"):
+    with pytest.raises(Emu3Error, match="2 sources were given: several sources must all be tar files"):
         open_source([str(tmp_path / "a.csv"), str(tmp_path / "b.csv")], ANY)
     with pytest.raises(Emu3Error, match="2 sources were given"):
         open_source([str(tmp_path / "a.csv"), str(tmp_path / "c.tar")], ANY)
@@ -423,8 +428,8 @@ def test_a_picture_is_always_on_the_same_side(coloured, tmp_path):
 
 @pytest.mark.parametrize(("share", "reason"), [
     (0, "must be a share between 0 and 1"), (1, "must be a share"), (float("nan"), "must be a share"),
-    (1e-9, "none of 60 records falls to validation; choose a larger share"),
-    (1 - 1e-9, "none of 60 records falls to training; choose a smaller share"),
+    (1e-9, "none of 60 records would be for validation; choose a larger share"),
+    (1 - 1e-9, "none of 60 records would be for training; choose a smaller share"),
 ])  # fmt: skip
 def test_shares_that_are_none(coloured, share, reason):
     with pytest.raises(Emu3Error, match=reason):

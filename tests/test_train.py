@@ -320,7 +320,7 @@ def test_what_is_no_shape_may_be_new(base, tiny_bundle):
 def test_other_data(base, whole):
     data = dataclasses.replace(base.data, packing=3)
     config = dataclasses.replace(base, directory=str(whole), steps=STEPS + 1, data=data)
-    message_of(config, "of other data")
+    message_of(config, "belongs to other data")
 
 
 @pytest.mark.parametrize(
@@ -435,9 +435,9 @@ def test_config_files_and_overrides(config_file, base, tmp_path):
         ("steps=4294967296", "steps is 4294967296: it must be at most 2147483647"),
         ("seed=4294967296", "seed is 4294967296: it must be at most 4294967295"),
         ("directory=5", "directory is 5"),
-        ("directory=a\0b", "directory: the path .* has a zero character"),
+        ("directory=a\0b", "directory: the path .* has a null character"),
         ("directory=xyz://b/run", r"directory: 'xyz://b/run': xyz:// addresses are not supported"),
-        ("directory=gs://b/run", r"'gs://b/run': 'b' is not the name of a bucket"),
+        ("directory=gs://b/run", r"'gs://b/run': 'b' is not a legal bucket name"),
         ("model.bundle=s3://b/model", "s3:// addresses are not supported"),
         ("data.sources.0.path=https://h/d", "https:// addresses are not supported"),
         ("data.sources.0.path=" + "x" * 300, "too long"),

@@ -95,7 +95,9 @@ def test_data_of_another_vision_tokenizer(command, root, tiny_bundle, tmp_path, 
     ours, theirs = (bundle_codebook(Bundle.open(bundle)).sha256[:12] for bundle in (tiny_bundle, root / "theirs"))
     assert ours != theirs and said.out == "" and said.err.count("\n") == 1
     assert f"{root}/foreign was prepared with another vision tokenizer" in said.err
-    assert f"the checksum of its codebook is {theirs}, that of the model's is {ours}; prepare the data" in said.err
+    assert (
+        f"the data's codebook has checksum {theirs}, but the model's codebook has {ours}; prepare the data" in said.err
+    )
     assert not (tmp_path / "run").exists()
 
 

@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> int:
 
     if options.clean:
         removed = _clean(options.path)
-        findings = [Finding("ok", f"removed {path}, which a run that was killed had left") for path in removed]
+        findings = [Finding("ok", f"removed {path}, a leftover of a killed run") for path in removed]
         findings = findings or [Finding("ok", f"no run that was killed left anything in {options.path} or beside it")]
     else:
         findings = doctor(options.path, common.progress(options))

@@ -1,1 +1,1 @@
-"""Token data: pictures and clips with texts to prepared records, records to sequences, sequences to batches."""
+"""Training data: pictures and clips with texts become prepared records, then token sequences, then batches."""

@@ -1,4 +1,4 @@
-"""What training batches are made of, as frozen configs; importing them needs no Grain."""
+"""Frozen configs of training data: the sources, and how batches are made. Importing them does not need Grain."""
 
 import dataclasses
 from typing import Any
@@ -10,22 +10,22 @@ from emu3_jax.foreign import local_path
 from emu3_jax.printable import shown
 from emu3_jax.storage import check_place
 
-MAX_SEED = 2**32 - 1  # what every generator of random numbers takes
-MAX_THREADS = 1024  # each takes megabytes, and a system refuses a process that starts too many
-MAX_LENGTH = 2**24  # tokens of a row
-_MAX_PACKED = 2**26  # tokens of the rows that are filled at once: about 600 MB
+MAX_SEED = 2**32 - 1  # accepted by all random number generators in use
+MAX_THREADS = 1024  # a thread takes megabytes, and operating systems limit the number of threads
+MAX_LENGTH = 2**24  # tokens in a row
+_MAX_PACKED = 2**26  # tokens in all rows that packing fills at once: about 600 MB
 
 
 def check_path(config: Any, field: str, legal: str = "a local path", *, remote: bool = False) -> None:
-    """Raises an `Emu3Error` that names the field unless it is text, and empty or a local path.
+    """Raises an `Emu3Error` unless the field holds a legal path or an empty string.
 
-    Whether an empty one means "none" is the config's business; what opens it refuses it.
+    An empty string may mean "none". A config that does not allow it must check this itself.
 
     Args:
-        config: with the field.
-        field: its name.
-        legal: what it may be.
-        remote: a path in a bucket is legal too.
+        config: the config.
+        field: name of the field.
+        legal: description of the legal values.
+        remote: whether a path in a bucket is legal.
     """
     value = getattr(config, field)
     check_field(config, field, isinstance(value, str), legal)
@@ -36,7 +36,7 @@ def check_path(config: Any, field: str, legal: str = "a local path", *, remote: 
 
 
 def check_paths(config: Any, field: str, legal: str) -> None:
-    """The same for a tuple of paths, none of which may be empty."""
+    """Raises an `Emu3Error` unless the field holds a tuple of legal local paths. Empty paths are not legal."""
     value = getattr(config, field)
     check_field(config, field, isinstance(value, tuple) and all(isinstance(path, str) for path in value), legal)
     for path in value:
@@ -48,13 +48,14 @@ def check_paths(config: Any, field: str, legal: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Prepared data and what is trained on it.
+    """A directory of prepared data, and the task to train on it.
 
     Attributes:
         path: a directory that `emu3-jax prepare` wrote.
-        task: how its records become sequences, one of the classes of `emu3_jax.data.sequences`.
-        weight: how many of its records are read, in proportion to the other sources' weights.
-        parts: equal parts of a row, each of which holds one record; more than 1 only where whole rows are in memory.
+        task: converts records to sequences; an object of a class in `emu3_jax.data.sequences`.
+        weight: relative number of records to read from this source, compared with the weights of the other sources.
+        parts: number of equal parts in a row; each part holds one record. More than 1 is legal only if
+            `DataConfig.whole_rows` is true.
     """
 
     path: str
@@ -74,19 +75,19 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What batches are made of.
+    """Training data, and how batches are made from it.
 
     Attributes:
-        sources: at least one; several are mixed.
-        sequence_length: tokens of a row.
-        packing: rows that are filled at once. More rows leave less padding, and move records further from their place
-            in the stream. 0 packs nothing: one record a row, as the reference trains.
-        too_long: what happens to a record longer than a row: "stop", or "skip", which leaves it out and counts it once
-            an epoch.
-        seed: of shuffling and prompt dropout.
-        in_memory: keeps what was built, for data that are read many times over: without packing whole rows, at five
-            bytes a token of the row, else sequences, at about six bytes a token.
-        loss_on_padding: reproduces a defect of the reference, see `padded_row`; only without packing.
+        sources: at least one source; several are mixed.
+        sequence_length: tokens in a row.
+        packing: number of rows that are filled at the same time. More rows leave less padding, but move records further
+            from their place in the shuffled order. 0 turns packing off: one record per row, as in the reference.
+        too_long: what to do with a record that is longer than a row. "stop" raises an error. "skip" leaves the record
+            out, and counts it in every epoch.
+        seed: seed of shuffling and prompt dropout.
+        in_memory: keep built data in memory, for data that are read for many epochs. This keeps finished rows, at five
+            bytes per token of a row, if `whole_rows` is true. Otherwise it keeps sequences, at six bytes per token.
+        loss_on_padding: reproduce a defect of the reference, see `sequences.padded_row`. Needs `packing=0`.
     """
 
     sources: tuple[Source, ...]
@@ -107,8 +108,8 @@ class DataConfig:
                 )
         if self.packing * self.sequence_length > _MAX_PACKED:
             raise Emu3Error(
-                f"data field packing is {self.packing}: times sequence_length it must be at most {_MAX_PACKED} tokens, "
-                "which are held at once"
+                f"data field packing is {self.packing}: packing * sequence_length must be at most {_MAX_PACKED}; lower "
+                "packing or sequence_length"
             )
         if not isinstance(self.sources, tuple) or not all(isinstance(source, Source) for source in self.sources):
             raise Emu3Error(f"data field sources is {shown(self.sources)}: it must be a tuple of Source")
@@ -117,17 +118,17 @@ class DataConfig:
         if self.too_long not in ("stop", "skip"):
             raise Emu3Error(f"data field too_long is {shown(self.too_long)}: it must be stop or skip")
         if self.loss_on_padding and self.packing:
-            raise Emu3Error("data field loss_on_padding is true: it needs packing=0, one record a row")
+            raise Emu3Error("data field loss_on_padding is true: it needs packing=0, one record per row")
         for source in self.sources:
             if source.parts == 1:
                 continue
             if source.parts > self.sequence_length or not self.whole_rows or self.loss_on_padding:
                 raise Emu3Error(
                     f'parts of {source.path} is {source.parts}: parts need in_memory=True, packing=0, too_long="stop", '
-                    "loss_on_padding=False and at least a token each; change those, or leave parts at 1"
+                    "loss_on_padding=False and at least one token each; change these fields, or leave parts at 1"
                 )
 
     @property
     def whole_rows(self) -> bool:
-        """Whether rows are kept as they are, see `data.tables`."""
+        """Whether finished rows are kept in memory, see `data.tables`."""
         return self.in_memory and not self.packing and self.too_long == "stop"

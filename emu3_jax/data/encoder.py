@@ -1,4 +1,4 @@
-"""What data needs of a bundle: its vision tokenizer without the decoder, and the identity of its codebook."""
+"""Loads the parts of a bundle that data preparation needs: the vision tokenizer, and the identity of its codebook."""
 
 import os
 
@@ -12,14 +12,18 @@ from emu3_jax.models.quantizer import CODEBOOK
 
 
 def load_encoder(bundle: Bundle) -> Emu3:
-    """The bundle's vision tokenizer on the default device. The decoder stays on disk."""
+    """Loads the bundle's vision tokenizer onto the default device. Does not load the decoder."""
     enable_persistent_cache()
     vision = Vision(bundle.vision_config, bundle.image_config, bundle.load_vision())
     return Emu3(bundle.path.name, vision=vision)
 
 
 def open_bundle(path: str | os.PathLike[str] | None, *, verify: bool = False) -> Bundle:
-    """The bundle at `path`, by default the embedded model; with `verify`, its files are compared with their checksums.
+    """Opens a bundle that must have a vision tokenizer.
+
+    Args:
+        path: the bundle; by default the embedded model.
+        verify: compare the bundle's files with their checksums.
 
     Raises:
         Emu3Error: as `Bundle.open`, or the bundle has no vision tokenizer.
@@ -30,5 +34,5 @@ def open_bundle(path: str | os.PathLike[str] | None, *, verify: bool = False) ->
 
 
 def bundle_codebook(bundle: Bundle) -> Codebook:
-    """The codebook of the bundle's vision tokenizer; no other weights are read."""
+    """The identity of the codebook of the bundle's vision tokenizer. Reads no other weights."""
     return Codebook.of(bundle.array("vision", CODEBOOK))

@@ -1,8 +1,8 @@
-"""Epochs of a source: the order of its records in each, and the records whose prompts are dropped.
+"""Epochs of a source: the order of its records in each epoch, and the records whose prompts are dropped.
 
-Everything here is a function of a key (the seed and the number of the source) and the epoch, so a run resumes with the
-same batches on any machine. A change here would change the batches of runs in progress: `tests/test_epochs.py` pins
-what it gives.
+All results depend only on a key (the seed and the number of the source) and on the epoch. So a run resumes with the
+same batches on any machine. Changing a result would change the batches of runs in progress; `tests/test_epochs.py`
+checks the exact results.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,10 +13,11 @@ import numpy as np
 _T = TypeVar("_T")
 
 
-class Recent(Generic[_T]):
-    """A value for each epoch, made on demand; the values of the last two epochs are kept.
+class PerEpoch(Generic[_T]):
+    """A function of the epoch that keeps its values for the last two epochs.
 
-    Threads may make a value twice, with the same result. Readers are never more than an epoch apart.
+    Two epochs suffice, because concurrent readers are never more than one epoch apart. Several threads may compute the
+    same value; the results are equal.
     """
 
     def __init__(self, make: Callable[[int], _T]):
@@ -32,21 +33,34 @@ class Recent(Generic[_T]):
 
 
 class Epochs:
-    """The endless stream of a source's records: each epoch holds every record once, in an order of its own.
+    """The endless shuffled stream of a source's records. Each epoch holds every record once, in a new order.
 
     Attributes:
-        order: from the number of an epoch to its order, int [records].
+        order: maps the number of an epoch to its order of records, int [records].
     """
 
     def __init__(self, records: int, key: Sequence[int], *, suffix: Sequence[int] = ()):
-        """`key` and `suffix` stand before and after the epoch in the seed of its order."""
+        """Prepares the orders.
+
+        Args:
+            records: number of records of the source.
+            key: numbers before the epoch in the seed of its order.
+            suffix: numbers after the epoch in the seed of its order.
+        """
         self._records = records
-        self.order: Recent[np.ndarray] = Recent(
+        self.order: PerEpoch[np.ndarray] = PerEpoch(
             lambda epoch: np.random.default_rng([*key, epoch, *suffix]).permutation(records)
         )
 
     def at(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The epochs of these places of the stream, and the records there; both like `places`, int [N]."""
+        """Looks up places of the endless stream.
+
+        Args:
+            places: int [N], from 0.
+
+        Returns:
+            The epoch and the record at each place, both int [N].
+        """
         epochs, within = np.divmod(places, self._records)
         records = np.empty_like(places)
         for epoch in np.unique(epochs).tolist():
@@ -55,11 +69,11 @@ class Epochs:
         return epochs, records
 
 
-# Two functions for one decision: they disagree, and must go on to, since runs in progress depend on both.
+# These two functions use different random numbers for the same purpose. Do not unify them: runs in progress use both.
 
 
 def drops_prompt(key: Sequence[int], epoch: int, record: int, share: float) -> bool:
-    """Whether a record's prompt is dropped in an epoch. No other record is asked, so any order of reading will do."""
+    """Whether a record's prompt is dropped in an epoch, with probability `share`. Independent of other records."""
     if not share:
         return False
     state = np.random.SeedSequence([*key, epoch, record]).generate_state(1, np.uint64)
@@ -67,5 +81,5 @@ def drops_prompt(key: Sequence[int], epoch: int, record: int, share: float) -> b
 
 
 def drops_prompts(key: Sequence[int], epoch: int, records: int, share: float) -> np.ndarray:
-    """Whose prompts are dropped in an epoch, bool [records]: all at once, for tables, where a call a record is slow."""
+    """Whether each record's prompt is dropped in an epoch: bool [records]. Used by tables; faster than single calls."""
     return np.random.default_rng([*key, epoch, 1]).random(records) < share

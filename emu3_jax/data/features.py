@@ -1,6 +1,6 @@
-"""The reference's own prepared data: a JSON list of `.pth` files, read without running what is in them.
+"""Reads the reference's prepared data, a JSON list of `.pth` files, without running code in the files.
 
-Each file is `torch.save` of {"name": str, "images": integer [h, w] array or tensor, "texts": str}.
+Each file was saved by `torch.save`: {"name": str, "images": integer [h, w] array or tensor, "texts": str}.
 """
 
 import hashlib
@@ -17,22 +17,32 @@ from emu3_jax.foreign import MAX_JSON_BYTES, limit, parse_json, plain_file, read
 from emu3_jax.printable import shown
 from emu3_jax.unpickling import BadPickle, Filled, Function, Vocabulary, open_archive, ordered_dict, unpickle
 
-_MAX_BYTES = 64 << 20  # of one file; the codes of a picture are about 100 kB
+_MAX_BYTES = 64 << 20  # of a file; the codes of a picture take about 100 kB
 _LIST = "give the train.json of prepare_data.py"
 _REMEDY = "write it again with the reference's prepare_data.py, or prepare the pictures themselves"
 
 
 class FeatureRecords:
-    """The records of a feature list: a JSON object of `prefix`, a directory, and `path_list`, the files in it."""
+    """The records of a feature list: a JSON object with `prefix`, a directory, and `path_list`, the files in it."""
 
     def __init__(self, path: Path, codebook_size: int):
-        """Raises `Emu3Error` if the list cannot be read or is empty. Codes must be below `codebook_size`."""
+        """Reads the list.
+
+        Args:
+            path: the JSON file.
+            codebook_size: number of codes of the model; every code must be smaller.
+
+        Raises:
+            Emu3Error: the list cannot be read, or is empty.
+        """
         text = read_bytes(path, MAX_JSON_BYTES, _LIST)
         data = parse_json(text, path, _LIST)
         names = data.get("path_list") if isinstance(data, dict) else None
         prefix = data.get("prefix") if isinstance(data, dict) else None
         if not isinstance(prefix, str) or not isinstance(names, list) or not all(isinstance(n, str) for n in names):
-            raise Emu3Error(f'{path} must be an object of "prefix" (a directory) and "path_list" (names of .pth files)')
+            raise Emu3Error(
+                f'{path} must be an object with "prefix" (a directory) and "path_list" (a list of .pth files)'
+            )
         if not names:
             raise Emu3Error(f"{path}: path_list is empty: list at least one .pth file")
         self._path, self._prefix, self._names, self._codebook_size = path, Path(prefix), names, codebook_size
@@ -42,24 +52,24 @@ class FeatureRecords:
         return len(self._names)
 
     def _file(self, index: int) -> Path:
-        """The file of entry `index`. Raises an `Emu3Error` if it is not there, or is no plain file."""
+        """Path of the file of entry `index`. Raises an `Emu3Error` if it does not exist or is not a regular file."""
         with reading(f"{self._path} path_list[{index}]", "correct prefix or path_list"):
             file = self._prefix / self._names[index]
             if not file.exists():
-                raise Emu3Error(f"{self._path} path_list[{index}]: there is no {file}: correct prefix or path_list")
+                raise Emu3Error(f"{self._path} path_list[{index}]: {file} does not exist: correct prefix or path_list")
             plain_file(file)
             return file
 
     def check(self, index: int) -> None:
-        """Raises an `Emu3Error` if the file of entry `index` is not there."""
+        """Raises an `Emu3Error` if the file of entry `index` does not exist."""
         self._file(index)
 
     def identity(self, index: int) -> bytes:
-        """A hash of the file of entry `index`, for division into training and validation."""
+        """A hash of the file of entry `index`, which decides between training and validation."""
         return hashlib.sha256(read_bytes(self._file(index), _MAX_BYTES, _REMEDY)).digest()
 
     def __getitem__(self, index: int) -> Record:
-        """Record `index`. Raises `Emu3Error` that names the file if it is anything but a feature file."""
+        """Reads record `index`. Raises an `Emu3Error` that names the file if it is not a legal feature file."""
         file = self._file(index)
         data = _load_feature(file)
         try:
@@ -68,7 +78,7 @@ class FeatureRecords:
                 raise Emu3Error(f"images is {_kind(codes)}: it must be an integer array [h, w]")
             if codes.min() < 0 or codes.max() >= self._codebook_size:
                 wrong = codes.min() if codes.min() < 0 else codes.max()
-                raise Emu3Error(f"images holds code {wrong}: this model's codes are 0 to {self._codebook_size - 1}")
+                raise Emu3Error(f"images contains code {wrong}: this model's codes are 0 to {self._codebook_size - 1}")
             text = check_text("texts", data["texts"])
             return Record(check_text("name", data["name"]), text, codes.astype(np.int32))
         except KeyError as error:
@@ -78,10 +88,11 @@ class FeatureRecords:
 
 
 def _load_feature(file: Path) -> dict[str, Any]:
-    """The dict of one `.pth` file; arrays and tensors as NumPy arrays.
+    """Reads the dict in a `.pth` file. Arrays and tensors become NumPy arrays.
 
     Raises:
-        Emu3Error: the file is damaged, too large or of the format before torch 1.6, or its pickle names anything else.
+        Emu3Error: the file is damaged, too large, or older than torch 1.6, or its pickle asks for a function or class
+            that is not in `_NAMES`.
     """
     with reading(file, _REMEDY):
         limit(file, "bytes", file.stat().st_size, _MAX_BYTES)
@@ -93,7 +104,7 @@ def _load_feature(file: Path) -> dict[str, Any]:
                 data = unpickle(archive.read(f"{root}data.pkl"), file, vocabulary)
         except zipfile.BadZipFile as error:
             raise Emu3Error(f"{file}: truncated, or not saved by torch 1.6 or newer ({error}): {_REMEDY}") from error
-        except (ValueError, TypeError, KeyError) as error:  # of the pickle, or of a call in it with other arguments
+        except (ValueError, TypeError, KeyError) as error:  # a damaged pickle, or wrong arguments of a call in it
             if isinstance(error, Emu3Error):
                 raise
             raise Emu3Error(f"{file}: its pickle is damaged ({error!s:.120}): {_REMEDY}") from error
@@ -103,7 +114,7 @@ def _load_feature(file: Path) -> dict[str, Any]:
 
 
 class _Storages:
-    """The storages of one file, each read once."""
+    """The tensor storages of a file. Each is read once."""
 
     def __init__(self, archive: zipfile.ZipFile, root: str):
         self._archive, self._root = archive, root
@@ -119,7 +130,7 @@ class _Storages:
 
 
 class _DType(Filled):
-    """Stands in for `numpy.dtype`: integers in little-endian order."""
+    """Replaces `numpy.dtype` in the pickle. Allows little-endian integers only."""
 
     def __init__(self, code: Any):
         kinds = {"i8": "<i8", "i4": "<i4", "i2": "<i2", "u2": "<u2", "u1": "u1"}
@@ -133,10 +144,10 @@ class _DType(Filled):
 
 
 class _Array(Filled):
-    """Stands in for `numpy.ndarray`.
+    """Replaces `numpy.ndarray` in the pickle.
 
     Attributes:
-        contents: None until the pickle has filled it.
+        contents: the array; None until the pickle has filled it.
     """
 
     def __init__(self) -> None:
@@ -160,14 +171,14 @@ def _dtype(code: Any, *_: Any) -> _DType:
 
 
 def _encode(text: Any, encoding: Any) -> bytes:
-    """Stands in for `_codecs.encode`, by which pickles before protocol 3 spell bytes."""
+    """Replaces `_codecs.encode` in the pickle. Protocols before 3 encode bytes with it."""
     if type(text) is not str or encoding != "latin1":
         raise BadPickle(f"bytes in {shown(encoding)}")
     return text.encode("latin1")
 
 
 def _rebuild_tensor(storage: Any, start: Any, shape: Any, strides: Any, *_: Any) -> np.ndarray:
-    """Stands in for `torch._utils._rebuild_tensor_v2`: contiguous tensors, as encoding gives."""
+    """Replaces `torch._utils._rebuild_tensor_v2` in the pickle. Allows contiguous tensors only, as encoders produce."""
     sound = isinstance(storage, np.ndarray) and type(shape) is tuple and type(strides) is tuple and len(shape) <= 4
     if not sound or not all(type(n) is int and n >= 0 for n in (start, *shape, *strides)):
         raise BadPickle("a tensor with an impossible storage, offset, shape or stride")
@@ -179,7 +190,7 @@ def _rebuild_tensor(storage: Any, start: Any, shape: Any, strides: Any, *_: Any)
 
 _NAMES: dict[tuple[str, str], Any] = {
     ("_codecs", "encode"): Function(_encode),
-    ("numpy", "ndarray"): "ndarray",  # only named, as the first argument of the next two
+    ("numpy", "ndarray"): "ndarray",  # never called, only passed to `_reconstruct` as first argument
     ("numpy", "dtype"): Function(_dtype),
     ("numpy.core.multiarray", "_reconstruct"): Function(_array),
     ("numpy._core.multiarray", "_reconstruct"): Function(_array),

@@ -1,8 +1,9 @@
-"""The JSONL manifest that `prepare` reads.
+"""Reads the JSONL manifest, the native input of `prepare`. Each line is an object with these fields:
 
-One line: {"image": PATH or "clip": PATH, "text": ..., "conversation": [{"role": ..., "text": ...}, ...], "name": ...}.
-Paths are relative to the manifest; a line without one is plain text; text or conversation must be there. A field that
-is null counts as absent.
+    {"image": PATH or "clip": PATH, "text": ..., "conversation": [{"role": ..., "text": ...}, ...], "name": ...}
+
+Paths are relative to the manifest. A line without image and clip is plain text. Every line needs text or conversation.
+A field with value null counts as absent.
 """
 
 import array
@@ -21,14 +22,14 @@ from emu3_jax.foreign import limit, local_path, parse_json, plain_file, reading
 from emu3_jax.media.clips import Clip
 from emu3_jax.printable import shown
 
-MAX_LINE = 16 << 20  # bytes of a line; a book has a few
-_MAX_AREA = 1 << 26  # pixels; a picture of so many takes 200 MB in each thread
+MAX_LINE = 16 << 20  # bytes of a line; a whole book has a few million
+_MAX_AREA = 1 << 26  # pixels; such a picture takes 200 MB in each thread
 _FIELDS = ("image", "clip", "text", "conversation", "name")
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One line of a manifest, checked. At most one of `image` and `clip` is set."""
+    """A checked line of a manifest. At most one of `image` and `clip` is set."""
 
     name: str
     text: str
@@ -38,13 +39,18 @@ class Entry:
 
 
 class Manifest:
-    """A manifest file. Only the places of its lines are held in memory."""
+    """A manifest file. Memory holds only the positions of its lines.
+
+    Attributes:
+        path: the file.
+        digest: SHA-256 of its contents.
+    """
 
     def __init__(self, path: Path):
-        """Raises `Emu3Error` if the file cannot be read, has no lines, or has one that is too long."""
+        """Finds the lines. Raises an `Emu3Error` if the file cannot be read, has no lines, or a line is too long."""
         self.path = local_path(path)
         digest, place = hashlib.sha256(), 0
-        places = array.array("q")  # number and place of each line in turn; a list of pairs takes eight times as much
+        places = array.array("q")  # number and position of each line in turn; a list of pairs needs 8 times the memory
         with reading(path, "give a JSONL manifest"):
             plain_file(path)
             with self.path.open("rb") as stream:
@@ -58,7 +64,7 @@ class Manifest:
                     digest.update(line)
                     place += len(line)
         if not places:
-            raise Emu3Error(f"{path} has no lines: write one JSON object a line, with image or clip, and text")
+            raise Emu3Error(f"{path} has no lines: write one JSON object per line, with image or clip, and text")
         self._places = np.frombuffer(places, np.int64).reshape(-1, 2)
         self.digest = digest.hexdigest()
 
@@ -66,20 +72,20 @@ class Manifest:
         return len(self._places)
 
     def line(self, index: int) -> int:
-        """The number in the file, from 1, of entry `index`; blank lines are no entries."""
+        """Line number in the file, from 1, of entry `index`. Blank lines are not entries."""
         return int(self._places[index, 0])
 
     def raw(self, index: int) -> bytes:
-        """The line of entry `index` as it stands in the file."""
+        """Reads the line of entry `index` as bytes."""
         with reading(self.path, "give a JSONL manifest"), self.path.open("rb") as stream:
             stream.seek(int(self._places[index, 1]))
             return stream.readline(MAX_LINE)
 
     def __getitem__(self, index: int) -> Entry:
-        """Entry `index`. Raises `Emu3Error` if its line is not what the module's docstring says."""
+        """Reads entry `index`. Raises an `Emu3Error` if its line does not have the form in the module's docstring."""
         number = self.line(index)
         where = f"{self.path} line {number}"
-        data = parse_json(self.raw(index), where, "write one JSON object a line")
+        data = parse_json(self.raw(index), where, "write one JSON object per line")
         try:
             return self._parse(data, number)
         except Emu3Error as error:
@@ -87,13 +93,15 @@ class Manifest:
 
     def _parse(self, data: Any, number: int) -> Entry:
         if not isinstance(data, dict):
-            raise Emu3Error(f"{shown(data)} is no object: write one JSON object a line")
+            raise Emu3Error(f"{shown(data)} is not an object: write one JSON object per line")
         unknown = sorted(set(data) - set(_FIELDS))
         if unknown:
-            raise Emu3Error(f"unknown field {shown(unknown[0])}: legal are {', '.join(_FIELDS)}; rename or remove it")
+            raise Emu3Error(
+                f"unknown field {shown(unknown[0])}: legal fields are {', '.join(_FIELDS)}; rename or remove it"
+            )
         data = {field: value for field, value in data.items() if value is not None}
         if "image" in data and "clip" in data:
-            raise Emu3Error("has both image and clip: make two lines of it")
+            raise Emu3Error("has both image and clip: split it into two lines")
         paths = {field: check_text(field, data[field]) for field in ("image", "clip") if field in data}
         for field, path in paths.items():
             if not path.strip():
@@ -104,22 +112,22 @@ class Manifest:
         if not text and not conversation and "text" not in data:
             raise Emu3Error("has neither text nor conversation: add one")
         if not text and not paths and not conversation:
-            raise Emu3Error("is plain text, and its text is empty: remove the line")
+            raise Emu3Error("has neither image nor clip, and its text is empty: remove the line")
         name = check_text("name", data.get("name", next(iter(paths.values()), f"line {number}")))
         files = {field: local_path(self.path.parent / path) for field, path in paths.items()}
         return Entry(name, text, files.get("image"), files.get("clip"), conversation)
 
 
 def check_area(area: int | None) -> None:
-    """Raises an `Emu3Error` unless pictures can be resized to `area` pixels, or it is None."""
+    """Raises an `Emu3Error` unless `area` is None or a legal number of pixels for `resize_to_area`."""
     if area is not None and not 1 <= area <= _MAX_AREA:
         raise Emu3Error(f"area is {area}: it must be a number of pixels from 1 to {_MAX_AREA}, for example 518400")
 
 
 def resize_to_area(media: Image.Image | Clip, area: int) -> Image.Image | Clip:
-    """A picture, or every frame of a clip, at about `area` pixels in its own shape (bicubic).
+    """Resizes a picture, or every frame of a clip, to about `area` pixels (bicubic). The aspect ratio stays the same.
 
-    Each side is rounded for itself, as upstream's data preparation does.
+    Each side is rounded separately, as in upstream's data preparation.
     """
     if isinstance(media, Clip):
         frames = [np.asarray(resize_to_area(Image.fromarray(frame), area)) for frame in media.frames]

@@ -1,17 +1,17 @@
 """Batches for training and evaluation: Grain pipelines over prepared data.
 
-Every process makes the same pipeline and reads its own share of each source: of the endless shuffled stream of records,
-process p of n takes records p, p + n, p + 2n, ... So the shares are equally long, nothing is left out, and a source's
-stream does not depend on the number of processes. Sources are mixed after that, which keeps each process' mixture at
-the weights. Sequences are packed first-fit into rows whose segments attention and RoPE keep apart.
+Every process builds the same pipeline, and reads its own share of each source. Process p of n takes records p, p + n,
+p + 2n, ... of the source's endless shuffled stream. So all shares have the same length, no record is left out, and the
+stream does not depend on the number of processes. Each process then mixes its shares according to the weights. Packing
+puts several sequences into a row, first-fit; attention and RoPE treat them as separate segments.
 
-A row of 10,240 tokens takes about 2.5 ms, so threads of the training process make them; there are no worker processes.
-A batch is a dict of arrays [B, S]:
+Threads of the training process make the batches. A row of 10,240 tokens takes about 2.5 ms, so worker processes are not
+needed. A batch is a dict of arrays [B, S]:
 
     tokens       int32   ids; padding is the pad token
-    segment_ids  int32   1, 2, ... within a row; 0 on padding. Attention stays within equal ids
+    segment_ids  int32   1, 2, ... within a row; 0 on padding. Tokens attend only to tokens with the same id
     positions    int32   from 0 in each segment
-    loss_mask    bool    token i is a target, predicted at i - 1. Never the first of a segment, never padding
+    loss_mask    bool    token i is a target, predicted at i - 1. Never the first token of a segment, never padding
 """
 
 import dataclasses
@@ -45,27 +45,32 @@ Batch = dict[str, np.ndarray]
 
 _READING = grain.ReadOptions(num_threads=4, prefetch_buffer_size=64)
 _BATCHES_AHEAD = 2
-_MAX_TOKENS = 2**25  # of a batch of one process: 440 MB, and some batches are made ahead
+_MAX_TOKENS = 2**25  # tokens in a process's batch: 440 MB, and several batches are in memory at once
 
 
 class Batches:
-    """An iterator over batches whose state can be kept and restored.
+    """An iterator over batches whose position can be saved and restored.
 
-    `get_state` is JSON-able and tells where the iterator stands after the batches it has given; an iterator of an
-    equal pipeline that gets it by `set_state` gives the same batches from there, to the bit.
+    After `set_state`, an iterator of an equal pipeline yields the same batches bit for bit from that position on.
 
     Attributes:
-        sources: the path of each source, and how many records it has.
+        sources: path and number of records of each source.
     """
 
     def __init__(
         self, dataset: "grain.IterDataset[Batch]", identity: Sequence[Any], sources: Sequence[tuple[str, int]]
     ):
-        """`identity` is all that decides the batches; states go only to where it is equal."""
+        """Starts the iterator.
+
+        Args:
+            dataset: Grain's data set of batches.
+            identity: all values that determine the batches. `set_state` accepts only states with equal values.
+            sources: path and number of records of each source.
+        """
         self.sources = tuple(sources)
         self._pipeline = hashlib.sha256(repr(identity).encode()).hexdigest()
         ahead = grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=_BATCHES_AHEAD)
-        # Grain 0.2's iterators complain when they are left to the interpreter's last moments: closed before those.
+        # Close Grain's iterator before the interpreter shuts down. Grain 0.2 prints errors otherwise.
         self._iterator = [iter(ahead)]
         self.close = weakref.finalize(self, _close, self._iterator)
 
@@ -76,40 +81,40 @@ class Batches:
         return next(self._iterator[0])
 
     def get_state(self) -> dict[str, Any]:
-        """The position, as JSON-able values."""
+        """Returns the position after the last batch, as JSON values."""
         return {"pipeline": self._pipeline, "position": self._iterator[0].get_state()}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Moves to the position that `get_state` told.
+        """Moves to a position from `get_state`.
 
         Raises:
-            Emu3Error: the state is of other data, or of a pipeline with other settings.
+            Emu3Error: the position belongs to other data, or to a pipeline with other settings.
         """
         if not isinstance(state, Mapping) or state.get("pipeline") != self._pipeline:
             raise Emu3Error(
-                "the saved position is of other data: its sources, batch size, sequence length, packing, seed or "
+                "the saved position belongs to other data: sources, batch size, sequence length, packing, seed or "
                 "number of processes differ; resume with the same data settings, or start a new run"
             )
-        with reading("the saved position", "delete the checkpoint to go on from the one before"):
+        with reading("the saved position", "delete this checkpoint to resume from the previous one"):
             self._iterator[0].set_state(state["position"])
 
     @property
     def skipped(self) -> int:
-        """How many records of this process were longer than a row and left out, up to the last batch."""
+        """Number of records that this process left out so far because they were longer than a row."""
         return _too_long(self._iterator[0].get_state())
 
 
-def open_source(source: Source, tokenizer: Tokenizer, codebook_sha256: str | None) -> PreparedData:
-    """A source's records.
+def open_prepared(source: Source, tokenizer: Tokenizer, codebook_sha256: str | None) -> PreparedData:
+    """Opens the prepared data of a source.
 
     Args:
-        source: where they are.
-        tokenizer: the model's.
-        codebook_sha256: of the model's vision tokenizer where it is at hand, see `Codebook`; else only the number of
-            codes is compared.
+        source: the source.
+        tokenizer: the model's tokenizer.
+        codebook_sha256: SHA-256 of the model's codebook, see `Codebook`. With None, only the number of codes is
+            checked.
 
     Raises:
-        Emu3Error: the source is missing, damaged, or of another codebook.
+        Emu3Error: the data are missing, damaged, or prepared with another codebook.
     """
     data = PreparedData(place(source.path))
     data.require_codebook(tokenizer.special.visual_count, codebook_sha256)
@@ -126,29 +131,29 @@ def training_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Batches:
-    """Endless batches of shuffled, mixed and packed sequences.
+    """Makes endless training batches of shuffled, mixed and packed sequences.
 
     Args:
-        config: what they are made of.
-        tokenizer: the model's.
-        templates: the model's.
-        batch_size: rows of this process.
-        codebook_sha256: see `open_source`.
+        config: sources and settings.
+        tokenizer: the model's tokenizer.
+        templates: the model's prompt templates.
+        batch_size: rows in a batch of this process.
+        codebook_sha256: see `open_prepared`.
         process_index: `jax.process_index()`.
         process_count: `jax.process_count()`.
 
     Raises:
-        Emu3Error: a source is missing, damaged or of another codebook; while iterating, a damaged shard, or a record
-            that is too long or not of the task's kind.
+        Emu3Error: a source is missing, damaged, or prepared with another codebook. During iteration: a shard is
+            damaged, or a record is too long or does not suit the task.
     """
     _check_place(batch_size, config.sequence_length, process_index, process_count)
     process = (process_index, process_count)
     keep = config.in_memory and not config.whole_rows
     builders = [
-        _Builder(source, tokenizer, templates, open_source(source, tokenizer, codebook_sha256), keep=keep)
+        _Builder(source, tokenizer, templates, open_prepared(source, tokenizer, codebook_sha256), keep=keep)
         for source in config.sources
     ]
-    # Not the sources' paths: data may move.
+    # Leave out the sources' paths: data may move between two runs.
     sources = [(b.data.index.job, b.source.task, b.source.weight, b.source.parts) for b in builders]
     settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)} | {"sources": sources}
     rows = _table_rows if config.whole_rows else _stream_rows
@@ -160,7 +165,7 @@ def training_batches(
 def _table_rows(
     config: DataConfig, builders: Sequence["_Builder"], pad: int, batch_size: int, process: tuple[int, int]
 ) -> "grain.IterDataset[Batch]":
-    """Batches of rows that are kept as they are."""
+    """Batches of rows that stay in memory, see `data.tables`."""
     tables = []
     for number, builder in enumerate(builders):
         parts = builder.source.parts
@@ -191,10 +196,10 @@ def _table_rows(
 def _stream_rows(
     config: DataConfig, builders: Sequence["_Builder"], pad: int, batch_size: int, process: tuple[int, int]
 ) -> "grain.IterDataset[Batch]":
-    """Batches of rows that are made of sequences as they come."""
+    """Batches of rows that are built anew from the stream of sequences."""
     process_index, process_count = process
     weights = [builder.source.weight for builder in builders]
-    streams, epoch = [], 0  # an epoch of the mixture: about as many sequences as hold every record
+    streams, epoch = [], 0  # epoch: number of mixed sequences that contain about every record once
     for number, builder in enumerate(builders):
         records, key = len(builder.data), (config.seed, number)
         stream = _Stream(builder, key)
@@ -207,11 +212,11 @@ def _stream_rows(
         streams.append(sequences[process_index::process_count])
         epoch = max(epoch, math.ceil(records * sum(weights) / builder.source.weight))
     mixture = grain.MapDataset.mix(streams, weights)
-    # Where nothing is read, threads would only wait for each other.
-    reading = grain.ReadOptions(num_threads=0) if config.in_memory else _READING
+    # For data in memory, reader threads would only wait for each other.
+    options = grain.ReadOptions(num_threads=0) if config.in_memory else _READING
     length = config.sequence_length
     fitting = _FittingIterDataset(
-        mixture.to_iter_dataset(reading),
+        mixture.to_iter_dataset(options),
         length,
         config.too_long,
         patience=epoch,
@@ -236,14 +241,27 @@ def evaluation_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Batches:
-    """One pass over a source in order: every record once, one a row, no prompt dropped.
+    """Makes the batches of one pass over a source in order. Each row holds one record, and no prompt is dropped.
 
-    Every process gets equally many batches. Rows are left empty (segment ids 0, no targets) where the records do not
-    fill the last batches, and where a record is too long and `too_long` is "skip". The other arguments and the errors
-    are those of `training_batches`.
+    Every process gets the same number of batches. A row is empty (segment ids 0, no targets) if the records do not fill
+    the last batches, or if its record is too long and `too_long` is "skip".
+
+    Args:
+        source: the source.
+        tokenizer: see `training_batches`.
+        templates: see `training_batches`.
+        batch_size: see `training_batches`.
+        sequence_length: tokens in a row.
+        too_long: what to do with a record that is longer than a row: "stop" raises an error, "skip" leaves it out.
+        codebook_sha256: see `open_prepared`.
+        process_index: see `training_batches`.
+        process_count: see `training_batches`.
+
+    Raises:
+        Emu3Error: as `training_batches`.
     """
     _check_place(batch_size, sequence_length, process_index, process_count)
-    data = open_source(source, tokenizer, codebook_sha256)
+    data = open_prepared(source, tokenizer, codebook_sha256)
     builder = _Builder(source, tokenizer, templates, data)
     empty = TokenSequence(np.zeros(0, np.int32), np.zeros(0, bool))
 
@@ -261,14 +279,14 @@ def evaluation_batches(
 
 @dataclasses.dataclass(frozen=True)
 class _Built:
-    """The sequence of a record, and what errors call the record."""
+    """The sequence of a record, and the record's name for errors."""
 
     name: str
     sequence: TokenSequence
 
 
 class _Builder:
-    """Records of one source to sequences; with `keep`, each is built once."""
+    """Builds the sequences of a source's records. With `keep`, built sequences stay in memory."""
 
     def __init__(
         self,
@@ -284,7 +302,7 @@ class _Builder:
         self._kept: dict[tuple[int, bool], _Built] | None = {} if keep else None
 
     def build(self, record: int, drop_prompt: bool) -> _Built:
-        """The sequence of a record, with its prompt or without."""
+        """Builds the sequence of a record, with its prompt or without."""
         if self._kept is None:
             return self._build(record, drop_prompt)
         key = (record, drop_prompt)
@@ -293,7 +311,7 @@ class _Builder:
         return self._kept[key]
 
     def some_fit(self, length: int) -> bool:
-        """Whether any record is no longer than `length` tokens, as training may build it."""
+        """Whether any record, with or without prompt as training may build it, has at most `length` tokens."""
         share = self.source.task.prompt_dropout
         kinds = [drop for drop, occurs in ((False, share < 1), (True, share > 0)) if occurs]
         sizes = (len(self._build(record, drop).sequence) for record in range(len(self.data)) for drop in kinds)
@@ -307,12 +325,12 @@ class _Builder:
         except Emu3Error as error:
             raise Emu3Error(f"{name}: {error}") from error
         mask = sequence.loss_mask.copy()
-        mask[0] = False  # nothing stands before it to predict it from
+        mask[0] = False  # no earlier token can predict the first one
         return _Built(name, TokenSequence(sequence.tokens, mask))
 
 
 class _Stream:
-    """The endless stream of one source's sequences, epoch after epoch, for Grain's `map_with_index`."""
+    """The endless stream of a source's sequences over all epochs, for Grain's `map_with_index`."""
 
     def __init__(self, builder: _Builder, key: tuple[int, int]):
         self._builder, self._key = builder, key
@@ -320,14 +338,14 @@ class _Stream:
         self._epochs = Epochs(self._records, key)
 
     def unshuffled(self, index: int, _: int) -> _Built:
-        """The sequence at `index` where every epoch has the records in their order; Grain shuffles them then."""
+        """The sequence at `index`, without shuffling. Grain shuffles afterwards."""
         epoch, record = divmod(index, self._records)
         return self._built(epoch, record)
 
     def shuffled(self, index: int, _: int) -> _Built:
-        """The sequence at `index` where each epoch has its own order: a tenth of the time of Grain's shuffle."""
-        epoch, place = divmod(index, self._records)
-        return self._built(epoch, int(self._epochs.order(epoch)[place]))
+        """The sequence at `index`, with a new order in each epoch. Takes a tenth of the time of Grain's shuffle."""
+        epoch, position = divmod(index, self._records)
+        return self._built(epoch, int(self._epochs.order(epoch)[position]))
 
     def _built(self, epoch: int, record: int) -> _Built:
         share = self._builder.source.task.prompt_dropout
@@ -344,14 +362,14 @@ def _fits(built: _Built, length: int, too_long: str, room: str = "a row") -> boo
     tokens = len(built.sequence)
     if tokens > length and too_long == "stop":
         raise Emu3Error(
-            f"{built.name} has {tokens} tokens, {room} has {length}: raise sequence_length, prepare with a smaller "
+            f"{built.name} has {tokens} tokens, but {room} has {length}: raise sequence_length, prepare with a smaller "
             'area, or set too_long to "skip"'
         )
     return tokens <= length
 
 
 class _FittingIterDataset(grain.IterDataset):
-    """From `_Built` sequences to their arrays `tokens` and `loss_mask`; one longer than a row is counted, or stops."""
+    """Converts `_Built` sequences to arrays `tokens` and `loss_mask`. Handles sequences that are longer than a row."""
 
     def __init__(
         self,
@@ -363,15 +381,15 @@ class _FittingIterDataset(grain.IterDataset):
         patience: int = 0,
         some_fit: Callable[[], bool] = lambda: True,
     ):
-        """Sets out what fits.
+        """Prepares the data set.
 
         Args:
             parent: the sequences.
-            length: tokens of a row.
-            too_long: "stop" or "skip".
-            instead: stands in for a sequence that is too long; without it, the next one that fits comes.
-            patience: sequences that may be too long, one after the other, before `some_fit` is asked.
-            some_fit: whether any record there is fits; else the search would never end.
+            length: tokens in a row.
+            too_long: "stop" raises an error for a sequence that is too long; "skip" leaves it out and counts it.
+            instead: replaces a sequence that is too long. With None, the next sequence that fits takes its place.
+            patience: number of consecutive sequences that may be too long before `some_fit` is called.
+            some_fit: whether any record fits. If none does, iteration stops with an error instead of searching forever.
         """
         super().__init__(parent)
         self.length, self.too_long, self.instead = length, too_long, instead
@@ -417,20 +435,20 @@ def _arrays(sequence: TokenSequence) -> dict[str, np.ndarray]:
 def _padded(
     sequences: _FittingIterDataset, length: int, pad: int, loss_on_padding: bool = False
 ) -> "grain.IterDataset[Batch]":
-    """Rows of one sequence each."""
+    """Rows that hold one sequence each."""
     return sequences.map(
         lambda arrays: padded_row(TokenSequence(**arrays), length, pad, loss_on_padding=loss_on_padding)
     )
 
 
 def _packed(sequences: grain.IterDataset, length: int, bins: int, pad: int) -> grain.IterDataset:
-    """Rows of several sequences each, first-fit into `bins` rows at once."""
+    """Rows that hold several sequences each. Fills `bins` rows at the same time, first-fit."""
     rows = grain.experimental.FirstFitPackIterDataset(
         sequences,
         length_struct={"tokens": length, "loss_mask": length},
         num_packing_bins=bins,
         shuffle_bins=False,
-        meta_features=["loss_mask"],  # needs no segment ids of its own
+        meta_features=["loss_mask"],  # no segment ids for the mask: it has the same segments as the tokens
         padding_struct={"tokens": pad, "loss_mask": False},
     )
     names = {"segment_ids": "tokens_segment_ids", "positions": "tokens_positions"}
@@ -438,7 +456,7 @@ def _packed(sequences: grain.IterDataset, length: int, bins: int, pad: int) -> g
 
 
 def _too_long(state: Any) -> int:
-    """The count that `_FittingIterator` keeps, from a state that holds its state somewhere."""
+    """Finds the count of `_FittingIterator` in a nested state."""
     if not isinstance(state, Mapping):
         return 0
     return state.get("too_long", 0) + sum(map(_too_long, state.values()))
@@ -449,8 +467,8 @@ def _check_place(batch_size: int, length: int, process_index: int, process_count
         raise Emu3Error(f"batch_size is {batch_size}: each process needs at least one row")
     if batch_size * length > _MAX_TOKENS:
         raise Emu3Error(
-            f"batch_size is {batch_size} rows of {length} tokens for each process, of which a step has at most "
-            f"{_MAX_TOKENS} tokens: lower batch_size or sequence_length"
+            f"batch_size is {batch_size} rows of {length} tokens for each process; the limit is {_MAX_TOKENS} tokens: "
+            "lower batch_size or sequence_length"
         )
     if not 0 <= process_index < process_count:
         raise Emu3Error(f"process_index is {process_index} of {process_count}: it must be 0 to process_count - 1")

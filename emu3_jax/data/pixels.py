@@ -1,7 +1,7 @@
-"""Pixels for training and evaluating the vision tokenizer: manifests to batches of crops.
+"""Batches of cropped pictures and clips from manifests, to train and evaluate the vision tokenizer.
 
-B pictures, T frames, H = W the crop. Which pictures batch i holds, and how they are cropped, is a pure function of the
-seed and i, so that a run goes on anywhere.
+The contents and crops of batch i depend only on the seed and i, so a run can resume on any machine. Shapes: B pictures
+or clips, T frames, H = W side of the crop in pixels.
 """
 
 import concurrent.futures
@@ -23,25 +23,34 @@ from emu3_jax.media.images import load_image
 Batch = dict[str, np.ndarray]
 
 _MAX_BYTES = 2 << 30  # of a batch
-_AHEAD = 3  # batches that are made before they are asked for
+_AHEAD = 3  # batches that threads prepare in advance
 
 
 class PixelData:
-    """The pictures and clips of manifests, as crops of one size; text-only lines are passed over.
+    """The pictures and clips of manifests, cropped to one size. Lines of plain text are skipped.
 
     Attributes:
         stills: files of the pictures.
         clips: files of the clips.
-        identity: SHA-256 of all that decides the batches, but for their sizes and what the files hold.
+        identity: SHA-256 of everything that determines the batches, except batch sizes and file contents.
     """
 
     def __init__(
         self, manifests: Sequence[str], size: int, frames: int, *, in_memory: bool, workers: int, seed: int = 0
     ):
-        """Reads the manifests, and with `in_memory` the pictures.
+        """Reads the manifests.
+
+        Args:
+            manifests: paths of manifests.
+            size: side of a crop, in pixels.
+            frames: number of frames in a cropped clip. Shorter clips repeat their last frame.
+            in_memory: read all pictures and clips now, and keep them in memory.
+            workers: number of threads that read.
+            seed: seed of order and crops.
 
         Raises:
-            Emu3Error: a manifest or, with `in_memory`, a picture cannot be read or is smaller than `size`.
+            Emu3Error: a manifest cannot be read; or, with `in_memory`, a picture cannot be read or is smaller than
+                `size`.
         """
         self.stills: list[Path] = []
         self.clips: list[Path] = []
@@ -55,12 +64,12 @@ class PixelData:
                     self.clips.append(entry.clip)
         self.size, self.frames, self._seed, self._workers = size, frames, seed, workers
         self._held: dict[Path, np.ndarray] = {}
-        # The length of the kind's name tells the two orders apart; runs in progress depend on it.
+        # The suffix gives stills and clips different orders. Keep it: runs in progress depend on these orders.
         self._epochs = {
             kind: Epochs(len(files), (seed,), suffix=(len(kind),))
             for kind, files in (("stills", self.stills), ("clips", self.clips))
         }
-        # Names in their order, not places: data may move.
+        # Use names of files and of their folders, not full paths: data may move between two runs.
         names = [
             [Path(file.parent.name, file.name).as_posix() for file in files] for files in (self.stills, self.clips)
         ]
@@ -77,31 +86,37 @@ class PixelData:
         }
 
     def _table(self, files: list[Path], shape: tuple[int, ...]) -> np.ndarray | None:
-        """All in one array, where they are held and need no crop: a batch is then one operation, and threads that make
-        batches do not keep the interpreter from the loop that trains."""
+        """Puts all files into one array, if they are in memory and need no crop. Returns None otherwise.
+
+        Then a single NumPy operation makes a batch, and the threads that make batches do not hold the interpreter lock
+        while the training loop needs it.
+        """
         if not files or any(file not in self._held or self._held[file].shape != shape for file in files):
             return None
         table = np.stack([self._held[file] for file in files])
-        self._held |= dict(zip(files, table, strict=True))  # views: nothing is held twice
+        self._held |= dict(zip(files, table, strict=True))  # views of the table, so no pixel is stored twice
         return table
 
     def require(self, stills: int, clips: int) -> None:
-        """Raises `Emu3Error` unless there are pictures where `stills` are asked for, and clips likewise."""
+        """Raises an `Emu3Error` if `stills` > 0 and there are no pictures, or `clips` > 0 and there are no clips."""
         for count, files, kind in ((stills, self.stills, "pictures"), (clips, self.clips, "clips")):
             if count and not files:
                 raise Emu3Error(
-                    f"the manifests name no {kind}, and a step wants {count}: add some, or set pixels."
+                    f"the manifests contain no {kind}, but a step needs {count}: add some, or set pixels."
                     f"{'stills' if kind == 'pictures' else 'clips'} to 0"
                 )
 
     def batch(self, number: int, stills: int, clips: int, part: slice = slice(None)) -> Batch:
-        """Batch `number`: uint8 `stills` [B, H, W, 3] and `clips` [B, T, H, W, 3], each if asked for.
+        """Makes one batch.
 
         Args:
-            number: from 0.
-            stills: of the batch, over all processes.
-            clips: likewise.
-            part: every how many-th of either this process wants, and from which on; all by default.
+            number: number of the batch, from 0.
+            stills: pictures in the batch, over all processes.
+            clips: clips in the batch, over all processes.
+            part: the pictures and clips of the batch that this process needs; all by default.
+
+        Returns:
+            uint8 `stills` [B, H, W, 3] and `clips` [B, T, H, W, 3]. A kind whose number is 0 is left out.
         """
         batch = {}
         for kind, files, count, load in (
@@ -119,21 +134,23 @@ class PixelData:
         return batch
 
     def batches(self, first: int, stills: int, clips: int, part: slice = slice(None)) -> Generator[Batch, None, None]:
-        """Batches from `first` on, made by threads before they are asked for; to be closed.
+        """Yields batches from number `first` on. Threads prepare them in advance, so close the generator at the end.
+
+        The other arguments are the same as for `batch`.
 
         Raises:
-            Emu3Error: this process' part of a batch takes more than 2 GiB of memory.
+            Emu3Error: this process's part of a batch needs more than 2 GiB of memory.
         """
         counts = [len(range(count)[part]) for count in (stills, clips)]
         size = (counts[0] + counts[1] * self.frames) * self.size**2 * 3
         if size > _MAX_BYTES:
             raise Emu3Error(
                 f"{counts[0]} pictures and {counts[1]} clips of {self.frames} frames, {self.size}x{self.size} pixels, "
-                f"are {size / 2**30:.1f} GiB a step and process, at most {_MAX_BYTES >> 30} are made: lower stills, "
+                f"need {size / 2**30:.1f} GiB per step and process; the limit is {_MAX_BYTES >> 30} GiB: lower stills, "
                 "clips, frames or size of pixels"
             )
         with contextlib.ExitStack() as stack:
-            # One thread a batch: within it the pictures follow each other, several batches are under way.
+            # Each thread makes a whole batch, picture by picture. Several batches are in progress at the same time.
             pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(min(self._workers, _AHEAD)))
             stack.callback(pool.shutdown, wait=False, cancel_futures=True)
             waiting = [pool.submit(self.batch, first + i, stills, clips, part) for i in range(_AHEAD)]
@@ -157,7 +174,7 @@ class PixelData:
         return self._crop(frames[first : first + self.frames], rng)
 
     def _crop(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """A random square of [..., H, W, 3]."""
+        """Crops a random square from [..., H, W, 3]."""
         height, width = pixels.shape[-3:-1]
         if height == width == self.size:
             return pixels
@@ -176,11 +193,11 @@ class PixelData:
 
 
 def _scaled(image: Image.Image, size: int, file: Path) -> np.ndarray:
-    """uint8 [H, W, 3], the shorter side `size`."""
+    """Resizes a picture so that its shorter side has `size` pixels. Returns uint8 [H, W, 3]."""
     shorter = min(image.size)
     if shorter < size:
         raise Emu3Error(
-            f"{file} is {image.width}x{image.height} pixels, smaller than a crop of {size}: take it out, or choose a "
+            f"{file} is {image.width}x{image.height} pixels, smaller than a crop of {size}: remove it, or choose a "
             "smaller pixels.size"
         )
     if shorter > size:

@@ -1,9 +1,9 @@
-"""The job of `emu3-jax prepare`: entries to shards and an index, in parallel, resumable, over several hosts.
+"""Writes entries to shards and an index, in parallel and on several hosts. This is the work of `emu3-jax prepare`.
 
-A shard is written under another name, renamed, and then vouched for by a small JSON file beside it. A run that starts
-again keeps what is vouched for and redoes the rest. Hosts take every n-th shard; whichever finds all shards vouched for
-writes the index. Its contents follow from the shards, so it does not matter if two hosts write it at once. Each host
-holds a lock on its share, so that the same command cannot run twice at once.
+A shard is written under a temporary name and renamed. Then a small JSON file beside it, the voucher, marks it as
+finished. A run that starts again keeps shards with vouchers and writes the others. Of n hosts, each writes every n-th
+shard. A host that finds all vouchers writes the index. Several hosts may write it, because its contents depend only on
+the shards. Each host locks its share, so the same command cannot run twice at the same time.
 """
 
 import collections
@@ -24,30 +24,35 @@ from emu3_jax.errors import Emu3Error
 from emu3_jax.printable import shown
 from emu3_jax.progress import Progress
 
-SKIPPED = "skipped.txt"  # in the data: a line for each entry that was skipped
-SHARD_ENTRIES = 1024  # by default: some 20 MB, and at most a few minutes of work lost when a run is killed
+SKIPPED = "skipped.txt"  # file in the output directory with one line for each skipped entry
+SHARD_ENTRIES = 1024  # entries in a shard by default: some 20 MB; a killed run loses at most a few minutes of work
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
 
 class Entries(Protocol):
-    """What can be prepared: `SourceRecords` and `FeatureRecords`."""
+    """Entries that can be prepared, such as `SourceRecords` and `FeatureRecords`."""
 
-    digest: str  # of all that decides the records
+    digest: str  # hash of everything that determines the records
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Record:
-        """Record `index`; `Emu3Error` if it cannot be made."""
+        """Makes record `index`. Raises an `Emu3Error` if it cannot be made."""
 
     def check(self, index: int) -> None:
-        """Raises the `Emu3Error` that can be told of entry `index` without encoding it."""
+        """Raises an `Emu3Error` if entry `index` has an error that can be found without encoding it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a run left: the index, or None while shards of other hosts are missing, and how many are."""
+    """The result of a run.
+
+    Attributes:
+        index: the index; None while shards of other hosts are missing.
+        missing: number of missing shards.
+    """
 
     index: Index | None
     missing: int
@@ -65,36 +70,36 @@ def prepare(
     hosts: int = 1,
     progress: bool | None = None,
 ) -> Outcome:
-    """Writes the records of `entries` to shards in `output`, and the index when all shards are there.
+    """Writes the records of `entries` to shards in `output`. When all shards are finished, also writes the index.
 
-    The bytes depend on the entries, the codebook and the number of shards, not on workers, hosts or interruptions.
+    The bytes depend on the entries, the codebook and the number of shards, but not on workers, hosts or interruptions.
 
     Args:
-        entries: what to write, in this order.
-        output: a directory; made if need be.
-        codebook: of the tokenizer that makes the codes.
-        shards: how many files; by default one for each 1,024 entries.
-        workers: threads that read and encode.
-        on_error: "stop" at the first bad entry, or "skip" it and list it in the index.
-        host: the number of this host, from 0.
-        hosts: how many hosts share the work, each with its own number and the same `output`.
+        entries: the entries, in the order in which they are written.
+        output: a directory; made if absent.
+        codebook: codebook of the vision tokenizer that makes the codes.
+        shards: number of shards; by default one for every 1,024 entries.
+        workers: number of threads that read and encode.
+        on_error: "stop" at the first bad entry, or "skip" bad entries and list them in the index.
+        host: number of this host, from 0.
+        hosts: number of hosts that share the work, all with the same `output`.
         progress: True shows a bar on a terminal and lines in a log, None only the bar, False nothing.
 
     Raises:
-        Emu3Error: bad arguments, a bad entry where `on_error` is "stop", other data in `output`, a full disk. Shards
-            that were finished stay.
+        Emu3Error: an argument is not legal, an entry is bad and `on_error` is "stop", `output` holds other data, or the
+            disk is full. Finished shards stay.
     """
     if on_error not in ("stop", "skip"):
         raise Emu3Error(f"on_error is {on_error!r}: it must be stop or skip")
     if hosts < 1 or not 0 <= host < hosts:
-        raise Emu3Error(f"host is {host} of {hosts}: hosts must be at least 1, and host one of 0 to hosts - 1")
+        raise Emu3Error(f"host is {host} of {hosts}: hosts must be at least 1, and host must be 0 to hosts - 1")
     check_workers(workers)
     count = -(-len(entries) // SHARD_ENTRIES) if shards is None else shards
     if not 1 <= count <= len(entries):
         raise Emu3Error(f"shards is {count}: it must be 1 to {len(entries)}, the number of entries")
     job = _job(entries.digest, codebook, count)
     output = storage.place(output)
-    storage.storage_place(output)  # refused before the work rather than at the first shard
+    storage.storage_place(output)  # refuses a path that ArrayRecord cannot open, before any work
     with _held(output, host, hosts):
         directory = _Directory(output, job, count)
         mine = range(host, count, hosts)
@@ -113,17 +118,17 @@ def prepare(
 
 
 def check_workers(workers: int) -> None:
-    """Raises an `Emu3Error` unless so many threads may read."""
+    """Raises an `Emu3Error` unless `workers` is a legal number of threads."""
     if not 1 <= workers <= MAX_THREADS:
         raise Emu3Error(f"workers is {workers}: it must be 1 to {MAX_THREADS}")
 
 
 @contextlib.contextmanager
 def _held(directory: Path, host: int, hosts: int) -> Iterator[None]:
-    """Makes the directory, and holds this host's share of it; where nothing was written, the directory goes again.
+    """Makes the directory, and locks this host's share of it. If the block fails, removes a new directory if empty.
 
-    Hosts of one job have locks of their own. Two jobs that split the work differently may both write a shard: under
-    temporary names, and the same bytes.
+    The lock's name contains host and hosts, so the hosts of a run do not block each other. Two runs with different
+    numbers of hosts may write the same shard. That is harmless: they use temporary names and write the same bytes.
     """
 
     def busy(holder: str) -> str:
@@ -139,18 +144,19 @@ def _job(digest: str, codebook: Codebook, shards: int) -> str:
 
 
 def _check(entries: Entries, directory: "_Directory", done: Iterable[Shard], indices: Iterable[int]) -> None:
-    """Finds what is known to be bad before the long work starts."""
+    """Raises the first error that can be found before the long work starts."""
     for shard in done:
         for reason in shard.skipped:
             raise Emu3Error(
-                f"{reason}. An earlier run skipped it: then delete {directory.path / shard.file}, or skip again"
+                f"{reason}. An earlier run skipped it: correct it and delete {directory.path / shard.file}, or skip it "
+                "again"
             )
     for index in indices:
         entries.check(index)
 
 
 def _make(entries: Entries, index: int, on_error: str) -> Record | str:
-    """Record `index`, or why it was skipped."""
+    """Makes record `index`, or returns the reason why it is skipped."""
     try:
         return entries[index]
     except Emu3Error as error:
@@ -161,7 +167,7 @@ def _make(entries: Entries, index: int, on_error: str) -> Record | str:
 
 @contextlib.contextmanager
 def _workers(count: int) -> Iterator[Callable[[Callable[[_T], _R], Iterable[_T]], Iterator[_R]]]:
-    """Yields a `map` over threads that keeps the order and reads ahead no further than the threads need."""
+    """Yields a `map` over threads that keeps the order, and works on at most two items per thread in advance."""
     executor = ThreadPoolExecutor(count)
 
     def in_order(function: Callable[[_T], _R], items: Iterable[_T]) -> Iterator[_R]:
@@ -180,7 +186,10 @@ def _workers(count: int) -> Iterator[Callable[[Callable[[_T], _R], Iterable[_T]]
 
 
 class _Directory:
-    """Where shards are written, and which of them are finished."""
+    """The output directory with its shards and vouchers.
+
+    Construction raises an `Emu3Error` if the directory holds data of another job.
+    """
 
     def __init__(self, path: Path, job: str, count: int):
         self.path, self._job, self._count = path, job, count
@@ -196,7 +205,7 @@ class _Directory:
                 )
 
     def _read(self, file: Path) -> Any:
-        """What a JSON file says; None where it is not there, perhaps since another host just now writes it anew."""
+        """Reads a JSON file. Returns None if it does not exist, for example because another host is replacing it."""
         try:
             return storage.read_json(file, "delete it and run again")
         except Emu3Error as error:
@@ -208,7 +217,7 @@ class _Directory:
         return self.path / f"shard-{number:05d}-of-{self._count:05d}.arrayrecord"
 
     def finished(self, number: int) -> Shard | None:
-        """Shard `number` if it was finished and is still as it was."""
+        """Returns shard `number` if it has a voucher and its file still has the right size, else None."""
         file = self._shard(number)
         voucher = file.with_suffix(".json")
         data = self._read(voucher)
@@ -216,11 +225,11 @@ class _Directory:
             return None
         shard = Shard.from_json(data, voucher)
         if shard.file != file.name:
-            raise Emu3Error(f"{voucher} is damaged (it vouches for {shown(shard.file)}): delete it and run again")
+            raise Emu3Error(f"{voucher} is damaged (it names {shown(shard.file)}): delete it and run again")
         return shard if storage.size(file) == shard.bytes else None
 
     def write(self, number: int, made: Iterable[Record | str], step: Callable[[], Any]) -> None:
-        """Writes shard `number` and then vouches for it."""
+        """Writes shard `number`, then its voucher. Calls `step` once per entry."""
         file, skipped = self._shard(number), []
 
         def records() -> Iterator[Record]:
@@ -237,7 +246,7 @@ class _Directory:
         write_json(file.with_suffix(".json"), {"job": self._job, **dataclasses.asdict(shard)})
 
     def merge(self, codebook: Codebook) -> Outcome:
-        """Writes the index if every shard is finished; where no record could be made, only the list of why stays."""
+        """Writes the index if every shard is finished. If all entries were skipped, leaves only the list of reasons."""
         shards = [self.finished(number) for number in range(self._count)]
         finished = [shard for shard in shards if shard is not None]
         if len(finished) < self._count:
@@ -254,7 +263,7 @@ class _Directory:
         return Outcome(index, 0)
 
     def _list_skipped(self, index: Index) -> None:
-        """Writes the list for people; none where nothing was skipped."""
+        """Writes `skipped.txt`, or removes it if no entry was skipped."""
         file = self.path / SKIPPED
         if not index.skipped:
             storage.unlink(file)

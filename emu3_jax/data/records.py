@@ -1,8 +1,8 @@
-"""One prepared record: the codes of a picture or clip and its texts, and how it lies in a shard as bytes.
+"""Prepared records: the codes of a picture or clip with its texts, and their form as bytes in a shard.
 
-Records hold codes and plain text, never token ids of text. Byte pairs merge across the seam of a text and the template
-around it, so ids of the text alone would be wrong inside a template, and templates, dropout and loss stay choices of
-training. Codes are kept because making them is the costly part.
+Records hold codes because encoding is expensive. They hold plain text instead of token ids, for two reasons. Byte pairs
+can merge across the boundary between a text and the template around it, so ids of the text alone would be wrong. And
+templates, prompt dropout and loss can still be chosen for each training run.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from emu3_jax.foreign import limit, reading
 from emu3_jax.printable import shown
 
 ROLES = ("user", "assistant")
-_MAX_BYTES = 1 << 30  # of a record; the codes of a picture are some 20 kB
+_MAX_BYTES = 1 << 30  # of a record; the codes of a picture take about 20 kB
 _AGAIN = "prepare the data again"
 
 
@@ -32,13 +32,13 @@ class Turn:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Record:
-    """A training example before any template.
+    """A training example before a template is applied.
 
     Attributes:
-        name: what errors call it.
-        text: caption or document; may be empty where there is a conversation.
-        codes: int32 [h, w] of a picture, [t, h, w] of a clip, None of plain text.
-        conversation: turns of user and assistant by turns, or none.
+        name: name of the record in error messages.
+        text: caption or document; may be empty if there is a conversation.
+        codes: int32 [h, w] for a picture, [t, h, w] for a clip, None for plain text.
+        conversation: alternating turns of user and assistant; may be empty.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Record:
     conversation: tuple[Turn, ...] = ()
 
     def to_bytes(self) -> bytes:
-        """A line of JSON, then the codes in little-endian words of 2 bytes (4 where a code needs them)."""
+        """Serialises the record: a line of JSON, then the codes as little-endian words of 2 bytes, or 4 if needed."""
         header: dict[str, Any] = {"name": self.name, "text": self.text}
         if self.conversation:
             header["conversation"] = [dataclasses.asdict(turn) for turn in self.conversation]
@@ -60,7 +60,7 @@ class Record:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Record":
-        """The reverse of `to_bytes`. Raises `Emu3Error` on anything else."""
+        """Reads bytes that `to_bytes` wrote. Raises an `Emu3Error` if they are damaged."""
         with reading("the record", _AGAIN):
             limit("the record", "bytes", len(data), _MAX_BYTES)
             line, _, body = data.partition(b"\n")
@@ -76,7 +76,7 @@ class Record:
 
 
 def _codes(body: bytes, dtype: Any, shape: Any) -> np.ndarray:
-    """int32 [h, w] or [t, h, w] of the bytes after a record's header."""
+    """Decodes the bytes after a record's header to int32 [h, w] or [t, h, w]."""
     sides = isinstance(shape, list) and len(shape) in (2, 3) and all(is_whole(side, 1) for side in shape)
     if dtype not in ("<u2", "<u4") or not sides:
         raise Emu3Error(f"the record is damaged (codes of type {shown(dtype)}, shape {shown(shape)}); {_AGAIN}")
@@ -87,23 +87,24 @@ def _codes(body: bytes, dtype: Any, shape: Any) -> np.ndarray:
 
 
 def check_text(field: str, value: Any) -> str:
-    """`value` if it is text that can be stored; otherwise an `Emu3Error` that names `field`."""
+    """Returns `value` if it is a string of valid Unicode. Raises an `Emu3Error` that names `field` otherwise."""
     if not isinstance(value, str):
         raise Emu3Error(f"{field} is {shown(value)}: it must be text")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise Emu3Error(
-            f"{field} holds half a surrogate pair at character {error.start}: write valid Unicode"
-        ) from error
+        raise Emu3Error(f"{field} has an unpaired surrogate at character {error.start}: write valid Unicode") from error
     return value
 
 
 def check_conversation(value: Any) -> tuple[Turn, ...]:
-    """Turns from their JSON form: user and assistant by turns, from the first question to the last answer.
+    """Checks a conversation from JSON, and converts it to turns.
+
+    Args:
+        value: a list of {"role": ..., "text": ...}. User and assistant alternate; the user begins, the assistant ends.
 
     Raises:
-        Emu3Error: on anything else.
+        Emu3Error: `value` has another form.
     """
     legal = 'a list of {"role": "user" or "assistant", "text": ...}'
     if not isinstance(value, Sequence) or isinstance(value, str):
@@ -115,10 +116,10 @@ def check_conversation(value: Any) -> tuple[Turn, ...]:
         expected = ROLES[number % 2]
         if turn["role"] != expected:
             raise Emu3Error(
-                f"conversation turn {number} has role {shown(turn['role'])}, {expected!r} belongs there: "
-                "user and assistant take turns, and the user begins"
+                f"conversation turn {number} has role {shown(turn['role'])}: it must be {expected!r}, because "
+                "user and assistant take turns and the user begins"
             )
         turns.append(Turn(expected, check_text(f"conversation turn {number}", turn["text"])))
     if len(turns) % 2 or not turns:
-        raise Emu3Error(f"the conversation has {len(turns)} turns: it must end with an answer of the assistant")
+        raise Emu3Error(f"the conversation has {len(turns)} turns: it must end with an answer from the assistant")
     return tuple(turns)

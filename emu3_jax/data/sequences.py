@@ -1,11 +1,10 @@
-"""From a prepared record to one training sequence: the tasks that a model is trained on. Pure functions.
+"""Tasks: pure functions that convert a prepared record to a training sequence.
 
-A sequence's `loss_mask` says which of its tokens are targets: token i, predicted from the tokens before it. What the
-three losses select:
+The `loss_mask` of a sequence marks its targets. A target is a token that the model learns to predict from all earlier
+tokens. The loss of a task selects the targets:
 
-    "vision"  the visual tokens; not the ends of lines, frames and pictures between them, as in the reference
-    "text"    the text that the task is about: captions, documents, and of a conversation the answers, with the EOS
-              after a document or an answer
+    "vision"  visual tokens, without the EOL, EOF and EOI between them, as in the reference
+    "text"    captions, documents with their EOS, and in conversations the answers with their EOS
     "all"     every token
 """
 
@@ -26,7 +25,7 @@ LOSSES = ("vision", "text", "all")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenSequence:
-    """Tokens, int32 [S], and which of them are targets, bool [S]."""
+    """A training sequence: `tokens` int32 [S], and `loss_mask` bool [S], which marks the targets."""
 
     tokens: np.ndarray
     loss_mask: np.ndarray
@@ -36,24 +35,26 @@ class TokenSequence:
 
 
 class Task(Protocol):
-    """How records become sequences. `prompt_dropout` is how often training asks for `drop_prompt`."""
+    """Interface of tasks. `prompt_dropout` is the share of sequences that training builds with `drop_prompt`."""
 
     prompt_dropout: float
 
     def sequence(
         self, record: Record, tokenizer: Tokenizer, templates: PromptTemplates, drop_prompt: bool = False
     ) -> TokenSequence:
-        """The record's sequence. Raises `Emu3Error` if the record is not of the task's kind."""
+        """Builds the record's sequence. Raises an `Emu3Error` if the record does not suit the task."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TextToImage:
-    """BOS, caption, BOI, size, IMG, rows each with EOL, EOF, EOI: what the reference trains Emu3-Gen on.
+    """Text to picture: BOS, caption, BOI, size, IMG, each row followed by EOL, then EOF, EOI.
+
+    The reference trains Emu3-Gen on these sequences.
 
     Attributes:
         loss: one of `LOSSES`.
-        prompt_dropout: share of sequences without caption, which classifier-free guidance needs.
-        eos: ends sequences with EOS, which the reference does not.
+        prompt_dropout: share of sequences without caption. Classifier-free guidance needs some.
+        eos: end sequences with EOS. The reference does not.
     """
 
     loss: str = "vision"
@@ -74,15 +75,15 @@ class TextToImage:
 
 @dataclasses.dataclass(frozen=True)
 class NextFrame:
-    """BOS, caption, BOI, the size as `frames*rows*columns`, IMG, the frames of latents, EOI.
+    """Text to clip: BOS, caption, BOI, the size as `frames*rows*columns`, IMG, the latent frames, EOI.
 
-    How frames stand in the row is the model's `clip_layout`, see `text.prompts.clip_ids`. A model that is trained so
-    also goes on from given frames: those are the row's beginning.
+    The model's `clip_layout` determines the order of a frame's tokens, see `text.prompts.clip_ids`. A model trained on
+    this task can also continue a clip, because the given frames are the beginning of a sequence.
 
     Attributes:
         loss: one of `LOSSES`.
         prompt_dropout: share of sequences without caption.
-        eos: ends sequences with EOS.
+        eos: end sequences with EOS.
     """
 
     loss: str = "vision"
@@ -103,14 +104,15 @@ class NextFrame:
 
 @dataclasses.dataclass(frozen=True)
 class ImageToText:
-    """The model's chat template with the picture or clip and a question, the answer and EOS; more turns follow in kind.
+    """Picture or clip to text: the model's chat template with media and question, the answer, EOS, then further turns.
 
-    A record without conversation is its text as the answer to `question`. An answer is encoded by itself, because it
-    begins where the prompt's tokens end when the model is asked. Records of text alone are plain conversations.
+    A record without conversation becomes a single turn: `question`, answered by the record's text. A record without
+    picture and clip becomes a conversation in plain text. Answers are encoded separately from their prompts, because
+    a model that generates an answer also starts after the last token of the prompt.
 
     Attributes:
         loss: one of `LOSSES`.
-        question: what captions answer.
+        question: the question for records without conversation.
     """
 
     loss: str = "text"
@@ -138,7 +140,7 @@ class ImageToText:
 
 @dataclasses.dataclass(frozen=True)
 class TextOnly:
-    """BOS, the text, EOS. `loss` is one of `LOSSES`."""
+    """Plain text: BOS, the text, EOS. `loss` is one of `LOSSES`."""
 
     loss: str = "text"
 
@@ -151,7 +153,7 @@ class TextOnly:
         self, record: Record, tokenizer: Tokenizer, templates: PromptTemplates, drop_prompt: bool = False
     ) -> TokenSequence:
         if not record.text:
-            raise Emu3Error("has no text: take the record out, or train on its conversation with ImageToText")
+            raise Emu3Error("has no text: remove the record, or train on its conversation with ImageToText")
         special = tokenizer.special
         pieces = [([special.bos], False), ([*tokenizer.encode(record.text), special.eos], True)]
         return _assemble(pieces, special, self.loss)
@@ -163,16 +165,19 @@ TASKS = (TextToImage, NextFrame, ImageToText, TextOnly)
 def padded_row(
     sequence: TokenSequence, length: int, pad: int, *, loss_on_padding: bool = False
 ) -> dict[str, np.ndarray]:
-    """One sequence alone in a row: `tokens`, `segment_ids` (1, and 0 on padding), `positions`, `loss_mask`; each [S].
+    """Pads one sequence to a row.
 
     Args:
-        sequence: no longer than `length`.
-        length: S.
+        sequence: at most `length` tokens.
+        length: S, the length of the row.
         pad: id that fills the row on the right.
-        loss_on_padding: makes padding a target, a defect of the reference outside its vision-only loss. Only for
-            reproducing its numbers.
+        loss_on_padding: makes padding tokens targets. The reference does so by mistake, except with its vision-only
+            loss. Use it only to reproduce the reference's numbers.
+
+    Returns:
+        `tokens`, `segment_ids` (1, and 0 on padding), `positions` and `loss_mask`, each [S].
     """
-    # By assignment, not by np.pad, which takes ten times as long: this is done for every record.
+    # Assignments take a tenth of the time of np.pad. This function runs for every record.
     size = len(sequence)
     tokens, loss_mask = np.full(length, pad, np.int32), np.full(length, loss_on_padding)
     segment_ids, positions = np.zeros(length, np.int32), np.zeros(length, np.int32)
@@ -191,7 +196,7 @@ def _captioned(
 
 
 def _assemble(pieces: Sequence[tuple[list[int], bool]], special: SpecialTokens, loss: str) -> TokenSequence:
-    """Joins pieces of ids; each is marked if it is the text that the task is about."""
+    """Concatenates pieces of ids. The flag of a piece says whether the loss "text" selects it."""
     tokens = np.array([i for ids, _ in pieces for i in ids], np.int32)
     if loss == "vision":
         mask = (tokens >= special.visual_start) & (tokens < special.visual_end)
@@ -205,7 +210,7 @@ def _assemble(pieces: Sequence[tuple[list[int], bool]], special: SpecialTokens, 
 def _codes(record: Record, axes: int, needed: str) -> np.ndarray:
     if record.codes is None or record.codes.ndim != axes:
         kind = "plain text" if record.codes is None else {2: "a picture", 3: "a clip"}[record.codes.ndim]
-        raise Emu3Error(f"is {kind}, and {needed}: prepare such records apart, or choose another task")
+        raise Emu3Error(f"is {kind}, but {needed}: prepare such records separately, or choose another task")
     return record.codes
 
 

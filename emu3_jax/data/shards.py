@@ -1,10 +1,9 @@
-"""Prepared data on disk: shards of records, and the index that says what they hold.
+"""Prepared data on disk: shards of records, and the index that lists the shards.
 
-Shards are ArrayRecord files. Training shuffles globally and resumes in the middle, so records of differing length must
-be read at random; ArrayRecord does this with one seek, hashes every record, and a shard is one file, which a rename
-makes whole. TensorStore, which Orbax uses, holds dense arrays: ragged codes and texts would need offset tables beside
-them, and chunks that hold many records to read one. Grain depends on ArrayRecord anyway; there are wheels for Python
-3.11 and 3.12 on Linux and macOS, and both are maintained.
+Shards are ArrayRecord files. Training shuffles over all records and resumes in the middle, so it needs random access to
+records of different length. ArrayRecord reads a record with one seek and checks its hash, and a shard is a single file,
+which can be renamed when it is complete. Grain depends on ArrayRecord anyway. TensorStore, which Orbax uses, was not
+chosen: it stores dense arrays, so records would need offset tables, and reading one record would read a whole chunk.
 """
 
 import dataclasses
@@ -38,10 +37,14 @@ _AGAIN = "run the same emu3-jax prepare again"
 
 @dataclasses.dataclass(frozen=True)
 class Codebook:
-    """Which codebook codes belong to: its size, and SHA-256 of its vectors.
+    """Identity of the codebook that codes belong to.
 
-    Published models share one vision tokenizer. Training the tokenizer changes the codebook, and old codes then mean
-    something else.
+    All published models share one vision tokenizer. Training a vision tokenizer changes its codebook, so old codes
+    then stand for other vectors.
+
+    Attributes:
+        size: number of codes.
+        sha256: SHA-256 of the codebook's vectors.
     """
 
     size: int
@@ -49,13 +52,20 @@ class Codebook:
 
     @classmethod
     def of(cls, embedding: np.ndarray) -> "Codebook":
-        """From the vectors, [K, C]: `params["quantize"]["embedding"]` of the vision tokenizer."""
+        """Identifies a codebook by its vectors [K, C]: `params["quantize"]["embedding"]` of the vision tokenizer."""
         return cls(len(embedding), hashlib.sha256(np.ascontiguousarray(embedding, np.float32).tobytes()).hexdigest())
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A finished shard: its file, what it holds, and for each skipped entry a line that names it and the reason."""
+    """A finished shard.
+
+    Attributes:
+        file: name of the file.
+        records: number of records.
+        bytes: size of the file.
+        skipped: for each skipped entry, a line that names it and gives the reason.
+    """
 
     file: str
     records: int
@@ -64,12 +74,12 @@ class Shard:
 
     @classmethod
     def from_json(cls, data: Any, file: Path) -> "Shard":
-        """From what a JSON file says. Raises `Emu3Error` that names `file` unless that is a shard."""
+        """Checks and converts an object from the JSON file `file`. Raises an `Emu3Error` that names the file."""
         fields = [field.name for field in dataclasses.fields(cls)]
         with reading(file, f"delete it and {_AGAIN}"):
             name, records, size, skipped = (data[field] for field in fields)
             file_name(name, f"{file}: file")
-            # A record takes more than a byte: so an index never claims more records than its files can hold.
+            # A record takes at least one byte. This check bounds the number of records that an index can claim.
             if not is_whole(size, 0) or not is_whole(records, 0) or records > size:
                 raise Emu3Error(
                     f"{file} is damaged ({shown(records)} records in {shown(size)} bytes): delete it and {_AGAIN}"
@@ -81,12 +91,12 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-    """What a directory of prepared data holds.
+    """The contents of a directory of prepared data.
 
     Attributes:
-        job: SHA-256 of everything that decides the records: manifest, sizes, codebook, number of shards.
-        codebook: of the codes.
-        shards: in order.
+        job: SHA-256 of everything that determines the records: entries, sizes, codebook, number of shards.
+        codebook: identity of the codebook.
+        shards: the shards in order.
     """
 
     job: str
@@ -95,10 +105,12 @@ class Index:
 
     @property
     def records(self) -> int:
+        """Number of records in all shards."""
         return sum(shard.records for shard in self.shards)
 
     @property
     def skipped(self) -> tuple[str, ...]:
+        """A line for each skipped entry of all shards."""
         return tuple(skipped for shard in self.shards for skipped in shard.skipped)
 
     def to_json(self) -> dict[str, Any]:
@@ -112,7 +124,7 @@ class Index:
 
     @classmethod
     def read(cls, directory: Path) -> "Index":
-        """The index of `directory`. Raises `Emu3Error` if there is none that this version reads."""
+        """Reads the index of `directory`. Raises an `Emu3Error` if it is absent, damaged or of another version."""
         file = local_path(directory) / INDEX
         if not os.path.lexists(file):
             raise Emu3Error(
@@ -124,31 +136,34 @@ class Index:
         with reading(file, remedy):
             if data["format"] != FORMAT:
                 raise Emu3Error(
-                    f"{file}: format is {shown(data['format'])}, this version reads {FORMAT}: prepare again"
+                    f"{file}: format is {shown(data['format'])}, but this version reads {FORMAT}: prepare the data anew"
                 )
             codebook = Codebook(data["codebook"]["size"], data["codebook"]["sha256"])
             texts = isinstance(data["job"], str) and isinstance(codebook.sha256, str)
             if not texts or not is_whole(codebook.size, 1) or not isinstance(data["shards"], list):
-                raise Emu3Error(f"{file} is damaged (job, codebook or shards is of another kind): {remedy}")
+                raise Emu3Error(f"{file} is damaged (job, codebook or shards has a wrong type): {remedy}")
             return cls(data["job"], codebook, tuple(Shard.from_json(shard, file) for shard in data["shards"]))
 
 
 def write_json(file: Path, data: Any) -> None:
-    """Writes a JSON file, whole or not at all."""
+    """Writes a JSON file, all or nothing."""
     with new_file(file) as temporary:
         text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # of names that are no UTF-8
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # file names may not be UTF-8
 
 
 def write_shard(file: Path, records: Iterable[Record]) -> tuple[int, int]:
-    """Writes a shard, whole or not at all; equal records give equal bytes. Returns its records and bytes.
+    """Writes a shard, all or nothing. Equal records give equal bytes.
+
+    Returns:
+        The number of records, and the size of the file in bytes.
 
     Raises:
-        Emu3Error: if it cannot be written, for example because the disk is full. Errors of `records` pass through.
+        Emu3Error: the file cannot be written, for example because the disk is full. Errors of `records` pass unchanged.
     """
     count = 0
     with new_file(file) as temporary:
-        # In groups of one, each record is read on its own.
+        # Groups of one record, so that each record can be read alone.
         writer = _writing(file, ArrayRecordWriter, str(storage_path(temporary)), "group_size:1")
         for record in records:
             _writing(file, writer.write, record.to_bytes())
@@ -161,14 +176,14 @@ def write_shard(file: Path, records: Iterable[Record]) -> tuple[int, int]:
 def _writing(file: Path, step: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return step(*arguments)
-    except RuntimeError as error:  # what ArrayRecord raises for every failure of the system
+    except RuntimeError as error:  # ArrayRecord raises RuntimeError for every operating system error
         reason = str(error).split(";", 1)[0]
         raise Emu3Error(f"cannot write {file}: {reason}; free space or choose another place") from error
 
 
 @dataclasses.dataclass(frozen=True)
 class _Range:
-    """All records of a file, in the form in which `ArrayRecordDataSource` does not open it to count."""
+    """All records of a file. With these fields, `ArrayRecordDataSource` need not open the file to count records."""
 
     filename: str
     skip: int
@@ -177,25 +192,27 @@ class _Range:
 
 
 class PreparedData:
-    """The records of a directory that `prepare` wrote, read at random; a source for Grain."""
+    """Random access to the records of a directory that `prepare` wrote. Works as a data source for Grain."""
 
     def __init__(self, directory: Path):
-        """Opens the directory; one in a bucket is copied to a local cache first.
+        """Opens the directory. Copies a directory in a bucket to the local cache first.
 
         Raises:
-            Emu3Error: a shard is missing or cut, or there are no records.
+            Emu3Error: a shard is missing or truncated, or there are no records.
         """
         self.directory = fetched(directory, lambda name: "/" not in name) if is_remote(directory) else Path(directory)
         self.index = Index.read(self.directory)
         if not self.index.records:
-            raise Emu3Error(f"{directory} holds no records: all {len(self.index.skipped)} entries were skipped")
+            raise Emu3Error(
+                f"{directory} holds no records: all {len(self.index.skipped)} entries were skipped; prepare other data"
+            )
         for shard in self.index.shards:
             file = self.directory / shard.file
             size = file.stat().st_size if file.is_file() else 0
             if size != shard.bytes:
                 raise Emu3Error(
-                    f"{file} has {size} bytes, {INDEX} says {shard.bytes}: copy the directory again, or delete this "
-                    f"shard and {_AGAIN}"
+                    f"{file} has {size} bytes, but {INDEX} says {shard.bytes}: copy the directory again, or delete "
+                    f"this shard and {_AGAIN}"
                 )
         self._shards = [shard for shard in self.index.shards if shard.records]
         ranges = [_Range(str(storage_path(self.directory / s.file)), 0, s.records, s.records) for s in self._shards]
@@ -207,31 +224,34 @@ class PreparedData:
         return self.index.records
 
     def __getitem__(self, index: int) -> Record:
-        """Record `index`. Raises `Emu3Error` that names the shard if it is damaged."""
+        """Reads record `index`. Raises an `Emu3Error` that names the shard if it is damaged."""
         try:
             return Record.from_bytes(self._source[index])
-        except Exception as error:  # whatever ArrayRecord raises
+        except Exception as error:  # ArrayRecord raises errors of many kinds
             shard = int(np.searchsorted(self._ends, index, side="right"))
             file = self.directory / self._shards[shard].file
             reason = str(error).split("; ", 1)[0]
             raise Emu3Error(f"{file} is damaged ({reason}): delete it and {_AGAIN}") from error
 
     def require_codebook(self, size: int, sha256: str | None = None) -> None:
-        """Refuses codes of another vision tokenizer.
+        """Checks that the data were prepared with the model's vision tokenizer.
 
         Args:
-            size: codes of the model, `SpecialTokens.visual_count`.
-            sha256: of the model's codebook, where the model has its vision tokenizer with it.
+            size: number of codes of the model, `SpecialTokens.visual_count`.
+            sha256: SHA-256 of the model's codebook; None if the model has no vision tokenizer.
+
+        Raises:
+            Emu3Error: the data were prepared with another codebook.
         """
         ours = self.index.codebook
         if ours.size != size:
             raise Emu3Error(
-                f"{self.directory} was prepared with a codebook of {ours.size} codes, the model has {size}: prepare "
-                "the data with this model"
+                f"{self.directory} was prepared with a codebook of {ours.size} codes, but the model has {size}: "
+                "prepare the data with this model"
             )
         if sha256 is not None and ours.sha256 != sha256:
             raise Emu3Error(
-                f"{self.directory} was prepared with another vision tokenizer: the checksum of its codebook is "
-                f"{ours.sha256[:12]}, that of the model's is {sha256[:12]}; prepare the data with this model "
+                f"{self.directory} was prepared with another vision tokenizer: the data's codebook has checksum "
+                f"{ours.sha256[:12]}, but the model's codebook has {sha256[:12]}; prepare the data with this model "
                 "(emu3-jax prepare --model)"
             )

@@ -1,9 +1,7 @@
-"""Rows of small data that are read many times over, held in arrays: a batch is a few operations, whatever its size.
+"""Tables: small data sets as arrays of finished rows, so that a few NumPy operations make a batch of any size.
 
-Pipelines that handle records one by one keep the interpreter busy for tens of milliseconds a batch, and with it the
-loop that trains a small model.
-
-L tokens of a row, B rows of a batch.
+A pipeline that handles records one by one holds the interpreter lock for tens of milliseconds per batch. That would
+block the training loop of a small model. Shapes: L tokens in a row, B rows in a batch.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,14 +10,14 @@ from typing import Any
 import grain
 import numpy as np
 
-from emu3_jax.data.epochs import Epochs, Recent, drops_prompts
+from emu3_jax.data.epochs import Epochs, PerEpoch, drops_prompts
 from emu3_jax.data.sequences import TokenSequence, padded_row
 
 Batch = dict[str, np.ndarray]
 
 
 class Table:
-    """The rows of one source, each built when a batch first needs it."""
+    """The rows of one source. Each row is built when a batch needs it for the first time."""
 
     def __init__(
         self,
@@ -33,29 +31,30 @@ class Table:
         loss_on_padding: bool,
         parts: int = 1,
     ):
-        """Makes room for all rows.
+        """Allocates all rows.
 
         Args:
-            build: the sequence of a record, its prompt dropped or not, no longer than `length`.
-            records: of the source.
-            dropout: share of prompts that are dropped.
-            key: decides the order of the records, and whose prompts are dropped.
-            length: tokens of a row of this table.
+            build: builds the sequence of a record, which must have at most `length` tokens. Its second argument says
+                whether to drop the prompt.
+            records: number of records of the source.
+            dropout: share of prompts to drop.
+            key: seed of the order of records and of prompt dropout.
+            length: tokens in a row of this table.
             pad: id that fills a row.
-            loss_on_padding: see `padded_row`.
-            parts: rows of this table in a row of a batch.
+            loss_on_padding: see `sequences.padded_row`.
+            parts: number of this table's rows in a row of a batch.
         """
         self.parts, self.pad = parts, pad
         self._build, self._records, self._loss_on_padding = build, records, loss_on_padding
         self._epochs = Epochs(records, key)
-        self._dropped: Recent[np.ndarray] = Recent(lambda epoch: drops_prompts(key, epoch, records, dropout))
-        rows = records * (2 if dropout else 1)  # the second half have their prompts dropped
-        # Pages that are never written take no memory.
+        self._dropped: PerEpoch[np.ndarray] = PerEpoch(lambda epoch: drops_prompts(key, epoch, records, dropout))
+        rows = records * (2 if dropout else 1)  # the second half holds the rows without prompts
+        # np.zeros uses no memory for pages that are never written, so unbuilt rows are free.
         self.tokens, self.loss_mask = np.zeros((rows, length), np.int32), np.zeros((rows, length), bool)
-        self.sizes = np.zeros(rows, np.int32)  # 0: not built yet
+        self.sizes = np.zeros(rows, np.int32)  # 0 marks a row that is not built yet
 
     def rows(self, places: np.ndarray) -> np.ndarray:
-        """Which rows stand at these places of the endless stream, shuffled anew each epoch; all are built."""
+        """Returns the rows at these places of the endless shuffled stream, int [N]. Builds rows that are missing."""
         epochs, records = self._epochs.at(places)
         rows = records.copy()
         for epoch in np.unique(epochs).tolist():
@@ -72,9 +71,9 @@ class Table:
 
 
 class TableBatches(grain.IterDataset):
-    """Endless batches of the rows of some tables, each row from one of them by chance, as their weights say.
+    """Endless batches of rows from several tables. Each row comes from a random table, according to the weights.
 
-    All processes together make one batch and each has its share of it. Batch n is a function of the seed and n.
+    Every process computes the same global batch and keeps its own share. Batch n depends only on the seed and n.
     """
 
     def __init__(
@@ -87,7 +86,16 @@ class TableBatches(grain.IterDataset):
         seed: int,
         process: tuple[int, int],
     ):
-        """`batch_size`: rows of `length` tokens of this process, which is `process[0]` of `process[1]`."""
+        """Prepares the data set.
+
+        Args:
+            tables: the tables.
+            weights: relative number of records to read from each table.
+            batch_size: rows of this process in a batch.
+            length: tokens in a row of a batch.
+            seed: seed of the choice of tables.
+            process: index of this process, and number of processes.
+        """
         super().__init__()
         self.tables, self.batch_size, self.length = list(tables), batch_size, length
         self.seed, self.process = seed, process
@@ -104,14 +112,14 @@ class _TableIterator(grain.DatasetIterator):
         super().__init__()
         self._dataset = dataset
         self._number = 0
-        self._before: np.ndarray  # the records of each table in the batches before
+        self._before: np.ndarray  # number of records of each table in all earlier batches
         self.set_state({"batch": 0})
 
     def __next__(self) -> Batch:
         data = self._dataset
         index, processes = data.process
         sources, counts = self._sources(self._number)
-        # Where the first record of each row stands in the stream of its source.
+        # Position of each row's first record in the stream of its table.
         places = np.empty_like(sources)
         for number, (parts, count) in enumerate(zip(data.parts.tolist(), counts.tolist(), strict=True)):
             places[sources == number] = self._before[number] + parts * np.arange(count)
@@ -137,7 +145,7 @@ class _TableIterator(grain.DatasetIterator):
         return {"tokens": tokens, "segment_ids": segment_ids, "positions": positions, "loss_mask": loss_mask}
 
     def _sources(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """The source of every row of the batch of all processes, and how many rows each has in it."""
+        """Chooses the table of every row in a global batch. Also returns the number of rows of each table."""
         data = self._dataset
         rows = data.batch_size * data.process[1]
         sources = np.random.default_rng([data.seed, number, 2]).choice(len(data.tables), rows, p=data.shares)

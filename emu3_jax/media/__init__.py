@@ -1,1 +1,1 @@
-"""Pictures and clips to arrays and back, and the sizes that they get (Pillow only)."""
+"""Reads and writes pictures and clips as arrays, and computes their sizes. Needs Pillow; videos also need PyAV."""

@@ -1,4 +1,4 @@
-"""Clips to arrays and back: animated GIF, WebP and PNG files, folders of frames, and videos."""
+"""Reads and writes clips as arrays: animated GIF, WebP and PNG files, folders of frames, and videos."""
 
 import dataclasses
 import math
@@ -23,16 +23,22 @@ from emu3_jax.media.frames import (
 )
 from emu3_jax.media.videos import CODECS, is_video, require_av, write_video
 
-MAX_CLIP_BYTES = 4 * 2**30  # a few kilobytes of GIF can stand for more frames than memory holds
+MAX_CLIP_BYTES = 4 * 2**30  # frames of a GIF of a few kilobytes can need more memory than the machine has
 
-_SHORTEST_MS = {".gif": 20, ".webp": 1, ".png": 1}  # GIF counts hundredths of a second, and players slow down below two
+# Shortest duration of a frame. GIF counts in hundredths of a second, and players slow down frames shorter than two.
+_SHORTEST_MS = {".gif": 20, ".webp": 1, ".png": 1}
 
 _LONGEST_SIDE = {".webp": 16_383, ".mp4": 16_384}  # pixels
 
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """Frames at a constant rate: uint8 `[T, H, W, 3]`, at least one; `fps` frames per second."""
+    """Frames at a constant rate.
+
+    Attributes:
+        frames: uint8 `[T, H, W, 3]`, at least one frame.
+        fps: frames per second.
+    """
 
     frames: np.ndarray
     fps: float = DEFAULT_FPS
@@ -46,18 +52,20 @@ class Clip:
 
 
 def load_clip(path: Path, *, fps: float | None = None, frames: int | None = None) -> Clip:
-    """Reads a video, an animated file, or a folder of pictures in natural order (`frame2` before `frame10`).
+    """Reads a video, an animated file, or a folder of pictures into memory. `frames.open_clip` reads frame by frame.
 
-    An animated file plays at the rate of its shortest frame; a frame that is shown k times as long stands k times in
-    the clip, since encoders merge equal frames. Transparent parts become white. A folder's frames are read like
-    single pictures, at 24 frames per second. Videos of changing rate get their average one, those that lack a few
-    frames the rate of the others. `frames.open_clip` reads the same frames one after the other.
+    Rates without `fps`:
+
+    - An animated file gets the rate of its shortest frame. A frame that is shown k times as long is repeated k times,
+      because encoders merge equal frames. Transparent parts become white.
+    - A folder's pictures are sorted in natural order (`frame2` before `frame10`) and get 24 frames per second.
+    - A video of varying rate gets its average rate. A video that lacks only a few frames gets the rate of the others.
 
     Args:
-        path: of the file or folder.
-        fps: the clip is resampled to this rate; see `resample`.
-        frames: with `fps` the clip ends after so many; without, that many are taken from all of it. Only frames that
-            are taken count against `MAX_CLIP_BYTES`.
+        path: the file or folder.
+        fps: frames per second to which the clip is resampled; see `resample`.
+        frames: with `fps`, the clip ends after so many frames. Without `fps`, so many frames are spread over the whole
+            clip. Only these frames count towards `MAX_CLIP_BYTES`.
 
     Raises:
         Emu3Error: a file is missing, damaged or too large, a folder holds no pictures, frames differ in size, or PyAV
@@ -75,16 +83,16 @@ def load_clip(path: Path, *, fps: float | None = None, frames: int | None = None
 
 
 def resample(clip: Clip, fps: float | None = None, frames: int | None = None) -> Clip:
-    """The clip at another rate, or of another number of frames: frame i is what the clip shows at its instant.
+    """Changes the rate or the number of frames of a clip. Each new frame is the one that the clip shows at that time.
 
     Args:
-        clip: what to take frames from.
-        fps: the new rate: one frame for each instant before the clip's end.
-        frames: with `fps`, the clip ends after so many, if it has them; without, so many are spread over all of it, and
-            the duration stays.
+        clip: the clip.
+        fps: the new rate, in frames per second. The duration stays the same.
+        frames: with `fps`, the largest number of frames; the rest of the clip is cut off. Without `fps`, the number of
+            frames to spread over the whole clip; the duration stays the same.
 
     Raises:
-        Emu3Error: a rate or number that is not legal.
+        Emu3Error: `fps` or `frames` is not legal.
     """
     check_resampling(fps, frames)
     if fps is None and frames is None:
@@ -94,7 +102,7 @@ def resample(clip: Clip, fps: float | None = None, frames: int | None = None) ->
 
 
 def resize_frames(frames: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 frames [T, H, W, 3] at another size (bicubic)."""
+    """Resizes uint8 frames [T, H, W, 3] (bicubic)."""
     if frames.shape[1:3] == (height, width):
         return frames
     images = (Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC) for frame in frames)
@@ -102,21 +110,28 @@ def resize_frames(frames: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def save_clip(frames: np.ndarray, path: Path, fps: float) -> None:
-    """Writes uint8 frames `[T, H, W, 3]` as a clip, whole or not at all.
+    """Writes a clip to a file, all or nothing.
 
-    Animated WebP and PNG lose nothing, GIF has 256 colours, MP4 and WebM (which need PyAV) lose a little. Every frame
-    is shown equally long: a whole number of milliseconds in WebP and PNG, of hundredths of a second in GIF.
+    Animated WebP and PNG are lossless, GIF has 256 colours, MP4 and WebM lose a little and need PyAV. The duration of a
+    frame is rounded to milliseconds in WebP and PNG, and to hundredths of a second in GIF.
+
+    Args:
+        frames: uint8 `[T, H, W, 3]`.
+        path: the file, ending in .webp, .png, .gif, .mp4 or .webm. An existing file is replaced.
+        fps: frames per second.
 
     Raises:
-        Emu3Error: the ending is none of these, the rate is out of range, PyAV is missing, or the file cannot be
-            written.
+        Emu3Error: the ending or the rate is not legal, a side is too long for the format, PyAV is missing, or the file
+            cannot be written.
     """
     clip, path = Clip(frames, fps), Path(path)
     check_writable(path, fps)
     suffix = path.suffix.lower()
     side, most = max(frames.shape[1:3]), _LONGEST_SIDE.get(suffix, 65_535)
     if side > most:
-        raise Emu3Error(f"cannot write {path}: a side has {side:,} pixels, and {suffix} holds at most {most:,}")
+        raise Emu3Error(
+            f"cannot write {path}: a side has {side:,} pixels; the limit of {suffix} is {most:,}: choose another format"
+        )
     if suffix not in _SHORTEST_MS:
         with new_file(path) as temporary:
             write_video(clip.frames, temporary, suffix, fps)
@@ -131,11 +146,15 @@ def save_clip(frames: np.ndarray, path: Path, fps: float) -> None:
 
 
 def check_writable(path: Path, fps: float) -> None:
-    """What `save_clip` will refuse, before the work that comes first. Raises `Emu3Error` as it does."""
+    """Checks the ending, the rate and PyAV as `save_clip` does. Call it before generating the clip.
+
+    Raises:
+        Emu3Error: `save_clip` would refuse `path` or `fps`.
+    """
     suffix = Path(path).suffix.lower()
     shortest = _SHORTEST_MS.get(suffix)
     if shortest is not None and 0 < fps < math.inf and not 0.1 <= fps <= 1000 / shortest:
-        raise Emu3Error(f"fps is {fps}: a {suffix} clip shows from 0.1 to {1000 // shortest} frames per second")
+        raise Emu3Error(f"fps is {fps}: a {suffix} clip must have 0.1 to {1000 // shortest} frames per second")
     check_fps(fps)
     if suffix in CODECS:
         require_av(path)
@@ -144,7 +163,7 @@ def check_writable(path: Path, fps: float) -> None:
 
 
 def _load_animation(path: Path) -> Clip:
-    """In one pass, where `open_clip` needs two: all frames stay in memory anyway."""
+    """Reads an animated file in one pass, because all frames stay in memory. `open_clip` needs two passes."""
     frames, durations = [], []
     for image, duration in timed_frames(path):
         _check_memory(f"{path}: the clip", getattr(image, "n_frames", 1), image.size)
@@ -160,6 +179,6 @@ def _load_animation(path: Path) -> Clip:
 def _check_memory(clip: str, frames: int, size: tuple[int, int]) -> None:
     if frames * size[0] * size[1] * 3 > MAX_CLIP_BYTES:
         raise Emu3Error(
-            f"{clip} is {frames} frames of {size[0]}x{size[1]} pixels, more than {MAX_CLIP_BYTES // 2**30} GiB: "
+            f"{clip} has {frames} frames of {size[0]}x{size[1]} pixels, more than {MAX_CLIP_BYTES // 2**30} GiB: "
             "cut it or scale it down"
         )

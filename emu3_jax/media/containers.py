@@ -1,4 +1,4 @@
-"""What a video file says of its own length: a copy that was cut off has less than that."""
+"""Detects truncated video files: compares the length that the file's headers state with its actual length."""
 
 import os
 from pathlib import Path
@@ -6,18 +6,18 @@ from typing import BinaryIO
 
 from emu3_jax.errors import Emu3Error
 
-_BOXES_READ = 1_000_000  # a recording of a day in fragments of two seconds has 90,000
-# Boxes at the top of an MP4 or QuickTime file. Whatever else stands after its end is no part of it.
+_BOXES_READ = 1_000_000  # a one-day recording in fragments of two seconds has 90,000
+# Top-level boxes of an MP4 or QuickTime file. Bytes that do not begin with one of these are not part of the video.
 _BOXES = {b"mdat", b"moov", b"moof", b"mfra", b"free", b"skip", b"wide", b"udta", b"meta", b"uuid", b"sidx", b"styp"}
 _EBML, _SEGMENT, _CLUSTER = 0x1A45DFA3, 0x18538067, 0x1F43B675  # Matroska, WebM
 _SLACK = 8  # some writers count the header of an AVI file twice
 
 
 def check_whole(path: str | os.PathLike) -> None:
-    """Raises `Emu3Error` where an MP4, QuickTime, Matroska, WebM or AVI file is shorter than it says.
+    """Raises an `Emu3Error` if an MP4, QuickTime, Matroska, WebM or AVI file is shorter than its headers state.
 
-    Players and decoders pass that over: what is missing may be sound only, or they take the last frame that is there
-    for the end. Files that do not tell their length pass, and so does what is none of these.
+    Decoders do not report this: they treat the last frame that they find as the end. Files of other formats pass, and
+    so do files that do not state their length.
     """
     found = Path(path).stat().st_size
     with open(path, "rb") as stream:
@@ -31,9 +31,7 @@ def check_whole(path: str | os.PathLike) -> None:
         else:
             return
     if claimed is not None and claimed > found:
-        raise Emu3Error(
-            f"{path} is cut off: it says that it has {claimed:,} bytes, and has {found:,}; give the whole file"
-        )
+        raise Emu3Error(f"{path} is cut off: it should have {claimed:,} bytes, but has {found:,}; give the whole file")
 
 
 def _boxes_end(stream: BinaryIO, found: int) -> int | None:
@@ -46,7 +44,7 @@ def _boxes_end(stream: BinaryIO, found: int) -> int | None:
         size, kind = int.from_bytes(header[:4], "big"), header[4:8]
         if size == 1 and len(header) == 16:
             size = int.from_bytes(header[8:], "big")
-        if size < 8:  # 0: up to the end of the file, wherever that is
+        if size < 8:  # 0 means that the box extends to the end of the file, so its length is not stated
             return None
         position += size
         if position > found:
@@ -55,20 +53,20 @@ def _boxes_end(stream: BinaryIO, found: int) -> int | None:
 
 
 def _riff_end(stream: BinaryIO, found: int) -> int | None:
-    """Long files are several such parts, one after the other."""
+    """End of the last RIFF part. A long AVI file consists of several parts."""
     position = 0
     while position < found:
         stream.seek(position)
         header = stream.read(8)
         size = int.from_bytes(header[4:], "little")
-        if header[:4] != b"RIFF" or size in (0, 0xFFFFFFFF):  # not known when that was written
+        if header[:4] != b"RIFF" or size in (0, 0xFFFFFFFF):  # the writer did not know the size yet
             return None
         position += 8 + size + size % 2
     return position - _SLACK
 
 
 def _segment_end(stream: BinaryIO, found: int) -> int | None:
-    """Where the segment ends; of one that was written live, without a length, where its last element does."""
+    """End of the segment. A segment from a live recording has no length; then the end of its last element."""
     position, live = 0, False
     for _ in range(_BOXES_READ):
         stream.seek(position)
@@ -78,9 +76,9 @@ def _segment_end(stream: BinaryIO, found: int) -> int | None:
             return start + size
         if size is not None:
             position = start + size
-        elif live and position < found == start:  # it is cut off within this header
+        elif live and position < found == start:  # the file ends inside this header
             return found + 1
-        elif kind in (_SEGMENT, _CLUSTER):  # goes on as long as there are elements
+        elif kind in (_SEGMENT, _CLUSTER):  # of unknown length: it ends after its last element
             position, live = start, True
         else:
             return None
@@ -90,7 +88,7 @@ def _segment_end(stream: BinaryIO, found: int) -> int | None:
 
 
 def _ebml_number(stream: BinaryIO, keep_marker: bool = False) -> int | None:
-    """A number of as many bytes as its first one says; None where the file ends, or where all bits say "unknown"."""
+    """Reads an EBML number, whose first byte gives its length. Returns None at the end of the file or for "unknown"."""
     first = stream.read(1)
     length = 9 - first[0].bit_length() if first else 9
     rest = stream.read(length - 1) if length <= 8 else b""

@@ -1,4 +1,4 @@
-"""What callers may hand over as a picture or a clip."""
+"""Converts all accepted kinds of pictures and clips (files, PIL images, arrays, clips) to one form."""
 
 import os
 import pathlib
@@ -15,14 +15,17 @@ Media = str | os.PathLike | Image.Image | np.ndarray | Clip
 
 
 def as_media(item: Media) -> Image.Image | Clip:
-    """An RGB picture or a clip.
+    """Loads a picture or a clip.
 
     Args:
-        item: a file (an animated one, or a folder of frames, is a clip), a PIL image, a uint8 array [H, W, 3] or
-            [T, H, W, 3], or a `Clip`.
+        item: a path, a PIL image, a uint8 array [H, W, 3] (a picture) or [T, H, W, 3] (a clip), or a `Clip`. A path to
+            a video, an animated file or a folder of frames gives a clip, any other file a picture.
+
+    Returns:
+        A picture in RGB, or a clip.
 
     Raises:
-        Emu3Error: if the file cannot be read, or the array is of another kind.
+        Emu3Error: the file cannot be read, or the array has another shape or dtype.
     """
     if isinstance(item, Clip):
         return item
@@ -37,15 +40,18 @@ def as_media(item: Media) -> Image.Image | Clip:
 
 
 def open_media(item: Media, *, fps: float | None = None, frames: int | None = None) -> Image.Image | FrameReader:
-    """An RGB picture, or a clip to be read frame by frame: a file is never whole in memory.
+    """Opens a picture or a clip. A clip from a file is read frame by frame, so it never occupies memory as a whole.
 
     Args:
         item: as for `as_media`.
-        fps: a clip is resampled to this rate; see `clips.resample`, also for:
-        frames: the number of a clip's frames. Neither means anything to a picture.
+        fps: frames per second to which a clip is resampled; see `clips.resample`. Ignored for pictures.
+        frames: number of frames of a clip; see `clips.resample`. Ignored for pictures.
+
+    Returns:
+        A picture in RGB, or a reader of a clip's frames.
 
     Raises:
-        Emu3Error: as `as_media`, or a rate or number that is not legal.
+        Emu3Error: as `as_media`; or `fps` or `frames` is not legal.
     """
     check_resampling(fps, frames)
     if isinstance(item, str | os.PathLike) and is_animated(item):

@@ -1,4 +1,4 @@
-"""Frames as pictures in folders while a clip is made: for eyes and programs that do not want to wait for its end."""
+"""Writes the frames of a clip to PNG files while the clip is still being generated."""
 
 import contextlib
 import pathlib
@@ -14,13 +14,16 @@ from emu3_jax.foreign import local_path
 
 @contextlib.contextmanager
 def live_frames(directory: pathlib.Path) -> Iterator[Callable[[int, int, np.ndarray], None]]:
-    """Yields a function that writes frames uint8 [n, H, W, 3] of a row, from a number on: DIR/000/0000.png, ...
+    """Yields a function `write(row, first, frames)` that writes frames as DIR/000/0000.png and so on.
 
-    Each picture appears whole. The directory is made at once; if the block fails, what was written stays, and an empty
-    directory goes.
+    `row` is the number of the clip, `first` the number of the first frame, and `frames` a uint8 array [n, H, W, 3].
+    Files are complete when they appear. If the block fails, written frames stay, and an empty directory is removed.
+
+    Args:
+        directory: is made at once. It must be empty, so that no frames of an earlier run mix with the new ones.
 
     Raises:
-        Emu3Error: there is something in `directory`, which old frames would be, or it cannot be written.
+        Emu3Error: `directory` is not empty, or cannot be written.
     """
     directory = local_path(directory)
     try:
@@ -43,6 +46,6 @@ def live_frames(directory: pathlib.Path) -> Iterator[Callable[[int, int, np.ndar
     try:
         yield write
     except BaseException:
-        with contextlib.suppress(OSError):  # there are frames
+        with contextlib.suppress(OSError):  # fails if the directory holds frames, which stay
             directory.rmdir()
         raise

@@ -1,4 +1,4 @@
-"""Generated pictures as files: PNG, JPEG or WebP, each with how the picture was made."""
+"""Writes generated pictures as PNG, JPEG or WebP files. Each file also stores the settings that made the picture."""
 
 import json
 from collections.abc import Mapping
@@ -12,20 +12,20 @@ from emu3_jax.media.images import save_png
 
 PICTURE_FORMATS = ("png", "jpg", "webp")  # also the endings of files
 
-_MOST_JPEG_BYTES = 65_000  # of EXIF, which JPEG keeps in one segment of 65,533
-_ASCII = b"ASCII\0\0\0"  # how EXIF says in what characters a comment is
+_MOST_JPEG_BYTES = 65_000  # of the comment; JPEG stores all EXIF data in one segment of 65,533 bytes
+_ASCII = b"ASCII\0\0\0"  # EXIF's prefix for a comment in ASCII
 
 
 def save_picture(image: Image.Image, path: Path, about: Mapping[str, str]) -> None:
-    """Writes a picture whole or not at all. The ending of `path` is one of `PICTURE_FORMATS`.
+    """Writes a picture, all or nothing. The ending of `path` must be one of `PICTURE_FORMATS`.
 
-    PNG and WebP lose nothing. JPEG has quality 95 and full colour resolution, and loses a little.
+    PNG and WebP are lossless. JPEG has quality 95 and full colour resolution, so it loses a little.
 
     Args:
-        image: the picture, RGB.
-        path: of the file; one of the same name is replaced.
-        about: how the picture was made. In PNG each entry is a text field. In JPEG and WebP all are one JSON object in
-            EXIF's UserComment.
+        image: the picture in RGB.
+        path: the file. An existing file is replaced.
+        about: the settings that made the picture. PNG stores each entry as a text field. JPEG and WebP store all
+            entries as a JSON object in EXIF's UserComment.
 
     Raises:
         Emu3Error: `about` is longer than the format can hold, or the file cannot be written.
@@ -44,11 +44,11 @@ def save_picture(image: Image.Image, path: Path, about: Mapping[str, str]) -> No
 
 
 def check_about(kind: str, about: Mapping[str, str]) -> None:
-    """Raises an `Emu3Error` where a file of this format cannot hold `about`. To be called before the work, too."""
+    """Raises an `Emu3Error` if the format `kind` cannot hold `about`. Call it before generating the picture."""
     found = len(_comment(about))
     if kind == "jpg" and found > _MOST_JPEG_BYTES:
         raise Emu3Error(
-            f"a jpg file holds at most {_MOST_JPEG_BYTES:,} bytes about how its picture was made, and the prompts take "
+            f"a jpg file holds at most {_MOST_JPEG_BYTES:,} bytes about how its picture was made, but the prompts need "
             f"{found:,}: shorten them, or choose png or webp"
         )
 

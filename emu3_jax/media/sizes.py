@@ -1,4 +1,4 @@
-"""Picture sizes as the reference computes them; Python's `round` (half to even) decides."""
+"""Picture sizes, computed as in the reference. Python's `round`, which rounds half to even, affects the results."""
 
 import math
 import re
@@ -6,20 +6,31 @@ import re
 from emu3_jax.errors import Emu3Error
 from emu3_jax.printable import shown
 
-MAX_ELONGATION = 5  # the longer side over the shorter one
-MAX_AREA = 1 << 22  # pixels of a picture that is generated, or passes the vision tokenizer whole; published: 1 << 20
-MAX_PIXELS = 1 << 24  # of a picture that passes it in tiles
+MAX_ELONGATION = 5  # longer side divided by shorter side
+# Pixels of a generated picture, and of a picture that the vision tokenizer processes at once. Published limit: 1 << 20.
+MAX_AREA = 1 << 22
+MAX_PIXELS = 1 << 24  # pixels of a picture that the vision tokenizer processes in tiles
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """The size in pixels that a picture is resized to before tokenizing (upstream's `smart_resize`).
+    """Computes the size to which a picture is resized before tokenizing (upstream's `smart_resize`).
 
-    Both sides become multiples of `factor`, the area moves into `min_pixels`..`max_pixels`, and the shape changes
-    as little as that allows.
+    Both sides become multiples of `factor`, and the area is between `min_pixels` and `max_pixels`. Within these limits
+    the aspect ratio changes as little as possible.
+
+    Args:
+        height: of the picture, in pixels.
+        width: of the picture, in pixels.
+        factor: pixels per code along each side.
+        min_pixels: smallest area, in pixels.
+        max_pixels: largest area, in pixels.
+
+    Returns:
+        Height and width in pixels.
 
     Raises:
-        Emu3Error: a side is shorter than `factor`, the longer is more than five times the shorter, or `max_pixels`
-            leaves nothing.
+        Emu3Error: a side is shorter than `factor`, the longer side is more than five times the shorter one, or
+            `max_pixels` is too small for this picture.
     """
     size = f"a picture of {width}x{height} pixels"
     if min(height, width) < factor:
@@ -34,24 +45,28 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
         grow = math.sqrt(min_pixels / (height * width))
         rows, columns = math.ceil(height * grow / factor), math.ceil(width * grow / factor)
     if not rows or not columns:
-        raise Emu3Error(f"max_pixels {max_pixels} leaves nothing of {size}: raise it to at least {5 * factor**2}")
+        raise Emu3Error(f"max_pixels {max_pixels} is too small for {size}: raise it to at least {5 * factor**2}")
     return rows * factor, columns * factor
 
 
 def generate_size(ratio: str, area: int, factor: int = 8) -> tuple[int, int]:
-    """Rows and columns of tokens for a picture of `area` pixels with the width-to-height `ratio`, like "16:9".
+    """Computes rows and columns of tokens for a generated picture (upstream's `calculate_generate_size`).
 
-    Upstream's `calculate_generate_size`; `factor` is the pixels per token along each side.
+    Args:
+        ratio: width to height, such as "16:9".
+        area: of the picture, in pixels.
+        factor: pixels per token along each side.
+
+    Returns:
+        Rows and columns, in tokens.
 
     Raises:
-        Emu3Error: the ratio is malformed or past 5:1, or the area leaves no tokens.
+        Emu3Error: the ratio is malformed or more elongated than 5:1, or the area is not legal or too small for a token.
     """
     match = re.fullmatch(r"([0-9]{1,5}):([0-9]{1,5})", ratio)
     width, height = map(int, match.groups()) if match else (0, 0)
     if not width or not height:
-        raise Emu3Error(
-            f"ratio {shown(ratio)} is not width:height in whole numbers: write for example 1:1, 16:9 or 3:4"
-        )
+        raise Emu3Error(f"ratio {shown(ratio)} is not width:height in whole numbers: give for example 1:1, 16:9 or 3:4")
     if max(height, width) > MAX_ELONGATION * min(height, width):
         raise Emu3Error(f"ratio {ratio} is too elongated: at most {MAX_ELONGATION}:1 or 1:{MAX_ELONGATION} is legal")
     if not isinstance(area, int) or not 0 < area <= MAX_AREA:
@@ -62,6 +77,6 @@ def generate_size(ratio: str, area: int, factor: int = 8) -> tuple[int, int]:
     rows, columns = round(height * scale / factor), round(width * scale / factor)
     if not rows or not columns:
         raise Emu3Error(
-            f"area {area} leaves no tokens at ratio {ratio}: one token covers {factor}x{factor} pixels; raise the area"
+            f"area {area} is too small for a token at ratio {ratio}: a token covers {factor}x{factor} pixels; raise it"
         )
     return rows, columns

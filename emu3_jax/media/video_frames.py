@@ -1,4 +1,4 @@
-"""A decoded frame as players show it: on white where it is transparent, with square pixels, turned and mirrored."""
+"""Converts decoded frames to what players show: white background, square pixels, rotated and mirrored as stated."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,27 +10,32 @@ from PIL import Image
 from emu3_jax.errors import Emu3Error
 from emu3_jax.media.images import on_white
 
-_WIDEST_PIXEL = 10  # wide screens of DVDs have 1.42
+_WIDEST_PIXEL = 10  # largest accepted aspect ratio of a pixel; widescreen DVDs have 1.42
 
 
 def picture_maker(path: Path, stream: Any, most_pixels: int) -> Callable[[Any], np.ndarray]:
-    """A function that makes uint8 [H, W, 3] of PyAV's frames of `stream`.
+    """Makes a function that converts PyAV's frames of `stream` to uint8 [H, W, 3].
+
+    Args:
+        path: the file, for errors.
+        stream: PyAV's stream.
+        most_pixels: the function raises an `Emu3Error` for larger frames.
 
     Raises:
-        Emu3Error: the function does, for frames of more than `most_pixels` pixels, or of absurd pixels.
+        Emu3Error: the file states an absurd aspect ratio of its pixels.
     """
-    aspect = stream.sample_aspect_ratio  # of a pixel, width to height; None or 0 where the file does not tell
+    aspect = stream.sample_aspect_ratio  # width to height of a pixel; None or 0 if the file does not state it
     aspect = float(aspect) if aspect else 1.0
     if not 1 / _WIDEST_PIXEL <= aspect <= _WIDEST_PIXEL:
-        raise Emu3Error(f"{path} has pixels {aspect:.3g} times as wide as high: convert it to square ones")
+        raise Emu3Error(f"{path} has pixels {aspect:.3g} times as wide as high: convert it to square pixels")
 
     def picture(frame: Any) -> np.ndarray:
         width, height = frame.width, frame.height
-        # The side that is too short grows, as in players: no rows or columns are lost.
+        # Enlarge the side that is too short, as players do, so that no rows or columns are lost.
         width, height = (round(width * aspect), height) if aspect > 1 else (width, round(height / aspect))
         if width * height > most_pixels:
             raise Emu3Error(
-                f"{path} has frames of {width}x{height} pixels, and at most {most_pixels:,} are read: scale it down"
+                f"{path} has frames of {width}x{height} pixels; the limit is {most_pixels:,}: scale it down"
             )
         shown = _rgb(frame)
         if shown.shape[:2] != (height, width):
@@ -47,7 +52,7 @@ def _rgb(frame: Any) -> np.ndarray:
 
 
 def _display_matrix(frame: Any) -> np.ndarray | None:
-    """How the file wants a frame to be turned and mirrored: int32 [9], or None."""
+    """The file's display matrix for a frame, which rotates and mirrors it: int32 [9]; None if there is none."""
     from av.sidedata.sidedata import Type
 
     found = frame.side_data.get(Type.DISPLAYMATRIX)
@@ -55,9 +60,9 @@ def _display_matrix(frame: Any) -> np.ndarray | None:
 
 
 def _upright(picture: np.ndarray, matrix: np.ndarray | None) -> np.ndarray:
-    """The picture after the nearest quarter turn, and mirrored where the matrix mirrors.
+    """Rotates a picture by the nearest quarter turn and mirrors it, as the display matrix says.
 
-    A pixel at (x, y) is shown at (a x + c y, b x + d y), where y points down, by the matrix [a, b, ., c, d, ...].
+    The matrix [a, b, ., c, d, ...] shows a pixel at (x, y) at (a x + c y, b x + d y). y points down.
     """
     if matrix is None or len(matrix) != 9:
         return picture

@@ -1,4 +1,4 @@
-"""MP4, WebM and other video files, by PyAV, which is optional."""
+"""Reads and writes MP4, WebM and other video files with PyAV, an optional package."""
 
 import contextlib
 import dataclasses
@@ -18,22 +18,23 @@ from emu3_jax.media.containers import check_whole
 from emu3_jax.media.video_frames import picture_maker
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
-# Of what a file may be and open: a playlist under another name would make FFmpeg read other files, or addresses.
+# Formats and protocols that FFmpeg may use. Without these limits, a renamed playlist could make it open other files or
+# network addresses.
 _OPTIONS = {"format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi", "protocol_whitelist": "file"}
 CODECS = {
     ".mp4": ("libx264", {"crf": "16"}),
     ".webm": ("libvpx-vp9", {"crf": "20", "b": "0"}),
-}  # of what can be written
-MAX_FRAMES = 1_000_000  # of a clip; more than eleven hours at 24 frames a second
-MAX_FRAME_PIXELS = 8192 * 4352  # of a video: 8K
-_MAX_RATE = 1000.0  # frames per second; what says more has no constant rate
-_SAME = 0.01  # two rates that differ by less than this share may be meant to be one
-_FILLED = 1.25  # a rate that FFmpeg guessed, to the average one: up to a fifth of the frames may be missing
-_EARLY = 1.1  # of a frame; what comes earlier than that is left out
-_WAVER = 0.0021  # seconds; two time stamps that are each off by a millisecond
-# A frame may be repeated so often, and once more for each before it. More is a damaged time stamp.
+}  # encoder and options for each format that can be written
+MAX_FRAMES = 1_000_000  # frames of a clip: more than eleven hours at 24 frames per second
+MAX_FRAME_PIXELS = 8192 * 4352  # pixels of a video's frame: 8K
+_MAX_RATE = 1000.0  # frames per second; files that state more have no constant rate
+_SAME = 0.01  # rates that differ by less than this fraction count as equal
+_FILLED = 1.25  # FFmpeg's guessed rate may exceed the average by this factor: up to a fifth of the frames is missing
+_EARLY = 1.1  # a frame that comes earlier than this, in frame durations, is dropped
+_WAVER = 0.0021  # seconds: two time stamps, each off by one millisecond
+# A frame may be repeated so often, and once more for each earlier frame. More repeats mean a damaged time stamp.
 _HELD = 1000
-# Decoders that read transparency, where the usual one leaves it out.
+# Decoders that read transparency, which the default decoders ignore.
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
 
@@ -42,13 +43,13 @@ class _Video:
     """An open video.
 
     Attributes:
-        path: of the file.
-        container: PyAV's.
-        stream: the one of moving pictures.
-        decode: makes frames of its packets.
-        rate: frames per second: on average, or of a camera that dropped a few.
-        nominal: the rate that time stamps were rounded from; `rate` where they change too much to tell.
-        end: when the video ends by what the file says, in seconds; None where it says nothing.
+        path: the file.
+        container: PyAV's container.
+        stream: PyAV's stream of moving pictures.
+        decode: converts a packet to frames.
+        rate: frames per second at which the video is read; see `_rates`.
+        nominal: frames per second of the recording, before its time stamps were rounded; see `_rates`.
+        end: end of the video in seconds, as the file states it; None if it does not.
     """
 
     path: Path
@@ -61,32 +62,35 @@ class _Video:
 
 
 def is_video(path: Path) -> bool:
-    """Whether the name is that of a video file."""
+    """Whether the file name has the ending of a video file."""
     return Path(path).suffix.lower() in SUFFIXES
 
 
 def video_rate(path: Path) -> float:
-    """The rate at which `read_video` yields a video's frames, per second. Raises as it does."""
+    """Frames per second at which `read_video` reads the video by default. Raises as `read_video`."""
     with _opened(path) as video:
         return video.rate
 
 
 def read_video(path: Path, fps: float | None = None, *, whole: bool = True) -> Iterator[np.ndarray]:
-    """Yields uint8 frames [H, W, 3] at a constant rate: `fps`, or the file's own: on average, or where few
-    are missing between the others, theirs.
+    """Yields the frames of a video at a constant rate.
 
-    At its own rate every frame stands once, however its time stamps are rounded. Where they leave room for half a frame
-    or more, a frame is repeated. With `fps`, a frame is what the video shows at its instant. Frames are as players show
-    them: turned and mirrored as the file says, with square pixels, and white where they are transparent.
+    At the file's own rate every frame is yielded once, even if its time stamps are rounded. A frame is repeated if the
+    next one is late by more than half a frame. At another rate, each frame is the one that the video shows at that
+    time. Frames look as in players: rotated and mirrored as the file states, with square pixels and a white background.
 
     Args:
-        path: of the file.
-        fps: frames per second.
-        whole: a file that was cut off is refused before the first frame, else at its end.
+        path: the file.
+        fps: frames per second. By default, the average rate of the file, or the camera's rate if only a few frames are
+            missing.
+        whole: when to refuse a truncated file: before the first frame, or (False) after the last one.
+
+    Yields:
+        uint8 [H, W, 3].
 
     Raises:
-        Emu3Error: PyAV or the file is missing, or the file is damaged or cut off, holds no video, or its frames change
-            size.
+        Emu3Error: PyAV or the file is missing, the file is damaged, truncated, too long or too large, it holds no
+            video, or the size of its frames changes.
     """
     with _opened(path) as video:
         if whole:
@@ -102,7 +106,7 @@ def read_video(path: Path, fps: float | None = None, *, whole: bool = True) -> I
             if shape is not None and shown.shape != shape:
                 raise Emu3Error(
                     f"{path} changes from {shape[1]}x{shape[0]} to {shown.shape[1]}x{shown.shape[0]} pixels: "
-                    "all frames need one size"
+                    "all frames must have the same size"
                 )
             shape = shown.shape
             number += times
@@ -117,17 +121,17 @@ def read_video(path: Path, fps: float | None = None, *, whole: bool = True) -> I
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[_Video]:
-    """Whatever fails within the block is an `Emu3Error` that names the file."""
+    """Opens a video. Turns any exception of the block into an `Emu3Error` that names the file."""
     av = require_av(path)
-    with reading(path, "it is damaged or no video"):
+    with reading(path, "it is damaged or not a video"):
         plain_file(path)
         try:
-            # Without the name of the protocol, FFmpeg takes a name with a colon for an address.
+            # Without "file:", FFmpeg reads a name with a colon as an address.
             with av.open(f"file:{path}", options=_OPTIONS, metadata_errors="replace") as container:
                 yield _video(av, path, container)
         except av.error.FFmpegError as error:
             reason = getattr(error, "strerror", None) or error
-            raise Emu3Error(f"cannot read {path}: {reason}; it is damaged or no video") from error
+            raise Emu3Error(f"cannot read {path}: {reason}; it is damaged or not a video") from error
 
 
 def _video(av: Any, path: Path, container: Any) -> _Video:
@@ -137,12 +141,12 @@ def _video(av: Any, path: Path, container: Any) -> _Video:
             path, container, stream, _decoder(av, path, stream), *_rates(path, stream), _end(container, stream)
         )
     except Emu3Error:
-        check_whole(path)  # if its end is missing, that is the reason
+        check_whole(path)  # if the file is truncated, report that as the reason
         raise
 
 
 def _clip_stream(path: Path, container: Any, cover: Any) -> Any:
-    """The first stream of moving pictures. Covers are video streams of one picture too."""
+    """The first stream of moving pictures. Cover pictures are stored as video streams too; skip them."""
     streams = [stream for stream in container.streams.video if not stream.disposition & cover]
     if not streams:
         what = "a cover and no moving pictures" if container.streams.video else "no video"
@@ -151,10 +155,10 @@ def _clip_stream(path: Path, container: Any, cover: Any) -> Any:
 
 
 def _rates(path: Path, stream: Any) -> tuple[float, float]:
-    """`_Video.rate` and `_Video.nominal`.
+    """Determines `_Video.rate` and `_Video.nominal`.
 
-    A camera or a screen recorder that drops some frames keeps to its rate else. At the average rate, which is a little
-    lower, other frames would be lost; at the camera's, the ones before the gaps are repeated, as FFmpeg does.
+    Cameras and screen recorders sometimes drop frames but otherwise keep a constant rate. Use that rate and repeat the
+    frame before each gap, as FFmpeg does. The average rate is a little lower, so it would lose other frames.
     """
     average, guessed = float(stream.average_rate or 0), float(stream.guessed_rate or 0)
     rate = average if average > 0 else guessed
@@ -162,12 +166,12 @@ def _rates(path: Path, stream: Any) -> tuple[float, float]:
         raise Emu3Error(f"cannot read {path}: its rate is {rate:g} frames per second; convert it to MP4 or WebM")
     same = abs(guessed / rate - 1) < _SAME
     nominal = guessed if same or rate < guessed <= min(_FILLED * rate, _MAX_RATE) else rate
-    # Where the file counts its frames, the average is exact; else FFmpeg took it from rounded time stamps of a few.
+    # If the file states its number of frames, the average is exact. Else FFmpeg estimates it from rounded time stamps.
     return (rate if same and stream.frames else nominal), nominal
 
 
 def _decoder(av: Any, path: Path, stream: Any) -> Callable[[Any], list[Any]]:
-    """What makes frames of a packet. The size of a frame is checked before there is memory for it."""
+    """Makes the function that decodes a packet to frames. It checks a frame's size before it allocates memory."""
     usual = stream.codec_context
     if usual is None:
         raise Emu3Error(f"cannot read {path}: there is no decoder for its video; convert it to MP4 or WebM")
@@ -176,14 +180,14 @@ def _decoder(av: Any, path: Path, stream: Any) -> Callable[[Any], list[Any]]:
         context = av.CodecContext.create(_ALPHA_DECODERS[usual.name], "r")
         context.extradata = usual.extradata
     if usual.width * usual.height > MAX_FRAME_PIXELS:
-        raise Emu3Error(f"{path} has frames of {usual.width}x{usual.height} pixels: at most 8K is read; scale it down")
-    context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # frames may become larger later
+        raise Emu3Error(f"{path} has frames of {usual.width}x{usual.height} pixels; the limit is 8K: scale it down")
+    context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # later frames may be larger
     context.thread_type = "AUTO"
     return context.decode
 
 
 def _end(container: Any, stream: Any) -> float | None:
-    """The second at which a file says that its video ends; cut off, it may just end earlier."""
+    """Reads the end of the video in seconds, as the file states it. A truncated file ends earlier."""
     if stream.duration is not None:
         known = "mov" in container.format.name.split(",")
         return float((stream.start_time or 0) + stream.duration) * float(stream.time_base) if known else None
@@ -192,15 +196,15 @@ def _end(container: Any, stream: Any) -> float | None:
         hours, minutes, seconds = map(float, tag.groups())
         return 3600 * hours + 60 * minutes + seconds
     alone = container.duration is not None and len(container.streams) == 1
-    return container.duration / 1e6 if alone else None  # which is in microseconds
+    return container.duration / 1e6 if alone else None  # from microseconds to seconds
 
 
 def _timed(video: _Video) -> Iterator[tuple[float, Any]]:
-    """Frames, and the seconds from the first to each; at last the seconds to the video's end, and None."""
+    """Yields (seconds since the first frame, frame) for each frame. Last, yields (seconds to the end, None)."""
     path, length = video.path, 1 / video.rate
     start, time = None, 0.0
     for packet in video.container.demux(video.stream):
-        if packet.is_corrupt:  # as where the file ends within it; decoders with several threads may pass that over
+        if packet.is_corrupt:  # for example, the file ends inside it; decoders with several threads may ignore that
             raise Emu3Error(f"{path} is damaged or cut off: a part of its video is incomplete; give the whole file")
         for frame in video.decode(packet):
             time = frame.time if frame.time is not None else time + length * (start is not None)
@@ -211,17 +215,18 @@ def _timed(video: _Video) -> Iterator[tuple[float, Any]]:
         raise Emu3Error(f"{path} holds no frames: it is empty or cut off")
     if video.end is not None and time + length < video.end - max(0.5, 0.02 * video.end):
         raise Emu3Error(
-            f"{path} is cut off: it says that it lasts {video.end:.1f} seconds, and ends after {time + length:.1f}; "
+            f"{path} is cut off: it should last {video.end:.1f} seconds, but ends after {time + length:.1f}; "
             "give the whole file"
         )
     yield time + length - start, None
 
 
 def _frame_by_frame(video: _Video, rate: float) -> Iterator[tuple[Any, int]]:
-    """Frames, and how often each is shown, at the video's own rate or nearly so.
+    """Yields frames and the number of times to show each, at the video's own rate or nearly so.
 
-    As FFmpeg does for a constant rate, every frame stands once, unless it comes more than half a frame late or a whole
-    one early. Time stamps are rounded to milliseconds, or waver: what they say to the letter would lose frames.
+    Like FFmpeg at a constant rate, shows every frame once, with two exceptions. A frame is repeated if the next one is
+    more than half a frame late. A frame that is more than a frame early is dropped. Time stamps are rounded or
+    imprecise, so following them exactly would lose frames.
     """
     count, held = 0, None
     for seconds, frame in _timed(video):
@@ -241,15 +246,15 @@ def _frame_by_frame(video: _Video, rate: float) -> Iterator[tuple[Any, int]]:
 
 
 def _at_instants(video: _Video, fps: float) -> Iterator[tuple[Any, int]]:
-    """Frames, and at how many instants, `fps` a second, each is shown. What is not shown at any is left out."""
-    # So much may two time stamps be apart from what they were rounded from, to the file's own unit of time at least.
+    """Yields frames and the number of times to show each, at `fps` frames per second. Skips frames that never show."""
+    # The error of two rounded time stamps, at least one unit of the file's clock.
     waver = min(_WAVER + float(video.stream.time_base), 0.25 / video.nominal)
     count, held = 0, None
     for seconds, frame in _timed(video):
         if held is not None:
             nearest = round(seconds * video.nominal) / video.nominal
             begins = min(nearest, seconds) if abs(seconds - nearest) <= waver else seconds - waver
-            # A thousandth of a frame more: what falls on a frame's beginning is that frame, however it is rounded.
+            # The tolerance of 1/1000 makes an instant at the start of a frame select that frame in spite of rounding.
             before = max(0 if frame is not None or count else 1, math.ceil(begins * fps - 1e-3))
             if before > count:
                 yield held, before - count
@@ -258,10 +263,16 @@ def _at_instants(video: _Video, fps: float) -> Iterator[tuple[Any, int]]:
 
 
 def write_video(frames: np.ndarray, path: Path, suffix: str, fps: float) -> None:
-    """Writes uint8 frames [T, H, W, 3] as H.264 (.mp4) or VP9 (.webm), nearly without loss.
+    """Encodes frames as H.264 (.mp4) or VP9 (.webm) with little loss.
+
+    Args:
+        frames: uint8 [T, H, W, 3].
+        path: the file.
+        suffix: ".mp4" or ".webm".
+        fps: frames per second.
 
     Raises:
-        Emu3Error: PyAV is missing, or the encoder refuses such frames.
+        Emu3Error: PyAV is missing, or the encoder refuses the size of the frames.
         OSError: the file cannot be written.
     """
     av = require_av(path)
@@ -282,7 +293,7 @@ def _encode(av: Any, frames: np.ndarray, path: Path, suffix: str, fps: float) ->
     with av.open(f"file:{path}", "w", format=suffix[1:]) as container:
         stream = container.add_stream(codec, rate=fractions.Fraction(fps).limit_denominator(1001), options=options)
         stream.width, stream.height = width, height
-        # Chroma at half the resolution wants even sides; players know that form best.
+        # Prefer yuv420p, which players support best. It halves the resolution of chroma, so it needs even sides.
         stream.pix_fmt = "yuv444p" if width % 2 or height % 2 else "yuv420p"
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
@@ -290,7 +301,7 @@ def _encode(av: Any, frames: np.ndarray, path: Path, suffix: str, fps: float) ->
 
 
 def require_av(path: Path) -> Any:
-    """PyAV. Raises `Emu3Error` where it is missing."""
+    """Imports and returns PyAV. Raises an `Emu3Error` if it is not installed."""
     try:
         import av
     except ImportError as error:

@@ -1,1 +1,1 @@
-"""Device meshes, and the table that lays weights and activations out on them."""
+"""Device meshes, the table that assigns weights and activations to them, and plans for TPU slices."""

@@ -1,4 +1,4 @@
-"""The collectives of a compiled program, counted in its optimised HLO."""
+"""Counts the collectives of a compiled program by parsing its optimised HLO text."""
 
 import collections
 import dataclasses
@@ -21,12 +21,12 @@ _BITS = re.compile(r"[a-z]+(\d+)")
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """All collectives of one kind.
+    """Totals over all collectives of one kind in a program.
 
     Attributes:
         kind: one of `KINDS`.
-        count: how often one runs.
-        bytes: of the larger side, operands or results, on one device, summed.
+        count: number of executions per run of the program.
+        bytes: sum over the executions, on one device: the size of the operands or of the results, the larger one.
     """
 
     kind: str
@@ -36,20 +36,32 @@ class Collective:
 
 @dataclasses.dataclass
 class _Computation:
-    """What one computation holds: its own collectives, and what it calls how often (0: not known, taken as once)."""
+    """One computation of the HLO.
+
+    Attributes:
+        collectives: kind and bytes of each collective in it.
+        calls: name of each computation that it calls, and how often; 0 if the number is unknown.
+        sizes: bytes of each instruction's result.
+        constants: values of its integer constants.
+        limit: name of the constant that its root compares a counter with, if any.
+    """
 
     collectives: list[tuple[str, int]] = dataclasses.field(default_factory=list)
     calls: list[tuple[str, int]] = dataclasses.field(default_factory=list)
     sizes: dict[str, int] = dataclasses.field(default_factory=dict)
     constants: dict[str, int] = dataclasses.field(default_factory=dict)
-    limit: str | None = None  # the constant that the root compares a counter with
+    limit: str | None = None
 
 
 def collectives(hlo: str) -> tuple[list[Collective], bool]:
-    """The collectives of a program, and whether the trips of every loop that holds some are known.
+    """Counts the collectives that one run of a program executes.
 
     Args:
-        hlo: `jax.stages.Compiled.as_text()`. The body of a loop whose trips are not known counts once.
+        hlo: text of the program, from `jax.stages.Compiled.as_text()`.
+
+    Returns:
+        The totals of each kind, and whether the trip count of every loop with collectives is known. The body of a loop
+        with unknown trip count is counted once.
     """
     computations, entry = _parse(hlo)
     totals: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
@@ -98,7 +110,7 @@ def _parse(hlo: str) -> tuple[dict[str, _Computation], str | None]:
         kind = opcode.removesuffix("-start")
         if kind in KINDS:
             operands = sum(current.sizes.get(o, 0) for o in re.findall(r"%([\w.\-]+)", rest.partition(")")[0]))
-            # What an asynchronous one returns holds its operands as well.
+            # Asynchronous collectives return their operands along with the result. Subtract the operands.
             result = current.sizes[name] - (operands if opcode != kind and kind != "all-reduce" else 0)
             current.collectives.append((kind, max(operands, result)))
         elif opcode == "while":
@@ -110,14 +122,14 @@ def _parse(hlo: str) -> tuple[dict[str, _Computation], str | None]:
             called = _CALLED.findall(rest) + re.findall(r"[\w.\-]+", branches[1] if branches else "")
             current.calls += [(computation, 1) for computation in called]
     for caller, body, condition, trips in loops:
-        # TPU programs do not say the trips; a scan counts from 0 to a constant.
+        # HLO for TPUs has no trip counts. The loop of a `lax.scan` counts from 0 to a constant in its condition.
         test = computations.get(condition, _Computation())
         caller.calls.append((body, trips or test.constants.get(test.limit or "", 0)))
     return computations, entry
 
 
 def _bytes(shape: str) -> int:
-    """Bytes of a shape as HLO writes it, of a tuple the sum."""
+    """Size in bytes of an HLO shape such as `f32[8,128]`. The size of a tuple is the sum of its elements."""
     total = 0
     for dtype, sizes in _ARRAY.findall(shape):
         bits = _BITS.match(dtype)

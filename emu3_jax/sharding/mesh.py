@@ -1,4 +1,4 @@
-"""Device meshes: four named axes, their sizes from a sentence like "data=2,tensor=4"."""
+"""Device meshes with four named axes, from sizes such as "data=2,tensor=4"."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,20 +9,22 @@ from jax.sharding import AxisType, Mesh
 from emu3_jax.errors import Emu3Error
 from emu3_jax.printable import shown
 
-# Slowest first: `tensor` and `sequence` talk in every layer, so their devices are neighbours.
+# Order matters: the devices of the last axes are neighbours. `sequence` and `tensor` communicate in every layer.
 AXES = ("data", "fsdp", "sequence", "tensor")
-_LEGAL = f"axes are {', '.join(AXES)}, each a whole number >= 1, and one may be -1 for all that is left"
+_LEGAL = f"axes are {', '.join(AXES)}, each a whole number >= 1; one may be -1 for all remaining devices"
 
 
 def make_mesh(sizes: str | Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with all of `AXES`; those that are not named have size 1.
+    """Makes a mesh with all axes of `AXES`. Axes that `sizes` does not name have size 1.
 
     Args:
-        sizes: "data=2,fsdp=-1" or the same as a mapping; -1 takes the devices that the other axes leave.
-        devices: all devices by default. On a single host a mesh may take a part of them, the first ones.
+        sizes: sizes such as "data=2,fsdp=-1", or a mapping such as {"data": 2, "fsdp": -1}. Size -1 stands for all
+            devices that the other axes leave.
+        devices: devices to choose from; all devices by default. On a single host the mesh may use only the first ones.
 
     Raises:
-        Emu3Error: an unknown axis, a size that is not legal, or sizes whose product does not divide the devices.
+        Emu3Error: an axis is unknown, a size is not legal, the product of the sizes does not divide the number of
+            devices, or a mesh over several hosts does not use all devices.
     """
     parsed = {**dict.fromkeys(AXES, 1), **_parse(sizes)}
     devices = list(jax.devices() if devices is None else devices)
@@ -30,17 +32,17 @@ def make_mesh(sizes: str | Mapping[str, int], devices: Sequence[jax.Device] | No
     fixed = math.prod(size for size in parsed.values() if size != -1)
     if len(devices) % fixed:
         raise Emu3Error(
-            f"mesh {described} needs {fixed} devices, which does not divide the {len(devices)} there are: "
-            "choose axis sizes whose product does"
+            f"mesh {described} needs {fixed} devices, which does not divide the {len(devices)} available devices: "
+            "choose axis sizes whose product divides them"
         )
     parsed = {axis: len(devices) // fixed if size == -1 else size for axis, size in parsed.items()}
     count = math.prod(parsed.values())
     if count < len(devices) and len({device.process_index for device in devices}) > 1:
         raise Emu3Error(
-            f"mesh {described} takes {count} of {len(devices)} devices: a mesh over several hosts must take all; "
+            f"mesh {described} uses {count} of {len(devices)} devices: a mesh over several hosts must use all; "
             "set one axis to -1"
         )
-    # Auto: the compiler places collectives from the constraints that the model states.
+    # Auto: the compiler inserts collectives as the model's sharding constraints require.
     types = (AxisType.Auto,) * len(AXES)
     return jax.make_mesh(tuple(parsed.values()), AXES, axis_types=types, devices=devices[:count])
 

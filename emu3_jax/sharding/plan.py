@@ -1,6 +1,6 @@
-"""Ahead-of-time compilation for a TPU slice on a machine without TPUs, and what the programs take of its memory.
+"""Compiles programs for a TPU slice on a machine without TPUs, and reports how much memory of a chip they need.
 
-`training.plan` and `generation.plan` say which programs a config runs.
+`training.plan` and `generation.plan` list the programs of a config.
 """
 
 import dataclasses
@@ -23,13 +23,13 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A kind of TPU.
+    """A TPU generation.
 
     Attributes:
-        memory: bytes of HBM that the vendor names.
-        usable: bytes that XLA gives a program, from its own messages.
-        dimensions: of a slice.
-        options: for the topology; JAX sees both cores of a v4 chip as one device.
+        memory: HBM in bytes, as the vendor states it.
+        usable: bytes that XLA lets a program use, as its error messages state it.
+        dimensions: number of sides in the shape of a slice.
+        options: options for `get_topology_desc`. On v4, they make the two cores of a chip one device.
     """
 
     memory: float
@@ -48,7 +48,7 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """Chips to compile for; `limit` is the HBM in bytes that a program may take of each."""
+    """Chips to compile for. A program may use `limit` bytes of HBM on each chip."""
 
     topology: str
     chip: Chip
@@ -61,11 +61,11 @@ class Program:
     """One program of a plan.
 
     Attributes:
-        name: what it does.
-        lower: lowers it, within `rules.use_mesh(mesh)`.
-        arguments: what its arguments hold: trees of abstract arrays with shardings, by name.
-        beside: what lies in memory while it runs and is no argument, likewise.
-        flops: operations of one run over all chips, counted by hand; None where nobody counted.
+        name: what the program does, for the report.
+        lower: lowers the program, inside `rules.use_mesh(mesh)`.
+        arguments: the program's arguments by name, as trees of abstract arrays with shardings.
+        beside: other arrays in memory during the run, in the same form.
+        flops: FLOPs of one run summed over all chips, from a formula; None if there is no formula.
     """
 
     name: str
@@ -76,14 +76,14 @@ class Program:
 
 
 def tpu_slice(topology: str, limit: float | None = None) -> Slice:
-    """The chips of a slice.
+    """Describes the chips of a TPU slice for compilation.
 
     Args:
-        topology: generation and shape, like "v5p:4x4x4" or "v5e:2x4".
-        limit: GiB of HBM to compile for, where that is to be less than the chip has.
+        topology: generation and shape, such as "v5p:4x4x4" or "v5e:2x4".
+        limit: GiB of HBM per chip that programs may use; by default, all that XLA allows.
 
     Raises:
-        Emu3Error: no such slice, or libtpu is not installed.
+        Emu3Error: the topology or the limit is not legal, or libtpu is not installed.
     """
     kind, _, shape = topology.partition(":")
     legal = "write v5p:4x4x4 or v4:2x2x2 (three sides), v5e:8x8 or v6e:2x4 (two sides)"
@@ -93,11 +93,11 @@ def tpu_slice(topology: str, limit: float | None = None) -> Slice:
     usable = chip.usable
     if limit is not None:
         if not 0 < limit * GIB <= chip.usable:
-            raise Emu3Error(f"an HBM limit of {limit} GiB is not legal: {kind} programs get up to {_gib(chip.usable)}")
+            raise Emu3Error(f"an HBM limit of {limit} GiB is not legal: on {kind} the most is {_gib(chip.usable)}")
         usable = int(limit * GIB)
     if importlib.util.find_spec("libtpu") is None:
-        raise Emu3Error("TPU programs are compiled by libtpu, which is not installed: pip install 'emu3-jax[tpu]'")
-    # libtpu would ask the metadata server which TPU this machine has, and wait; it compiles beside other processes.
+        raise Emu3Error("compiling for TPUs needs libtpu, which is not installed: pip install 'emu3-jax[tpu]'")
+    # Without these, libtpu would wait for the metadata server of a TPU VM, and refuse to load in a second process.
     for name, value in {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
@@ -119,13 +119,21 @@ def tpu_slice(topology: str, limit: float | None = None) -> Slice:
 
 
 def compile_plan(slice_: Slice, mesh: Mesh, programs: Sequence[Program]) -> dict[str, Any]:
-    """Compiles the programs of a config; the plan as JSON's types.
+    """Compiles the programs of a config and reports their memory, FLOPs and collectives.
 
-    Bytes are of one chip, and so are XLA's FLOPs and the collectives; XLA counts the body of a loop once, the plan's
-    `flops` are counted by hand. A program for which XLA finds no room has only its `total` and what follows from that.
+    All figures are per chip. `flops` comes from a formula; `xla_flops` comes from XLA, which counts the body of a loop
+    once. If a program does not fit into memory, its figures from XLA and its collectives are missing.
+
+    Args:
+        slice_: from `tpu_slice`.
+        mesh: a mesh of its devices.
+        programs: the programs to compile.
+
+    Returns:
+        The plan, made of JSON types.
 
     Raises:
-        Emu3Error: a program cannot be compiled, for another reason than memory.
+        Emu3Error: a program cannot be compiled for a reason other than memory.
     """
     compiled = [_compile(program, slice_, len(mesh.devices.flat)) for program in programs]
     return {
@@ -141,7 +149,7 @@ def compile_plan(slice_: Slice, mesh: Mesh, programs: Sequence[Program]) -> dict
 
 
 def chip_bytes(tree: Any) -> int:
-    """Bytes that the abstract arrays of a tree take on one chip, by their shardings."""
+    """Bytes that a tree of abstract arrays with shardings occupies on one chip."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
@@ -157,7 +165,7 @@ def _compile(program: Program, slice_: Slice, chips: int) -> dict[str, Any]:
     except jax.errors.JaxRuntimeError as error:
         total = _wanted(str(error))
         if total is None:
-            raise Emu3Error(f"XLA does not compile the {program.name} for {slice_.topology}: {error}") from error
+            raise Emu3Error(f"XLA cannot compile the {program.name} for {slice_.topology}: {error}") from error
         sizes = {**beside, **parts, "temporaries": max(total - known, 0)}
         total = max(total, known) + sum(beside.values())
         figures = {}
@@ -167,7 +175,7 @@ def _compile(program: Program, slice_: Slice, chips: int) -> dict[str, Any]:
         sizes = {
             **beside,
             **parts,
-            # Arrays are filled up to whole tiles.
+            # XLA pads arrays to whole tiles.
             "tiling": max(memory.argument_size_in_bytes - known, 0),
             "outputs": new,
             "temporaries": memory.temp_size_in_bytes,
@@ -178,7 +186,7 @@ def _compile(program: Program, slice_: Slice, chips: int) -> dict[str, Any]:
         figures = {
             "xla_flops": float((compiled.cost_analysis() or {}).get("flops", 0.0)),
             "collectives": [dataclasses.asdict(collective) for collective in found],
-            # False in a loop that ends by what it computes, as decoding does: its body is counted once, for one step.
+            # False if a loop has no fixed trip count, such as the decode loop. Its body is counted once, for one step.
             "collective_trips_known": trips_known,
         }
     return {
@@ -194,7 +202,10 @@ def _compile(program: Program, slice_: Slice, chips: int) -> dict[str, Any]:
 
 
 def _wanted(message: str) -> int | None:
-    """The bytes of HBM that XLA says a program would need, arguments included; None if that is not what it says."""
+    """Reads from XLA's out-of-memory message how many bytes of HBM a program needs, arguments included.
+
+    Returns None if the message reports another error.
+    """
     if "RESOURCE_EXHAUSTED" not in message:
         return None
     found = re.search(r"(?:temporaries \(|Used )(\d+(?:\.\d+)?)([KMGT])", message)
@@ -202,14 +213,14 @@ def _wanted(message: str) -> int | None:
 
 
 def describe(plan: dict[str, Any]) -> Iterator[str]:
-    """Lines for people."""
+    """Yields the lines of a readable report of a plan from `compile_plan`."""
     mesh = ",".join(f"{axis}={size}" for axis, size in plan["mesh"].items() if size > 1) or "of one device"
     yield (
         f"{plan['topology']}: {plan['chips']} chips {plan['device']}, mesh {mesh}, {plan['hbm_bytes'] / 1e9:.0f} GB "
-        f"of HBM a chip, programs get {_gib(plan['usable_bytes'])}"
+        f"of HBM per chip, of which programs can use {_gib(plan['usable_bytes'])}"
     )
     for program in plan["programs"]:
-        yield f"{program['name']}, each chip:"
+        yield f"{program['name']}, per chip:"
         for name, size in program["bytes"].items():
             if size:
                 yield f"  {name:<20} {memory_size(size):>12}"
@@ -217,13 +228,13 @@ def describe(plan: dict[str, Any]) -> Iterator[str]:
         verdict = f"fits, {_gib(spare)} to spare" if program["fits"] else f"does not fit, by {_gib(max(-spare, 0))}"
         yield f"  {'total':<20} {_gib(program['total_bytes']):>12}  {verdict}"
         if program["flops"] is not None:
-            yield f"  {'FLOPs':<20} {program['flops'] / 1e12:>8.3f} T    counted by hand, without recomputation"
+            yield f"  {'FLOPs':<20} {program['flops'] / 1e12:>8.3f} T    from a formula, without recomputation"
         if program.get("xla_flops", 0) > 0:
-            yield f"  {'FLOPs by XLA':<20} {program['xla_flops'] / 1e12:>8.3f} T    bodies of loops counted once"
+            yield f"  {'FLOPs by XLA':<20} {program['xla_flops'] / 1e12:>8.3f} T    loop bodies counted once"
         for collective in program.get("collectives", ()):
             yield f"  {collective['kind']:<20} {memory_size(collective['bytes']):>12}  {collective['count']} times"
         if not program.get("collective_trips_known", True):
-            yield "  (collectives of one step: the loop's trips are not known beforehand)"
+            yield "  (collectives of one step: the number of steps is not known in advance)"
     yield "fits" if plan["fits"] else "does not fit"
 
 
@@ -232,5 +243,5 @@ def _gib(size: float) -> str:
 
 
 def memory_size(size: float) -> str:
-    """Bytes of a device's memory for people."""
+    """Formats a number of bytes of device memory, in GiB or MiB."""
     return _gib(size) if size >= GIB / 10 else f"{size / 2**20:.2f} MiB"

@@ -1,4 +1,7 @@
-"""The one table from logical axes to mesh axes, and the shardings that follow from it and the models' declarations."""
+"""The table that maps logical axes to mesh axes, and the shardings that follow from it.
+
+Models declare the logical axes of their weights and activations. No other place names mesh axes for them.
+"""
 
 import contextlib
 import math
@@ -20,8 +23,8 @@ from emu3_jax.models.decoder import Decoder
 from emu3_jax.models.vision import VisionTokenizer
 
 LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
-    # Weights of the decoder. Every device of `fsdp` and `sequence` keeps its part of each matrix; `tensor` splits the
-    # matrices by head and by MLP unit. The vocabulary (184,622 = 2 * 92,311) does not split, so tables do by width.
+    # Weights of the decoder. `fsdp` and `sequence` split each matrix by width; `tensor` splits by head and by MLP unit.
+    # The vocabulary size 184,622 = 2 * 92,311 has few divisors. So the embedding and the LM head are split by width.
     "embed": ("fsdp", "sequence"),
     "kv_heads": "tensor",
     "heads_per_kv": None,
@@ -31,7 +34,7 @@ LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
     "rank": None,
     "vocab": None,
     "table_width": ("fsdp", "sequence", "tensor"),
-    # Weights of the vision tokenizer: 1 GB in all, whole on every device; its batches split.
+    # Weights of the vision tokenizer: 1 GB in all, replicated on every device. Only its batches are split.
     "conv_time": None,
     "conv_rows": None,
     "conv_columns": None,
@@ -40,12 +43,13 @@ LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
     "channels": None,
     "codes": None,
     "code_width": None,
-    # Activations; "width" is also that of the norms' scales, too small to split.
+    # Activations. "width" is also the axis of the norms' scales, which are too small to split.
     "batch": ("data", "fsdp"),
     "sequence": "sequence",
     "width": None,
     "cache_slots": None,
-    # On the way through the embedding table: tokens are whole wherever it is split, then rows take over from width.
+    # The embedding lookup. A device looks up its part of the table's width for all tokens, so only `data` splits the
+    # tokens. Afterwards the activations change from a split by width to a split by batch.
     "lookup_batch": "data",
     "lookup_width": "sequence",
 }
@@ -55,7 +59,11 @@ RULES = tuple(LOGICAL_AXES.items())
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh | None) -> Iterator[None]:
-    """Within, the models' logical constraints mean axes of `mesh`, and JAX has our settings; None means no mesh."""
+    """Maps the models' logical axes to `mesh` inside the block, with the settings of `compilation.own_settings`.
+
+    Args:
+        mesh: from `make_mesh`; None means a single device, and only the settings change.
+    """
     with own_settings():
         if mesh is None:
             yield
@@ -65,23 +73,23 @@ def use_mesh(mesh: Mesh | None) -> Iterator[None]:
 
 
 def spec(*logical: str | None) -> P:
-    """The partition of an array whose dimensions have these logical axes."""
+    """The `PartitionSpec` of an array with these logical axes. None stands for an unsplit dimension."""
     return P(*(None if name is None else LOGICAL_AXES[name] for name in logical))
 
 
 def shardings(abstract: Any, mesh: Mesh) -> Any:
-    """Where each array of a tree lies, from the logical axes that the model declared for it.
+    """Computes the sharding of each array in a tree from the logical axes that the model declared.
 
     Args:
-        abstract: what `jax.eval_shape` says of `Module.init`, or of anything made from it (an optimiser's state):
-            leaves in `nn.LogicallyPartitioned` boxes; leaves without a box are whole on every device.
+        abstract: abstract arrays from `jax.eval_shape` of `Module.init`, or a tree derived from them, such as an
+            optimiser's state. Leaves without an `nn.LogicallyPartitioned` box are replicated on every device.
         mesh: from `make_mesh`.
 
     Returns:
-        The tree without boxes, of `NamedSharding`.
+        The same tree, with a `NamedSharding` in place of each array or box.
 
     Raises:
-        Emu3Error: an axis of a weight does not split evenly.
+        Emu3Error: the mesh does not divide an axis of a weight evenly.
     """
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
@@ -98,31 +106,37 @@ def shardings(abstract: Any, mesh: Mesh) -> Any:
 def decoder_shardings(
     config: DecoderConfig, mesh: Mesh, *, stacked: bool = False, adapter: Adapter | None = None
 ) -> dict[str, Any]:
-    """`NamedSharding`s like the decoder's parameters: one subtree per layer, or with `stacked` one for all."""
+    """Shardings of the decoder's parameters, in the same tree: one subtree per layer, or one in all if `stacked`."""
     model = Decoder(config, stacked=stacked, adapter=adapter)
     return shardings(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"], mesh)
 
 
 def vision_shardings(config: VisionConfig, mesh: Mesh) -> dict[str, Any]:
-    """`NamedSharding`s like the vision tokenizer's parameters."""
+    """Shardings of the vision tokenizer's parameters, in the same tree."""
     pixels = jnp.zeros((1, config.spatial_factor, config.spatial_factor, config.in_channels))
     return shardings(jax.eval_shape(VisionTokenizer(config).init, jax.random.key(0), pixels)["params"], mesh)
 
 
 def cache_shardings(config: DecoderConfig, mesh: Mesh, narrow: bool = False) -> KVCache:
-    """`NamedSharding`s like a KV cache of `config`: rows over `data` and `fsdp`, KV heads over `tensor`."""
+    """Shardings of a decoder's KV cache: rows over `data` and `fsdp`, KV heads over `tensor`.
+
+    Args:
+        config: the decoder's.
+        mesh: from `make_mesh`.
+        narrow: the cache is quantised, so it also has scales.
+    """
     layers = (NamedSharding(mesh, spec(*KVCache.AXES)),) * config.num_layers
     scales = (NamedSharding(mesh, spec(*KVCache.AXES[:-1])),) * config.num_layers if narrow else ()
     return KVCache(layers, layers, scales, scales, NamedSharding(mesh, spec("batch")), NamedSharding(mesh, P()))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Where a training batch lies: int [B, S], rows over `data` and `fsdp`, positions over `sequence`."""
+    """Sharding of a training batch, int [B, S]: rows over `data` and `fsdp`, positions over `sequence`."""
     return NamedSharding(mesh, spec("batch", "sequence"))
 
 
 def batch_shards(mesh: Mesh | None) -> int:
-    """The parts that the rows of a batch are split into: their number must be a multiple of it."""
+    """The number of parts that the rows of a batch are split into. The number of rows must be a multiple of it."""
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in LOGICAL_AXES["batch"])
 
 
@@ -135,8 +149,8 @@ def _check_even(name: str, axes: tuple[str | None, ...], shape: tuple[int, ...],
             split = " * ".join(f"{a}={mesh.shape[a]}" for a in mesh_axes if mesh.shape[a] > 1)
             legal = ", ".join(str(d) for d in range(1, min(size, 4096) + 1) if size % d == 0)
             raise Emu3Error(
-                f"weight {name} has {size} along its axis {axis!r}, which mesh {split} does not divide: "
-                f"choose a product of {' * '.join(mesh_axes)} among {legal}"
+                f"weight {name} has size {size} along its axis {axis!r}, which mesh {split} does not divide: "
+                f"set {' * '.join(mesh_axes)} to one of {legal}"
             )
 
 

@@ -1,15 +1,18 @@
-"""Paths in buckets, `gs://BUCKET/PATH`. This package is the one place that knows them.
+"""Paths in Cloud Storage buckets, `gs://BUCKET/PATH`. Other code calls this package and never handles `gs://` itself.
 
-Outputs: `files` writes them to a local temporary directory, as any output, and uploads them when they are whole. The
-files that mark a result as complete go last (`copies._LAST`), so that nothing half-uploaded is taken for whole.
-Bundles: `fetched` copies the small files to a local cache. Orbax and TensorStore read the weights from the bucket.
-Prepared data: `fetched` copies them to the cache, for ArrayRecord reads local files alone.
-Runs: Orbax writes checkpoints straight to the bucket. Metrics and curves are written locally, and uploaded at each
-checkpoint. A bucket has no locks that end with their process, so `held` keeps one alive by renewing it.
-All other uses, and all other schemes, are refused by `foreign.local_path`.
+- Outputs: `files` writes them to a local temporary directory and uploads them at the end. Files that mark a result as
+  complete (`copies._LAST`) are uploaded last, so a partial upload is never mistaken for a complete result.
+- Bundles: `fetched` copies the small files to a local cache. Orbax and TensorStore read weights from the bucket.
+- Prepared data: `fetched` copies them to the cache, because ArrayRecord reads local files only.
+- Runs: Orbax writes checkpoints directly to the bucket. Metrics and curves are written locally, and uploaded with each
+  checkpoint.
+- Locks: a bucket cannot release a lock when a process dies. So `held` renews its lock, and a lock that nobody renews
+  counts as abandoned.
 
-gcsfs sends the requests. `etils.epath`, which Orbax uses, finds it too. Without the extra `gcs` there is no gcsfs, and
-paths in buckets are refused in one line.
+`foreign.local_path` refuses `gs://` paths everywhere else, and all other schemes.
+
+gcsfs sends the requests, and `etils.epath`, which Orbax uses, also finds it. Without the extra `gcs`, gcsfs is missing
+and paths in buckets are refused with a one-line error.
 """
 
 from emu3_jax.storage.copies import delete, download, fetched, of_original, upload

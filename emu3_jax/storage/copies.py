@@ -1,4 +1,4 @@
-"""Whole folders: to a bucket, from a bucket to the local cache, and out of it again."""
+"""Copies files and folders to a bucket and from a bucket to the local cache, and deletes them from a bucket."""
 
 import concurrent.futures
 import contextlib
@@ -16,25 +16,26 @@ from emu3_jax.storage.objects import Item, delete_object, listing, look_up, plac
 from emu3_jax.storage.paths import split
 from emu3_jax.storage.requests import client, explained
 
-# Whoever reads a result looks for these first: they are uploaded last, and deleted first.
+# Readers of a result look for these files first. They mark it as complete: they are uploaded last, and deleted first.
 _LAST = ("config.json", "index.json", "model.safetensors.index.json", "run.json", "SHA256SUMS")
-_THREADS = 8  # requests at once
-_PATIENCE = 2.0  # seconds that a copy takes before it shows a bar
+_THREADS = 8  # concurrent requests
+_PATIENCE = 2.0  # seconds before a copy shows a bar
 _PART = ".emu3-tmp-"
 
 
 def upload(source: Path, target: str | os.PathLike, progress: bool | None = None) -> None:
-    """Uploads a local file, or a directory with all that it holds. Objects of the same names are replaced.
+    """Uploads a local file or directory. Replaces objects with the same names.
 
-    What marks a result as complete goes last. Where an upload fails, what came new with it is deleted again.
+    Files that mark a result as complete (`_LAST`) are uploaded last. If the upload of a directory fails, the objects
+    that it added are deleted.
 
     Args:
-        source: local.
-        target: in a bucket.
-        progress: as `progress.Progress` takes it.
+        source: local file or directory.
+        target: path in a bucket.
+        progress: `show` of `progress.Progress`.
 
     Raises:
-        Emu3Error: the bucket is absent, or cannot be written or reached.
+        Emu3Error: the bucket does not exist, or cannot be written or reached.
     """
     if source.is_file():
         with explained(target):
@@ -62,7 +63,10 @@ def upload(source: Path, target: str | os.PathLike, progress: bool | None = None
 
 
 def _in_turn(names: Iterable[str]) -> Iterator[list[str]]:
-    """The names in groups: what marks a result as complete comes last, of it what lies deepest first."""
+    """Groups file names in upload order: first all names that are not in `_LAST`, then `_LAST` in order.
+
+    Files with the same name in `_LAST` are ordered from the deepest directory to the top.
+    """
     names = list(names)
 
     def last(name: str) -> tuple[int, int]:
@@ -74,7 +78,7 @@ def _in_turn(names: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _each(step: Callable[[str], None], names: list[str]) -> None:
-    """Takes a step for each name, several at once. After an error no new ones begin."""
+    """Calls `step` for each name, in several threads. After an error, no further calls begin."""
     pool = concurrent.futures.ThreadPoolExecutor(_THREADS)
     try:
         for _ in pool.map(step, names):
@@ -84,7 +88,7 @@ def _each(step: Callable[[str], None], names: list[str]) -> None:
 
 
 def delete(path: str | os.PathLike) -> None:
-    """Deletes an object, and all below it, if there are any: what marks a result as complete first."""
+    """Deletes an object and all objects below it, if any. Deletes files that mark a result as complete first."""
     _delete(path, list(listing(path)))
     with explained(path), contextlib.suppress(FileNotFoundError):
         delete_object(path)
@@ -101,36 +105,39 @@ def _delete(path: str | os.PathLike, names: list[str]) -> None:
 
 
 def cache_directory() -> Path:
-    """Where copies are kept: `EMU3_JAX_CACHE`, else `emu3_jax` in the user's cache directory."""
+    """The directory for local copies: `EMU3_JAX_CACHE`, or else `emu3_jax` in the user's cache directory."""
     chosen = os.environ.get("EMU3_JAX_CACHE")
     if chosen:
         return local_path(chosen)
     try:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError as error:  # no HOME, and a user that the system does not know
-        raise Emu3Error("there is no home directory for copies of what is in buckets: set EMU3_JAX_CACHE") from error
+    except RuntimeError as error:  # HOME is not set, and the system does not know the user
+        raise Emu3Error("no home directory for local copies of files in buckets: set EMU3_JAX_CACHE") from error
     return base / "emu3_jax"
 
 
 def fetched(
     path: str | os.PathLike, keep: Callable[[str], bool] = lambda name: True, progress: bool | None = None
 ) -> Path:
-    """A local copy of a folder of a bucket. What is there already is not fetched again.
+    """Copies a folder from a bucket to the local cache. Files that the cache already holds are not copied again.
 
-    A copy has the generations of its objects in its name: a folder that changed gets a new copy.
+    The name of the copy is a hash of the objects' generations. So a folder that has changed gets a new copy.
 
     Args:
-        path: the folder.
-        keep: whether an object is fetched, by its path below the folder.
-        progress: as `progress.Progress` takes it.
+        path: the folder in the bucket.
+        keep: whether to copy an object, given its path below the folder.
+        progress: `show` of `progress.Progress`.
+
+    Returns:
+        The local directory.
 
     Raises:
-        Emu3Error: there is nothing to fetch, it cannot be read, or the cache cannot be written.
+        Emu3Error: the folder holds nothing to copy or cannot be read, or the cache cannot be written.
     """
     path = place(path)
     found = {name: item for name, item in listing(path).items() if keep(name)}
     if not found:
-        raise Emu3Error(f"{path}: there is nothing of this name in the bucket; correct the path")
+        raise Emu3Error(f"{path}: the bucket holds nothing with this name; correct the path")
     digest = hashlib.sha256(json.dumps([os.fspath(path), found]).encode()).hexdigest()[:20]
     copy = cache_directory() / "buckets" / digest / path.name
     missing = [name for name, item in found.items() if size(copy / name) != item.size]
@@ -147,7 +154,7 @@ def fetched(
 
 
 def download(source: str | os.PathLike, target: Path) -> None:
-    """Copies one object to a local file, whole or not at all. Raises `Emu3Error` where that fails."""
+    """Copies one object to a local file, all or nothing. Raises `Emu3Error` if the copy fails."""
     with explained(source):
         found = look_up(source)
         if found is None:
@@ -156,7 +163,7 @@ def download(source: str | os.PathLike, target: Path) -> None:
 
 
 def _get(source: Path, target: Path, item: Item) -> None:
-    """Copies one version of an object, whole or not at all."""
+    """Copies one object, all or nothing. `item` is its size and generation from the listing."""
     target.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(prefix=_PART, dir=target.parent)
     os.close(descriptor)
@@ -166,7 +173,7 @@ def _get(source: Path, target: Path, item: Item) -> None:
             client().get_file(f"{bucket}/{inner}", name)
         got = os.stat(name).st_size
         if got != item.size:
-            raise Emu3Error(f"{source}: {got} bytes came, the bucket lists {item.size}: it changes, or run again")
+            raise Emu3Error(f"{source}: got {got} of {item.size} bytes: run again while nothing writes to it")
         os.replace(name, target)
     finally:
         with contextlib.suppress(OSError):
@@ -174,5 +181,5 @@ def _get(source: Path, target: Path, item: Item) -> None:
 
 
 def of_original(path: Path, copy: Path, inner: Path) -> str:
-    """The path in a bucket of a file of its copy."""
+    """Translates `inner`, a file in the local copy `copy`, to its path in the bucket below `path`."""
     return f"{os.fspath(path)}/{inner.relative_to(copy).as_posix()}"

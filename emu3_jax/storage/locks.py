@@ -1,4 +1,4 @@
-"""Locks in a bucket, which has none that end with their process: the one who holds one renews it."""
+"""Locks in a bucket. The holder renews its lock, because a bucket cannot release the lock of a process that died."""
 
 import contextlib
 import json
@@ -15,23 +15,23 @@ from emu3_jax.storage.paths import split
 from emu3_jax.storage.requests import client, explained
 
 _BEAT = 15.0  # seconds between two renewals of a lock
-_LOOKS, _LOOK = 9, 5.0  # how often, and seconds apart, a lock is seen without a renewal until it counts as left behind
+_LOOKS, _LOOK = 9, 5.0  # a lock is abandoned if this many checks, this many seconds apart, see no renewal
 _log = logging.getLogger("emu3_jax")
 _mine: set[str] = set()  # locks that this process holds
 
 
 @contextlib.contextmanager
 def held(file: str | os.PathLike, busy: Callable[[str], str]) -> Iterator[None]:
-    """Holds a lock object for this process, which renews it until the block ends; then it is deleted.
+    """Holds a lock object during the block. A thread renews the lock, and it is deleted after the block.
 
-    One that nobody renews, or that a dead process of this host left, is taken over.
+    Takes over a lock that nobody renews, and a lock of a dead process on this host.
 
     Args:
-        file: the object.
-        busy: from who holds it, an error line.
+        file: path of the object.
+        busy: makes the error message from a description of the process that holds the lock.
 
     Raises:
-        Emu3Error: another process holds it, or the bucket cannot be written.
+        Emu3Error: another process holds the lock, or the bucket cannot be written.
     """
     key = os.fspath(file)
     with explained(file):
@@ -49,12 +49,12 @@ def held(file: str | os.PathLike, busy: Callable[[str], str]) -> Iterator[None]:
         done.set()
         renewer.join()
         _mine.discard(key)
-        with contextlib.suppress(Exception):  # the next run takes it over
+        with contextlib.suppress(Exception):  # if this fails, the next run takes over the lock
             delete_object(key, ifGenerationMatch=generation)
 
 
 def _create(key: str) -> str | None:
-    """Makes the lock, and returns its generation; None where it is there already."""
+    """Creates the lock object and returns its generation. Returns None if the object already exists."""
     holder = json.dumps({"host": socket.gethostname(), "process": os.getpid()}).encode()
     try:
         client().pipe_file(key, holder, mode="create")
@@ -65,7 +65,7 @@ def _create(key: str) -> str | None:
 
 
 def _await_end(key: str, busy: Callable[[str], str]) -> None:
-    """Deletes a lock that was left behind. Raises the error of `busy` where its process lives."""
+    """Deletes an abandoned lock. Raises the error of `busy` if another process renews the lock."""
     first = look_up(key)
     if first is None:
         return
@@ -76,7 +76,7 @@ def _await_end(key: str, busy: Callable[[str], str]) -> None:
         host, process = "", 0
     holder = f"process {process} on {host}" if host else "another process"
     if not (host == socket.gethostname() and _ended(process)):
-        _log.warning("%s is held by %s; waiting %.0f s to see whether it lives", key, holder, _LOOKS * _LOOK)
+        _log.warning("%s is held by %s; waiting %.0f s to see whether it still runs", key, holder, _LOOKS * _LOOK)
         for _ in range(_LOOKS):
             time.sleep(_LOOK)
             now = look_up(key)
@@ -89,7 +89,10 @@ def _await_end(key: str, busy: Callable[[str], str]) -> None:
 
 
 def _ended(process: int) -> bool:
-    """Whether no process of this host has that number. Our own: a container that started again has its numbers anew."""
+    """Whether no other process of this host has this number.
+
+    Our own number counts as ended: a restarted container reuses numbers, so the lock is from before the restart.
+    """
     if process == os.getpid():
         return True
     try:
@@ -110,7 +113,7 @@ def _renew(key: str, generation: str, done: threading.Event) -> None:
         try:
             client().call("PATCH", "b/{}/o/{}", bucket, name, json=note, ifGenerationMatch=generation)
         except (FileNotFoundError, FileExistsError):
-            _log.warning("%s was taken away: another run may write there too; stop one of the two", key)
+            _log.warning("%s: another run took this lock and may write to the same place; stop one of the two", key)
             return
-        except Exception as error:  # the network; the next one may come through
+        except Exception as error:  # mostly network errors; the next renewal may succeed
             _log.debug("%s was not renewed: %s", key, error)

@@ -1,4 +1,4 @@
-"""Files and objects one at a time: both sorts of paths go through the same functions."""
+"""Functions for single files that accept local paths and paths in buckets alike."""
 
 import contextlib
 import fnmatch
@@ -12,21 +12,24 @@ from emu3_jax.foreign import AGAIN, MAX_JSON_BYTES, inner_path, limit, local_pat
 from emu3_jax.storage.paths import check_place, is_remote, split
 from emu3_jax.storage.requests import client, explained
 
-_MAX_OBJECTS = 1_000_000  # below a folder
+_MAX_OBJECTS = 1_000_000  # in a folder
 
 
 class Item(NamedTuple):
-    """An object: its bytes, and the generation that a bucket gives to each version of it."""
+    """Size of an object in bytes, and its generation, a number that differs for every version of the object."""
 
     size: int
     generation: str
 
 
 def place(path: str | os.PathLike) -> Path:
-    """A path of the user's that may lie in a bucket: a local path unchanged, otherwise an `etils.epath.Path`.
+    """Checks a user's path that may be local or in a bucket.
+
+    Returns:
+        A local path unchanged; a path in a bucket as an `etils.epath.Path`.
 
     Raises:
-        Emu3Error: as `check_place`; or gcsfs is not installed.
+        Emu3Error: as `check_place`; or the path is in a bucket and gcsfs is not installed.
     """
     check_place(path)
     if not is_remote(path):
@@ -38,12 +41,12 @@ def place(path: str | os.PathLike) -> Path:
 
 
 def storage_place(path: str | os.PathLike) -> Path:
-    """The same as Orbax and TensorStore take it, see `foreign.storage_path`."""
+    """Like `place`, but local paths are resolved for Orbax and TensorStore, see `foreign.storage_path`."""
     return place(path) if is_remote(path) else foreign.storage_path(path)
 
 
 def look_up(path: str | os.PathLike) -> dict[str, Any] | None:
-    """What the bucket says of one object; None where there is none."""
+    """Fetches the metadata of one object. Returns None if it does not exist."""
     bucket, name = split(path)
     try:
         return client().call("GET", "b/{}/o/{}", bucket, name, json_out=True)
@@ -52,10 +55,13 @@ def look_up(path: str | os.PathLike) -> dict[str, Any] | None:
 
 
 def listing(path: str | os.PathLike) -> dict[str, Item]:
-    """The objects below a folder, by their paths below it, in order.
+    """Lists all objects below a folder in a bucket.
+
+    Returns:
+        The objects, sorted by path. Keys are paths relative to the folder.
 
     Raises:
-        Emu3Error: there is no such bucket, it cannot be read, or a name in it could lead elsewhere.
+        Emu3Error: the bucket does not exist or cannot be read, or an object's name is not a legal file path.
     """
     bucket, name = split(path)
     found: dict[str, Item] = {}
@@ -66,7 +72,7 @@ def listing(path: str | os.PathLike) -> dict[str, Item]:
             answer = client().call("GET", "b/{}/o", bucket, json_out=True, **query)
             for item in answer.get("items", []):
                 inner = item["name"].removeprefix(f"{name}/")
-                if not inner or inner.endswith("/"):  # what the console makes for an empty folder
+                if not inner or inner.endswith("/"):  # a placeholder that the console makes for an empty folder
                     continue
                 found[inner_path(inner, os.fspath(path))] = Item(int(item["size"]), str(item["generation"]))
             limit(path, "objects", len(found), _MAX_OBJECTS)
@@ -76,21 +82,21 @@ def listing(path: str | os.PathLike) -> dict[str, Item]:
 
 
 def exists(path: str | os.PathLike) -> bool:
-    """Whether there is a file or a directory, or an object of this name or below it. Raises as `listing`."""
+    """Whether a file, directory or object with this name exists, or objects below it. Raises as `listing`."""
     if not is_remote(path):
         return os.path.lexists(path)
     return bool(listing(path)) or is_file(path)
 
 
 def matching(directory: Path, pattern: str) -> list[Path]:
-    """The files of a directory whose names match a pattern such as `*.json`, in order."""
+    """Lists the files in a directory whose names match a pattern such as `*.json`, sorted."""
     if not is_remote(directory):
         return sorted(directory.glob(pattern))
     return [directory / name for name in listing(directory) if "/" not in name and fnmatch.fnmatchcase(name, pattern)]
 
 
 def unlink(file: Path) -> None:
-    """Deletes a file or object, if it is there."""
+    """Deletes a file or object, if it exists."""
     if not is_remote(file):
         file.unlink(missing_ok=True)
         return
@@ -99,14 +105,14 @@ def unlink(file: Path) -> None:
 
 
 def require_directory(path: str | os.PathLike) -> None:
-    """Raises an `Emu3Error` where a place in a bucket cannot be looked at, or is a file."""
+    """Raises an `Emu3Error` if a path in a bucket cannot be read, or is a file."""
     listing(path)
     if is_file(path):
         raise Emu3Error(f"{os.fspath(path)} is a file: choose a directory to write to")
 
 
 def is_file(path: str | os.PathLike) -> bool:
-    """Whether there is a file, or an object of this name. Raises as `listing` where a bucket cannot be read."""
+    """Whether a file or object with this name exists. Raises an `Emu3Error` if the bucket cannot be read."""
     if not is_remote(path):
         return Path(path).is_file()
     with explained(path):
@@ -114,7 +120,7 @@ def is_file(path: str | os.PathLike) -> bool:
 
 
 def size(path: str | os.PathLike) -> int | None:
-    """Bytes of a file or object; None where it is not there."""
+    """Size of a file or object in bytes; None if it does not exist."""
     if not is_remote(path):
         return Path(path).stat().st_size if Path(path).is_file() else None
     with explained(path):
@@ -123,7 +129,10 @@ def size(path: str | os.PathLike) -> int | None:
 
 
 def read_json(path: str | os.PathLike, remedy: str = AGAIN) -> Any:
-    """`foreign.read_json`, of an object too. An absent one is an `Emu3Error` whose cause is `FileNotFoundError`."""
+    """Reads a JSON file or object. Raises as `foreign.read_json`.
+
+    If the file or object does not exist, the cause of the `Emu3Error` is a `FileNotFoundError`.
+    """
     if not is_remote(path):
         return foreign.read_json(path, remedy)
     with explained(path):
@@ -136,5 +145,6 @@ def read_json(path: str | os.PathLike, remedy: str = AGAIN) -> Any:
 
 
 def delete_object(path: str | os.PathLike, **condition: str) -> None:
+    """Deletes one object, on a condition such as `ifGenerationMatch`. Raises `FileNotFoundError` if it is absent."""
     bucket, name = split(path)
     client().call("DELETE", "b/{}/o/{}", bucket, name, **condition)

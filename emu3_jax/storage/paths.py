@@ -1,4 +1,4 @@
-"""Which paths lie in a bucket, which are legal, and their parts. Nothing is looked up."""
+"""Recognises, checks and splits paths in buckets. Sends no requests."""
 
 import os
 import re
@@ -10,19 +10,19 @@ from emu3_jax.printable import shown
 
 _SCHEME = "gs://"
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
-_RETRIES = 6  # of a request, about a minute; TensorStore's own 32 take many
-_MAX_NAME = 1024  # bytes of an object's name
-_SPECIAL = re.compile(r"[*?\[\]#\x00-\x1f\x7f]")  # gcsfs takes some of these for patterns and versions
+_RETRIES = 6  # retries of a request, about one minute in all; TensorStore's default of 32 takes many minutes
+_MAX_NAME = 1024  # maximum length of an object's name in bytes
+_SPECIAL = re.compile(r"[*?\[\]#\x00-\x1f\x7f]")  # gcsfs reads some of these as patterns or versions
 
 
 def is_remote(path: str | os.PathLike) -> bool:
-    """Whether a path lies in a bucket."""
+    """Whether a path is in a bucket."""
     text = os.fspath(path)
     return isinstance(text, str) and text.startswith(_SCHEME)
 
 
 def check_place(path: str | os.PathLike) -> None:
-    """Raises an `Emu3Error` unless `path` is a legal local path, or one in a bucket. Nothing is looked up."""
+    """Raises an `Emu3Error` unless `path` is a legal local path or a legal path in a bucket. Sends no requests."""
     if not is_remote(path):
         local_path(path)
         return
@@ -30,17 +30,19 @@ def check_place(path: str | os.PathLike) -> None:
     bucket, _, name = text.removeprefix(_SCHEME).partition("/")
     name = name.rstrip("/")
     if not _BUCKET.fullmatch(bucket):
-        raise Emu3Error(f"{shown(text)}: {shown(bucket)} is not the name of a bucket; give gs://BUCKET/PATH")
+        raise Emu3Error(f"{shown(text)}: {shown(bucket)} is not a legal bucket name; give gs://BUCKET/PATH")
     if not name:
-        raise Emu3Error(f"{shown(text)}: it names a bucket alone; give gs://BUCKET/PATH")
+        raise Emu3Error(f"{shown(text)}: the path inside the bucket is missing; give gs://BUCKET/PATH")
     if _SPECIAL.search(name) or name != name.encode(errors="replace").decode():
         raise Emu3Error(f"{shown(text)}: its path has one of * ? [ ] # or a control character; choose another name")
     if len(name.encode()) > _MAX_NAME or any(part in ("", ".", "..") for part in name.split("/")):
-        raise Emu3Error(f"{shown(text)}: its path is longer than {_MAX_NAME} bytes, or has an empty part, . or ..")
+        raise Emu3Error(
+            f"{shown(text)}: its path is longer than {_MAX_NAME} bytes, or has an empty part, . or ..; correct it"
+        )
 
 
 def kvstore(directory: str | os.PathLike) -> dict[str, Any]:
-    """The specification of a directory for TensorStore's key-value stores."""
+    """Returns TensorStore's specification of a key-value store in this directory."""
     if not is_remote(directory):
         return {"driver": "file", "path": f"{os.fspath(directory)}/"}
     bucket, name = split(directory)
@@ -49,6 +51,6 @@ def kvstore(directory: str | os.PathLike) -> dict[str, Any]:
 
 
 def split(path: str | os.PathLike) -> tuple[str, str]:
-    """Bucket, and name of the object."""
+    """Splits a path in a bucket into the bucket's name and the object's name."""
     bucket, _, name = os.fspath(path).removeprefix(_SCHEME).partition("/")
     return bucket, name.rstrip("/")

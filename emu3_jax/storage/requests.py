@@ -1,4 +1,4 @@
-"""Requests to Cloud Storage by gcsfs, and what their errors mean."""
+"""The gcsfs client for Cloud Storage, and one-line explanations of its errors."""
 
 import contextlib
 import errno
@@ -22,10 +22,14 @@ _DENIED = (
 
 @functools.cache
 def client() -> Any:
-    """gcsfs's file system."""
+    """Makes the gcsfs file system, once per process.
+
+    Raises:
+        Emu3Error: gcsfs is not installed, or the two variables that name an emulator differ.
+    """
     _check_emulator()
     if os.environ.get("STORAGE_EMULATOR_HOST"):
-        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # gRPC, which emulators do not speak
+        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # uses gRPC, which emulators lack
     try:
         import gcsfs  # noqa: F401
     except ImportError as missing:
@@ -36,14 +40,17 @@ def client() -> Any:
     import fsspec.config
 
     for name in ("gcsfs", "google.auth"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # what fails is told in one line
-    # Listings that are kept would hide what other hosts write. Orbax's instance reads this too.
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # `explained` already reports failures in one line
+    # Cached listings would hide files that other hosts write. Orbax's own gcsfs instance reads this setting too.
     fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
     return fsspec.filesystem("gcs")
 
 
 def _check_emulator() -> None:
-    """Raises an `Emu3Error` unless all requests go to one place. TensorStore tries another one for many minutes."""
+    """Raises an `Emu3Error` unless gcsfs and TensorStore use the same server.
+
+    Otherwise TensorStore would retry requests to the wrong server for many minutes.
+    """
     names = ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL")
     gcsfs, tensorstore = (os.environ.get(name, "") for name in names)
     if gcsfs.rstrip("/") != tensorstore.rstrip("/"):
@@ -55,22 +62,22 @@ def _check_emulator() -> None:
 
 @contextlib.contextmanager
 def explained(path: str | os.PathLike) -> Iterator[None]:
-    """For a block that uses a bucket: whatever fails there is one line that begins with `path`."""
+    """Turns any exception of the block, which uses a bucket, into a one-line `Emu3Error` that begins with `path`."""
     try:
         yield
     except (Emu3Error, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except Exception as error:  # of gcsfs, and of the three libraries that it calls
+    except Exception as error:  # gcsfs and the libraries that it calls raise errors of many kinds
         raise Emu3Error(f"{os.fspath(path)}: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
-        return "there is no such bucket, or nothing of this name in it; correct the path"
+        return "this bucket does not exist, or holds nothing with this name; correct the path"
     if isinstance(error, OSError) and error.errno in _FULL:
         return f"{error.strerror} ({error.filename}); free space, or choose another cache with EMU3_JAX_CACHE"
     return _of_access(error) or (
-        f"Cloud Storage answered {type(error).__name__} ({_first_line(error)}): mend that and run again"
+        f"Cloud Storage answered {type(error).__name__} ({_first_line(error)}): correct that and run again"
     )
 
 
@@ -79,7 +86,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _of_access(error: BaseException) -> str | None:
-    """The reason where a bucket may not be used or cannot be reached, else None."""
+    """Explains an error if access was denied or the bucket cannot be reached. Returns None for other errors."""
     text, kind = _first_line(error), type(error).__module__.split(".")[0]
     denied = re.search(r"^Forbidden|PERMISSION_DENIED|UNAUTHENTICATED|Anonymous caller", text)
     if isinstance(error, PermissionError) or denied or str(getattr(error, "code", "")) in ("401", "403"):
@@ -94,10 +101,14 @@ def _of_access(error: BaseException) -> str | None:
 
 
 def require_access(path: str | os.PathLike, error: BaseException) -> None:
-    """To be called before an error of Orbax is told as damage.
+    """Checks whether an error of Orbax comes from the bucket. Call it before reporting a checkpoint as damaged.
+
+    Args:
+        path: local or in a bucket.
+        error: the error of Orbax.
 
     Raises:
-        Emu3Error: `path` lies in a bucket, and the bucket is to blame, as without a network.
+        Emu3Error: `path` is in a bucket, and access was denied or the bucket cannot be reached.
     """
     for cause in (error, error.__cause__):
         reason = _of_access(cause) if cause is not None and is_remote(path) else None

@@ -1,1 +1,1 @@
-"""Text to token ids and back: the byte-pair tokenizer and the prompt templates around it."""
+"""The text tokenizer, and the prompt templates that combine text with pictures and clips."""

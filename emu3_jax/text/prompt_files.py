@@ -1,4 +1,4 @@
-"""Files of prompts, one a line."""
+"""Reads text files with one prompt per line."""
 
 import os
 import sys
@@ -12,10 +12,13 @@ MAX_BYTES = 16 << 20
 
 
 def read_prompts(path: str | os.PathLike) -> list[str]:
-    """The lines of a file, or of standard input (`-`), that are not blank, without space at their ends.
+    """Reads prompts from a file, one per line. Skips blank lines, and strips blanks at both ends of a line.
+
+    Args:
+        path: the file; `-` stands for standard input.
 
     Raises:
-        Emu3Error: the file is absent, too large, no UTF-8, or has no such line.
+        Emu3Error: the file is absent, too large or not UTF-8, or contains no prompt.
     """
     name = "standard input" if os.fspath(path) == STANDARD_INPUT else os.fspath(path)
     with reading(name, "give a text file in UTF-8"):
@@ -25,22 +28,22 @@ def read_prompts(path: str | os.PathLike) -> list[str]:
                 f"{name} has more than {MAX_BYTES:,} bytes of prompts: split it, and run once for each part"
             )
         prompts = []
-        # Not `str.splitlines`: it also splits at characters within a prompt.
+        # Do not use `str.splitlines`, which also splits at form feeds and other characters inside a prompt.
         for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
             try:
                 prompts.append(line.decode().strip())
             except UnicodeDecodeError as error:
-                raise Emu3Error(f"{name} line {number} is no UTF-8: save the file as UTF-8") from error
+                raise Emu3Error(f"{name} line {number} is not UTF-8: save the file as UTF-8") from error
     prompts = [prompt for prompt in prompts if prompt]
     if not prompts:
-        raise Emu3Error(f"{name} has no prompt: write one a line")
+        raise Emu3Error(f"{name} has no prompt: write one prompt per line")
     return prompts
 
 
 def _read(path: str | os.PathLike) -> bytes:
     if os.fspath(path) == STANDARD_INPUT:
         if sys.stdin.isatty():
-            print("one prompt a line; Ctrl-D ends them", file=sys.stderr, flush=True)
+            print("write one prompt per line; Ctrl-D ends the input", file=sys.stderr, flush=True)
         return sys.stdin.buffer.read(MAX_BYTES + 1)
     plain_file(path)
     with open(Path(path), "rb") as stream:

@@ -1,4 +1,4 @@
-"""Prompt templates: text and the codes of pictures and clips to one row of token ids."""
+"""Prompt templates: combine text and the codes of pictures and clips into one sequence of token ids."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,12 +13,13 @@ from emu3_jax.text.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class PromptTemplates:
-    """How a model was trained to be asked; `{image}` and `{text}` stand in each template once.
+    """The prompt format that a model was trained on. Each template contains `{image}` and `{text}` once.
 
     Attributes:
-        understanding: the first turn.
-        next_turn: the turns after it. The reference has none; this is its first turn's without what comes before USER.
-        clip_layout: how clips stand in a row of tokens, one of `config.CLIP_LAYOUTS`; see `clip_ids`.
+        understanding: template of the first turn.
+        next_turn: template of later turns. The reference has no such template. Ours is the first template without the
+            words before USER.
+        clip_layout: order of a clip's tokens, one of `config.CLIP_LAYOUTS`; see `clip_ids`.
     """
 
     understanding: str
@@ -29,7 +30,7 @@ class PromptTemplates:
         for template in (self.understanding, self.next_turn):
             if not isinstance(template, str) or template.count("{image}") != 1 or template.count("{text}") != 1:
                 raise Emu3Error(
-                    f"prompt template {shown(template)} must hold {{image}} and {{text}} once each: correct it"
+                    f"prompt template {shown(template)} must contain {{image}} and {{text}} once each: correct it"
                 )
         if self.clip_layout not in CLIP_LAYOUTS:
             raise Emu3Error(f"clip_layout is {shown(self.clip_layout)}: it must be one of {', '.join(CLIP_LAYOUTS)}")
@@ -43,17 +44,32 @@ PRESETS = {"chat": CHAT, "stage1": STAGE1}
 
 
 def prompt_templates(name: str, clip_layout: str) -> PromptTemplates:
-    """The templates of `PRESETS` that a bundle names, with the layout of clips that its decoder's config names."""
+    """Looks up templates in `PRESETS`.
+
+    Args:
+        name: a key of `PRESETS`, from the bundle's config.
+        clip_layout: `clip_layout` of the decoder's config.
+    """
     return dataclasses.replace(PRESETS[name], clip_layout=clip_layout)
 
 
 def generation_prompt(
     tokenizer: Tokenizer, special: SpecialTokens, text: str, *size: int, allow_special: bool = False
 ) -> list[int]:
-    """BOS, the text, BOI, the size as text and IMG; `size` is height and width in tokens, for clips after the frames.
+    """Makes the prompt of a picture or clip: BOS, the text, BOI, the size as text, IMG.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        special: the model's control tokens.
+        text: the prompt.
+        *size: rows and columns in tokens; for clips, the number of latent frames comes first.
+        allow_special: whether control tokens in `text` take effect.
+
+    Returns:
+        Token ids.
 
     Raises:
-        Emu3Error: the text holds a special token and `allow_special` is false.
+        Emu3Error: the text contains a special token and `allow_special` is false.
     """
     body = tokenizer.encode(text, allow_special=allow_special)
     return [special.bos, *body, *media_head(tokenizer, special, *size)]
@@ -68,18 +84,21 @@ def understanding_prompt(
     *,
     allow_special: bool = False,
 ) -> list[int]:
-    """BOS and the filled-in template; pictures and clips stand one after the other in the place of `{image}`.
+    """Makes the prompt of a question: BOS and the filled-in template. Pictures and clips replace `{image}` in order.
 
     Args:
-        tokenizer: the model's.
-        special: its control tokens.
-        templates: the model's, for example `CHAT` or `STAGE1`.
+        tokenizer: the model's tokenizer.
+        special: the model's control tokens.
+        templates: the model's templates, for example `CHAT` or `STAGE1`.
         text: the question.
-        codes: of one picture `[h, w]` or clip `[t, h, w]`, a list of such, or None.
-        allow_special: lets control tokens in the text act as such.
+        codes: codes of one picture `[h, w]` or clip `[t, h, w]`, a list of such arrays, or None.
+        allow_special: whether control tokens in `text` take effect.
+
+    Returns:
+        Token ids.
 
     Raises:
-        Emu3Error: codes outside the codebook, or a special token in the text and `allow_special` is false.
+        Emu3Error: a code is outside the codebook, or the text contains a special token and `allow_special` is false.
     """
     media = _media_ids(tokenizer, special, codes, templates.clip_layout)
     return [special.bos, *_filled(templates.understanding, tokenizer, text, media, allow_special)]
@@ -94,14 +113,14 @@ def next_turn_prompt(
     *,
     allow_special: bool = False,
 ) -> list[int]:
-    """What follows an answer and its EOS when there is another question; see `understanding_prompt`."""
+    """Makes the ids of a further question, which follow an answer and its EOS; see `understanding_prompt`."""
     media = _media_ids(tokenizer, special, codes, templates.clip_layout)
     return _filled(templates.next_turn, tokenizer, text, media, allow_special)
 
 
 def _filled(template: str, tokenizer: Tokenizer, text: str, media: list[int], allow_special: bool) -> list[int]:
-    """The ids of a template with `text` and the ids `media` in their places."""
-    # The text and the words around it are encoded as one piece: byte pairs merge across the seam, as in training.
+    """Fills in a template: `text` replaces `{text}`, and the ids `media` replace `{image}`."""
+    # Encode the text together with the words around it. Byte pairs can merge across the boundary, as in training.
     pieces = [piece.replace("{text}", text) for piece in template.split("{image}")]
     if not media:
         return tokenizer.encode("".join(pieces), allow_special=allow_special)
@@ -112,7 +131,7 @@ def _filled(template: str, tokenizer: Tokenizer, text: str, media: list[int], al
 def _media_ids(
     tokenizer: Tokenizer, special: SpecialTokens, codes: np.ndarray | Sequence[np.ndarray] | None, clip_layout: str
 ) -> list[int]:
-    """The ids of all pictures and clips, one after the other."""
+    """Concatenates the ids of all pictures and clips."""
     items = [] if codes is None else codes if isinstance(codes, list | tuple) else [codes]
     ids: list[int] = []
     for item in map(np.asarray, items):
@@ -122,26 +141,37 @@ def _media_ids(
 
 
 def image_ids(tokenizer: Tokenizer, special: SpecialTokens, codes: np.ndarray) -> list[int]:
-    """BOI, the size as text, IMG, the rows of `codes` (int `[h, w]`) each followed by EOL, EOF, EOI.
+    """Makes the ids of a picture: BOI, the size as text, IMG, each row of codes followed by EOL, then EOF, EOI.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        special: the model's control tokens.
+        codes: integers `[h, w]`.
 
     Raises:
-        Emu3Error: the codes are not a grid of whole numbers within the codebook.
+        Emu3Error: `codes` has another shape or dtype, or a code is outside the codebook.
     """
     codes = _checked(codes, 2, "a picture's codes must be integers [h, w]", special)
-    rows = np.full((len(codes), codes.shape[1] + 1), special.eol)  # np.pad takes several times as long
+    rows = np.full((len(codes), codes.shape[1] + 1), special.eol)  # several times faster than np.pad
     rows[:, :-1] = codes
     rows[:, :-1] += special.visual_start
     return [*media_head(tokenizer, special, *codes.shape), *rows.ravel().tolist(), special.eof, special.eoi]
 
 
 def clip_ids(tokenizer: Tokenizer, special: SpecialTokens, codes: np.ndarray, layout: str) -> list[int]:
-    """BOI, the size as text "frames*rows*columns", IMG, the frames of `codes` (int `[t, h, w]`) each with EOF, EOI.
+    """Makes the ids of a clip: BOI, the size as text "frames*rows*columns", IMG, each frame followed by EOF, then EOI.
 
-    Published weights know no clips, so that the layout is an assumption: "lines" ends every row of a frame with EOL, as
-    pictures have it; "flat" has no EOL, as public forks train.
+    The published models were not trained on clips, so both layouts are assumptions. "lines" ends every row of a frame
+    with EOL, as in pictures. "flat" has no EOL; public forks train on it.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        special: the model's control tokens.
+        codes: integers `[t, h, w]`.
+        layout: one of `config.CLIP_LAYOUTS`.
 
     Raises:
-        Emu3Error: the codes are not frames of whole numbers within the codebook.
+        Emu3Error: `codes` has another shape or dtype, or a code is outside the codebook.
     """
     codes = _checked(codes, 3, "a clip's codes must be integers [t, h, w]", special)
     return [*media_head(tokenizer, special, *codes.shape), *frame_ids(special, codes, layout), special.eoi]
@@ -161,12 +191,12 @@ def _checked(codes: np.ndarray, axes: int, wanted: str, special: SpecialTokens) 
 
 
 def media_head(tokenizer: Tokenizer, special: SpecialTokens, *size: int) -> list[int]:
-    """BOI, the size as text ("90*90"; a clip's "2*90*90" begins with its latent frames) and IMG."""
+    """Makes the ids before the codes: BOI, the size as text, IMG. "90*90" is a picture, "2*90*90" two latent frames."""
     return [special.boi, *tokenizer.encode("*".join(map(str, size))), special.img]
 
 
 def frame_ids(special: SpecialTokens, codes: np.ndarray, layout: str) -> list[int]:
-    """The frames of `codes` (int [t, h, w], inside the codebook), each followed by EOF; `layout`: of `CLIP_LAYOUTS`."""
+    """Makes the ids of the frames in `codes`, integers [t, h, w] inside the codebook. Each frame is followed by EOF."""
     visual = codes.astype(np.int64) + special.visual_start
     if layout == "lines":
         visual = np.pad(visual, ((0, 0), (0, 0), (0, 1)), constant_values=special.eol)

@@ -1,4 +1,4 @@
-"""The text tokenizer: upstream Emu3's byte-pair encoding (tiktoken) and its control and visual tokens."""
+"""The text tokenizer: upstream Emu3's byte-pair encoding (tiktoken), with its control and visual tokens."""
 
 import base64
 import itertools
@@ -33,51 +33,54 @@ from emu3_jax.text.vocabulary import (
 from emu3_jax.text.vocabulary import count_ranks as count_ranks
 from emu3_jax.text.vocabulary import special_tokens as special_tokens
 
-# How upstream's tokenizer cuts text into the pieces that byte pairs are merged in.
+# Upstream's pattern. It splits text into pieces; byte pairs merge inside a piece only.
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Everything that has the form of a special token; whether it is one, the table of special tokens says.
+# Matches every special token, and also text that only looks like one.
 _SPECIAL_FORM = r"<\|[a-z0-9_ ]+\|>"
 
-
-# What PATTERN's `\s` matches, and the longest run of it that tiktoken is given: it keeps a state per character of
-# `\s+(?!\S)`, and ends in a panic at a million.
+# Matches white space like `\s` in PATTERN. tiktoken panics on a run of a million characters, because it keeps
+# a state for each character of `\s+(?!\S)`. So it never gets a run of _LONG_RUN characters or more.
 _RUN = re.compile(r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
 _LONG_RUN = 10_000
-_FLAGS = ("lstrip", "rstrip", "single_word")  # of a transformers tokenizer's added token
+_FLAGS = ("lstrip", "rstrip", "single_word")  # flags of added tokens in transformers that we do not support
 
 
 class SpecialTokenError(Emu3Error):
-    """A text has a special token in it that was not allowed."""
+    """A text contains a special token, and `allow_special` is false.
+
+    Attributes:
+        token: the special token, such as "<|extra_203|>".
+    """
 
     def __init__(self, token: str):
         super().__init__(
-            f"the text contains the special token {token}: take it out, or pass allow_special=True "
-            "(--allow-special) where the text's author may write control tokens"
+            f"the text contains the special token {token}: remove it, or pass allow_special=True "
+            "(--allow-special) if you trust the text's author with control tokens"
         )
         self.token = token
 
 
 class Tokenizer:
-    """Text to ids and back, id for id like upstream's `Emu3Tokenizer`.
+    """Converts text to ids and back, with the same ids as upstream's `Emu3Tokenizer`.
 
-    The ids are the ranks, then `<|endoftext|> <|im_start|> <|im_end|>`, `<|extra_0|>` to `<|extra_204|>`,
-    `<|image token|> <|image start|> <|image end|>` and the visual tokens. A smaller vocabulary shifts them all. Words
-    that somebody added to a trained model follow the visual tokens.
+    Ids are numbered in this order: the ranks of the vocabulary; `<|endoftext|> <|im_start|> <|im_end|>`;
+    `<|extra_0|>` to `<|extra_204|>`; `<|image token|> <|image start|> <|image end|>`; the visual tokens; words that
+    were added after training. So all special ids depend on the number of ranks.
     """
 
     def __init__(self, ranks: Mapping[bytes, int], special: SpecialTokens, added: Mapping[str, int] | None = None):
-        """Checks the vocabulary.
+        """Checks the vocabulary and prepares the encoder.
 
         Args:
-            ranks: maps byte sequences to 0..N-1, all 256 single bytes among them.
-            special: the model's control and visual tokens, which must agree with N. `pad`, which no text holds, may
-                also be one of `added`.
-            added: words with ids of their own, past the visual tokens.
+            ranks: maps byte sequences to ranks 0..N-1. Must contain all 256 single bytes.
+            special: the model's control and visual tokens, which must agree with N. Only `pad`, which never occurs in
+                text, may have an id after the visual tokens.
+            added: maps added words to ids after the visual tokens.
 
         Raises:
-            Emu3Error: one of them is damaged or disagrees with another.
+            Emu3Error: an argument is damaged, or disagrees with another one.
         """
         n = len(ranks)
         if sorted(ranks.values()) != list(range(n)):
@@ -101,7 +104,7 @@ class Tokenizer:
         self._bytes = [b""] * n + [surface.encode() for surface in self._special_ids]  # by id
         for token, rank in ranks.items():
             self._bytes[rank] = token
-        # What is no id between the added words stands for nothing.
+        # Unused ids between the added words decode to nothing.
         self._bytes += [b""] * (max(self._added.values(), default=-1) + 1 - len(self._bytes))
         for word, i in self._added.items():
             self._bytes[i] = word.encode()
@@ -112,10 +115,14 @@ class Tokenizer:
 
     @classmethod
     def from_files(cls, vocabulary: Path, special: SpecialTokens) -> "Tokenizer":
-        """Reads upstream's vocabulary file, lines of base64 and rank (`emu3.tiktoken`).
+        """Reads upstream's vocabulary file `emu3.tiktoken`. Each line holds a base64 token and its rank.
 
-        The list of image and visual tokens beside it, `emu3_vision_tokens.txt`, adds nothing to the vocabulary: where
-        the file exists, it is checked. `added_tokens.json` beside it holds words that were added after training.
+        Two optional files in the same directory are also read. `emu3_vision_tokens.txt` lists the image and visual
+        tokens; it is only checked. `added_tokens.json` holds words that were added after training.
+
+        Args:
+            vocabulary: the file.
+            special: the model's control and visual tokens.
 
         Raises:
             Emu3Error: a file is unreadable, damaged, or disagrees with `special`.
@@ -129,7 +136,11 @@ class Tokenizer:
 
     @classmethod
     def from_transformers(cls, tokenizer_json: Path, special: SpecialTokens) -> "Tokenizer":
-        """Derives the ranks from a Hugging Face byte-level `tokenizer.json` (or `vocab.json`): its ids below them.
+        """Reads a byte-level `tokenizer.json` or `vocab.json` of transformers. Ids below the control tokens are ranks.
+
+        Args:
+            tokenizer_json: the file.
+            special: the model's control and visual tokens.
 
         Raises:
             Emu3Error: the file is unreadable, damaged, not byte-level BPE, or disagrees with `special`.
@@ -145,13 +156,13 @@ class Tokenizer:
                     if i < num_ranks
                 }
             except KeyError as error:
-                raise no_vocabulary(path, f"the character {shown(error.args[0])} spells no byte") from error
+                raise no_vocabulary(path, f"the character {shown(error.args[0])} stands for no byte") from error
         added = {word: i for word, i in found.all.items() if i >= special.visual_end}
         for word in added:
             flags = [flag for flag in _FLAGS if found.flags.get(word, {}).get(flag)]
             if flags:
                 raise Emu3Error(
-                    f"{path}: the added token {shown(word)} has {flags[0]}, which is not supported: clear it"
+                    f"{path}: the added token {shown(word)} sets {flags[0]}, which is not supported: set it to false"
                 )
         tokenizer = cls._named(path, ranks, special, added)
         for surface, ours in tokenizer._special_ids.items():
@@ -173,7 +184,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Ranks, control tokens, visual tokens and added words together."""
+        """Number of ids: ranks, control tokens, visual tokens, and ids up to the last added word."""
         return len(self._bytes)
 
     @property
@@ -183,17 +194,19 @@ class Tokenizer:
 
     @property
     def special_ids(self) -> dict[str, int]:
-        """Surface form to id of every control and visual token, in the order of their ids."""
+        """Maps the text form of every control and visual token to its id, in the order of ids."""
         return dict(self._special_ids)
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-        """Ids of `text` in Unicode normal form C.
+        """Converts text to ids, after normalisation to Unicode form C.
 
-        With `allow_special`, surface forms of special tokens in the text become those tokens, as upstream always
-        does. Without it such text is an error, so that nobody's text forges a control token.
+        Args:
+            text: any string.
+            allow_special: whether special tokens written in the text, such as `<|extra_203|>`, become control tokens.
+                Upstream always allows them. By default they are refused, so that a foreign text cannot inject one.
 
         Raises:
-            SpecialTokenError: the text holds a special token and `allow_special` is false.
+            SpecialTokenError: the text contains a special token and `allow_special` is false.
         """
         text = unicodedata.normalize("NFC", text)
         ids, start = [], 0
@@ -210,10 +223,10 @@ class Tokenizer:
         return ids + self._encode_ordinary(text[start:])
 
     def _encode_ordinary(self, text: str) -> list[int]:
-        """Ids of text without special tokens, whatever it holds."""
+        """Converts text to ids without looking for special tokens."""
         try:
             text.encode()
-        except UnicodeEncodeError:  # half of a character; upstream's library replaces it in this way
+        except UnicodeEncodeError:  # an unpaired surrogate; tiktoken replaces it in the same way
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         with reading("the text", "shorten it"):
             ids = []
@@ -222,13 +235,15 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
-        """Text of `ids`; bytes that are not UTF-8 become U+FFFD.
+        """Converts ids to text. Bytes that are not UTF-8 become U+FFFD.
 
-        `skip_special` drops control and visual tokens, and ids past the vocabulary, which an embedding has rows for
-        where it was padded.
+        Args:
+            ids: token ids.
+            skip_special: whether to drop control and visual tokens, and ids above the vocabulary. A model whose
+                embedding was padded can produce ids above the vocabulary.
 
         Raises:
-            Emu3Error: an id lies outside the vocabulary.
+            Emu3Error: an id is outside the vocabulary.
         """
         ids = [int(i) for i in ids]
         if skip_special:
@@ -239,9 +254,12 @@ class Tokenizer:
         return b"".join(self._bytes[i] for i in ids).decode("utf-8", errors="replace")
 
     def to_file(self, path: Path) -> None:
-        """Writes the ranks in upstream's format; for the public vocabulary the same bytes as the public file.
+        """Writes the ranks in upstream's format, and added words to `added_tokens.json` in the same directory.
 
-        Added words go into `added_tokens.json` beside it.
+        The public vocabulary gives the same bytes as the public file.
+
+        Raises:
+            Emu3Error: a file cannot be written.
         """
         path = Path(path)
         ranks = enumerate(self._bytes[: self._num_ranks])
@@ -254,13 +272,13 @@ class Tokenizer:
             raise Emu3Error(f"cannot write {path}: {error.strerror}; choose another place or free space") from error
 
     def vision_tokens_text(self) -> str:
-        """What upstream's `emu3_vision_tokens.txt` holds: image controls and visual tokens, one per line."""
+        """The contents of upstream's `emu3_vision_tokens.txt`: image control tokens and visual tokens, one per line."""
         return "".join(f"{surface}\n" for surface in list(self._special_ids)[len(TEXT_CONTROLS) :])
 
     def _check_vision_tokens(self, path: Path) -> None:
         found = read_listed(path)
         expected = self.vision_tokens_text().splitlines()
-        remedy = "remove the file (the list is derived then) or fetch it again"
+        remedy = "remove the file, which is optional, or fetch it again"
         if len(found) != len(expected):
             raise Emu3Error(f"{path} lists {len(found)} tokens, but this model has {len(expected)}: {remedy}")
         for line, ours in zip(found, expected, strict=True):
@@ -272,15 +290,16 @@ class Tokenizer:
 
 
 def _in_parts(text: str) -> Iterator[tuple[str, bool]]:
-    """`text` in parts that PATTERN cuts as it cuts the whole, with no long run of white space among them.
+    """Splits text so that tiktoken never sees a long run of white space. The ids do not change.
+
+    PATTERN splits a run of white space after its last line end. If text follows, PATTERN also splits before the run's
+    last character, which may belong to the next piece. Line ends at the start of a run belong to punctuation before it.
 
     Yields:
-        Each part, and whether it is one whole piece of PATTERN's, to be merged as it is. A run of white space is cut by
-        PATTERN behind its last line end, and before its last character where something follows, which that
-        character may belong to. Line ends at its start belong to punctuation before it.
+        Each part of the text, and whether the part is a single piece of PATTERN, which must not be split again.
     """
     start = 0
-    # Every run is looked at: to look for long ones alone would try each of their ends.
+    # Search for runs of any length. A regular expression for long runs only would take quadratic time.
     for run in _RUN.finditer(text) if len(text) >= _LONG_RUN else ():
         begin, end = run.span()
         if end - begin < _LONG_RUN:
@@ -301,10 +320,11 @@ def _in_parts(text: str) -> Iterator[tuple[str, bool]]:
 
 
 def _checked_added(added: Mapping[str, int], ids: Mapping[str, int], special: SpecialTokens) -> dict[str, int]:
-    """The added words that are no control or visual tokens.
+    """Returns the added words that are not control or visual tokens.
 
     Raises:
-        Emu3Error: one is empty or has a number that is another token's, or there are absurdly many.
+        Emu3Error: a word is empty or too long, has the id of another token, or has an unpaired surrogate, or there are
+            too many words.
     """
     words = {word: i for word, i in added.items() if i >= special.visual_end}
     again = "use the tokenizer and config.json of one and the same model"
@@ -315,17 +335,20 @@ def _checked_added(added: Mapping[str, int], ids: Mapping[str, int], special: Sp
     seen: dict[int, str] = {}
     for word, i in words.items():
         if not word or len(word) > MAX_TOKEN or i >= MAX_IDS or word in ids or i in seen:
-            raise Emu3Error(f"the added token {shown(word)} has the id {i}: it must be a word with an id of its own")
+            raise Emu3Error(
+                f"the added token {shown(word)} has the id {i}: it must have 1 to {MAX_TOKEN} characters, and an id < "
+                f"{MAX_IDS:,} that no other token has"
+            )
         if any("\ud800" <= c <= "\udfff" for c in word):
-            raise Emu3Error(f"the added token {shown(word)} has half of a character: remove it")
+            raise Emu3Error(f"the added token {shown(word)} has an unpaired surrogate (half a character): remove it")
         seen[i] = word
     return words
 
 
 def _patterns(words: Iterable[str]) -> list[str]:
-    """Regular expressions that find words in text; of two that begin alike, the longer one is meant.
+    """Makes regular expressions that find added words. Longer words come first, so they win over their prefixes.
 
-    One for each first character: where text has another one, a word costs no time.
+    Words are grouped by their first character, so a position with another character is rejected at once.
     """
     groups: dict[str, list[str]] = {}
     for word in sorted(words, key=len, reverse=True):

@@ -1,4 +1,4 @@
-"""Vocabulary files, upstream's and transformers', and the ids of control and visual tokens that they tell."""
+"""Reads the vocabulary files of upstream and of transformers, and derives the ids of control and visual tokens."""
 
 import base64
 import dataclasses
@@ -17,14 +17,14 @@ from emu3_jax.printable import shown
 VISION_TOKENS_FILE = "emu3_vision_tokens.txt"
 ADDED_TOKENS_FILE = "added_tokens.json"
 FETCH = "fetch the file again"
-_MAX_BYTES = 64 << 20  # of a vocabulary file; the public one has 2.5 MB
+_MAX_BYTES = 64 << 20  # maximum size of a vocabulary file; the public file has 2.5 MB
 _MAX_RANKS = 1 << 21
-MAX_TOKEN = 1024  # bytes of one token; the public vocabulary's longest has 128
+MAX_TOKEN = 1024  # maximum bytes of a token; the longest token of the public vocabulary has 128
 MAX_ADDED = 1 << 14
 
-# The ids after the ranks, in order; the visual tokens follow.
+# The control tokens in the order of their ids, which follow the ranks. The visual tokens come next.
 TEXT_CONTROLS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
-_PLACEHOLDER = "<|extra_0|>"  # transformers calls its id <image>, so that vocabularies may lack it
+_PLACEHOLDER = "<|extra_0|>"  # transformers calls this id <image>, so its vocabularies may lack <|extra_0|>
 _IMAGE_CONTROLS = ("<|image token|>", "<|image start|>", "<|image end|>")
 CONTROLS = TEXT_CONTROLS + _IMAGE_CONTROLS
 SURFACES = {
@@ -35,24 +35,24 @@ _VISUAL_FORM = re.compile(r"<\|visual token (\d{6,7})\|>")
 
 
 def special_tokens(num_ranks: int, codebook_size: int) -> SpecialTokens:
-    """The ids that follow from a vocabulary of `num_ranks` byte sequences and a codebook of `codebook_size` codes."""
+    """Computes the ids of control and visual tokens for `num_ranks` byte sequences and `codebook_size` codes."""
     controls = {field: num_ranks + CONTROLS.index(surface) for field, surface in SURFACES.items()}
     return SpecialTokens(**controls, visual_start=num_ranks + len(CONTROLS), visual_count=codebook_size)
 
 
 def tokens_of_surfaces(ids: Mapping[str, Any], codebook_size: int | None) -> SpecialTokens | None:
-    """The ids that a table of surface forms tells, such as `vocabulary_map` or a tokenizer's added tokens.
+    """Derives ids of control and visual tokens from a table: `vocabulary_map`, or added tokens of a tokenizer.
 
     Args:
-        ids: surface form to id, among others.
-        codebook_size: codes of the vision tokenizer; None takes as many as the table has visual tokens.
+        ids: maps the text forms of tokens to ids. Other entries are ignored.
+        codebook_size: number of codes of the vision tokenizer. By default, the number of visual tokens in the table.
 
     Returns:
-        The ids, or None where the table has no control or visual token from whose id the others follow.
+        The ids; None if the table contains no control or visual token.
 
     Raises:
-        Emu3Error: visual tokens are not numbered in the order of their codes, or are fewer or more than the codebook
-            has.
+        Emu3Error: the ids of the visual tokens do not follow the order of codes, their number differs from
+            `codebook_size`, or the ids of the control tokens contradict each other.
     """
     starts = {code: ids[surface] for surface in ids if (code := _visual_code(surface)) is not None}
     if codebook_size is None:
@@ -67,19 +67,19 @@ def tokens_of_surfaces(ids: Mapping[str, Any], codebook_size: int | None) -> Spe
             )
         start = starts[0]
         if not is_whole(start, len(CONTROLS)) or any(i != start + code for code, i in starts.items()):
-            raise Emu3Error(f"its visual tokens have no consecutive ids from {shown(start)} on: {FETCH}")
+            raise Emu3Error(f"its visual tokens do not have consecutive ids from {shown(start)} on: {FETCH}")
         num_ranks = start - len(CONTROLS)
     elif found:
-        surface = max(found, key=CONTROLS.index)  # the image controls come last, and are nobody else's
+        surface = max(found, key=CONTROLS.index)  # image control tokens come last; only Emu3 has them
         num_ranks = found[surface] - CONTROLS.index(surface)
     else:
         return None
     if num_ranks < 256:
-        raise Emu3Error(f"its control tokens leave room for {num_ranks} ranks, and there are 256 bytes: {FETCH}")
+        raise Emu3Error(f"its control tokens leave ids for {num_ranks} ranks, but at least 256 are needed: {FETCH}")
     for surface, i in controls.items():
         if i != num_ranks + CONTROLS.index(surface):
             expected = num_ranks + CONTROLS.index(surface)
-            raise Emu3Error(f"it has {surface} at id {shown(i)}, its other tokens want {expected}: {FETCH}")
+            raise Emu3Error(f"it has {surface} at id {shown(i)}, but its other tokens imply id {expected}: {FETCH}")
     return special_tokens(num_ranks, codebook_size)
 
 
@@ -89,17 +89,17 @@ def _visual_code(surface: str) -> int | None:
 
 
 def count_ranks(vocabulary: Path) -> int:
-    """How many ranks upstream's vocabulary file holds. Raises `Emu3Error` if it cannot be read."""
+    """Counts the ranks in upstream's vocabulary file. Raises `Emu3Error` if it cannot be read."""
     return _read_vocabulary(Path(vocabulary)).count(b"\n")
 
 
 def tokens_of_vocabulary(path: Path, codebook_size: int | None) -> SpecialTokens:
-    """The ids of control and visual tokens that a vocabulary file tells: `emu3.tiktoken`, `tokenizer.json` or
-    `vocab.json`.
+    """Derives the ids of control and visual tokens from a vocabulary file.
 
     Args:
-        path: of the file.
-        codebook_size: codes of the vision tokenizer; None takes what the vocabulary says, else the published size.
+        path: `emu3.tiktoken`, `tokenizer.json` or `vocab.json`.
+        codebook_size: number of codes of the vision tokenizer. By default, the number of visual tokens that the
+            vocabulary lists, or else the published 32,768.
 
     Raises:
         Emu3Error: the file is unreadable or damaged.
@@ -122,7 +122,10 @@ def tokens_of_vocabulary(path: Path, codebook_size: int | None) -> SpecialTokens
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """Upstream's vocabulary file, lines of a base64 token and its rank.
+    """Reads upstream's vocabulary file. Each line holds a base64 token and its rank.
+
+    Returns:
+        The rank of each byte sequence.
 
     Raises:
         Emu3Error: the file is unreadable or damaged.
@@ -142,13 +145,13 @@ def read_ranks(path: Path) -> dict[bytes, int]:
             ) from error
         limit(path, f"bytes in the token of line {number}", len(token), MAX_TOKEN)
         if token in ranks:
-            raise Emu3Error(f"{path} line {number} has a token that an earlier line has, too: {FETCH}")
+            raise Emu3Error(f"{path} line {number} repeats the token of an earlier line: {FETCH}")
         ranks[token] = number_of
     return ranks
 
 
 def _read_vocabulary(path: Path) -> bytes:
-    """A vocabulary file whose last line is ended."""
+    """Reads a vocabulary file, and adds a line end to the last line if it has none."""
     data = read_bytes(path, _MAX_BYTES, "give the tokenizer's file")
     limit(path, "ranks", data.count(b"\n"), _MAX_RANKS)
     return data if data.endswith(b"\n") or not data else data + b"\n"
@@ -156,7 +159,13 @@ def _read_vocabulary(path: Path) -> bytes:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What a transformers vocabulary file holds: byte-level tokens, those and added ones, and flags of added ones."""
+    """The contents of a transformers vocabulary file.
+
+    Attributes:
+        vocabulary: byte-level tokens and their ids.
+        all: byte-level tokens and added tokens, and their ids.
+        flags: the JSON object of each added token in `tokenizer.json`, with flags such as `lstrip`.
+    """
 
     vocabulary: Mapping[str, int]
     all: Mapping[str, int]
@@ -164,18 +173,22 @@ class Found:
 
 
 def read_transformers(path: Path) -> Found:
-    """`tokenizer.json`, or `vocab.json` with the `added_tokens.json` beside it."""
+    """Reads `tokenizer.json`, or `vocab.json` together with `added_tokens.json` in the same directory.
+
+    Raises:
+        Emu3Error: a file is unreadable or damaged, or the tokenizer is not a byte-level BPE.
+    """
     raw = read_bytes(path, MAX_JSON_BYTES, FETCH)
     try:
         data = parse_json(raw, path, FETCH)
     except Emu3Error as error:
         raise no_vocabulary(path, error) from error
     if not isinstance(data, dict):
-        raise no_vocabulary(path, "it holds no object")
+        raise no_vocabulary(path, "it is not a JSON object")
     model = data.get("model")
     whole = isinstance(model, dict)
     if whole and model.get("type", "BPE") != "BPE":
-        raise no_vocabulary(path, f"its model is {shown(model['type'])}")
+        raise no_vocabulary(path, f"its model type is {shown(model['type'])}")
     vocabulary = model.get("vocab") if isinstance(model, dict) else data
     added = data.get("added_tokens", []) if whole else []
     if not isinstance(vocabulary, dict):
@@ -184,7 +197,7 @@ def read_transformers(path: Path) -> Found:
         isinstance(token, dict) and isinstance(token.get("content"), str) and is_whole(token.get("id"), 0)
         for token in added
     ):
-        raise no_vocabulary(path, "its added_tokens are no list of content and id")
+        raise no_vocabulary(path, "its added_tokens is not a list of objects with content and id")
     bad = next((token for token, i in vocabulary.items() if not is_whole(i, 0) or i >= MAX_IDS), None)
     if bad is not None:
         raise no_vocabulary(path, f"{shown(bad)} has the id {shown(vocabulary[bad])}")
@@ -196,11 +209,12 @@ def read_transformers(path: Path) -> Found:
 
 
 def no_vocabulary(path: Path, reason: object) -> Emu3Error:
+    """Makes the error for a file that is not a vocabulary of transformers."""
     return Emu3Error(f"{path} is not a byte-level BPE tokenizer.json or vocab.json ({reason}): {FETCH}")
 
 
 def read_added(directory: Path) -> dict[str, int]:
-    """`added_tokens.json` of a directory, words to ids; empty without the file."""
+    """Reads the words and ids in `added_tokens.json` of a directory. Empty if the file does not exist."""
     path = directory / ADDED_TOKENS_FILE
     if not os.path.lexists(path):
         return {}
@@ -212,13 +226,13 @@ def read_added(directory: Path) -> dict[str, int]:
 
 
 def read_listed(path: Path) -> list[str]:
-    """The tokens that `emu3_vision_tokens.txt` lists."""
+    """Reads the tokens that `emu3_vision_tokens.txt` lists."""
     text = read_bytes(path, _MAX_BYTES, "give the tokenizer's file").decode(errors="replace")
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def _byte_of_character() -> dict[str, int]:
-    """GPT-2's alphabet of byte-level vocabularies: printable bytes spell themselves, others stand from U+0100 on."""
+    """Makes GPT-2's byte-level alphabet: printable bytes map to themselves, the others to U+0100 and following."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}

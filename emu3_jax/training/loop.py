@@ -21,7 +21,7 @@ from emu3_jax.compilation import enable_persistent_cache
 from emu3_jax.config import FREE_FIELDS, DecoderConfig, other_field
 from emu3_jax.data.config import Source
 from emu3_jax.data.encoder import bundle_codebook
-from emu3_jax.data.pipeline import evaluation_batches, open_source, training_batches
+from emu3_jax.data.pipeline import evaluation_batches, open_prepared, training_batches
 from emu3_jax.data.sequences import ImageToText, NextFrame, TextOnly, TextToImage
 from emu3_jax.errors import Emu3Error
 from emu3_jax.files import new_file
@@ -134,7 +134,7 @@ class _DecoderJob:
         self._check_visual_ids()
         self._codebook = bundle_codebook(bundle).sha256 if bundle.has("vision") else None
         self._evaluated = [
-            (name, len(open_source(source, self._tokenizer, self._codebook))) for name, source in config.evaluation
+            (name, len(open_prepared(source, self._tokenizer, self._codebook))) for name, source in config.evaluation
         ]
         self._trainer = Trainer(config, decoder, mesh)
         self._batches = training_batches(
@@ -240,7 +240,7 @@ class _DecoderJob:
             text = samples.prompts[0]
         else:
             with contextlib.suppress(Emu3Error):  # the run is over: a damaged record must not make it fail now
-                text = open_source(source, self._tokenizer, self._codebook)[0].text
+                text = open_prepared(source, self._tokenizer, self._codebook)[0].text
         short = 0 < len(text) <= _EXAMPLE and text.isprintable() and not text.startswith("-")
         return shlex.quote(text) if short else "PROMPT"
 

@@ -72,7 +72,7 @@ def locked(directory: pathlib.Path) -> Iterator[None]:
             if os.path.lexists(directory / folder) and not (directory / folder).is_dir():
                 raise Emu3Error(f"{directory / folder} is not a directory: move it away, or choose another directory")
         for leftover in clean(directory):
-            _log.warning("removed %s: a killed run had left it unfinished", leftover)
+            _log.warning("removed %s, a leftover of a killed run", leftover)
         yield
 
 

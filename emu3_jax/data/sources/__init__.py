@@ -1,1 +1,1 @@
-"""Captioned pictures as people keep them: folders, tar shards, Parquet, hub data sets, lists of conversations."""
+"""Sources of captioned pictures: folders, tar shards, Parquet files, hub data sets, lists of conversations."""

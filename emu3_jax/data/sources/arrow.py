@@ -1,7 +1,7 @@
-"""Columns of pictures and captions in Arrow tables: of Parquet files here, of hub data sets in `hub`.
+"""Finds pictures and captions in Arrow tables, and reads Parquet files. `hub` uses it for hub data sets.
 
-A picture is bytes, or as Hugging Face's `datasets` writes it a struct of bytes and a path. Parquet is read with
-`pyarrow`, on which `datasets` rests too: from the file itself, without the copy that `datasets` would make.
+A picture is a cell of bytes, or a struct of bytes and path, as Hugging Face's `datasets` writes it. `pyarrow` reads
+Parquet files directly; `datasets` would copy them first.
 """
 
 import dataclasses
@@ -29,14 +29,14 @@ except ImportError as missing:
         "Parquet files and hub data sets need pyarrow, which is not installed: pip install 'emu3-jax[data]'"
     ) from missing
 
-_MAX_GROUP = 2 << 30  # bytes of a row group, whose pictures are in memory together
-_HELD = 2  # row groups that are kept: threads read on both sides of a border
+_MAX_GROUP = 2 << 30  # bytes of a row group, which is read into memory as a whole
+_HELD = 2  # row groups in memory; two, because threads read rows on both sides of a boundary
 _AGAIN = "download or write the Parquet file again"
-_BATCH = 256  # rows whose captions are read together
+_BATCH = 256  # rows per batch when captions are read
 
 
 def is_picture(kind: pa.DataType) -> bool:
-    """Whether a column of this type may hold pictures."""
+    """Whether a column of this type can hold pictures."""
     if pa.types.is_struct(kind):
         place = kind.get_field_index("bytes")
         return place >= 0 and is_picture(kind.field(place).type)
@@ -44,15 +44,23 @@ def is_picture(kind: pa.DataType) -> bool:
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Whether a column of this type holds texts."""
-    if pa.types.is_dictionary(kind):  # as pandas writes categories
+    """Whether a column of this type holds text."""
+    if pa.types.is_dictionary(kind):  # pandas writes categories as dictionaries
         return is_text(kind.value_type)
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Role:
-    """What a column may hold: what that is called, its type, the option that names one, usual names."""
+    """The kind of column to look for.
+
+    Attributes:
+        what: name of its contents in errors.
+        kind: name of its type in errors.
+        option: command-line option that names the column.
+        usual: usual names of such columns.
+        fits: whether a column of a type can hold the contents.
+    """
 
     what: str
     kind: str
@@ -66,10 +74,18 @@ _CAPTIONS = _Role("captions", "text", "--text-column", TEXT_COLUMNS, is_text)
 
 
 def choose(schema: pa.Schema, columns: Columns, where: str) -> tuple[str, str]:
-    """The columns with pictures and with captions.
+    """Chooses the columns with pictures and with captions.
+
+    Args:
+        schema: of the table.
+        columns: names that the user gave.
+        where: name of the table in errors.
+
+    Returns:
+        Names of the picture column and of the caption column.
 
     Raises:
-        Emu3Error: there is none of a kind, or it does not follow which of several is meant.
+        Emu3Error: a column is missing, or several columns fit and none has a usual name.
     """
     return _find(schema, columns.picture, _PICTURES, where), _find(schema, columns.text, _CAPTIONS, where)
 
@@ -80,20 +96,20 @@ def _find(schema: pa.Schema, wanted: str | None, role: _Role, where: str) -> str
     if wanted is not None:
         if wanted in fitting:
             return wanted
-        found = f"it is {schema.field(wanted).type!s:.80}" if wanted in schema.names else "there is none of that name"
-        raise Emu3Error(f"{where}: column {shown(wanted)} cannot hold {what}: {found}; it has {names}")
+        found = f"it is {schema.field(wanted).type!s:.80}" if wanted in schema.names else "it does not exist"
+        raise Emu3Error(f"{where}: column {shown(wanted)} cannot hold {what}: {found}; the columns are {names}")
     for name in role.usual:
         if name in fitting:
             return name
     if len(fitting) == 1:
         return fitting[0]
     if not fitting:
-        raise Emu3Error(f"{where}: no column holds {what}: it has {names}; add one of {role.kind}")
-    raise Emu3Error(f"{where}: columns {shown(fitting)} may hold {what}: name one with {role.option}")
+        raise Emu3Error(f"{where}: no column holds {what}: its columns are {names}; add a column of {role.kind}")
+    raise Emu3Error(f"{where}: columns {shown(fitting)} can hold {what}: name one with {role.option}")
 
 
 def cell_bytes(value: Any) -> tuple[bytes | None, str | None]:
-    """Bytes and path of a picture's cell."""
+    """Returns the bytes and the path in a picture's cell. Either may be None."""
     if isinstance(value, dict):
         return value.get("bytes"), value.get("path")
     return value, None
@@ -101,14 +117,20 @@ def cell_bytes(value: Any) -> tuple[bytes | None, str | None]:
 
 @dataclasses.dataclass(frozen=True)
 class CellPicture:
-    """A picture in a table: what reads its bytes, and its row there."""
+    """A picture in a table.
+
+    Attributes:
+        read: reads the picture's bytes, given the row.
+        row: the row.
+        name: name of the picture in errors.
+    """
 
     read: Callable[[int], bytes]
     row: int
     name: str
 
     def check(self) -> None:
-        """Nothing is known before it is read."""
+        """Does nothing: errors are found only by reading the picture."""
 
     def load(self) -> Image.Image:
         return load_image(Path(self.name), self.read(self.row))
@@ -118,19 +140,19 @@ class CellPicture:
 
 
 class ParquetFiles:
-    """The captioned pictures of Parquet files, in their order. At most two groups of rows are in memory."""
+    """The captioned pictures of Parquet files, in order. Keeps two row groups in memory."""
 
     def __init__(self, paths: Sequence[Path], columns: Columns):
         """Reads all captions.
 
         Raises:
-            Emu3Error: a file is damaged, has no rows or no column with pictures or captions, or groups of rows that are
-                too large.
+            Emu3Error: a file is damaged, has no column with pictures or captions, or has a row group that is too large;
+                or there are no rows.
         """
         self._paths = list(paths)
         digest, ends = hashlib.sha256(b"parquet"), [0]
-        self._groups: list[tuple[int, int]] = []  # number of the file, number of the group in it
-        self._firsts: list[int] = []  # of each file, how many rows come before it
+        self._groups: list[tuple[int, int]] = []  # for each row group: number of its file, number of the group in it
+        self._firsts: list[int] = []  # for each file: number of rows in all earlier files
         self._columns: list[tuple[str, str]] = []
         for number, path in enumerate(paths):
             with reading(path, _AGAIN):
@@ -142,7 +164,8 @@ class ParquetFiles:
                     digest.update(repr((chosen, path.stat().st_size)).encode())
                     for group in range(file.num_row_groups):
                         rows = file.metadata.row_group(group)
-                        # Of all columns: PyArrow ends the process where a damaged file is asked for one's metadata.
+                        # Check the size of all columns together. PyArrow crashes if a damaged file is asked for the
+                        # metadata of one column.
                         limit(f"{path} row group {group}", "bytes", rows.total_byte_size, _MAX_GROUP)
                         self._groups.append((number, group))
                         ends.append(ends[-1] + rows.num_rows)
@@ -163,14 +186,14 @@ class ParquetFiles:
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> Example:
-        """Example `index`. Raises an `Emu3Error` that names the row if it has no caption or picture."""
+        """Reads example `index`. Raises an `Emu3Error` that names the row if its caption is empty or not text."""
         path, row, caption = self._cell(index, 1)
         where = f"{path} row {row}"
         name = f"{path.name} row {row}"
         return Example(where, name, clean_caption(caption, where), CellPicture(self._bytes, index, where))
 
     def _cell(self, index: int, which: int) -> tuple[Path, int, Any]:
-        """The file of a row, its number there, and its picture (0) or caption (1)."""
+        """Reads a cell. Returns the file, the number of the row in the file, and the picture (0) or caption (1)."""
         group = int(np.searchsorted(self._ends, index, side="right")) - 1
         number, _ = self._groups[group]
         path, row = self._paths[number], index - self._firsts[number]
@@ -181,11 +204,11 @@ class ParquetFiles:
     def _bytes(self, index: int) -> bytes:
         data, _ = cell_bytes(self._cell(index, 0)[2])
         if not data:
-            raise Emu3Error("there are no bytes of a picture: embed the pictures when the Parquet file is written")
+            raise Emu3Error("this row has no picture: write the Parquet file with embedded pictures")
         return data
 
     def _read(self, group: int) -> pa.Table:
-        """A group of rows."""
+        """Reads a row group."""
         number, own = self._groups[group]
         with reading(self._paths[number], _AGAIN), pq.ParquetFile(self._paths[number]) as file:
             return file.read_row_group(own, columns=list(self._columns[number]), use_threads=False)

@@ -1,7 +1,7 @@
-"""LLaVA's JSON: a list of objects with `conversations`, turns of `human` and `gpt`, and an `image`.
+"""LLaVA's JSON: a list of objects with an `image` and `conversations`, a list of turns of `human` and `gpt`.
 
-Files with one such object a line (JSON lines) are read as well. A file may have a million objects, so only their places
-are kept.
+JSON lines with one such object per line are also read. A file can hold millions of objects, so memory holds only their
+positions.
 """
 
 import array
@@ -23,26 +23,26 @@ from emu3_jax.printable import printable, shown
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 _TOKEN = re.compile(r"\s*<(?:image|video)>\s*")
-_LEGAL = "give a JSON list of objects with conversations, as LLaVA's are"
-# A text as a whole, so that brackets inside it do not count.
+_LEGAL = "give a JSON list of objects with conversations, in LLaVA's format"
+# Matches brackets, and whole strings, so that brackets inside strings are skipped.
 _MARKS = re.compile(rb'"(?:[^"\\]|\\.)*+"|[\[\]{}]', re.DOTALL)
 
 
 class Conversations:
-    """The conversations of such a file. Pictures are looked for below a folder."""
+    """The conversations in a file of LLaVA's format."""
 
     def __init__(self, path: Path, images: Path | None = None):
         """Finds the objects.
 
         Args:
-            path: the file; `.jsonl` for one object a line.
-            images: where the objects' paths begin; by default the file's folder.
+            path: the file. The ending `.jsonl` means one object per line.
+            images: folder to which the paths of pictures are relative; by default the file's folder.
 
         Raises:
-            Emu3Error: it cannot be read, or is no list of objects.
+            Emu3Error: the file cannot be read, or is not a list of objects.
         """
         if images is not None and not images.is_dir():
-            raise Emu3Error(f"{images} is no folder: give --images the folder where the paths in {path.name} begin")
+            raise Emu3Error(f"--images {images} is not a folder: give the folder that paths in {path.name} start from")
         self._path, self._images = path, path.parent if images is None else images
         self._lines = Manifest(path) if path.suffix.lower() == ".jsonl" else None
         self._spans = np.zeros((0, 2), np.int64)
@@ -59,7 +59,7 @@ class Conversations:
         return len(self._spans if self._lines is None else self._lines)
 
     def __getitem__(self, index: int) -> Example:
-        """Example `index`. Raises an `Emu3Error` that names the object if it is no conversation."""
+        """Reads example `index`. Raises an `Emu3Error` that names the object if it is not a legal conversation."""
         if self._lines is not None:
             where, text = f"{self._path} line {self._lines.line(index)}", self._lines.raw(index)
         else:
@@ -75,7 +75,7 @@ class Conversations:
 
     def _parse(self, data: Any, where: str) -> Example:
         if not isinstance(data, dict):
-            raise Emu3Error(f"{shown(data)} is no object: {_LEGAL}")
+            raise Emu3Error(f"{shown(data)} is not an object: {_LEGAL}")
         said = data.get("conversations")
         if not isinstance(said, list):
             raise Emu3Error(f"conversations is {shown(said)}: it must be a list of turns")
@@ -86,7 +86,7 @@ class Conversations:
             if name is not None
         ]
         if len(media) > 1:
-            raise Emu3Error("has several pictures, and a record has one: leave it out, or make several of it")
+            raise Emu3Error("has several pictures, but a record can have only one: leave the object out, or split it")
         turns, tokens = [], 0
         for turn in said:
             if not isinstance(turn, dict) or turn.get("from") not in _ROLES:
@@ -95,18 +95,22 @@ class Conversations:
             tokens += len(_TOKEN.findall(value))
             turns.append({"role": _ROLES[turn["from"]], "text": _TOKEN.sub("\n", value).strip()})
         if tokens > 1:
-            raise Emu3Error(f"its turns have {tokens} pictures in them, and a record has one: leave it out")
+            raise Emu3Error(f"its turns contain {tokens} pictures, but a record can have only one: leave it out")
         medium = None
         for kind, name in media:
             medium = MediaFile(self._images / inner_path(name, kind), clip=kind == "video")
         if tokens and medium is None:
-            raise Emu3Error("a turn shows <image>, and the object names none: add image, or remove <image>")
+            raise Emu3Error("a turn contains <image>, but the object has no image field: add it, or remove <image>")
         name = printable(data["id"])[:200] if isinstance(data.get("id"), str) else where
         return Example(where, name, "", medium, check_conversation(turns))
 
 
 def _objects(path: Path) -> tuple[np.ndarray, str]:
-    """Place and length of each element of a JSON list, and the file's digest."""
+    """Finds the elements of a JSON list.
+
+    Returns:
+        Position and length of each element, int64 [N, 2], and the SHA-256 of the file.
+    """
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while block := stream.read(1 << 20):
@@ -122,7 +126,7 @@ def _objects(path: Path) -> tuple[np.ndarray, str]:
 
 
 def _elements(data: mmap.mmap, path: Path) -> Iterator[tuple[int, int]]:
-    """Where the objects of a list of objects begin and end."""
+    """Yields start and end of each object in a JSON list of objects. Raises an `Emu3Error` if it is something else."""
     depth, start, opened = 0, 0, False
     for mark in _MARKS.finditer(data):
         kind = data[mark.start() : mark.start() + 1]
@@ -143,4 +147,4 @@ def _elements(data: mmap.mmap, path: Path) -> Iterator[tuple[int, int]]:
                 return
         elif depth < 2:
             break
-    raise Emu3Error(f"{path} is no JSON list of objects, or is cut off: {_LEGAL}")
+    raise Emu3Error(f"{path} is not a JSON list of objects, or is cut off: {_LEGAL}")

@@ -1,4 +1,4 @@
-"""What every source of captioned pictures is made of: examples, and pictures that are read only when asked for."""
+"""Building blocks of all sources: examples, and pictures that are read on demand."""
 
 import dataclasses
 import hashlib
@@ -16,34 +16,34 @@ from emu3_jax.media.clips import Clip, load_clip
 from emu3_jax.media.images import HEIC_SUFFIXES, load_image, picture_formats
 from emu3_jax.printable import one_line
 
-MAX_CAPTION = 1 << 20  # bytes of a caption's file
+MAX_CAPTION = 1 << 20  # bytes of a file with one caption
 _MAX_PICTURE = 1 << 28  # bytes of a picture inside another file
-_END = 1 << 16  # bytes of either end of a picture that tell it from others
+_END = 1 << 16  # bytes at each end of a picture that identify it
 
 
 class Medium(Protocol):
-    """A picture or clip that has not been read yet. Equal ones are the same."""
+    """A picture or clip that has not been read yet. Two equal objects stand for the same picture or clip."""
 
     def check(self) -> None:
-        """Raises the `Emu3Error` that is known before it is read."""
+        """Raises an `Emu3Error` if an error can be found without reading the picture."""
 
     def load(self) -> Image.Image | Clip:
-        """The picture, upright and in RGB, or the clip. Raises `Emu3Error` if it is damaged."""
+        """Reads the picture, upright and in RGB, or the clip. Raises an `Emu3Error` if it is damaged."""
 
     def ends(self) -> bytes:
-        """Its length and both ends of its bytes: the same for copies, wherever they lie."""
+        """Returns the length of the file and the bytes at both ends. Copies of a picture give equal values."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One record before its picture is encoded.
+    """A record before its picture is encoded.
 
     Attributes:
-        where: its place, with which errors begin.
-        name: of the record.
+        where: file and line of the example; begins error messages.
+        name: name of the record.
         text: the caption.
-        medium: its picture or clip, or None of text alone.
-        conversation: turns, or none.
+        medium: the picture or clip; None for plain text.
+        conversation: turns; may be empty.
     """
 
     where: str
@@ -53,33 +53,36 @@ class Example:
     conversation: tuple[Turn, ...] = ()
 
     def identity(self) -> bytes:
-        """A hash that is the same for all captions of one picture, wherever and under whatever name it lies."""
+        """A hash of the picture's contents, or of the text if there is no picture.
+
+        All captions of one picture have the same hash, also if copies of the picture have different names.
+        """
         parts = (self.text, *(turn.text for turn in self.conversation))
         content = self.medium.ends() if self.medium is not None else "\0".join(parts).encode()
         return hashlib.sha256(content).digest()
 
 
 class Source(Protocol):
-    """Examples, read one by one: a source of millions is never in memory."""
+    """Interface of sources. Examples are read on demand, so a source of millions fits in memory."""
 
-    digest: str  # of all that decides the examples, but for the pixels
+    digest: str  # hash of everything that determines the examples, except the pixels
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example:
-        """Example `index`; `Emu3Error` that says what is wrong with it."""
+        """Reads example `index`. Raises an `Emu3Error` if the example is not usable."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MediaFile:
-    """A picture's file, or with `clip` a clip's: an animation, a video, or a folder of frames."""
+    """A picture in a file of its own; or, with `clip`, an animation, a video, or a folder of frames."""
 
     path: Path
     clip: bool = False
 
     def check(self) -> None:
         if not os.path.exists(self.path):
-            raise Emu3Error(f"there is no {self.path}: correct the path, or add the file")
+            raise Emu3Error(f"{self.path} does not exist: correct the path, or add the file")
 
     def load(self) -> Image.Image | Clip:
         with reading(self.path):
@@ -97,9 +100,13 @@ class MediaFile:
 
 @dataclasses.dataclass(frozen=True)
 class MemberPicture:
-    """A picture that lies inside a file as it is, such as a tar file: `size` bytes from `start` on.
+    """A picture inside an uncompressed archive, such as a tar file.
 
-    Errors call it `name`.
+    Attributes:
+        path: the archive.
+        start: position of the picture in the archive.
+        size: length of the picture in bytes.
+        name: name of the picture in errors.
     """
 
     path: Path
@@ -108,13 +115,13 @@ class MemberPicture:
     name: str
 
     def check(self) -> None:
-        """Nothing is known before it is read."""
+        """Does nothing: errors are found only by reading the picture."""
 
     def load(self) -> Image.Image:
         return load_image(Path(self.name), self.read())
 
     def read(self) -> bytes:
-        """Its bytes."""
+        """Reads the picture's bytes. Raises an `Emu3Error` if it is too large or cannot be read."""
         limit(self.name, "bytes", self.size, _MAX_PICTURE)
         with reading(self.path), self.path.open("rb") as stream:
             stream.seek(self.start)
@@ -126,7 +133,7 @@ class MemberPicture:
 
 
 def stream_ends(stream: BinaryIO, start: int, size: int) -> bytes:
-    """What `Medium.ends` gives for the `size` bytes of a file from `start` on."""
+    """Computes `Medium.ends` for `size` bytes of a file, beginning at `start`."""
     stream.seek(start)
     first = stream.read(min(size, _END))
     stream.seek(start + max(size - _END, 0))
@@ -134,25 +141,25 @@ def stream_ends(stream: BinaryIO, start: int, size: int) -> bytes:
 
 
 def bytes_ends(data: bytes) -> bytes:
-    """The same for bytes."""
+    """Computes `Medium.ends` for bytes in memory."""
     return stream_ends(io.BytesIO(data), 0, len(data))
 
 
 def picture_suffixes() -> frozenset[str]:
-    """Endings of pictures' names, in lower case; those of HEIC also where nothing is installed that reads it."""
+    """File endings of pictures, in lower case. Includes HEIC even if pillow-heif is not installed."""
     formats = picture_formats()
     registered = {suffix for suffix, name in Image.registered_extensions().items() if name in formats}
     return frozenset(registered | HEIC_SUFFIXES)
 
 
 def where_once(where: str, error: Exception) -> str:
-    """The error's message, which begins with `where` unless that stands in it."""
+    """Returns the error's message, with `where` in front unless the message already contains it."""
     message = str(error)
     return message if one_line(where) in message else f"{where}: {message}"
 
 
 def decode_caption(data: bytes, where: str) -> str:
-    """The caption that a text file holds. Raises `Emu3Error` that begins with `where` if it is no text, or empty."""
+    """Decodes the caption in a text file. Raises an `Emu3Error` that begins with `where` if it is empty or not text."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -161,13 +168,13 @@ def decode_caption(data: bytes, where: str) -> str:
 
 
 def clean_caption(text: object, where: str) -> str:
-    """A caption without blank ends. Raises `Emu3Error` that begins with `where` if it is no text, or empty."""
+    """Strips blanks from a caption. Raises an `Emu3Error` that begins with `where` if it is empty or not text."""
     try:
         caption = check_text("caption", text).strip()
     except Emu3Error as error:
         raise Emu3Error(f"{where}: {error}") from error
     if not caption:
         raise Emu3Error(f"{where}: the caption is empty: write one")
-    if "\0" in caption:  # UTF-16 without a mark at its beginning reads as UTF-8
-        raise Emu3Error(f"{where}: the caption has zero characters in it: save it as text in UTF-8")
+    if "\0" in caption:  # UTF-16 without a byte order mark decodes as UTF-8 with null characters
+        raise Emu3Error(f"{where}: the caption contains null characters: save it as text in UTF-8")
     return caption

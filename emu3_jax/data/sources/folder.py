@@ -1,8 +1,8 @@
-"""A folder of pictures: captions in text files beside them, or in files that list pictures and captions.
+"""A folder of pictures with captions, in text files beside the pictures or in files that list pictures and captions.
 
-`photo.jpg` has its caption in `photo.txt` or `photo.jpg.txt`, or in a row of `metadata.jsonl`, `metadata.csv`,
-`captions.csv` or `captions.jsonl`, which name it relative to their own folder: the conventions of Hugging Face's image
-folders. Folders inside the folder count. Hidden files and links to folders do not.
+The caption of `photo.jpg` is in `photo.txt` or `photo.jpg.txt`; or in a row of `metadata.jsonl`, `metadata.csv`,
+`captions.csv` or `captions.jsonl`, which give the picture's path relative to their own folder. Hugging Face's image
+folders follow the same conventions. Subfolders are included. Hidden files and links to folders are skipped.
 """
 
 import dataclasses
@@ -20,29 +20,38 @@ from emu3_jax.foreign import read_bytes
 from emu3_jax.media.images import HEIC_SUFFIXES, require_heic
 from emu3_jax.printable import printable
 
-_ASIDE = -1  # in the place of a caption file's number: a text file beside the picture
+_ASIDE = -1  # instead of the number of a caption file: the caption is in a text file beside the picture
 _NOWHERE = (0, 0, 0)
-_REMEDY = f"write a caption beside it, in a text file of its name, or in {NAMES[0]} or {NAMES[2]}"
-_WANTED = "give a folder of PNG, JPEG, WebP or other pictures, or one of tar or Parquet files"
-_Place = tuple[int, int, int]  # a caption file's number, a line's number and place; or _ASIDE, the text's number, 0
+_REMEDY = f"write a caption to a .txt file with the same name, or to {NAMES[0]} or {NAMES[2]}"
+_WANTED = "give a folder of PNG, JPEG, WebP or other pictures, or of tar or Parquet files"
+# Place of a caption: number of a caption file, number and position of a line. Or: _ASIDE, number of a text file, 0.
+_Place = tuple[int, int, int]
 
 
 @dataclasses.dataclass
 class _Found:
-    """What lies in a folder, by the normal forms of names: file systems spell accents differently."""
+    """The contents of a folder. Keys are paths in Unicode form NFC, because file systems encode accents differently.
+
+    Attributes:
+        pictures: paths of pictures.
+        texts: paths of text files; keys are paths without the ending.
+        rows: places of rows in caption files; keys are paths of their pictures.
+        problems: error messages for rows that are not usable.
+        blamed: keys of the pictures in these rows.
+    """
 
     pictures: dict[str, str] = dataclasses.field(default_factory=dict)
-    texts: dict[str, str] = dataclasses.field(default_factory=dict)  # by their names without the ending
-    rows: dict[str, list[_Place]] = dataclasses.field(default_factory=dict)  # of caption files, by their pictures
-    problems: list[str] = dataclasses.field(default_factory=list)  # of such rows
-    blamed: set[str] = dataclasses.field(default_factory=set)  # pictures that rows with problems name
+    texts: dict[str, str] = dataclasses.field(default_factory=dict)
+    rows: dict[str, list[_Place]] = dataclasses.field(default_factory=dict)
+    problems: list[str] = dataclasses.field(default_factory=list)
+    blamed: set[str] = dataclasses.field(default_factory=set)
 
 
 class Folder:
-    """The captioned pictures of a folder, or of one file that lists them, in the order of their names.
+    """The captioned pictures of a folder, or of one file that lists pictures, sorted by name.
 
-    Of each picture its name and the place of its caption are kept. A picture without a caption, a caption without a
-    picture, and one with two different captions are examples that cannot be read.
+    Memory holds the name of each picture and the place of its caption. Unusable entries are also examples, and reading
+    them raises an error: a picture without a caption, a caption without a picture, a picture with two captions.
     """
 
     def __init__(self, path: Path, columns: Columns, *, leave_out: Path | None = None):
@@ -50,11 +59,12 @@ class Folder:
 
         Args:
             path: the folder, or a file that lists pictures and captions.
-            columns: of such files.
-            leave_out: a folder inside that is not looked at, because results are written there.
+            columns: names of columns in caption files.
+            leave_out: a subfolder to skip, because results are written there.
 
         Raises:
-            Emu3Error: it cannot be read, holds no pictures or no captions, or HEIC files that nothing installed reads.
+            Emu3Error: the folder cannot be read, or holds no pictures or no captions; or it holds HEIC pictures and
+                pillow-heif is not installed.
         """
         self._files: list[CaptionFile] = []
         self._names, self._places, self._asides = PackedNames(), PackedNumbers(3), PackedNames()
@@ -77,16 +87,14 @@ class Folder:
         for problem in found.problems:
             self._add("", _NOWHERE, problem)
         if not usable:
-            raise Emu3Error(
-                f"{path}: no picture has a caption that can be used; the first: {first or self._problems[0]}"
-            )
+            raise Emu3Error(f"{path}: no picture has a usable caption; the first problem: {first or self._problems[0]}")
         self.digest = self._digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self._names)
 
     def __getitem__(self, index: int) -> Example:
-        """Example `index`. Raises the `Emu3Error` that says what is wrong with it."""
+        """Reads example `index`. Raises an `Emu3Error` if the example is not usable."""
         if index in self._problems:
             raise Emu3Error(self._problems[index])
         name = self._names[index]
@@ -97,7 +105,7 @@ class Folder:
     # -------------------------------------------------------------------------------------------- looking through it
 
     def _look(self, found: _Found, columns: Columns, leave_out: Path | None) -> None:
-        """Finds pictures, texts and caption files."""
+        """Finds pictures, text files and caption files."""
 
         def unreadable(error: OSError) -> None:
             raise Emu3Error(f"cannot read {error.filename}: {error.strerror}; make it readable, or move it away")
@@ -124,7 +132,7 @@ class Folder:
                     found.texts[_key(os.path.splitext(path)[0])] = path
 
     def _read_rows(self, found: _Found) -> None:
-        """Reads the files that list pictures, which may name pictures of unusual endings."""
+        """Reads the caption files. They may also name pictures with unusual endings."""
         for number, file in enumerate(self._files):
             folder = os.path.relpath(file.path.parent, self._root)
             for row in file.rows():
@@ -138,12 +146,12 @@ class Folder:
                     found.rows.setdefault(key, []).append((number, row.line, row.place))
                 else:
                     found.problems.append(
-                        f"{file.path} line {row.line}: there is no {self._root / path}: correct the name, which is "
-                        "relative to this file, or remove the line"
+                        f"{file.path} line {row.line}: {self._root / path} does not exist: correct the name, which is "
+                        "relative to this file's folder, or remove the line"
                     )
 
     def _pair(self, found: _Found) -> int:
-        """Finds the one caption of every picture, or what is wrong with it. Returns how many pictures have one."""
+        """Assigns one caption, or an error message, to every picture. Returns the number of pictures with a caption."""
         used: set[str] = set()
         usable = 0
         for key in sorted(found.pictures):
@@ -165,7 +173,7 @@ class Folder:
                 first, second = (self._where(place) for place in list(captions.values())[:2])
                 problem = (
                     f"{self._root / name} has two captions, {first} and {second}: remove one, or write a manifest, "
-                    "in which a picture may stand on several lines"
+                    "which may list a picture several times"
                 )
             elif captions:
                 usable += 1
@@ -174,25 +182,25 @@ class Folder:
                 continue
             elif problem is None:
                 if key in found.blamed:
-                    continue  # its row is told of
+                    continue  # the problem of its row is already reported
                 problem = f"{self._root / name} has no caption: {_REMEDY}"
             self._add(name, _NOWHERE, problem)
         found.problems += [
-            f"{self._root / name}: there is no picture of that name: add it, or remove the text"
+            f"{self._root / name}: there is no picture with this name: add it, or remove the text file"
             for key, name in found.texts.items()
             if key not in used
         ]
         return usable
 
     def _add(self, name: str, place: _Place, problem: str | None = None, caption: str = "") -> None:
-        """Adds an example, or a problem in the place of one."""
+        """Adds an example, or an error message instead."""
         if problem is not None:
             self._problems[len(self._names)] = problem
         try:
             size = os.stat(self._root / name).st_size if name else 0
-        except OSError:  # a link to nothing: that is told when the picture is read
+        except OSError:  # a broken link, which is reported when the picture is read
             size = -1
-        # Names alone, not the folder's: it may move.
+        # Hash only names inside the folder, because the folder may move.
         parts = (os.fsencode(name), str(size).encode(), caption.encode(), b"" if problem is None else b"!")
         self._digest.update(b"\0".join(parts) + b"\0\n")
         self._names.append(name)

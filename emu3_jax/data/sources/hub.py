@@ -1,7 +1,7 @@
-"""Data sets of the Hugging Face hub, through its own library `datasets`: `hf:NAME`, `hf:NAME:SPLIT`.
+"""Data sets on the Hugging Face hub: `hf:NAME`, `hf:NAME:SPLIT` or `hf:NAME:CONFIG:SPLIT`.
 
-`datasets` knows how data sets are laid out on the hub, downloads them once, and keeps them in Arrow files that are
-mapped into memory. It runs no code of a data set.
+The library `datasets` downloads a data set once, and stores it in Arrow files that are mapped into memory. It does not
+run code from a data set.
 """
 
 import contextlib
@@ -22,29 +22,29 @@ from emu3_jax.printable import printable, shown
 from emu3_jax.progress import on_terminal, shows, tell
 
 PREFIX = "hf:"
-_PATIENCE = 20  # seconds for the hub's first answer
+_PATIENCE = 20  # seconds to wait for the hub's first answer
 _MAX_PICTURE = 1 << 28  # bytes
 _NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _USE = "write hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT, with names that the hub shows"
 
 
 class HubDataset:
-    """The captioned pictures of one split."""
+    """The captioned pictures of one split of a hub data set."""
 
     def __init__(self, location: str, columns: Columns):
-        """Downloads the split, unless that was done before.
+        """Downloads the data set, unless it was downloaded before.
 
         Args:
-            location: see the module; without a split it is `train`, or the only one.
-            columns: with pictures and captions.
+            location: `hf:NAME` and so on, see the module. The default split is `train`, or the only split.
+            columns: names of the columns with pictures and captions.
 
         Raises:
-            Emu3Error: `datasets` is not installed, the hub cannot be reached, or has no such data set or split; or the
-                data set has no column with pictures or captions.
+            Emu3Error: `datasets` is not installed, the hub cannot be reached, the data set or split does not exist, or
+                it has no column with pictures or captions.
         """
         parts = location.removeprefix(PREFIX).split(":")
         if not _NAME.fullmatch(parts[0]) or len(parts) > 3 or not all(parts):
-            raise Emu3Error(f"{shown(location)} is no name of a hub data set: {_USE}")
+            raise Emu3Error(f"{shown(location)} is not a legal name of a hub data set: {_USE}")
         name, split = parts[0], parts[-1] if len(parts) > 1 else None
         self._where = f"{PREFIX}{name}"
         builder, split = _download(self._where, name, parts[1] if len(parts) == 3 else None, split)
@@ -61,7 +61,7 @@ class HubDataset:
         return len(self._data)
 
     def __getitem__(self, index: int) -> Example:
-        """Example `index`. Raises an `Emu3Error` that names the row if it has no caption or picture."""
+        """Reads example `index`. Raises an `Emu3Error` that names the row if its caption is empty or not text."""
         where = f"{self._where} row {index}"
         with reading(where):
             text = self._data[index : index + 1][self._text][0].as_py()
@@ -76,11 +76,11 @@ class HubDataset:
             plain_file(file)
             limit(path, "bytes", file.stat().st_size, _MAX_PICTURE)
             return file.read_bytes()
-        raise Emu3Error("there are no bytes of a picture in this row: leave the row out of the data set")
+        raise Emu3Error("this row has no picture: leave the row out of the data set")
 
 
 def _downloaded(path: str) -> Path | None:
-    """A file that `datasets` downloaded. What a data set names elsewhere is not opened."""
+    """Returns the path of a file in the download caches, else None. A data set could name any file on this machine."""
     import datasets
     from huggingface_hub import constants
 
@@ -93,7 +93,7 @@ def _downloaded(path: str) -> Path | None:
 
 
 def _download(where: str, name: str, config: str | None, split: str | None) -> tuple[Any, str]:
-    """The data set's builder, when everything is downloaded, and the name of the split. Raises as `HubDataset`."""
+    """Downloads a data set. Returns its builder and the name of the split. Raises as `HubDataset`."""
     try:
         import datasets
         import huggingface_hub
@@ -104,7 +104,8 @@ def _download(where: str, name: str, config: str | None, split: str | None) -> t
     from huggingface_hub import constants
 
     with _quietly(datasets), _explained(where):
-        # `datasets` waits half a minute for a hub that is not there, and takes a data set's newest commit each time.
+        # `datasets` would look up the newest commit itself, and wait half a minute for an unreachable hub. So look it
+        # up here with a shorter timeout, and pin it.
         offline = constants.HF_HUB_OFFLINE
         commit = None if offline else huggingface_hub.HfApi().dataset_info(name, timeout=_PATIENCE).sha
         builder = datasets.load_dataset_builder(f"hf://datasets/{name}", config, revision=commit)
@@ -119,7 +120,7 @@ def _download(where: str, name: str, config: str | None, split: str | None) -> t
 
 @contextlib.contextmanager
 def _quietly(datasets: Any) -> Iterator[None]:
-    """No warnings of the two libraries, and bars only on a terminal."""
+    """Silences the warnings of `datasets` and `huggingface_hub`, and their bars unless on a terminal."""
     from huggingface_hub.utils import logging
 
     before, hub = datasets.logging.get_verbosity(), logging.get_verbosity()
@@ -139,7 +140,7 @@ def _quietly(datasets: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _explained(where: str) -> Iterator[None]:
-    """One line of whatever the libraries raise."""
+    """Turns any exception of the two libraries into a one-line `Emu3Error` that begins with `where`."""
     from huggingface_hub import constants, errors
 
     try:
@@ -147,32 +148,30 @@ def _explained(where: str) -> Iterator[None]:
     except (Emu3Error, KeyboardInterrupt):
         raise
     except errors.GatedRepoError as error:
-        raise Emu3Error(f"{where}: its owner decides who reads it: ask on its page, then run hf auth login") from error
+        raise Emu3Error(f"{where}: access is restricted: request access on its page, then run hf auth login") from error
     except errors.RepositoryNotFoundError as error:
         raise Emu3Error(
-            f"{where}: the hub has no such data set, or it is private: correct the name, or run hf auth login"
+            f"{where}: this data set does not exist or is private: correct the name, or run hf auth login"
         ) from error
     except Exception as error:
         said = " ".join(str(error).split()) or type(error).__name__
         if _unreached(error) and constants.HF_HUB_OFFLINE:
-            raise Emu3Error(
-                f"{where}: HF_HUB_OFFLINE is set, and it was not downloaded before: unset the variable"
-            ) from error
+            raise Emu3Error(f"{where}: not downloaded yet, and HF_HUB_OFFLINE is set: unset the variable") from error
         if _unreached(error):
             raise Emu3Error(
-                f"{where}: the hub cannot be reached ({said:.120}): connect, set HF_ENDPOINT to a mirror, or copy the "
-                "data set here and give its folder"
+                f"{where}: the hub cannot be reached ({said:.120}): check the network, set HF_ENDPOINT to a mirror, or "
+                "copy the data set to this machine and give its folder"
             ) from error
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise Emu3Error(
-                f"{where}: the disk is full ({said:.120}): free space, or set HF_HOME to another"
+                f"{where}: the disk is full ({said:.120}): free space, or set HF_HOME to a folder on another disk"
             ) from error
         remedy = _USE if "config" in said.lower() else "choose another data set, or give files that you downloaded"
         raise Emu3Error(f"{where}: {said:.150}; {remedy}") from error
 
 
 def _unreached(error: BaseException | None) -> bool:
-    """Whether an error, or the one it came from, is about the network."""
+    """Whether the error, or one of its causes, is a network error."""
     while error is not None:
         names = {kind.__name__ for kind in type(error).__mro__}
         if names & {"ConnectionError", "TransportError", "OfflineModeIsEnabled", "LocalEntryNotFoundError"}:

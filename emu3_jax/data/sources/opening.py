@@ -1,4 +1,4 @@
-"""Which source a command line means."""
+"""Recognises the kind of source that a command line names, and opens it."""
 
 import functools
 import os
@@ -23,21 +23,21 @@ _CONTAINERS = (".tar", ".parquet")
 def open_source(
     places: Sequence[str], columns: Columns, *, images: Path | None = None, output: Path | None = None
 ) -> Source:
-    """The captioned pictures at some places.
+    """Opens a source of captioned pictures.
 
     Args:
-        places: a folder, `hf:NAME`, one file that lists pictures (a manifest, CSV, JSON lines, LLaVA's JSON), or tar or
-            Parquet files.
-        columns: of tables, as the user named them.
-        images: where paths in LLaVA's JSON begin.
-        output: a folder that is not looked at where it lies in a folder of pictures.
+        places: one folder; `hf:NAME`; one file that lists pictures (a manifest, CSV, JSON lines, or LLaVA's JSON); or
+            one or more tar or Parquet files.
+        columns: names of columns in tables.
+        images: folder to which paths in LLaVA's JSON are relative.
+        output: output folder of `prepare`. It is skipped if it is inside a folder of pictures.
 
     Raises:
-        Emu3Error: there is nothing at a place, or nothing that can be prepared.
+        Emu3Error: a path does not exist, or holds nothing that can be prepared.
     """
     source = _open(places, columns, images, output)
     if images is not None and not isinstance(source, Conversations):
-        raise Emu3Error("--images is for LLaVA's JSON alone: other sources say where their pictures are; leave it out")
+        raise Emu3Error("--images works only with LLaVA's JSON; other sources contain their paths: leave it out")
     return source
 
 
@@ -59,14 +59,14 @@ def _open(places: Sequence[str], columns: Columns, images: Path | None, output: 
         return _open_container(ending, paths, columns)
     if len(paths) > 1:
         raise Emu3Error(
-            f"{len(paths)} sources were given: several must be tar or Parquet files, all of one kind; for others run "
-            "prepare once each, with an output of its own"
+            f"{len(paths)} sources were given: several sources must all be tar files or all be Parquet files; run "
+            "prepare once for each other source, each with its own output"
         )
     return _open_list(paths[0], columns, images)
 
 
 def _open_folder(path: Path, columns: Columns, output: Path | None) -> Source:
-    """A folder of pictures, or one of tar or Parquet files alone."""
+    """Opens a folder of pictures, or a folder that holds only tar files or only Parquet files."""
     with reading(path):
         names = sorted(name for name in os.listdir(path) if not name.startswith("."))
     if output is not None:
@@ -79,7 +79,7 @@ def _open_folder(path: Path, columns: Columns, output: Path | None) -> Source:
         if others:
             raise Emu3Error(
                 f"{path} holds {shown(found[0].name)} and {shown(others[0])}: give the {ending} files by name, or "
-                "folders of one kind of data"
+                "give folders that hold one kind of data"
             )
         return _open_container(ending, found, columns)
     return Folder(path, columns, leave_out=output)
@@ -94,7 +94,7 @@ def _open_container(ending: str, paths: Sequence[Path], columns: Columns) -> Sou
 
 
 def _open_list(path: Path, columns: Columns, images: Path | None) -> Source:
-    """A file that lists pictures: what kind follows from its name, and of JSON lines from the first of them."""
+    """Opens a file that lists pictures. Its name determines its kind; for JSON lines, its first line does."""
     suffix = path.suffix.lower()
     if suffix in _COMPRESSED:
         raise Emu3Error(f"{path} is compressed: unpack it, and give the folder or the plain .tar")
@@ -108,7 +108,7 @@ def _open_list(path: Path, columns: Columns, images: Path | None) -> Source:
         first = _first_line(path)
         if isinstance(first, dict) and "conversations" in first:
             return Conversations(path, images)
-        # A manifest has `image`, too.
+        # `image` does not identify a caption file, because manifests have this field too.
         named = set(FILE_COLUMNS) - {"image"} if columns.picture is None else {columns.picture}
         if isinstance(first, dict) and (named & first.keys() or path.name.lower() in NAMES):
             return Folder(path, columns)
@@ -116,7 +116,7 @@ def _open_list(path: Path, columns: Columns, images: Path | None) -> Source:
 
 
 def _first_line(path: Path) -> object:
-    """The first line that is not blank, parsed; None where that fails."""
+    """Parses the first line that is not blank. Returns None if it is not JSON, or there is none."""
     with reading(path):
         plain_file(path)
         with path.open("rb") as stream:
@@ -133,14 +133,14 @@ class ManifestSource:
     """The lines of a manifest as examples."""
 
     def __init__(self, manifest: Manifest):
-        """Takes an open manifest."""
+        """Wraps an open manifest."""
         self._manifest, self.digest = manifest, manifest.digest
 
     def __len__(self) -> int:
         return len(self._manifest)
 
     def __getitem__(self, index: int) -> Example:
-        """The example of line `index`. Raises as `Manifest`."""
+        """Makes example `index`. Raises as `Manifest.__getitem__`."""
         entry = self._manifest[index]
         file = entry.image or entry.clip
         medium = None if file is None else MediaFile(file, clip=entry.clip is not None)

@@ -1,17 +1,17 @@
-"""Lists of millions of names and numbers in little memory."""
+"""Memory-saving lists for millions of names or numbers."""
 
 import array
 import os
 
 
 class PackedNames:
-    """A list of files' names: a million of 30 characters takes 40 MB."""
+    """A list of file names. A million names of 30 characters take 40 MB."""
 
     def __init__(self) -> None:
         self._bytes, self._ends = bytearray(), array.array("q", [0])
 
     def append(self, name: str) -> None:
-        """Adds a name as the file system gave it."""
+        """Adds a name. Names that are not UTF-8 are kept exactly."""
         self._bytes += os.fsencode(name)
         self._ends.append(len(self._bytes))
 

@@ -1,4 +1,4 @@
-"""Results that several threads share."""
+"""A cache of results that several threads share."""
 
 import collections
 import threading
@@ -11,10 +11,10 @@ _V = TypeVar("_V")
 
 
 class Recent(Generic[_K, _V]):
-    """The newest results of a function. Whichever thread needs one first makes it, and the others wait for it."""
+    """Caches the most recent results of a function. If several threads need a result, one of them computes it."""
 
     def __init__(self, make: Callable[[_K], _V], held: int):
-        """Takes the function and how many results are held."""
+        """Makes an empty cache for `held` results of the function `make`."""
         self._make, self._held = make, held
         self._lock = threading.Lock()
         self._results = collections.OrderedDict[_K, Future[_V]]()
@@ -23,7 +23,7 @@ class Recent(Generic[_K, _V]):
         return len(self._results)
 
     def __getitem__(self, key: _K) -> _V:
-        """The result for `key`. Raises what the function raised."""
+        """Returns the result for `key`, and computes it if necessary. Raises any error of the function."""
         with self._lock:
             missing = key not in self._results
             result = self._results.setdefault(key, Future())
@@ -33,6 +33,6 @@ class Recent(Generic[_K, _V]):
         if missing:
             try:
                 result.set_result(self._make(key))
-            except BaseException as error:  # whatever it is: other threads may wait
+            except BaseException as error:  # catch everything: other threads may be waiting for the result
                 result.set_exception(error)
         return result.result()

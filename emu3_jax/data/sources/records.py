@@ -1,4 +1,4 @@
-"""The records of any source: pictures are read, resized and encoded one by one, when asked for."""
+"""Makes records from the examples of any source. Each picture is read, resized and encoded on demand."""
 
 import hashlib
 import threading
@@ -13,22 +13,22 @@ from emu3_jax.errors import Emu3Error
 from emu3_jax.generation.pipeline import Emu3
 from emu3_jax.text.tokenizer import SpecialTokenError, Tokenizer
 
-_RECENT = 64  # pictures whose codes are kept: more than the threads that read
-_ENCODING = 2  # one picture on the device, and one on its way there: more would only take memory
+_RECENT = 64  # pictures whose codes stay in memory; more than the usual number of threads
+_ENCODING = 2  # one picture on the device and one in transfer; more would need memory without being faster
 
 
 class SourceRecords:
-    """Entries for `prepare`, of a source and a vision tokenizer."""
+    """Entries for `prepare`, made from a source and a vision tokenizer."""
 
     def __init__(self, source: Source, model: Emu3, area: int | None, tokenizer: Tokenizer | None = None):
-        """Sets out how examples become records.
+        """Stores how examples become records.
 
         Args:
             source: the examples.
-            model: its vision tokenizer encodes.
-            area: pixels that pictures and frames are resized to before the image processor has its say, keeping their
-                shape, as the reference's data preparation does; None leaves their size to the image processor alone.
-            tokenizer: where given, texts with control tokens in them are refused now rather than in training.
+            model: the model whose vision tokenizer encodes pictures.
+            area: area in pixels to which pictures and frames are resized first, as in the reference's data preparation.
+                The image processor may resize them again. With None, only the image processor resizes them.
+            tokenizer: if given, texts with control tokens are refused here. Otherwise training would refuse them.
         """
         check_area(area)
         self._source, self._model, self._area, self._tokenizer = source, model, area, tokenizer
@@ -41,15 +41,15 @@ class SourceRecords:
         return len(self._source)
 
     def check(self, index: int) -> None:
-        """Raises the `Emu3Error` that is known of entry `index` before its picture is read."""
+        """Raises an `Emu3Error` if entry `index` has an error that can be found without reading its picture."""
         self._example(index)
 
     def identity(self, index: int) -> bytes:
-        """What entry `index` shows, as a hash; see `Example.identity`."""
+        """A hash of the contents of entry `index`; see `Example.identity`."""
         return self._source[index].identity()
 
     def __getitem__(self, index: int) -> Record:
-        """Record `index`. Raises `Emu3Error` that names the example if it cannot be made."""
+        """Makes record `index`. Raises an `Emu3Error` that names the example if that fails."""
         example = self._example(index)
         try:
             codes = None if example.medium is None else self._codes[example.medium]
@@ -66,15 +66,13 @@ class SourceRecords:
                 for text in (example.text, *(turn.text for turn in example.conversation)):
                     self._tokenizer.encode(text)
         except SpecialTokenError as error:
-            raise Emu3Error(
-                f"{example.where}: the text contains the special token {error.token}: take it out"
-            ) from error
+            raise Emu3Error(f"{example.where}: the text contains the special token {error.token}: remove it") from error
         except Emu3Error as error:
             raise Emu3Error(where_once(example.where, error)) from error
         return example
 
     def _encode(self, medium: Medium) -> np.ndarray:
-        """The codes of a picture or clip."""
+        """Encodes a picture or clip to codes."""
         media = medium.load()
         if self._area is not None:
             media = resize_to_area(media, self._area)

@@ -1,9 +1,9 @@
-"""Tar files of pictures and captions, as `webdataset` writes them: members of one name belong together.
+"""Tar files of pictures and captions in the format of `webdataset`: members with the same name belong together.
 
-`000.jpg` has its caption in `000.txt`, or in a field of the object in `000.json`. The ending is what follows the last
-dot of a name. Python's `tarfile` lists the members, and a picture is read from its place in the tar file. `webdataset`
-itself only reads from beginning to end, and `prepare` reads in any order. Nothing is written to disk, so names in a tar
-file are never paths.
+The caption of `000.jpg` is in `000.txt`, or in a field of the object in `000.json`. The ending of a name begins at its
+last dot. Python's `tarfile` lists the members, and pictures are read directly from their position in the tar file. The
+library `webdataset` is not used: it reads only from beginning to end, while `prepare` reads in any order. Nothing is
+unpacked to disk, so names in a tar file never become paths.
 """
 
 import hashlib
@@ -27,31 +27,31 @@ from emu3_jax.foreign import limit, parse_json, plain_file, reading
 from emu3_jax.media.images import require_heic
 from emu3_jax.printable import printable, shown
 
-_BLOCK = 512  # bytes; headers begin at multiples of it
-_PADDING = 1 << 16  # bytes behind the end that are looked at: tar fills 20 blocks
-_MAX_HEADER = 1 << 20  # bytes of a member's extended header: some names
-_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")  # how gzip, bzip2, xz and zstd files begin
+_BLOCK = 512  # bytes; headers begin at multiples of this number
+_PADDING = 1 << 16  # bytes to check after the end of the archive; tar pads a file to a multiple of 20 blocks
+_MAX_HEADER = 1 << 20  # bytes of a member's extended header, which holds long names
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")  # first bytes of gzip, bzip2, xz and zstd files
 _AGAIN = "download or write the tar file again"
-_Member = tuple[str, int, int]  # name, place, size
+_Member = tuple[str, int, int]  # name, position, size
 
 
 class Tars:
-    """The captioned pictures of tar files, in their order. Names and places are kept, some 100 bytes of each picture.
+    """The captioned pictures of tar files, in order. Memory holds about 100 bytes per picture.
 
-    A picture without a caption, a caption without a picture, members of other kinds and those of one name are examples
-    that cannot be read.
+    Unusable members are also examples, and reading them raises an error: a picture without a caption, a caption without
+    a picture, two members with the same name, links and devices.
     """
 
     def __init__(self, paths: Sequence[Path], columns: Columns):
         """Lists all members and reads all captions.
 
         Raises:
-            Emu3Error: a file is no tar file, compressed, or cut off; or no picture has a caption.
+            Emu3Error: a file is not a tar file, is compressed, or is truncated; or no picture has a caption.
         """
         self._paths, self._columns = list(paths), columns
         self._suffixes = picture_suffixes()
-        self._names = PackedNames()  # of pictures, and of their captions' members
-        # Number of the tar file, place and size of the picture, place and size of the caption.
+        self._names = PackedNames()  # for each example, the name of the picture, then of the caption's member
+        # Number of the tar file, position and size of the picture, position and size of the caption.
         self._places = PackedNumbers(5)
         self._problems: dict[int, str] = {}
         self._digest = hashlib.sha256(b"tar")
@@ -60,14 +60,14 @@ class Tars:
         usable = len(self._places) - len(self._problems)
         if not usable:
             first = f"; the first: {self._problems[0]}" if self._problems else ""
-            raise Emu3Error(f"{paths[0]}: no picture in it has a caption in a .txt or .json of its name{first}")
+            raise Emu3Error(f"{paths[0]}: no picture in it has a caption in a .txt or .json with its name{first}")
         self.digest = self._digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self._places)
 
     def __getitem__(self, index: int) -> Example:
-        """Example `index`. Raises the `Emu3Error` that says what is wrong with it."""
+        """Reads example `index`. Raises an `Emu3Error` if the example is not usable."""
         if index in self._problems:
             raise Emu3Error(self._problems[index])
         number, start, size, text_start, text_size = self._places[index]
@@ -89,10 +89,10 @@ class Tars:
             key, suffix = (f"{folder}/{stem}", f".{suffix.lower()}") if dot else (f"{folder}/{base}", "")
             if not member.isreg() or member.issparse():
                 problems.append(
-                    f"{path}: {shown(member.name)} is no plain file, but a link, a device or sparse: remove it"
+                    f"{path}: {shown(member.name)} is not a regular file but a link, a device or sparse: remove it"
                 )
             elif suffix in samples.setdefault(key, {}):
-                problems.append(f"{path}: {shown(member.name)} is in it twice: the first one counts; remove the other")
+                problems.append(f"{path}: {shown(member.name)} is in it twice: the first one is used; remove the other")
             else:
                 samples[key][suffix] = (member.name, member.offset_data, member.size)
         require_heic(path, sum(bool({".heic", ".heif"} & found.keys()) for found in samples.values()))
@@ -116,17 +116,21 @@ class Tars:
             self._places.append(number, 0, 0, 0, 0)
 
     def _pair(self, path: Path, sample: dict[str, _Member]) -> tuple[_Member, _Member]:
-        """The picture and the caption among members of one name. Raises `Emu3Error` if there are none or too many."""
+        """Finds picture and caption among the members with one name.
+
+        Raises:
+            Emu3Error: the picture or the caption is missing, or there are two pictures.
+        """
         pictures = [member for suffix, member in sample.items() if suffix in self._suffixes]
         text = sample.get(".txt") or sample.get(".json")
         names = ", ".join(shown(name) for name, _, _ in list(sample.values())[:3])
         if len(pictures) > 1:
-            raise Emu3Error(f"{path}: {names}: there are two pictures of one name: rename one, and its caption")
+            raise Emu3Error(f"{path}: {names}: two pictures have the same name: rename one, and its caption")
         if not pictures:
             what = "a caption without a picture" if text else "neither a picture nor a caption"
-            raise Emu3Error(f"{path}: {names}: it is {what}")
+            raise Emu3Error(f"{path}: {names}: it is {what}: remove it, or add what is missing")
         if text is None:
-            raise Emu3Error(f"{path}: {names}: there is no caption: add a .txt or .json of that name")
+            raise Emu3Error(f"{path}: {names}: there is no caption: add a .txt or .json with the same name")
         return pictures[0], text
 
     def _caption(self, stream: IO[bytes], path: Path, text: _Member) -> str:
@@ -142,10 +146,10 @@ class Tars:
 
 
 def members(path: Path) -> Iterator[tarfile.TarInfo]:
-    """The members of a tar file, in their order.
+    """Yields the members of a tar file in order.
 
     Raises:
-        Emu3Error: it is no tar file, compressed, cut off, damaged, or two files in one.
+        Emu3Error: the file is not a tar file, is compressed, truncated or damaged, or consists of several joined files.
     """
     with reading(path, _AGAIN):
         plain_file(path)
@@ -155,27 +159,27 @@ def members(path: Path) -> Iterator[tarfile.TarInfo]:
             head = stream.read(_BLOCK)
             stream.seek(0)
             if head.startswith(_COMPRESSED):
-                raise Emu3Error(f"{path} is compressed: unpack it to a plain tar file, so that pictures can be found")
+                raise Emu3Error(f"{path} is compressed: decompress it to a plain .tar file")
             try:
                 with tarfile.open(fileobj=_Bounded(stream), mode="r:") as tar:  # type: ignore[call-overload]
                     while (member := tar.next()) is not None:
-                        tar.members = []  # which would grow with the file
+                        tar.members = []  # `tarfile` would keep every member in memory
                         if member.isreg() and not member.issparse() and member.offset_data + member.size > size:
                             raise Emu3Error(f"{path} is cut off in {shown(member.name)}: {_AGAIN}")
                         yield member
                     end = tar.offset
             except tarfile.TarError as error:
-                raise Emu3Error(f"{path} is no tar file that can be read ({error}): {_AGAIN}") from error
-            # A damaged header ends the list without an error, and so does the end mark inside joined files.
+                raise Emu3Error(f"{path} is not a readable tar file ({error}): {_AGAIN}") from error
+            # `tarfile` stops without an error at a damaged header, and at the end mark inside joined files.
             stream.seek(min(end, size))
             if stream.read(_BLOCK).strip(b"\0"):
                 raise Emu3Error(f"{path} is damaged at byte {end}: {_AGAIN}")
             if stream.read(_PADDING).strip(b"\0"):
-                raise Emu3Error(f"{path} goes on after its end, as tar files that were joined do: give them one by one")
+                raise Emu3Error(f"{path} consists of several tar files joined together: split it, and give each one")
 
 
 class _Bounded:
-    """A stream of which no more is read at once than headers take: their length is what the file claims."""
+    """A stream that refuses large reads. `tarfile` reads headers of whatever length the file claims."""
 
     def __init__(self, stream: IO[bytes]):
         self._stream = stream

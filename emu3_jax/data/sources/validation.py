@@ -1,4 +1,4 @@
-"""Divides entries into training and validation. The side of an entry follows from its content alone."""
+"""Divides entries into training and validation entries. The division depends only on the contents of each entry."""
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
@@ -13,21 +13,27 @@ from emu3_jax.fields import is_number
 from emu3_jax.progress import Progress
 
 DIRECTORY = "validation"  # inside the data
-_BATCH = 1024  # entries that are looked at before the next ones are
+_BATCH = 1024  # entries that are hashed between two updates of the progress bar
 
 
 class Identified(Entries, Protocol):
-    """Entries that say what they show."""
+    """Entries with a hash of their contents."""
 
     def identity(self, index: int) -> bytes:
-        """A hash that is equal for entries that must stay together. `Emu3Error` if the entry cannot be read."""
+        """A hash, equal for entries that must stay together. Raises an `Emu3Error` if the entry cannot be read."""
 
 
 class Part:
-    """Some of the entries, in their order."""
+    """A subset of entries, in the same order."""
 
     def __init__(self, entries: Entries, indices: np.ndarray, name: str):
-        """Takes the indices; `name` tells this part from others of the same entries."""
+        """Selects entries.
+
+        Args:
+            entries: all entries.
+            indices: the entries of this part, int [N].
+            name: different for each part of the same entries; part of `digest`.
+        """
         self._entries, self._indices = entries, indices
         self.digest = hashlib.sha256(f"{entries.digest} {name}".encode()).hexdigest()
 
@@ -35,7 +41,7 @@ class Part:
         return len(self._indices)
 
     def __getitem__(self, index: int) -> Record:
-        """Record `index` of this part."""
+        """Makes record `index` of this part."""
         return self._entries[int(self._indices[index])]
 
     def check(self, index: int) -> None:
@@ -44,19 +50,22 @@ class Part:
 
 
 def divide(entries: Identified, share: float, *, workers: int = 4, progress: bool | None = None) -> tuple[Part, Part]:
-    """The entries for training, and those for validation.
+    """Divides entries into training and validation.
 
-    The side of an entry depends on its content and the share alone. A larger share contains the validation entries of a
-    smaller one. Entries that cannot be read stay with the training entries, which list them.
+    The division depends only on the contents of each entry and on the share. A larger share keeps all validation
+    entries of a smaller share. Unreadable entries go to training, where preparation reports them.
 
     Args:
-        entries: all of them.
-        share: for validation, between 0 and 1.
-        workers: threads that read.
+        entries: all entries.
+        share: share of validation entries, between 0 and 1.
+        workers: number of threads that read.
         progress: as for `prepare`.
 
+    Returns:
+        Training entries, validation entries.
+
     Raises:
-        Emu3Error: the share is not legal, or so small or large that a part is empty.
+        Emu3Error: the share is not legal, or a part would be empty.
     """
     if not (is_number(share) and 0 < share < 1):
         raise Emu3Error(f"validation is {share}: it must be a share between 0 and 1, for example 0.05")
@@ -65,7 +74,7 @@ def divide(entries: Identified, share: float, *, workers: int = 4, progress: boo
 
     def choose(index: int) -> None:
         try:
-            # Hashed once more: other programs may have divided by the same hash.
+            # Hash again with a prefix. Other programs may have divided the same data by the plain hash.
             number = hashlib.sha256(b"emu3-jax validation" + entries.identity(index)).digest()[:8]
         except Emu3Error:
             return
@@ -79,7 +88,7 @@ def divide(entries: Identified, share: float, *, workers: int = 4, progress: boo
     if chosen.all() or not chosen.any():
         name, other = ("validation", "larger") if not chosen.any() else ("training", "smaller")
         raise Emu3Error(
-            f"validation is {share}: none of {len(chosen)} records falls to {name}; choose a {other} share, or add "
+            f"validation is {share}: none of {len(chosen)} records would be for {name}; choose a {other} share, or add "
             "records"
         )
     return (
