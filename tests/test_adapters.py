@@ -450,7 +450,7 @@ def test_what_is_no_adapter(trained, adapter, tiny_bundle, tmp_path, config_file
     assert "is a LoRA adapter: give it as --adapter" in error("merge", adapter, *merge[2:], adapter)
     assert "is a LoRA adapter: merge it with `emu3-jax merge" in error("convert", adapter, "-o", tmp_path / "new")
     convert = ("convert", "-o", tmp_path / "new", "--adapter-only")
-    assert "is no training run, and --adapter-only is for these" in error(*convert, tiny_bundle)
+    assert "is not a training run: --adapter-only needs one" in error(*convert, tiny_bundle)
     assert "has no adapter; set adapter=Adapter(...), or leave --adapter-only out" in error(
         "train", config_file, "--adapter-only", "--set", "adapter=None", "--set", f"directory={tmp_path / 'run'}"
     )

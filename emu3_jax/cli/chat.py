@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> None:
     from emu3_jax.printable import printable
 
     def show(answer: str, line: str, **about) -> None:
-        # A model may write what moves a terminal's cursor.
+        # A model may write characters that control a terminal.
         print(json_line({**about, "answer": answer}) if options.json else printable(line, keep="\n"), flush=True)
 
     model = common.load_model(options)
@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> None:
             show(answer, answer, files=options.files, prompt=question)
             media = []  # shown with the first question
         if not conversation.turns:
-            raise Emu3Error("there is no question: give --prompt TEXT, or questions on standard input, one a line")
+            raise Emu3Error("there is no question: give --prompt TEXT, or questions on standard input, one per line")
         return
     prompts = options.prompt * len(options.files) if len(options.prompt) == 1 else options.prompt
     batching = {"batch_size": options.batch_size, "deterministic": options.deterministic}

@@ -1,4 +1,4 @@
-"""Arguments that several commands share."""
+"""Arguments of the command line that several commands share."""
 
 import argparse
 import pathlib
@@ -21,13 +21,13 @@ def path(text: str) -> pathlib.Path:
 
 
 def path_text(text: str) -> str:
-    """The type of arguments that are local files or directories and stay as they were typed."""
+    """The type of arguments that are local files or directories. The value stays a text, as it was typed."""
     path(text)
     return text
 
 
 def place(text: str) -> pathlib.Path:
-    """The type of arguments that are files or directories, perhaps in a bucket."""
+    """The type of arguments that are files or directories, local or in a bucket."""
     try:
         return storage.place(text)
     except Emu3Error as error:
@@ -35,7 +35,7 @@ def place(text: str) -> pathlib.Path:
 
 
 def place_text(text: str) -> str:
-    """The type of arguments that are directories, perhaps in a bucket, and stay as they were typed."""
+    """The type of arguments that are directories, local or in a bucket. The value stays a text, as it was typed."""
     place(text)
     return text
 
@@ -44,7 +44,7 @@ def whole(least: int, most: int) -> Callable[[str], int]:
     """The type of arguments that are whole numbers from `least` to `most`."""
 
     def parse(text: str) -> int:
-        number = int(text) if len(text) < 20 else most + 1  # Python takes long for long ones
+        number = int(text) if len(text) < 20 else most + 1  # Python is slow for very long numbers
         if not least <= number <= most:
             raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number from {least} to {most}")
         return number
@@ -151,7 +151,7 @@ def add_independent(command: argparse.ArgumentParser) -> None:
 
 
 def add_resampling(command: argparse.ArgumentParser) -> None:
-    """`--fps` and `--frames` of clips that are read."""
+    """`--fps` and `--frames` for reading clips."""
     command.add_argument(
         "--fps",
         type=float,
@@ -276,29 +276,29 @@ def add_sampling(command: argparse.ArgumentParser, what: str, temperature: float
 
 
 def one_or_each(values: list):
-    """The value for all rows where there is one, else one for each."""
+    """The only value, which then counts for all rows, or the list with one value per row."""
     return values[0] if len(values) == 1 else values
 
 
 def generation(options: argparse.Namespace) -> dict:
-    """What the options of `add_generation` say, as keyword arguments of `generate_sequences` and `generate_clips`."""
+    """The options of `add_generation`, as keyword arguments of `generate_sequences` and `generate_clips`."""
     same = ("area", "temperature", "top_k", "top_p", "seed", "greedy", "allow_special", "batch_size", "deterministic")
     each = {name: one_or_each(getattr(options, name)) for name in ("negative", "guidance")}
     return {**{name: getattr(options, name) for name in same}, **each}
 
 
 def load_model(options: argparse.Namespace):
-    """The model that the options name."""
+    """Loads the model that the options name."""
     import emu3_jax
 
     return emu3_jax.load(
         options.model,
-        adapter=getattr(options, "adapter", None),  # of the commands that use the decoder
+        adapter=getattr(options, "adapter", None),  # only commands that use the decoder have it
         vision=options.vision,
         dtype=options.dtype,
         mesh=options.mesh,
         quantize=options.quantize,
-        fast_pixels=getattr(options, "fast_pixels", False),  # of the commands that generate
+        fast_pixels=getattr(options, "fast_pixels", False),  # only commands that generate have it
         verify=options.verify,
     )
 
@@ -309,7 +309,7 @@ def progress(options: argparse.Namespace) -> bool | None:
 
 
 def lines(mark: str) -> Iterator[str]:
-    """Lines of standard input that say something; on a terminal, `mark` asks for each."""
+    """Yields the lines of standard input that are not blank. On a terminal, prints the prompt `mark` before each."""
     while True:
         if sys.stdin.isatty():
             print(mark, end="", file=sys.stderr, flush=True)

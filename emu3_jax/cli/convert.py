@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> None:
         _convert_run(first, options)
         return
     if options.adapter_only:
-        raise Emu3Error(f"{first} is no training run, and --adapter-only is for these: give one, or leave it out")
+        raise Emu3Error(f"{first} is not a training run: --adapter-only needs one; give one, or leave the option out")
     convert(
         options.sources,
         options.output,

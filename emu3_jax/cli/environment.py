@@ -1,4 +1,4 @@
-"""What a command makes of the environment that it is started in, before JAX is imported and when JAX cannot start."""
+"""The environment of a command: settings before JAX is imported, and error lines if JAX cannot start."""
 
 import gc
 import glob
@@ -10,16 +10,16 @@ from pathlib import Path
 
 from emu3_jax.errors import Emu3Error
 
-_GOOGLE, _NETWORK = "0x1ae0", "0x0042"  # PCI numbers: of the vendor of TPUs, and of its network card
+_GOOGLE, _NETWORK = "0x1ae0", "0x0042"  # PCI ids: Google as vendor, and Google's network card as device
 _ABSENT = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
 _OF_TRAIN = ("array_record", "grain", "optax", "tensorboardX")  # modules of the extra `train`
 
 
 def quiet_libtpu() -> None:
-    """Where libtpu is installed and no TPU is there, keeps it from asking for one, and complaining in seven lines.
+    """Keeps an installed libtpu from searching for a TPU on a machine without one, and from printing seven lines.
 
-    JAX loads it whatever the machine. It does not complain where it is told what it would ask for. On a machine that
-    may have a TPU, and where somebody has told libtpu anything, nothing changes.
+    JAX loads libtpu on every machine. libtpu searches for a TPU unless environment variables describe one. On a machine
+    that may have a TPU, or if the user has set such variables, nothing changes.
     """
     told = [name for name in os.environ if name.startswith(("TPU_", "LIBTPU_", "JAX_FORCE_TPU", "MEGASCALE_"))]
     if not told and not _may_have_tpu():
@@ -27,7 +27,7 @@ def quiet_libtpu() -> None:
 
 
 def _may_have_tpu() -> bool:
-    """Whether there are chips of Google's on the PCI bus, as JAX looks for them, or devices of their drivers."""
+    """Whether Google's chips are on the PCI bus (JAX looks there too), or device files of their drivers exist."""
     for vendor in glob.glob("/sys/bus/pci/devices/*/vendor"):
         try:
             ours = Path(vendor).read_text().strip() == _GOOGLE
@@ -42,7 +42,7 @@ def start_jax() -> None:
     """Imports JAX, which every command needs.
 
     Raises:
-        Emu3Error: a variable of the environment that JAX reads has an illegal value.
+        Emu3Error: an environment variable that JAX reads has an illegal value.
     """
     first = "jax" not in sys.modules and gc.isenabled()
     if first:
@@ -50,7 +50,7 @@ def start_jax() -> None:
     try:
         import jax  # noqa: F401
     except ValueError as error:
-        raise Emu3Error(f"JAX cannot start ({error}): correct this variable of the environment") from error
+        raise Emu3Error(f"JAX cannot start ({error}): correct this environment variable") from error
     finally:
         if first:  # what importing makes stays: the garbage collector need not walk through it again and again
             gc.freeze()
@@ -69,7 +69,7 @@ def explained(error: BaseException) -> Emu3Error | None:
         "RESOURCE_EXHAUSTED|out of memory", text, re.IGNORECASE
     )
     if isinstance(error, MemoryError) or devices:
-        remedy = "ask for less at once, as fewer rows or a smaller size; --quantize and --mesh take less of a device"
+        remedy = "use a smaller --batch-size or --area; --quantize and --mesh need less memory per device"
         return Emu3Error(f"out of memory ({text or 'of the host'}): {remedy}")
     frames = traceback.extract_tb(error.__traceback__)
     if any(frame.filename.endswith("xla_bridge.py") for frame in frames):

@@ -84,9 +84,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     common.add_quiet(command)
 
 
-# Hosts finish their shares at different times; one that is done waits for the others, who would else be ended.
+# Hosts finish at different times. A finished host waits for the others, because its exit would end them.
 _PATIENCE = 7 * 24 * 3600
-_SHOWN = 10  # skipped entries that are printed; all are in the list beside the data
+_SHOWN = 10  # most skipped entries that are printed; the file beside the data lists all
 
 
 def run(options: argparse.Namespace) -> None:
@@ -139,14 +139,14 @@ def run(options: argparse.Namespace) -> None:
 
 
 def report(outcome: "Outcome", output: pathlib.Path) -> None:
-    """Says what was written."""
+    """Prints what was written."""
     from emu3_jax.data.prepare import SKIPPED
     from emu3_jax.errors import Emu3Error
     from emu3_jax.printable import printable
 
     where = printable(str(output))
     if outcome.index is None:
-        print(f"{where}: {outcome.missing} shards of other hosts are missing yet")
+        print(f"{where}: {outcome.missing} shards of other hosts are not written yet")
         return
     index = outcome.index
     if not index.records:

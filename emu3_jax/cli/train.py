@@ -44,15 +44,15 @@ def run(options: argparse.Namespace) -> int:
     if distributed.first():
         where = printable(config.directory)
         if outcome.model is None:
-            print(f"{where}: stopped after step {outcome.step} of {config.steps}; run again to go on")
+            print(f"{where}: stopped after step {outcome.step} of {config.steps}; run the same command again to resume")
         else:
             what = "adapter" if options.adapter_only else "model"
             print(f"{printable(str(outcome.model))}: the {what} after {outcome.step} steps")
         if outcome.skipped:
             print(
                 f"{where}: {outcome.skipped} records were longer than {config.data.sequence_length} tokens "
-                "and were skipped (counted once an epoch); raise data.sequence_length to train on them"
+                "and were skipped (counted once per epoch); raise data.sequence_length to train on them"
             )
     if outcome.signal is not None:
-        distributed.leave()  # after Ctrl-C this process does not end in Python's ordinary way
+        distributed.leave()  # after Ctrl-C the process ends without Python's exit handlers, which would do this
     return 0 if outcome.signal is None else 128 + outcome.signal  # as a shell reports it: 130, 143

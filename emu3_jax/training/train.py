@@ -1,4 +1,4 @@
-"""`emu3_jax.train`: trains what a config describes, a decoder or a vision tokenizer."""
+"""`emu3_jax.train`: trains the decoder or the vision tokenizer that a config describes."""
 
 import importlib
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ from emu3_jax.training.vision_config import VisionTrainConfig
 if TYPE_CHECKING:
     from emu3_jax.training.runner import Outcome
 
-_EXTRA = ("array_record", "grain", "optax", "tensorboardX")  # what the extra `train` installs; grain needs the first
+_EXTRA = ("array_record", "grain", "optax", "tensorboardX")  # packages of the extra `train`; grain needs the first
 
 
 def train(
@@ -23,22 +23,22 @@ def train(
 ) -> "Outcome":
     """Trains a model to the config's last step, as `emu3-jax train` does.
 
-    A run resumes from the newest checkpoint in `config.directory`. Ctrl-C and SIGTERM end it after the step with a
-    checkpoint; call `train` again to resume. Where the environment names several processes, it joins them.
+    A run resumes from the newest checkpoint in `config.directory`. Ctrl-C and SIGTERM end it after the current step,
+    with a checkpoint; call `train` again to resume. If environment variables describe several processes, it joins them.
 
     Args:
         config: what to train, on which data, and where to write.
-        adapter_only: writes the trained LoRA adapter alone to `DIRECTORY/adapter`, and no model to `DIRECTORY/model`.
-        verify: first compares the files of the config's bundle with their checksums.
-        progress: True shows a bar on a terminal and lines in a log, None only the bar, False nothing.
+        adapter_only: whether to export only the trained LoRA adapter, to `DIRECTORY/adapter`, instead of the model.
+        verify: whether to check the files of the config's bundle against their checksums first.
+        progress: True shows a progress bar on a terminal and lines in a log, None shows only the bar, False nothing.
 
     Returns:
-        An `Outcome`: `model` is the directory of the trained bundle (or adapter), which `emu3_jax.load` takes. It is
-        None where the run was stopped before its last step; `step` then says how far it came.
+        An `Outcome`. Its `model` is the directory of the trained bundle or adapter, for `emu3_jax.load`. It is None if
+        the run was stopped before its last step; `step` is the last step taken.
 
     Raises:
-        Emu3Error: on bad input, on a loss that is not finite, where files cannot be written, or where the extra
-            `train` is not installed. Checkpoints that were written stay.
+        Emu3Error: bad input, a loss that is not finite, files that cannot be written, or the extra `train` is not
+            installed. Checkpoints that were written before are kept.
     """
     _require_extra()
     if isinstance(config, TrainConfig):
