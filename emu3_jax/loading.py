@@ -1,4 +1,4 @@
-"""`load`: from a bundle on disk to an `Emu3` in memory."""
+"""`load`: loads a bundle from disk as an `Emu3` in memory."""
 
 import dataclasses
 import functools
@@ -36,15 +36,15 @@ def load(
     fast_pixels: bool = False,
     verify: bool = False,
 ) -> Emu3:
-    """Loads a bundle onto the default device, or spread over a mesh of devices.
+    """Loads a bundle to the default device, or spreads it over a mesh of devices.
 
     Args:
-        model: the bundle's directory (`emu3-jax convert` makes one); by default the embedded model, a small one that
-            draws and reads emoji.
-        adapter: the directory of a LoRA adapter, from `emu3-jax train --adapter-only` or PEFT. It is merged into the
-            decoder's weights in float32, array by array, and needs no memory afterwards.
-        vision: where the vision tokenizer comes from, if not from `model`: another bundle, or a loaded model, whose
-            vision tokenizer is then shared in memory.
+        model: directory of a bundle (`emu3-jax convert` makes one), or None for the embedded model, a small model that
+            generates and describes emoji.
+        adapter: directory of a LoRA adapter, from `emu3-jax train --adapter-only` or PEFT. It is merged into the
+            decoder's weights in float32, one array at a time, and needs no memory afterwards.
+        vision: source of the vision tokenizer, if not `model`: another bundle, or a loaded model, which then shares its
+            vision tokenizer.
         dtype: "bfloat16", "float16" or "float32": the decoder's weights and compute dtype. By default the bundle's;
             with an adapter that was trained here, that of its training; and float16 in place of bfloat16 on NVIDIA
             GPUs before Ampere, such as a T4, which lack bfloat16.
@@ -54,10 +54,13 @@ def load(
         quantize: "int8" keeps the decoder's matrices and the KV cache as int8, "int8-weights" the matrices alone, "fp8"
             the matrices as float8 (e4m3) and the cache as int8: half the memory, and other results. By default as the
             bundle is stored: a full bundle is not quantised, and a quantised one stays as it is.
-        fast_pixels: codes are decoded at the device's default precision (TF32 on GPUs, bfloat16 on TPUs): faster, and
-            other pixels by a little. Codes of pictures are always exact.
-        verify: first compares all files of the bundles and the adapter with their checksums, as `emu3-jax doctor` does.
-            The embedded model's always are.
+        fast_pixels: decode codes at the device's default precision (TF32 on GPUs, bfloat16 on TPUs). This is faster and
+            changes pixels slightly. Encoding is always exact.
+        verify: first check all files of the bundles and the adapter against their checksums, as `emu3-jax doctor`
+            does. The files of the embedded model are always checked.
+
+    Returns:
+        The model.
 
     Raises:
         Emu3Error: if a bundle or the adapter is absent or damaged, the adapter is of another model, `verify` finds no

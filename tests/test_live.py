@@ -230,7 +230,7 @@ def test_an_interrupted_command_leaves_its_frames_and_no_clip(video, tmp_path, m
 
 
 def test_bad_input_leaves_no_directory(video, tmp_path):
-    for arguments, words in ((("--frames", "0"), "frames is 0"), (("--window", "4"), "call for 8 frames or more")):
+    for arguments, words in ((("--frames", "0"), "frames is 0"), (("--window", "4"), "it must have 8 frames or more")):
         code, out, error = video(*arguments)
         assert (code, out) == (2, "") and words in error and os.listdir(tmp_path) == []
 

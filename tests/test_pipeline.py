@@ -191,19 +191,19 @@ def test_a_picture_is_extended_at_its_ratio(golden_model):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"frames": 12, "window": 4}, "a window of 4 frames of 4x4 tokens does not do: .* call for 8 frames or more"),
-        ({"window": 4, "extend": Image.new("RGB", (32, 32))}, "call for 8 frames or more"),
+        ({"frames": 12, "window": 4}, "a window of 4 frames of 4x4 tokens is not possible: .* must have 8 frames or more"),
+        ({"window": 4, "extend": Image.new("RGB", (32, 32))}, "it must have 8 frames or more"),
         (
             {"window": 10**6},
-            "a window of 1000000 frames .* the model's 4096 positions and the task call for 7.. frames or less",
+            "a window of 1000000 frames .* the model's 4096 positions it must have 7.. frames or less",
         ),
         ({"window": 0}, "window is 0: it must be a whole number >= 1"),
         (
             {"area": 480 * 480, "extend": Image.new("RGB", (32, 32))},
-            "beside its prompt the model's 4096 positions hold 4 frames of 60x60 tokens, 8 are needed: choose",
+            "the model's 4096 positions hold the prompt and 4 frames of 60x60 tokens, but 8 frames are needed: choose",
         ),
-        ({"area": 720 * 720, "frames": 4}, "hold 0 frames of 90x90 tokens, 4 are needed: choose a smaller area or a"),
-        ({"negative": "word " * 4090}, "hold 0 frames of 4x4 tokens"),
+        ({"area": 720 * 720, "frames": 4}, "the prompt and 0 frames of 90x90 tokens, but 4 frames are needed: choose a smaller area or a"),
+        ({"negative": "word " * 4090}, "the prompt and 0 frames of 4x4 tokens"),
         ({"extend": []}, "extend has 0 values for 1 rows"),
     ],
 )
@@ -311,7 +311,7 @@ def test_control_tokens_work_where_the_caller_says_so(golden_model):
         ([GOLDEN / "gray.png"], {"prompts": ["a", "b"]}, "prompts has 2 values for 1 rows"),
         ([GOLDEN / "gray.png"], {"max_new_tokens": 0}, "max_new_tokens is 0"),
         ([GOLDEN / "gray.png"], {"prompts": "<|extra_204|>"}, re.escape("<|extra_204|>")),
-        ([[GOLDEN / "photo.png"] * 20], {}, "row 0: what is shown and asked takes .* the model has 4096 positions"),
+        ([[GOLDEN / "photo.png"] * 20], {}, "row 0: pictures and question take .* the model has 4096 positions"),
         ([pathlib.Path("absent.png")], {}, "absent.png"),
         ([np.zeros((5, 50, 3), np.uint8)], {}, "8"),
         ([np.zeros((16, 100, 3), np.uint8)], {}, "5"),

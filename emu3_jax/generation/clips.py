@@ -1,4 +1,4 @@
-"""Clips as they are generated: decoded while later frames are sampled, in passes that fit the model's positions."""
+"""Generates clips. Frames are decoded while later ones are sampled. Long clips take several passes of the decoder."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -22,17 +22,17 @@ from emu3_jax.models.vision import Stream, check_codes
 from emu3_jax.printable import shown
 from emu3_jax.text.prompts import generation_prompt
 
-_MOST_BYTES = 2**34  # of the new frames of all clips, which memory holds
+_MOST_BYTES = 2**34  # largest total size of the new frames of all clips, which are held in memory
 
-# Told of frames: the row, the number of the first in its clip, and they themselves, uint8 [n, H, W, 3].
+# A function that gets (row, index of the first frame in its clip, frames uint8 [n, H, W, 3]).
 OnFrames = Callable[[int, int, np.ndarray], None]
 
 
 class GrowingClip:
-    """A clip whose new frames are decoded while later ones are sampled, each latent frame when its codes are complete.
+    """A clip that grows while it is generated. Each latent frame is decoded as soon as its codes are complete.
 
-    Decoding is queued behind the call of the decode loop that is under way, and the host takes the pixels when it is
-    told of that call's tokens. So neither the device nor the host waits for the other.
+    Decoding is queued behind the running call of the decode loop. The host fetches the pixels when it gets the tokens
+    of that call. So neither the device nor the host waits for the other.
     """
 
     def __init__(
@@ -43,48 +43,48 @@ class GrowingClip:
         count: int,
         shown: Callable[[int, np.ndarray], None] | None = None,
     ):
-        """The clip begins as `given` (uint8 [T, H, W, 3], T may be 0).
+        """Starts a clip.
 
         Args:
-            vision: what decodes.
-            visual_start: the id of code 0.
-            given: the first frames.
-            count: new frames; what latent frames bring beyond these is cut off.
-            shown: called with the number of the first of some new frames in the clip, and these.
+            vision: vision tokenizer that decodes.
+            visual_start: token id of code 0.
+            given: first frames of the clip, uint8 [T, H, W, 3]; T may be 0.
+            count: number of new frames. Surplus frames of the last latent frame are cut off.
+            shown: function that gets new frames and the index of the first of them.
         """
         self._vision, self._visual_start, self._shown = vision, visual_start, shown
         self._frames = np.empty((len(given) + count, *given.shape[1:]), np.uint8)
         self._frames[: len(given)] = given
         self._length = len(given)
-        self._pending: list[jax.Array] = []  # pixels [1, T, H, W, 3] that the device was asked for
+        self._pending: list[jax.Array] = []  # pixels [1, T, H, W, 3] that the device is decoding
 
     @property
     def frames(self) -> np.ndarray:
-        """uint8 [T, H, W, 3]: those there are."""
+        """The frames so far, uint8 [T, H, W, 3]."""
         return self._frames[: self._length]
 
     def begin(self, context: np.ndarray | None, schedule: np.ndarray) -> None:
-        """Begins a pass of the decoder.
+        """Starts a pass of the decoder.
 
         Args:
-            context: codes [t, h, w] of its first frames, which the clip has already, or None.
-            schedule: the token classes that follow them.
+            context: codes [t, h, w] of the pass's first frames, which the clip already has, or None.
+            schedule: token classes after the context.
         """
         config = self._vision.config
         height, width = (side // config.spatial_factor for side in self._frames.shape[1:3])
         self._context = np.zeros((0, height, width), np.int32) if context is None else context
         self._visual = schedule == TokenClass.VISUAL
         self._stream = Stream(config, self._vision.params, "decode", self._vision.fast)
-        self._asked = 0  # latent frames of this pass, the context's included
+        self._asked = 0  # latent frames of this pass that were sent to decoding, including the context
 
     def take(self, ids: np.ndarray) -> None:
-        """Takes the pass's ids (int [S]) as far as they are sampled; each time all from its beginning.
+        """Takes all ids of the pass that are sampled so far, int [S], from the start of the pass.
 
         Raises:
             Emu3Error: a code is outside the codebook.
         """
         self._collect()
-        ids = ids[: len(self._visual)]  # a longer row beside this one goes on
+        ids = ids[: len(self._visual)]  # other rows of the batch may be longer
         new = ids[self._visual[: len(ids)]] - self._visual_start
         codes = np.concatenate([self._context.ravel(), new]).astype(np.int32)
         height, width = self._context.shape[1:]
@@ -95,7 +95,7 @@ class GrowingClip:
             if self._asked >= len(self._context):
                 self._pending.append(pixels)
             self._asked += 1
-        if len(new) == self._visual.sum():  # the pass is over: there will be no next call to wait for
+        if len(new) == self._visual.sum():  # the pass is complete, so there is no further call
             self._collect()
 
     def _collect(self) -> None:
@@ -126,7 +126,7 @@ def generate_clips(
     allow_special: bool,
     on_frames: OnFrames | None,
 ) -> list[Clip]:
-    """One clip for each prompt; see `Emu3.generate_clips`."""
+    """Generates one clip per prompt; see `Emu3.generate_clips`."""
     prompts = prompt_list(prompts)
     for name, number in {"frames": frames, **({} if window is None else {"window": window})}.items():
         if not is_count(number):
@@ -142,8 +142,8 @@ def generate_clips(
     most = min(MAX_FRAMES, _MOST_BYTES // (height * width * 3 * len(prompts)))
     if frames > most:
         raise Emu3Error(
-            f"frames is {shown(frames)}: at most {most} are legal for each of {len(prompts)} clips of {width}x{height} "
-            "pixels; ask for fewer"
+            f"frames is {shown(frames)}: it must be at most {most} for {len(prompts)} clips of {width}x{height} "
+            "pixels; ask for fewer frames or clips"
         )
     settings = sampling.settings(len(prompts))
     negatives = per_row("negative", negative, len(prompts))
@@ -167,7 +167,7 @@ def generate_clips(
         for row in range(len(prompts))
     ]
     while any(missing):
-        # Each row's passes are those that it has alone: how long its prompt and its clip are decides.
+        # The passes of a row depend only on its own prompt and clip, not on other rows.
         rows = [row for row, count in enumerate(missing) if count]
         grids = []
         for row in rows:
@@ -189,13 +189,13 @@ def generate_clips(
 
 
 def _take(clips: Sequence[GrowingClip], batch: Sequence[int], ids: np.ndarray) -> None:
-    """Gives each clip of a batch its ids; see `language.OnTokens`."""
+    """Passes the ids of a batch on to its clips; see `language.OnTokens`."""
     for index, row in zip(batch, ids, strict=True):
         clips[index].take(row)
 
 
 def _common_ratio(given: Sequence[np.ndarray]) -> str:
-    """The ratio of given frames [T, H, W, 3]; 1:1 where there are none. Raises `Emu3Error` where sizes differ."""
+    """The ratio of given frames [T, H, W, 3], or 1:1 without any. Raises `Emu3Error` if their sizes differ."""
     shapes = {frames.shape[1:3] for frames in given}
     if len(shapes) > 1:
         raise Emu3Error("the clips to extend differ in size: give one ratio, or extend them one by one")
@@ -213,20 +213,20 @@ def _latents_of_a_pass(
     extending: bool,
     allow_special: bool,
 ) -> int:
-    """Latent frames of one pass, old and new.
+    """The number of latent frames of one pass, old and new.
 
     Args:
         language: the decoder.
         texts: the prompt and the negative prompt.
         size: rows and columns of a latent frame.
-        factor: frames of one latent frame.
-        window: frames of one pass, if somebody says; see `Emu3.generate_clips`.
-        missing: latent frames that are to be generated.
-        extending: whether others come before them.
+        factor: frames per latent frame.
+        window: frames per pass, or None; see `Emu3.generate_clips`.
+        missing: number of latent frames to generate.
+        extending: whether given frames come before them.
         allow_special: see `Emu3.generate_clips`.
 
     Raises:
-        Emu3Error: so many do not fit the model's positions, or are too few to slide.
+        Emu3Error: the frames do not fit into the model's positions, or the window is too small for several passes.
     """
     config = language.config
     window = window or config.clip_frames
@@ -236,18 +236,18 @@ def _latents_of_a_pass(
     )
     fits = frames_that_fit(config.max_positions - longest, *size, config.clip_layout)
     latents = min(fits, missing + missing * extending) if window is None else -(-window // factor)
-    least = 1 + (extending or latents < missing > 1)  # where passes follow each other, each has old and new frames
+    least = 1 + (extending or latents < missing > 1)  # with several passes, each needs old and new frames
     if fits < least:
         raise Emu3Error(
-            f"beside its prompt the model's {config.max_positions} positions hold {max(fits, 0) * factor} "
-            f"frames of {size[0]}x{size[1]} tokens, {least * factor} are needed: choose a smaller area or a shorter "
+            f"the model's {config.max_positions} positions hold the prompt and {max(fits, 0) * factor} frames of "
+            f"{size[0]}x{size[1]} tokens, but {least * factor} frames are needed: choose a smaller area or a shorter "
             "prompt"
         )
     if latents < least or latents > fits:
         needed = f"{least * factor} frames or more" if latents < least else f"{fits * factor} frames or less"
         raise Emu3Error(
-            f"a window of {latents * factor} frames of {size[0]}x{size[1]} tokens does not do: with its "
-            f"prompt the model's {config.max_positions} positions and the task call for {needed}; change the "
-            "window, choose a smaller area or a shorter prompt"
+            f"a window of {latents * factor} frames of {size[0]}x{size[1]} tokens is not possible: with this prompt "
+            f"and the model's {config.max_positions} positions it must have {needed}; change the window, or choose a "
+            "smaller area or a shorter prompt"
         )
     return latents

@@ -1,4 +1,4 @@
-"""Pictures and clips to codes and back: what happens around the vision tokenizer's programs."""
+"""Encodes pictures and clips to codes and decodes codes, with the vision tokenizer's compiled programs."""
 
 import contextlib
 import dataclasses
@@ -21,12 +21,12 @@ from emu3_jax.media.inputs import Media, open_media
 from emu3_jax.media.sizes import MAX_AREA
 from emu3_jax.models.vision import Stream, check_codes, make_decoder, make_encoder
 
-PART_FRAMES = 16  # of a clip that pass the tokenizer together
+PART_FRAMES = 16  # frames of a clip that the vision tokenizer processes at once
 
 
 @dataclasses.dataclass(frozen=True)
 class Vision:
-    """The vision tokenizer in memory; several models may hold the same one. `fast`: see `make_decoder`."""
+    """The vision tokenizer in memory. Several models may share one. For `fast` see `make_decoder`."""
 
     config: VisionConfig
     image: ImageConfig
@@ -43,7 +43,7 @@ def encode(
     frames: int | None = None,
     tile: int | None = None,
 ) -> np.ndarray:
-    """int32 codes [h, w] of a picture, [t, h, w] of a clip; see `Emu3.tokenize`."""
+    """Encodes a picture to int32 codes [h, w], or a clip to [t, h, w]; see `Emu3.tokenize`."""
     factor = vision.config.spatial_factor
     check_tile(tile, factor)
     media = open_media(item, fps=fps, frames=frames)
@@ -60,9 +60,9 @@ def encode(
 
 
 def encode_end(vision: Vision, frames: np.ndarray, count: int) -> np.ndarray:
-    """Codes [count, h, w] of the end of frames (uint8 [T, H, W, 3], not resized), as a clip that begins there.
+    """Encodes the last frames of uint8 [T, H, W, 3] to codes [count, h, w], as a clip of its own, without resizing.
 
-    Too few frames begin with repetitions of the first.
+    If there are too few frames, the first frame is repeated.
     """
     wanted = count * vision.config.temporal_factor
     frames = frames[-wanted:]
@@ -78,7 +78,7 @@ def decode(
     frames: int | None = None,
     tile: int | None = None,
 ) -> Image.Image | Clip:
-    """The picture of codes [h, w], or the clip of [t, h, w]; see `Emu3.detokenize`."""
+    """Decodes codes [h, w] to a picture, or [t, h, w] to a clip; see `Emu3.detokenize`."""
     config = vision.config
     check_resampling(None, frames)
     check_tile(tile, config.spatial_factor)
@@ -94,14 +94,17 @@ def decode(
 
 
 def decode_picture(vision: Vision, codes: np.ndarray, *, tile: int | None = None) -> Image.Image:
-    """The picture of codes, int32 [h, w]; `tile`: see `Emu3.detokenize`. Raises `Emu3Error` outside the codebook."""
+    """Decodes int32 codes [h, w] to a picture. Raises `Emu3Error` for a code outside the codebook.
+
+    For `tile` see `Emu3.detokenize`.
+    """
     check_codes(codes, vision.config)
     pixels = _step(vision, "decode", tile=tile)(codes[None])
     return Image.fromarray(postprocess(np.asarray(pixels)[0], vision.image))
 
 
 def _check_size(codes: np.ndarray, config: VisionConfig, tile: int | None) -> None:
-    """Codes of a few kilobytes can stand for a frame that needs more memory than there is."""
+    """Raises `Emu3Error` for too large frames: a few kilobytes of codes may need more memory than there is."""
     height, width = (side * config.spatial_factor for side in codes.shape[-2:])
     if tile is None and height * width > MAX_AREA:
         raise Emu3Error(f"a frame of {width}x{height} pixels has more than {MAX_AREA:,}: decode it in tiles (tile=512)")
@@ -114,7 +117,7 @@ def _encode_frames(
     independent: bool = False,
     tile: int | None = None,
 ) -> np.ndarray:
-    """`prepare` makes pixels for the tokenizer of a frame. No more frames than a part's are held, and those resized."""
+    """Encodes frames part by part. `prepare` converts a frame to pixels. Memory holds only the frames of one part."""
     factor = vision.config.temporal_factor
     step, codes = None, []
     for part, last in _parts(map(prepare, frames), factor if independent else max(PART_FRAMES, factor)):
@@ -126,7 +129,7 @@ def _encode_frames(
 
 
 def _parts(frames: Iterable[np.ndarray], size: int) -> Iterator[tuple[np.ndarray, bool]]:
-    """Pixels [n, H, W, 3], `size` of them or, in the last part, fewer; and whether it is the last."""
+    """Yields parts of `size` frames (the last part may have fewer), and whether a part is the last."""
     frames = iter(frames)
     first = next(frames, None)
     while first is not None:
@@ -136,7 +139,7 @@ def _parts(frames: Iterable[np.ndarray], size: int) -> Iterator[tuple[np.ndarray
 
 
 def _step(vision: Vision, method: str, *, in_parts: bool = False, tile: int | None = None) -> Step:
-    """The function from pixels to codes or back, for `method` "encode" or "decode"; `in_parts`: it has a memory."""
+    """The function of `method` "encode" or "decode". With `in_parts` it continues from the previous part of a clip."""
 
     def new_step() -> Step:
         if in_parts:
@@ -152,7 +155,7 @@ def _step(vision: Vision, method: str, *, in_parts: bool = False, tile: int | No
 
 @contextlib.contextmanager
 def _errors_name(item: Media) -> Iterator[None]:
-    """Errors of the block begin with the file's name, if `item` is one."""
+    """Adds the file's name to errors of the block, if `item` is a file."""
     try:
         yield
     except Emu3Error as error:

@@ -1,4 +1,4 @@
-"""A run of generation as a frozen config: what `emu3-jax plan` compiles without a model at hand."""
+"""The config of a generation run, which `emu3-jax plan` compiles without loading a model."""
 
 import dataclasses
 
@@ -15,19 +15,19 @@ from emu3_jax.models.quantization import KINDS
 
 @dataclasses.dataclass(frozen=True)
 class GenerateConfig:
-    """Pictures or clips from prompts on a mesh.
+    """The config of generating pictures or clips on a mesh.
 
     Attributes:
-        decoder: the decoder's shapes; its weights are in `decoder.dtype`.
-        pictures: pictures, or clips, that are generated at once; what the mesh's rows leave over is filled up.
-        frames: of each clip, generated in one pass; None for pictures. Frames that a clip goes on from are part of the
-            prompt.
-        temporal_factor: of the vision tokenizer, frames to one latent frame; what it leaves over is filled up.
+        decoder: config of the decoder. Its weights are in `decoder.dtype`.
+        pictures: number of pictures or clips to generate at once. It is padded to a number that the mesh divides.
+        frames: number of frames per clip, generated in one pass, or None for pictures. Given frames of a clip count as
+            part of the prompt.
+        temporal_factor: frames per latent frame of the vision tokenizer. `frames` is rounded up to a multiple.
         ratio: width:height.
-        area: pixels; None for the model's default.
-        guidance: classifier-free guidance scale; 1 is none, and halves the rows.
-        prompt_tokens: of the longest prompt, with all that comes before the first generated token.
-        mesh: sizes of the axes data, fsdp, sequence and tensor; -1 is all that is left.
+        area: area in pixels, or None for the model's default.
+        guidance: classifier-free guidance scale. 1 means no guidance, and halves the rows.
+        prompt_tokens: length of the longest prompt, with everything before the first generated token.
+        mesh: sizes of the mesh axes data, fsdp, sequence and tensor; -1 takes all remaining devices.
         quantize: narrow weights and KV cache of the decoder, as `emu3_jax.load` takes it; None for neither.
     """
 
@@ -61,7 +61,7 @@ class GenerateConfig:
 
     @property
     def grid(self) -> tuple[int, ...]:
-        """Rows and columns of tokens of a picture; before them, of a clip, its latent frames."""
+        """(rows, columns) of tokens of a picture, or (latent frames, rows, columns) of a clip."""
         size = generate_size(self.ratio, self.decoder.image_area if self.area is None else self.area)
         return size if self.frames is None else (-(-self.frames // self.temporal_factor), *size)
 
@@ -72,5 +72,5 @@ class GenerateConfig:
 
     @property
     def steps(self) -> int:
-        """Tokens that are sampled or forced, to EOS."""
+        """The number of sampled and forced tokens, including EOS."""
         return grid_length(self.grid, self.decoder.clip_layout)

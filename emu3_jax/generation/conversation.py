@@ -1,4 +1,4 @@
-"""Questions about pictures and clips, one after the other, each answered in the light of what came before."""
+"""Answers questions about pictures and clips, alone or as turns of a conversation."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -18,19 +18,19 @@ from emu3_jax.printable import shown
 from emu3_jax.text.prompts import next_turn_prompt, understanding_prompt
 
 CLIPS_AS = ("auto", "clip", "images")
-_FRAMES_SHOWN = 8  # of a clip as pictures, where nobody says: each takes as many tokens as a picture
+_FRAMES_SHOWN = 8  # default frames of a clip shown as pictures: each frame takes as many tokens as a picture
 
 
 @dataclasses.dataclass(frozen=True)
 class Showing:
-    """How a clip stands in a prompt.
+    """How a clip is shown in a prompt.
 
     Attributes:
-        clips_as: "clip", the latent frames of one clip, for models that were trained on such; "images", its frames as
-            pictures one after the other, which is all that published models know; "auto", what suits the model.
-        frames: so many are spread over the clip; with `fps`, at most so many from its beginning. By default all of
-            them, but no more than the clips of the model's training have, and of pictures no more than 8.
-        fps: frames per second that are shown.
+        clips_as: "clip" shows latent frames of one clip, for models that were trained on clips. "images" shows frames
+            as pictures; published models know only this. "auto" chooses what suits the model.
+        frames: number of frames, spread over the clip; with `fps`, the largest number from its start. By default all
+            frames, but at most the training length of clips, or at most 8 pictures.
+        fps: frames to show per second.
     """
 
     clips_as: str = "auto"
@@ -40,18 +40,18 @@ class Showing:
     def __post_init__(self) -> None:
         if self.clips_as not in CLIPS_AS:
             raise Emu3Error(f"clips_as is {shown(self.clips_as)}: it must be one of {', '.join(CLIPS_AS)}")
-        check_resampling(self.fps, self.frames)  # also where only pictures are shown
+        check_resampling(self.fps, self.frames)  # checked even if only pictures are shown
 
     def codes(self, vision: Vision, item: Media, trained: int | None) -> list[np.ndarray]:
-        """Codes of a picture, [h, w], or of a clip: [t, h, w], or a list of [h, w].
+        """The codes of a picture or clip, as a list: [h, w] for each picture, or one [t, h, w] for a clip.
 
         Args:
-            vision: what encodes.
+            vision: vision tokenizer that encodes.
             item: the picture or clip.
-            trained: frames of the clips that the decoder was trained on (`DecoderConfig.clip_frames`), or None.
+            trained: frames per clip in the decoder's training (`DecoderConfig.clip_frames`), or None.
 
         Raises:
-            Emu3Error: the item is neither, or a number is not legal.
+            Emu3Error: the item is neither a picture nor a clip, or `frames` or `fps` does not fit it.
         """
         media = as_media(item)
         if not isinstance(media, Clip):
@@ -67,14 +67,14 @@ class Showing:
 
 @dataclasses.dataclass(frozen=True)
 class Asking:
-    """How questions are put and answered, the same for all turns of a conversation.
+    """Settings of questions and answers, the same for all turns of a conversation.
 
     Attributes:
-        showing: how clips stand in a prompt.
-        sampling: how tokens of answers are sampled.
-        batching: how rows are computed.
-        max_new_tokens: an answer's longest length.
-        allow_special: lets control tokens in questions act as such.
+        showing: how clips are shown in a prompt.
+        sampling: sampling settings of answers.
+        batching: batching of rows.
+        max_new_tokens: largest number of tokens of an answer.
+        allow_special: whether control tokens in questions take effect.
     """
 
     showing: Showing
@@ -91,12 +91,12 @@ class Asking:
 def _codes(
     language: Language, vision: Callable[[], Vision], showing: Showing, media: Media | Sequence[Media]
 ) -> list[np.ndarray]:
-    """Codes of all that is shown with one question."""
+    """The codes of all pictures and clips of one question."""
     return [codes for item in _several(media) for codes in showing.codes(vision(), item, language.config.clip_frames)]
 
 
 def _several(value: Any) -> list[Any]:
-    """The entries of a list or tuple; anything else alone."""
+    """The entries of a list or tuple. Any other value becomes a list of one."""
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
@@ -107,7 +107,10 @@ def answer_questions(
     questions: str | Sequence[str],
     asking: Asking,
 ) -> list[str]:
-    """One answer for each picture, clip or sequence of such; see `Emu3.chat`. `vision` is called to show something."""
+    """Answers one question per picture, clip or sequence of them; see `Emu3.chat`.
+
+    `vision` is called only if something is shown, so questions alone need no vision tokenizer.
+    """
     rows = _several(media)
     if not rows:
         raise Emu3Error("there is no picture: give at least one")
@@ -130,16 +133,24 @@ class Conversation:
     """
 
     def __init__(self, language: Language, vision: Callable[[], Vision], asking: Asking):
-        """`vision` is called when something is to be shown: questions alone need no vision tokenizer."""
+        """`vision` is called only if something is shown, so questions alone need no vision tokenizer."""
         self.turns: list[tuple[str, str]] = []
         self._language, self._vision, self._asking = language, vision, asking
         self._ids: list[int] = []
 
     def ask(self, text: str, media: Media | Sequence[Media] = ()) -> str:
-        """The answer to a question about all that was shown so far, and `media`, which are shown with the question.
+        """Answers a question about everything shown so far.
+
+        Args:
+            text: the question.
+            media: pictures and clips to show with this question.
+
+        Returns:
+            The answer.
 
         Raises:
-            Emu3Error: on bad input, or where the conversation fills the model's positions. It stays as it was.
+            Emu3Error: bad input, or the conversation no longer fits into the model's positions. The conversation does
+                not change then.
         """
         language, asking = self._language, self._asking
         codes = _codes(language, self._vision, asking.showing, media)

@@ -1,11 +1,11 @@
-"""Defaults of generation that the API, the commands and the configs share. `--help` reads them without loading JAX."""
+"""Defaults of generation for the API, the commands and the configs. `--help` reads them without importing JAX."""
 
-GUIDANCE = 3.0  # classifier-free guidance scale of pictures and clips; the reference's example uses it
+GUIDANCE = 3.0  # classifier-free guidance scale, as in the reference's example
 TEMPERATURE = 1.0
-TOP_K = 2048  # the reference's, too
+TOP_K = 2048  # as in the reference
 TOP_P = 1.0
 SEED = 0
-BATCH_SIZE = 8  # rows that are computed at once
-MAX_NEW_TOKENS = 1024  # of an answer, as in the reference's example
-FRAMES = 8  # of a new clip
-FPS = 8.0  # of a new clip that goes on from none
+BATCH_SIZE = 8  # rows computed at once
+MAX_NEW_TOKENS = 1024  # most tokens of an answer, as in the reference's example
+FRAMES = 8  # new frames of a clip
+FPS = 8.0  # frames per second of a new clip

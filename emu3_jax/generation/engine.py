@@ -1,7 +1,7 @@
-"""The jitted programs of generation, prefill and the decode loop; `session` calls them.
+"""The jitted programs of generation: prefill and the decode loop. `session` calls them.
 
-B rows as asked for, filled up to the mesh; R rows as computed: B, or with guidance 2B (conditional rows, then
-unconditional rows). T steps of the schedule, P prompt slots.
+B requested rows, padded for the mesh; R computed rows: B, or 2B with guidance (conditional rows, then unconditional
+rows); T steps of the schedule; P slots of the prompt.
 """
 
 import dataclasses
@@ -23,14 +23,14 @@ from emu3_jax.models.decoder import Decoder, visual_head_params
 
 
 class Plan(flax.struct.PyTreeNode):
-    """What the loop obeys: constant while it runs."""
+    """The inputs of the decode loop that do not change while it runs."""
 
-    forced: sampling.Array  # int32 [B, T]: the id of each step, SAMPLED where there is a choice
+    forced: sampling.Array  # int32 [B, T]: the forced id of each step, or SAMPLED
     settings: sampling.RowSettings
 
 
 class DecodeState(flax.struct.PyTreeNode):
-    """What the loop carries."""
+    """The state that the decode loop carries from step to step."""
 
     cache: KVCache
     tokens: jax.Array  # int32 [B, T], the ids so far
@@ -40,22 +40,23 @@ class DecodeState(flax.struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """What the loop is compiled for, besides shapes."""
+    """The static options that the programs are compiled for, besides shapes."""
 
     visual_only: bool
     guided: bool
     use_top_k: bool
     use_top_p: bool
     narrow_cache: bool = False
-    kernels: str = "xla"  # of `attention.KERNELS`, chosen
+    kernels: str = "xla"  # from `attention.KERNELS`, but not "auto"
 
 
 class _Program:
-    """A jitted function, which is compiled with another option for CPUs.
+    """A jitted function that is compiled without `xla_allow_excess_precision` on CPUs.
 
-    XLA may keep a bfloat16 value in float32 where it fuses operations, and on CPUs the number of rows decides what is
-    fused. Without that licence a row's bfloat16 results are the same beside any number of rows there, at a cost of a
-    few per cent at most. Elsewhere the number of rows also chooses the kernels of products, so it would only cost time.
+    With this option XLA may keep bfloat16 values in float32 inside a fusion, and on CPUs the number of rows decides
+    what is fused. Without the option, bfloat16 results on CPUs do not depend on the number of rows. It costs at most a
+    few per cent of time. On other devices the number of rows also chooses the kernels of products, so the option would
+    not help.
     """
 
     def __init__(self, function: Callable, **options: Any):
@@ -69,11 +70,11 @@ class _Program:
 
     @property
     def jitted(self) -> Any:
-        """The function for where the program will run: on the current mesh, or else on the default device."""
+        """The jitted function for the platform of the current mesh, or of the default device without a mesh."""
         return self._on_cpus if target_platform() == "cpu" else self._elsewhere
 
     def lower(self, *arguments: Any, **static: Any) -> jax.stages.Lowered:
-        """As that of jitted functions."""
+        """Lowers the program, as the method of jitted functions does."""
         return self.jitted.lower(*arguments, **static)
 
 
@@ -88,7 +89,7 @@ def prefill(
     variant: Variant,
     slots: int,
 ) -> DecodeState:
-    """Runs the prompts (int32 [R, P], right-aligned, row r from slot start[r] on) and takes step 0."""
+    """Runs the prompts (int32 [R, P], right-aligned; row r starts at slot start[r]) and takes step 0."""
     forward = _forward(params, config, variant)
     logits, cache = forward(prompts, KVCache.create(config, start, slots, variant.narrow_cache), last_only=True)
     rows = plan.forced.shape[0]
@@ -121,7 +122,7 @@ def decode(
 
 
 def _forward(params: Any, config: DecoderConfig, variant: Variant) -> Callable:
-    """The decoder with the head that the variant needs; to be made outside the loop, where cutting the head costs."""
+    """The decoder with the head that the variant needs. Call it outside the loop, so that the head is cut only once."""
     if variant.visual_only:
         # The barrier keeps XLA from sinking the slice into the loop, where it would copy 0.27 GB every step.
         params = jax.lax.optimization_barrier(visual_head_params(params, config))
@@ -148,6 +149,6 @@ def emit(logits: jax.Array, state: DecodeState, plan: Plan, config: DecoderConfi
 
 
 def _replicated(state: DecodeState) -> DecodeState:
-    """The state with what each host reads, and the next call expects, whole on every device of a mesh."""
+    """Replicates `tokens` and `ended` on a mesh, because every host reads them and the next call expects it."""
     tokens = nn.with_logical_constraint(state.tokens, (None, None))
     return state.replace(tokens=tokens, ended=nn.with_logical_constraint(state.ended, (None,)))

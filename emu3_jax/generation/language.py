@@ -1,4 +1,4 @@
-"""The decoder in memory, and the functions that generate pictures' and clips' codes and answers with it, in batches."""
+"""The decoder in memory, and functions that generate codes and answers with it in batches."""
 
 import dataclasses
 import functools
@@ -22,24 +22,24 @@ from emu3_jax.progress import Progress
 from emu3_jax.text.prompts import PromptTemplates, frame_ids, generation_prompt
 from emu3_jax.text.tokenizer import Tokenizer
 
-# Told of tokens while later ones are sampled: the numbers of a batch's rows, and their ids so far, int32
-# [B, steps taken].
+# A function that is called while later tokens are sampled. It gets the indices of a batch's rows, and their ids so far,
+# int32 [B, steps taken].
 OnTokens = Callable[[Sequence[int], np.ndarray], None]
 
-_MOST_AT_ONCE = 4096  # rows of a batch; far more than any device has room for
+_MOST_AT_ONCE = 4096  # largest batch size; far more than fits on any device
 
 
 @dataclasses.dataclass(frozen=True)
 class Language:
-    """The decoder in memory, with the tokenizer and prompt templates that it was trained with.
+    """The decoder in memory, with its text tokenizer and prompt templates.
 
     Attributes:
-        config: the decoder's.
-        params: its parameters.
-        tokenizer: of text.
-        templates: of prompts.
-        mesh: what the parameters are spread over, if anything.
-        quantize: how the parameters are quantised, of `models.quantization.KINDS`; None where they are not.
+        config: config of the decoder.
+        params: parameters of the decoder.
+        tokenizer: text tokenizer.
+        templates: prompt templates.
+        mesh: mesh over which the parameters are spread, or None.
+        quantize: quantisation of the parameters, from `models.quantization.KINDS`, or None.
     """
 
     config: DecoderConfig
@@ -51,19 +51,19 @@ class Language:
 
     @property
     def narrow_cache(self) -> bool:
-        """Whether keys and values are kept as int8."""
+        """Whether keys and values are stored as int8."""
         return narrows_cache(self.quantize)
 
 
 @dataclasses.dataclass(frozen=True)
 class Batching:
-    """How rows are computed.
+    """Settings of batching and progress.
 
     Attributes:
-        batch_size: rows at once.
-        progress: True shows a bar on a terminal and lines in a log, None only the bar, False nothing.
-        deterministic: the program that computes a row is always the same, whatever rows are beside it: rows whose
-            programs differ are not computed together, and every batch is filled up to `batch_size` rows.
+        batch_size: number of rows to compute at once.
+        progress: True shows a progress bar on a terminal and lines in a log, None shows only the bar, False nothing.
+        deterministic: compute a row always with the same program, whatever the other rows are. Rows with different
+            programs are not batched together, and every batch is padded to `batch_size` rows.
     """
 
     batch_size: int = defaults.BATCH_SIZE
@@ -79,13 +79,13 @@ class Batching:
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """A grid of codes to generate: a picture's, or a clip's.
+    """A request to generate the codes of a picture or a clip.
 
     Attributes:
-        prompt: what to show.
-        negative: the unconditional branch of guidance.
-        size: rows and columns; before them, of a clip, its latent frames.
-        given: codes [t, h, w] of a clip's first latent frames, which the prompt holds; or None.
+        prompt: the prompt.
+        negative: the negative prompt, which guidance uses as the unconditional prompt.
+        size: (rows, columns) of a picture, or (latent frames, rows, columns) of a clip.
+        given: codes [t, h, w] of a clip's first latent frames, which become part of the prompt, or None.
     """
 
     prompt: str
@@ -96,12 +96,12 @@ class Grid:
 
 @dataclasses.dataclass(frozen=True)
 class GeneratedGrid:
-    """What became of a `Grid`.
+    """The result of a `Grid`.
 
     Attributes:
         ids: int32 [prompt + generated].
-        prompt_length: how many of `ids` are the prompt.
-        codes: int32, in the shape of the grid's size; they begin with what was given.
+        prompt_length: number of `ids` that belong to the prompt.
+        codes: int32, in the shape of the grid's size, including the given codes.
     """
 
     ids: np.ndarray
@@ -134,24 +134,24 @@ def stream_grids(
     allow_special: bool = False,
     on_tokens: OnTokens | None = None,
 ) -> Iterator[tuple[int, GeneratedGrid]]:
-    """Generates the codes of pictures or clips, and yields those of a batch, with their rows, when it is done.
+    """Generates the codes of pictures or clips, and yields (row, result) for each row of a batch when it is done.
 
-    All rows are checked before the first batch. The next batch begins when those of the last one were taken.
+    All rows are checked before the first batch. The next batch starts after all results of the previous one were taken.
 
     Args:
         language: the decoder.
-        grids: one per row.
-        settings: how each row samples. Where no row's guidance scale differs from 1, nothing unconditional is computed.
-        batching: how rows are computed.
-        allow_special: lets control tokens in prompts act as such.
+        grids: one request per row.
+        settings: sampling settings of each row. If all guidance scales are 1, no unconditional rows are computed.
+        batching: batching of rows.
+        allow_special: whether control tokens in prompts take effect.
         on_tokens: see `OnTokens`.
 
     Raises:
-        Emu3Error: a control token in a prompt that may have none, or a row that exceeds the model's positions.
+        Emu3Error: a prompt has control tokens without `allow_special`, or a row exceeds the model's positions.
     """
     special, layout = language.config.tokens, language.config.clip_layout
 
-    # Many rows may be of one prompt and one size: they share their ids and schedules.
+    # Rows of the same prompt and size share their ids and schedules.
     @functools.cache
     def head(text: str, size: tuple[int, ...]) -> list[int]:
         return generation_prompt(language.tokenizer, special, text, *size, allow_special=allow_special)
@@ -166,7 +166,7 @@ def stream_grids(
 
     prompts = [(prompt_ids(grid.prompt, grid), prompt_ids(grid.negative, grid)) for grid in grids]
     given = [0 if grid.given is None else len(grid.given) for grid in grids]
-    # Before the schedules are made: a size may be of millions of tokens.
+    # Checked before schedules are made, because a size may have millions of tokens.
     lengths = [
         grid_length((grid.size[0] - count, *grid.size[1:]) if count else grid.size, layout)
         for grid, count in zip(grids, given, strict=True)
@@ -196,17 +196,20 @@ def answer(
     max_new_tokens: int,
     batching: Batching,
 ) -> list[np.ndarray]:
-    """The ids that follow each row of ids.
+    """Generates answers.
 
     Args:
         language: the decoder.
-        inputs: rows of ids that end where an answer begins.
-        sampling: how tokens are sampled; no row is guided.
-        max_new_tokens: an answer's longest length; answers also end where the model's positions do.
-        batching: how rows are computed.
+        inputs: ids of each row's prompt. They end where the answer begins.
+        sampling: sampling settings. Guidance is not used.
+        max_new_tokens: largest number of tokens of an answer. Answers also end at the model's last position.
+        batching: batching of rows.
+
+    Returns:
+        The ids of each row's answer.
 
     Raises:
-        Emu3Error: a row leaves no position for an answer, or a number is not legal.
+        Emu3Error: a prompt leaves no position for an answer, or `max_new_tokens` is not legal.
     """
     if not is_count(max_new_tokens):
         raise Emu3Error(f"max_new_tokens is {shown(max_new_tokens)}: it must be a whole number >= 1")
@@ -216,8 +219,8 @@ def answer(
         room = positions - len(ids)
         if room < 1:
             raise Emu3Error(
-                f"row {index}: what is shown and asked takes {len(ids)} tokens, the model has {positions} positions: "
-                "shorten the prompt, use smaller or fewer pictures, or fewer frames of a clip"
+                f"row {index}: pictures and question take {len(ids)} tokens, but the model has {positions} positions: "
+                "shorten the question, or use fewer or smaller pictures, or fewer frames of a clip"
             )
         rows.append(Row(ids, text_schedule(min(max_new_tokens, room))))
     made = dict(_run_batches(language, rows, sampling.settings(len(rows)), batching))
@@ -231,7 +234,7 @@ def _run_batches(
     batching: Batching,
     on_tokens: OnTokens | None = None,
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """The number of each row and its generated ids, cut to its own schedule, batch by batch."""
+    """Runs batch by batch, and yields (index, generated ids) of each row. The ids have the length of its schedule."""
     batches = _batches(language, rows, settings, batching)
     lengths = [max(len(rows[index].schedule) for index in batch) for batch in batches]
     with Progress(batching.progress, sum(lengths), "tokens", name="generate") as bar:
@@ -258,12 +261,12 @@ def _run_batches(
 
 
 def _batches(language: Language, rows: Sequence[Row], settings: RowSettings, batching: Batching) -> list[Sequence[int]]:
-    """The numbers of the rows that are computed together."""
+    """Groups the indices of rows to batches."""
     groups: dict[Any, list[int]] = {}
     for index, row in enumerate(rows):
         shapes = None
         if batching.deterministic:
-            # What the row's programs would be compiled for if it were alone.
+            # The shapes of a session with only this row.
             one = settings.take(np.asarray([index]))
             narrow = language.narrow_cache
             alone = DecodeSession(language.params, language.config, [row], one, mesh=language.mesh, narrow_cache=narrow)

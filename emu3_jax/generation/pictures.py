@@ -1,4 +1,4 @@
-"""Pictures from prompts: codes by the decoder, pixels by the vision tokenizer."""
+"""Generates pictures from prompts: the decoder generates codes, the vision tokenizer decodes them to pixels."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ from emu3_jax.generation.rows import Sampling, describe, per_row, prompt_list, r
 from emu3_jax.media.sizes import generate_size
 from emu3_jax.printable import shown
 
-MAX_PICTURES = 1_000_000  # of one call; each takes a few kilobytes from its beginning
+MAX_PICTURES = 1_000_000  # most pictures of one call; each needs a few kilobytes of host memory from the start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Generation:
 
     Attributes:
         ids: int32 [prompt + generated], from BOS to EOS.
-        prompt_length: how many of `ids` are the prompt.
-        codes: int32 [h, w], the picture's codes.
-        image: the picture; `image.info` says how it was made.
+        prompt_length: number of `ids` that belong to the prompt.
+        codes: int32 [h, w], codes of the picture.
+        image: the picture. `image.info` holds the prompt, the seed and all settings.
     """
 
     ids: np.ndarray
@@ -49,7 +49,7 @@ def stream_pictures(
     allow_special: bool,
     name: str,
 ) -> Iterator[tuple[int, Generation]]:
-    """See `Emu3.stream_sequences`; `name` is what the pictures say of the model."""
+    """See `Emu3.stream_sequences`. `name` is the model's name in the pictures' metadata."""
     prompts = prompt_list(prompts)
     count = len(prompts)
     if not is_count(n) or n * count > MAX_PICTURES:

@@ -1,4 +1,4 @@
-"""`Emu3`: a loaded model that generates pictures, answers about them, and turns them into codes and back."""
+"""`Emu3`: a loaded model that generates pictures and clips, answers questions, and encodes and decodes codes."""
 
 from collections.abc import Iterator, Sequence
 
@@ -20,9 +20,9 @@ from emu3_jax.media.inputs import Media
 class Emu3:
     """A model in memory: a decoder, a vision tokenizer, or both. `emu3_jax.load` makes it.
 
-    A row is one picture, clip or answer. In float32 a row's result does not depend on the rows beside it. In bfloat16
-    and float16 the number of rows may change how products round, and so a token here and there. `deterministic=True`
-    rules that out.
+    A row is one picture, clip or answer. In float32 a row's result does not depend on the other rows of its batch. In
+    bfloat16 and float16 the number of rows may change the rounding of products, and so change single tokens.
+    `deterministic=True` prevents this.
     """
 
     def __init__(self, name: str, language: Language | None = None, vision: Vision | None = None):
@@ -61,18 +61,21 @@ class Emu3:
         A clip file is read and encoded in parts: memory does not grow with its length.
 
         Args:
-            media: pictures (PIL images or files) and clips (`Clip`, animated files, videos or folders of frames). Where
-                the temporal factor does not divide a clip's frames, its last frame is repeated.
-            independent: cut clips into pieces of the temporal factor's frames and encode each by itself, as upstream's
-                script does. The codes differ.
-            fps: resample clips to this rate first; pictures stay as they are.
-            frames: with `fps`, end each clip after this many frames; without, take this many spread over each clip.
-            tile: encode frames larger than this side, in pixels, in overlapping square tiles, in the memory of one
-                tile. An approximation with other codes: the tokenizer's norms and attention see one tile, not the whole
-                frame. A multiple of the spatial factor.
+            media: pictures (PIL images or files) and clips (`Clip`, animated files, videos or folders of frames). If
+                the number of a clip's frames is no multiple of the temporal factor, its last frame is repeated.
+            independent: cut clips into pieces of `temporal_factor` frames and encode each piece on its own, as
+                upstream's script does. The codes differ.
+            fps: resample clips to this frame rate first. Pictures do not change.
+            frames: with `fps`, take at most the first `frames` frames of a clip; without it, take `frames` frames that
+                are spread over the clip.
+            tile: side of a tile in pixels, a multiple of the spatial factor. Larger frames are encoded in overlapping
+                tiles, with the memory of one tile. The codes differ, because norms and attention see only one tile.
+
+        Returns:
+            The codes of each item, int32 [h, w] or [t, h, w].
 
         Raises:
-            Emu3Error: on bad input; the message says what is wrong and what to do.
+            Emu3Error: bad input. The message says what is wrong and what to do.
         """
         vision = self.vision
         return [encode(vision, item, independent, fps=fps, frames=frames, tile=tile) for item in media]
@@ -85,17 +88,20 @@ class Emu3:
         frames: int | None = None,
         tile: int | None = None,
     ) -> list[Image.Image | Clip]:
-        """Decodes int codes: [h, w] to a picture, [t, h, w] to a clip of t times the temporal factor frames.
+        """Decodes codes: [h, w] to a picture, [t, h, w] to a clip of t * temporal_factor frames.
 
         Args:
-            codes: as `tokenize` returns them.
-            independent: for codes that were made with `independent`.
-            frames: end clips after this many frames, which cuts off those that `tokenize` repeated.
-            tile: decode large frames in overlapping tiles, as for `tokenize`; neighbours are blended where they
-                overlap. The pixels differ. Codes need not have been made in tiles.
+            codes: integer arrays, as `tokenize` returns them.
+            independent: must be True for codes that `tokenize` made with `independent=True`.
+            frames: end clips after this many frames, to remove the frames that `tokenize` repeated.
+            tile: side of a tile in pixels. Larger frames are decoded in overlapping tiles, which are blended. The
+                pixels differ. The codes need not have been made in tiles.
+
+        Returns:
+            A picture or a clip for each array.
 
         Raises:
-            Emu3Error: on bad input; the message says what is wrong and what to do.
+            Emu3Error: bad input. The message says what is wrong and what to do.
         """
         vision = self.vision
         return [decode(vision, np.asarray(item), independent, frames=frames, tile=tile) for item in codes]
@@ -122,32 +128,35 @@ class Emu3:
         """Generates pictures for the prompts (upstream `image_generation.py`).
 
         Args:
-            prompts: what to show: one prompt, or several.
-            n: pictures per prompt, each with a seed of its own.
-            ratio: width:height, at most 5:1 or 1:5. One for all, or one per prompt.
-            area: pixels of a picture; by default as many as the model was trained for.
-            negative: a prompt for what to avoid: the unconditional branch of guidance. One for all, or one per prompt.
-            guidance: classifier-free guidance scale. 1 is none, and halves the work if all prompts have it. One for
-                all, or one per prompt; so have the next four.
-            temperature: divides the logits before sampling; 0 always takes the likeliest token.
-            top_k: how many of the likeliest tokens can be sampled.
-            top_p: the smallest set of likeliest tokens with this probability mass can be sampled.
-            seed: of the first picture. Each next picture, in the order of the result, adds 1. With one seed per prompt,
-                a prompt's pictures count up from its own.
+            prompts: one prompt, or several.
+            n: number of pictures per prompt. Each has its own seed.
+            ratio: width:height, from 1:5 to 5:1. One for all prompts, or one per prompt.
+            area: area of a picture in pixels, or None for the area that the model was trained for.
+            negative: negative prompt: what to avoid. Guidance uses it as the unconditional prompt. One for all
+                prompts, or one per prompt.
+            guidance: classifier-free guidance scale. 1 means no guidance, and halves the work if all prompts have it.
+                One for all prompts, or one per prompt. The same holds for the next four arguments.
+            temperature: sampling temperature; 0 always takes the likeliest token.
+            top_k: sample from this number of likeliest tokens.
+            top_p: sample from the smallest set of likeliest tokens with this total probability.
+            seed: seed of the first picture. Each next picture of the result adds 1. With one seed per prompt, the
+                pictures of a prompt count up from its seed.
             greedy: the same as `temperature=0`.
-            allow_special: control tokens in prompts, such as `<|image start|>`, act as such. By default they are
-                refused.
-            batch_size: rows that are computed at once, 4096 at most. Memory of the device grows with it.
-            deterministic: in every dtype a row's result is the same beside any other rows. Each batch is filled up to
-                `batch_size` rows, which takes time. Results still depend on `batch_size`, the device, and the versions
-                of JAX and XLA.
-            progress: True shows a bar on a terminal and lines in a log, None only the bar, False nothing.
+            allow_special: whether control tokens in prompts, such as `<|image start|>`, take effect. If False, such
+                prompts are refused.
+            batch_size: number of rows to compute at once, at most 4096. Device memory grows with it.
+            deterministic: whether a row's result must not depend on the other rows, in any dtype. Each batch is padded
+                to `batch_size` rows, which takes time. Results still depend on `batch_size`, the device, and the
+                versions of JAX and XLA.
+            progress: True shows a progress bar on a terminal and lines in a log, None shows only the bar, False
+                nothing.
 
         Returns:
-            The pictures, those of a prompt together: prompt 0 has the first `n`. `image.info` says how each was made.
+            The pictures, grouped by prompt: the first `n` pictures belong to prompt 0. `image.info` holds the
+            prompt, the seed and all settings.
 
         Raises:
-            Emu3Error: on bad input; the message says what is wrong and what to do.
+            Emu3Error: bad input. The message says what is wrong and what to do.
         """
         generations = self.stream_sequences(
             prompts, n=n, ratio=ratio, area=area, negative=negative, guidance=guidance, temperature=temperature,
@@ -179,32 +188,34 @@ class Emu3:
         """Generates pictures as `generate` does, and returns them with their tokens.
 
         Args:
-            prompts: what to show: one prompt, or several.
-            n: pictures per prompt, each with a seed of its own.
-            ratio: width:height, at most 5:1 or 1:5. One for all, or one per prompt.
-            area: pixels of a picture; by default as many as the model was trained for.
-            negative: a prompt for what to avoid: the unconditional branch of guidance. One for all, or one per prompt.
-            guidance: classifier-free guidance scale. 1 is none, and halves the work if all prompts have it. One for
-                all, or one per prompt; so have the next four.
-            temperature: divides the logits before sampling; 0 always takes the likeliest token.
-            top_k: how many of the likeliest tokens can be sampled.
-            top_p: the smallest set of likeliest tokens with this probability mass can be sampled.
-            seed: of the first picture. Each next picture, in the order of the result, adds 1. With one seed per prompt,
-                a prompt's pictures count up from its own.
+            prompts: one prompt, or several.
+            n: number of pictures per prompt. Each has its own seed.
+            ratio: width:height, from 1:5 to 5:1. One for all prompts, or one per prompt.
+            area: area of a picture in pixels, or None for the area that the model was trained for.
+            negative: negative prompt: what to avoid. Guidance uses it as the unconditional prompt. One for all
+                prompts, or one per prompt.
+            guidance: classifier-free guidance scale. 1 means no guidance, and halves the work if all prompts have it.
+                One for all prompts, or one per prompt. The same holds for the next four arguments.
+            temperature: sampling temperature; 0 always takes the likeliest token.
+            top_k: sample from this number of likeliest tokens.
+            top_p: sample from the smallest set of likeliest tokens with this total probability.
+            seed: seed of the first picture. Each next picture of the result adds 1. With one seed per prompt, the
+                pictures of a prompt count up from its seed.
             greedy: the same as `temperature=0`.
-            allow_special: control tokens in prompts, such as `<|image start|>`, act as such. By default they are
-                refused.
-            batch_size: rows that are computed at once, 4096 at most. Memory of the device grows with it.
-            deterministic: in every dtype a row's result is the same beside any other rows. Each batch is filled up to
-                `batch_size` rows, which takes time. Results still depend on `batch_size`, the device, and the versions
-                of JAX and XLA.
-            progress: True shows a bar on a terminal and lines in a log, None only the bar, False nothing.
+            allow_special: whether control tokens in prompts, such as `<|image start|>`, take effect. If False, such
+                prompts are refused.
+            batch_size: number of rows to compute at once, at most 4096. Device memory grows with it.
+            deterministic: whether a row's result must not depend on the other rows, in any dtype. Each batch is padded
+                to `batch_size` rows, which takes time. Results still depend on `batch_size`, the device, and the
+                versions of JAX and XLA.
+            progress: True shows a progress bar on a terminal and lines in a log, None shows only the bar, False
+                nothing.
 
         Returns:
-            A `Generation` for each picture, those of a prompt together.
+            A `Generation` for each picture, grouped by prompt.
 
         Raises:
-            Emu3Error: on bad input; the message says what is wrong and what to do.
+            Emu3Error: bad input. The message says what is wrong and what to do.
         """
         generations = self.stream_sequences(
             prompts, n=n, ratio=ratio, area=area, negative=negative, guidance=guidance, temperature=temperature,
@@ -233,39 +244,41 @@ class Emu3:
         deterministic: bool = False,
         progress: bool | None = None,
     ) -> Iterator[tuple[int, Generation]]:
-        """Generates pictures as `generate_sequences` does, and yields those of a batch as soon as it is done.
+        """Generates pictures as `generate_sequences` does, but yields the pictures of each batch when it is done.
 
-        So memory does not grow with the number of pictures. Bad input is told when the first picture is asked for, and
-        the next batch begins when the pictures of the last one were taken.
+        Memory does not grow with the number of pictures. This is a generator: bad input raises an error at the first
+        `next`, and a batch starts only after all pictures of the previous batch were taken.
 
         Args:
-            prompts: what to show: one prompt, or several.
-            n: pictures per prompt, each with a seed of its own.
-            ratio: width:height, at most 5:1 or 1:5. One for all, or one per prompt.
-            area: pixels of a picture; by default as many as the model was trained for.
-            negative: a prompt for what to avoid: the unconditional branch of guidance. One for all, or one per prompt.
-            guidance: classifier-free guidance scale. 1 is none, and halves the work if all prompts have it. One for
-                all, or one per prompt; so have the next four.
-            temperature: divides the logits before sampling; 0 always takes the likeliest token.
-            top_k: how many of the likeliest tokens can be sampled.
-            top_p: the smallest set of likeliest tokens with this probability mass can be sampled.
-            seed: of the first picture. Each next picture, in the order of the result, adds 1. With one seed per prompt,
-                a prompt's pictures count up from its own.
+            prompts: one prompt, or several.
+            n: number of pictures per prompt. Each has its own seed.
+            ratio: width:height, from 1:5 to 5:1. One for all prompts, or one per prompt.
+            area: area of a picture in pixels, or None for the area that the model was trained for.
+            negative: negative prompt: what to avoid. Guidance uses it as the unconditional prompt. One for all
+                prompts, or one per prompt.
+            guidance: classifier-free guidance scale. 1 means no guidance, and halves the work if all prompts have it.
+                One for all prompts, or one per prompt. The same holds for the next four arguments.
+            temperature: sampling temperature; 0 always takes the likeliest token.
+            top_k: sample from this number of likeliest tokens.
+            top_p: sample from the smallest set of likeliest tokens with this total probability.
+            seed: seed of the first picture. Each next picture of the result adds 1. With one seed per prompt, the
+                pictures of a prompt count up from its seed.
             greedy: the same as `temperature=0`.
-            allow_special: control tokens in prompts, such as `<|image start|>`, act as such. By default they are
-                refused.
-            batch_size: rows that are computed at once, 4096 at most. Memory of the device grows with it.
-            deterministic: in every dtype a row's result is the same beside any other rows. Each batch is filled up to
-                `batch_size` rows, which takes time. Results still depend on `batch_size`, the device, and the versions
-                of JAX and XLA.
-            progress: True shows a bar on a terminal and lines in a log, None only the bar, False nothing.
+            allow_special: whether control tokens in prompts, such as `<|image start|>`, take effect. If False, such
+                prompts are refused.
+            batch_size: number of rows to compute at once, at most 4096. Device memory grows with it.
+            deterministic: whether a row's result must not depend on the other rows, in any dtype. Each batch is padded
+                to `batch_size` rows, which takes time. Results still depend on `batch_size`, the device, and the
+                versions of JAX and XLA.
+            progress: True shows a progress bar on a terminal and lines in a log, None shows only the bar, False
+                nothing.
 
         Yields:
-            A picture's row in the list that `generate_sequences` returns, and its `Generation`. Rows come in order,
-            unless `deterministic` computes rows of equal shapes together.
+            (row, generation): the picture's index in the result of `generate_sequences`, and its `Generation`. Rows
+            come in order, unless `deterministic=True` groups rows of equal shapes.
 
         Raises:
-            Emu3Error: on bad input; the message says what is wrong and what to do.
+            Emu3Error: bad input. The message says what is wrong and what to do.
         """
         return stream_pictures(
             self.language, self.vision, prompts, Sampling(0.0 if greedy else temperature, top_k, top_p, guidance, seed),
@@ -296,43 +309,46 @@ class Emu3:
         deterministic: bool = False,
         progress: bool | None = None,
     ) -> list[Clip]:
-        """Generates one clip per prompt, frame after frame, as `data.sequences.NextFrame` trains it.
+        """Generates one clip per prompt, frame after frame, in the format of `data.sequences.NextFrame`.
 
-        No published weights generate clips: this is for models that this project trained. A clip longer than `window`
-        is made in several passes. Each pass sees the last half of the window, tokenized anew.
+        No published weights generate clips. Use the embedded model, or a model that you trained on clips. A clip longer
+        than `window` is generated in several passes. Each pass continues from the last half of the window, which is
+        tokenized again.
 
         Args:
-            prompts: what to show: one prompt, or several.
-            frames: new frames of each clip. A number that the temporal factor does not divide is filled up, and the
-                frames too many are cut off.
-            fps: frames per second of the clips; by default those of the clip in `extend`, or 8.
-            extend: a clip or picture that the new frames continue, for all prompts, or one per prompt. The result
-                begins with it, scaled to the generated size.
-            window: frames of one pass, old and new; by default as in the model's training, or as many as its positions
-                hold.
-            ratio: width:height of all clips; by default that of `extend`, or 1:1.
-            on_frames: called with the row, a frame's number in the clip, and the frames from there on (uint8
-                [N, H, W, 3]) as soon as they are there, while later ones are still sampled. Each new frame comes once,
-                a row's frames in order. Frames of `extend` do not come.
-            area: pixels of a frame; by default as many as the model was trained for.
-            negative: a prompt for what to avoid: the unconditional branch of guidance. One for all, or one per prompt.
-            guidance: classifier-free guidance scale. 1 is none, and halves the work if all prompts have it. One for
-                all, or one per prompt; so have the next four.
-            temperature: divides the logits before sampling; 0 always takes the likeliest token.
-            top_k: how many of the likeliest tokens can be sampled.
-            top_p: the smallest set of likeliest tokens with this probability mass can be sampled.
-            seed: of the first clip; each next clip adds 1. A sequence gives each clip its own.
+            prompts: one prompt, or several.
+            frames: number of new frames per clip. It need not be a multiple of the temporal factor: surplus frames are
+                cut off.
+            fps: frames per second of the clips, or None for the rate of the clip in `extend`, or 8.
+            extend: clip or picture that the new frames continue: one for all prompts, or one per prompt. The result
+                starts with it, scaled to the generated size.
+            window: number of frames of one pass, old and new; by default as in the model's training, or as many as fit
+                into its positions.
+            ratio: width:height of all clips, or None for the ratio of `extend`, or 1:1.
+            on_frames: function that is called with (row, index of the first frame in the clip, frames uint8
+                [N, H, W, 3]) as soon as these frames are decoded, while later ones are still sampled. It gets each new
+                frame once, in order per row, and no frames of `extend`.
+            area: area of a frame in pixels, or None for the area that the model was trained for.
+            negative: negative prompt: what to avoid. Guidance uses it as the unconditional prompt. One for all
+                prompts, or one per prompt.
+            guidance: classifier-free guidance scale. 1 means no guidance, and halves the work if all prompts have it.
+                One for all prompts, or one per prompt. The same holds for the next four arguments.
+            temperature: sampling temperature; 0 always takes the likeliest token.
+            top_k: sample from this number of likeliest tokens.
+            top_p: sample from the smallest set of likeliest tokens with this total probability.
+            seed: seed of the first clip; each next clip adds 1. Or one seed per clip.
             greedy: the same as `temperature=0`.
-            allow_special: control tokens in prompts, such as `<|image start|>`, act as such. By default they are
-                refused.
-            batch_size: rows that are computed at once, 4096 at most. Memory of the device grows with it.
-            deterministic: in every dtype a row's result is the same beside any other rows. Each batch is filled up to
-                `batch_size` rows, which takes time. Results still depend on `batch_size`, the device, and the versions
-                of JAX and XLA.
-            progress: True shows a bar on a terminal and lines in a log, None only the bar, False nothing.
+            allow_special: whether control tokens in prompts, such as `<|image start|>`, take effect. If False, such
+                prompts are refused.
+            batch_size: number of rows to compute at once, at most 4096. Device memory grows with it.
+            deterministic: whether a row's result must not depend on the other rows, in any dtype. Each batch is padded
+                to `batch_size` rows, which takes time. Results still depend on `batch_size`, the device, and the
+                versions of JAX and XLA.
+            progress: True shows a progress bar on a terminal and lines in a log, None shows only the bar, False
+                nothing.
 
         Raises:
-            Emu3Error: on bad input; the message says what is wrong and what to do.
+            Emu3Error: bad input. The message says what is wrong and what to do.
         """
         return generate_clips(
             self.language, self.vision, prompts, Sampling(0.0 if greedy else temperature, top_k, top_p, guidance, seed),
@@ -361,31 +377,32 @@ class Emu3:
         """Answers one prompt per picture or clip (upstream `multimodal_understanding.py`).
 
         Args:
-            images: one picture or clip (PIL images, `Clip` or files), or a sequence with one per row. A row may be a
-                sequence of them, shown in order, or empty.
-            prompts: the question: one for all rows, or one per row.
-            clips_as: "clip" shows a clip as one, "images" its frames as pictures, "auto" as the model was trained.
-            frames: frames that are shown of a clip; by default as many as the training's clips have, and 8 as pictures.
-            fps: frames per second that are shown of a clip; by default `frames` are spread over all of it.
-            max_new_tokens: the longest answer, in tokens. Answers also end where the model's positions do.
-            temperature: divides the logits before sampling; 0, the default, always takes the likeliest token, as the
-                reference does.
-            top_k: how many of the likeliest tokens can be sampled.
-            top_p: the smallest set of likeliest tokens with this probability mass can be sampled.
-            seed: of the first row; each next row adds 1. A sequence gives each row its own.
-            allow_special: control tokens in prompts, such as `<|image start|>`, act as such. By default they are
-                refused.
-            batch_size: rows that are computed at once, 4096 at most. Memory of the device grows with it.
-            deterministic: in every dtype a row's result is the same beside any other rows. Each batch is filled up to
-                `batch_size` rows, which takes time. Results still depend on `batch_size`, the device, and the versions
-                of JAX and XLA.
-            progress: True shows a bar on a terminal and lines in a log, None only the bar, False nothing.
+            images: one picture or clip (PIL image, `Clip` or file), or a sequence with one entry per row. An entry may
+                be a sequence of pictures and clips, which are shown in order, or an empty sequence.
+            prompts: one question for all rows, or one per row.
+            clips_as: "clip" shows a clip as a clip, "images" shows its frames as pictures, "auto" does what the model
+                was trained for.
+            frames: number of frames to show per clip; by default the training length, or 8 if shown as pictures.
+            fps: frames to show per second of a clip; by default `frames` frames are spread over the whole clip.
+            max_new_tokens: largest number of tokens of an answer. Answers also end at the model's last position.
+            temperature: sampling temperature. 0, the default, always takes the likeliest token, as the reference does.
+            top_k: sample from this number of likeliest tokens.
+            top_p: sample from the smallest set of likeliest tokens with this total probability.
+            seed: seed of the first row; each next row adds 1. Or one seed per row.
+            allow_special: whether control tokens in prompts, such as `<|image start|>`, take effect. If False, such
+                prompts are refused.
+            batch_size: number of rows to compute at once, at most 4096. Device memory grows with it.
+            deterministic: whether a row's result must not depend on the other rows, in any dtype. Each batch is padded
+                to `batch_size` rows, which takes time. Results still depend on `batch_size`, the device, and the
+                versions of JAX and XLA.
+            progress: True shows a progress bar on a terminal and lines in a log, None shows only the bar, False
+                nothing.
 
         Returns:
             The answers, one per row.
 
         Raises:
-            Emu3Error: on bad input; the message says what is wrong and what to do.
+            Emu3Error: bad input. The message says what is wrong and what to do.
         """
         asking = Asking(
             Showing(clips_as, frames, fps),
@@ -410,27 +427,28 @@ class Emu3:
         allow_special: bool = False,
         progress: bool | None = None,
     ) -> Conversation:
-        """Begins a conversation of several turns, each with any number of pictures and clips.
+        """Starts a conversation of several turns, each with any number of pictures and clips.
 
-        `conversation = model.converse()`, then `conversation.ask(text, media)` for each turn. An answer is computed
-        alone, so that no other row can change it.
+        Call `conversation = model.converse()`, then `conversation.ask(text, media)` for each turn. Each answer is
+        computed in a batch of its own, so other rows cannot change it.
 
         Args:
-            clips_as: "clip" shows a clip as one, "images" its frames as pictures, "auto" as the model was trained.
-            frames: frames that are shown of a clip; by default as many as the training's clips have, and 8 as pictures.
-            fps: frames per second that are shown of a clip; by default `frames` are spread over all of it.
-            max_new_tokens: the longest answer, in tokens. Answers also end where the model's positions do.
-            temperature: divides the logits before sampling; 0, the default, always takes the likeliest token, as the
-                reference does.
-            top_k: how many of the likeliest tokens can be sampled.
-            top_p: the smallest set of likeliest tokens with this probability mass can be sampled.
-            seed: of the answers' random numbers.
+            clips_as: "clip" shows a clip as a clip, "images" shows its frames as pictures, "auto" does what the model
+                was trained for.
+            frames: number of frames to show per clip; by default the training length, or 8 if shown as pictures.
+            fps: frames to show per second of a clip; by default `frames` frames are spread over the whole clip.
+            max_new_tokens: largest number of tokens of an answer. Answers also end at the model's last position.
+            temperature: sampling temperature. 0, the default, always takes the likeliest token, as the reference does.
+            top_k: sample from this number of likeliest tokens.
+            top_p: sample from the smallest set of likeliest tokens with this total probability.
+            seed: seed of the answers.
             allow_special: control tokens in prompts, such as `<|image start|>`, act as such. By default they are
                 refused.
-            progress: True shows a bar on a terminal and lines in a log, None only the bar, False nothing.
+            progress: True shows a progress bar on a terminal and lines in a log, None shows only the bar, False
+                nothing.
 
         Raises:
-            Emu3Error: on bad input; the message says what is wrong and what to do.
+            Emu3Error: bad input. The message says what is wrong and what to do.
         """
         asking = Asking(
             Showing(clips_as, frames, fps),

@@ -1,4 +1,4 @@
-"""What callers say of rows: one value for all or one for each, checked, as the decode loop wants it."""
+"""Arguments of generation with one value for all rows or one per row: checks them and converts them for the loop."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from emu3_jax.printable import shown
 
 
 def prompt_list(prompts: str | Sequence[str]) -> list[str]:
-    """One or several prompts as a list. Raises `Emu3Error` if there is none."""
+    """Returns one or several prompts as a list. Raises `Emu3Error` if there is none."""
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
         raise Emu3Error("there is no prompt: give at least one")
@@ -21,7 +21,7 @@ def prompt_list(prompts: str | Sequence[str]) -> list[str]:
 
 
 def per_row(name: str, value: Any, count: int) -> list[Any]:
-    """One value per row from a single value or a sequence. Raises `Emu3Error` if it has another length."""
+    """Returns a list with one value per row. Raises `Emu3Error` if a sequence has another length."""
     if not _is_sequence(value):
         return [value] * count
     if len(value) != count:
@@ -31,9 +31,9 @@ def per_row(name: str, value: Any, count: int) -> list[Any]:
 
 _SMALL, _LARGE = 1e-9, 1e9
 
-# Which values are legal, and how the message about another one says so.
+# Predicate of legal values, and their description in error lines.
 _LEGAL: dict[str, tuple[Callable[[Any], bool], str]] = {
-    # float32 has room for these with logits beside them: smaller ones would divide by 0, larger ones be infinite.
+    # Smaller temperatures would divide by 0 in float32, larger ones would overflow.
     "temperature": (lambda v: v == 0 or _SMALL <= v <= _LARGE, "0, or a number from 1e-9 to 1e9"),
     "top_k": (lambda v: 1 <= v < 2**31 and v == int(v), "a whole number from 1 to 2**31 - 1"),
     "top_p": (lambda v: _SMALL <= v <= 1, "a number from 1e-9 to 1"),
@@ -44,14 +44,14 @@ _LEGAL: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are sampled. Each field is one value for all rows, or a sequence with one value for each row.
+    """Settings of sampling. Each field is one value for all rows, or a sequence with one value per row.
 
     Attributes:
-        temperature: 0 is greedy.
-        top_k: candidates kept.
-        top_p: probability mass kept.
-        guidance: classifier-free guidance scale; 1 is none.
-        seed: one number counts up over the rows; a sequence gives each row its own, see `settings`.
+        temperature: sampling temperature; 0 is greedy.
+        top_k: number of likeliest tokens to sample from.
+        top_p: total probability of the likeliest tokens to sample from.
+        guidance: classifier-free guidance scale; 1 means no guidance.
+        seed: one number, which counts up over the rows, or one seed per prompt, see `settings`.
 
     Raises:
         Emu3Error: a value is not legal.
@@ -69,12 +69,12 @@ class Sampling:
             _check(field.name, list(value) if _is_sequence(value) else [value])
 
     def settings(self, count: int, n: int = 1) -> RowSettings:
-        """The settings of `count` prompts with `n` rows each, those of a prompt together.
+        """The settings of `count` prompts with `n` rows each, grouped by prompt.
 
         One seed counts up over all rows. With a sequence of seeds, each prompt's rows count up from its own.
 
         Raises:
-            Emu3Error: a field has values for another number of prompts, or a seed becomes too large.
+            Emu3Error: a sequence does not have `count` values, or a seed becomes too large.
         """
         columns: dict[str, Any] = {}
         for field in dataclasses.fields(self):
@@ -104,7 +104,7 @@ def _check(name: str, values: list[Any]) -> None:
 
 
 def describe(settings: RowSettings, index: int) -> dict[str, str]:
-    """How a row was sampled, for the picture's text fields: numbers in as many digits as tell them from others."""
+    """The sampling settings of a row as texts, for a picture's metadata. Numbers get as many digits as they need."""
     found = {name: getattr(settings, name)[index] for name in ("seed", "guidance", "temperature", "top_k", "top_p")}
     return {
         name.replace("_", "-"): str(value) if isinstance(value, np.integer) else _digits(value)

@@ -1,6 +1,6 @@
-"""Samplers: logits and one key per row to token ids, every row with its own settings.
+"""Samplers: from logits and one random key per row to token ids. Every row has its own settings.
 
-B rows, V candidates.
+B rows, V candidate tokens.
 """
 
 from typing import Any, ClassVar
@@ -10,21 +10,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Of the host or of devices.
+# An array in the host's memory, or on devices.
 Array = jax.Array | np.ndarray
 
-# Bits settled per pass of the threshold search.
+# Number of bits that one pass of the threshold search determines.
 _DIGIT = 4
 
 
 class RowSettings(flax.struct.PyTreeNode):
-    """How each row samples; every leaf has one entry per row, and a row reads its own alone.
+    """Sampling settings of each row. Every leaf has one entry per row.
 
     Attributes:
         temperature: float32 [B]; 0 takes the likeliest token (greedy).
-        top_k: int32 [B]; candidates kept, ties with the last one included. V or more keeps all.
-        top_p: float32 [B] in (0, 1]; the smallest set of likeliest candidates whose mass reaches it is kept.
-        guidance: float32 [B]; 1 leaves the conditional distribution as it is.
+        top_k: int32 [B], number of candidates to keep; ties with the last one are kept too. V or more keeps all.
+        top_p: float32 [B] in (0, 1]; keeps the smallest set of likeliest candidates with at least this probability.
+        guidance: float32 [B], guidance scale; 1 does not change the conditional distribution.
         seed: uint32 [B]; step i of row b samples with the key fold_in(key(seed[b]), i).
     """
 
@@ -40,7 +40,7 @@ class RowSettings(flax.struct.PyTreeNode):
 
     @classmethod
     def of(cls, count: int, **columns: Any) -> "RowSettings":
-        """Settings of `count` rows in the host's memory; each column is one value for all rows, or one for each."""
+        """Settings of `count` rows in the host's memory. A column is one value for all rows, or one value per row."""
         return cls(
             **{
                 name: np.broadcast_to(np.asarray(columns[name], dtype), (count,)).copy()
@@ -49,7 +49,7 @@ class RowSettings(flax.struct.PyTreeNode):
         )
 
     def take(self, rows: Any) -> "RowSettings":
-        """The settings of these rows: a slice, or an array of row numbers."""
+        """The settings of some rows, given as a slice or an array of indices."""
         return jax.tree.map(lambda column: column[rows], self)
 
 
@@ -62,7 +62,7 @@ def guide(conditional: jax.Array, unconditional: jax.Array, scale: Array) -> jax
         scale: float32 [B].
 
     Returns:
-        u + scale * (c - u) of the normalised rows; rows of scale 1 are the conditional ones bit for bit.
+        u + scale * (c - u) of the log-probabilities. Rows of scale 1 equal the conditional rows bit for bit.
     """
     c, u = jax.nn.log_softmax(conditional, axis=-1), jax.nn.log_softmax(unconditional, axis=-1)
     scale = scale[:, None]
@@ -74,9 +74,9 @@ def sample(logits: jax.Array, step: jax.Array, settings: RowSettings, *, use_top
 
     Args:
         logits: float32 [B, V].
-        step: int32 scalar, folded into each row's key.
-        settings: how each row samples.
-        use_top_k: whether any row's `top_k` is below V; False saves the search.
+        step: int32 scalar, which is folded into each row's key.
+        settings: sampling settings of each row.
+        use_top_k: whether any row's `top_k` is below V; False skips the search.
         use_top_p: whether any row's `top_p` is below 1.
 
     Returns:
@@ -94,7 +94,7 @@ def sample(logits: jax.Array, step: jax.Array, settings: RowSettings, *, use_top
 
 
 def keep_top_k(logits: jax.Array, top_k: Array) -> jax.Array:
-    """float32 [B, V] with all but the `top_k` (int32 [B]) largest at -inf; ties with the last one stay."""
+    """Sets all but the `top_k` (int32 [B]) largest logits of float32 [B, V] to -inf. Ties with the last one stay."""
     keys = _sortable(logits)
     target = jnp.minimum(top_k, logits.shape[-1]).astype(jnp.float32)
     threshold = _largest_threshold(keys, jnp.ones_like(logits), target)
@@ -102,14 +102,14 @@ def keep_top_k(logits: jax.Array, top_k: Array) -> jax.Array:
 
 
 def keep_top_p(logits: jax.Array, top_p: Array) -> jax.Array:
-    """float32 [B, V] with candidates at -inf when those above them hold a mass of `top_p` (float32 [B]) or more."""
+    """Sets logits of float32 [B, V] to -inf if the larger ones already have the probability `top_p` (float32 [B])."""
     keys = _sortable(logits)
     kept = keys >= _largest_threshold(keys, jax.nn.softmax(logits, axis=-1), top_p)[:, None]
     return jnp.where(kept | (top_p[:, None] >= 1.0), logits, -jnp.inf)
 
 
 def _sortable(x: jax.Array) -> jax.Array:
-    """uint32 keys in the order of float32 `x`; the two zeros are equal."""
+    """Maps float32 to uint32 keys of the same order. Both zeros get the same key."""
     bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
@@ -117,7 +117,7 @@ def _sortable(x: jax.Array) -> jax.Array:
 def _largest_threshold(keys: jax.Array, weights: jax.Array, target: Array) -> jax.Array:
     """uint32 [B]: the largest t for which the weights of the candidates with key >= t sum to at least `target`.
 
-    A search over the digits of t, most significant first: exact, without sorting, and with a `target` per row.
+    It searches the digits of t, most significant first. This is exact, needs no sorting, and allows a target per row.
     """
     digits = jnp.arange(1, 2**_DIGIT, dtype=jnp.uint32)[None]
 

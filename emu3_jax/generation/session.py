@@ -1,7 +1,7 @@
-"""A decode session: rows that are generated together, and the host's side of the programs of `engine`.
+"""A decode session: generates several rows together. It is the host's side of the programs in `engine`.
 
-`start` runs the prompts, each `advance` a stretch of steps, and `tokens` gives what a call has made. `run` does all of
-it. What each row is to emit, how long it is and whether it has ended are kept row by row.
+`start` runs the prompts, each `advance` runs some steps, and `tokens` returns the tokens of a call. `run` does all of
+this. Each row has its own schedule, length and end.
 
 B rows; T steps of the longest schedule.
 """
@@ -26,28 +26,31 @@ from emu3_jax.models.attention import choose_kernels
 from emu3_jax.models.cache import KVCache
 from emu3_jax.sharding.rules import batch_shards, cache_shardings, use_mesh
 
-# Steps per call of the loop. Between calls the host reports progress and notices that all rows have ended.
+# Most steps per call of the loop. Between calls the host shows progress and checks whether all rows have ended.
 STEPS_PER_CALL = 128
 
-# XLA's attention reads all slots of the cache, which therefore grows by this many, so that about half of a long
-# picture's are read on average. Each size is a program of its own: more of them cost more compilation than they save.
-# A clip's cache of 100,000 slots grows by an eighth of the next power of two, through 20 sizes.
+# XLA's attention reads all slots of the cache. So the cache grows in stages of this many slots. For long pictures, this
+# halves the slots that are read on average. Each size needs its own program, so more stages would cost more compile
+# time than they save. A clip's cache of 100,000 slots grows by an eighth of the next power of two, through 20 sizes.
 CACHE_GROWTH = 2048
 
 
 def bucket(length: int) -> int:
-    """The padded length that `length` is compiled for: few shapes, and little waste."""
+    """Rounds `length` up to a length that programs are compiled for. This gives few shapes and little padding."""
     size = 64 if length <= 512 else 512
     return -(-length // size) * size
 
 
 def cache_slots(needed: int, final: int, kernels: str) -> int:
-    """Slots of the cache while `needed` of them are in use, `final` at the end; all at once where unused ones are free.
+    """The size of the cache in slots.
+
+    XLA's attention reads unused slots too, so its cache grows in stages. The cache of other kernels has its final size
+    from the start.
 
     Args:
-        needed: slots.
-        final: slots.
-        kernels: of `attention.KERNELS`, chosen: not "auto".
+        needed: number of slots in use.
+        final: number of slots at the end of the session.
+        kernels: implementation of attention, from `attention.KERNELS`, but not "auto".
     """
     if kernels != "xla":
         return final
@@ -57,14 +60,14 @@ def cache_slots(needed: int, final: int, kernels: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What one row is to generate.
+    """What one row must generate.
 
     Attributes:
-        prompt: ids.
-        schedule: `TokenClass` of each token that follows the prompt. The rows of a session are all of pictures and
-            clips, or all of text.
-        negative: ids of the unconditional prompt of guidance. None is no guidance: beside rows that have one, the row
-            is computed twice, and its distribution stays as it is.
+        prompt: ids of the prompt.
+        schedule: `TokenClass` of each token after the prompt. All rows of a session must be pictures and clips, or all
+            must be text.
+        negative: ids of the unconditional prompt for guidance, or None for no guidance. In a session with guided rows,
+            a row without guidance is computed twice, which does not change its distribution.
     """
 
     prompt: Sequence[int]
@@ -74,12 +77,12 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """What a session's programs are compiled for.
+    """The shapes and options that a session's programs are compiled for.
 
     Attributes:
-        rows: B, filled up so that the mesh splits the rows that are computed.
-        width: slots of the prompts.
-        steps: T, filled up.
+        rows: B, padded so that the mesh divides the computed rows.
+        width: number of slots of the prompts.
+        steps: T, padded.
         variant: see `engine.Variant`.
     """
 
@@ -90,20 +93,20 @@ class Shapes:
 
     @property
     def computed_rows(self) -> int:
-        """Rows that the decoder sees: with guidance two of each."""
+        """The number of rows that the decoder computes: with guidance, two per row."""
         return self.rows * (2 if self.variant.guided else 1)
 
     def slots(self, needed: int) -> int:
-        """Slots of the cache while `needed` of them are in use."""
+        """The size of the cache in slots while `needed` slots are in use."""
         return cache_slots(needed, self.width + self.steps, self.variant.kernels)
 
     @property
     def first_slots(self) -> int:
-        """Slots of the cache that the prompts are run with."""
+        """The size of the cache in slots during prefill."""
         return self.slots(self.width + 1)
 
     def cache_sizes(self) -> Iterator[int]:
-        """The sizes that the cache has in turn, in slots."""
+        """Yields the sizes of the cache in slots, as it grows."""
         size = self.first_slots
         yield size
         while (larger := self.slots(size + 1)) > size:
@@ -113,10 +116,10 @@ class Shapes:
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """What the device has once it has done a call; to read it waits for that call.
+    """The device's result of one call. Reading it waits for the call to finish.
 
     Attributes:
-        taken: steps of the session. A row has its schedule's length of them at most.
+        taken: number of steps of the session after the call. A row may have ended earlier.
     """
 
     taken: int
@@ -125,18 +128,18 @@ class Snapshot:
 
 
 class DecodeSession:
-    """Rows that are generated together.
+    """Generates several rows together.
 
-    In float32 a row's result does not depend on the rows beside it. In narrower dtypes it does not depend on what these
-    are, but it may depend on the shapes that the programs are compiled for, because these decide how products round.
+    In float32 a row's result does not depend on the other rows. In narrower dtypes it does not depend on their content,
+    but it may depend on the shapes that the programs are compiled for, because shapes affect the rounding of products.
 
     Attributes:
-        rows: as they were given.
-        shapes: what the programs are compiled for.
-        steps: with a choice of tokens or before one; what follows is forced and needs no forward pass.
-        taken: steps that the device has been asked for.
-        state: what the programs carry; None before `start`.
-        plan: what the programs obey.
+        rows: the rows, as given.
+        shapes: shapes and options that the programs are compiled for.
+        steps: number of steps up to the last sampled token. Later tokens are forced and need no forward pass.
+        taken: number of steps that the device was asked for so far.
+        state: state of the decode loop; None before `start`.
+        plan: constant inputs of the decode loop.
     """
 
     def __init__(
@@ -151,20 +154,20 @@ class DecodeSession:
         kernels: str = "auto",
         least_rows: int = 1,
     ):
-        """Nothing is computed yet.
+        """Prepares a session. Nothing is computed yet.
 
         Args:
-            params: the decoder's parameters; abstract arrays will do for the programs alone.
-            config: the decoder's config.
-            rows: at least one.
-            settings: how each row samples, in the host's memory.
-            mesh: what `params` are spread over, if anything.
-            narrow_cache: keys and values are kept as int8.
-            kernels: what computes attention of single tokens, of `attention.KERNELS`.
-            least_rows: the programs are compiled for at least so many; copies of the last row fill them.
+            params: parameters of the decoder. Abstract arrays are enough for `lower_prefill` and `lower_decode`.
+            config: config of the decoder.
+            rows: the rows, at least one.
+            settings: sampling settings of each row, in the host's memory.
+            mesh: mesh over which `params` are spread, or None.
+            narrow_cache: store keys and values as int8.
+            kernels: implementation of attention for single tokens, from `attention.KERNELS`.
+            least_rows: smallest number of rows to compile for. Copies of the last row fill the rest.
 
         Raises:
-            Emu3Error: a prompt with its schedule is longer than the model's positions.
+            Emu3Error: a prompt and its schedule do not fit into the model's positions.
         """
         check_positions(config, ((max(len(row.prompt), len(row.negative or ())), len(row.schedule)) for row in rows))
         self.rows = tuple(rows)
@@ -194,9 +197,9 @@ class DecodeSession:
         )
         self.shapes = Shapes(len(filled), width, schedule.shape[1], variant)
         self.steps = sampled_steps(schedule)
-        # Of clips' frames, which can be shown then.
+        # Steps at which a clip's frame ends. A call ends there, so that the frame can be shown.
         self._stops = np.flatnonzero((schedule == TokenClass.EOF).all(axis=0))
-        # Arrays of the host: those of one device do not mix with weights that lie on several processes' devices.
+        # Host arrays, because arrays on one device cannot be combined with weights that are spread over processes.
         self.plan = engine.Plan(forced=forced_ids(schedule, config.tokens), settings=settings)
         self.state: engine.DecodeState | None = None
         self.taken = 0
@@ -214,14 +217,14 @@ class DecodeSession:
         return self._snapshot()
 
     def advance(self, until: int | None = None) -> Snapshot | None:
-        """Asks the device for more steps, and does not wait for them.
+        """Asks the device for more steps, without waiting for them.
 
         Args:
-            until: how many there will be in all; by default the call ends before the next frame's end, the cache's next
-                growth and `STEPS_PER_CALL`.
+            until: total number of steps after this call. By default, the call ends at the next end of a frame, before
+                the cache must grow, or after `STEPS_PER_CALL` steps, whichever is first.
 
         Returns:
-            What there will be, or None where all `steps` have been taken.
+            The result of the call, or None if all `steps` were taken before.
         """
         state = self._started()
         width = self.shapes.width
@@ -243,15 +246,15 @@ class DecodeSession:
         return self._snapshot()
 
     def tokens(self, snapshot: Snapshot) -> np.ndarray:
-        """int32 [B, steps taken]: each row's ids, with padding after its schedule's end."""
+        """The ids of each row, int32 [B, steps taken], padded after the end of its schedule."""
         return np.array(snapshot._tokens)[: len(self.rows), : snapshot.taken]
 
     def ended(self, snapshot: Snapshot) -> np.ndarray:
-        """bool [B]: the rows that have emitted the end of their text."""
+        """bool [B]: whether a row has emitted the end of its text."""
         return np.asarray(snapshot._ended)[: len(self.rows)]
 
     def results(self, snapshot: Snapshot) -> np.ndarray:
-        """int32 [B, T]: the ids of all steps, those after the snapshot's taken as forced; padding after a row's end."""
+        """The ids of all steps, int32 [B, T]: forced after the last sampled step, and padded after a row's end."""
         length = max(len(row.schedule) for row in self.rows)
         tokens = np.array(snapshot._tokens)[: len(self.rows), :length]
         if self.shapes.variant.visual_only:
@@ -259,7 +262,7 @@ class DecodeSession:
         return tokens
 
     def place(self, step: int) -> None:
-        """Puts the session where `step` steps have been taken, with whatever the cache holds: for measurements."""
+        """Pretends that `step` steps were taken, without computing the cache. For benchmarks."""
         state = self._started()
         length = jnp.asarray(self.shapes.width + step - 1, jnp.int32)
         cache = dataclasses.replace(state.cache, length=length)
@@ -272,17 +275,17 @@ class DecodeSession:
 
     def _snapshot(self) -> Snapshot:
         state = self._started()
-        # Copies: the next call takes the state's own memory.
+        # Copies, because the next call donates the state's memory.
         return Snapshot(self.taken, jnp.copy(state.tokens), jnp.copy(state.ended))
 
     # ------------------------------------------------------------------------------------------------ compilation
 
     def abstract_inputs(self) -> tuple[Any, Any, engine.Plan]:
-        """Prompts, where each starts, and the plan, as abstract arrays that are whole on every device."""
+        """The prompts, their first slots and the plan, as abstract arrays that are replicated on every device."""
         return self._replicated((self._prompts, self._start, self.plan))
 
     def abstract_state(self, slots: int) -> engine.DecodeState:
-        """The state with a cache of `slots`, as abstract arrays where the programs leave them."""
+        """The state with a cache of `slots` slots, as abstract arrays with the shardings that the programs return."""
         count, variant = self.shapes.computed_rows, self.shapes.variant
         cache = jax.eval_shape(
             lambda: KVCache.create(self._config, jnp.zeros((count,), jnp.int32), slots, variant.narrow_cache)
@@ -295,7 +298,7 @@ class DecodeSession:
         return engine.DecodeState(cache=cache, tokens=tokens, step=step, ended=ended)
 
     def lower_prefill(self) -> jax.stages.Lowered:
-        """The program of `start`."""
+        """Lowers the program of `start`."""
         with use_mesh(self._mesh):
             return engine.prefill.lower(
                 self._params, *self.abstract_inputs(),
@@ -303,7 +306,7 @@ class DecodeSession:
             )  # fmt: skip
 
     def lower_decode(self, slots: int) -> jax.stages.Lowered:
-        """The program of `advance` while the cache has `slots`."""
+        """Lowers the program of `advance` for a cache of `slots` slots."""
         _, _, plan = self.abstract_inputs()
         with use_mesh(self._mesh):
             return engine.decode.lower(
@@ -312,7 +315,7 @@ class DecodeSession:
             )  # fmt: skip
 
     def lower_growth(self, old: int, new: int) -> jax.stages.Lowered:
-        """The program that makes a cache of `old` slots one of `new`."""
+        """Lowers the program that grows a cache from `old` to `new` slots."""
         with use_mesh(self._mesh):
             return jax.jit(lambda cache: cache.grow(new)).lower(self.abstract_state(old).cache)
 
@@ -341,30 +344,30 @@ def run(
     """Generates one sequence per row with a `DecodeSession`.
 
     Args:
-        params: the decoder's parameters.
-        config: the decoder's config.
-        rows: what each row is to generate.
-        settings: how each row samples.
-        on_progress: called with the steps taken and the steps in all after each call of the device.
-        on_tokens: called as often, with the ids so far, int32 [B, steps taken]; the device goes on meanwhile. The last
-            call has every id that is sampled, not what is forced after it.
-        mesh: what `params` are spread over, if anything. The callbacks run outside of it.
-        narrow_cache: keys and values are kept as int8.
-        kernels: what computes attention of single tokens, of `attention.KERNELS`.
+        params: parameters of the decoder.
+        config: config of the decoder.
+        rows: the rows to generate.
+        settings: sampling settings of each row.
+        on_progress: function that is called with (steps taken, all steps) after each call of the device.
+        on_tokens: function that is called with the ids so far, int32 [B, steps taken], after each call of the device,
+            while the device continues. The last call has all sampled ids, but not the forced ids after them.
+        mesh: mesh over which `params` are spread, or None. The callbacks run outside the mesh's context.
+        narrow_cache: store keys and values as int8.
+        kernels: implementation of attention for single tokens, from `attention.KERNELS`.
         least_rows: see `DecodeSession`.
 
     Returns:
-        int32 [B, longest schedule]: the generated ids; rows that end earlier are padded.
+        The generated ids, int32 [B, longest schedule]. Rows that end earlier are padded.
 
     Raises:
-        Emu3Error: a prompt with its schedule is longer than the model's positions.
+        Emu3Error: a prompt and its schedule do not fit into the model's positions.
     """
     session = DecodeSession(
         params, config, rows, settings, mesh=mesh, narrow_cache=narrow_cache, kernels=kernels, least_rows=least_rows
     )
     latest = session.start()
     while True:
-        following = session.advance()  # the device has its next call before the host looks at what this one made
+        following = session.advance()  # queued before the host reads the results, so that the device never waits
         tokens = session.tokens(latest)
         if on_progress is not None:
             on_progress(latest.taken, session.steps)
@@ -376,23 +379,23 @@ def run(
 
 
 def fill_rows(count: int, mesh: Mesh | None, guided: bool) -> int:
-    """The least number of rows, `count` or more, whose computed rows `mesh` splits evenly."""
+    """The smallest number of rows, at least `count`, such that the mesh divides the computed rows."""
     multiple = batch_shards(mesh)
     if guided:
-        multiple //= math.gcd(2, multiple)  # each row is two
+        multiple //= math.gcd(2, multiple)  # guidance computes two rows per row
     return -(-count // multiple) * multiple
 
 
 def check_positions(config: DecoderConfig, rows: Iterable[tuple[int, int]]) -> None:
-    """Raises `Emu3Error` if a row does not fit the positions that the model was trained for.
+    """Raises `Emu3Error` if a row does not fit into the positions that the model was trained for.
 
     Args:
-        config: the decoder's.
-        rows: of each the tokens of its longer prompt, and those to generate.
+        config: config of the decoder.
+        rows: per row, the length of its longer prompt and the number of tokens to generate.
     """
     for index, (prompt, steps) in enumerate(rows):
         if prompt + steps > config.max_positions:
             raise Emu3Error(
-                f"row {index}: a prompt of {prompt} tokens and {steps} to generate exceed the model's "
+                f"row {index}: a prompt of {prompt} tokens and {steps} tokens to generate exceed the model's "
                 f"{config.max_positions} positions: shorten the prompt, or ask for a smaller picture or answer"
             )
