@@ -191,7 +191,7 @@ def test_a_picture_is_extended_at_its_ratio(golden_model):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"frames": 12, "window": 4}, "a window of 4 frames of 4x4 tokens is not possible: .* must have 8 frames or more"),
+        ({"frames": 12, "window": 4}, "a window of 4 frames of 4x4 tokens is not .* must have 8 frames or more"),
         ({"window": 4, "extend": Image.new("RGB", (32, 32))}, "it must have 8 frames or more"),
         (
             {"window": 10**6},
@@ -202,7 +202,10 @@ def test_a_picture_is_extended_at_its_ratio(golden_model):
             {"area": 480 * 480, "extend": Image.new("RGB", (32, 32))},
             "the model's 4096 positions hold the prompt and 4 frames of 60x60 tokens, but 8 frames are needed: choose",
         ),
-        ({"area": 720 * 720, "frames": 4}, "the prompt and 0 frames of 90x90 tokens, but 4 frames are needed: choose a smaller area or a"),
+        (
+            {"area": 720 * 720, "frames": 4},
+            "the prompt and 0 frames of 90x90 tokens, but 4 frames are needed: choose a",
+        ),
         ({"negative": "word " * 4090}, "the prompt and 0 frames of 4x4 tokens"),
         ({"extend": []}, "extend has 0 values for 1 rows"),
     ],

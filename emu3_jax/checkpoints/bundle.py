@@ -1,7 +1,7 @@
-"""The model bundle: a directory with `decoder/`, `vision/` and `tokenizer/`, any subset, that a model lives in.
+"""The model bundle: a directory with the parts `decoder/`, `vision/` and `tokenizer/`, or some of them.
 
-Each part has a `config.json`; weights are one ordinary Orbax checkpoint, `weights/`, that Orbax alone can read. Beside
-the parts, `SHA256SUMS` has the checksums of all files.
+Each part has a `config.json`. Weights are an ordinary Orbax checkpoint, `weights/`, which Orbax can read without this
+package. `SHA256SUMS`, beside the parts, holds the checksums of all files.
 
 In a quantised bundle the decoder's matrices are stored as codes and scales (see `models.quantization`), and the field
 `quantize` of `decoder/config.json` names the kind. Such a bundle generates; it cannot be trained, merged or exported.
@@ -50,11 +50,11 @@ FORMAT = 1
 PARTS = ("decoder", "vision", "tokenizer")
 TEMPLATES = ("chat", "stage1")
 VOCABULARY = "emu3.tiktoken"
-ADAPTER_CONFIG = "adapter_config.json"  # of a LoRA adapter, see `checkpoints.adapter`
-QUANTIZE = "quantize"  # the field of `decoder/config.json` that makes a bundle a quantised one
-_CHUNK_BYTES = 64 << 20  # a device that restores a slice of an array reads no more than its chunks
-_WRITE_BYTES = 64 << 20  # small arrays are written together: each commit waits for the disk
-_READ_BYTES = 256 << 20  # ... and read together when a part is walked through on the host
+ADAPTER_CONFIG = "adapter_config.json"  # file of a LoRA adapter, see `checkpoints.adapter`
+QUANTIZE = "quantize"  # field of `decoder/config.json` in a quantised bundle
+_CHUNK_BYTES = 64 << 20  # arrays are stored in chunks, so that a device that restores a slice reads only its chunks
+_WRITE_BYTES = 64 << 20  # small arrays are written in groups of this size, because each commit waits for the disk
+_READ_BYTES = 256 << 20  # arrays are read in groups of this size when a part is read on the host
 
 
 # ------------------------------------------------------------------------------------------------ writing
@@ -62,7 +62,7 @@ _READ_BYTES = 256 << 20  # ... and read together when a part is walked through o
 
 @dataclasses.dataclass(frozen=True)
 class LazyArray:
-    """An array of a bundle that exists only while it is being written."""
+    """An array of a bundle that is loaded only when it is written."""
 
     path: tuple[str, ...]
     shape: tuple[int, ...]
@@ -79,27 +79,27 @@ class LazyArray:
 
 
 class _LazyArrayHandler(ocp.type_handlers.NumpyHandler):
-    """Saves leaves in turn: a large array, or a few small ones, is loaded, committed and freed before the next.
+    """Saves leaves one after the other. A large array, or a group of small ones, is loaded, committed and freed.
 
-    Orbax's own handlers hold every array of a tree at once. On disk there is no difference to NumPy leaves.
+    Orbax's own handlers hold all arrays of a tree at once. The files are the same as for NumPy leaves.
     """
 
     def __init__(self, written: Callable[[int], Any]):
         super().__init__()
-        self._deepcopy_host_arrays = False  # an argument only from Orbax 0.12.5 on; older ones never copy here
+        self._deepcopy_host_arrays = False  # Orbax 0.12.5 and later copy arrays by default; older versions do not
         self._written = written
 
     async def serialize(self, values: Any, infos: Any, args: Any = None) -> Any:
         for group in _in_groups(zip(values, infos, args, strict=True), lambda leaf: leaf[0].nbytes, _WRITE_BYTES):
             lazy, group_infos, group_args = zip(*group, strict=True)
-            # What the base class leaves to a thread, whose failure would print a traceback besides raising it.
+            # The base class would do this in a thread, and an error there would also print a traceback.
             await self._background_serialize([array.load() for array in lazy], group_infos, group_args)
             self._written(sum(array.nbytes for array in lazy))
         return []
 
 
 def _in_groups(items: Iterable[Any], nbytes: Callable[[Any], int], limit: int) -> Iterator[list[Any]]:
-    """Consecutive items, as many as fit into `limit` bytes together; a larger one comes alone."""
+    """Groups consecutive items of together at most `limit` bytes. A larger item is a group of its own."""
     group: list[Any] = []
     size = 0
     for item in items:
@@ -117,7 +117,7 @@ def _nbytes(array: Any) -> int:
 
 
 def _fits(found: jax.ShapeDtypeStruct | None, expected: jax.ShapeDtypeStruct | tuple[int, ...] | None) -> bool:
-    """Whether a stored array is the expected one: of this shape, or of this shape and dtype."""
+    """Whether a stored array has the expected shape, or the expected shape and dtype."""
     if found is None or expected is None:
         return False
     if isinstance(expected, tuple):
@@ -133,12 +133,12 @@ def _copy_plain(source: str, target: str) -> None:
 
 
 def decoder_dict(decoder: DecoderConfig, quantize: str | None) -> dict[str, Any]:
-    """What `decoder/config.json` says of a decoder that is stored in full, or quantised as this kind."""
+    """The contents of `decoder/config.json`. `quantize` is the kind of a quantised decoder, or None."""
     return decoder.to_dict() if quantize is None else {QUANTIZE: quantize, **decoder.to_dict()}
 
 
 def write_config(directory: Path, config: Mapping[str, Any]) -> None:
-    """Writes a part's `config.json`, in a directory that is made if need be."""
+    """Writes a part's `config.json`. The directory is made if it does not exist."""
     directory.mkdir(exist_ok=True)
     (directory / "config.json").write_text(json.dumps({"format": FORMAT, **config}, indent=2) + "\n")
 
@@ -150,21 +150,21 @@ def write_part(
     written: Callable[[int], Any] = int,
     compressed: bool = False,
 ) -> None:
-    """Writes one part with weights, holding one array at a time.
+    """Writes one part with weights. Memory holds one array at a time.
 
     Args:
-        directory: the part's; it must not exist.
-        config: its `config.json`.
+        directory: directory of the part. It must not exist.
+        config: contents of its `config.json`.
         arrays: its weights.
-        written: is told the bytes of each.
-        compressed: takes about a fifth off bfloat16 weights, and several times as long.
+        written: function that gets the number of bytes after each write.
+        compressed: compress the weights. This saves about a fifth of bfloat16 weights, but takes several times as long.
     """
     directory.mkdir()
     tree = traverse_util.unflatten_dict({a.path: a for a in arrays})
     registry = ocp.type_handlers.create_type_handler_registry(
         (LazyArray, _LazyArrayHandler(written)), (jax.Array, ocp.type_handlers.ArrayHandler())
     )
-    # Weights hardly compress; trying costs more time than writing them.
+    # By default without compression: weights hardly compress, and trying takes longer than writing.
     alone = _alone()
     handler = ocp.PyTreeCheckpointHandler(
         type_handler_registry=registry, use_compression=compressed, multiprocessing_options=alone
@@ -176,7 +176,7 @@ def write_part(
 
 
 def _alone() -> ocp.options.MultiprocessingOptions:
-    """Each process of several reads for itself, and one that writes does so without the others."""
+    """Options that make each process read and write on its own, without waiting for other processes."""
     index = jax.process_index()
     return ocp.options.MultiprocessingOptions(
         primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process{index}"
@@ -193,15 +193,15 @@ def _size_on_disk(directory: Path) -> int:
 
 
 def read_array(directory: Path, path: tuple[str, ...], index: int | None = None) -> np.ndarray:
-    """One array of an Orbax checkpoint, or the slice `index` of its first axis; nothing else is read.
+    """Reads one array of an Orbax checkpoint, or the slice `index` along its first axis, and nothing else.
 
     Args:
-        directory: of the checkpoint, as `storage.storage_place` gives it.
-        path: of the array in its tree.
-        index: of the slice.
+        directory: directory of the checkpoint, from `storage.storage_place`.
+        path: path of the array in its tree.
+        index: index of the slice, or None for the whole array.
 
     Raises:
-        Emu3Error: it is not there, or damaged.
+        Emu3Error: the array is missing or damaged.
     """
     database = os.fspath(directory)
     spec = {
@@ -218,10 +218,10 @@ def read_array(directory: Path, path: tuple[str, ...], index: int | None = None)
 
 
 class Bundle:
-    """An open bundle: configs read and checked, weights still on disk. Made by `Bundle.open`."""
+    """An open bundle. Its configs are read and checked, its weights are still on disk. `Bundle.open` makes it."""
 
     def __init__(self, path: Path, files: Path, configs: Mapping[str, dict[str, Any]]):
-        """`path` is the bundle's; `files` is a local directory with all that it holds but for weights."""
+        """`path` is the bundle's directory. `files` is a local directory with all its files except the weights."""
         self.path, self.files = path, files
         self._weights_bytes = {part: config.pop("weights_bytes", None) for part, config in configs.items()}
         self._quantize = configs.get("decoder", {}).pop(QUANTIZE, None)
@@ -232,20 +232,20 @@ class Bundle:
         """Opens the bundle at `path`.
 
         Args:
-          path: a directory, perhaps in a bucket. There the weights stay until they are loaded; the other files are
-            copied to a local cache.
-          verify: compares all its files with their checksums, which takes as long as reading them. A flipped bit in the
-            weights shows itself nowhere else. What is in a bucket is copied to the cache whole, and used from there.
+          path: directory of the bundle, local or in a bucket. Of a bundle in a bucket, all files except the weights are
+            copied to a local cache; the weights are read when they are loaded.
+          verify: compare all files with their checksums. This takes as long as reading them, and is the only way to
+            notice a flipped bit in the weights. A bundle in a bucket is first copied to the cache as a whole.
 
         Raises:
-          Emu3Error: no bundle there, a newer format, a config that is not valid; with `verify`, no checksums, or other
-            ones.
+          Emu3Error: there is no bundle, its format is another version's, or a config is not valid; with `verify`, the
+            checksums are missing or differ.
         """
         path = files = storage.place(path)
         if storage.is_remote(path):
             files = storage.fetched(path, lambda name: verify or "/weights/" not in name)
             for part in sorted({name.split("/")[0] for name in storage.listing(path)} & {*PARTS}):
-                if not (files / part / "config.json").is_file():  # it is uploaded after the weights
+                if not (files / part / "config.json").is_file():  # config.json is uploaded last
                     raise Emu3Error(f"{path / part} has no config.json, so its upload did not end: upload it again")
             path = files if verify else path
         elif not path.is_dir():
@@ -283,7 +283,7 @@ class Bundle:
         return part in self._configs
 
     def require(self, part: str) -> None:
-        """Raises an `Emu3Error` that says how to get `part` when the bundle lacks it."""
+        """Raises an `Emu3Error` that says how to get `part`, if the bundle does not have it."""
         if not self.has(part):
             source = {
                 "decoder": "a decoder such as BAAI/Emu3-Gen or BAAI/Emu3-Chat",
@@ -302,15 +302,16 @@ class Bundle:
 
     @functools.cached_property
     def quantize(self) -> str | None:
-        """How the decoder is stored: a kind of `models.quantization.KINDS`, or None for a full bundle."""
+        """The quantisation of the stored decoder, from `models.quantization.KINDS`, or None for a full bundle."""
         with self._config("decoder"):
-            if self._quantize is not None and self._quantize not in tuple(KINDS):  # JSON may hold what has no hash
+            # A tuple, because a JSON value may be unhashable.
+            if self._quantize is not None and self._quantize not in tuple(KINDS):
                 legal = f"one of {', '.join(KINDS)}, or absent in a full bundle"
                 raise FieldError("config", QUANTIZE, self._quantize, legal)
             return self._quantize
 
     def require_full(self, use: str) -> None:
-        """Raises an `Emu3Error` where the bundle has no decoder, or only codes and scales. `use` says what needs it."""
+        """Raises an `Emu3Error` unless the bundle has a full decoder. `use` names what needs it, for the error line."""
         self.require("decoder")
         if self.quantize is not None:
             raise Emu3Error(
@@ -330,7 +331,7 @@ class Bundle:
 
     @functools.cached_property
     def num_batches_tracked(self) -> dict[str, int]:
-        """The counters of PyTorch's batch norms by upstream's names, kept for `export` alone."""
+        """The counters of PyTorch's batch norms by upstream's names. Only `export` needs them."""
         with self._config("vision") as config:
             counters = config["num_batches_tracked"]
             if not isinstance(counters, dict) or not all(is_whole(value, 0) for value in counters.values()):
@@ -369,7 +370,7 @@ class Bundle:
         return Tokenizer.from_files(file, special_tokens(count_ranks(file), codes))
 
     def weights(self, part: str) -> Path:
-        """Where the checkpoint with a part's arrays lies, perhaps in a bucket."""
+        """The path of the Orbax checkpoint with a part's weights, local or in a bucket."""
         return storage_place(self.path / part / "weights")
 
     def copy_part(self, part: str, target: Path) -> None:
@@ -380,26 +381,31 @@ class Bundle:
         shutil.copytree(source / part, target, copy_function=_copy_plain)
 
     def params(self, part: str) -> list[Param]:
-        """The arrays that the part's config calls for. `part` is "decoder" or "vision"."""
+        """The arrays that a part must have by its config. `part` is "decoder" or "vision"."""
         return decoder_params(self.decoder_config) if part == "decoder" else vision_params(self.vision_config)
 
     def load_decoder(self, shardings: Any = None, dtype: Any = None, quantize: str | None = None) -> dict[str, Any]:
-        """Restores the decoder's parameters, a nested dict, each array straight into its sharding.
+        """Loads the decoder's parameters, each array directly into its sharding.
 
-        `shardings` is a tree of `jax.sharding.Sharding` like the parameters of a full bundle, or one for all; by
-        default everything lies on the first device. `dtype` casts on the fly; by default arrays keep the dtype they
-        are stored in. `quantize` (see `models.quantization.KINDS`) turns the matrices of a full bundle into codes and
-        scales as they come from disk, so that a device never holds more than a few of them wide. Those of a quantised
-        bundle are restored as they are. Codes and scales are made of the stored weights: `dtype` casts only the rest.
+        Args:
+          shardings: a tree of `jax.sharding.Sharding` in the structure of a full bundle's parameters, one sharding for
+            all arrays, or None for the first device.
+          dtype: dtype of the parameters, or None to keep the stored dtypes. Codes and scales are never cast.
+          quantize: quantisation for the matrices of a full bundle, from `models.quantization.KINDS`. They are quantised
+            from the stored weights while they are read, so a device never holds more than a few full matrices. A
+            quantised bundle is loaded as it is stored.
+
+        Returns:
+          The parameters, as nested dicts.
 
         Raises:
-          Emu3Error: no decoder in the bundle, another `quantize` than a quantised bundle's, or weights that are
-            damaged or do not fit the config.
+          Emu3Error: the bundle has no decoder, `quantize` differs from a quantised bundle's, or the weights are damaged
+            or do not fit the config.
         """
         if self.quantize is not None and quantize not in (None, self.quantize):
             raise Emu3Error(
-                f"{self.path} is quantised as {self.quantize}, and quantize is {quantize}: leave quantize out, or "
-                "quantise the full bundle"
+                f"{self.path} is quantised as {self.quantize}, but quantize is {quantize}: leave quantize out, or "
+                "give the full bundle"
             )
         if quantize is None or self.quantize is not None:
             return self._restore("decoder", shardings, dtype)
@@ -413,7 +419,7 @@ class Bundle:
         return traverse_util.unflatten_dict(params)
 
     def load_vision(self, shardings: Any = None) -> dict[str, Any]:
-        """Restores the vision tokenizer's parameters like `load_decoder`, always in float32."""
+        """Loads the vision tokenizer's parameters in float32, like `load_decoder`."""
         return self._restore("vision", shardings, np.float32)
 
     def _restore(
@@ -424,7 +430,7 @@ class Bundle:
         some: Mapping[TreePath, jax.ShapeDtypeStruct] | None = None,
         keep: Callable[[TreePath], bool] = is_codes_or_scales,
     ) -> dict[str, Any]:
-        """Restores a part, or `some` of the arrays that `stored` lists; `keep` tells which are not cast to `dtype`."""
+        """Restores a part, or only the arrays `some`. Arrays for whose path `keep` is true are not cast to `dtype`."""
         stored = self.stored(part) if some is None else some
         if shardings is None:
             shardings = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -441,12 +447,12 @@ class Bundle:
             path: ocp.ArrayRestoreArgs(sharding=flat[path], global_shape=array.shape, dtype=dtypes[path])
             for path, array in stored.items()
         }
-        # Room for two of the largest arrays between disk and device, never for all of them.
+        # Limits the host memory between disk and device to two of the largest arrays.
         largest = max(a.size * max(a.dtype.itemsize, dtypes[path].itemsize) for path, a in stored.items())
         return self._read(part, traverse_util.unflatten_dict(targets), host_gb=math.ceil(2 * largest / 1e9) + 1)
 
     def arrays(self, part: str) -> Iterator[tuple[Param, np.ndarray]]:
-        """Walks through a part's arrays as NumPy arrays, with a few hundred MB on the host at a time.
+        """Yields a part's arrays as NumPy arrays. The host holds a few hundred MB at a time.
 
         Raises:
           Emu3Error: the part is damaged, or it is a quantised decoder.
@@ -458,7 +464,7 @@ class Bundle:
             yield params[path], array
 
     def stored_arrays(self, part: str) -> Iterator[tuple[TreePath, np.ndarray]]:
-        """The same walk over what is on disk: with codes and scales where the decoder is quantised."""
+        """Yields a part's arrays as they are stored, including codes and scales of a quantised decoder."""
         stored = self.stored(part)
         for group in _in_groups(self._expected(part), lambda path: _nbytes(stored[path]), _READ_BYTES):
             targets = {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in group}
@@ -467,7 +473,7 @@ class Bundle:
                 yield path, arrays.pop(path)
 
     def array(self, part: str, path: tuple[str, ...]) -> np.ndarray:
-        """One array of a part, as it is stored; nothing else is read."""
+        """Reads one array of a part, as it is stored, and nothing else."""
         self.stored(part)
         targets = traverse_util.unflatten_dict({path: ocp.RestoreArgs(restore_type=np.ndarray)})
         return traverse_util.flatten_dict(self._read(part, targets))[path]
@@ -480,17 +486,19 @@ class Bundle:
         written: Callable[[int], Any] = int,
         quantize: str | None = None,
     ) -> None:
-        """Writes a bundle of another decoder and copies of this bundle's other parts, holding one array at a time.
+        """Writes a new bundle with another decoder and copies of this bundle's other parts.
+
+        Memory holds one array at a time.
 
         Args:
-          target: the new bundle; it must not exist.
-          decoder: the new decoder's config.
-          arrays: its weights.
-          written: is told the bytes of each.
-          quantize: the kind, where the arrays hold codes and scales.
+          target: path of the new bundle. It must not exist.
+          decoder: config of the new decoder.
+          arrays: weights of the new decoder.
+          written: function that gets the number of bytes after each write.
+          quantize: quantisation of the new decoder, or None for full weights.
 
         Raises:
-          Emu3Error: `target` exists or cannot be written, or the disk is too small. Nothing is left behind.
+          Emu3Error: `target` exists or cannot be written, or the disk is too small. No files are left behind.
         """
         with new_directory(target, sum(array.nbytes for array in arrays)) as temporary:
             write_part(temporary / "decoder", decoder_dict(decoder, quantize), arrays, written)
@@ -500,12 +508,12 @@ class Bundle:
             write_checksums(temporary)
 
     def stored(self, part: str) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of a part's arrays on disk, when they are exactly those that its config calls for."""
+        """Shapes and dtypes of a part's arrays on disk. Raises `Emu3Error` if they do not fit the config."""
         self.require(part)
         self._check_complete(part)
         with self._checkpointer(part) as (checkpointer, directory):
-            # One walk through the database's index, since Orbax opens all arrays at once and, where that fails,
-            # leaves threads behind that complain about it.
+            # Reads the database's index once, because Orbax opens all arrays at once. If that fails, Orbax leaves
+            # threads that print errors.
             database = {"driver": "ocdbt", "base": storage.kvstore(directory)}
             tensorstore.KvStore.open(database).result().list().result()
             leaves = traverse_util.flatten_dict(checkpointer.metadata(directory).item_metadata.tree)
@@ -518,14 +526,14 @@ class Bundle:
             kind = self.quantize if part == "decoder" else None
             what = "shape" if kind is None else "shape or dtype"
             raise Emu3Error(
-                f"{self.path / part}: {len(wrong)} of its arrays are missing, unknown or of another {what} than "
+                f"{self.path / part}: {len(wrong)} arrays are missing, unknown or have another {what} than "
                 f"config.json says{'' if kind is None else f' (quantize {kind})'}, first {wrong[0]}: "
                 f"{'convert' if kind is None else 'quantise'} the model again"
             )
         return stored
 
     def _expected(self, part: str) -> dict[TreePath, jax.ShapeDtypeStruct | tuple[int, ...]]:
-        """What the part's config calls for, in the order of writing: shapes, and of codes and scales dtypes too."""
+        """The arrays that a part must have, in the order of writing: shapes; for codes and scales also dtypes."""
         expected: dict[TreePath, jax.ShapeDtypeStruct | tuple[int, ...]] = {}
         for param in self.params(part):
             if part == "decoder" and self.quantize is not None and is_quantised(param.path):
@@ -535,13 +543,16 @@ class Bundle:
         return expected
 
     def _check_complete(self, part: str) -> None:
-        """An interrupted copy is the usual damage; Orbax would find it after a while, in the middle of its threads."""
+        """Raises `Emu3Error` if the weights' size is wrong, as after an interrupted copy.
+
+        Orbax would find the damage later, inside its threads.
+        """
         directory = self.path / part / "weights"
         expected, found = self._weights_bytes.get(part), _size_on_disk(directory)
         if expected is not None and found != expected:
             raise Emu3Error(
-                f"{directory} holds {found} bytes, its config.json says {expected}: copy the bundle again; "
-                "if you replaced the weights yourself, take weights_bytes out of config.json"
+                f"{directory} holds {found} bytes, but its config.json says {expected}: copy the bundle again; "
+                "if you replaced the weights yourself, remove weights_bytes from config.json"
             )
 
     def _read(self, part: str, restore_args: Any, host_gb: int | None = None) -> Any:
@@ -553,15 +564,15 @@ class Bundle:
     @contextlib.contextmanager
     def _checkpointer(self, part: str, host_gb: int | None = None) -> Iterator[tuple[ocp.Checkpointer, Path]]:
         directory = self.weights(part)
-        check_backend()  # what is wrong with it is no damage
+        check_backend()  # first, so that a missing backend is not reported as damage
         try:
             options = _alone()
             handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=host_gb, multiprocessing_options=options)
             with ocp.Checkpointer(handler, multiprocessing_options=options) as checkpointer:
                 yield checkpointer, directory
-        except (MemoryError, jax.errors.JaxRuntimeError):  # a device too small for the weights says so itself
+        except (MemoryError, jax.errors.JaxRuntimeError):  # out of memory, which has an error line of its own
             raise
-        except Exception as error:  # Orbax raises anything, down to plain Exception
+        except Exception as error:  # Orbax raises exceptions of any class
             storage.require_access(directory, error)
             reason = str(error.__cause__ or error).split("\n", 1)[0][:200]
             raise Emu3Error(

@@ -1,7 +1,6 @@
-"""Checksums of a bundle's files: `SHA256SUMS` in its directory, lines as `sha256sum` writes and checks them.
+"""Checksums of a bundle's files: the file `SHA256SUMS`, in the format of `sha256sum`.
 
-Weights have no checksums of their own: a flipped bit gives another number, and nothing notices. Every bundle that is
-written here ends with the list.
+The weights' files contain no checksums, so a flipped bit would only give a wrong number. Every bundle gets this list.
 """
 
 import concurrent.futures
@@ -19,17 +18,17 @@ from emu3_jax.progress import Progress
 CHECKSUMS = "SHA256SUMS"
 COPY_AGAIN = "copy the bundle again, or convert the model again"
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
-_MAX_FILES = 100_000  # of a bundle
-_MAX_BYTES = 16 << 20  # of the list
-_EDITED = "config.json"  # what people are told to correct
+_MAX_FILES = 100_000  # most files of a bundle
+_MAX_BYTES = 16 << 20  # largest SHA256SUMS, in bytes
+_EDITED = "config.json"  # the file that error lines tell users to correct
 EDITED_REMEDY = f"if you changed it yourself, put its new sum (sha256sum) into {CHECKSUMS}; otherwise copy it again"
-_THREADS = 8  # hashing gives the interpreter free
+_THREADS = 8  # hashing releases the interpreter lock
 
 
 def write_checksums(directory: Path, progress: bool | None = False) -> None:
-    """Lists every file below `directory` with its SHA-256 in `directory/SHA256SUMS`. To be called last.
+    """Writes the SHA-256 of every file below `directory` to `directory/SHA256SUMS`. Call it last.
 
-    `progress` is as `progress.Progress` takes it.
+    `progress` is as in `progress.Progress`.
     """
     names = sorted(name for name in _files(directory) if name != CHECKSUMS)
     sums = _sums(directory, names, progress)
@@ -37,18 +36,18 @@ def write_checksums(directory: Path, progress: bool | None = False) -> None:
 
 
 def has_checksums(directory: Path) -> bool:
-    """Whether there is a list; bundles of older versions have none."""
+    """Whether the bundle has a list of checksums. Bundles of older versions have none."""
     return (directory / CHECKSUMS).is_file()
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """A file of a bundle that is not as it was written.
+    """A file of a bundle that differs from the list of checksums.
 
     Attributes:
-        name: of the file, below the bundle's directory.
-        what: is wrong with it, as an error line begins.
-        edited: whether it is one that people are told to correct: then it may be no damage.
+        name: path of the file, relative to the bundle's directory.
+        what: what is wrong, as part of an error line.
+        edited: whether users may have edited this file, so that the difference may be no damage.
     """
 
     name: str
@@ -59,17 +58,18 @@ class Difference:
 def compare_checksums(
     directory: Path, *, whole: bool = False, progress: bool | None = None
 ) -> tuple[int, list[Difference]]:
-    """Reads every file that is listed, and compares.
+    """Compares every listed file of a bundle with its checksum.
 
-    A part may be taken out of a bundle whole. Files beside the parts, and hidden ones, need not be listed.
+    A whole part may be missing, because users may remove one. Files beside the parts and hidden files need not be
+    listed.
 
     Args:
-        directory: of the bundle; it has a list.
-        whole: no part may be missing.
-        progress: as `progress.Progress` takes it.
+        directory: directory of a bundle with a list of checksums.
+        whole: whether no part may be missing.
+        progress: as in `progress.Progress`.
 
     Returns:
-        How many files were read, and those that differ.
+        The number of files that were read, and the files that differ.
 
     Raises:
         Emu3Error: the list is damaged, or a file cannot be read.
@@ -89,15 +89,15 @@ def compare_checksums(
 
 
 def verify_checksums(directory: Path, *, whole: bool = False, progress: bool | None = None) -> None:
-    """Compares as `compare_checksums`.
+    """Compares the files of a bundle with their checksums, see `compare_checksums`.
 
     Raises:
         Emu3Error: there is no list, or it is damaged; a file is missing, unlisted or damaged.
     """
     if not has_checksums(directory):
         raise Emu3Error(
-            f"{directory} has no {CHECKSUMS}, so its files cannot be verified: it is of an older version; convert the "
-            "model again, or load it without verifying"
+            f"{directory} has no {CHECKSUMS}, because an older version wrote it: convert the model again, or load it "
+            "without verifying"
         )
     _, different = compare_checksums(directory, whole=whole, progress=progress)
     for difference in different[:1]:
@@ -106,10 +106,10 @@ def verify_checksums(directory: Path, *, whole: bool = False, progress: bool | N
 
 
 def read_checksums(listing: Path, remedy: str = COPY_AGAIN) -> dict[str, str]:
-    """SHA-256 in hex by the file's path below the list's directory.
+    """Reads a list of checksums: SHA-256 in hex, by path relative to the list's directory.
 
     Raises:
-        Emu3Error: the list is unreadable, empty, has a line of another form, or a path that leads elsewhere.
+        Emu3Error: the list is unreadable, empty, has a malformed line, or a path that leaves the directory.
     """
     with reading(listing, remedy):
         lines = read_bytes(listing, _MAX_BYTES, remedy).decode().splitlines()
@@ -126,7 +126,7 @@ def read_checksums(listing: Path, remedy: str = COPY_AGAIN) -> dict[str, str]:
 
 
 def _files(directory: Path) -> Iterator[str]:
-    """Paths below `directory`, with `/`; links are followed."""
+    """Yields the paths of all files below `directory`, relative to it, with `/`. It follows symbolic links."""
     count = 0
     for place, folders, names in os.walk(directory, followlinks=True):
         count += len(folders) + len(names)
@@ -139,7 +139,7 @@ def _files(directory: Path) -> Iterator[str]:
 
 
 def _sums(directory: Path, names: list[str], progress: bool | None) -> dict[str, str]:
-    """SHA-256 of each file, several at once."""
+    """Computes the SHA-256 of each file, on several threads."""
     with reading(directory):
         sizes = []
         for name in names:

@@ -1,4 +1,4 @@
-"""Published PyTorch checkpoints into a bundle: each byte is read once, and one array at a time is in memory."""
+"""Converts published PyTorch checkpoints to a bundle. Each byte is read once; memory holds one array at a time."""
 
 import dataclasses
 import functools
@@ -40,7 +40,7 @@ _DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in FLOAT_DTYP
 
 @dataclasses.dataclass
 class _Plan:
-    """What will be written; everything that can be wrong is found while making it."""
+    """The contents of the new bundle. All errors in the sources are found while this plan is made."""
 
     decoder: DecoderConfig | None = None
     vision: VisionConfig | None = None
@@ -62,20 +62,23 @@ def convert(
     progress: bool | None = None,
     quantize: str | None = None,
 ) -> Bundle:
-    """Converts checkpoints into a new bundle at `output`, and opens it.
+    """Converts checkpoints to a new bundle.
 
     Args:
-      sources: directories or Hugging Face hub ids, in any published layout; together at most one decoder and one
-        vision tokenizer.
-      output: the bundle's directory; must not exist.
-      dtype: casts the decoder's weights ("bfloat16", "float16", "float32"); by default they stay as stored. The
-        vision tokenizer always stays as stored, and what is quantised is made of the stored weights.
-      template: the prompt template, "chat" or "stage1"; by default "stage1" where a source's name says so.
-      progress: True shows a bar on a terminal and lines in a log, None only the bar, False nothing.
-      quantize: stores the decoder's matrices as codes and scales: "int8", "int8-weights" or "fp8", see `load`.
+      sources: directories or Hugging Face hub ids, in any published layout. Together they may hold at most one decoder
+        and one vision tokenizer.
+      output: directory of the new bundle. It must not exist.
+      dtype: dtype of the decoder's weights ("bfloat16", "float16", "float32"), or None to keep the stored dtype. The
+        vision tokenizer keeps its dtype. Quantisation always uses the stored weights.
+      template: prompt template, "chat" or "stage1"; by default "stage1" if a source's name contains it, else "chat".
+      progress: True shows a progress bar on a terminal and lines in a log, None shows only the bar, False nothing.
+      quantize: store the decoder's matrices as codes and scales: "int8", "int8-weights" or "fp8", see `load`.
+
+    Returns:
+      The new bundle, opened.
 
     Raises:
-      Emu3Error: bad arguments, damaged files, weights that do not fit their config. Nothing is left behind.
+      Emu3Error: bad arguments, damaged files, or weights that do not fit their config. No files are left behind.
     """
     if not sources:
         raise Emu3Error("no SRC given: name at least one checkpoint directory or hub id")
@@ -113,14 +116,14 @@ def _plan(sources: Sequence[Published], dtype: str | None, quantize: str | None)
         for part in source.layout.parts:
             if part in owners:
                 raise Emu3Error(
-                    f"{source.path} and {owners[part].path} both hold a {part}: make one bundle for each, "
-                    "with the other part beside it"
+                    f"{source.path} and {owners[part].path} both hold a {part}: convert them to two bundles, one "
+                    f"{part} each"
                 )
             owners[part] = source
     vision = owners["vision"].vision_config() if "vision" in owners else None
     codebook_size = vision.codebook_size if vision else None
     if quantize is not None and "decoder" not in owners:
-        raise Emu3Error("--quantize is for a decoder, and no SRC holds one: leave it out, or add a decoder as a SRC")
+        raise Emu3Error("--quantize needs a decoder, but no SRC holds one: leave it out, or add a decoder as a SRC")
     decoder = owners["decoder"].decoder_config(codebook_size) if "decoder" in owners else None
     _check_weights(sources, owners, decoder, vision)
     plan = _Plan()
@@ -137,7 +140,7 @@ def _check_weights(
     decoder: DecoderConfig | None,
     vision: VisionConfig | None,
 ) -> None:
-    """Raises one `Emu3Error` about all sources whose weights do not fit the configs of the parts that they hold."""
+    """Raises one `Emu3Error` that names all sources whose weights do not fit their configs."""
     faults = []
     for source in sources:
         found = source.misfits(
@@ -148,7 +151,7 @@ def _check_weights(
     if faults:
         raise Emu3Error(
             f"the weights do not fit config.json: {' | '.join(faults)}; "
-            "check that config.json belongs to these weights and that all files are there"
+            "check that config.json belongs to these weights, and that no file is missing"
         )
 
 
@@ -157,7 +160,7 @@ def _plan_decoder(
 ) -> None:
     params = decoder_params(config)
     arrays = _lazy_arrays(source, "decoder", params, dtype)
-    # Computing in the dtype of the weights is what loading them in PyTorch does.
+    # The compute dtype is the dtype of the weights, as in PyTorch.
     plan.decoder = dataclasses.replace(config, dtype=_main_dtype(arrays))
     if quantize is not None:
         rest = [array for array in arrays if not is_quantised(array.path)]
@@ -184,14 +187,14 @@ def _plan_vision(plan: _Plan, source: Published, config: VisionConfig) -> None:
 def _lazy_arrays(
     source: Published, part: str, params: Sequence[Param], dtype: np.dtype | None, *, cast_equal: bool = True
 ) -> list[LazyArray]:
-    """Without `cast_equal`, `dtype` is only for arrays whose tensors differ in theirs."""
+    """The arrays of a part, cast to `dtype`. Without `cast_equal`, only arrays whose tensors differ in dtype are cast."""
     arrays = []
     for param in params:
         tensors = source.tensors_of(param.weights, part)
         stored = {tensor.dtype for tensor in tensors}
         if dtype is None and len(stored) > 1:
             raise Emu3Error(
-                f"{source.path}: {' and '.join(t.name for t in tensors)} become one array but have different dtypes "
+                f"{source.path}: {' and '.join(t.name for t in tensors)} become one array, but have different dtypes "
                 f"({', '.join(sorted(str(d) for d in stored))}): choose one with --dtype"
             )
         target = tensors[0].dtype if dtype is None or (len(stored) == 1 and not cast_equal) else dtype
@@ -205,7 +208,7 @@ def _load(param: Param, tensors: Sequence[Tensor], dtype: np.dtype) -> np.ndarra
 
 
 def _main_dtype(arrays: Sequence[LazyArray]) -> str:
-    """The dtype of most bytes."""
+    """The dtype with the largest number of bytes."""
     sizes: dict[str, int] = {}
     for array in arrays:
         sizes[array.dtype.name] = sizes.get(array.dtype.name, 0) + array.nbytes

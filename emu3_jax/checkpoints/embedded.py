@@ -1,4 +1,4 @@
-"""The embedded model: the bundle that ships inside the package, and the checksums that vouch for its files."""
+"""The embedded model: the bundle inside the package. Its files are checked against their checksums."""
 
 from pathlib import Path
 
@@ -10,10 +10,10 @@ _REMEDY = "install emu3-jax again (pip install --force-reinstall), or pass --mod
 
 
 def embedded_bundle() -> Path:
-    """The embedded model's bundle, its files checked.
+    """Checks the files of the embedded model and returns the directory of its bundle.
 
     Raises:
-        Emu3Error: it is not in this installation, or a file of it is missing or damaged.
+        Emu3Error: this installation has no embedded model, or one of its files is missing or damaged.
     """
     if not has_checksums(DIRECTORY):
         raise Emu3Error(

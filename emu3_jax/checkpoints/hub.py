@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: a directory, or the Hugging Face hub."""
+"""Finds or downloads a checkpoint: a local directory, a bucket, or the Hugging Face hub."""
 
 import functools
 import re
@@ -14,7 +14,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 
 def local_source(source: str) -> Path | None:
-    """The directory of a source; None where it is a hub id. Raises `Emu3Error` where it is neither."""
+    """The directory of a source, or None for a hub id. Raises `Emu3Error` if the source is neither."""
     path = local_path(source)
     if path.is_dir():
         return path
@@ -24,12 +24,16 @@ def local_source(source: str) -> Path | None:
 
 
 def fetch(source: str, progress: bool | None = None) -> Path:
-    """The directory of a source. Files of a hub id are downloaded to the hub's cache, those in a bucket to ours.
+    """Returns the local directory of a source.
 
-    `progress` is as `progress.Progress` takes it.
+    Files of a hub id are downloaded to the cache of huggingface_hub, files in a bucket to the cache of this package.
+
+    Args:
+      source: directory, bucket address or hub id.
+      progress: as in `progress.Progress`.
 
     Raises:
-      Emu3Error: the source is neither, or the hub is out of reach.
+      Emu3Error: the source does not exist, or the hub cannot be reached.
     """
     if storage.is_remote(source):
         return storage.fetched(source, lambda name: "/" not in name)
@@ -42,16 +46,17 @@ def fetch(source: str, progress: bool | None = None) -> Path:
         raise Emu3Error(
             f"{source}: no such directory; to download it from the hub, pip install 'emu3-jax[convert]'"
         ) from error
-    # The patterns' stars match separators, too: without `ignore_patterns` names could lead out of the hub's cache.
+    # `*` matches path separators too. Without `ignore_patterns`, a file name could lead out of the hub's cache.
     settings = {"ignore_patterns": ["*/*", "*\\*"], "tqdm_class": download_bars(progress, source)}
     download = functools.partial(huggingface_hub.snapshot_download, source, **settings)
     try:
         directory = Path(download(allow_patterns=["*.json", "*.safetensors", "*.tiktoken", "*.txt"]))
         if not any(directory.glob("*.safetensors")):
             directory = Path(download(allow_patterns=["*.json", "*.bin", "*.tiktoken", "*.txt"]))
-    except Exception as error:  # of the hub's library, of what it connects with, or of the disk
+    except Exception as error:  # the hub's library, its network libraries and the disk raise many classes
         reason = one_line(str(error).strip().split("\n", 1)[0] or type(error).__name__)[:120]
         raise Emu3Error(
-            f"{source}: no such directory, and not fetched from the hub ({reason}); check the name and the connection"
+            f"{source}: no such directory, and the download from the hub failed ({reason}); check the name and the "
+            "connection"
         ) from error
     return directory

@@ -1,4 +1,4 @@
-"""A bundle's decoder with a saved adapter merged: in memory, or as a bundle of its own."""
+"""Merges a saved adapter into a bundle's decoder: in memory, or to a new bundle."""
 
 import dataclasses
 import os
@@ -21,17 +21,20 @@ from emu3_jax.progress import Progress
 def load_merged(
     bundle: Bundle, adapter: SavedAdapter, shardings: Any, dtype: Any = None, quantize: str | None = None
 ) -> dict[str, Any]:
-    """The decoder's parameters with the adapter merged, like `Bundle.load_decoder`.
+    """Loads the decoder's parameters with the adapter merged, like `Bundle.load_decoder`.
 
-    Arrays pass one by one: beside what is loaded, the host holds a few hundred MB and the first device of each process
-    one matrix in float32, its adapter's product and the result. Each process reads all arrays whole.
+    Arrays are merged one by one. Beside the loaded parameters, the host holds a few hundred MB, and the first device of
+    each process holds one matrix in float32, its adapter's product and the result. Each process reads all arrays.
 
     Args:
-        bundle: of the frozen weights.
-        adapter: opened for this bundle.
-        shardings: a tree of shardings like the parameters, or None for the first device.
-        dtype: of the result; by default that of `adapter.decoder`.
-        quantize: see `models.quantization.KINDS`; what is quantised is the merged matrices.
+        bundle: bundle with the frozen weights.
+        adapter: the adapter, opened for this bundle.
+        shardings: shardings in the tree structure of the parameters, or None for the first device.
+        dtype: dtype of the result, or None for the dtype of `adapter.decoder`.
+        quantize: quantisation of the merged matrices, from `models.quantization.KINDS`, or None.
+
+    Returns:
+        The parameters, as nested dicts.
 
     Raises:
         Emu3Error: a file is damaged.
@@ -62,22 +65,22 @@ def merge_bundle(
     verify: bool = False,
     progress: bool | None = None,
 ) -> None:
-    """Writes the bundle with an adapter merged as a new bundle, holding one array at a time.
+    """Writes a new bundle with an adapter merged into the decoder. Memory holds one array at a time.
 
     Args:
-        bundle: of the frozen weights.
-        adapter: its directory.
-        target: the new bundle; it must not exist.
-        dtype: of the new decoder; by default that of the adapter's training, or where nobody says the bundle's.
+        bundle: bundle with the frozen weights.
+        adapter: directory of the adapter.
+        target: path of the new bundle. It must not exist.
+        dtype: dtype of the new decoder, or None for the dtype of the adapter's training (if unknown, the bundle's).
         verify: see `SavedAdapter.open`.
-        progress: as `progress.Progress` takes it.
+        progress: as in `progress.Progress`.
 
     Raises:
-        Emu3Error: the adapter does not fit, or a place cannot be read or written. Nothing is left behind.
+        Emu3Error: the adapter does not fit the bundle, or a file cannot be read or written. No files are left behind.
     """
     bundle.require_full("merging an adapter")
     saved = SavedAdapter.open(adapter, bundle, verify=verify)
-    bundle.stored("decoder")  # damage is refused before anything is written
+    bundle.stored("decoder")  # raises on damage before anything is written
     decoder = saved.decoder if dtype is None else dataclasses.replace(saved.decoder, dtype=dtype)
     weights, new = bundle.weights("decoder"), np.dtype(decoder.dtype)
 

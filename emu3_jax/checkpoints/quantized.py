@@ -1,4 +1,4 @@
-"""Bundles whose decoder is stored as codes and scales: made array by array, with one matrix in memory at a time."""
+"""Makes quantised bundles, whose decoder is stored as codes and scales. Memory holds one matrix at a time."""
 
 import dataclasses
 import functools
@@ -24,20 +24,20 @@ _SLICE = 1 << 25  # weights that are quantised together
 
 
 def quantize_bundle(bundle: Bundle, target: Path, kind: str = "int8", *, progress: bool | None = None) -> None:
-    """Writes a bundle with its decoder quantised as a new bundle; tokenizer and vision tokenizer are copied.
+    """Quantises a bundle's decoder and writes a new bundle. Text tokenizer and vision tokenizer are copied.
 
     Loading the new bundle gives the same arrays, bit for bit, as loading this one with `quantize=kind` on the same
     kind of device.
 
     Args:
-        bundle: a full one, with a decoder.
-        target: the new bundle; it must not exist.
-        kind: of `models.quantization.KINDS`.
-        progress: as `progress.Progress` takes it.
+        bundle: full bundle with a decoder.
+        target: path of the new bundle. It must not exist.
+        kind: quantisation, from `models.quantization.KINDS`.
+        progress: as in `progress.Progress`.
 
     Raises:
         Emu3Error: the bundle has no decoder, or is quantised already; it is damaged; or `target` cannot be written.
-            Nothing is left behind.
+            No files are left behind.
     """
     check_kind(kind)
     bundle.require_full("quantize")
@@ -53,7 +53,7 @@ def quantize_bundle(bundle: Bundle, target: Path, kind: str = "int8", *, progres
 
 
 def quantised_arrays(arrays: list[LazyArray], kind: str) -> list[LazyArray]:
-    """A decoder's arrays as a quantised bundle stores them; the matrices among them are read when they are written."""
+    """The arrays of a quantised bundle, from a decoder's arrays. Matrices are read only when they are written."""
     narrow: list[LazyArray] = []
     for array in arrays:
         if not is_quantised(array.path):
@@ -67,7 +67,7 @@ def quantised_arrays(arrays: list[LazyArray], kind: str) -> list[LazyArray]:
 
 @dataclasses.dataclass
 class _Leaves:
-    """Codes and scales of one matrix. The first to be loaded has both computed; the other waits for its turn."""
+    """Codes and scales of one matrix. Loading one of them computes both, and keeps the other until it is loaded."""
 
     matrix: LazyArray
     kind: str
