@@ -209,7 +209,7 @@ def test_sound_ones(quantised, kind):
 @pytest.mark.parametrize(
     ("quantize", "message"),
     [
-        ("fp8", "17 of its arrays are missing, unknown or of another shape or dtype"),
+        ("fp8", "17 arrays are missing, unknown or have another shape or dtype"),
         (None, "missing, unknown or of another shape than config.json says"),
         ("int4", "config field quantize is 'int4': it must be one of int8, int8-weights, fp8, or absent"),
         ([8], "config field quantize is [8]: it must be one of"),
@@ -303,7 +303,7 @@ def test_other_kinds_are_refused(quantised, tmp_path, capsys):
     command = ["generate", "cat", "--model", model, "--quantize", "int8-weights", "-o", str(tmp_path / "out")]
     assert main(command) == 2
     assert capsys.readouterr().err == (
-        f"emu3-jax: error: {model} is quantised as int8, and quantize is int8-weights: leave quantize out, or quantise "
+        f"emu3-jax: error: {model} is quantised as int8, but quantize is int8-weights: leave quantize out, or give "
         "the full bundle\n"
     )
     assert not (tmp_path / "out").exists()
@@ -323,7 +323,7 @@ def test_links_that_lead_to_no_file_are_not_copied(tiny_bundle, tmp_path, capsys
 def test_what_cannot_be_quantised(golden_checkpoint, tiny_bundle, tmp_path, capsys):
     output = tmp_path / "out"
     assert main(["convert", str(golden_checkpoint / "vq"), "-o", str(output), "--quantize", "int8"]) == 2
-    assert "--quantize is for a decoder, and no SRC holds one" in capsys.readouterr().err
+    assert "--quantize needs a decoder, but no SRC holds one" in capsys.readouterr().err
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{}")
     assert main(["convert", str(tmp_path / "run"), "-o", str(output), "--quantize", "int8"]) == 2

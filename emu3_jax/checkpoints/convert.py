@@ -187,7 +187,7 @@ def _plan_vision(plan: _Plan, source: Published, config: VisionConfig) -> None:
 def _lazy_arrays(
     source: Published, part: str, params: Sequence[Param], dtype: np.dtype | None, *, cast_equal: bool = True
 ) -> list[LazyArray]:
-    """The arrays of a part, cast to `dtype`. Without `cast_equal`, only arrays whose tensors differ in dtype are cast."""
+    """The arrays of a part, cast to `dtype`. Without `cast_equal`, cast only arrays of several dtypes."""
     arrays = []
     for param in params:
         tensors = source.tensors_of(param.weights, part)
