@@ -210,7 +210,7 @@ def test_sound_ones(quantised, kind):
     ("quantize", "message"),
     [
         ("fp8", "17 arrays are missing, unknown or have another shape or dtype"),
-        (None, "missing, unknown or of another shape than config.json says"),
+        (None, "missing, unknown or have another shape than config.json says"),
         ("int4", "config field quantize is 'int4': it must be one of int8, int8-weights, fp8, or absent"),
         ([8], "config field quantize is [8]: it must be one of"),
         (True, "config field quantize is True: it must be one of"),
