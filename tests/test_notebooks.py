@@ -344,15 +344,15 @@ def test_large_weights_are_converted_once(tmp_path, kernel):
     section = re.sub(r"^WEIGHTS = None.*", f"WEIGHTS = {str(weights)!r}", section)
     little = "import types\npsutil.virtual_memory = lambda: types.SimpleNamespace(available=9e9)"
     *_, refused = run_cells([first_cell, little, section], tmp_path, kernel)
-    assert "Emu3-Gen in int8 needs 14 GB of device memory, and this runtime has 9 GB free: choose a larger" in refused
+    assert "Emu3-Gen in int8 needs 14.7 GB of device memory, and this runtime has 9 GB free: choose a larger" in refused
     assert not (tmp_path / "weights").exists() and "\n" not in refused
     ample = "import emu3_jax\ncheck_room = lambda what, **needs: print(needs)"
     wrong = section.replace(str(weights), str(tmp_path / "Emu3-Gen-absent"))
     *_, failed = run_cells([first_cell, ample, wrong], tmp_path, kernel)
     assert "emu3-jax: error: " in failed and "emu3-jax convert failed: its message is above" in failed
     *_, first, second = run_cells([first_cell, ample, section, section], tmp_path, kernel)
-    assert "{'memory': 8.5, 'device': 14}" in first and "'disk': 45.6}" in first and "convert" in first
-    assert "{'memory': 8.5, 'device': 14}" in second and "convert" not in second
+    assert "{'memory': 8.5, 'device': 14.7}" in first and "'disk': 45.6}" in first and "convert" in first
+    assert "{'memory': 8.5, 'device': 14.7}" in second and "convert" not in second
     assert Bundle.open(tmp_path / "weights" / "emu3-gen-int8").has("vision")
     with Image.open(tmp_path / "shiba.png") as drawn:
         assert drawn.size == (32, 32)
