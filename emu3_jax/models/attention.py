@@ -1,4 +1,4 @@
-"""Attention of the decoder, chosen in one place.
+"""Attention of the decoder, and the choice between its implementations.
 
 B batch, S queries, T keys, K KV heads, G query heads per KV head, H head width.
 """
@@ -17,10 +17,10 @@ from jax.typing import DTypeLike
 from emu3_jax.errors import Emu3Error
 from emu3_jax.models import attention_kernels, capability
 
-# Queries scored at once: bounds the score matrix of a long prompt to [B, K, G, block, T].
+# Queries per block. This bounds the score matrix of a long prompt to [B, K, G, block, T].
 QUERY_BLOCK = 512
 
-# Below every real score, and finite, so that a row without any key (padding) gives no NaN.
+# Score of masked keys: below every real score, but finite, so that a row without any visible key gives no NaN.
 MASKED = -1e30
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash", "splash-interpreted")
@@ -29,28 +29,28 @@ IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash", "splash-interpreted")
 def self_attention(
     q_bskgh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, segments_bs: jax.Array | None, implementation: str
 ) -> jax.Array:
-    """Causal attention of whole sequences to themselves, within segments: for training, and any pass without a cache.
+    """Causal self-attention of whole sequences, within segments. For training and all passes without a cache.
 
-    On a mesh each device computes its rows and heads. Where the mesh splits sequences, devices trade: each gives its
-    part of the sequence and gets whole sequences of a part of the heads, so that all do the same work, none holds the
-    keys of all heads, and kernels need no notion of an offset (DeepSpeed Ulysses, arXiv 2309.14509). Where the query
-    heads cannot be dealt out evenly, a device keeps its queries and gathers the keys and values of the whole row; that
-    is for XLA alone.
+    On a mesh, each device computes its own rows and heads. If the mesh splits sequences, an all-to-all exchange gives
+    each device whole sequences of a part of the heads (DeepSpeed Ulysses, arXiv 2309.14509). So all devices do equal
+    work, none holds the keys of all heads, and kernels need no sequence offset. If the heads cannot be split evenly, a
+    device keeps its queries and gathers the keys and values of the whole row. Only XLA's attention can do this.
 
     Args:
         q_bskgh: [B, S, K, G, H] queries, RoPE applied, not yet scaled.
         k_bskh: [B, S, K, H] keys.
         v_bskh: [B, S, K, H] values.
-        segments_bs: int32 [B, S]; tokens see only those of their own segment. A token of -n sees segment n and none
-            sees it, which is the reference's padding. None: a row is one segment. What a token gets that has nothing
-            to see is finite and means nothing. For "cudnn" the tokens of a segment stand together, -n right behind n.
-        implementation: "xla", "cudnn", "splash", or "auto" for the best one where the program will run; see `choose`.
+        segments_bs: int32 [B, S], or None if each row is one segment. A token attends only to its own segment. A token
+            of segment -n attends to segment n, and no token attends to it; this is the reference's padding. A token
+            without visible keys gets a finite, meaningless result. For "cudnn" the tokens of a segment must be
+            contiguous, and -n must follow n directly.
+        implementation: "xla", "cudnn", "splash", or "auto" for the best one on the program's platform; see `choose`.
 
     Returns:
         [B, S, K, G, H] in the queries' dtype.
 
     Raises:
-        Emu3Error: the named implementation cannot serve here.
+        Emu3Error: the named implementation cannot be used here.
     """
     mesh = jax.sharding.get_abstract_mesh()
     spec = nn.logical_to_mesh_axes(("batch", "sequence", "kv_heads"))
@@ -91,25 +91,28 @@ def choose(
     undealt: int | None = None,
     platform: str = "",
 ) -> str:
-    """The implementation that serves: the named one, or for "auto" the platform's kernel if it can and else "xla".
+    """Chooses an implementation: the named one, or for "auto" the platform's kernel if possible, else "xla".
 
     Args:
-        implementation: one of `IMPLEMENTATIONS`. "splash-interpreted" runs Splash's program anywhere, for tests.
-        shape: [B, S, K, G, H] of the queries on one device.
-        dtype: theirs.
-        packed: there are segments.
-        undealt: the parts that the mesh splits sequences into, where heads cannot be dealt out to them.
-        platform: "cpu", "gpu" or "tpu"; by default where the program will run.
+        implementation: one of `IMPLEMENTATIONS`. "splash-interpreted" runs Splash in Pallas' interpreter, for tests.
+        shape: shape [B, S, K, G, H] of the queries on one device.
+        dtype: dtype of the queries.
+        packed: whether there are segments.
+        undealt: if heads cannot be split evenly, the number of parts that the mesh splits sequences into; else None.
+        platform: "cpu", "gpu" or "tpu", or "" for the platform that the program will run on.
+
+    Returns:
+        The name of the implementation, not "auto".
 
     Raises:
-        Emu3Error: the named implementation cannot serve, and why.
+        Emu3Error: the named implementation cannot be used. The message gives the reason.
     """
     if implementation not in IMPLEMENTATIONS:
         raise Emu3Error(f"attention {implementation!r} is unknown: choose one of {', '.join(IMPLEMENTATIONS)}")
     platform = platform or capability.target_platform()
     if implementation == "auto":
         kernel = {"tpu": "splash", "gpu": "cudnn"}.get(platform)
-        # A single token is what `init` passes; its value is its result.
+        # `init` passes a single token, which needs no kernel.
         if kernel is None or shape[1] == 1:
             return "xla"
         obstacle = _obstacle(kernel, shape, dtype, packed=packed, undealt=undealt, platform=platform)
@@ -120,25 +123,28 @@ def choose(
     return implementation
 
 
-# What computes attention of single tokens over the cache: "pallas" is `decode_kernels`, for NVIDIA GPUs;
-# "pallas-interpreted" runs its program anywhere, for tests; "xla" is `cached_attention`, whatever the number of tokens.
+# Implementations of attention for single tokens over the cache. "pallas" is `decode_kernels`, for NVIDIA GPUs.
+# "pallas-interpreted" runs it in Pallas' interpreter, for tests. "xla" is `cached_attention`.
 KERNELS = ("auto", "xla", "pallas", "pallas-interpreted")
 
-# JAX has deprecated the Triton backend of Pallas, which compiles "pallas": lowering the kernel gives a
-# DeprecationWarning since JAX 0.11. From 0.12 on "auto" does without the kernel.
+# JAX has deprecated Pallas' Triton backend, which compiles "pallas": since JAX 0.11, lowering the kernel gives a
+# DeprecationWarning. From JAX 0.12 on, "auto" does not choose the kernel.
 TRITON_SUPPORTED = jax.__version_info__ < (0, 12)
 
 
 def choose_kernels(kernels: str, width: int, platform: str = "") -> str:
-    """What serves single tokens with heads of this width: the named one, or for "auto" the best where it will run.
+    """Chooses an implementation of attention for single tokens: the named one, or for "auto" the fastest.
 
     Args:
         kernels: one of `KERNELS`.
-        width: H.
-        platform: "cpu", "gpu" or "tpu"; by default where the program will run.
+        width: head width H.
+        platform: "cpu", "gpu" or "tpu", or "" for the platform that the program will run on.
+
+    Returns:
+        The name of the implementation, not "auto".
 
     Raises:
-        Emu3Error: a name that is none, or a kernel that the NVIDIA GPU lacks.
+        Emu3Error: the name is unknown, or the NVIDIA GPU cannot run the kernel.
     """
     if kernels not in KERNELS:
         raise Emu3Error(f"kernels {kernels!r} are unknown: choose one of {', '.join(KERNELS)}")
@@ -153,7 +159,7 @@ def choose_kernels(kernels: str, width: int, platform: str = "") -> str:
         return kernels
     if not TRITON_SUPPORTED or found is None or found < capability.AMPERE:
         return "xla"
-    return "pallas" if width >= 32 and width & (width - 1) == 0 else "xla"  # what its matrix products take
+    return "pallas" if width >= 32 and width & (width - 1) == 0 else "xla"  # legal widths of the kernel's products
 
 
 def _obstacle(
@@ -165,7 +171,7 @@ def _obstacle(
     undealt: int | None,
     platform: str,
 ) -> str | None:
-    """Why this implementation cannot serve; None if it can."""
+    """The reason that this implementation cannot be used, or None if it can."""
     if implementation == "xla":
         return None
     b, s, k, g, h = shape
@@ -205,7 +211,7 @@ def _obstacle(
 def _device_attention(
     implementation: str, q_bskgh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, segments_bs: jax.Array | None
 ) -> jax.Array:
-    """`self_attention` of one device's rows and heads, by a chosen implementation."""
+    """`self_attention` for the rows and heads of one device, by a chosen implementation."""
     if implementation.startswith("splash"):
         interpret = implementation != "splash"
         return attention_kernels.splash(q_bskgh, k_bskh, v_bskh, segments_bs, interpret=interpret)
@@ -219,12 +225,12 @@ def _device_attention(
 
 
 def _parts(mesh: AbstractMesh, axes: str | tuple[str, ...] | None) -> int:
-    """The number of parts that these axes of a mesh make."""
+    """The number of parts that these mesh axes split an array into."""
     return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
 
 
 def _deal(parts: int, kv_heads: int, groups: int) -> int:
-    """How often each KV head is repeated so that `parts` devices get equally many heads each; 0 if it cannot be."""
+    """The number of copies per KV head so that `parts` devices get equally many heads; 0 if this is impossible."""
     if kv_heads % parts == 0:
         return 1
     repeats, rest = divmod(parts, kv_heads)
@@ -240,7 +246,7 @@ def _dealt(
     repeats: int,
     axis: Any,
 ) -> jax.Array:
-    """`attention` of whole sequences for this device's part of the heads; to it and back by one exchange each."""
+    """`attention` of whole sequences for this device's part of the heads, between two all-to-all exchanges."""
     b, s, kv_heads, groups, h = q.shape
     q = q.reshape(b, s, kv_heads * repeats, groups // repeats, h)
     k, v = (jnp.repeat(x, repeats, axis=2) for x in (k, v))
@@ -250,7 +256,7 @@ def _dealt(
 
 
 def _divides(mesh: AbstractMesh, spec: Any, shape: tuple[int, ...]) -> bool:
-    """Whether the mesh splits these dimensions evenly; the single dummy token of `init` it does not."""
+    """Whether the mesh divides these dimensions. It does not divide the single dummy token of `init`."""
     return not any(size % _parts(mesh, axes) for axes, size in zip(spec, shape, strict=False))
 
 
@@ -263,9 +269,9 @@ def _xla_attention(
     k_segments: jax.Array | None,
     first_query: jax.Array | int,
 ) -> jax.Array:
-    """`self_attention` of the queries in consecutive slots from `first_query` on, to keys from slot 0 on.
+    """`self_attention` of queries in consecutive slots from `first_query` on, over keys from slot 0 on.
 
-    Block by block; the backward pass computes the scores of a block again, so that they never exist whole.
+    It runs in blocks of queries. The backward pass recomputes the scores of a block, so all scores never exist at once.
     """
 
     @jax.checkpoint
@@ -292,12 +298,12 @@ def cached_attention(
 
     Args:
         q_bskgh: [B, S, K, G, H] queries, RoPE applied, not yet scaled.
-        k_bkth: [B, K, T, H] keys; slot t is visible to the query in slot s when start[b] <= t <= s.
+        k_bkth: [B, K, T, H] keys. A query in slot s attends to slot t if start[b] <= t <= s.
         v_bkth: [B, K, T, H] values.
-        k_scales_bkt: float32 [B, K, T], what the keys of a narrow cache are to be multiplied by; None for wide ones.
-        v_scales_bkt: likewise of the values.
-        first_query: int32 scalar, the slot of query 0.
-        start: int32 [B], each row's first slot.
+        k_scales_bkt: float32 [B, K, T], scales of the keys of a narrow cache, or None.
+        v_scales_bkt: float32 [B, K, T], scales of the values of a narrow cache, or None.
+        first_query: int32 scalar, slot of query 0.
+        start: int32 [B], first slot of each row.
 
     Returns:
         [B, S, K, G, H] in the queries' dtype.
@@ -317,7 +323,7 @@ def _over_query_blocks(
     segments_bs: jax.Array | None,
     first_query: jax.Array | int,
 ) -> jax.Array:
-    """`block(queries, their segments, slot of the first)` over blocks of at most QUERY_BLOCK queries."""
+    """Applies `block(queries, segments, slot of the first query)` to blocks of at most QUERY_BLOCK queries."""
     queries = q_bskgh.shape[1]
     if queries <= QUERY_BLOCK:
         return block(q_bskgh, segments_bs, first_query)
@@ -333,7 +339,7 @@ def _over_query_blocks(
 
 
 def _causal(queries: int, keys: int, first_query: jax.Array | int) -> jax.Array:
-    """bool [S, T]: key slot t is not later than the query, whose slot is first_query + s."""
+    """bool [S, T]: whether key slot t is not later than the query's slot first_query + s."""
     query = first_query + jnp.arange(queries, dtype=jnp.int32)[:, None]
     return jnp.arange(keys, dtype=jnp.int32)[None] <= query
 
@@ -347,7 +353,7 @@ def _masked_attention(
     k_scales_bkt: jax.Array | None = None,
     v_scales_bkt: jax.Array | None = None,
 ) -> jax.Array:
-    """`cached_attention` with all scores at once, to the keys that `visible`, bool [B or 1, S, T], names."""
+    """`cached_attention` with all scores at once. `visible`, bool [B or 1, S, T], says which keys a query sees."""
     dtype = q_bskgh.dtype
     precision = matmul_precision(dtype)
     scores = jnp.einsum(
@@ -374,5 +380,5 @@ def _masked_attention(
 
 
 def matmul_precision(dtype: DTypeLike) -> lax.Precision | None:
-    """float32 means float32: no TF32 or bfloat16 passes. Narrow dtypes take the backend's default."""
+    """The precision of products: for float32 the highest (no TF32 or bfloat16 passes), else the backend's default."""
     return lax.Precision.HIGHEST if dtype == jnp.float32 else None

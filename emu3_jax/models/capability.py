@@ -1,4 +1,4 @@
-"""What the device that a program is made for can do: kernels, dtypes and precisions are chosen by these functions.
+"""Capabilities of the device that a program is made for. They decide on kernels, dtypes and precisions.
 
 NVIDIA GPUs differ by their compute capability: 7.5 is Turing (T4), 8.0 Ampere (A100), 8.9 Ada (L4), 9.0 Hopper (H100).
 """
@@ -12,17 +12,18 @@ import jax
 from emu3_jax.errors import Emu3Error
 from emu3_jax.printable import shown
 
-# Makes every choice as on an NVIDIA GPU of this capability, on any other one: for tests, and to try what another card
-# would run. The program still runs on the GPU that is there.
+# This environment variable makes all choices as on an NVIDIA GPU of its capability. It is for tests, and to try what
+# another card would run. The program still runs on the present GPU.
 SIMULATED = "EMU3_JAX_COMPUTE_CAPABILITY"
 
-# From which capability on: matrix units for bfloat16 and TF32 (what older GPUs compute of bfloat16 goes through
-# float32), Triton's and cuDNN's fused attention; conversion of float8 in hardware; cuDNN's attention of segments.
+# AMPERE and later have matrix units for bfloat16 and TF32 (older GPUs compute bfloat16 products in float32), and run
+# Triton's and cuDNN's fused attention. ADA and later convert float8 in hardware. HOPPER and later run cuDNN's attention
+# with segments.
 AMPERE, ADA, HOPPER = (8, 0), (8, 9), (9, 0)
 
 
 def target_platform() -> str:
-    """Where the program being traced will run: a mesh may hold devices that this machine lacks (`plan`).
+    """The platform that the program being traced will run on. With `plan`, this machine may not have it.
 
     Returns:
         "cpu", "gpu" or "tpu".
@@ -34,10 +35,10 @@ def target_platform() -> str:
 
 
 def cuda_capability() -> tuple[int, int] | None:
-    """The compute capability of this machine's NVIDIA GPUs, of the least capable one; None where there is none.
+    """The lowest compute capability of this machine's NVIDIA GPUs, such as (9, 0). None without an NVIDIA GPU.
 
     Raises:
-        Emu3Error: `EMU3_JAX_COMPUTE_CAPABILITY` is set and is no capability.
+        Emu3Error: `EMU3_JAX_COMPUTE_CAPABILITY` is set, but is not a capability.
     """
     simulated = os.environ.get(SIMULATED)
     if simulated is None:
@@ -53,30 +54,30 @@ def _cuda_capability() -> tuple[int, int] | None:
     try:
         found = [str(device.compute_capability).split(".") for device in jax.local_devices(backend="gpu")]
         return min((int(major), int(minor)) for major, minor in found)
-    except (RuntimeError, ValueError):  # no GPU; an AMD one, whose capability is a name
+    except (RuntimeError, ValueError):  # no GPU, or an AMD GPU, whose capability is a name
         return None
 
 
 def cuda_at_least(least: tuple[int, int]) -> bool:
-    """Whether this machine has NVIDIA GPUs, all of this capability or a higher one."""
+    """Whether this machine has NVIDIA GPUs, and all have at least this compute capability."""
     return (cuda_capability() or (0, 0)) >= least
 
 
 def takes_tf32() -> bool:
-    """Whether the program being traced will run on a GPU whose matrix units take TF32."""
+    """Whether the program being traced will run on a GPU with TF32."""
     return target_platform() == "gpu" and cuda_at_least(AMPERE)
 
 
 def emulates_bfloat16() -> bool:
-    """Whether the program will run on an NVIDIA GPU that has no bfloat16: XLA computes such products in float32."""
+    """Whether the program will run on an NVIDIA GPU without bfloat16, where XLA computes such products in float32."""
     return target_platform() == "gpu" and cuda_capability() is not None and not cuda_at_least(AMPERE)
 
 
 def emulates_float8() -> bool:
-    """Whether the program will run on an NVIDIA GPU that widens float8 codes by many instructions each."""
+    """Whether the program will run on an NVIDIA GPU that needs many instructions to convert a float8 number."""
     return target_platform() == "gpu" and cuda_capability() is not None and not cuda_at_least(ADA)
 
 
 def text(capability: tuple[int, int]) -> str:
-    """As NVIDIA writes it: "7.5"."""
+    """A compute capability as NVIDIA writes it, for example "7.5"."""
     return ".".join(map(str, capability))

@@ -178,7 +178,7 @@ def _residual(x_bsd: jax.Array, cache: KVCache | None) -> jax.Array:
 
 
 def _finite(x: jax.Array) -> jax.Array:
-    """x, its float16 numbers cut off at the largest: one infinity would make NaN of every later token."""
+    """Clips float16 numbers to the largest finite one. A single infinity would turn all later tokens into NaN."""
     largest = jnp.finfo(jnp.float16).max
     return jnp.clip(x, -largest, largest) if x.dtype == jnp.float16 else x
 

@@ -1,11 +1,11 @@
-"""Narrow weights and a narrow KV cache for decoding, which is as fast as memory is read.
+"""8-bit weights and an 8-bit KV cache for decoding. Decoding is limited by reading memory, so 8 bits make it faster.
 
-Symmetric, one scale for each output channel of a matrix, one for each key and each value of a head; scales multiply
-products, so that no wide copy of a weight or of the cache exists. A matrix M of the parameters becomes `M_codes`, its
-output axes first, so that what a product adds up lies together, and `M_scales`; the decoder multiplies with whichever
-it is given. The token table and the norms stay as they are.
+Quantisation is symmetric. Each output channel of a matrix has a scale, and each key and each value of a head has one.
+Scales multiply the products, so no full copy of a weight or of the cache exists. A matrix M of the parameters becomes
+`M_codes` and `M_scales`. The codes have the output axes first, so that the numbers of one sum are contiguous. The
+decoder uses whichever form it is given. The token table and the norms are not quantised.
 
-A module of our own rather than `qwix`, whose quantised weights cannot be reshaped on the way to a product, as `out` is.
+We do not use `qwix`, because its quantised weights cannot be reshaped before a product, as `out` is.
 """
 
 import functools
@@ -19,14 +19,14 @@ from emu3_jax.errors import Emu3Error
 from emu3_jax.models.adapters import MATRICES
 from emu3_jax.models.stacking import Path
 
-# What `--quantize` names: the weights' dtype, and whether the cache is int8.
+# The kinds of quantisation: the dtype of the weights, and whether the KV cache is int8.
 KINDS: dict[str, tuple[jnp.dtype, bool]] = {
     "int8": (jnp.dtype(jnp.int8), True),
     "int8-weights": (jnp.dtype(jnp.int8), False),
     "fp8": (jnp.dtype(jnp.float8_e4m3fn), True),
 }
 CODES, SCALES = "_codes", "_scales"
-_HEAD = "kernel"  # [V, D]: its output channels come first
+_HEAD = "kernel"  # leaf of the head, [V, D]; its output axis comes first
 
 
 def check_kind(kind: str | None) -> None:
@@ -36,28 +36,28 @@ def check_kind(kind: str | None) -> None:
 
 
 def narrows_cache(kind: str | None) -> bool:
-    """Whether keys and values are kept as int8 beside parameters of this kind."""
+    """Whether this kind of quantisation stores keys and values as int8."""
     return kind is not None and KINDS[kind][1]
 
 
 def is_quantised(path: Path) -> bool:
-    """Whether the parameter at this path is a matrix that becomes codes and scales."""
+    """Whether the parameter at this path is a matrix that quantisation turns into codes and scales."""
     return path[-1] in MATRICES or path[-2:] == ("head", _HEAD)
 
 
 def is_codes_or_scales(path: Path) -> bool:
-    """Whether the parameter at this path of quantised parameters holds codes or scales."""
+    """Whether this path, in quantised parameters, holds codes or scales."""
     return path[-1].endswith((CODES, SCALES))
 
 
 @functools.partial(jax.jit, static_argnames=("name", "kind"))
 def quantise(name: str, matrix: jax.Array, kind: str) -> dict[str, jax.Array]:
-    """The matrix as codes and scales, in float32 arithmetic.
+    """Quantises a matrix, in float32 arithmetic.
 
     Args:
-        name: of its leaf.
-        matrix: [in..., out...], or [V, D] of the head.
-        kind: of `KINDS`.
+        name: name of the matrix's leaf.
+        matrix: [in..., out...], or [V, D] for the head.
+        kind: kind of quantisation, from `KINDS`.
 
     Returns:
         `{name}_codes` [out..., in...], and `{name}_scales`, float32 [out...].
@@ -77,15 +77,14 @@ def _axes(name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def first_output_axis(path: Path) -> int:
-    """The axis of the matrix at `path` that comes first in its codes and scales. Slices along it quantise alone."""
+    """The axis of the matrix at `path` that comes first in its codes. Slices along it can be quantised separately."""
     return _axes(path[-1])[0][0]
 
 
 def codes_and_scales(path: Path, array: jax.Array, kind: str | None) -> dict[Path, jax.Array]:
-    """A parameter as `kind` keeps it: a matrix as codes and scales, everything else (and with None all) as it is.
+    """Quantises a parameter if it is a matrix. Other parameters, and all with kind None, are returned unchanged.
 
-    Codes and scales lie on the devices that hold the matrix, split along the same axes. They are computed when this
-    returns, so that the matrix can be freed.
+    Codes and scales are sharded like the matrix. They are ready when this returns, so that the matrix can be freed.
     """
     if kind is None or not is_quantised(path):
         return {path: array}
@@ -95,7 +94,7 @@ def codes_and_scales(path: Path, array: jax.Array, kind: str | None) -> dict[Pat
 
 
 def codes_and_scales_shapes(path: Path, shape: tuple[int, ...], kind: str) -> dict[Path, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of the codes and scales of the matrix at `path`, by their own paths."""
+    """Shapes and dtypes of the codes and scales of the matrix at `path`, by path."""
     outputs, inputs = _axes(path[-1])
     codes, scales = (tuple(shape[axis] for axis in axes) for axes in (outputs + inputs, outputs))
     shapes = jax.ShapeDtypeStruct(codes, KINDS[kind][0]), jax.ShapeDtypeStruct(scales, jnp.float32)
@@ -103,7 +102,7 @@ def codes_and_scales_shapes(path: Path, shape: tuple[int, ...], kind: str) -> di
 
 
 def codes_and_scales_shardings(path: Path, sharding: Sharding) -> dict[Path, Sharding]:
-    """Where the codes and scales of the matrix at `path` lie, when the matrix lies as `sharding` says."""
+    """The shardings of the codes and scales of the matrix at `path`, from the matrix's sharding."""
     codes = scales = sharding
     if isinstance(sharding, NamedSharding):
         outputs, inputs = _axes(path[-1])
@@ -122,7 +121,7 @@ def _leaves(path: Path) -> tuple[Path, Path]:
 
 
 def quantise_params(params: Any, kind: str) -> Any:
-    """All parameters of a decoder (one subtree per layer), its matrices quantised."""
+    """Quantises all matrices of a decoder's parameters (with one subtree per layer)."""
 
     def walk(tree: Any, path: tuple[str, ...]) -> dict[str, Any]:
         new: dict[str, Any] = {}
@@ -140,7 +139,7 @@ def quantise_params(params: Any, kind: str) -> Any:
 
 
 def narrow_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Keys or values [..., H] for the cache: int8 codes of the same shape, and float32 scales [...]."""
+    """Quantises keys or values [..., H] for the cache: int8 codes [..., H], and float32 scales [...]."""
     return _narrow(x.astype(jnp.float32), (x.ndim - 1,), jnp.dtype(jnp.int8))
 
 
@@ -149,6 +148,6 @@ def _narrow(x: jax.Array, axes: tuple[int, ...], dtype: jnp.dtype) -> tuple[jax.
     largest = float(jnp.iinfo(dtype).max if whole else jnp.finfo(dtype).max)
     scales = jnp.max(jnp.abs(x), axis=axes, keepdims=True) / largest
     unit = x / jnp.where(scales == 0, 1.0, scales)
-    # Divisions round: without the clip the largest could come out as infinity in a float format.
+    # Clipped, because division rounds: in a float format the largest number could become infinity.
     unit = jnp.clip(jnp.round(unit) if whole else unit, -largest, largest)
     return unit.astype(dtype), scales.squeeze(axes)
