@@ -343,7 +343,7 @@ def test_files_that_tell_no_length(tmp_path, data):
 def test_frames_too_large(tmp_path, monkeypatch):
     path = write(tmp_path / "x.mp4", [QUARTERS], "libx264", pix_fmt="yuv420p")
     monkeypatch.setattr(videos, "MAX_FRAME_PIXELS", 64 * 48 - 1)
-    with pytest.raises(Emu3Error, match=r"x\.mp4 has frames of 64x48 pixels: the limit is 8K"):
+    with pytest.raises(Emu3Error, match=r"x\.mp4 has frames of 64x48 pixels; the limit is 8K"):
         load_clip(path)
 
 
