@@ -1,10 +1,10 @@
-"""Runs every command on random hostile input and checks what the project promises of bad input.
+"""Runs every command on random bad input, and checks that it is handled as promised.
 
 python scripts/fuzz.py [--cases 3000] [--seed N] [--only COMMAND] [--keep DIR]
 
-Promised is: exit code 0 or 2, on an error exactly one line of at most 300 printable characters, no traceback, an end
-within 60 seconds, no file outside the output, nothing half-written, and at most 1 GiB of memory more than the same
-command takes on valid input. Needs the `test` extra (the vocabulary that the tests use, PyTorch for .bin and .pth).
+The promise: exit code 0 or 2; on an error exactly one line of at most 300 printable characters; no traceback; an end
+within 60 seconds; no file outside the output; no partial output; at most 1 GiB more memory than the same command needs
+on valid input. The script needs the extra `test` (for the tests' vocabulary, and PyTorch for .bin and .pth files).
 """
 
 import argparse

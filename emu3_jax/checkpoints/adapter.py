@@ -1,15 +1,15 @@
-"""An adapter (LoRA) by itself on disk, in the format of the PEFT library, and merged into a bundle's weights.
+"""LoRA adapters on disk, in the format of the PEFT library, and merging them into a bundle's weights.
 
-adapter_config.json        PEFT's: rank, scale and the modules that are adapted
-adapter_model.safetensors  PEFT's: `lora_A` [R, in] and `lora_B` [out, R] of each module
-emu3_adapter.json          ours, which PEFT ignores and its own adapters lack: how training kept the frozen weights,
-                           the decoder's config, the bundle's name and the step
-SHA256SUMS                 ours, as in bundles
+adapter_config.json        PEFT's file: rank, scale and the adapted modules
+adapter_model.safetensors  PEFT's file: `lora_A` [R, in] and `lora_B` [out, R] of each module
+emu3_adapter.json          our file, which PEFT ignores and does not write: storage of the frozen weights in training,
+                           config of the decoder, name of the bundle, step
+SHA256SUMS                 our file, as in bundles
 
-PyTorch's modules q, k and v are one matrix here, `qkv`, and so are gate and up. An adapter trained here has one A for
-such a matrix; it is written once for each module. Read back, equal A's are one again. Different ones, as PEFT trains
-them, lie side by side in a matrix of the sum of their ranks, and B is zero where one module's rank meets another's
-outputs. No number changes.
+PyTorch's modules q, k and v are one matrix here, `qkv`; so are gate and up. An adapter that was trained here has one A
+for such a matrix, which is written once per module. When it is read, equal A's become one again. PEFT trains a
+different A per module. These A's are concatenated to one matrix, whose rank is the sum of their ranks. B is zero where
+the rank of one module meets the outputs of another. No number changes.
 """
 
 import dataclasses
@@ -58,21 +58,22 @@ def write_adapter(
     bundle: Bundle,
     step: int,
 ) -> None:
-    """Writes an adapter's directory, holding one matrix's adapter at a time.
+    """Writes the directory of an adapter. Memory holds the adapter of one matrix at a time.
 
-    Its modules have the names of the classes that `export` of the bundle in transformers' layout is for:
-    Emu3ForConditionalGeneration, or Emu3ForCausalLM where the bundle has no vision tokenizer.
+    The module names fit the class that loads the bundle's export in transformers' layout:
+    Emu3ForConditionalGeneration, or Emu3ForCausalLM if the bundle has no vision tokenizer.
 
     Args:
-        target: the directory; it must not exist.
-        adapter: its config.
-        decoder: of the model that was trained.
-        read: gives the float32 arrays `NAME_a` [in..., R] and `NAME_b` [R, out...] by their path, layers apart.
-        bundle: that the frozen weights are of.
-        step: of the training, to be noted.
+        target: path of the new directory. It must not exist.
+        adapter: settings of the adapter.
+        decoder: config of the trained decoder.
+        read: function that returns the float32 arrays `NAME_a` [in..., R] and `NAME_b` [R, out...] by path, with
+            separate layers.
+        bundle: bundle of the frozen weights.
+        step: step of the training, which is noted in the files.
 
     Raises:
-        Emu3Error: `target` exists or cannot be written. Nothing is left behind.
+        Emu3Error: `target` exists or cannot be written. No files are left behind.
     """
     layout = layouts.TRANSFORMERS_5 if bundle.has("vision") else layouts.UPSTREAM_DECODER
     params = [param for param in decoder_params(decoder) if param.path[-1] in adapter.targets]
@@ -101,8 +102,8 @@ def write_adapter(
 
 
 def _peft_config(adapter: Adapter, modules: list[str], model: str) -> dict[str, Any]:
-    """What PEFT makes a `LoraConfig` of."""
-    # A pattern of whole names: the vision tokenizer's attention has a q_proj too.
+    """The contents of PEFT's `adapter_config.json`."""
+    # A pattern for full names, because the vision tokenizer's attention has a q_proj too.
     names = "|".join(re.escape(module) for module in modules)
     alpha = int(adapter.alpha) if adapter.alpha.is_integer() else adapter.alpha
     return {
@@ -137,13 +138,13 @@ class _Module:
 
 
 class SavedAdapter:
-    """An adapter on disk that fits a bundle's decoder. Made by `SavedAdapter.open`; matrices are read when asked for.
+    """An adapter on disk that fits a bundle's decoder. `SavedAdapter.open` makes it. Matrices are read on demand.
 
     Attributes:
-        name: what results say of it: its directory's name, where that is `adapter` its parent's before it.
-        base: how the frozen weights were kept, of `BASES`. "float32", which changes nothing, where nobody says.
-        decoder: the config of the model with the adapter. Beside the weights it is that of the training, where known:
-            its `dtype` is the merged weights'.
+        name: name for results: the directory's name, or PARENT/adapter if the directory is called `adapter`.
+        base: storage of the frozen weights in training, from `BASES`. If unknown, "float32", which changes nothing.
+        decoder: config of the model with the adapter: the config of the training if known, else the bundle's. Its
+            `dtype` is the dtype of the merged weights.
     """
 
     def __init__(self, path: Path, base: str, decoder: DecoderConfig, modules: Mapping[TreePath, list[_Module | None]]):
@@ -156,15 +157,15 @@ class SavedAdapter:
 
     @classmethod
     def open(cls, path: str | os.PathLike, bundle: Bundle, *, verify: bool = False) -> "SavedAdapter":
-        """Opens the adapter in the directory `path`, by this package or PEFT.
+        """Opens an adapter that this package or PEFT wrote.
 
         Args:
-            path: a directory; one in a bucket is copied to a local cache.
-            bundle: that it is to be merged into.
-            verify: compares its files with their checksums, where it has some: PEFT writes none.
+            path: directory of the adapter. A directory in a bucket is copied to a local cache.
+            bundle: bundle that the adapter is to be merged into.
+            verify: compare the files with their checksums. Adapters that PEFT wrote have none.
 
         Raises:
-            Emu3Error: there is no adapter, it is damaged, of another model, or of a kind that cannot be merged here.
+            Emu3Error: there is no adapter, it is damaged, it belongs to another model, or it cannot be merged here.
         """
         place = path = storage.place(path)
         if storage.is_remote(path):
@@ -175,7 +176,7 @@ class SavedAdapter:
         bundle.require_full("an adapter")
         config = _PeftConfig(path / CONFIG)
         base, decoder = "float32", bundle.decoder_config
-        if os.path.lexists(path / OWN):  # a link that leads nowhere is damage, and no adapter by PEFT
+        if os.path.lexists(path / OWN):  # `lexists`: a broken link is damage, not an adapter from PEFT
             base, decoder = _read_own(path / OWN, bundle)
         found = _read_modules(path / WEIGHTS, config)
         params = [param for param in decoder_params(decoder) if param.path[-1] in MATRICES]
@@ -199,8 +200,8 @@ class SavedAdapter:
             Emu3Error: a file is damaged, or holds numbers that are not finite.
         """
         modules = self._modules.get(path, [])
-        blocks: list[tuple[np.ndarray, float]] = []  # the A's that differ, and their scales
-        block: dict[int, int] = {}  # of a module, by its number
+        blocks: list[tuple[np.ndarray, float]] = []  # the different A's with their scales
+        block: dict[int, int] = {}  # index in `blocks` by module
         for number, module in enumerate(modules):
             if module is None:
                 continue
@@ -229,7 +230,7 @@ class SavedAdapter:
 
 
 def _check_directory(path: Path) -> None:
-    """Raises an `Emu3Error` that says what is there instead of an adapter."""
+    """Raises an `Emu3Error` that says what `path` is, if it is not an adapter."""
     if not path.is_dir():
         raise Emu3Error(f"{path} is not a directory: give an adapter's, as `emu3-jax train --adapter-only` writes it")
     if not (path / CONFIG).exists():
@@ -259,7 +260,7 @@ def _verify(path: Path) -> None:
 
 
 def _read_own(file: Path, bundle: Bundle) -> tuple[str, DecoderConfig]:
-    """How the frozen weights were kept, and the decoder's config, when they are of the bundle's model."""
+    """Reads the storage of the frozen weights and the decoder's config. Raises `Emu3Error` for another model."""
     data = read_object(file)
     remedy = "it was changed; copy the adapter again"
     if data.get("format") != FORMAT:
@@ -341,7 +342,7 @@ class _PeftConfig:
         return value
 
     def _pattern(self, config: Mapping[str, Any], field: str, kind: str) -> dict[str, Any]:
-        """Values by the ends of modules' names. PEFT takes any regular expression; here it must be a plain name."""
+        """Values by the ends of module names. PEFT allows regular expressions; here keys must be plain names."""
         pattern = config.get(field) or {}
         if not isinstance(pattern, dict):
             raise Emu3Error(f"{self._file}: {field} is {shown(pattern)}: it must be an object; {AGAIN}")
@@ -420,7 +421,7 @@ def _check_shapes(path: Path, module: _Module, weight: layouts.Weight, bundle: B
 
 
 def _values(tensor: Tensor) -> np.ndarray:
-    """A tensor as float32."""
+    """Reads a tensor as float32."""
     array = tensor.read().astype(np.float32)
     if not np.isfinite(array).all():
         raise Emu3Error(f"{tensor.file}: {shown(tensor.name)} has numbers that are not finite; {AGAIN}")

@@ -1,4 +1,4 @@
-"""What is wrong with a bundle or a published checkpoint, and what to do: above all the faults that raise no error."""
+"""Finds faults of a bundle or a published checkpoint, also faults that raise no error in use, and says what to do."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ from emu3_jax.progress import Progress
 from emu3_jax.text.tokenizer import Tokenizer
 
 OK, WARN, ERROR = "ok", "warn", "error"
-_BLOCK = 1 << 24  # elements looked at together
+_BLOCK = 1 << 24  # number of elements to check at once
 # Bits that are all set in NaN and infinity. float8_e4m3fn has NaN alone, whose bits below the sign are all set.
 _EXPONENTS = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80, "float8_e4m3fn": 0x7F}
 # Versions of transformers that silently drop the pictures of a prompt; 4.51.3 and 5.23.0 are good.
@@ -39,24 +39,29 @@ _DROPS_IMAGES = ((4, 52), (5, 23))
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One plain sentence about a model. `level` is "ok", "warn" or "error"; `remedy` is empty where all is well."""
+    """One sentence about a model. `level` is "ok", "warn" or "error". `remedy` says what to do; it may be empty."""
 
     level: str
     what: str
     remedy: str = ""
 
     def __post_init__(self) -> None:
-        # Sentences hold names and values of foreign files.
+        # The sentence may contain names and values from foreign files.
         object.__setattr__(self, "what", one_line(self.what))
 
 
 def doctor(path: str | Path, progress: bool | None = None) -> list[Finding]:
-    """Examines a bundle or a published directory, every weight of it, and a bundle's checksums; writes nothing.
+    """Checks a bundle or a published checkpoint: all its weights and, for a bundle, its checksums. It writes nothing.
 
-    `progress` is as `progress.Progress` takes it.
+    Args:
+      path: directory to check.
+      progress: as in `progress.Progress`.
+
+    Returns:
+      The findings, in order.
 
     Raises:
-      Emu3Error: `path` is no directory. Everything else that is wrong is a finding.
+      Emu3Error: `path` is not a directory. Every other fault is a finding.
     """
     path = local_path(path)
     if not path.is_dir():
@@ -68,7 +73,7 @@ def doctor(path: str | Path, progress: bool | None = None) -> list[Finding]:
 
 @dataclasses.dataclass
 class _Patient:
-    """What both kinds of directory have in common. `arrays` are read one after the other, once."""
+    """The common view of a bundle or a published checkpoint. `arrays` yields each array once."""
 
     findings: list[Finding]
     decoder: DecoderConfig | None = None
@@ -81,7 +86,7 @@ class _Patient:
 
 
 def _attempt(findings: list[Finding], action: Callable[[], Any]) -> Any:
-    """The action's result; an `Emu3Error` becomes a finding and the result is None."""
+    """Returns the result of `action`. An `Emu3Error` becomes a finding, and the result is None."""
     try:
         return action()
     except Emu3Error as error:
@@ -173,7 +178,7 @@ def _published(path: Path) -> _Patient:
 
 
 def _config_gaps(source: Published) -> Iterator[Finding]:
-    """Fields that default silently."""
+    """Checks fields whose defaults would be used without notice."""
     text = {**source.config, **(source.config.get("text_config") or {})}
     rope = text.get("rope_parameters") or {}
     if "rope_theta" not in text and "rope_theta" not in rope:
@@ -277,7 +282,7 @@ def _dtypes(dtypes: dict[str, set[str]]) -> Iterator[Finding]:
 
 
 def _values(arrays: Iterable[tuple[str, np.ndarray]], nbytes: int, progress: bool | None) -> Iterator[Finding]:
-    """Walks through all weights, names and arrays, once."""
+    """Reads each weight once, and yields findings about wrong numbers: NaN, infinity, negative scales, only zeros."""
     not_finite: list[str] = []
     negative: list[str] = []
     zero: list[str] = []

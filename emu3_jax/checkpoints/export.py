@@ -1,4 +1,7 @@
-"""A bundle back into published PyTorch layouts: safetensors, bit for bit what was converted, one array at a time."""
+"""Exports a bundle to the published PyTorch layouts, as safetensors. The tensors equal the converted ones bit for bit.
+
+Memory holds one array at a time.
+"""
 
 import functools
 import itertools
@@ -25,7 +28,7 @@ LAYOUTS = ("upstream", "transformers")
 SHARD_BYTES = 5 * 10**9
 UPSTREAM_DIRECTORIES = {"decoder": "language_model", "vision": "vision_tokenizer"}
 
-# Name, shape, dtype of a tensor to write.
+# Name, shape and dtype of a tensor to write.
 _Entry = tuple[str, tuple[int, ...], np.dtype]
 
 
@@ -39,15 +42,15 @@ def export(
     """Writes a bundle's weights, configs and tokenizer as a PyTorch checkpoint.
 
     Args:
-      bundle: a bundle or its path, with a decoder, a vision tokenizer or both.
-      output: a directory that does not exist yet. "upstream" writes `language_model/` and `vision_tokenizer/` into it
-        when the bundle holds both; one part alone, and "transformers", lie in it directly.
-      layout: "upstream" (BAAI's code) or "transformers" (its version 5 and later).
-      progress: True shows a bar on a terminal and lines in a log, None only the bar, False nothing.
-      shard_bytes: the greatest size of one safetensors file.
+      bundle: a bundle or its path. It must have a decoder, a vision tokenizer or both.
+      output: new directory. It must not exist. With layout "upstream" and both parts, it gets the directories
+        `language_model/` and `vision_tokenizer/`. Otherwise it gets the files directly.
+      layout: "upstream" (BAAI's code) or "transformers" (version 5 and later).
+      progress: True shows a progress bar on a terminal and lines in a log, None shows only the bar, False nothing.
+      shard_bytes: largest size of a safetensors file, in bytes.
 
     Raises:
-      Emu3Error: bad arguments, or a damaged bundle. Nothing is left behind.
+      Emu3Error: bad arguments, a damaged bundle, or a quantised one. No files are left behind.
     """
     if layout not in LAYOUTS:
         raise Emu3Error(f"layout is {shown(layout)}: it must be {' or '.join(LAYOUTS)}")
