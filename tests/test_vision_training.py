@@ -363,7 +363,7 @@ def test_bad_input(config, manifest, tmp_path, capsys):
 
     pixels = config.pixels
     (tmp_path / "text.jsonl").write_text('{"text": "a"}\n')
-    fails("name no pictures", pixels=dataclasses.replace(pixels, manifests=(str(tmp_path / "text.jsonl"),)))
+    fails("contain no pictures", pixels=dataclasses.replace(pixels, manifests=(str(tmp_path / "text.jsonl"),)))
     fails("smaller than a crop of 32", pixels=dataclasses.replace(pixels, size=32))
     fails("no such file|cannot read", pixels=dataclasses.replace(pixels, manifests=("absent.jsonl",)))
     fails("a multiple of 4, the size of mesh axis data", mesh="data=4", pixels=dataclasses.replace(pixels, stills=6))
