@@ -68,6 +68,7 @@ def load(
             another kind than that of a quantised bundle.
     """
     check_kind(quantize)
+    capability.simulated_capability()  # a wrong value is told on every device
     enable_persistent_cache()
     bundle = Bundle.open(embedded_bundle()) if model is None else Bundle.open(model, verify=verify)
     if mesh is not None and not isinstance(mesh, Mesh):

@@ -143,6 +143,8 @@ def main() -> None:
     parser.add_argument("--watched", metavar="FILE", help=argparse.SUPPRESS)
     parser.add_argument("words", nargs="*", metavar="WORD", help='of the command (default: generate "a red apple")')
     options = parser.parse_args()
+    if options.runs < 1:
+        parser.error(f"--runs is {options.runs}: it must be a whole number >= 1")
     words = options.words or ["generate", "a red apple"]
     if options.watched:
         watched(options.watched, words)

@@ -80,9 +80,16 @@ def main() -> int:
     for card in options.cards:
         if card not in CARDS:
             parser.error(f"card {card!r} is unknown: choose from {', '.join(map(repr, CARDS))}")
+    known = {"checkpoint", "bfloat16", "int8"}
+    if options.directory.exists() and not options.directory.is_dir():
+        parser.error(f"{options.directory} is a file: give an empty or new directory")
+    if options.directory.exists() and {path.name for path in options.directory.iterdir()} - known:
+        parser.error(f"{options.directory} holds other files: give an empty or new directory")
+    total = device_gib()
+    if total is None:
+        parser.error("JAX finds no NVIDIA GPU here: run this on a machine with one, with emu3-jax[cuda12] or [cuda13]")
     runs = [run for run in RUNS if not options.cards or run[0] in options.cards]
     bundles = write_bundles(options.directory, options.preset, {bundle for _, bundle, _ in runs})
-    total = device_gib()
     rows, failed = [], False
     for card, bundle, arguments in runs:
         figures = measure(card, bundles[bundle], arguments, total)
@@ -135,12 +142,12 @@ def write_bundles(directory: pathlib.Path, preset: str, kinds: set[str]) -> dict
     return bundles
 
 
-def device_gib() -> float:
-    """GiB of the GPU, as JAX sees it in a process of its own."""
-    code = "import jax; print(jax.devices()[0].memory_stats()['bytes_limit'])"
+def device_gib() -> float | None:
+    """GiB of the GPU, as JAX sees it in a process of its own. None without an NVIDIA GPU."""
+    code = "import jax; d = jax.devices()[0]; print(d.platform == 'gpu' and d.memory_stats()['bytes_limit'])"
     environment = {**os.environ, "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}
     done = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True, env=environment)
-    return int(done.stdout) * 2 / 2**30
+    return None if done.stdout.strip() == "False" else int(done.stdout) * 2 / 2**30
 
 
 def measure(card: str, bundle: pathlib.Path, arguments: dict, total: float) -> dict | None:

@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import datetime
 import hashlib
+import importlib.util
 import os
 import pathlib
 import re
@@ -36,6 +37,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 SOURCE = "emu3_jax/__init__.py"
 CHANGELOG = "CHANGELOG.md"
 UNRELEASED = "## [Unreleased]\n"
+TOOLS = ("build", "twine")
 _VERSION = re.compile(r'^__version__ = "(.+)"$', re.MULTILINE)
 
 
@@ -46,7 +48,10 @@ class ReleaseError(Exception):
 def run(*command: str | os.PathLike, cwd: pathlib.Path, **variables: str) -> str:
     """What the command prints. Raises ReleaseError with the last line of its errors if it fails."""
     words = [os.fspath(word) for word in command]
-    done = subprocess.run(words, cwd=cwd, env={**os.environ, **variables}, capture_output=True, text=True)
+    try:
+        done = subprocess.run(words, cwd=cwd, env={**os.environ, **variables}, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise ReleaseError(f"{words[0]} is not installed: install it") from None
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]
         raise ReleaseError(f"`{' '.join([pathlib.Path(words[0]).name, *words[1:]])}` failed: {said}")
@@ -54,7 +59,7 @@ def run(*command: str | os.PathLike, cwd: pathlib.Path, **variables: str) -> str
 
 
 def git(*words: str | os.PathLike, cwd: pathlib.Path) -> str:
-    return run("git", *words, cwd=cwd).strip()
+    return run("git", *words, cwd=cwd).rstrip()
 
 
 # ------------------------------------------------------------------------------------------------ what is released
@@ -69,7 +74,7 @@ def check(version: str, root: pathlib.Path) -> None:
     if parsed is None or str(parsed) != version or parsed.local:
         raise ReleaseError(f"{version!r} is not a version: give one such as 0.2.0 or 0.2.0rc1")
     if changed := git("status", "--porcelain", cwd=root).splitlines():
-        raise ReleaseError(f"{len(changed)} files are changed or new, first {changed[0][3:]}: commit or remove them")
+        raise ReleaseError(f"files changed or new: {len(changed)}, first {changed[0][3:]}: commit or remove them")
     if not git("branch", "--show-current", cwd=root):
         raise ReleaseError("no branch is checked out: check out the one to release from")
     if git("tag", "--list", f"v{version}", cwd=root):
@@ -78,6 +83,18 @@ def check(version: str, root: pathlib.Path) -> None:
     if parsed <= Version(present):
         raise ReleaseError(f"{version} is not newer than {present}, the version in {SOURCE}")
     changelog_of_release((root / CHANGELOG).read_text(), version, datetime.date.today())
+
+
+def check_tools(root: pathlib.Path) -> None:
+    """Raises ReleaseError unless what a release needs is installed and git knows who commits."""
+    for name in TOOLS:
+        if importlib.util.find_spec(name) is None:
+            raise ReleaseError(f'{name} is not installed: pip install ".[release]"')
+    for key in ("user.name", "user.email"):
+        try:
+            git("config", key, cwd=root)
+        except ReleaseError:
+            raise ReleaseError(f"git has no {key}, which the commit needs: git config {key} ...") from None
 
 
 def current_version(source: str) -> str:
@@ -183,6 +200,7 @@ def try_wheel(wheel: pathlib.Path, version: str, place: pathlib.Path) -> None:
 def release(version: str, root: pathlib.Path = ROOT, *, dry_run: bool = False, isolated: bool = True) -> None:
     """Makes the release `version` of the repository `root`; see the top of this file."""
     check(version, root)
+    check_tools(root)
     before, branch = git("rev-parse", "HEAD", cwd=root), git("branch", "--show-current", cwd=root)
     with tempfile.TemporaryDirectory(prefix="release-") as name:
         place = pathlib.Path(name)

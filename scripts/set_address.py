@@ -23,7 +23,7 @@ ADDRESS = re.compile(r"https://github\.com/([A-Za-z0-9][A-Za-z0-9-]{0,38})/([A-Z
 def parse(address: str) -> tuple[str, str]:
     """Owner and name of the repository. Raises ValueError if `address` is not the address of one."""
     match = ADDRESS.fullmatch(address.removesuffix("/").removesuffix(".git"))
-    if match is None:
+    if match is None or set(match[2]) == {"."} or match[2].endswith(".git"):
         raise ValueError(f"{address!r} is not the address of a GitHub repository: give https://github.com/OWNER/NAME")
     return match[1], match[2]
 

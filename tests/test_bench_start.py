@@ -39,6 +39,13 @@ def test_the_table_has_medians_of_both_runs(bench):
     assert text.endswith("The second run takes 25% of the first one's time, and 25% of its CPU seconds.")
 
 
+def test_no_rounds_are_refused(bench, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench_start.py", "--runs", "0"])
+    with pytest.raises(SystemExit) as ended:
+        bench.main()
+    assert ended.value.code == 2 and "--runs is 0: it must be a whole number >= 1" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_every_phase_of_a_run_is_seen(bench, tiny_bundle):
     words = ["generate", "a dot", "--model", str(tiny_bundle)]

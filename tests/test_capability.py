@@ -104,6 +104,12 @@ def test_what_is_no_capability(found, monkeypatch, capsys):
     assert error.count("\n") == 1 and "EMU3_JAX_COMPUTE_CAPABILITY is" in error and "like 7.5" in error
 
 
+def test_what_is_no_capability_is_told_without_a_gpu(monkeypatch):
+    monkeypatch.setenv(capability.SIMULATED, "75")
+    with pytest.raises(Emu3Error, match=r"EMU3_JAX_COMPUTE_CAPABILITY is '75': it must be a capability like 7.5"):
+        emu3_jax.load()
+
+
 # ------------------------------------------------------------------------------------------------ loading
 
 

@@ -1,6 +1,7 @@
 """Releases: the wheel and the sdist are the same bytes wherever they are built, and a release is made whole or not."""
 
 import datetime
+import os
 import pathlib
 import shutil
 import subprocess
@@ -72,6 +73,7 @@ def quick_steps(release, monkeypatch, *, failing=None):
         return move_file(*_)
 
     run_command, move_file = release.run, shutil.move
+    monkeypatch.setattr(release, "TOOLS", ())
     monkeypatch.setattr(release, "build", build)
     monkeypatch.setattr(release, "run", run)
     monkeypatch.setattr(release, "check_contents", lambda *_: None)
@@ -127,7 +129,10 @@ def test_a_release_that_fails_leaves_nothing(release, repository, monkeypatch, f
         ("0.1.0", None, "0.1.0 is not newer than 0.1.0"),
         ("0.1.0rc1", None, "0.1.0rc1 is not newer"),
         ("0.2.0", "tag", "the tag v0.2.0 is there already"),
-        ("0.2.0", "new file", "1 files are changed or new, first notes.txt"),
+        ("0.2.0", "new file", "files changed or new: 1, first notes.txt"),
+        ("0.2.0", "changed file", "files changed or new: 1, first CHANGELOG.md"),
+        ("0.2.0", "tools", 'no_such_tool is not installed: pip install ".[release]"'),
+        ("0.2.0", "name", "git has no user.name"),
         ("0.2.0", "detached", "no branch is checked out"),
         ("0.2.0", "changelog", "has no line below"),
         ("0.2.0", "headings", "has 0 headings"),
@@ -142,6 +147,15 @@ def test_what_cannot_be_released_is_refused_in_one_line(
             git(repository, "tag", "v0.2.0")
         case "new file":
             (repository / "notes.txt").write_text("x")
+        case "changed file":
+            (repository / "CHANGELOG.md").write_text(f"{CHANGELOG}\n")
+        case "tools":
+            monkeypatch.setattr(release, "TOOLS", ("no_such_tool",))
+        case "name":
+            monkeypatch.setattr(release, "TOOLS", ())
+            git(repository, "config", "--unset", "user.name")
+            for scope in ("GLOBAL", "SYSTEM"):
+                monkeypatch.setenv(f"GIT_CONFIG_{scope}", os.devnull)
         case "detached":
             git(repository, "checkout", "--quiet", "--detach")
         case "changelog":

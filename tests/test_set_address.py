@@ -64,7 +64,16 @@ def test_check_names_places_of_another_address(copy):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["ftp://github.com/a/b"], ["https://github.com/a"], ["https://example.com/a/b"], [], ["a", "--check"]]
+    "arguments",
+    [
+        ["ftp://github.com/a/b"],
+        ["https://github.com/a"],
+        ["https://github.com/a/.."],
+        ["https://github.com/a/b.git.git"],
+        ["https://example.com/a/b"],
+        [],
+        ["a", "--check"],
+    ],
 )
 def test_other_arguments_are_refused(copy, arguments):
     before = (copy / "pyproject.toml").read_bytes()

@@ -40,9 +40,19 @@ def cuda_capability() -> tuple[int, int] | None:
     Raises:
         Emu3Error: `EMU3_JAX_COMPUTE_CAPABILITY` is set, but is not a capability.
     """
+    simulated = simulated_capability()
+    return _cuda_capability() if simulated is None else simulated
+
+
+def simulated_capability() -> tuple[int, int] | None:
+    """What `EMU3_JAX_COMPUTE_CAPABILITY` says, such as (7, 5). None where it is not set.
+
+    Raises:
+        Emu3Error: it is set, but is not a capability.
+    """
     simulated = os.environ.get(SIMULATED)
     if simulated is None:
-        return _cuda_capability()
+        return None
     if not re.fullmatch(r"[0-9]{1,2}\.[0-9]", simulated):
         raise Emu3Error(f"{SIMULATED} is {shown(simulated)}: it must be a capability like 7.5; correct or unset it")
     major, minor = simulated.split(".")
