@@ -211,12 +211,12 @@ def test_auto_takes_the_kernel_that_can_serve(platform, dtype, shape, packed, fo
     ("implementation", "platform", "dtype", "shape", "packed", "message"),
     [
         ("flash", "gpu", "bfloat16", SHAPE, False, "attention 'flash' is unknown: choose one of auto, xla, cudnn"),
-        ("cudnn", "cpu", "bfloat16", SHAPE, False, "it is for a GPU, and the program will run on a CPU"),
-        ("splash", "gpu", "bfloat16", SHAPE, False, "it is for a TPU, and the program will run on a GPU"),
+        ("cudnn", "cpu", "bfloat16", SHAPE, False, "it needs a GPU, and the program will run on a CPU"),
+        ("splash", "gpu", "bfloat16", SHAPE, False, "it needs a TPU, and the program will run on a GPU"),
         ("splash", "tpu", "float32", SHAPE, False, "the decoder's dtype is float32; choose \"auto\" or \"xla\""),
-        ("splash", "tpu", "bfloat16", (1, 64, 2, 2, 48), False, "a multiple of 64, not 48"),
+        ("splash", "tpu", "bfloat16", (1, 64, 2, 2, 48), False, "a multiple of 64, and the decoder's is 48"),
         ("cudnn", "gpu", "float32", SHAPE, False, "bfloat16 or float16, and the decoder's dtype is float32"),
-        ("cudnn", "gpu", "bfloat16", (1, 64, 2, 2, 136), False, "a multiple of 8 up to 128 on this GPU, not 136"),
+        ("cudnn", "gpu", "bfloat16", (1, 64, 2, 2, 136), False, "a multiple of 8 up to 128, and the decoder's is 136"),
         ("cudnn", "gpu", "bfloat16", SHAPE, True, "compute capability 9.0 (Hopper) or later, and this GPU has 8.6"),
     ],
 )  # fmt: skip

@@ -1,7 +1,7 @@
-"""Name tables: every array of a bundle, the PyTorch weights it is made of, and what each published layout calls them.
+"""Name tables: every array of a bundle, the PyTorch weights that it consists of, and their names in each layout.
 
 Letters: D width, F MLP width, N query heads, K KV heads, G = N / K, h head width, V vocabulary; O I output and input
-channels, T H W kernel extents. A `Param` is declared once, under upstream's PyTorch names; a `Layout` renames them.
+channels, T H W kernel extents. Each `Param` is declared once, with upstream's PyTorch names; a `Layout` renames them.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ class Weight:
 
 @dataclasses.dataclass(frozen=True)
 class Param:
-    """An array of a bundle, at `path` in its tree, and how it is packed from PyTorch weights and unpacked to them."""
+    """An array of a bundle, at `path` in its tree. Packs PyTorch weights into the array, and unpacks it again."""
 
     path: tuple[str, ...]
     shape: Shape
@@ -45,26 +45,26 @@ class Param:
         return "/".join(self.path)
 
     def pack(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
-        """The bundle's array from this param's weights, which share one dtype; bits are only moved."""
+        """The bundle's array from this param's weights, which share one dtype. No value changes."""
         dtype = arrays[0].dtype
         packed = self._pack(tuple(_bits(a).reshape(w.shape) for a, w in zip(arrays, self.weights, strict=True)))
         return np.ascontiguousarray(packed).view(dtype).reshape(self.shape)
 
     def unpack(self, array: np.ndarray) -> Arrays:
-        """The weights of the bundle's array, in the order of `weights`, with upstream's shapes."""
+        """Splits the bundle's array into weights, in the order of `weights`, with upstream's shapes."""
         parts = self._unpack(_bits(array))
         return tuple(
             np.ascontiguousarray(p).view(array.dtype).reshape(w.shape) for p, w in zip(parts, self.weights, strict=True)
         )
 
     def low_rank(self, inputs: int, rank: int) -> tuple["Param", "Param"]:
-        """The sides of an adapter of this matrix, A [in..., R] and B [R, out...], as params of their own.
+        """The two matrices of a LoRA adapter of this param, A [in..., R] and B [R, out...], as params.
 
-        A is made of one weight [R, I], whatever the number of this param's, and B of weights [O, R]. They keep the
-        names of this param's.
+        A consists of a single weight [R, I], and B of one weight [O, R] for each weight of this param. A takes the name
+        of this param's first weight, and B takes all names.
 
         Args:
-            inputs: how many of the matrix's axes are its inputs.
+            inputs: the number of leading axes that are inputs.
             rank: R.
         """
         *parent, name = self.path
@@ -78,7 +78,7 @@ class Param:
 
 
 def _bits(array: np.ndarray) -> np.ndarray:
-    """NumPy moves bfloat16 element by element through Python slots; as integers it copies at memory speed."""
+    """The array as unsigned integers. NumPy copies integers at memory speed, but bfloat16 element by element."""
     return np.ascontiguousarray(array).view(np.dtype(f"u{array.dtype.itemsize}"))
 
 
@@ -86,7 +86,7 @@ def _bits(array: np.ndarray) -> np.ndarray:
 
 
 def decoder_params(config: DecoderConfig) -> list[Param]:
-    """Every array of a bundle's decoder, in the order in which they are written."""
+    """All arrays of a bundle's decoder, in the order of writing."""
     d, f, v = config.hidden_size, config.intermediate_size, config.vocab_size
     n, k, h = config.num_heads, config.num_kv_heads, config.head_dim
     g = n // k
@@ -136,12 +136,12 @@ def _pack_gate_up(arrays: Arrays) -> np.ndarray:
 
 
 def vision_params(config: VisionConfig) -> list[Param]:
-    """Every array of a bundle's vision tokenizer. The tree has PyTorch's names; `down.0` becomes `down_0`."""
+    """All arrays of a bundle's vision tokenizer. The tree has PyTorch's names, but `down.0` becomes `down_0`."""
     return [_vision_param(w) for w in _vision_weights(config) if not _is_counter(w)]
 
 
 def vision_counters(config: VisionConfig) -> list[Weight]:
-    """The batch norms' `num_batches_tracked`: no params, but a PyTorch state dict has them."""
+    """The `num_batches_tracked` of batch norms. A PyTorch state dict has these counters, a bundle does not."""
     return [w for w in _vision_weights(config) if _is_counter(w)]
 
 
@@ -170,7 +170,7 @@ def _vision_param(weight: Weight) -> Param:
 
 
 def _vision_weights(config: VisionConfig) -> Iterable[Weight]:
-    """Upstream's state dict, walked in the order of its modules."""
+    """The weights of upstream's state dict, in the order of its modules."""
     latent, codes, base = config.latent_channels, config.embed_dim, config.base_channels
     widths = [base * m for m in config.channel_multipliers]
     stages, blocks, time_convs = len(widths), config.num_res_blocks, config.temporal_factor.bit_length() - 1
@@ -275,7 +275,7 @@ _TRANSFORMERS_VISION = (  # upstream's names -> transformers', applied in order
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """One family of published names. `parts` is what a directory of this layout must hold."""
+    """The names of one kind of published checkpoint. `parts` are the parts that such a directory must hold."""
 
     title: str
     parts: tuple[str, ...]
@@ -285,7 +285,7 @@ class Layout:
     transformers_vision: bool = False
 
     def rename(self, weight: Weight, part: str) -> Weight:
-        """This layout's name and shape of upstream's `weight`; `part` is "decoder" or "vision"."""
+        """Upstream's `weight` with the name and shape of this layout. `part` is "decoder" or "vision"."""
         name, shape = weight.name, weight.shape
         if part == "decoder":
             upstream, ours = ("lm_head.", self.head) if name.startswith("lm_head.") else ("model.", self.model)
@@ -310,7 +310,7 @@ TRANSFORMERS_5 = Layout(
 
 
 def detect_layout(names: Iterable[str]) -> Layout | None:
-    """The layout that these tensor names are of; None when they are of no Emu3 checkpoint."""
+    """The layout to which these tensor names belong, or None if they belong to no Emu3 checkpoint."""
     names = set(names)
     for marks, layout in (
         (("model.text_model.", "model.vqmodel."), TRANSFORMERS_5),
@@ -328,17 +328,17 @@ def detect_layout(names: Iterable[str]) -> Layout | None:
 
 
 def misfits(expected: Iterable[Weight], counters: Iterable[Weight], tensors: Sequence[Tensor]) -> list[str]:
-    """What keeps `tensors` from being exactly the `expected` weights and perhaps some batch-norm `counters`.
+    """The differences between `tensors` and the `expected` weights. Batch-norm `counters` may be present or absent.
 
-    One line per kind of fault, over the whole checkpoint: missing, unmapped, twice stored and misshapen weights and
-    wrong dtypes, each with its count and the first few names.
+    Each kind of fault gives one line for the whole checkpoint, with the count and the first names. The kinds are
+    missing, unmapped, twice stored and misshapen weights, and wrong dtypes.
     """
     required = {w.name: w.shape for w in expected}
     known = required | {w.name: w.shape for w in counters}
     found = {t.name: t for t in tensors}
     faults = {
         "missing": [name for name in required if name not in found],
-        # A buffer that old versions of transformers saved; it follows from the config.
+        # Old versions of transformers saved this buffer. The config determines its values.
         "unmapped": [name for name in found if name not in known and not name.endswith("rotary_emb.inv_freq")],
         "stored twice": [name for name, count in Counter(t.name for t in tensors).items() if count > 1],
         "misshapen": [

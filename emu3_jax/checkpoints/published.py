@@ -1,4 +1,4 @@
-"""A published checkpoint directory, upstream's or transformers': what it holds, found out from its files."""
+"""A published checkpoint directory of upstream or transformers: reads its configs, tensor headers and vocabulary."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ UPSTREAM_VOCABULARY = "emu3.tiktoken"
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """An open checkpoint directory: config and tensor headers read, weights still on disk."""
+    """An open checkpoint directory. The config and the tensor headers are in memory, the weights are still on disk."""
 
     path: Path
     config: dict[str, Any]
@@ -42,7 +42,7 @@ class Published:
         """Reads `config.json` and the headers of the weight files.
 
         Raises:
-          Emu3Error: a file is missing or damaged, or the tensors are of no Emu3 checkpoint.
+          Emu3Error: a file is missing or damaged, or the tensors do not belong to an Emu3 checkpoint.
         """
         if (path / ADAPTER_CONFIG).exists() and not (path / "config.json").exists():
             raise Emu3Error(f"{path} is a LoRA adapter: merge it with `emu3-jax merge BUNDLE --adapter {path} -o NEW`")
@@ -62,7 +62,7 @@ class Published:
             return vision_from_published(self._section("vq_config"))
 
     def decoder_config(self, codebook_size: int | None = None) -> DecoderConfig:
-        """`codebook_size` is the vision tokenizer's, where upstream's decoder directory does not say it."""
+        """Give the `codebook_size` of the vision tokenizer for upstream's decoder directory, which does not hold it."""
         told = None
         if self._vocabulary is not None:
             told = tokens_of_vocabulary(self._vocabulary, codebook_size)
@@ -71,7 +71,7 @@ class Published:
 
     @property
     def _vocabulary(self) -> Path | None:
-        """`emu3.tiktoken`, `tokenizer.json` or `vocab.json`, the first that is there; None without."""
+        """The first existing file of `emu3.tiktoken`, `tokenizer.json` and `vocab.json`, or None."""
         files = (self.path / name for name in (UPSTREAM_VOCABULARY, "tokenizer.json", "vocab.json"))
         return next((file for file in files if file.is_file()), None)
 
@@ -84,20 +84,20 @@ class Published:
         return section
 
     def image_config(self) -> ImageConfig:
-        """From the directory's picture preprocessing; the published values where it has none."""
+        """The config of the picture preprocessing. Fields that the directory lacks get the published values."""
         factor = self.vision_config().spatial_factor
         file, data = self._image_file()
         with read_from(file):
             return image_from_published(data, factor)
 
     def image_gaps(self) -> tuple[list[str], str]:
-        """The fields that the picture preprocessing lacks, and a sentence about them; empty where there is no file."""
+        """The fields that the picture preprocessing lacks, and a sentence about them. Both are empty without a file."""
         file, data = self._image_file()
         gaps = image_gaps(data) if file.is_file() else []
         return gaps, f"{file} has no {', '.join(gaps)}: the published values are assumed" if gaps else ""
 
     def _image_file(self) -> tuple[Path, Mapping[str, Any]]:
-        """The file of the picture preprocessing and what it says; as in transformers, what is nested goes first."""
+        """The file of the picture preprocessing, and its fields. Nested fields have priority, as in transformers."""
         nested, flat = (self.path / name for name in ("processor_config.json", "preprocessor_config.json"))
         whole = read_object(nested) if nested.is_file() else {}
         with read_from(nested):
@@ -109,7 +109,7 @@ class Published:
             return flat, object_field(data, "image_processor") or data
 
     def tokenizer(self, special: SpecialTokens) -> Tokenizer | None:
-        """From `emu3.tiktoken`, `tokenizer.json` or `vocab.json`, the first that is there; None without."""
+        """The tokenizer of the first existing file of `emu3.tiktoken`, `tokenizer.json` and `vocab.json`, or None."""
         file = self._vocabulary
         if file is None:
             return None
@@ -117,7 +117,7 @@ class Published:
         return read(file, special)
 
     def misfits(self, decoder: DecoderConfig | None, vision: VisionConfig | None) -> list[str]:
-        """What keeps the tensors from being exactly the weights of these configs; see `layouts.misfits`."""
+        """The differences between the tensors and the weights that these configs need; see `layouts.misfits`."""
         expected: list[Weight] = []
         counters: list[Weight] = []
         if decoder is not None:
@@ -130,14 +130,14 @@ class Published:
         return layouts.misfits(expected, counters, self.tensors)
 
     def tensors_of(self, weights: Sequence[Weight], part: str) -> list[Tensor]:
-        """The tensors that hold upstream's `weights`; those that are not there are left out."""
+        """The tensors that hold upstream's `weights`. Absent ones are left out."""
         found = {t.name: t for t in self.tensors}
         names = (self.layout.rename(w, part).name for w in weights)
         return [found[name] for name in names if name in found]
 
 
 def _read_directory(directory: Path) -> list[Tensor]:
-    """Lists a directory's tensors from headers; of several forms the first that transformers would take."""
+    """Lists a directory's tensors from the headers of its weight files. Prefers files in the order of transformers."""
     for stem, suffix, reader in (
         ("model", "safetensors", read_safetensors_header),
         ("pytorch_model", "bin", read_torch_file),

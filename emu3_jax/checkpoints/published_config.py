@@ -1,6 +1,6 @@
-"""The JSON files of published checkpoints, upstream's and transformers', read into our configs and written from them.
+"""Reads the JSON files of published checkpoints into our configs, and writes them. Layouts: upstream, transformers.
 
-A field that a file lacks keeps its default, as in the published classes. Errors call fields by their names in the file.
+A field that a file lacks gets its default, as in the published classes. Errors use the field names of the file.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from emu3_jax.fields import FieldError, is_number, is_whole
 from emu3_jax.printable import shown
 from emu3_jax.text.vocabulary import tokens_of_surfaces
 
-# Our fields, and what the layouts call each: upstream, transformers.
+# Our field: its name in upstream's files, and its name in transformers' files if that differs.
 _VISION_NAMES = {
     "codebook_size": ("codebook_size",),
     "embed_dim": ("embed_dim",),
@@ -57,9 +57,9 @@ _TOKEN_NAMES = {
     "eof": ("eof_token_id",),
 }
 _Names = Mapping[str, tuple[str, ...]]
-# Ids that are nobody's but Emu3's own, unlike those of padding and of a text's ends.
+# Ids that only Emu3 has. Other models have ids of padding and of the beginning and end of a text, too.
 _MEDIA_TOKENS = ("img", "boi", "eoi", "eol", "eof")
-_SWITCHES = ("do_convert_rgb", "do_resize", "do_rescale", "do_normalize", "do_pad")  # padding is for batches alone
+_SWITCHES = ("do_convert_rgb", "do_resize", "do_rescale", "do_normalize", "do_pad")  # padding matters only for batches
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -85,7 +85,7 @@ def image_from_published(data: Mapping[str, Any], spatial_factor: int | None = N
 
     Args:
         data: what the file holds.
-        spatial_factor: pixels per code of the vision tokenizer; where it is given, the file may name no other.
+        spatial_factor: pixels per code of the vision tokenizer. If it is given, the file must have the same or none.
     """
     _check_object(data)
     for field, value in data.items():
@@ -105,7 +105,7 @@ def image_from_published(data: Mapping[str, Any], spatial_factor: int | None = N
     if spatial_factor is not None:
         _check(pixels == spatial_factor, "spatial_factor", pixels, f"{spatial_factor}, as of the vision tokenizer")
     picked = _pick(_IMAGE_NAMES, data)
-    for field in ("mean", "std"):  # one number may stand for all three channels
+    for field in ("mean", "std"):  # a single number counts for all three channels
         if isinstance(picked.get(field), int | float):
             picked[field] = (picked[field],) * 3
         elif picked.get(field, 0) is None:
@@ -113,7 +113,7 @@ def image_from_published(data: Mapping[str, Any], spatial_factor: int | None = N
     with _named_as_published(_IMAGE_NAMES, data):
         config = ImageConfig(**picked)
     size = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
-    edges = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}  # as transformers writes them, too
+    edges = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}  # transformers writes this form too
     found = object_field(data, "size")
     _check(not found or found in (size, edges), "size", found, f"{size} or absent")
     if not normalise:
@@ -122,7 +122,7 @@ def image_from_published(data: Mapping[str, Any], spatial_factor: int | None = N
 
 
 def image_gaps(data: Mapping[str, Any]) -> list[str]:
-    """The fields that a `preprocessor_config.json` lacks and that keep Emu3's published values."""
+    """The fields that a `preprocessor_config.json` lacks. They get Emu3's published values."""
     needless = ("image_mean", "image_std") if data.get("do_normalize", True) is False else ()
     names = (name for name, *_ in _IMAGE_NAMES.values())
     return [name for name in names if data.get(name) is None and name not in needless]
@@ -133,16 +133,17 @@ def decoder_from_published(
 ) -> DecoderConfig:
     """From upstream's `config.json`, or the config or `text_config` of a transformers 4 or 5 checkpoint.
 
-    Which ids control and visual tokens have, the config's `vocabulary_map` says, else the vocabulary, else the ids that
-    the config names. `vocab_size` says it only where it is the published one: embeddings are padded, and extended.
+    The ids of control and visual tokens come from the config's `vocabulary_map`, else from the vocabulary, else from
+    the token ids in the config. `vocab_size` gives the ids only if it has the published value. Other values say
+    nothing, because embeddings may be padded or extended.
 
     Args:
         data: what the file holds.
-        codebook_size: the vision tokenizer's; None where its config is not at hand.
-        vocabulary: the ids that the vocabulary's file tells; None without a file.
+        codebook_size: codebook size of the vision tokenizer, or None if its config is not available.
+        vocabulary: the ids in the vocabulary's file, or None without such a file.
 
     Raises:
-        Emu3Error: a field is not legal, means what Emu3 has not, or nothing tells the ids.
+        Emu3Error: a field is not legal, asks for something that Emu3 lacks, or nothing determines the ids.
     """
     _check_object(data)
     text = {**data, **object_field(data, "text_config")}
@@ -179,13 +180,13 @@ def decoder_from_published(
 
 
 def _rope_theta(text: Mapping[str, Any]) -> Any:
-    """The base of rotary embeddings that nested objects name, as transformers reads them; None where they do not.
+    """The base of rotary embeddings in nested objects, read as transformers does, or None if they have none.
 
     Raises:
-        FieldError: they ask for what no Emu3 has, such as scaling or a part of each head.
+        FieldError: the objects ask for something that Emu3 lacks, such as scaling or rotating a part of each head.
     """
     theta = None
-    for name in ("rope_parameters", "rope_scaling"):  # where both name a base, the second one holds
+    for name in ("rope_parameters", "rope_scaling"):  # if both have a base, the second one counts
         rope = object_field(text, name)
         kind = rope.get("rope_type") or rope.get("type") or "default"
         _check(kind == "default", "rope_scaling", kind, "absent (no published Emu3 scales RoPE)")
@@ -222,10 +223,10 @@ def _tokens(text: Mapping[str, Any], codebook_size: int | None, told: SpecialTok
 
 
 def _shift(named: Mapping[str, Any], vocab: int) -> int:
-    """How far a vocabulary's ids lie from the published ones, by the ids that a config names.
+    """The difference between a model's token ids and the published ones, from the ids in its config.
 
     Raises:
-        Emu3Error: nothing tells it.
+        Emu3Error: the config does not determine the difference.
     """
     shifts = {field: value - getattr(SpecialTokens, field) for field, value in named.items() if is_whole(value, 0)}
     media = {shifts[field] for field in _MEDIA_TOKENS if field in shifts}
@@ -233,7 +234,7 @@ def _shift(named: Mapping[str, Any], vocab: int) -> int:
         return media.pop()
     if vocab == DecoderConfig.vocab_size and not media:
         return 0
-    # Fine-tuning may name another end of texts, and then hardly one at the published distance from their begin.
+    # Fine-tuning may change the EOS id. A changed one hardly has the published distance from the BOS id.
     if not media and "bos" in shifts and shifts["bos"] == shifts.get("eos"):
         return shifts["bos"]
     raise Emu3Error(
@@ -249,13 +250,13 @@ def _pick(names: _Names, data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _present(names: _Names, data: Mapping[str, Any]) -> dict[str, str]:
-    """Our fields that `data` has, and their names there."""
+    """Our fields that `data` has, with their names in `data`."""
     return {ours: name for ours, theirs in names.items() for name in theirs if name in data}
 
 
 @contextlib.contextmanager
 def _named_as_published(names: _Names, data: Mapping[str, Any]) -> Iterator[None]:
-    """Errors about our fields become errors about those of `data`."""
+    """Within the block, errors about our fields become errors about the fields of `data`."""
     theirs = {ours: first for ours, (first, *_) in names.items()} | _present(names, data)
     try:
         yield
@@ -275,7 +276,7 @@ def _check_object(data: Any) -> None:
 
 
 def object_field(data: Mapping[str, Any], field: str) -> Mapping[str, Any]:
-    """The object under `field`; absent and null are empty."""
+    """The object under `field`. An absent field and null give an empty object."""
     value = data.get(field)
     _check(value is None or isinstance(value, Mapping), field, value, "an object")
     return value or {}
@@ -320,7 +321,7 @@ def vision_to_published(config: VisionConfig, layout: str) -> dict[str, Any]:
 
 
 def image_to_published(config: ImageConfig, layout: str, spatial_factor: int = 8) -> dict[str, Any]:
-    """A `preprocessor_config.json`. `layout` is "upstream" or "transformers"; the factor is the vision tokenizer's."""
+    """A `preprocessor_config.json`. `layout` is "upstream" or "transformers", `spatial_factor` pixels per code."""
     upstream = layout == "upstream"
     return {
         "image_processor_type": "Emu3VisionVQImageProcessor" if upstream else "Emu3ImageProcessor",
@@ -339,7 +340,7 @@ def image_to_published(config: ImageConfig, layout: str, spatial_factor: int = 8
 
 
 def decoder_to_published(config: DecoderConfig, layout: str) -> dict[str, Any]:
-    """Upstream's `config.json`, or the `text_config` of transformers. `layout` is "upstream" or "transformers"."""
+    """Upstream's `config.json` or transformers' `text_config`. `layout` is "upstream" or "transformers"."""
     tokens = config.tokens
     common = {
         "vocab_size": config.vocab_size,

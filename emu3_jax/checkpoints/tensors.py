@@ -1,7 +1,8 @@
-"""Tensors in published checkpoint files: found from headers alone, read one at a time, written one at a time.
+"""Tensors in published checkpoint files. Only headers are read to list them. Tensors are read and written singly.
 
-safetensors' own `safe_open` maps whole files, whose pages then count as resident memory, and `save_file` wants a
-whole shard at hand; the format is a JSON header and raw bytes, so both directions are plain reads and writes here.
+The library safetensors needs more memory: `safe_open` maps whole files, whose pages count as resident memory, and
+`save_file` needs a whole shard in memory. The format is a JSON header and raw bytes, so this module reads and writes
+it directly.
 """
 
 import dataclasses
@@ -33,13 +34,13 @@ _DTYPES = {
     "BOOL": np.dtype(np.bool_),
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_MAX_HEADER = 100_000_000  # bytes; the format's own limit
-_MAX_RANK = 64  # axes of a tensor, as NumPy has
+_MAX_HEADER = 100_000_000  # bytes; the limit of the format
+_MAX_RANK = 64  # most axes of a tensor; the limit of NumPy
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor in a file, not read yet. `strides` counts elements; None means contiguous rows."""
+    """A tensor in a file, not read yet. `strides` are in elements, or None for contiguous rows."""
 
     name: str
     shape: tuple[int, ...]
@@ -53,7 +54,7 @@ class Tensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> np.ndarray:
-        """Reads this tensor's bytes and nothing else of the file."""
+        """Reads this tensor, and no other bytes of the file."""
         if self.strides is None:
             return self._read_elements(math.prod(self.shape)).reshape(self.shape)
         span = strided_span(self.shape, self.strides)
@@ -70,7 +71,7 @@ class Tensor:
 
 
 def strided_span(shape: Sequence[int], strides: Sequence[int]) -> int:
-    """How many elements lie between the first and the last of a strided tensor, both included."""
+    """The number of elements from the first to the last element of a strided tensor, both included."""
     if 0 in shape:
         return 0
     return 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
@@ -79,10 +80,10 @@ def strided_span(shape: Sequence[int], strides: Sequence[int]) -> int:
 def read_safetensors_header(file: Path) -> list[Tensor]:
     """Lists the tensors of one safetensors file, in the order of their data.
 
-    What the safetensors library refuses is refused: above all, data that overlap, leave gaps or do not fill the file.
+    Refuses what the safetensors library refuses: above all, data that overlap, leave gaps or do not fill the file.
 
     Raises:
-      Emu3Error: the file is absent, truncated or damaged, or has a dtype that no checkpoint of this model has.
+      Emu3Error: the file is absent, truncated or damaged, or has a dtype that this package does not read.
     """
     with reading(file):
         plain_file(file)
@@ -108,7 +109,7 @@ def read_safetensors_header(file: Path) -> list[Tensor]:
 
 
 def _entries(raw: bytes, file: Path) -> list[tuple[str, dict[str, Any]]]:
-    """The names of a header and what it says of each."""
+    """The tensor names in a header, with the entry of each."""
 
     header = parse_json(raw, file, unique=True)
     if not isinstance(header, dict):
@@ -150,7 +151,7 @@ def _tensor(file: Path, start: int, name: str, entry: Any) -> Tensor:
 def write_safetensors(
     file: Path, entries: Sequence[tuple[str, tuple[int, ...], np.dtype]], arrays: Iterable[np.ndarray]
 ) -> None:
-    """Writes a safetensors file from names, shapes and dtypes, then the arrays in the same order, one at a time."""
+    """Writes the header from names, shapes and dtypes, then the arrays one at a time. `arrays` has the same order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape, dtype in entries:

@@ -1,4 +1,4 @@
-"""The tensors of a `torch.save` state dict (`pytorch_model.bin`): found from its pickle, read one at a time."""
+"""The tensors of a `torch.save` state dict (`pytorch_model.bin`). Its pickle lists them. They are read singly."""
 
 import dataclasses
 import io
@@ -18,8 +18,8 @@ from emu3_jax.printable import shown
 from emu3_jax.unpickling import BadPickle, Function, Vocabulary, open_archive, ordered_dict, unpickle
 
 _RESAVE = "save the checkpoint as safetensors (`model.save_pretrained(DIR)` in transformers) and convert that"
-_MAX_RANK = 64  # axes of a tensor, as NumPy has
-# All tensors of a file together may be this many times as large as the file: tied weights are stored once.
+_MAX_RANK = 64  # most axes of a tensor; the limit of NumPy
+# The tensors of a file may together be this many times as large as the file, because tied weights are stored once.
 _MAX_SHARING = 4
 
 
@@ -37,7 +37,7 @@ class _Storage:
 
 @dataclasses.dataclass(frozen=True)
 class _View:
-    """What `torch._utils._rebuild_tensor_v2` would have built: a strided view of a storage, in elements."""
+    """A strided view of a storage, in elements. Replaces the tensor that `torch._utils._rebuild_tensor_v2` builds."""
 
     storage: _Storage
     start: int
@@ -51,7 +51,7 @@ def _rebuild_tensor_v2(storage: Any, start: Any, shape: Any, strides: Any, *_: A
         raise BadPickle("a tensor with an impossible storage, shape or stride")
     if not all(type(n) is int and n >= 0 for n in (start, *shape, *strides)):
         raise BadPickle("a tensor with an impossible offset, shape or stride")
-    # A view that repeats its data (stride 0) would make much work of a small file. No checkpoint has one.
+    # A view that repeats its data (stride 0) could make a small file cost much work. No checkpoint has such views.
     if math.prod(shape) > storage.elements:
         raise BadPickle("a tensor that is larger than its storage")
     return _View(storage, start, shape, strides)
@@ -97,7 +97,7 @@ def read_torch_file(file: Path) -> list[Tensor]:
     """Lists the tensors of a `torch.save` state dict.
 
     Raises:
-      Emu3Error: the file is damaged, of the old format before torch 1.6, or names anything but tensors.
+      Emu3Error: the file is damaged, has the format from before torch 1.6, or names objects other than tensors.
     """
     with reading(file, _RESAVE):
         try:
@@ -112,7 +112,7 @@ def read_torch_file(file: Path) -> list[Tensor]:
                 starts = {name: _data_offset(stream, info) for name, info in entries.items()}
         except zipfile.BadZipFile as error:
             raise Emu3Error(f"{file}: truncated, or not saved by torch 1.6 or newer ({error}); {_RESAVE}") from error
-        except (ValueError, TypeError) as error:  # of the pickle, or of a call in it with other arguments
+        except (ValueError, TypeError) as error:  # from the pickle, or from a call in it with wrong arguments
             if isinstance(error, Emu3Error):
                 raise
             raise Emu3Error(f"{file}: its pickle is damaged ({error!s:.120}); {_RESAVE}") from error
@@ -128,7 +128,7 @@ def read_torch_file(file: Path) -> list[Tensor]:
 
 
 def _data_offset(stream: io.BufferedReader, info: zipfile.ZipInfo) -> int:
-    """Where an entry's bytes begin: the local header repeats the name and may carry another extra field."""
+    """The offset of an entry's bytes. The local header repeats the name and may have a different extra field."""
     stream.seek(info.header_offset)
     header = stream.read(30)
     if len(header) < 30:

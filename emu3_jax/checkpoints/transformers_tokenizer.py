@@ -1,6 +1,6 @@
-"""The tokenizer files of a transformers checkpoint, written from a bundle's vocabulary.
+"""Writes the tokenizer files of a transformers checkpoint from a bundle's vocabulary.
 
-Unlike the published transformers checkpoints, which cut text as GPT-2 does, these cut it as upstream does: same ids.
+They split text like upstream, and give the same ids. The published transformers checkpoints split text like GPT-2.
 """
 
 import itertools
@@ -12,8 +12,8 @@ from typing import Any
 from emu3_jax.text.tokenizer import PATTERN, Tokenizer
 from emu3_jax.text.vocabulary import read_ranks
 
-IMAGE_PLACEHOLDER = "<image>"  # transformers' processor replaces it by a picture's tokens
-_UNUSED = "<|extra_0|>"  # whose id the placeholder takes, so that the vocabulary keeps its size
+IMAGE_PLACEHOLDER = "<image>"  # transformers' processor replaces it by the tokens of a picture
+_UNUSED = "<|extra_0|>"  # the placeholder takes its id, so that the vocabulary keeps its size
 _CHAT_TEMPLATES = {
     "chat": (
         "You are a helpful assistant.{% for message in messages %}"
@@ -31,7 +31,7 @@ _CONTENT = (
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """Surface form to id of every control and visual token, as transformers names them, and of added words."""
+    """The ids of all control tokens, visual tokens and added words, by their surface forms in transformers."""
     ids = {IMAGE_PLACEHOLDER if surface == _UNUSED else surface: i for surface, i in tokenizer.special_ids.items()}
     return ids | tokenizer.added
 
@@ -64,7 +64,7 @@ def write_tokenizer(directory: Path, vocabulary: Path, tokenizer: Tokenizer, tem
 
 
 def _tokenizer_json(ranks: Mapping[bytes, int], ids: Mapping[str, int], words: Set[str]) -> dict[str, Any]:
-    """`ids` are those of control and visual tokens and of added words; `words` among them are no control tokens."""
+    """`ids` are the ids of control tokens, visual tokens and added words. `words` are no control tokens."""
     spell = _character_of_byte()
     spelled = {"".join(spell[byte] for byte in token): rank for token, rank in ranks.items()}
     merges = [
@@ -93,7 +93,7 @@ def _tokenizer_json(ranks: Mapping[bytes, int], ids: Mapping[str, int], words: S
 
 
 def _merged_from(token: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
-    """The two parts that byte-pair encoding has left of `token` just before it merges them into it."""
+    """The two parts that byte-pair encoding merges last to make `token`."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         pairs = [ranks.get(a + b, len(ranks)) for a, b in itertools.pairwise(parts)]
@@ -103,7 +103,7 @@ def _merged_from(token: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
 
 
 def _character_of_byte() -> list[str]:
-    """GPT-2's alphabet: printable bytes as they are, the others from U+0100 on."""
+    """GPT-2's alphabet: printable bytes keep their character, the other bytes get characters from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]

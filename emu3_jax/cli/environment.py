@@ -52,13 +52,13 @@ def start_jax() -> None:
     except ValueError as error:
         raise Emu3Error(f"JAX cannot start ({error}): correct this environment variable") from error
     finally:
-        if first:  # what importing makes stays: the garbage collector need not walk through it again and again
+        if first:  # imported objects live until the end: the garbage collector need not examine them again
             gc.freeze()
             gc.enable()
 
 
 def explained(error: BaseException) -> Emu3Error | None:
-    """The error of one line for what is no fault of ours: no memory, no backend, a missing extra. Else None."""
+    """A one-line error for a failure of the environment: no memory, no backend, a missing extra. Else None."""
     import jax
 
     if isinstance(error, ModuleNotFoundError) and error.name in _OF_TRAIN:

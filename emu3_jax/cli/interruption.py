@@ -1,9 +1,11 @@
-"""Ctrl-C ends every command, wherever the interpreter stands when it comes.
+"""Ctrl-C ends every command, whatever the interpreter is doing.
 
-Python turns the signal into an exception between two instructions of the main thread. That fails in three places: in a
-callback of the garbage collector or a destructor, exceptions are printed and dropped (JAX has such callbacks); a
-compiled function that calls back into Python may turn the exception into its own; and while a compiled function runs
-for minutes, no instruction follows.
+Python turns the signal into an exception between two instructions of the main thread. That fails in three cases:
+
+- In a destructor or a callback of the garbage collector, Python prints exceptions and drops them. JAX has such
+  callbacks.
+- A compiled function that calls Python may replace the exception by its own.
+- While a compiled function runs for minutes, the main thread executes no instruction.
 """
 
 import contextlib
@@ -19,19 +21,19 @@ from types import FrameType
 
 from emu3_jax.files import remove_temporaries
 
-CODE = 130  # as a shell reports SIGINT
+CODE = 130  # exit code that shells use for SIGINT
 MESSAGE = "emu3-jax: interrupted"
-_PATIENCE = 10.0  # seconds in which an interrupted command cleans up; compiled code may not come back before
-_PAUSE = 0.02  # seconds, in which a callback that lost the exception has ended
-_LOST = b"\0"  # beside the numbers of signals
-_ONE_PRESS = 0.3  # seconds; a terminal and a launcher may both pass on the same Ctrl-C
+_PATIENCE = 10.0  # seconds that an interrupted command gets to clean up; compiled code may not return earlier
+_PAUSE = 0.02  # seconds; long enough for a callback that dropped the exception to end
+_LOST = b"\0"  # no signal has this number
+_ONE_PRESS = 0.3  # seconds; a terminal and a launcher may both send the signal of one Ctrl-C
 
-told = False  # whether the user was told that the last command was interrupted
-_telling = threading.RLock()  # the main thread and the watcher may want to at once
+told = False  # whether the message about the last command was written
+_telling = threading.RLock()  # the main thread and the watcher may both want to write the message
 
 
 def tell(write: Callable[[str], object]) -> None:
-    """Says once that the command was interrupted. The process does not end in the middle of it."""
+    """Writes the message about the interruption, but only once. The process does not end while it is being written."""
     global told
     with _telling:
         if not told:
@@ -40,13 +42,13 @@ def tell(write: Callable[[str], object]) -> None:
 
 
 class Interruption:
-    """What is known of Ctrl-C while a command runs.
+    """The state of Ctrl-C while a command runs.
 
     Attributes:
-        came: whether it came.
-        first: when the first one came, by `time.monotonic`.
-        lost: whether its exception was lost, and is about to be raised again.
-        repeated: how often it was.
+        came: whether Ctrl-C was pressed.
+        first: the time of the first Ctrl-C, by `time.monotonic`.
+        lost: whether Python dropped the exception, and the watcher is about to raise it again.
+        repeated: how often the watcher has raised it again.
     """
 
     def __init__(self) -> None:
@@ -58,20 +60,23 @@ class Interruption:
 
 @contextlib.contextmanager
 def watched(*, last: bool = False) -> Iterator[Interruption]:
-    """For the main thread: within the block, Ctrl-C raises `KeyboardInterrupt` there, and nothing can lose it.
+    """Within the block, Ctrl-C raises `KeyboardInterrupt` in the main thread, and no callback can swallow it.
 
-    Where the block has not ended 10 seconds later, and at the second Ctrl-C at once, the process ends: one line on
-    standard error, temporary files removed, exit code 130. A block that handles SIGINT itself, as training does to end
-    with a checkpoint, has the time that it takes; if its handler has a method `tell`, that is called at once, while the
-    handler waits for compiled code to come back. In other threads, and where SIGINT is ignored, this does nothing.
+    If the block has not ended after 10 seconds, the process ends. At a second Ctrl-C it ends at once. It then writes
+    one line on standard error, removes temporary files and returns exit code 130.
+
+    A block that handles SIGINT itself has no time limit: training does so, to write a last checkpoint. If its handler
+    has a method `tell`, that is called at once, because the handler itself must wait until compiled code returns.
+
+    In other threads, and if SIGINT is ignored, this does nothing.
 
     Args:
-        last: the process ends after the block: threads that go on after Ctrl-C stay silent to its very end.
+        last: the process ends after the block. After Ctrl-C, other threads then print no exceptions until the end.
     """
     global told
     told = False
     state = Interruption()
-    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # as in the background of a script
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # as for background processes of a script
     if ignored or threading.current_thread() is not threading.main_thread():
         yield state
         return
@@ -79,9 +84,9 @@ def watched(*, last: bool = False) -> Iterator[Interruption]:
     def interrupt(number: int, frame: FrameType | None) -> None:
         now, again = time.monotonic(), state.lost
         if state.came and now - state.first < _ONE_PRESS and not again:
-            return  # it is being cleaned up, which the same press must not stop
+            return  # the same press again: it must not stop the cleaning up
         state.came, state.lost, state.first = True, False, min(now, state.first)
-        # What other threads make of the end of this one is of no use to anybody.
+        # Other threads may fail when the main thread ends. Their tracebacks would not help the user.
         sys.excepthook = threading.excepthook = _silent
         if _importing(frame):
             end_now()
@@ -112,13 +117,13 @@ def watched(*, last: bool = False) -> Iterator[Interruption]:
         if not (last and state.came):
             sys.unraisablehook = hook
             sys.excepthook, threading.excepthook = hooks
-        theirs.close()  # which ends the watcher
+        theirs.close()  # ends the watcher
         watcher.join()
         ours.close()
 
 
 def _watch(signals: socket.socket, state: Interruption, handler: object) -> None:
-    """Reads the numbers of signals until the socket is closed, and ends the process where an exception does not."""
+    """Reads the numbers of signals until the socket is closed. Ends the process if the exception does not end it."""
     count = 0
     first = deadline = float("inf")
     while True:
@@ -130,8 +135,8 @@ def _watch(signals: socket.socket, state: Interruption, handler: object) -> None
         if not number:
             return
         if number == _LOST:
-            # Not from within the callback, where the exception would be lost like the first. If this one is lost too,
-            # its end comes here again.
+            # Wait until the callback has ended: inside it, the new exception would be dropped too. If it is dropped
+            # elsewhere, `unraisable` sends _LOST again.
             time.sleep(_PAUSE)
             state.repeated += 1
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
@@ -151,11 +156,11 @@ def _watch(signals: socket.socket, state: Interruption, handler: object) -> None
 
 
 def _silent(*_: object) -> None:
-    """In the place of hooks that print exceptions."""
+    """Replaces the hooks that print exceptions."""
 
 
 def _importing(frame: FrameType | None) -> bool:
-    """Whether a module is being imported: what compiled ones make of an exception there is a traceback or a crash."""
+    """Whether a module is being imported. There, an exception gives a traceback or a crash of a compiled module."""
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             return True
@@ -169,9 +174,9 @@ def end_now() -> typing.NoReturn:
 
     def write(message: str) -> None:
         with contextlib.suppress(OSError):
-            start = "\n" if os.isatty(2) else ""  # there a progress bar may stand on the line
+            start = "\n" if os.isatty(2) else ""  # the line may hold a progress bar
             os.write(2, f"{start}{message}\n".encode())
 
-    if _telling.acquire(timeout=1.0):  # unless the main thread waits for somebody to read what it says
+    if _telling.acquire(timeout=1.0):  # the main thread may be blocked in a write
         tell(write)
     os._exit(CODE)

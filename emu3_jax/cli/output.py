@@ -1,4 +1,4 @@
-"""Standard output and standard error, whatever they are: closed, full, or in an encoding that lacks characters."""
+"""Makes standard output and standard error safe if they are closed, full, or in an encoding that lacks characters."""
 
 import contextlib
 import json
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 
 class OutputError(Exception):
-    """Standard output cannot be written. No `OSError`, so that nothing takes it for an error of another file."""
+    """Standard output cannot be written. Not an `OSError`, so that no handler takes it for an error of another file."""
 
     def __init__(self, error: OSError):
         super().__init__(str(error))
@@ -17,11 +17,11 @@ class OutputError(Exception):
 
 
 class _Stream:
-    """A text stream whose errors are told apart from those of other files.
+    """A text stream whose errors differ from the errors of other files.
 
     Args:
-        stream: what is written to.
-        silent: errors are dropped; else they are `OutputError`.
+        stream: the stream to write to.
+        silent: whether to drop errors. If false, errors become `OutputError`.
     """
 
     def __init__(self, stream: typing.Any, silent: bool):
@@ -44,7 +44,7 @@ class _Stream:
         try:
             yield
         except OSError as error:
-            # Python flushes what is left once more at its end: that must not fail again.
+            # At its end, Python flushes the stream again. That must not fail a second time.
             with contextlib.suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
             if not self._silent:
@@ -53,13 +53,13 @@ class _Stream:
 
 @contextlib.contextmanager
 def guarded() -> Iterator[None]:
-    """Within, characters that an output's encoding lacks are escaped, and an error of standard output is `OutputError`.
+    """Within the block, an error of standard output is an `OutputError`, and errors of standard error are dropped.
 
-    Where nobody can read standard error, nothing is said.
+    Characters that an output's encoding lacks are escaped.
     """
     streams = sys.stdout, sys.stderr
     for stream in streams:
-        with contextlib.suppress(AttributeError, ValueError):  # replaced by one that cannot, or closed
+        with contextlib.suppress(AttributeError, ValueError):  # closed, or replaced by an object without this method
             stream.reconfigure(errors="backslashreplace")
     sys.stdout, sys.stderr = _Stream(streams[0], silent=False), _Stream(streams[1], silent=True)
     try:
@@ -71,25 +71,25 @@ def guarded() -> Iterator[None]:
 
 
 def json_line(value: typing.Any) -> str:
-    """`value` as a line of JSON for standard output; characters stay as they are where a terminal can show them."""
+    """`value` as one line of JSON for standard output. If it cannot be shown, escapes all non-ASCII characters."""
     line = json.dumps(value, ensure_ascii=False)
     try:
         line.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
-    except UnicodeError:  # what Python would write in their place is no JSON
+    except UnicodeError:  # `guarded` would write escapes that are not JSON
         return json.dumps(value)
     return line if line.isprintable() else json.dumps(value)
 
 
 def open_closed_streams() -> None:
-    """Puts the null device in the place of standard streams that the process was started without.
+    """Opens the null device for each standard stream that the process was started without.
 
-    Else the first files that it opens would get their numbers, and what libraries have to say.
+    Otherwise the first files that the process opens would get the numbers 0 to 2, and libraries would print into them.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDONLY if number == 0 else os.O_WRONLY)  # the least number that is free
+            os.open(os.devnull, os.O_RDONLY if number == 0 else os.O_WRONLY)  # gets the lowest free number
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115

@@ -1,4 +1,4 @@
-"""The files that a command writes into a user's folder: which of them exist, and whether they may be replaced."""
+"""The files that a command writes into a user's folder. Refuses or reports the replacement of old files."""
 
 import argparse
 import os
@@ -10,7 +10,7 @@ from emu3_jax import storage
 from emu3_jax.errors import Emu3Error
 from emu3_jax.printable import printable
 
-_NAMED = 10  # replaced files that are named
+_NAMED = 10  # most replaced files that the report names
 
 
 def add_no_clobber(command: argparse.ArgumentParser) -> None:
@@ -25,8 +25,8 @@ def add_no_clobber(command: argparse.ArgumentParser) -> None:
 class Outputs:
     """The output files of one command.
 
-    Made before the work, it refuses what `--no-clobber` forbids. `look` is to be called again before the files take
-    their names: another program may have written one meanwhile. After that, `report` names what was replaced.
+    Create the object before the work: with `no_clobber`, it raises if an output file exists. Call `look` again just
+    before the files get their names, because another program may have written one meanwhile. Then call `report`.
 
     Attributes:
         replaced: the files that existed when `look` was last called.
@@ -43,7 +43,7 @@ class Outputs:
             self.look()
 
     def look(self) -> None:
-        """Finds the files that exist. Raises as the class says."""
+        """Finds the files that exist. Raises the errors that the class names."""
         self.replaced = _existing(self._files)
         if self._no_clobber and self.replaced:
             first, more = self.replaced[0], len(self.replaced) - 1
@@ -51,7 +51,7 @@ class Outputs:
             raise Emu3Error(f"{first} exists already{others}: choose another output, or leave --no-clobber out")
 
     def report(self) -> None:
-        """Names on standard error what was replaced."""
+        """Names the replaced files on standard error."""
         if self.replaced:
             names = [printable(str(file)) for file in self.replaced[:_NAMED]]
             if len(self.replaced) > _NAMED:

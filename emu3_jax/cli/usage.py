@@ -1,4 +1,4 @@
-"""The parser of commands: wrong words get one line, which names the culprit, the nearest legal word, and the help."""
+"""The parser of the command line. An error is one line: the wrong word, the nearest legal word, the help."""
 
 import argparse
 import difflib
@@ -8,15 +8,15 @@ from collections.abc import Iterable, Sequence
 
 from emu3_jax.printable import one_line, shown
 
-_NEAR = 3  # legal words that a line suggests
+_NEAR = 3  # most legal words that an error line suggests
 
 
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line and exit code 2.
 
-    It finds words that it does not know before arguments that are missing, and no parser leaves unknown words to the
-    one above it: so the line names the command in which the mistake is. Options cannot be shortened, for a script with
-    a shortened one breaks when another option of the same beginning comes.
+    It reports unknown words before missing arguments. Each parser reports its own unknown words and does not leave them
+    to the parent parser, so the line names the right command. Options cannot be abbreviated: a later option with the
+    same beginning would break a script that abbreviates.
     """
 
     def __init__(self, *arguments: typing.Any, **options: typing.Any):
@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
         self._positionals.title = "arguments"
 
     def format_help(self) -> str:
-        """argparse's own usage names every option, in many lines."""
+        """The help with a short usage. The usage of argparse would name every option, in many lines."""
         self.usage = self.usage or f"{self.prog} {self._short_usage()}".replace("%", "%%")
         return super().format_help()
 
@@ -54,7 +54,7 @@ class Parser(argparse.ArgumentParser):
         return found, rest
 
     def error(self, message: str) -> typing.NoReturn:
-        """Ends the process. An unknown option comes before `message`: it may be what a missing argument was called."""
+        """Ends the process. Names an unknown option rather than `message`: it may be a misspelt required option."""
         unknown = next(self._unknown_options(), None)
         if unknown is not None:
             message = f"unknown option {unknown}{self._instead(unknown)}"
@@ -78,9 +78,9 @@ class Parser(argparse.ArgumentParser):
         for word in self._words:
             option = len(word) > 1 and word[0] == "-"
             if word == "--" or (has_commands and not option):
-                return  # what follows is no option, or is the command's
+                return  # the rest holds no options, or belongs to the command
             if not option or " " in word or self._negative_number_matcher.match(word):
-                continue  # argparse takes these for values
+                continue  # argparse treats these as values
             name = word.partition("=")[0]
             if name not in known and (word[1] == "-" or word[:2] not in known):
                 yield name
@@ -92,7 +92,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Formatter(argparse.HelpFormatter):
-    """Fills the paragraphs of a description to the terminal's width, but keeps the lines of indented ones: examples."""
+    """Wraps the paragraphs of a description to the terminal's width. Keeps the lines of indented examples."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         fill = super()._fill_text

@@ -1,4 +1,4 @@
-"""The programs that generate pictures and clips, to be compiled for a TPU slice by `sharding.plan`."""
+"""The programs that generate pictures and clips. `sharding.plan` compiles them for a TPU slice."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ from emu3_jax.sharding.rules import decoder_shardings
 
 
 def programs(config: GenerateConfig, slice_: Slice) -> tuple[Mesh, list[Program]]:
-    """Prefill, decoding at the full length of the cache, and the last growth of the cache, of the session that runs.
+    """The programs of a session: prefill, a decoding step with the largest cache, and the last growth of the cache.
 
     Raises:
         Emu3Error: the mesh does not fit the chips or the decoder.
@@ -46,7 +46,7 @@ def programs(config: GenerateConfig, slice_: Slice) -> tuple[Mesh, list[Program]
     full = session.abstract_state(sizes[-1])
     prompts, start, plan = session.abstract_inputs()
     inputs = (plan, full.tokens, full.step, full.ended)
-    # A picture's count leaves out EOF, EOI and EOS. A clip's is all its tokens: frames end with EOF throughout.
+    # The last step of pictures is before EOF, EOI and EOS. For clips it is the last token: each frame ends with EOF.
     clips = "clip" if shapes.rows == 1 else "clips"
     last, what = (config.steps - 3, "pictures") if config.frames is None else (config.steps, clips)
     result = [
@@ -77,7 +77,7 @@ def programs(config: GenerateConfig, slice_: Slice) -> tuple[Mesh, list[Program]
 
 
 def _params(config: DecoderConfig, mesh: Mesh, quantize: str | None) -> Any:
-    """The decoder's weights as bundles restore them: in its dtype, or the matrices as codes and scales."""
+    """The decoder's weights as a bundle loads them: in the decoder's dtype, or with matrices as codes and scales."""
     declared = nn.unbox(jax.eval_shape(Decoder(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
     places = traverse_util.flatten_dict(decoder_shardings(config, mesh))
     params = {}
@@ -92,7 +92,7 @@ def _params(config: DecoderConfig, mesh: Mesh, quantize: str | None) -> Any:
 
 
 def _flops(config: DecoderConfig, tokens: int, attended: float, heads: int) -> float:
-    """Of the layers for `tokens` that see `attended` keys in all, and of the visual head for `heads` tokens."""
+    """Operations of layers and visual head. `tokens` see `attended` keys in total, `heads` tokens get logits."""
     d, f, h = config.hidden_size, config.intermediate_size, config.head_dim
     layer = d * (2 * config.num_heads + 2 * config.num_kv_heads) * h + 3 * d * f
     pairs = 4 * config.num_layers * config.num_heads * h * attended

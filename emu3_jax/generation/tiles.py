@@ -1,6 +1,7 @@
-"""Large frames in overlapping tiles that know nothing of each other: memory for one tile, but other codes and pixels.
+"""Encodes and decodes large frames in overlapping tiles. That needs memory for one tile, but changes the result.
 
-The tokenizer's group norms and its attention see a whole frame, so no tile can give what the frame gives.
+The tokenizer's group norms and attention span a whole frame. A tile lacks the rest of the frame, so codes and pixels
+differ from those of the whole frame.
 """
 
 import collections
@@ -12,27 +13,27 @@ import numpy as np
 
 from emu3_jax.errors import Emu3Error
 
-# Of pixels or codes to the other.
+# A function from pixels to codes, or from codes to pixels.
 Step = Callable[[np.ndarray], np.ndarray | jax.Array]
 
-_LEAST_CODES = 4  # along a tile's side, of which one fourth overlaps
+_LEAST_CODES = 4  # least codes along a tile's side; one fourth of them overlaps
 
 
 def check_tile(tile: int | None, factor: int) -> None:
-    """Raises `Emu3Error` unless this is a tile's side in pixels, or None. `factor`: pixels of a code's side."""
+    """Raises `Emu3Error` unless `tile` is a legal side of a tile in pixels, or None. `factor` is in pixels per code."""
     least = _LEAST_CODES * factor
     if tile is not None and not (isinstance(tile, int) and tile >= least and tile % factor == 0):
         raise Emu3Error(f"tile is {tile!r}: it must be a multiple of {factor} pixels, and at least {least}")
 
 
 def tiled_encoder(new_step: Callable[[], Step], tile: int, factor: int) -> Step:
-    """Encodes each tile by a step of its own, and keeps of each the codes that are nearest to its middle.
+    """Encodes each tile by its own step. For each code, the tile whose middle is nearest counts.
 
     Args:
         new_step: makes a tile's function from pixels [..., N, N, C] to codes [..., n, n]. It may remember earlier parts
             of a clip.
-        tile: the side of a tile in pixels; a shorter frame is one tile.
-        factor: pixels of a code's side.
+        tile: the side of a tile in pixels. A frame with shorter sides is a single tile.
+        factor: pixels per code along a side.
 
     Returns:
         The function from pixels [..., H, W, C] to codes [..., h, w].
@@ -55,9 +56,9 @@ def tiled_encoder(new_step: Callable[[], Step], tile: int, factor: int) -> Step:
 
 
 def tiled_decoder(new_step: Callable[[], Step], tile: int, factor: int) -> Step:
-    """Decodes each tile by a step of its own; where tiles overlap, one fades into the other.
+    """Decodes each tile by its own step. In the overlap, one tile fades into the other.
 
-    The arguments are those of `tiled_encoder`, but steps go from codes to pixels, as the returned function does.
+    The arguments are like those of `tiled_encoder`, but the steps and the returned function go from codes to pixels.
     """
     steps: dict[tuple[int, int], Step] = collections.defaultdict(new_step)
 
@@ -82,10 +83,10 @@ def tiled_decoder(new_step: Callable[[], Step], tile: int, factor: int) -> Step:
 
 
 def _spans(length: int, tile: int) -> list[tuple[int, int, int, int]]:
-    """Tiles along a side, in codes: where each begins and ends, and which part of it is kept.
+    """Tiles along a side, in codes: begin and end of each tile, and begin and end of the part that is kept.
 
-    All are equally long, so that one program does for all, and at least a fourth of a tile overlaps with the next one.
-    The parts that are kept meet where the middles of two tiles are equally far.
+    All tiles have one length, so that one compiled program serves all. Neighbours overlap by at least a fourth of a
+    tile. Kept parts meet halfway between the middles of two tiles.
     """
     tile = min(tile, length)
     overlap = tile // 4

@@ -119,7 +119,7 @@ def choose(
         return "xla" if obstacle else kernel
     obstacle = _obstacle(implementation, shape, dtype, packed=packed, undealt=undealt, platform=platform)
     if obstacle:
-        raise Emu3Error(f'attention {implementation!r} cannot serve: {obstacle}; choose "auto" or "xla"')
+        raise Emu3Error(f'attention {implementation!r} cannot be used: {obstacle}; choose "auto" or "xla"')
     return implementation
 
 
@@ -177,33 +177,34 @@ def _obstacle(
     b, s, k, g, h = shape
     if undealt:
         return (
-            f"the mesh splits sequences into {undealt} parts, to which the {k} KV heads with {g} query heads each of a "
-            "device cannot be dealt out evenly"
+            f"the mesh splits sequences into {undealt} parts, and a device's {k} KV heads with {g} query heads each "
+            "cannot be split evenly over them"
         )
     if implementation == "splash-interpreted":
         return None
     wanted = {"splash": "tpu", "cudnn": "gpu"}[implementation]
     if platform != wanted:
-        return f"it is for a {wanted.upper()}, and the program will run on a {platform.upper()}"
+        return f"it needs a {wanted.upper()}, and the program will run on a {platform.upper()}"
     if implementation == "splash":
         if dtype != jnp.bfloat16:
-            return f"it computes in bfloat16 on a TPU, and the decoder's dtype is {jnp.dtype(dtype)}"
-        return None if h % 64 == 0 else f"it takes heads whose width is a multiple of 64, not {h}"
+            return f"it needs dtype bfloat16, and the decoder's dtype is {jnp.dtype(dtype)}"
+        return None if h % 64 == 0 else f"it needs a head width that is a multiple of 64, and the decoder's is {h}"
     if dtype not in (jnp.bfloat16, jnp.float16):
-        return f"it computes in bfloat16 or float16, and the decoder's dtype is {jnp.dtype(dtype)}"
+        return f"it needs dtype bfloat16 or float16, and the decoder's dtype is {jnp.dtype(dtype)}"
     found = capability.cuda_capability()
     if found is None:
-        return "this machine has no NVIDIA GPU"
+        return "it needs an NVIDIA GPU, and this machine has none"
     if found < capability.AMPERE:
         return f"it needs compute capability 8.0 (Ampere) or later, and this GPU has {capability.text(found)}"
     widest = 256 if found >= capability.HOPPER else 128
     if h % 8 or h > widest:
-        return f"it takes heads whose width is a multiple of 8 up to {widest} on this GPU, not {h}"
+        return f"on this GPU it needs a head width that is a multiple of 8 up to {widest}, and the decoder's is {h}"
     if packed and found < capability.HOPPER:
         return f"segments need compute capability 9.0 (Hopper) or later, and this GPU has {capability.text(found)}"
     if packed and b * s * k * g * h >= 2**31:
         return (
-            f"segments need fewer than 2^31 numbers in the queries of a device, and [{b}, {s}, {k * g}, {h}] are more"
+            "with segments, a device's queries must hold fewer than 2^31 numbers, and their shape is "
+            f"[{b}, {s}, {k * g}, {h}]"
         )
     return None
 
