@@ -2,9 +2,13 @@
 
 python scripts/fuzz.py [--cases 3000] [--seed N] [--only COMMAND] [--keep DIR]
 
-The promise: exit code 0 or 2; on an error exactly one line of at most 300 printable characters; no traceback; an end
-within 60 seconds; no file outside the output; no partial output; at most 1 GiB more memory than the same command needs
-on valid input. The script needs the extra `test` (for the tests' vocabulary, and PyTorch for .bin and .pth files).
+The promise for every command:
+
+- The exit code is 0 or 2. An error is exactly one line of at most 300 printable characters, without a traceback.
+- The command ends within 60 seconds, and needs at most 1 GiB more memory than on valid input.
+- It writes no file outside the output, and leaves no partial output.
+
+The script needs the extra `test`, for the tests' vocabulary, and for PyTorch, which makes .bin and .pth files.
 """
 
 import argparse
@@ -25,25 +29,25 @@ import time
 
 from fuzz_inputs import WORDS, damage, make_inputs
 
-SECONDS = 60  # for a hang; a command on valid input takes less than ten
+SECONDS = 60  # after this time a command counts as hanging; on valid input it takes less than ten
 MORE_BYTES = 1 << 30
-CASES_PER_WORKER = 150  # a worker is started again after so many: memory that JAX keeps must not count as a leak
+CASES_PER_WORKER = 150  # then a new worker starts: memory that JAX keeps must not count as a leak
 
 # ------------------------------------------------------------------------------------------------ the worker
 
 
 def worker() -> None:
-    """Reads cases, one JSON object a line, runs each in this process, and answers likewise."""
+    """Reads cases, one JSON object per line, and runs each in this process. Answers with one JSON object per line."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     cases, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # a command that asks for questions gets none
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # a command that reads questions from standard input gets none
     from emu3_jax.cli.main import main, set_up_messages
 
     set_up_messages()
     for line in cases:
         case = json.loads(line)
         os.chdir(case["cwd"])
-        pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak of memory starts anew
+        pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the peak of memory
         began = _memory("VmRSS")
         with _into("stdout") as out, _into("stderr") as err:
             try:
@@ -58,7 +62,7 @@ def worker() -> None:
 
 @contextlib.contextmanager
 def _into(name: str):
-    """What the block writes to a standard stream, also beneath Python, as the only entry of a list."""
+    """A list whose only entry is the text that the block writes to a standard stream, from Python or compiled code."""
     stream, text = getattr(sys, name), []
     with tempfile.TemporaryFile() as file:
         stream.flush()
@@ -82,7 +86,7 @@ def _memory(name: str) -> int:
 
 
 class Worker:
-    """A process that runs cases, started again when it hangs, dies, or has run many."""
+    """A process that runs cases. Starts again if it hangs or dies, and after many cases."""
 
     def __init__(self) -> None:
         self.process, self.count = None, 0
@@ -120,7 +124,7 @@ MODEL = ["--model", "bundle", "--quiet"]
 PREPARE = [*MODEL, "--area", "576"]
 PICTURES = [f"picture.{e}" for e in ("png", "jpg", "webp", "bmp", "gif", "tiff")] + ["turned.jpg"]
 CLIPS = [f"clip.{e}" for e in ("webp", "gif", "png", "mp4", "webm", "mkv", "mov")] + ["frames"]
-# For each command: words of valid calls, in which a name in braces is drawn from a list, and the inputs to damage.
+# Words of valid calls for each command. A name in braces stands for a random file of a list.
 CALLS: dict[str, list[list[str]]] = {
     "convert": [["upstream/language_model", "upstream/vision_tokenizer"], ["transformers"],
                 ["pickled/language_model", "pickled/vision_tokenizer"], ["run"]],
@@ -146,22 +150,22 @@ CALLS: dict[str, list[list[str]]] = {
               ["vision", "--preset", "small", "--size", "16"]],
 }  # fmt: skip
 OUTPUT = {"tokenize": "out.npz", "doctor": None, "chat": None, "plan": None, "bench": None, "train": None}
-SLOW = ("plan", "bench")  # their valid calls compile for long: there only arguments are hostile, and mostly refused
+SLOW = ("plan", "bench")  # valid calls compile for long: only arguments are hostile, and mostly refused
 OPTIONS = (
     "--set", "--fps", "--frames", "--area", "--seed", "--ratio", "--top-p", "--temperature", "--mesh", "--batch-size",
     "--tile", "--shards", "--workers", "--negative", "--dtype", "--validation", "--text-column", "--images",
 )  # fmt: skip
-KEPT = ("prepare", "train")  # what was finished before an error stays
+KEPT = ("prepare", "train")  # after an error, these commands keep the parts that they finished
 
 
-def make_case(draw: random.Random, base: pathlib.Path, place: pathlib.Path, only: str | None) -> tuple[str, list[str]]:
+def make_case(rng: random.Random, base: pathlib.Path, place: pathlib.Path, only: str | None) -> tuple[str, list[str]]:
     """Makes the inputs of a random call in `place`, and returns the command and its words."""
-    command = only or draw.choice([c for c in CALLS for _ in range(1 if c in SLOW else 4)])
-    words = list(draw.choice(CALLS[command]))
-    words = [draw.choice(PICTURES) if w == "{picture}" else draw.choice(CLIPS) if w == "{clip}" else w for w in words]
+    command = only or rng.choice([c for c in CALLS for _ in range(1 if c in SLOW else 4)])
+    words = list(rng.choice(CALLS[command]))
+    words = [rng.choice(PICTURES) if w == "{picture}" else rng.choice(CLIPS) if w == "{clip}" else w for w in words]
     output = OUTPUT.get(command, "out")
     words += ["-o", output] if output else []
-    arguments_only = command in SLOW or draw.random() < 0.3
+    arguments_only = command in SLOW or rng.random() < 0.3
     for name in sorted(os.listdir(base)):
         if any(word.split("/")[0] == name for word in words) or name in _needed_by(words):
             (shutil.copytree if (base / name).is_dir() else shutil.copy)(base / name, place / name)
@@ -170,16 +174,16 @@ def make_case(draw: random.Random, base: pathlib.Path, place: pathlib.Path, only
         p for p in files if p.suffix in (".json", ".jsonl", ".py", ".tiktoken") or p.parent in (place, place / "photos")
     ]
     if not arguments_only and files:
-        damage(draw, draw.choice(small if small and draw.random() < 0.7 else files))
+        damage(rng, rng.choice(small if small and rng.random() < 0.7 else files))
     else:
-        for _ in range(draw.choice((1, 1, 2))):
-            at = draw.randrange(len(words) + 1)
-            if draw.random() < 0.7 and at < len(words):
-                words[at] = draw.choice(WORDS)
-            elif draw.random() < 0.5:
-                words.insert(at, draw.choice(WORDS))
+        for _ in range(rng.choice((1, 1, 2))):
+            at = rng.randrange(len(words) + 1)
+            if rng.random() < 0.7 and at < len(words):
+                words[at] = rng.choice(WORDS)
+            elif rng.random() < 0.5:
+                words.insert(at, rng.choice(WORDS))
             else:
-                words += [draw.choice(OPTIONS), draw.choice(WORDS)]
+                words += [rng.choice(OPTIONS), rng.choice(WORDS)]
     return command, words
 
 
@@ -193,7 +197,7 @@ def _needed_by(words: list[str]) -> set[str]:
 
 
 def judge(command: str, answer: dict, before: set[str], after: set[str], words: list[str], most: int) -> list[str]:
-    """What of the promise was broken."""
+    """The broken parts of the promise, one text each."""
     faults, code, err = [], answer["code"], answer["err"]
     if code not in (0, 2) and not (command == "plan" and code == 1):
         faults.append(f"exit code {code}")
@@ -209,7 +213,7 @@ def judge(command: str, answer: dict, before: set[str], after: set[str], words: 
         faults.append(f"{answer['bytes'] >> 20} MiB of memory")
     new = {name for name in after - before}
     allowed = {OUTPUT.get(command, "out")} | ({"run", "e"} if command in ("train", "evaluate") else set())
-    places = set(words) | allowed  # an output may have been named anew
+    places = set(words) | allowed  # a damaged argument may name another output
     roots = {str(p).split("/")[0] for p in places if p}
     outside = set() if "." in roots else {name for name in new if name.split("/")[0] not in roots}  # "-o ." is here
     if outside:
@@ -234,7 +238,7 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=sorted(CALLS))
-    parser.add_argument("--keep", type=pathlib.Path, help="keep the inputs of cases that failed here")
+    parser.add_argument("--keep", type=pathlib.Path, help="directory in which to keep the inputs of failed cases")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -255,10 +259,10 @@ def fuzz(options: argparse.Namespace, directory: pathlib.Path) -> int:
     )
     counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
     for number in range(options.cases):
-        draw = random.Random(f"{options.seed}/{number}")
+        rng = random.Random(f"{options.seed}/{number}")
         place = directory / "cases" / str(number)
         place.mkdir(parents=True)
-        command, words = make_case(draw, base, place, options.only)
+        command, words = make_case(rng, base, place, options.only)
         before, beside = listing(place), around(place)
         answer = process.run([command, *words], place)
         faults = judge(command, answer, before, listing(place), words, most.get(command, 0) + MORE_BYTES)
@@ -293,7 +297,7 @@ def _pipes(directory: str, names: list[str]) -> list[str]:
 
 
 def valid(process: Worker, base: pathlib.Path, directory: pathlib.Path, commands: list[str]) -> dict[str, int]:
-    """The memory that each command takes on valid input; all of it must be accepted."""
+    """The memory that each command needs on valid input. Exits if a command refuses valid input."""
     most: dict[str, int] = collections.defaultdict(int)
     for command in commands:
         for words in CALLS[command] if command not in SLOW else ():

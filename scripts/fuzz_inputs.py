@@ -1,4 +1,4 @@
-"""Inputs for scripts/fuzz.py: one valid file of each kind, and hostile ones made of them."""
+"""Inputs for scripts/fuzz.py: one valid file of each kind, and hostile files made from them."""
 
 import contextlib
 import copy
@@ -34,8 +34,8 @@ def make_inputs(base: pathlib.Path) -> None:
 
     package = importlib.util.find_spec("dashscope").submodule_search_locations[0]
     tiny_bundle.write_bundle(base / "bundle", pathlib.Path(package) / "resources" / "qwen.tiktoken")
-    draw = np.random.default_rng(0)
-    pixels = draw.integers(0, 256, (8, 32, 40, 3), np.uint8)
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (8, 32, 40, 3), np.uint8)
     for ending in ("png", "jpg", "webp", "bmp", "gif", "tiff"):
         Image.fromarray(pixels[0]).save(base / f"picture.{ending}")
     exif = Image.Exif()
@@ -48,12 +48,12 @@ def make_inputs(base: pathlib.Path) -> None:
     (base / "frames").mkdir()
     for number, frame in enumerate(pixels[:3]):
         Image.fromarray(frame).save(base / "frames" / f"{number}.png")
-    np.savez(base / "codes.npz", a=draw.integers(0, 64, (3, 4), np.int32), b=draw.integers(0, 64, (1, 3, 4), np.int32))
-    np.savez_compressed(base / "packed.npz", a=draw.integers(0, 64, (3, 4), np.int32))
+    np.savez(base / "codes.npz", a=rng.integers(0, 64, (3, 4), np.int32), b=rng.integers(0, 64, (1, 3, 4), np.int32))
+    np.savez_compressed(base / "packed.npz", a=rng.integers(0, 64, (3, 4), np.int32))
     export(base / "bundle", base / "upstream", "upstream", progress=False)
     export(base / "bundle", base / "transformers", "transformers", progress=False)
-    _torch_files(base, draw)
-    _adapter(base, draw)
+    _torch_files(base, rng)
+    _adapter(base, rng)
     lines = [
         {"image": "picture.png", "text": "a red dot", "name": "dot"},
         {"clip": "clip.webp", "text": "noise"},
@@ -123,7 +123,7 @@ def write_items(directory: pathlib.Path, pixels) -> None:
 
 @contextlib.contextmanager
 def working_in(directory: pathlib.Path):
-    """Within, relative paths are those of `directory`."""
+    """Within the block, `directory` is the working directory."""
     old = os.getcwd()
     os.chdir(directory)
     try:
@@ -143,8 +143,8 @@ def _remux(source: pathlib.Path, target: pathlib.Path) -> None:
                 new.mux(packet)
 
 
-def _adapter(base: pathlib.Path, draw) -> None:
-    """As training writes one."""
+def _adapter(base: pathlib.Path, rng) -> None:
+    """Writes a LoRA adapter in the format of training."""
     import numpy as np
 
     from emu3_jax.checkpoints.adapter import write_adapter
@@ -160,12 +160,12 @@ def _adapter(base: pathlib.Path, draw) -> None:
     }
     write_adapter(
         base / "adapter", Adapter(rank=2, base="int8"), bundle.decoder_config,
-        lambda path: draw.standard_normal(shapes[path]).astype(np.float32), bundle=bundle, step=1,
+        lambda path: rng.standard_normal(shapes[path]).astype(np.float32), bundle=bundle, step=1,
     )  # fmt: skip
 
 
 def _sources(base: pathlib.Path, pixels) -> None:
-    """What `prepare` takes besides manifests: a folder, a list of pictures, a tar and a Parquet file, LLaVA's JSON."""
+    """The other inputs of `prepare`: a folder, a list of pictures, a tar file, a Parquet file, LLaVA's JSON."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     from PIL import Image
@@ -190,7 +190,7 @@ def _sources(base: pathlib.Path, pixels) -> None:
     )
 
 
-def _torch_files(base: pathlib.Path, draw) -> None:
+def _torch_files(base: pathlib.Path, rng) -> None:
     import torch
     from safetensors.numpy import load_file
 
@@ -200,7 +200,7 @@ def _torch_files(base: pathlib.Path, draw) -> None:
         torch.save(tensors, file.with_name("pytorch_model.bin"))
         file.unlink()
     (base / "features").mkdir()
-    codes = draw.integers(0, 64, (3, 4))
+    codes = rng.integers(0, 64, (3, 4))
     torch.save({"name": "a", "images": codes, "texts": "a dot"}, base / "features" / "0.pth")
     (base / "features.json").write_text(json.dumps({"prefix": "features", "path_list": ["0.pth"]}))
 
@@ -229,59 +229,57 @@ VALUES = [
 _FIELDS_OF_ZIP = 46  # bytes of an entry of a zip file's directory, before its name
 
 
-def hostile_bytes(draw: random.Random, data: bytes) -> bytes:
+def hostile_bytes(rng: random.Random, data: bytes) -> bytes:
     """`data` with a few faults, each of a random kind."""
     data = bytearray(data)
-    for _ in range(draw.choice((1, 1, 1, 2, 4))):
+    for _ in range(rng.choice((1, 1, 1, 2, 4))):
         size = len(data)
-        at = draw.randrange(size) if size else 0
-        if draw.random() < 0.4:
-            at = min(at, draw.randrange(200))  # headers decide more than data do
-        kind = draw.randrange(9)
+        at = rng.randrange(size) if size else 0
+        if rng.random() < 0.4:
+            at = min(at, rng.randrange(200))  # faults in headers do more than faults in data
+        kind = rng.randrange(9)
         if kind == 0 and size:
-            data[at] ^= 1 << draw.randrange(8)
+            data[at] ^= 1 << rng.randrange(8)
         elif kind == 1:
             del data[at:]
         elif kind == 2:
-            del data[at : at + draw.randrange(1, 64)]
+            del data[at : at + rng.randrange(1, 64)]
         elif kind == 3:
-            data[at:at] = data[at : at + draw.randrange(1, 256)]
+            data[at:at] = data[at : at + rng.randrange(1, 256)]
         elif kind == 4:
-            data[at : at + 4] = draw.choice(
-                (b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\0\0", b"\xff\xff\xff\x7f")
-            )
+            data[at : at + 4] = rng.choice((b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\0\0", b"\xff\xff\xff\x7f"))
         elif kind == 5:
-            data[at : at + 8] = struct.pack(draw.choice("<>") + "Q", draw.choice((2**63, 2**40, 2**31, 0, 10**9)))
+            data[at : at + 8] = struct.pack(rng.choice("<>") + "Q", rng.choice((2**63, 2**40, 2**31, 0, 10**9)))
         elif kind == 6:
-            data[at:at] = draw.randbytes(draw.randrange(1, 64))
+            data[at:at] = rng.randbytes(rng.randrange(1, 64))
         elif kind == 7:
-            data = bytearray(draw.choice((b"", b"\0" * 1000, draw.randbytes(100), b"{}", b"[" * 50_000, b"PK\x03\x04")))
+            data = bytearray(rng.choice((b"", b"\0" * 1000, rng.randbytes(100), b"{}", b"[" * 50_000, b"PK\x03\x04")))
         else:
-            data[at : at + 16] = draw.randbytes(16)
+            data[at : at + 16] = rng.randbytes(16)
     return bytes(data)
 
 
-def hostile_json(draw: random.Random, text: str) -> str:
-    """A JSON text with a value or a key replaced, removed or added, or as deep as it can be."""
+def hostile_json(rng: random.Random, text: str) -> str:
+    """A JSON text with a value or a key replaced, removed or added, or with extremely deep nesting."""
     data = json.loads(text)
-    for _ in range(draw.choice((1, 1, 2, 3))):
+    for _ in range(rng.choice((1, 1, 2, 3))):
         places = list(_places(data))
         if not places:
             break
-        holder, key = draw.choice(places)
-        kind = draw.randrange(5)
+        holder, key = rng.choice(places)
+        kind = rng.randrange(5)
         if kind <= 2:
-            holder[key] = copy.deepcopy(draw.choice(VALUES))
+            holder[key] = copy.deepcopy(rng.choice(VALUES))
         elif kind == 3:
             del holder[key]
         elif isinstance(holder, dict):
-            holder[draw.choice(("x", "", "../x", "\ud800", *holder))] = copy.deepcopy(draw.choice(VALUES))
+            holder[rng.choice(("x", "", "../x", "\ud800", *holder))] = copy.deepcopy(rng.choice(VALUES))
         else:
-            holder.insert(key, copy.deepcopy(draw.choice(VALUES)))
+            holder.insert(key, copy.deepcopy(rng.choice(VALUES)))
     text = json.dumps(data)
-    if draw.random() < 0.05:
-        deep = draw.choice(("[" * 5000 + "]" * 5000, '{"a":' * 5000 + "1" + "}" * 5000, "1" * 5000, "[1e999]"))
-        text = deep if draw.random() < 0.5 else re.sub(r"\d+", lambda _: deep, text, count=1)
+    if rng.random() < 0.05:
+        deep = rng.choice(("[" * 5000 + "]" * 5000, '{"a":' * 5000 + "1" + "}" * 5000, "1" * 5000, "[1e999]"))
+        text = deep if rng.random() < 0.5 else re.sub(r"\d+", lambda _: deep, text, count=1)
     return text
 
 
@@ -292,64 +290,64 @@ def _places(data):
         yield from _places(value)
 
 
-def hostile_header(draw: random.Random, data: bytes) -> bytes:
-    """A safetensors file whose header is changed as JSON; the length in front is right, or not."""
+def hostile_header(rng: random.Random, data: bytes) -> bytes:
+    """A safetensors file with a changed JSON header. The length in front of the header is mostly right."""
     length = int.from_bytes(data[:8], "little")
-    header = hostile_json(draw, data[8 : 8 + length].decode()).encode("utf-8", "surrogatepass")
-    said = len(header) if draw.random() < 0.9 else draw.choice((0, 2**63, len(header) + 1, len(data) * 2))
+    header = hostile_json(rng, data[8 : 8 + length].decode()).encode("utf-8", "surrogatepass")
+    said = len(header) if rng.random() < 0.9 else rng.choice((0, 2**63, len(header) + 1, len(data) * 2))
     return said.to_bytes(8, "little") + header + data[8 + length :]
 
 
-def hostile_zip(draw: random.Random, data: bytes) -> bytes:
-    """A zip file with members renamed, changed, doubled, packed, encrypted by their flags, or of a false size."""
+def hostile_zip(rng: random.Random, data: bytes) -> bytes:
+    """A zip file with members renamed, changed, doubled or compressed, with encryption flags, or with a false size."""
     out = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(out, "w") as new:
         for info in old.infolist():
             content, name = old.read(info), info.filename
-            if draw.random() < 0.3:
-                content = draw.choice((hostile_bytes(draw, content), _npy(draw), bytes(draw.choice((0, 10**7)))))
-            if draw.random() < 0.2:
-                name = draw.choice(
+            if rng.random() < 0.3:
+                content = rng.choice((hostile_bytes(rng, content), _npy(rng), bytes(rng.choice((0, 10**7)))))
+            if rng.random() < 0.2:
+                name = rng.choice(
                     ("../../escaped.npy", "/tmp/escaped.npy", "a\nb.npy", "file.npy", "x" * 300, "con.npy", name)
                 )
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                new.writestr(name, content, draw.choice((zipfile.ZIP_STORED, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)))
-                if draw.random() < 0.05:
+                new.writestr(name, content, rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)))
+                if rng.random() < 0.05:
                     new.writestr(name, content)
     made = bytearray(out.getvalue())
-    if draw.random() < 0.3:
+    if rng.random() < 0.3:
         at = made.find(b"PK\x01\x02")
-        made[at + draw.randrange(4, _FIELDS_OF_ZIP)] = draw.choice((0, 1, 99, 255))
+        made[at + rng.randrange(4, _FIELDS_OF_ZIP)] = rng.choice((0, 1, 99, 255))
     return bytes(made)
 
 
-def _npy(draw: random.Random) -> bytes:
-    """An .npy file whose header lies."""
-    shape = draw.choice(
+def _npy(rng: random.Random) -> bytes:
+    """An .npy file with a false header."""
+    shape = rng.choice(
         ("(3, 4)", "(20000, 20000)", "(1000000000,)", "(-1, 3)", "(2**60,)", "()", "x", "(3, 4" + ",1" * 500 + ")")
     )
-    kind = draw.choice(("<i4", "|O", "<f8", "<U1000000000", "V99999999999", "[('a','<i4')]", ">i8", "<i2", "m8"))
+    kind = rng.choice(("<i4", "|O", "<f8", "<U1000000000", "V99999999999", "[('a','<i4')]", ">i8", "<i2", "m8"))
     header = (
-        f"{{'descr': '{kind}', 'fortran_order': {draw.choice(('False', 'True', '9'))}, 'shape': {shape}, }}".encode()
+        f"{{'descr': '{kind}', 'fortran_order': {rng.choice(('False', 'True', '9'))}, 'shape': {shape}, }}".encode()
     )
-    header += b" " * draw.choice((0, 10, 100_000)) + b"\n"
-    return b"\x93NUMPY" + bytes((draw.choice((1, 2, 3, 9)), 0)) + struct.pack("<I", len(header)) + header + bytes(48)
+    header += b" " * rng.choice((0, 10, 100_000)) + b"\n"
+    return b"\x93NUMPY" + bytes((rng.choice((1, 2, 3, 9)), 0)) + struct.pack("<I", len(header)) + header + bytes(48)
 
 
-def hostile_lines(draw: random.Random, text: str) -> str:
+def hostile_lines(rng: random.Random, text: str) -> str:
     """A manifest with one line changed."""
     lines = text.splitlines()
-    at = draw.randrange(len(lines))
-    lines[at] = hostile_json(draw, lines[at]) if draw.random() < 0.8 else draw.choice(WORDS)
+    at = rng.randrange(len(lines))
+    lines[at] = hostile_json(rng, lines[at]) if rng.random() < 0.8 else rng.choice(WORDS)
     return "\n".join(lines)
 
 
-def damage(draw: random.Random, file: pathlib.Path) -> None:
+def damage(rng: random.Random, file: pathlib.Path) -> None:
     """Replaces a file by a hostile one of its kind."""
     data = file.read_bytes()
     file.unlink()
-    how = draw.random()
+    how = rng.random()
     if how < 0.03:
         os.mkfifo(file)
         return
@@ -357,19 +355,19 @@ def damage(draw: random.Random, file: pathlib.Path) -> None:
         file.mkdir()
         return
     if how < 0.09:
-        file.symlink_to(draw.choice(("/dev/zero", "nowhere", file.name, "/etc/passwd")))
+        file.symlink_to(rng.choice(("/dev/zero", "nowhere", file.name, "/etc/passwd")))
         return
     try:
         if file.suffix == ".json" and how < 0.8:
-            data = hostile_json(draw, data.decode()).encode("utf-8", "surrogatepass")
+            data = hostile_json(rng, data.decode()).encode("utf-8", "surrogatepass")
         elif file.suffix == ".jsonl" and how < 0.8:
-            data = hostile_lines(draw, data.decode()).encode("utf-8", "surrogatepass")
+            data = hostile_lines(rng, data.decode()).encode("utf-8", "surrogatepass")
         elif file.suffix == ".safetensors" and how < 0.7:
-            data = hostile_header(draw, data)
+            data = hostile_header(rng, data)
         elif file.suffix in (".npz", ".bin", ".pth") and how < 0.7:
-            data = hostile_zip(draw, data)
+            data = hostile_zip(rng, data)
         else:
-            data = hostile_bytes(draw, data)
+            data = hostile_bytes(rng, data)
     except (ValueError, zipfile.BadZipFile, IndexError, OverflowError):
-        data = hostile_bytes(draw, data)
+        data = hostile_bytes(rng, data)
     file.write_bytes(data)

@@ -1,8 +1,8 @@
-"""How much of a TPU chip the pixels of a picture take: compiles the published vision tokenizer's decoding of 720x720.
+"""How much TPU memory the pixels of a picture need. Compiles the published vision tokenizer's decoder for 720x720.
 
     python scripts/vision_plan.py v5e:1x1
 
-It needs libtpu (the extra `tpu`) and no TPU. It prints two plans: exact pixels, and pixels with `--fast-pixels`.
+It needs libtpu (the extra `tpu`), but no TPU. It prints two plans: exact pixels, and pixels with `--fast-pixels`.
 """
 
 import argparse
