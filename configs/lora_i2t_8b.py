@@ -4,6 +4,9 @@
     emu3-jax train configs/lora_i2t_8b.py
     emu3-jax chat photo.jpg --prompt "What is this?" --model out/lora_i2t/model
 
+`emu3-jax convert BAAI/Emu3-Chat BAAI/Emu3-VisionTokenizer -o out/emu3-chat` makes the bundle. `--set model.bundle=DIR`
+names another one.
+
 The loss counts only the answers. All other settings are those of lora_t2i_8b.py. If an example has a caption but no
 conversation, the question is `ImageToText.question` and the caption is the answer. On small slices,
 `--set adapter.base=nf4` stores the frozen weights in 4 bits.

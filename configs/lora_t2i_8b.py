@@ -4,6 +4,9 @@
     emu3-jax train configs/lora_t2i_8b.py
     emu3-jax generate "a portrait of a lighthouse" --model out/lora_t2i/model -o out/pictures
 
+`emu3-jax convert BAAI/Emu3-Gen BAAI/Emu3-VisionTokenizer -o out/emu3-gen` makes the bundle. `--set model.bundle=DIR`
+names another one.
+
 A step has 16 rows of 8,704 tokens. A row holds one picture of 720x720 pixels and a caption of at most about 400
 tokens. docs/planning.md lists the TPU slices that this config fits, and the `accumulation` for each.
 `--set adapter.rank=32` makes larger adapters. If you called `prepare` without `--validation`, add

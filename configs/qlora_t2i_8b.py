@@ -4,6 +4,9 @@
     emu3-jax train configs/qlora_t2i_8b.py
     emu3-jax generate "a portrait of a lighthouse" --model out/qlora_t2i/model -o out/pictures
 
+`emu3-jax convert BAAI/Emu3-Gen BAAI/Emu3-VisionTokenizer -o out/emu3-gen` makes the bundle. `--set model.bundle=DIR`
+names another one.
+
 All other settings are those of lora_t2i_8b.py. The frozen weights take a quarter of the memory, but each step is
 slower. Use this config on slices that lora_t2i_8b.py does not fit; docs/planning.md lists them.
 """

@@ -4,6 +4,9 @@
     emu3-jax prepare manifest.jsonl --model out/emu3-chat -o out/data
     emu3-jax train configs/sft_i2t_8b.py
 
+`emu3-jax convert BAAI/Emu3-Chat BAAI/Emu3-VisionTokenizer -o out/emu3-chat` makes the bundle. `--set model.bundle=DIR`
+names another one.
+
 The loss counts only the answers. All other settings are those of sft_t2i_8b.py.
 """
 

@@ -4,6 +4,9 @@
     emu3-jax prepare manifest.jsonl --model out/emu3-gen -o out/data
     emu3-jax train configs/sft_t2i_8b.py
 
+`emu3-jax convert BAAI/Emu3-Gen BAAI/Emu3-VisionTokenizer -o out/emu3-gen` makes the bundle. `--set model.bundle=DIR`
+names another one.
+
 A step has 64 rows of 10,240 tokens, one row for each of 64 chips. By `emu3-jax plan`, a chip of a v5e:8x8 needs 13.5
 GiB. A chip of a v5p:4x4x4 needs 13.7 GiB with `--hbm-limit 15`; without the limit, XLA spends spare memory to save
 time: 19.7 GiB. For fewer chips add `--set accumulation=...`.

@@ -248,7 +248,7 @@ def scratch(stand_in, tmp_path, monkeypatch) -> pathlib.Path:
 def give(page: pathlib.Path, scratch: pathlib.Path, bundle: pathlib.Path) -> None:
     """Makes what a page that does not make it itself takes as given: bundles, and photos with captions."""
     text = "\n".join(block.text for block in blocks(page) if is_run(block))
-    for name in ("emu3-gen", "emu3-chat"):
+    for name in ("out/emu3-gen", "out/emu3-chat"):
         if name in text and f"-o {name}" not in text:
             shutil.copytree(bundle, scratch / name)
     if re.search(r"prepare photos\b", text) and "scripts/photos.py" not in text:
