@@ -1,5 +1,7 @@
 """Gives every notebook the first cell of notebooks/first_cell.py, and takes out outputs and counts of executions.
 
+A Markdown cell before the first cell says what to do with it.
+
 python scripts/notebooks.py             # writes the notebooks
 python scripts/notebooks.py --check     # exit code 1 if one would change, writes nothing
 
@@ -14,6 +16,10 @@ import sys
 
 NOTEBOOKS = pathlib.Path(__file__).resolve().parents[1] / "notebooks"
 FIRST_CELL = NOTEBOOKS / "first_cell.py"
+INSTALL = """## Install
+
+Set `PACKAGE` to a git address, a wheel or the folder of a checkout. Run the cell. You need not read its code. If the
+cell restarts the kernel, run it again."""
 _OWN = re.compile(r"^(?:EXTRAS|MEMORY) = .*$", re.MULTILINE)
 
 
@@ -31,6 +37,12 @@ def renewed(text: str) -> str:
         cell.update(execution_count=None, outputs=[])
     code[0]["source"] = first_cell("".join(code[0]["source"])).splitlines(keepends=True)
     code[0]["metadata"] = {"cellView": "form"}  # Colab shows PACKAGE as a field, and the code on a click
+    place = notebook["cells"].index(code[0])
+    if "".join(notebook["cells"][place - 1]["source"]).partition("\n")[0] == INSTALL.partition("\n")[0]:
+        place -= 1
+        del notebook["cells"][place]
+    said = {"cell_type": "markdown", "id": "", "metadata": {}, "source": INSTALL.splitlines(keepends=True)}
+    notebook["cells"].insert(place, said)
     for index, cell in enumerate(notebook["cells"]):
         cell["id"] = f"cell-{index:02d}"
     return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"

@@ -113,13 +113,18 @@ def test_script_strips_outputs_and_renews_the_first_cell(tmp_path):
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     own = 'EXTRAS = "video,train"  # mine\nMEMORY = 7\n'
     code[0]["source"] = ["# an old cell\n", *own.splitlines(keepends=True)]
+    place = notebook["cells"].index(code[0])
+    del notebook["cells"][place - 1]  # a notebook that has no word on its first cell yet
     code[1].update(execution_count=3, outputs=[{"output_type": "stream", "name": "stdout", "text": ["x"]}])
     file = tmp_path / "notebooks" / "01.ipynb"
     file.write_text(json.dumps(notebook))
     for arguments, code_of_exit, said in ((["--check"], 1, "would change"), ([], 0, "written"), (["--check"], 0, "")):
         done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=False)
         assert (done.returncode, said in done.stdout, bool(said)) == (code_of_exit, True, bool(done.stdout))
-    code = [cell for cell in json.loads(file.read_text())["cells"] if cell["cell_type"] == "code"]
+    cells = json.loads(file.read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    before = cells[cells.index(code[0]) - 1]
+    assert before["cell_type"] == "markdown" and "Set `PACKAGE` to" in "".join(before["source"])
     assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
     renewed = "".join(code[0]["source"])
     assert own in renewed
