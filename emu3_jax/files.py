@@ -133,6 +133,26 @@ def new_directory(target: str | os.PathLike, nbytes: int) -> Iterator[pathlib.Pa
             temporary.rename(target)
 
 
+def require_outside(output: str | os.PathLike, *inputs: str | os.PathLike) -> None:
+    """Checks that an output is not inside a directory that is read. A new file there would not be in its checksums.
+
+    Args:
+        output: path of the output, local or in a bucket. It may be absent.
+        inputs: paths that are read, local or in a bucket. Links are followed.
+
+    Raises:
+        Emu3Error: `output` is below one of the inputs.
+    """
+    for read in inputs:
+        if any(parent == _real(read) for parent in _real(output).parents):
+            raise Emu3Error(f"cannot write {output}: it is inside {read}, which is read; choose a place outside it")
+
+
+def _real(path: str | os.PathLike) -> pathlib.PurePath:
+    """The path without links and `..`, to compare it with others."""
+    return pathlib.PurePosixPath(os.fspath(path) if storage.is_remote(path) else os.path.realpath(path))
+
+
 def _require_space(directory: pathlib.Path, nbytes: int, what: str, remedy: str) -> None:
     free = shutil.disk_usage(directory).free
     if free < nbytes:

@@ -199,6 +199,16 @@ def test_bad_prompts(refused, tmp_path, monkeypatch):
     assert "'0' is not a whole number from 1 to 100000" in refused("generate", "a", "-n", 0, *OPTIONS)
 
 
+def test_too_many_pictures_are_refused_before_a_name_is_made(refused, tmp_path, monkeypatch):
+    (tmp_path / "k.txt").write_text("a\n" * 1000)
+    monkeypatch.setattr(Outputs, "__init__", lambda *_, **__: pytest.fail("names were made"))
+    monkeypatch.setattr("emu3_jax.media.picture_files.check_about", lambda *_: pytest.fail("prompts were read"))
+    assert refused("generate", "--prompts-file", "k.txt", "-n", 1001, *OPTIONS) == (
+        "emu3-jax: error: 1,000 prompts with -n 1001 are 1,001,000 pictures, but one run makes at most 1,000,000: "
+        "lower -n, or give fewer prompts\n"
+    )
+
+
 # ------------------------------------------------------------------------------------------------ formats and JSON
 
 

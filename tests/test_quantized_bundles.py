@@ -335,3 +335,42 @@ def test_what_cannot_be_quantised(golden_checkpoint, tiny_bundle, tmp_path, caps
     assert "exists already" in capsys.readouterr().err and not output.exists()
     with pytest.raises(Emu3Error, match="quantize is 'int4'"):
         convert([golden_checkpoint / "lm"], output, quantize="int4")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "quantize copy -o copy/in",
+        "export copy --layout upstream -o copy/in",
+        "merge copy --adapter adapter -o copy/in",
+        "merge copy --adapter adapter -o adapter/in",
+        "convert copy -o copy/in",
+        "train config.py",
+    ],
+)
+def test_no_command_writes_into_what_it_reads(tiny_bundle, tmp_path, monkeypatch, capsys, command):
+    """Files that are not in the checksums would make the bundle count as damaged."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_bundle, "copy")
+    (tmp_path / "adapter").mkdir()
+    config = TRAINING.format(bundle="copy", adapter=None)
+    (tmp_path / "config.py").write_text(config)
+    if command.startswith("train"):
+        command += " --set directory=copy/in"
+    before = sorted(tmp_path.rglob("*"))
+    assert main(command.split()) == 2
+    error = capsys.readouterr().err
+    output = "adapter/in" if "adapter/in" in command else "copy/in"
+    assert f"cannot write {output}: it is inside {output[:-3]}, which is read; choose" in error, error
+    assert [path for path in sorted(tmp_path.rglob("*")) if "__pycache__" not in path.parts] == before
+
+
+@pytest.mark.parametrize("options", ["", "--quantize int8"])
+def test_a_bundle_needs_no_conversion(tiny_bundle, tmp_path, monkeypatch, capsys, options):
+    monkeypatch.chdir(tmp_path)
+    assert main(["convert", str(tiny_bundle), "-o", "out", *options.split()]) == 2
+    assert capsys.readouterr().err == (
+        f"emu3-jax: error: {tiny_bundle} is a bundle already, so it needs no conversion; to quantise it, run "
+        f"`emu3-jax quantize {tiny_bundle} -o NEW`\n"
+    )
+    assert not (tmp_path / "out").exists()

@@ -31,7 +31,7 @@ from emu3_jax.compilation import check_backend
 from emu3_jax.config import DecoderConfig, ImageConfig, SpecialTokens, VisionConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.fields import FieldError, is_whole, read_from
-from emu3_jax.files import new_directory
+from emu3_jax.files import new_directory, require_outside
 from emu3_jax.foreign import plain_file, read_object, reading, storage_path
 from emu3_jax.models.quantization import (
     KINDS,
@@ -500,6 +500,7 @@ class Bundle:
         Raises:
           Emu3Error: `target` exists or cannot be written, or the disk is too small. No files are left behind.
         """
+        require_outside(target, self.path)
         with new_directory(target, sum(array.nbytes for array in arrays)) as temporary:
             write_part(temporary / "decoder", decoder_dict(decoder, quantize), arrays, written)
             for part in ("tokenizer", "vision"):

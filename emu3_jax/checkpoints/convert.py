@@ -28,7 +28,7 @@ from emu3_jax.checkpoints.quantized import quantised_arrays
 from emu3_jax.checkpoints.tensors import Tensor
 from emu3_jax.config import DecoderConfig, VisionConfig
 from emu3_jax.errors import Emu3Error
-from emu3_jax.files import new_directory
+from emu3_jax.files import new_directory, require_outside
 from emu3_jax.models.quantization import check_kind, is_quantised
 from emu3_jax.printable import shown
 from emu3_jax.progress import Progress
@@ -91,6 +91,7 @@ def convert(
     if storage.exists(output):
         raise Emu3Error(f"{output} exists already: choose another name or delete it first")
     names = [str(source) for source in sources]
+    require_outside(output, *names)
     plan = _plan([Published.open(fetch(name, progress)) for name in names], dtype, quantize)
     plan.template = template or ("stage1" if any("stage1" in Path(n).name.lower() for n in names) else "chat")
     with (

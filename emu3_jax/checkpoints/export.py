@@ -19,7 +19,7 @@ from emu3_jax.checkpoints.published_config import decoder_to_published, image_to
 from emu3_jax.checkpoints.tensors import write_safetensors
 from emu3_jax.checkpoints.transformers_tokenizer import special_ids, write_tokenizer
 from emu3_jax.errors import Emu3Error
-from emu3_jax.files import new_directory
+from emu3_jax.files import new_directory, require_outside
 from emu3_jax.printable import shown
 from emu3_jax.progress import Progress
 from emu3_jax.text.tokenizer import VISION_TOKENS_FILE
@@ -55,6 +55,7 @@ def export(
     if layout not in LAYOUTS:
         raise Emu3Error(f"layout is {shown(layout)}: it must be {' or '.join(LAYOUTS)}")
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    require_outside(output, bundle.path)
     parts = [part for part in ("decoder", "vision") if bundle.has(part)]
     if not parts:
         raise Emu3Error(f"{bundle.path} has neither a decoder nor a vision part: there are no weights to export")

@@ -13,6 +13,7 @@ from flax import traverse_util
 from emu3_jax.checkpoints.adapter import SavedAdapter
 from emu3_jax.checkpoints.bundle import Bundle, LazyArray, read_array
 from emu3_jax.checkpoints.layouts import Param
+from emu3_jax.files import require_outside
 from emu3_jax.models.quantization import codes_and_scales
 from emu3_jax.models.stacking import Path as TreePath
 from emu3_jax.progress import Progress
@@ -79,6 +80,7 @@ def merge_bundle(
         Emu3Error: the adapter does not fit the bundle, or a file cannot be read or written. No files are left behind.
     """
     bundle.require_full("merging an adapter")
+    require_outside(target, bundle.path, adapter)
     saved = SavedAdapter.open(adapter, bundle, verify=verify)
     bundle.stored("decoder")  # raises on damage before anything is written
     decoder = saved.decoder if dtype is None else dataclasses.replace(saved.decoder, dtype=dtype)

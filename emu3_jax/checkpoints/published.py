@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from emu3_jax.checkpoints import layouts
-from emu3_jax.checkpoints.bundle import ADAPTER_CONFIG
+from emu3_jax.checkpoints.bundle import ADAPTER_CONFIG, PARTS
 from emu3_jax.checkpoints.layouts import Layout, Weight
 from emu3_jax.checkpoints.published_config import (
     decoder_from_published,
@@ -46,6 +46,11 @@ class Published:
         """
         if (path / ADAPTER_CONFIG).exists() and not (path / "config.json").exists():
             raise Emu3Error(f"{path} is a LoRA adapter: merge it with `emu3-jax merge BUNDLE --adapter {path} -o NEW`")
+        if not (path / "config.json").exists() and any((path / part / "config.json").exists() for part in PARTS):
+            raise Emu3Error(
+                f"{path} is a bundle already, so it needs no conversion; to quantise it, run `emu3-jax quantize {path} "
+                "-o NEW`"
+            )
         config = read_object(path / "config.json")
         tensors = _read_directory(path)
         layout = layouts.detect_layout(t.name for t in tensors)

@@ -13,6 +13,7 @@ import argparse
 import typing
 
 from emu3_jax.cli import common, outputs
+from emu3_jax.generation import defaults
 
 FORMATS = ("png", "jpg", "webp")  # `media.picture_files.PICTURE_FORMATS`, which would load Pillow
 _NUMBERS = {"seed": int, "top_k": int, "guidance": float, "temperature": float, "top_p": float}
@@ -70,15 +71,21 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     from emu3_jax import distributed
     from emu3_jax.cli.output import json_line
+    from emu3_jax.errors import Emu3Error
     from emu3_jax.files import files_into
     from emu3_jax.media.codes import save_codes
     from emu3_jax.media.picture_files import check_about, save_picture
     from emu3_jax.text.prompt_files import read_prompts
 
     prompts = options.prompts or read_prompts(options.prompts_file)
+    count = options.n * len(prompts)
+    if count > defaults.MAX_PICTURES:
+        raise Emu3Error(
+            f"{len(prompts):,} prompts with -n {options.n} are {count:,} pictures, but one run makes at most "
+            f"{defaults.MAX_PICTURES:,}: lower -n, or give fewer prompts"
+        )
     for prompt in prompts:
         check_about(options.format, {"prompt": prompt, "negative": max(options.negative, key=len)})
-    count = options.n * len(prompts)
     files = [options.output / f"{row:0{max(3, len(str(count - 1)))}d}.{options.format}" for row in range(count)]
     tokens = options.output / "tokens.npz"
 

@@ -9,3 +9,5 @@ BATCH_SIZE = 8  # rows computed at once
 MAX_NEW_TOKENS = 1024  # most tokens of an answer, as in the reference's example
 FRAMES = 8  # new frames of a clip
 FPS = 8.0  # frames per second of a new clip
+
+MAX_PICTURES = 1_000_000  # most pictures of one call; each needs a few kilobytes of host memory from the start

@@ -9,13 +9,12 @@ from PIL import Image
 
 from emu3_jax.errors import Emu3Error
 from emu3_jax.fields import is_count
+from emu3_jax.generation import defaults
 from emu3_jax.generation.codec import Vision, decode_picture
 from emu3_jax.generation.language import Batching, Grid, Language, stream_grids
 from emu3_jax.generation.rows import Sampling, describe, per_row, prompt_list, repeat
 from emu3_jax.media.sizes import generate_size
 from emu3_jax.printable import shown
-
-MAX_PICTURES = 1_000_000  # most pictures of one call; each needs a few kilobytes of host memory from the start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +51,9 @@ def stream_pictures(
     """See `Emu3.stream_sequences`. `name` is the model's name in the pictures' metadata."""
     prompts = prompt_list(prompts)
     count = len(prompts)
-    if not is_count(n) or n * count > MAX_PICTURES:
-        raise Emu3Error(f"n is {shown(n)}: it must be a whole number >= 1, for {MAX_PICTURES:,} pictures at most")
+    if not is_count(n) or n * count > defaults.MAX_PICTURES:
+        most = f"{defaults.MAX_PICTURES:,} pictures at most"
+        raise Emu3Error(f"n is {shown(n)}: it must be a whole number >= 1, for {most}")
     area = language.config.image_area if area is None else area
     ratios = per_row("ratio", ratio, count)
     sizes = [generate_size(r, area, vision.config.spatial_factor) for r in ratios]

@@ -24,7 +24,7 @@ from emu3_jax.data.encoder import bundle_codebook
 from emu3_jax.data.pipeline import evaluation_batches, open_prepared, training_batches
 from emu3_jax.data.sequences import ImageToText, NextFrame, TextOnly, TextToImage
 from emu3_jax.errors import Emu3Error
-from emu3_jax.files import new_file
+from emu3_jax.files import new_file, require_outside
 from emu3_jax.generation.codec import Vision
 from emu3_jax.generation.language import Language
 from emu3_jax.generation.pipeline import Emu3
@@ -75,6 +75,7 @@ def train(
             "--adapter-only out"
         )
     storage_place(config.directory)  # a bad path must fail now, not at the first checkpoint
+    require_outside(config.directory, config.model.bundle)
     bundle = Bundle.open(config.model.bundle, verify=verify)
     decoder = _decoder(config, bundle)
     mesh = make_mesh(config.mesh)

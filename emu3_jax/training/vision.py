@@ -17,6 +17,7 @@ from emu3_jax.checkpoints.bundle import Bundle
 from emu3_jax.compilation import enable_persistent_cache, own_settings
 from emu3_jax.data.pixels import PixelData
 from emu3_jax.errors import Emu3Error
+from emu3_jax.files import require_outside
 from emu3_jax.models.vision import make_decoder, make_encoder
 from emu3_jax.printable import printable
 from emu3_jax.sharding.mesh import make_mesh
@@ -54,6 +55,8 @@ def train_vision(config: VisionTrainConfig, progress: bool | None = None, *, ver
     """
     enable_persistent_cache()
     storage_place(config.directory)  # a bad path must fail now, not at the first checkpoint
+    if config.bundle:
+        require_outside(config.directory, config.bundle)
     if config.bundle and verify:
         Bundle.open(config.bundle, verify=True)
     with own_settings(), contextlib.closing(_VisionJob(config, make_mesh(config.mesh))) as job:
