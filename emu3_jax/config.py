@@ -132,7 +132,27 @@ FREE_FIELDS = ("image_area", "max_positions", "clip_frames", "clip_layout")
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """The decoder (upstream `Emu3Config`). Defaults: the published 8 B models. `dtype` is the compute dtype."""
+    """The shapes and settings of a decoder (the reference's `Emu3Config`). Defaults: the published 8 B models.
+
+    Attributes:
+        vocab_size: number of token ids, text and visual.
+        hidden_size: width of the residual stream; `num_heads` must divide it.
+        intermediate_size: width of the MLP.
+        num_layers: number of layers.
+        num_heads: number of query heads.
+        num_kv_heads: number of key and value heads; it must divide `num_heads`.
+        max_positions: largest number of tokens in a sequence.
+        rms_norm_eps: added to the mean square in norms.
+        rope_theta: base of the rotary position embedding.
+        image_area: default area of generated pictures, in pixels.
+        clip_frames: frames per clip in training, or None if the model was not trained on clips.
+        clip_layout: tokens of clips: "lines" ends each row of visual tokens with EOL, "flat" does not.
+        dtype: dtype of computation: "bfloat16", "float16" or "float32".
+        tokens: ids of the control tokens, and the range of visual ids.
+
+    Raises:
+        Emu3Error: a value is not legal. The message names the field.
+    """
 
     vocab_size: int = 184622
     hidden_size: int = 4096
@@ -143,9 +163,9 @@ class DecoderConfig:
     max_positions: int = 9216
     rms_norm_eps: float = 1e-5
     rope_theta: float = 1_000_000.0
-    image_area: int = 720 * 720  # default area of generated pictures, in pixels
-    clip_frames: int | None = None  # frames per clip in training; None if unknown
-    clip_layout: str = "lines"  # tokens of clips: "lines" ends each row with EOL, "flat" does not
+    image_area: int = 720 * 720
+    clip_frames: int | None = None
+    clip_layout: str = "lines"
     dtype: str = "bfloat16"
     tokens: SpecialTokens = SpecialTokens()
 

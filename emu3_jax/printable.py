@@ -34,6 +34,11 @@ def shown(value: Any) -> str:
     return _cut(printable(_REPR.repr(value)), _SHOWN)
 
 
+def counted(number: int, noun: str) -> str:
+    """Returns a number with its noun, in the plural unless the number is 1: `1 shard`, `2 shards`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def printable(text: str, keep: str = "") -> str:
     r"""Escapes control characters and characters that UTF-8 cannot encode, for example as `\x1b`.
 

@@ -49,6 +49,10 @@ def run(output: pathlib.Path, model: pathlib.Path | None = None) -> None:
     print("# Text to pictures: eight of these things appeared in training only in other styles")
     emu3_jax("generate", *PROMPTS, "--seed", 13, "--batch-size", len(PROMPTS), "-o", pictures, *chosen)
     print("# Pictures to text: two questions about each of four pictures that were not in training")
+    print("# The pictures show:")
+    for file in files:
+        thing, _, style = pathlib.Path(file).stem.rpartition("-")
+        print(f"#   {file}: {style} emoji of {thing}")
     asked = [(file, question) for file in files for question in QUESTIONS]
     emu3_jax(
         "chat", *(file for file, _ in asked), "--prompt", *(question for _, question in asked), "--max-new-tokens", 32,

@@ -84,6 +84,7 @@ def test_a_clip_there_and_back(golden_bundle, here):
     for kind in ("webp", "gif"):
         assert run("detokenize", "codes.npz", "--model", golden_bundle, "--clip-format", kind, "-o", "clips") == 0
         assert picture(f"clips/clip.{kind}").shape == (64, 64, 3)
+    assert load_clip(here / "clips" / "clip.webp").fps == 8.0  # codes hold no rate: the default of `video`
     cut = ("detokenize", "codes.npz", "--model", golden_bundle, "--frames", 6, "--clip-format", "png", "-o", "cut")
     assert run(*cut) == 0 and len(load_clip(here / "cut" / "clip.png").frames) == 6
 

@@ -410,7 +410,7 @@ def test_finetune(tmp_path, kernel):
     assert before > 60 and after < 15  # of 255 levels: emoji before, the flags after
     assert 1e6 < size < 10e6
     assert f"before {before:.1f}, after {after:.1f}" in done.printed
-    assert "data: 4 records in 1 shards, 0 skipped" in done.printed and len(captions) == 4
+    assert "data: 4 records in 1 shard, 0 skipped" in done.printed and len(captions) == 4
     # The merged model draws what the model with the adapter draws.
     with Image.open(tmp_path / "work" / "drawn" / "000.png") as drawn:
         assert drawn.text["prompt"] == captions[0]

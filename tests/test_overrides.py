@@ -99,7 +99,10 @@ def test_classes_of_the_config_itself():
         (["adapter.rank.more=1"], "--set adapter.rank.more=1: 'more' is inside 16, which has no fields"),
         (["samples.every=5"], "--set samples.every=5: SampleConfig needs the field prompts: set it too"),
         (["adapter.rank=4", "adapter.alpha=-1", "steps=7"], r"^--set adapter\.alpha=-1: Adapter field alpha"),
-        (["seed=1", "steps=7"], r"^--set seed=1 --set steps=7: OptimizerConfig field warmup_steps .* less than steps"),
+        (
+            ["seed=1", "steps=7"],
+            r"^--set seed=1 --set steps=7: .* warmup_steps .* less than steps \(7\), .* optimizer.warmup_steps=3",
+        ),
         (["model.random=True", "adapter.rank=4", "model.decoder.max_positions=99"], "^--set adapter.rank=4: .*random"),
         (["data.sources.2.path=x"], "--set data.sources.2.path=x: '2' is not an index from 0 to 1"),
         (["steps=5.x"], "steps is '5.x'"),

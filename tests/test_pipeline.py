@@ -207,7 +207,7 @@ def test_a_picture_is_extended_at_its_ratio(golden_model):
             "the prompt and 0 frames of 90x90 tokens, but 4 frames are needed: choose a",
         ),
         ({"negative": "word " * 4090}, "the prompt and 0 frames of 4x4 tokens"),
-        ({"extend": []}, "extend has 0 values for 1 rows"),
+        ({"extend": []}, "0 values of extend for 1 prompt: give one, or one for each prompt"),
     ],
 )
 def test_windows_and_clips_that_do_not_do(golden_model, options, message):
@@ -278,7 +278,7 @@ def test_parts_that_a_bundle_lacks_are_named(golden_bundle, golden_model, tmp_pa
         ({"ratio": "x"}, "x"),
         ({"ratio": "6:1"}, "5:1"),
         ({"area": 10}, "area"),
-        ({"ratio": ["1:1", "1:1"]}, "ratio has 2 values for 1 rows"),
+        ({"ratio": ["1:1", "1:1"]}, "2 values of ratio for 1 prompt"),
         ({"guidance": -1.0}, "guidance is -1.0: it must be a number from 0 to 1e9"),
         ({"guidance": float("nan")}, "guidance is nan"),
         ({"temperature": float("inf")}, "temperature is inf"),
@@ -311,7 +311,7 @@ def test_control_tokens_work_where_the_caller_says_so(golden_model):
     ("images", "options", "message"),
     [
         ([], {}, "there is no picture"),
-        ([GOLDEN / "gray.png"], {"prompts": ["a", "b"]}, "prompts has 2 values for 1 rows"),
+        ([GOLDEN / "gray.png"], {"prompts": ["a", "b"]}, "2 values of prompts for 1 item: give one"),
         ([GOLDEN / "gray.png"], {"max_new_tokens": 0}, "max_new_tokens is 0"),
         ([GOLDEN / "gray.png"], {"prompts": "<|extra_204|>"}, re.escape("<|extra_204|>")),
         ([[GOLDEN / "photo.png"] * 20], {}, "row 0: pictures and question take .* the model has 4096 positions"),

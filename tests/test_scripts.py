@@ -51,6 +51,7 @@ def test_demo(scripts, tmp_path, capsys):
     commands = [line.split()[2] for line in told.splitlines() if line.startswith("$ emu3-jax ")]
     assert commands == ["generate", "chat", "video", "video", "chat"]
     assert "\nmoves down\n" in told
+    assert "\n#   scripts/assets/emoji/koala-3d.webp: 3d emoji of koala\n" in told
     assert sum(line.startswith("scripts/assets/emoji/koala-3d.webp: ") for line in told.splitlines()) == 2
 
 

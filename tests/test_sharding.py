@@ -54,7 +54,7 @@ def test_a_mesh_always_has_all_axes():
     ("sizes", "message"),
     [
         ("tensor=3", "mesh tensor=3 needs 3 devices, which does not divide the 8 available devices"),
-        ("data=4,fsdp=4", "mesh data=4,fsdp=4 needs 16 devices"),
+        ("data=4,fsdp=4", "mesh data=4,fsdp=4 needs 16 devices, but only 8 are available: choose smaller axis sizes"),
         ("pipeline=2", "pipeline=2 is not legal: axes are data, fsdp, sequence, tensor"),
         ("tensor", "tensor= is not legal"),
         ("tensor=two", "tensor=two is not legal"),

@@ -45,7 +45,8 @@ def export(
       bundle: a bundle or its path. It must have a decoder, a vision tokenizer or both.
       output: new directory. It must not exist. With layout "upstream" and both parts, it gets the directories
         `language_model/` and `vision_tokenizer/`. Otherwise it gets the files directly.
-      layout: "upstream" (BAAI's code) or "transformers" (version 5 and later).
+      layout: "upstream" (names of the published checkpoints, for the reference's code) or "transformers" (names of
+        transformers 5).
       progress: True shows a progress bar on a terminal and lines in a log, None shows only the bar, False nothing.
       shard_bytes: largest size of a safetensors file, in bytes.
 

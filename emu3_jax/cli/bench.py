@@ -1,6 +1,6 @@
 """Measure speed and memory, with random weights or a bundle's. Prints JSON lines.
 
---compare also runs another implementation with the same shapes on the same device.
+--compare transformers also runs transformers with the same shapes on the same device.
 
 examples:
   emu3-jax bench decode --preset small
@@ -150,7 +150,7 @@ def _add_train(command: argparse.ArgumentParser) -> None:
         "--compile",
         dest="compiled",
         action="store_true",
-        help="with --compare, also run the other implementation with its layers under torch.compile",
+        help="with --compare, also run transformers with its layers under torch.compile",
     )
 
 
@@ -181,7 +181,7 @@ def _add_compare(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--compare",
         choices=("transformers",),
-        help="also run this implementation with the same shapes on the same device",
+        help="also run transformers with the same shapes on the same device",
     )
 
 

@@ -1,10 +1,12 @@
 """Answer questions about pictures and clips.
 
-One question is asked about each FILE; several questions are asked about one FILE each. With --together, or without
---prompt, all files are shown in one conversation. Without --prompt, questions are read from standard input, one a line.
+Give one question for all files, or one question per file. With --together, or without --prompt, all files are shown in
+one conversation. Without --prompt, questions are read from standard input, one a line.
+
+The small embedded model was trained on few questions, such as "Describe the image.". Its answers are often wrong.
 
 examples:
-  emu3-jax chat out/000.png --prompt "What is this?"
+  emu3-jax chat out/000.png --prompt "Describe the image."
   emu3-jax chat before.png after.png --prompt "What changed?" --together
 """
 
@@ -34,7 +36,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--frames",
         type=int,
         metavar="N",
-        help="frames to show per clip (default: the training length, or 8 where they are shown as pictures)",
+        help="frames to show per clip (default: the training length, or 8 when shown as pictures)",
     )
     command.add_argument(
         "--fps",

@@ -61,8 +61,8 @@ def section(command: argparse.ArgumentParser, title: str) -> argparse._ArgumentG
     return command.add_argument_group(title)
 
 
-def add_model(command: argparse.ArgumentParser) -> None:
-    """`--model`, `--vision`, `--verify`, `--dtype`, `--quantize`, `--mesh`, and `--quiet`."""
+def add_vision_model(command: argparse.ArgumentParser) -> None:
+    """`--model`, `--vision`, `--verify` and `--quiet`: commands that use no decoder need no more."""
     group = section(command, "model")
     group.add_argument(
         "--model", type=place_text, metavar="BUNDLE", help="bundle to use (default: the small embedded model)"
@@ -73,6 +73,14 @@ def add_model(command: argparse.ArgumentParser) -> None:
         metavar="BUNDLE",
         help="take the vision tokenizer from this bundle (default: from that of --model)",
     )
+    add_verify(group)
+    add_quiet(command)
+
+
+def add_model(command: argparse.ArgumentParser) -> None:
+    """The options of `add_vision_model`, and `--dtype`, `--quantize` and `--mesh`."""
+    add_vision_model(command)
+    group = section(command, "model")
     add_dtype(group)
     add_quantize(group)
     group.add_argument(
@@ -80,8 +88,6 @@ def add_model(command: argparse.ArgumentParser) -> None:
         metavar="AXIS=N[,...]",
         help="spread the model over several devices, for example tensor=4 (default: one device)",
     )
-    add_verify(group)
-    add_quiet(command)
 
 
 def add_adapter(command: argparse.ArgumentParser) -> None:
@@ -137,17 +143,13 @@ def add_clip_format(command: argparse.ArgumentParser, name: str) -> None:
         name,
         choices=formats,
         default="webp",
-        help="format of clips; webp and png lose nothing, mp4 and webm need the extra video (default: %(default)s)",
+        help="format of clips; webp and png are lossless, mp4 and webm need the extra video (default: %(default)s)",
     )
 
 
-def add_independent(command: argparse.ArgumentParser) -> None:
-    """`--independent`."""
-    command.add_argument(
-        "--independent",
-        action="store_true",
-        help="cut clips into pieces of 4 frames, each coded by itself, as upstream's script does: other codes",
-    )
+def add_independent(command: argparse.ArgumentParser, text: str) -> None:
+    """`--independent`; `text` is its help."""
+    command.add_argument("--independent", action="store_true", help=text)
 
 
 def add_resampling(command: argparse.ArgumentParser) -> None:
@@ -166,13 +168,13 @@ def add_resampling(command: argparse.ArgumentParser) -> None:
     )
 
 
-def add_tile(command: argparse.ArgumentParser) -> None:
-    """`--tile`."""
+def add_tile(command: argparse.ArgumentParser, verb: str) -> None:
+    """`--tile`; `verb` is "encode" or "decode"."""
     command.add_argument(
         "--tile",
         type=int,
         metavar="PIXELS",
-        help="code frames with longer sides in overlapping tiles of this side: less memory, other results",
+        help=f"{verb} frames with longer sides in overlapping tiles of this side: less memory, other results",
     )
 
 
@@ -181,20 +183,20 @@ def add_quiet(command: argparse.ArgumentParser) -> None:
     command.add_argument("--quiet", action="store_true", help="show no progress")
 
 
-def add_config(command: argparse.ArgumentParser, kind: str) -> None:
-    """`CONFIG.py` and `--set`; `kind` is what its `config()` returns."""
+def add_config(command: argparse.ArgumentParser, kind: str, example: str) -> None:
+    """`CONFIG.py` and `--set`; `kind` is what its `config()` returns, and `example` is words with `--set`."""
     command.add_argument(
         "config",
         type=path,
         metavar="CONFIG.py",
-        help=f"Python file whose function config() returns {kind}; configs/ has examples",
+        help=f"Python file whose function config() returns {kind}; the repository's folder configs/ has examples",
     )
     command.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="FIELD=VALUE",
-        help="change a field of the config, for example --set steps=500 --set adapter.rank=16; may be repeated",
+        help=f"change a field of the config, for example {example}; may be repeated",
     )
 
 
@@ -295,9 +297,9 @@ def load_model(options: argparse.Namespace):
         options.model,
         adapter=getattr(options, "adapter", None),  # only commands that use the decoder have it
         vision=options.vision,
-        dtype=options.dtype,
-        mesh=options.mesh,
-        quantize=options.quantize,
+        dtype=getattr(options, "dtype", None),
+        mesh=getattr(options, "mesh", None),
+        quantize=getattr(options, "quantize", None),
         fast_pixels=getattr(options, "fast_pixels", False),  # only commands that generate have it
         verify=options.verify,
     )

@@ -1,7 +1,7 @@
 """Convert PyTorch checkpoints to a bundle.
 
 SRC is the directory of a checkpoint, its id on the Hugging Face hub, or the directory of a training run, whose newest
-checkpoint is taken. Layouts of upstream and of transformers 4 and 5 are recognised. Give a decoder and a vision
+checkpoint is taken. Layouts of the reference and of transformers 4 and 5 are recognised. Give a decoder and a vision
 tokenizer together, and the bundle has both.
 
 examples:

@@ -1,7 +1,8 @@
 """Decode codes to pictures and clips.
 
-CODES.npz is what tokenize wrote. An array [rows, columns] becomes the picture DIR/NAME.png, and an array
-[frames, rows, columns] the clip DIR/NAME.webp.
+CODES.npz is what tokenize wrote. An array [rows, columns] becomes the picture DIR/NAME.png. An array
+[latent frames, rows, columns] becomes the clip DIR/NAME.webp, with four frames for each latent frame. Codes hold no
+frame rate: give the clip's rate with --fps.
 
 examples:
   emu3-jax detokenize codes.npz -o decoded
@@ -11,15 +12,20 @@ examples:
 import argparse
 
 from emu3_jax.cli import common, outputs
+from emu3_jax.generation import defaults
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("codes", type=common.path, metavar="CODES.npz", help="codes, as tokenize writes them")
-    common.add_model(command)
+    common.add_vision_model(command)
     common.add_fast_pixels(command)
     common.add_clip_format(command, "--clip-format")
     command.add_argument(
-        "--fps", type=float, default=12.0, metavar="X", help="frame rate of clips (default: %(default)s)"
+        "--fps",
+        type=float,
+        default=defaults.FPS,
+        metavar="X",
+        help="frames per second of clips, which codes do not tell (default: %(default)s)",
     )
     command.add_argument(
         "--frames",
@@ -27,8 +33,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="end clips after N frames: tokenize repeats the last frame up to a multiple of 4",
     )
-    common.add_independent(command)
-    common.add_tile(command)
+    common.add_independent(command, "decode codes that `tokenize --independent` made")
+    common.add_tile(command, "decode")
     command.add_argument(
         "-o", "--output", type=common.place, required=True, metavar="DIR", help="directory to write to"
     )

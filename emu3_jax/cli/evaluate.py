@@ -13,7 +13,7 @@ from emu3_jax.cli import common, outputs
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    common.add_config(command, "an EvaluateConfig")
+    common.add_config(command, "an EvaluateConfig", "--set cases=128")
     command.add_argument(
         "-o",
         "--output",

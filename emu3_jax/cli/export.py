@@ -16,7 +16,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--layout",
         choices=("upstream", "transformers"),
         required=True,
-        help="names and files as in upstream's checkpoints or as in transformers",
+        help="upstream: names and files of the published checkpoints, for the reference's code; transformers: for "
+        "transformers 5",
     )
     common.add_verify(command)
     common.add_quiet(command)

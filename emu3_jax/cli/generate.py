@@ -1,11 +1,14 @@
 """Generate pictures from prompts: DIR/000.png and so on.
 
+The small embedded model knows two kinds of prompts: "STYLE emoji of THING" (styles: 3d, flat, noto, twemoji, vintage),
+and shapes such as "a large blue star on a white background".
+
 With -n N, the first N pictures show the first prompt, the next N the second one. The first picture has the seed --seed,
-and each next one adds 1. So a prompt's pictures can be made again one by one.
+and each next one adds 1. To make one picture again, pass its seed: --seed plus its number.
 
 examples:
-  emu3-jax generate "a red apple" "a blue car" -o out
-  emu3-jax generate "a red apple" -n 4 --seed 7 --guidance 5 -o apples
+  emu3-jax generate "3d emoji of red heart" "a large blue star on a white background" -o out
+  emu3-jax generate "twemoji emoji of strawberry" -n 4 --seed 7 --guidance 5 -o strawberries
   emu3-jax generate --prompts-file prompts.txt --format webp --json -o out
 """
 
@@ -42,7 +45,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--format",
         choices=FORMATS,
         default="png",
-        help="png and webp lose nothing, jpg has quality 95; each file says how its picture was made: png in text "
+        help="png and webp are lossless, jpg has quality 95; each file says how its picture was made: png in text "
         "fields, jpg and webp as JSON in the EXIF comment (default: %(default)s)",
     )
     command.add_argument(

@@ -51,8 +51,8 @@ _DESCRIPTION = """Emu3 in JAX: generate pictures and clips from prompts, ask que
 A bundle is a directory that holds a model. Without --model, commands use a small embedded model.
 
 examples:
-  emu3-jax generate "a red apple" -o out
-  emu3-jax chat out/000.png --prompt "What is this?"
+  emu3-jax generate "3d emoji of red heart" -o out
+  emu3-jax chat out/000.png --prompt "Describe the image."
   emu3-jax generate --help
 """
 

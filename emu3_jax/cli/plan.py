@@ -15,7 +15,7 @@ from emu3_jax.cli import common
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    common.add_config(command, "a TrainConfig, VisionTrainConfig or GenerateConfig")
+    common.add_config(command, "a TrainConfig, VisionTrainConfig or GenerateConfig", "--set quantize=int8")
     command.add_argument(
         "--topology",
         required=True,
@@ -23,7 +23,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="kind and shape of the slice, for example v5p:4x4x4 or v5e:8x8",
     )
     command.add_argument(
-        "--rows-per-chip", type=int, metavar="N", help="training rows per chip (default: by the config's batch_size)"
+        "--rows-per-chip",
+        type=int,
+        metavar="N",
+        help="training rows per chip (default: the config's batch_size divided by accumulation and by chips)",
     )
     command.add_argument(
         "--hbm-limit",

@@ -1,7 +1,7 @@
 """Prepare training data: captioned pictures and clips become files of codes and captions.
 
-SOURCE may be a folder of pictures with captions in .txt files of the same names; docs/data.md lists all kinds. Run the
-same command again after an interruption: it keeps the files that are complete.
+SOURCE may be a folder of pictures with captions in .txt files of the same names; the repository's docs/data.md lists
+all kinds. Run the same command again after an interruption: it keeps the files that are complete.
 
 On a TPU slice or under Slurm, start the command on every host with the same arguments: the hosts share the work.
 Elsewhere give each host --host and --hosts; the last one to finish writes the index.
@@ -26,7 +26,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     source.add_argument(
         "source", nargs="*", default=[], type=common.path_text, metavar="SOURCE",
         help="a folder of captioned pictures, tar or Parquet files, hf:NAME, a CSV or JSON lines of file names and "
-        "captions, LLaVA's JSON, or a manifest; see docs/data.md",
+        "captions, LLaVA's JSON, or a manifest; see the repository's docs/data.md",
     )  # fmt: skip
     source.add_argument(
         "--features", type=common.path, metavar="LIST.json",
@@ -66,7 +66,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--validation", type=float, metavar="SHARE",
-        help="put this share of the records, such as 0.05, into DIR/validation; a picture's side never changes",
+        help="put this share of the records, such as 0.05, into DIR/validation; the same picture always goes to the "
+        "same part",
     )  # fmt: skip
     command.add_argument(
         "--on-error", choices=("stop", "skip"),
@@ -77,9 +78,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--shards", type=int, metavar="N", help="number of files to write (default: one per 1,024 records)"
     )
     command.add_argument("--workers", type=int, default=4, metavar="N", help="threads that read (default: %(default)s)")
-    command.add_argument("--host", type=int, metavar="I", help="number of this host, from 0 (default: found out)")
+    command.add_argument("--host", type=int, metavar="I", help="number of this host, from 0 (default: detected)")
     command.add_argument(
-        "--hosts", type=int, metavar="N", help="number of hosts that share the work (default: found out)"
+        "--hosts", type=int, metavar="N", help="number of hosts that share the work (default: detected)"
     )
     common.add_quiet(command)
 
@@ -142,11 +143,12 @@ def report(outcome: "Outcome", output: pathlib.Path) -> None:
     """Prints what was written."""
     from emu3_jax.data.prepare import SKIPPED
     from emu3_jax.errors import Emu3Error
-    from emu3_jax.printable import printable
+    from emu3_jax.printable import counted, printable
 
     where = printable(str(output))
     if outcome.index is None:
-        print(f"{where}: {outcome.missing} shards of other hosts are not written yet")
+        missing = counted(outcome.missing, "shard")
+        print(f"{where}: {missing} of other hosts {'is' if outcome.missing == 1 else 'are'} not written yet")
         return
     index = outcome.index
     if not index.records:
@@ -159,4 +161,7 @@ def report(outcome: "Outcome", output: pathlib.Path) -> None:
     if len(index.skipped) > _SHOWN:
         print(f"... and {len(index.skipped) - _SHOWN} more")
     listed = f", listed in {printable(str(output / SKIPPED))}" if index.skipped else ""
-    print(f"{where}: {index.records} records in {len(index.shards)} shards, {len(index.skipped)} skipped{listed}")
+    print(
+        f"{where}: {counted(index.records, 'record')} in {counted(len(index.shards), 'shard')}, {len(index.skipped)} "
+        f"skipped{listed}"
+    )

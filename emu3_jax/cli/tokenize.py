@@ -1,7 +1,7 @@
 """Encode pictures and clips to codes.
 
 CODES.npz gets an int32 array for each FILE, under the file's name without its ending: [rows, columns] for a picture,
-[frames, rows, columns] for a clip.
+[latent frames, rows, columns] for a clip. Four frames of a clip make one latent frame.
 
 examples:
   emu3-jax tokenize photo.jpg -o codes.npz
@@ -15,10 +15,13 @@ from emu3_jax.cli import common, outputs
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("files", nargs="+", type=common.path, metavar="FILE", help="pictures and clips")
-    common.add_model(command)
+    common.add_vision_model(command)
     common.add_resampling(command)
-    common.add_independent(command)
-    common.add_tile(command)
+    common.add_independent(
+        command,
+        "cut clips into pieces of 4 frames, each encoded on its own, as the reference's script does: other codes",
+    )
+    common.add_tile(command, "encode")
     command.add_argument("-o", "--output", type=common.place, required=True, metavar="CODES.npz", help="file to write")
     outputs.add_no_clobber(command)
 

@@ -14,7 +14,7 @@ from emu3_jax.cli import common
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    common.add_config(command, "a TrainConfig or VisionTrainConfig")
+    common.add_config(command, "a TrainConfig or VisionTrainConfig", "--set steps=500 --set adapter.rank=16")
     command.add_argument(
         "--adapter-only",
         action="store_true",

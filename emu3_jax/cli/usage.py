@@ -58,6 +58,9 @@ class Parser(argparse.ArgumentParser):
         unknown = next(self._unknown_options(), None)
         if unknown is not None:
             message = f"unknown option {unknown}{self._instead(unknown)}"
+        elif self._mutually_exclusive_groups and message.startswith("the following arguments are required"):
+            # argparse names no group here, although all its members may be missing too.
+            message += f"; usage: {self.prog} {self._short_usage()}"
         print(one_line(f"emu3-jax: error: {message} (see {self.prog} --help)"), file=sys.stderr)
         sys.exit(2)
 

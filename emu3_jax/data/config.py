@@ -54,8 +54,8 @@ class Source:
         path: a directory that `emu3-jax prepare` wrote.
         task: converts records to sequences; an object of a class in `emu3_jax.data.sequences`.
         weight: relative number of records to read from this source, compared with the weights of the other sources.
-        parts: number of equal parts in a row; each part holds one record. More than 1 is legal only if
-            `DataConfig.whole_rows` is true.
+        parts: number of equal parts in a row; each part holds one record. More than 1 needs a `DataConfig` with
+            `in_memory=True`, `packing=0`, `too_long="stop"` and `loss_on_padding=False`.
     """
 
     path: str
@@ -85,8 +85,9 @@ class DataConfig:
         too_long: what to do with a record that is longer than a row. "stop" raises an error. "skip" leaves the record
             out, and counts it in every epoch.
         seed: seed of shuffling and prompt dropout.
-        in_memory: keep built data in memory, for data that are read for many epochs. This keeps finished rows, at five
-            bytes per token of a row, if `whole_rows` is true. Otherwise it keeps sequences, at six bytes per token.
+        in_memory: keep built data in memory, for data that are read for many epochs. With `packing=0` and
+            `too_long="stop"` this keeps finished rows, at five bytes per token of a row. Otherwise it keeps sequences,
+            at six bytes per token.
         loss_on_padding: reproduce a defect of the reference, see `sequences.padded_row`. Needs `packing=0`.
     """
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from emu3_jax.config import ImageConfig, VisionConfig
 from emu3_jax.errors import Emu3Error
+from emu3_jax.generation import defaults
 from emu3_jax.generation.tiles import Step, check_tile, tiled_decoder, tiled_encoder
 from emu3_jax.media.clips import Clip
 from emu3_jax.media.frames import FrameReader, check_resampling
@@ -90,7 +91,7 @@ def decode(
     size = 1 if independent else max(PART_FRAMES // config.temporal_factor, 1)
     step = _step(vision, "decode", in_parts=len(codes) > size and not independent, tile=tile)
     parts = [np.asarray(step(codes[None, first : first + size]))[0] for first in range(0, len(codes), size)]
-    return Clip(np.concatenate([postprocess(part, vision.image) for part in parts])[:frames])
+    return Clip(np.concatenate([postprocess(part, vision.image) for part in parts])[:frames], defaults.FPS)
 
 
 def decode_picture(vision: Vision, codes: np.ndarray, *, tile: int | None = None) -> Image.Image:

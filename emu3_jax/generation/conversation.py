@@ -119,7 +119,7 @@ def answer_questions(
             language.tokenizer, language.config.tokens, language.templates, text,
             _codes(language, vision, asking.showing, shown), allow_special=asking.allow_special,
         )
-        for text, shown in zip(per_row("prompts", questions, len(rows)), rows, strict=True)
+        for text, shown in zip(per_row("prompts", questions, len(rows), "item"), rows, strict=True)
     ]  # fmt: skip
     answers = asking.answer(language, inputs)
     return [language.tokenizer.decode(ids.tolist(), skip_special=True) for ids in answers]

@@ -1,5 +1,8 @@
 """`Emu3`: a loaded model that generates pictures and clips, answers questions, and encodes and decodes codes."""
 
+# `help(Emu3)` shows annotations as they are written here, `Media` and not the union that it stands for.
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -23,6 +26,9 @@ class Emu3:
     A row is one picture, clip or answer. In float32 a row's result does not depend on the other rows of its batch. In
     bfloat16 and float16 the number of rows may change the rounding of products, and so change single tokens.
     `deterministic=True` prevents this.
+
+    `Media` is a picture or a clip: a path, a PIL image, a `Clip`, or a uint8 array [H, W, 3] (picture) or [T, H, W, 3]
+    (clip).
     """
 
     def __init__(self, name: str, language: Language | None = None, vision: Vision | None = None):
@@ -56,7 +62,9 @@ class Emu3:
         frames: int | None = None,
         tile: int | None = None,
     ) -> list[np.ndarray]:
-        """Encodes pictures to int32 codes [h, w] and clips to [t, h, w].
+        """Encodes pictures to int32 codes [h, w], and clips to int32 codes [t, h, w] with t latent frames.
+
+        A latent frame stands for `temporal_factor` frames (Emu3: 4). Codes hold no frame rate.
 
         A clip file is read and encoded in parts: memory does not grow with its length.
 
@@ -64,7 +72,7 @@ class Emu3:
             media: pictures (PIL images or files) and clips (`Clip`, animated files, videos or folders of frames). If
                 the number of a clip's frames is no multiple of the temporal factor, its last frame is repeated.
             independent: cut clips into pieces of `temporal_factor` frames and encode each piece on its own, as
-                upstream's script does. The codes differ.
+                the reference's script does. The codes differ.
             fps: resample clips to this frame rate first. Pictures do not change.
             frames: with `fps`, take at most the first `frames` frames of a clip; without it, take `frames` frames that
                 are spread over the clip.
@@ -88,11 +96,13 @@ class Emu3:
         frames: int | None = None,
         tile: int | None = None,
     ) -> list[Image.Image | Clip]:
-        """Decodes codes: [h, w] to a picture, [t, h, w] to a clip of t * temporal_factor frames.
+        """Decodes codes: [h, w] to a picture, [t, h, w] to a clip of t * `temporal_factor` frames (Emu3: 4 * t).
+
+        Codes hold no frame rate. The clips have 8 frames per second; make `Clip(clip.frames, fps)` for another rate.
 
         Args:
             codes: integer arrays, as `tokenize` returns them.
-            independent: must be True for codes that `tokenize` made with `independent=True`.
+            independent: pass True for codes that `tokenize` made with `independent=True`, and for no others.
             frames: end clips after this many frames, to remove the frames that `tokenize` repeated.
             tile: side of a tile in pixels. Larger frames are decoded in overlapping tiles, which are blended. The
                 pixels differ. The codes need not have been made in tiles.
@@ -135,10 +145,12 @@ class Emu3:
             negative: negative prompt: what to avoid. Guidance uses it as the unconditional prompt. One for all
                 prompts, or one per prompt.
             guidance: classifier-free guidance scale. 1 means no guidance, and halves the work if all prompts have it.
-                One for all prompts, or one per prompt. The same holds for the next four arguments.
-            temperature: sampling temperature; 0 always takes the likeliest token.
-            top_k: sample from this number of likeliest tokens.
-            top_p: sample from the smallest set of likeliest tokens with this total probability.
+                One for all prompts, or one per prompt.
+            temperature: sampling temperature; 0 always takes the likeliest token. One for all prompts, or one per
+                prompt.
+            top_k: sample from this number of likeliest tokens. One for all prompts, or one per prompt.
+            top_p: sample from the smallest set of likeliest tokens with this total probability. One for all prompts,
+                or one per prompt.
             seed: seed of the first picture. Each next picture of the result adds 1. With one seed per prompt, the
                 pictures of a prompt count up from its seed.
             greedy: the same as `temperature=0`.
@@ -195,10 +207,12 @@ class Emu3:
             negative: negative prompt: what to avoid. Guidance uses it as the unconditional prompt. One for all
                 prompts, or one per prompt.
             guidance: classifier-free guidance scale. 1 means no guidance, and halves the work if all prompts have it.
-                One for all prompts, or one per prompt. The same holds for the next four arguments.
-            temperature: sampling temperature; 0 always takes the likeliest token.
-            top_k: sample from this number of likeliest tokens.
-            top_p: sample from the smallest set of likeliest tokens with this total probability.
+                One for all prompts, or one per prompt.
+            temperature: sampling temperature; 0 always takes the likeliest token. One for all prompts, or one per
+                prompt.
+            top_k: sample from this number of likeliest tokens. One for all prompts, or one per prompt.
+            top_p: sample from the smallest set of likeliest tokens with this total probability. One for all prompts,
+                or one per prompt.
             seed: seed of the first picture. Each next picture of the result adds 1. With one seed per prompt, the
                 pictures of a prompt count up from its seed.
             greedy: the same as `temperature=0`.
@@ -246,8 +260,8 @@ class Emu3:
     ) -> Iterator[tuple[int, Generation]]:
         """Generates pictures as `generate_sequences` does, but yields the pictures of each batch when it is done.
 
-        Memory does not grow with the number of pictures. This is a generator: bad input raises an error at the first
-        `next`, and a batch starts only after all pictures of the previous batch were taken.
+        Memory does not grow with the number of pictures. Errors of bad input are raised at the first
+        `next()`, not by this call. A batch starts only after all pictures of the previous batch were taken.
 
         Args:
             prompts: one prompt, or several.
@@ -257,10 +271,12 @@ class Emu3:
             negative: negative prompt: what to avoid. Guidance uses it as the unconditional prompt. One for all
                 prompts, or one per prompt.
             guidance: classifier-free guidance scale. 1 means no guidance, and halves the work if all prompts have it.
-                One for all prompts, or one per prompt. The same holds for the next four arguments.
-            temperature: sampling temperature; 0 always takes the likeliest token.
-            top_k: sample from this number of likeliest tokens.
-            top_p: sample from the smallest set of likeliest tokens with this total probability.
+                One for all prompts, or one per prompt.
+            temperature: sampling temperature; 0 always takes the likeliest token. One for all prompts, or one per
+                prompt.
+            top_k: sample from this number of likeliest tokens. One for all prompts, or one per prompt.
+            top_p: sample from the smallest set of likeliest tokens with this total probability. One for all prompts,
+                or one per prompt.
             seed: seed of the first picture. Each next picture of the result adds 1. With one seed per prompt, the
                 pictures of a prompt count up from its seed.
             greedy: the same as `temperature=0`.
@@ -317,25 +333,27 @@ class Emu3:
 
         Args:
             prompts: one prompt, or several.
-            frames: number of new frames per clip. It need not be a multiple of the temporal factor: surplus frames are
-                cut off.
+            frames: number of new frames per clip. Frames are generated `temporal_factor` at a time (Emu3: 4). Extra
+                frames are cut off.
             fps: frames per second of the clips, or None for the rate of the clip in `extend`, or 8.
             extend: clip or picture that the new frames continue: one for all prompts, or one per prompt. The result
                 starts with it, scaled to the generated size.
             window: number of frames of one pass, old and new; by default as in the model's training, or as many as fit
                 into its positions.
             ratio: width:height of all clips, or None for the ratio of `extend`, or 1:1.
-            on_frames: function that is called with (row, index of the first frame in the clip, frames uint8
-                [N, H, W, 3]) as soon as these frames are decoded, while later ones are still sampled. It gets each new
-                frame once, in order per row, and no frames of `extend`.
+            on_frames: function that gets new frames as soon as they are decoded. It is called with (row, index of the
+                first frame in the clip, frames uint8 [N, H, W, 3]). It gets each new frame once, in order per row. It
+                gets no frames of `extend`.
             area: area of a frame in pixels, or None for the area that the model was trained for.
             negative: negative prompt: what to avoid. Guidance uses it as the unconditional prompt. One for all
                 prompts, or one per prompt.
             guidance: classifier-free guidance scale. 1 means no guidance, and halves the work if all prompts have it.
-                One for all prompts, or one per prompt. The same holds for the next four arguments.
-            temperature: sampling temperature; 0 always takes the likeliest token.
-            top_k: sample from this number of likeliest tokens.
-            top_p: sample from the smallest set of likeliest tokens with this total probability.
+                One for all prompts, or one per prompt.
+            temperature: sampling temperature; 0 always takes the likeliest token. One for all prompts, or one per
+                prompt.
+            top_k: sample from this number of likeliest tokens. One for all prompts, or one per prompt.
+            top_p: sample from the smallest set of likeliest tokens with this total probability. One for all prompts,
+                or one per prompt.
             seed: seed of the first clip; each next clip adds 1. Or one seed per clip.
             greedy: the same as `temperature=0`.
             allow_special: whether control tokens in prompts, such as `<|image start|>`, take effect. If False, such

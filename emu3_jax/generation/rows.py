@@ -9,7 +9,7 @@ import numpy as np
 from emu3_jax.errors import Emu3Error
 from emu3_jax.generation import defaults
 from emu3_jax.generation.sampling import RowSettings
-from emu3_jax.printable import shown
+from emu3_jax.printable import counted, shown
 
 
 def prompt_list(prompts: str | Sequence[str]) -> list[str]:
@@ -20,12 +20,16 @@ def prompt_list(prompts: str | Sequence[str]) -> list[str]:
     return prompts
 
 
-def per_row(name: str, value: Any, count: int) -> list[Any]:
-    """Returns a list with one value per row. Raises `Emu3Error` if a sequence has another length."""
+def per_row(name: str, value: Any, count: int, row: str = "prompt") -> list[Any]:
+    """Returns a list with one value per row. Raises `Emu3Error` if a sequence has another length.
+
+    `name` and `row` are what the error line calls the values and a row.
+    """
     if not _is_sequence(value):
         return [value] * count
     if len(value) != count:
-        raise Emu3Error(f"{name} has {len(value)} values for {count} rows: give one for all, or one for each")
+        given, rows = counted(len(value), "value"), counted(count, row)
+        raise Emu3Error(f"{given} of {name} for {rows}: give one, or one for each {row}")
     return list(value)
 
 

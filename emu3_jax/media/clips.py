@@ -37,7 +37,7 @@ class Clip:
 
     Attributes:
         frames: uint8 `[T, H, W, 3]`, at least one frame.
-        fps: frames per second.
+        fps: frames per second. The default, 24, is for arrays and folders of frames, which have no rate of their own.
     """
 
     frames: np.ndarray

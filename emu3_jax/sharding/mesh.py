@@ -30,6 +30,9 @@ def make_mesh(sizes: str | Mapping[str, int], devices: Sequence[jax.Device] | No
     devices = list(jax.devices() if devices is None else devices)
     described = ",".join(f"{axis}={size}" for axis, size in parsed.items() if size != 1) or "of one device"
     fixed = math.prod(size for size in parsed.values() if size != -1)
+    if fixed > len(devices):
+        available = "only 1 is" if len(devices) == 1 else f"only {len(devices)} are"
+        raise Emu3Error(f"mesh {described} needs {fixed} devices, but {available} available: choose smaller axis sizes")
     if len(devices) % fixed:
         raise Emu3Error(
             f"mesh {described} needs {fixed} devices, which does not divide the {len(devices)} available devices: "

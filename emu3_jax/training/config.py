@@ -209,7 +209,8 @@ class TrainConfig:
         ok = self.batch_size % self.accumulation == 0
         check_field(self, "accumulation", ok, f"a divisor of batch_size ({self.batch_size})")
         ok = self.optimizer.warmup_steps < self.steps
-        check_field(self.optimizer, "warmup_steps", ok, f"less than steps ({self.steps})")
+        legal = f"less than steps ({self.steps}), for example --set optimizer.warmup_steps={self.steps // 2}"
+        check_field(self.optimizer, "warmup_steps", ok, legal)
         check_field(self, "adapter", isinstance(self.adapter, Adapter | None), "an Adapter or None")
         ok = self.adapter is None or not self.model.random
         check_field(self, "adapter", ok, "None where the model starts from random weights")
@@ -241,9 +242,9 @@ def load_config(file: str | os.PathLike, overrides: Sequence[str] = ()) -> Any:
     """
     file = pathlib.Path(file)
     if not file.is_file():
-        raise Emu3Error(f"{file}: no such config file; configs/ has examples")
+        raise Emu3Error(f"{file}: no such config file; the repository's folder configs/ has examples")
     if file.suffix != ".py":
-        raise Emu3Error(f"{file}: a config file is a Python program, so its name must end in .py; see configs/")
+        raise Emu3Error(f"{file}: a config file is a Python program, so its name must end in .py")
     source = read_bytes(file, _MAX_FILE, "give a config file in Python")
     # `runpy` would also run zip files and compiled code, whatever the file's name.
     module = types.ModuleType("emu3_jax_config_file")

@@ -151,7 +151,8 @@ class VisionTrainConfig:
         check_field(self, "seed", ok, f"a whole number from 0 to {MAX_SEED}")
         check_field(self, "mesh", isinstance(self.mesh, str | Mapping), 'text like "data=-1"')
         ok = self.optimizer.warmup_steps < self.steps
-        check_field(self.optimizer, "warmup_steps", ok, f"less than steps ({self.steps})")
+        legal = f"less than steps ({self.steps}), for example --set optimizer.warmup_steps={self.steps // 2}"
+        check_field(self.optimizer, "warmup_steps", ok, legal)
         check_field(self, "dtype", self.dtype in ("float32", "bfloat16"), "float32 or bfloat16")
         check_field(self, "export_dtype", self.export_dtype in ("float32", "bfloat16"), "float32 or bfloat16")
         check_field(self, "precision", self.precision in ("default", "highest"), "default or highest")
