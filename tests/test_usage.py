@@ -142,6 +142,9 @@ def test_the_commands_of_the_program_are_listed():
     (generate,) = (command for command in ALL if command.prog == "emu3-jax generate")
     usage = "usage: emu3-jax generate (PROMPT ... | --prompts-file FILE) -o DIR [options]"
     assert generate.format_help().splitlines()[0] == usage
+    (export,) = (command for command in ALL if command.prog == "emu3-jax export")
+    usage = "usage: emu3-jax export BUNDLE -o DIR --layout {upstream,transformers} [options]"
+    assert export.format_help().splitlines()[0] == usage
 
 
 @pytest.mark.parametrize("example", EXAMPLES)

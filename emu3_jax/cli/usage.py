@@ -105,7 +105,8 @@ class _Formatter(argparse.HelpFormatter):
 
 def _usage(action: argparse.Action) -> str:
     several = " ..." if action.nargs in (argparse.ONE_OR_MORE, argparse.ZERO_OR_MORE, argparse.PARSER) else ""
-    named = f"{action.metavar or action.dest}{several}"
+    choices = f"{{{','.join(map(str, action.choices))}}}" if action.choices else action.dest
+    named = f"{action.metavar or choices}{several}"
     return f"{action.option_strings[0]} {named}" if action.option_strings else named
 
 
