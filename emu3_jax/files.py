@@ -31,7 +31,7 @@ _OLD = re.compile(r"\.(.+)\.([0-9]{1,9})\.tmp")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _log = logging.getLogger("emu3_jax")
 _lock = threading.Lock()
-_live: set[pathlib.Path] = set()  # temporary files and directories of this process
+_live: dict[pathlib.Path, pathlib.Path] = {}  # temporary files and directories of this process, and their targets
 _swept: set[pathlib.Path] = set()  # directories from which this process has removed leftovers
 
 
@@ -53,6 +53,7 @@ def new_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
             storage.upload(folder / target.name, target)
         return
     path = _place(path)
+    check_directory(path.parent)
     with _explained(path):
         if path.is_dir():
             raise Emu3Error(f"cannot write {path}: it is a directory; choose another name")
@@ -82,8 +83,7 @@ def files_into(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
             storage.upload(folder / target.name, target)
         return
     directory = _place(directory)
-    if directory.exists() and not directory.is_dir():
-        raise Emu3Error(f"{directory} is a file: choose a directory to write to")
+    check_directory(directory)
     with _explained(directory), _new_parents(directory.parent):
         if directory.is_dir() and not os.access(directory, os.W_OK | os.X_OK):
             raise Emu3Error(f"cannot write to {directory}: permission denied; choose another directory")
@@ -124,6 +124,7 @@ def new_directory(target: str | os.PathLike, nbytes: int) -> Iterator[pathlib.Pa
     target = _place(target)
     if os.path.lexists(target):
         raise Emu3Error(f"{target} exists already: choose another name or delete it first")
+    check_directory(target)
     with _explained(target), _new_parents(target.parent):
         _require_space(target.parent, nbytes, target.name, "choose another disk")
         with _temporary(target, target.parent, is_directory=True) as temporary:
@@ -131,6 +132,30 @@ def new_directory(target: str | os.PathLike, nbytes: int) -> Iterator[pathlib.Pa
                 yield temporary
             temporary.chmod(0o777 & ~_umask())
             temporary.rename(target)
+
+
+def check_directory(directory: str | os.PathLike) -> None:
+    """Checks that a directory exists, or that nothing on its path prevents making it. Makes nothing.
+
+    Args:
+        directory: local or in a bucket; a bucket is not asked.
+
+    Raises:
+        Emu3Error: the directory, or one above it, is a file or a link that leads nowhere.
+    """
+    if storage.is_remote(directory):
+        return
+    directory = place = _place(directory)
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    if not os.path.exists(place):
+        raise Emu3Error(
+            f"cannot write to {directory}: {place} is a link that leads nowhere; delete it or choose another place"
+        )
+    if not os.path.isdir(place):
+        if place == directory:
+            raise Emu3Error(f"{directory} is a file: choose a directory to write to")
+        raise Emu3Error(f"cannot write to {directory}: {place} is a file, not a directory; choose another place")
 
 
 def require_outside(output: str | os.PathLike, *inputs: str | os.PathLike) -> None:
@@ -156,9 +181,7 @@ def _real(path: str | os.PathLike) -> pathlib.PurePath:
 def _require_space(directory: pathlib.Path, nbytes: int, what: str, remedy: str) -> None:
     free = shutil.disk_usage(directory).free
     if free < nbytes:
-        raise Emu3Error(
-            f"{directory} has {_gigabytes(free)} free, but {what} needs {_gigabytes(nbytes)}: free space or {remedy}"
-        )
+        raise Emu3Error(f"{directory} has {_size(free)} free, but {what} needs {_size(nbytes)}: free space or {remedy}")
 
 
 def is_full(error: BaseException) -> bool:
@@ -182,7 +205,7 @@ def _full_disk(target: pathlib.Path) -> Iterator[None]:
 def local_directory() -> Iterator[pathlib.Path]:
     """Yields a local temporary directory, and deletes it after the block. `TMPDIR` chooses the disk."""
     parent = pathlib.Path(tempfile.gettempdir())
-    with _explained(parent), _temporary(parent / "directory", parent, is_directory=True) as folder:
+    with _explained(parent), _temporary(parent / "directory", parent, is_directory=True, named=False) as folder:
         yield folder
 
 
@@ -210,14 +233,23 @@ def _explained(path: pathlib.Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
+        given = _given(path)
         if error.errno in _FULL:
-            raise Emu3Error(f"cannot write {path}: {reason}; free space or choose another place") from error
+            raise Emu3Error(f"cannot write {given}: {reason}; free space or choose another place") from error
         culprit = error.filename2 or error.filename
         named = None if culprit is None or isinstance(culprit, int) else pathlib.Path(os.fsdecode(culprit))
         ours = named is None or named in (path, path.parent) or any(part.startswith(_PREFIX) for part in named.parts)
         if ours or named in path.parents:
-            raise Emu3Error(f"cannot write {path}: {reason}; choose another place") from error
+            raise Emu3Error(f"cannot write {given}: {reason}; choose another place") from error
         raise Emu3Error(f"cannot use {named}: {reason}") from error
+
+
+def _given(path: pathlib.Path) -> pathlib.Path:
+    """The path that the user gave for a path in a temporary directory. Other paths stay as they are."""
+    for parent in path.parents:
+        if (target := _live.get(parent)) is not None:
+            return target / path.relative_to(parent)
+    return path
 
 
 @contextlib.contextmanager
@@ -242,22 +274,24 @@ def _new_parents(directory: pathlib.Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _temporary(target: pathlib.Path, parent: pathlib.Path, *, is_directory: bool = False) -> Iterator[pathlib.Path]:
+def _temporary(
+    target: pathlib.Path, parent: pathlib.Path, *, is_directory: bool = False, named: bool = True
+) -> Iterator[pathlib.Path]:
     """Yields a temporary file or directory in `parent`, locked by this process. Deletes it after the block.
 
-    A block that renames it keeps the result.
+    A block that renames it keeps the result. If `named`, error lines name the target in place of what is temporary.
     """
     _sweep_once(parent)
     temporary, descriptor = _make(parent, target.suffix if len(target.suffix) < 16 else "", is_directory)
     with _lock:
-        _live.add(temporary)
+        _live[temporary] = target if named else temporary
     try:
         yield temporary
     finally:
         remove(temporary)
         os.close(descriptor)
         with _lock:
-            _live.discard(temporary)
+            del _live[temporary]
 
 
 def _make(parent: pathlib.Path, suffix: str, is_directory: bool) -> tuple[pathlib.Path, int]:
@@ -371,8 +405,7 @@ def shared_directory(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
         yield place
         return
     directory = _place(directory)
-    if os.path.lexists(directory) and not directory.is_dir():
-        raise Emu3Error(f"{directory} is a file: choose a directory to write to")
+    check_directory(directory)
     with _explained(directory), _new_parents(directory):
         yield directory
 
@@ -433,8 +466,10 @@ def _lock_file(file: pathlib.Path, busy: Callable[[str], str], passing: bool) ->
     return None
 
 
-def _gigabytes(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB"
+def _size(nbytes: int) -> str:
+    if nbytes >= 1e10:
+        return f"{nbytes / 1e9:.2f} GB"
+    return f"{nbytes / 1e6:,.2f} MB" if nbytes >= 1e6 else f"{nbytes:,} bytes"
 
 
 def _umask() -> int:

@@ -13,11 +13,13 @@ from emu3_jax.checkpoints.bundle import Bundle
 from emu3_jax.checkpoints.embedded import embedded_bundle
 from emu3_jax.checkpoints.merged import load_merged
 from emu3_jax.compilation import check_backend, enable_persistent_cache
+from emu3_jax.errors import Emu3Error
 from emu3_jax.generation.codec import Vision
 from emu3_jax.generation.language import Language
 from emu3_jax.generation.pipeline import Emu3
 from emu3_jax.models import capability
 from emu3_jax.models.quantization import check_kind
+from emu3_jax.printable import shown
 from emu3_jax.sharding.mesh import make_mesh
 from emu3_jax.sharding.rules import decoder_shardings, use_mesh, vision_shardings
 from emu3_jax.text.prompts import prompt_templates
@@ -67,6 +69,9 @@ def load(
             checksums or other ones, the mesh does not fit the devices or the model, or `quantize` is none of these, or
             another kind than that of a quantised bundle.
     """
+    paths = {"model": model, "adapter": adapter, "vision": None if isinstance(vision, Emu3) else vision}
+    for argument, path in paths.items():
+        _check_is_path(argument, path)
     check_kind(quantize)
     capability.simulated_capability()  # a wrong value is told on every device
     enable_persistent_cache()
@@ -89,6 +94,17 @@ def load(
         templates = prompt_templates(bundle.template, config.clip_layout)
         language = Language(config, params, bundle.tokenizer(), templates, mesh, bundle.quantize or quantize)
     return Emu3(name, language, _load_vision(bundle, vision, mesh, fast_pixels, verify))
+
+
+def _check_is_path(argument: str, value: object) -> None:
+    """Raises an `Emu3Error` that names the argument, unless `value` is a path or None."""
+    if value is None or isinstance(value, str):
+        return
+    if not isinstance(value, os.PathLike) or not isinstance(os.fspath(value), str):
+        also = ", a loaded model" if argument == "vision" else ""
+        raise Emu3Error(
+            f"{argument} is {shown(value)}: it must be the path of a directory (a text or a Path){also}, or None"
+        )
 
 
 def decoder_dtype(wanted: str | None, own: str, quantize: str | None = None) -> str | None:

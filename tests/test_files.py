@@ -1,5 +1,8 @@
 """Writing all or nothing."""
 
+import errno
+import os
+
 import pytest
 
 from emu3_jax import Emu3Error, files
@@ -38,3 +41,48 @@ def test_an_output_inside_an_input_is_refused(tmp_path, monkeypatch):
         files.require_outside("gs://bucket/full/in", "gs://bucket/full")
     files.require_outside("full2/in", "full")
     files.require_outside("full/../in", "full", "link", "gs://bucket/full")
+
+
+def write(call, output) -> None:
+    with call(output):
+        pytest.fail("the work began")
+
+
+@pytest.mark.parametrize("call", [files.files_into, files.shared_directory, lambda path: files.new_directory(path, 1)])
+def test_a_file_or_a_broken_link_above_an_output(tmp_path, monkeypatch, call):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").touch()
+    (tmp_path / "link").symlink_to("absent")
+    for output in ("a.txt/x", "a.txt/x/y"):
+        with pytest.raises(
+            Emu3Error, match=f"^cannot write to {output}: a.txt is a file, not a directory; choose anot"
+        ):
+            write(call, output)
+    with pytest.raises(
+        Emu3Error, match=r"^cannot write to link/x: link is a link that leads nowhere; delete it or cho"
+    ):
+        write(call, "link/x")
+    with pytest.raises(
+        Emu3Error, match=r"^(cannot write to link: link is a link that leads nowhere|link exists already)"
+    ):
+        write(call, "link")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "link"]
+
+
+def test_a_new_file_below_a_file(tmp_path):
+    (tmp_path / "a.txt").touch()
+    with pytest.raises(Emu3Error, match=r"a\.txt is a file: choose a directory to write to"):
+        write(files.new_file, tmp_path / "a.txt" / "x")
+
+
+def test_a_full_disk_names_the_place_that_the_user_gave(tmp_path):
+    with (
+        pytest.raises(Emu3Error) as caught,
+        files.files_into(tmp_path / "out") as directory,
+        files.new_file(directory / "004.png"),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert str(caught.value) == (
+        f"cannot write {tmp_path}/out/004.png: No space left on device; free space or choose another place"
+    )
+    assert list(tmp_path.iterdir()) == []

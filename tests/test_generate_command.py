@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from emu3_jax import Emu3Error
+from emu3_jax import Emu3Error, loading
 from emu3_jax.cli.main import main
 from emu3_jax.cli.outputs import Outputs
 from emu3_jax.generation import session
@@ -118,6 +118,25 @@ def test_an_illegal_number_of_pictures(golden_model, n):
         golden_model.generate("a", n=n, **SMALL)
 
 
+@pytest.mark.parametrize("bad", [None, 5, b"a", {"a": 1}, {"a"}, 5.0])
+@pytest.mark.parametrize("name", ["prompts", "negative", "ratio"])
+def test_texts_of_a_wrong_type(golden_model, name, bad):
+    for value, at in ((bad, ""), (["a", bad], r"\[1\]")):
+        with pytest.raises(Emu3Error, match=rf"^{name}{at} is .*: .*must be a text or a list of texts, such as '"):
+            golden_model.generate(**{"prompts": ["a", "b"], **SMALL, name: value})
+
+
+@pytest.mark.parametrize("bad", [5, [], b"q8", {"a": 1}])
+@pytest.mark.parametrize("name", ["model", "adapter", "vision"])
+def test_paths_of_a_wrong_type(name, bad):
+    legal = (
+        "the path of a directory (a text or a Path)" + (", a loaded model" if name == "vision" else "") + ", or None"
+    )
+    with pytest.raises(Emu3Error) as caught:
+        loading.load(**{name: bad})
+    assert str(caught.value) == f"{name} is {bad!r}: it must be {legal}"
+
+
 def test_streamed_pictures_come_batch_by_batch(golden_model, monkeypatch):
     batches = []
     whole = session.run
@@ -178,6 +197,7 @@ def test_bad_prompts(refused, tmp_path, monkeypatch):
     (tmp_path / "latin.txt").write_bytes("a\ncaf\u00e9\n".encode("latin-1"))
     (tmp_path / "long.txt").write_text("word\n" * 20)
     (tmp_path / "folder").mkdir()
+    (tmp_path / "null.txt").write_text("a\nb\0c\n")
     os.mkfifo(tmp_path / "pipe")
     monkeypatch.setattr(prompt_files, "MAX_BYTES", 99)
     for name, words in (
@@ -185,7 +205,11 @@ def test_bad_prompts(refused, tmp_path, monkeypatch):
         ("latin.txt", "latin.txt line 2 is not UTF-8: save the file as UTF-8"),
         ("long.txt", "long.txt has more than 99 bytes of prompts: split it"),
         ("folder", "cannot read folder: it is a directory; give a file"),
-        ("pipe", "cannot read pipe: it is a pipe or device; give a file"),
+        (
+            "pipe",
+            "cannot read pipe: it is a pipe or device; give a file, or pipe the prompts to standard input and give -",
+        ),
+        ("null.txt", "null.txt line 2 has a null character, so it is no text: correct the line"),
         ("absent.txt", "cannot read absent.txt: there is no such file"),
         ("gs://bucket/prompts.txt", "gs:// addresses are not supported here"),
     ):
@@ -196,6 +220,8 @@ def test_bad_prompts(refused, tmp_path, monkeypatch):
         "generate", "a", "--prompts-file", "long.txt", *OPTIONS
     )
     assert "one of the arguments PROMPT --prompts-file is required" in refused("generate", *OPTIONS)
+    assert r"'a\udcff' is not UTF-8: give the text in UTF-8" in refused("generate", "a\udcff", *OPTIONS)
+    assert r"'b\udcff' is not UTF-8" in refused("generate", "a", "--negative", "b\udcff", *OPTIONS)
     assert "'0' is not a whole number from 1 to 100000" in refused("generate", "a", "-n", 0, *OPTIONS)
 
 
@@ -214,12 +240,12 @@ def test_too_many_pictures_are_refused_before_a_name_is_made(refused, tmp_path, 
 
 def test_formats_hold_the_picture_and_how_it_was_made(here, capsys):
     for kind in PICTURE_FORMATS:
-        assert run("generate", 'a "red" 日本 \udce9', "--format", kind, *OPTIONS) == 0
+        assert run("generate", 'a "red" 日本 \u00e9', "--format", kind, *OPTIONS) == 0
     assert capsys.readouterr().out == "out/000.png\nout/000.jpg\nout/000.webp\n"
     about = fields("out/000.png")
-    assert about["prompt"] == 'a "red" 日本 ?' and about["size"] == "32x32"
+    assert about["prompt"] == 'a "red" 日本 \u00e9' and about["size"] == "32x32"
     for kind in ("jpg", "webp"):
-        assert comment(f"out/000.{kind}") == about | {"prompt": 'a "red" 日本 \udce9'}
+        assert comment(f"out/000.{kind}") == about
     np.testing.assert_array_equal(pixels("out/000.webp"), pixels("out/000.png"))
 
 
@@ -275,6 +301,26 @@ def test_what_a_run_replaces_is_named(here, capsys):
     assert run("generate", "a", "b", *OPTIONS) == 0
     assert capsys.readouterr() == ("out/000.png\nout/001.png\n", "emu3-jax: replaced out/001.png\n")
     assert (here / "out" / "other.png").read_text() == "stays" and pixels("out/001.png").shape == (32, 32, 3)
+
+
+def test_what_is_replaced_is_named_before_standard_output_fails(here, monkeypatch, capsys):
+    (here / "out").mkdir()
+    (here / "out" / "000.png").touch()
+    monkeypatch.setattr("emu3_jax.cli.output.json_line", lambda _: pytest.fail("this is printed first"))
+    monkeypatch.setattr(Outputs, "report", lambda outputs: sys.exit(f"replaced {outputs.replaced[0]}"))
+    assert run("generate", "a", "--json", *OPTIONS) == "replaced out/000.png"
+
+
+@pytest.mark.parametrize("options", [(), ("--no-clobber",)])
+def test_an_output_with_no_place_is_refused_before_a_model_is_loaded(refused, tmp_path, options):
+    (tmp_path / "a.txt").touch()
+    (tmp_path / "link").symlink_to("absent")
+    words = ("generate", "a", *options, "-o")
+    assert "cannot write to a.txt/x: a.txt is a file, not a directory; choose another place" in refused(
+        *words, "a.txt/x"
+    )
+    assert "cannot write to link: link is a link that leads nowhere; delete it or" in refused(*words, "link")
+    assert "cannot write to /dev/null/x: /dev/null is a file, not a directory" in refused(*words, "/dev/null/x")
 
 
 def test_no_clobber_refuses_before_a_model_is_loaded(refused, tmp_path):

@@ -121,7 +121,7 @@ def test_a_command_without_the_extra_says_so_in_one_line(monkeypatch, capsys):
 
 
 def test_train_takes_configs_alone():
-    with pytest.raises(emu3_jax.Emu3Error, match="train got a str: give a TrainConfig or VisionTrainConfig"):
+    with pytest.raises(emu3_jax.Emu3Error, match=r"config is 'config\.py': give a TrainConfig or VisionTrainConfig"):
         emu3_jax.train("config.py")
 
 

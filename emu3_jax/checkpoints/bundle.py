@@ -501,11 +501,14 @@ class Bundle:
           Emu3Error: `target` exists or cannot be written, or the disk is too small. No files are left behind.
         """
         require_outside(target, self.path)
-        with new_directory(target, sum(array.nbytes for array in arrays)) as temporary:
+        copied = [part for part in ("tokenizer", "vision") if self.has(part)]
+        nbytes = sum(array.nbytes for array in arrays)
+        if not storage.is_remote(self.path):
+            nbytes += sum(_size_on_disk(self.path / part) for part in copied)
+        with new_directory(target, nbytes) as temporary:
             write_part(temporary / "decoder", decoder_dict(decoder, quantize), arrays, written)
-            for part in ("tokenizer", "vision"):
-                if self.has(part):
-                    self.copy_part(part, temporary / part)
+            for part in copied:
+                self.copy_part(part, temporary / part)
             write_checksums(temporary)
 
     def stored(self, part: str) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:

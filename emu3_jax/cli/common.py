@@ -40,6 +40,15 @@ def place_text(text: str) -> str:
     return text
 
 
+def text(value: str) -> str:
+    """The type of arguments that are texts. A terminal in another encoding than UTF-8 gives half characters."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError(f"{shown(value)} is not UTF-8: give the text in UTF-8") from error
+    return value
+
+
 def whole(least: int, most: int) -> Callable[[str], int]:
     """The type of arguments that are whole numbers from `least` to `most`."""
 
@@ -209,6 +218,7 @@ def add_generation(command: argparse.ArgumentParser, what: str) -> None:
     group.add_argument(
         "--negative",
         nargs="+",
+        type=text,
         default=[""],
         metavar="TEXT",
         help="what to avoid, one for all prompts or one per prompt (default: nothing)",

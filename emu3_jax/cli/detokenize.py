@@ -64,6 +64,6 @@ def run(options: argparse.Namespace) -> None:
             else:
                 save_png(media, directory / files[name].name, {"model": model.name, "software": "emu3-jax"})
         written.look()
+    written.report()
     for file in files.values():
         print(file)
-    written.report()

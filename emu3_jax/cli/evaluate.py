@@ -56,6 +56,6 @@ def run(options: argparse.Namespace) -> int:
     figures, page = evaluation.evaluate(model, data, config, common.progress(options))
     written.look()
     evaluation.write(config.directory, figures, page)
-    print(json.dumps(figures, indent=2))
     written.report()
+    print(json.dumps(figures, indent=2))
     return 0

@@ -24,7 +24,9 @@ _NUMBERS = {"seed": int, "top_k": int, "guidance": float, "temperature": float, 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     prompts = command.add_mutually_exclusive_group(required=True)
-    prompts.add_argument("prompts", nargs="*", default=[], metavar="PROMPT", help="what to show, in one argument")
+    prompts.add_argument(
+        "prompts", nargs="*", type=common.text, default=[], metavar="PROMPT", help="what to show, in one argument"
+    )
     prompts.add_argument(
         "--prompts-file",
         type=common.path,
@@ -119,9 +121,9 @@ def run(options: argparse.Namespace) -> None:
         if options.save_tokens:
             save_codes(directory / tokens.name, ids)
         written.look()
+    written.report()
     for row, file in enumerate(files):
         print(json_line(_figures(file, file in written.replaced, about[row])) if options.json else file)
-    written.report()
 
 
 def _figures(file: typing.Any, replaced: bool, about: dict[str, str]) -> dict[str, typing.Any]:

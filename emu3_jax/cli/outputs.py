@@ -8,6 +8,7 @@ from pathlib import Path
 
 from emu3_jax import storage
 from emu3_jax.errors import Emu3Error
+from emu3_jax.files import check_directory
 from emu3_jax.printable import printable
 
 _NAMED = 10  # most replaced files that the report names
@@ -32,13 +33,15 @@ class Outputs:
         replaced: the files that existed when `look` was last called.
 
     Raises:
-        Emu3Error: `no_clobber`, and one of the files exists.
+        Emu3Error: their directory cannot be made, or `no_clobber`, and one of the files exists.
     """
 
     def __init__(self, files: Iterable[Path], *, no_clobber: bool):
         """`files` are all in one directory, which may be in a bucket and may be absent."""
         self.replaced: list[Path] = []
         self._files, self._no_clobber = list(files), no_clobber
+        if self._files:
+            check_directory(self._files[0].parent)
         if no_clobber:
             self.look()
 
@@ -51,7 +54,7 @@ class Outputs:
             raise Emu3Error(f"{first} exists already{others}: choose another output, or leave --no-clobber out")
 
     def report(self) -> None:
-        """Names the replaced files on standard error."""
+        """Names the replaced files on standard error. Call it before printing: standard output may be full."""
         if self.replaced:
             names = [printable(str(file)) for file in self.replaced[:_NAMED]]
             if len(self.replaced) > _NAMED:

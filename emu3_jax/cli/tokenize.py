@@ -45,6 +45,6 @@ def run(options: argparse.Namespace) -> None:
         codes = {name: model.tokenize([file], **settings)[0] for name, file in zip(names, files, strict=True)}
         save_codes(temporary, codes)
         written.look()
+    written.report()
     for name, array in codes.items():
         print(f"{name}: {'x'.join(map(str, array.shape))} codes")
-    written.report()

@@ -14,7 +14,7 @@ from emu3_jax.generation import defaults
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("prompts", nargs="+", metavar="PROMPT", help="what to show, in one argument")
+    command.add_argument("prompts", nargs="+", type=common.text, metavar="PROMPT", help="what to show, in one argument")
     common.add_model(command)
     common.add_adapter(command)
     common.add_fast_pixels(command)
@@ -96,6 +96,6 @@ def run(options: argparse.Namespace) -> None:
         for file, clip in zip(files, clips, strict=True):
             save_clip(clip.frames, directory / file.name, clip.fps)
         written.look()
+    written.report()
     for file in files:
         print(file)
-    written.report()

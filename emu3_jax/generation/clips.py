@@ -11,7 +11,7 @@ from emu3_jax.fields import is_count
 from emu3_jax.generation import defaults
 from emu3_jax.generation.codec import Vision, encode_end
 from emu3_jax.generation.language import Batching, Grid, Language, generate_grids
-from emu3_jax.generation.rows import Sampling, per_row, prompt_list
+from emu3_jax.generation.rows import Sampling, per_row, prompt_list, texts_per_row
 from emu3_jax.generation.schedule import TokenClass, clip_schedule, frames_that_fit
 from emu3_jax.media.clips import Clip, check_fps, resize_frames
 from emu3_jax.media.images import postprocess
@@ -146,7 +146,7 @@ def generate_clips(
             "pixels; ask for fewer frames or clips"
         )
     settings = sampling.settings(len(prompts))
-    negatives = per_row("negative", negative, len(prompts))
+    negatives = texts_per_row("negative", negative, len(prompts))
     nothing = np.zeros((0, height, width, 3), np.uint8)
     missing = [-(-frames // factor)] * len(prompts)
     latents = [

@@ -10,7 +10,7 @@ from emu3_jax.errors import Emu3Error
 from emu3_jax.generation import defaults
 from emu3_jax.generation.codec import Vision, encode
 from emu3_jax.generation.language import Batching, Language, answer
-from emu3_jax.generation.rows import Sampling, per_row
+from emu3_jax.generation.rows import Sampling, texts_per_row
 from emu3_jax.media.clips import Clip, resample
 from emu3_jax.media.frames import check_resampling
 from emu3_jax.media.inputs import Media, as_media
@@ -119,7 +119,7 @@ def answer_questions(
             language.tokenizer, language.config.tokens, language.templates, text,
             _codes(language, vision, asking.showing, shown), allow_special=asking.allow_special,
         )
-        for text, shown in zip(per_row("prompts", questions, len(rows), "item"), rows, strict=True)
+        for text, shown in zip(texts_per_row("prompts", questions, len(rows), "item"), rows, strict=True)
     ]  # fmt: skip
     answers = asking.answer(language, inputs)
     return [language.tokenizer.decode(ids.tolist(), skip_special=True) for ids in answers]

@@ -12,7 +12,7 @@ from emu3_jax.fields import is_count
 from emu3_jax.generation import defaults
 from emu3_jax.generation.codec import Vision, decode_picture
 from emu3_jax.generation.language import Batching, Grid, Language, stream_grids
-from emu3_jax.generation.rows import Sampling, describe, per_row, prompt_list, repeat
+from emu3_jax.generation.rows import Sampling, describe, prompt_list, repeat, texts_per_row
 from emu3_jax.media.sizes import generate_size
 from emu3_jax.printable import shown
 
@@ -55,9 +55,9 @@ def stream_pictures(
         most = f"{defaults.MAX_PICTURES:,} pictures at most"
         raise Emu3Error(f"n is {shown(n)}: it must be a whole number >= 1, for {most}")
     area = language.config.image_area if area is None else area
-    ratios = per_row("ratio", ratio, count)
+    ratios = texts_per_row("ratio", ratio, count)
     sizes = [generate_size(r, area, vision.config.spatial_factor) for r in ratios]
-    negatives = per_row("negative", negative, count)
+    negatives = texts_per_row("negative", negative, count)
     settings = sampling.settings(count, n)
     grids = repeat([Grid(*row) for row in zip(prompts, negatives, sizes, strict=True)], n)
     for row, grid in stream_grids(language, grids, settings, batching=batching, allow_special=allow_special):

@@ -1,7 +1,7 @@
 """Arguments of generation with one value for all rows or one per row: checks them and converts them for the loop."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,11 +13,28 @@ from emu3_jax.printable import counted, shown
 
 
 def prompt_list(prompts: str | Sequence[str]) -> list[str]:
-    """Returns one or several prompts as a list. Raises `Emu3Error` if there is none."""
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not prompts:
+    """Returns one or several prompts as a list. Raises `Emu3Error` if there is none, or one is no text."""
+    found = [prompts] if isinstance(prompts, str) else _texts("prompts", prompts)
+    if not found:
         raise Emu3Error("there is no prompt: give at least one")
-    return prompts
+    return found
+
+
+def texts_per_row(name: str, value: Any, count: int, row: str = "prompt") -> list[str]:
+    """As `per_row`, for texts. Raises `Emu3Error` if a value is no text."""
+    return per_row(name, value if isinstance(value, str) else _texts(name, value), count, row)
+
+
+def _texts(name: str, value: Any) -> list[str]:
+    legal = f"a text or a list of texts, such as {_EXAMPLES.get(name, repr('a red apple'))}"
+    # A set has no order, and a dictionary's values would be lost.
+    if isinstance(value, bytes | bytearray | set | frozenset | Mapping) or not isinstance(value, Iterable):
+        raise Emu3Error(f"{name} is {shown(value)}: it must be {legal}")
+    found = list(value)
+    for index, text in enumerate(found):
+        if not isinstance(text, str):
+            raise Emu3Error(f"{name}[{index}] is {shown(text)}: {name} must be {legal}")
+    return found
 
 
 def per_row(name: str, value: Any, count: int, row: str = "prompt") -> list[Any]:
@@ -34,6 +51,7 @@ def per_row(name: str, value: Any, count: int, row: str = "prompt") -> list[Any]
 
 
 _SMALL, _LARGE = 1e-9, 1e9
+_EXAMPLES = {"ratio": "'16:9'"}
 
 # Predicate of legal values, and their description in error lines.
 _LEGAL: dict[str, tuple[Callable[[Any], bool], str]] = {

@@ -63,7 +63,7 @@ def generate_size(ratio: str, area: int, factor: int = 8) -> tuple[int, int]:
     Raises:
         Emu3Error: the ratio is malformed or more elongated than 5:1, or the area is not legal or too small for a token.
     """
-    match = re.fullmatch(r"([0-9]{1,5}):([0-9]{1,5})", ratio)
+    match = re.fullmatch(r"([0-9]{1,5}):([0-9]{1,5})", ratio) if isinstance(ratio, str) else None
     width, height = map(int, match.groups()) if match else (0, 0)
     if not width or not height:
         raise Emu3Error(f"ratio {shown(ratio)} is not width:height in whole numbers: give for example 1:1, 16:9 or 3:4")

@@ -30,6 +30,8 @@ def read_prompts(path: str | os.PathLike) -> list[str]:
         prompts = []
         # Do not use `str.splitlines`, which also splits at form feeds and other characters inside a prompt.
         for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+            if b"\0" in line:
+                raise Emu3Error(f"{name} line {number} has a null character, so it is no text: correct the line")
             try:
                 prompts.append(line.decode().strip())
             except UnicodeDecodeError as error:
@@ -45,6 +47,11 @@ def _read(path: str | os.PathLike) -> bytes:
         if sys.stdin.isatty():
             print("write one prompt per line; Ctrl-D ends the input", file=sys.stderr, flush=True)
         return sys.stdin.buffer.read(MAX_BYTES + 1)
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise Emu3Error(
+            f"cannot read {os.fspath(path)}: it is a pipe or device; give a file, or pipe the prompts to standard "
+            "input and give -"
+        )
     plain_file(path)
     with open(Path(path), "rb") as stream:
         return stream.read(MAX_BYTES + 1)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from emu3_jax import distributed
 from emu3_jax.errors import Emu3Error
+from emu3_jax.printable import shown
 from emu3_jax.training.config import TrainConfig
 from emu3_jax.training.vision_config import VisionTrainConfig
 
@@ -47,7 +48,7 @@ def train(
         distributed.start()
         return train_decoder(config, progress, verify=verify, adapter_only=adapter_only)
     if not isinstance(config, VisionTrainConfig):
-        raise Emu3Error(f"train got a {type(config).__name__}: give a TrainConfig or VisionTrainConfig")
+        raise Emu3Error(f"config is {shown(config)}: give a TrainConfig or VisionTrainConfig")
     if adapter_only:
         raise Emu3Error("the config trains a vision tokenizer, which has no adapter: leave adapter_only out")
     from emu3_jax.training.vision import train_vision
