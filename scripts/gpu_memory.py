@@ -1,12 +1,12 @@
-"""Which precision fits which GPU: the 8 B shapes draw a picture and answer a question in a smaller card's memory.
+"""Which precision fits which GPU: a model of 8 B shapes generates a picture and an answer in limited GPU memory.
 
     python scripts/gpu_memory.py DIR [CARD ...]
 
 It needs an NVIDIA GPU with more memory than the cards of the table, 60 GB of disk under DIR and the extra `vocabulary`.
-It writes a checkpoint of random weights with the published shapes, converts it to a bfloat16 and to an int8 bundle, and
-runs each precision in a process of its own, whose memory is capped to the share of a card's memory that JAX may take.
-Kernels and dtypes are those that the package would choose on that card. It prints one JSON line for each run, and a
-Markdown table at the end. Times on another card say nothing about the card of the table, so there are none.
+It writes a checkpoint of random weights with the published shapes, and converts it to a bfloat16 and an int8 bundle.
+Each run is a process of its own. Its GPU memory is limited to the share of the card's memory that JAX may use, and it
+uses the kernels and dtypes that the package would choose on that card. The script prints one JSON line for each run,
+and a Markdown table at the end. The table has no times, because the runs use another card than the table names.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import time
 
 # GiB that CUDA reports for the card, and the card's compute capability.
 CARDS = {"T4": (14.56, "7.5"), "L4": (22.03, "8.9"), "A100 40 GB": (39.49, "8.0"), "this GPU": (None, None)}
-SHARE = 0.95  # of the card's memory, which XLA_PYTHON_CLIENT_MEM_FRACTION gives to JAX
+SHARE = 0.95  # share of the card's memory that JAX may use; sets XLA_PYTHON_CLIENT_MEM_FRACTION
 # Card, bundle, and further arguments of `load`.
 RUNS = (
     ("T4", "int8", {}),
@@ -75,7 +75,7 @@ def main() -> int:
     parser.add_argument(
         "cards", nargs="*", metavar="CARD", help=f"of {', '.join(map(repr, CARDS))} (default: all of them)"
     )
-    parser.add_argument("--preset", choices=("8b", "small"), default="8b", help="small tries the script itself")
+    parser.add_argument("--preset", choices=("8b", "small"), default="8b", help="small is for tests of this script")
     options = parser.parse_args()
     for card in options.cards:
         if card not in CARDS:
@@ -111,7 +111,7 @@ def main() -> int:
 
 
 def write_bundles(directory: pathlib.Path, preset: str, kinds: set[str]) -> dict[str, pathlib.Path]:
-    """The bundles of random weights, "bfloat16" and "int8", written unless they are there."""
+    """The bundles of random weights, "bfloat16" and "int8". Writes the ones that do not exist."""
     sys.path.insert(0, str(pathlib.Path(__file__).parent))
     import bench_convert
     import small_checkpoint
@@ -132,7 +132,7 @@ def write_bundles(directory: pathlib.Path, preset: str, kinds: set[str]) -> dict
         for kind in absent:
             more = ("--quantize", kind) if kind == "int8" else ()
             began = time.perf_counter()
-            # On the CPU, as on a machine whose GPU is too small for what is converted.
+            # On the CPU, as on a machine whose GPU is too small for the checkpoint.
             subprocess.run(
                 [*convert, str(bundles[kind]), *more], check=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}
             )
@@ -143,7 +143,7 @@ def write_bundles(directory: pathlib.Path, preset: str, kinds: set[str]) -> dict
 
 
 def device_gib() -> float | None:
-    """GiB of the GPU, as JAX sees it in a process of its own. None without an NVIDIA GPU."""
+    """The memory of the GPU in GiB, from JAX in a process of its own. None without an NVIDIA GPU."""
     code = "import jax; d = jax.devices()[0]; print(d.platform == 'gpu' and d.memory_stats()['bytes_limit'])"
     environment = {**os.environ, "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}
     done = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True, env=environment)
@@ -151,7 +151,7 @@ def device_gib() -> float | None:
 
 
 def measure(card: str, bundle: pathlib.Path, arguments: dict, total: float) -> dict | None:
-    """The figures of one run; None where it failed for another reason than memory."""
+    """The figures of one run, or None if it failed for another reason than memory."""
     memory, capability = CARDS[card]
     share = SHARE if memory is None else SHARE * memory / total
     environment = {**os.environ, "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{share:.4f}"}

@@ -1,18 +1,19 @@
-"""Makes a release: version, changelog, tag, wheel and sdist, all of them checked.
+"""Makes a release: sets the version, updates the changelog, makes and checks wheel and sdist, and tags the commit.
 
 python scripts/release.py 0.2.0              # pip install ".[release]" first
-python scripts/release.py 0.2.0 --dry-run    # does all of it and keeps nothing
+python scripts/release.py 0.2.0 --dry-run    # does everything, but keeps nothing
 
-The work is done in temporary clones of the last commit. Only when everything has passed do the branch and the tag
-appear here, and the wheel and the sdist in `dist/`. A release that fails leaves nothing.
+The script works in temporary clones of the last commit. After all checks have passed, this repository gets the commit
+and the tag, and `dist/` gets the wheel and the sdist. A failed release changes nothing.
 
-1. The tree is clean, the version is newer than the last one and has no tag yet, the changelog has something to say.
-2. `__version__` in emu3_jax/__init__.py gets the version. In CHANGELOG.md, what was unreleased gets it as its heading.
-3. The wheel and the sdist are built twice, each time from a fresh clone, and must be the same bytes.
+1. It checks that the tree is clean, that the version is newer than the last one and has no tag yet, and that the
+   changelog has unreleased entries.
+2. It writes the version into emu3_jax/__init__.py and, as the heading of the unreleased entries, into CHANGELOG.md.
+3. It builds the wheel and the sdist twice, each time from a fresh clone. Both builds must give the same bytes.
 4. twine checks their metadata. The wheel must hold every file of the package, the sdist every file of the commit.
-5. The wheel is installed into a new environment. There, outside of any checkout, `emu3-jax --version` must say the
+5. It installs the wheel into a new environment. There, outside of any checkout, `emu3-jax --version` must print the
    version, and `emu3-jax generate` must make a picture.
-6. The commit and its tag appear here, and the script prints what to push and what to upload.
+6. It adds the commit and the tag to this repository, and prints the commands that push and upload the release.
 """
 
 import argparse
@@ -42,11 +43,11 @@ _VERSION = re.compile(r'^__version__ = "(.+)"$', re.MULTILINE)
 
 
 class ReleaseError(Exception):
-    """Why there is no release, in one line."""
+    """The release cannot be made. The message is one line with the reason."""
 
 
 def run(*command: str | os.PathLike, cwd: pathlib.Path, **variables: str) -> str:
-    """What the command prints. Raises ReleaseError with the last line of its errors if it fails."""
+    """Returns the output of the command. If it fails, raises ReleaseError with the last line of its errors."""
     words = [os.fspath(word) for word in command]
     try:
         done = subprocess.run(words, cwd=cwd, env={**os.environ, **variables}, capture_output=True, text=True)
@@ -76,9 +77,9 @@ def check(version: str, root: pathlib.Path) -> None:
     if changed := git("status", "--porcelain", cwd=root).splitlines():
         raise ReleaseError(f"files changed or new: {len(changed)}, first {changed[0][3:]}: commit or remove them")
     if not git("branch", "--show-current", cwd=root):
-        raise ReleaseError("no branch is checked out: check out the one to release from")
+        raise ReleaseError("no branch is checked out: check out the branch to release from")
     if git("tag", "--list", f"v{version}", cwd=root):
-        raise ReleaseError(f"the tag v{version} is there already: choose a newer version")
+        raise ReleaseError(f"the tag v{version} exists already: choose a newer version")
     present = current_version((root / SOURCE).read_text())
     if parsed <= Version(present):
         raise ReleaseError(f"{version} is not newer than {present}, the version in {SOURCE}")
@@ -105,7 +106,7 @@ def current_version(source: str) -> str:
 
 
 def changelog_of_release(text: str, version: str, day: datetime.date) -> str:
-    """The changelog whose unreleased part is the version's, below an empty one."""
+    """The changelog with the unreleased entries under a heading of `version`, below an empty unreleased part."""
     if text.count(UNRELEASED) != 1:
         raise ReleaseError(f"{CHANGELOG} has {text.count(UNRELEASED)} headings {UNRELEASED.strip()!r}: it needs one")
     before, after = text.split(UNRELEASED)
@@ -131,7 +132,7 @@ def build(commit: pathlib.Path, place: pathlib.Path, *, isolated: bool = True) -
     Args:
         commit: a repository.
         place: a directory, made here, for the clone and `dist/`.
-        isolated: whether the build backend is installed anew, as pip does it, or is the one that is there.
+        isolated: whether to install the build backend into a new environment, as pip does. Else uses the installed one.
     """
     git("clone", "--quiet", commit, place / "source", cwd=commit)
     made = git("log", "-1", "--format=%ct", cwd=commit)
@@ -231,9 +232,9 @@ def release(version: str, root: pathlib.Path = ROOT, *, dry_run: bool = False, i
 
 @contextlib.contextmanager
 def _recorded(version: str, commit: pathlib.Path, root: pathlib.Path, before: str) -> Iterator[None]:
-    """Takes over the commit and tags it. Where that, or the block, fails, both are gone again."""
+    """Adds the commit to this repository and tags it. If that or the block fails, removes both again."""
     if git("rev-parse", "HEAD", cwd=root) != before or git("status", "--porcelain", cwd=root):
-        raise ReleaseError("the repository changed meanwhile: begin again")
+        raise ReleaseError("the repository changed meanwhile: run the command again")
     git("fetch", "--quiet", commit, "HEAD", cwd=root)
     made = git("rev-parse", "FETCH_HEAD", cwd=root)
     git("tag", "--annotate", "--message", f"emu3-jax {version}", f"v{version}", made, cwd=root)
@@ -248,10 +249,10 @@ def _recorded(version: str, commit: pathlib.Path, root: pathlib.Path, before: st
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns 0, or 2 where there is no release."""
+    """Returns 0, or 2 if the release cannot be made."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("version", metavar="VERSION", help="the new version, such as 0.2.0")
-    parser.add_argument("--dry-run", action="store_true", help="do all of it and keep nothing")
+    parser.add_argument("--dry-run", action="store_true", help="do everything, but keep nothing")
     options = parser.parse_args(arguments)
     try:
         release(options.version, dry_run=options.dry_run)

@@ -1,11 +1,11 @@
-"""Writes the project's address wherever it stands: pyproject.toml, notebooks, README and pages.
+"""Writes the project's address into all files that contain it: pyproject.toml, README, docs and notebooks.
 
 python scripts/set_address.py https://github.com/NAME/emu3-jax
-python scripts/set_address.py --check       # exit code 1 if a place has another address than pyproject.toml
+python scripts/set_address.py --check       # exit code 1 if a file differs from pyproject.toml
 
-`Repository` under [project.urls] in pyproject.toml is the address that the others follow. It begins as a placeholder,
-whose owner is called OWNER. Notebooks open in Colab from GitHub, so the address is one of GitHub. Run the command
-again after the repository has moved.
+`Repository` under [project.urls] in pyproject.toml holds the current address. At first it is a placeholder with the
+owner OWNER. It must be an address on GitHub, because Colab opens the notebooks from there. Run the command again after
+the repository has moved.
 """
 
 import argparse
@@ -15,13 +15,13 @@ import sys
 import tomllib
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-# Tests and this script name other addresses on purpose.
+# Tests and this script contain other addresses on purpose.
 PLACES = ("pyproject.toml", "*.md", "docs/**/*", "notebooks/*", "emu3_jax/**/*.py", "scripts/**/*")
 ADDRESS = re.compile(r"https://github\.com/([A-Za-z0-9][A-Za-z0-9-]{0,38})/([A-Za-z0-9._-]{1,100})")
 
 
 def parse(address: str) -> tuple[str, str]:
-    """Owner and name of the repository. Raises ValueError if `address` is not the address of one."""
+    """Owner and name of the repository. Raises ValueError if `address` is not the address of a GitHub repository."""
     match = ADDRESS.fullmatch(address.removesuffix("/").removesuffix(".git"))
     if match is None or set(match[2]) == {"."} or match[2].endswith(".git"):
         raise ValueError(f"{address!r} is not the address of a GitHub repository: give https://github.com/OWNER/NAME")
@@ -34,7 +34,7 @@ def current() -> tuple[str, str]:
 
 
 def texts() -> dict[pathlib.Path, str]:
-    """The files in which the address may stand, and what they hold."""
+    """The files that may contain the address, with their text."""
     found = {}
     for pattern in PLACES:
         for path in sorted(ROOT.glob(pattern)):
@@ -47,13 +47,13 @@ def texts() -> dict[pathlib.Path, str]:
 
 
 def places(name: str) -> re.Pattern[str]:
-    """Addresses of repositories called `name`: on GitHub, in Colab, and in what GitHub serves as plain files."""
+    """Matches addresses of repositories called `name` on GitHub, in Colab, and on GitHub's host of plain files."""
     hosts = r"github\.com/|colab\.research\.google\.com/github/|raw\.githubusercontent\.com/"
     return re.compile(rf"(?P<host>{hosts})(?P<owner>[A-Za-z0-9-]+)/{re.escape(name)}(?![A-Za-z0-9_-])")
 
 
 def others(owner: str, name: str) -> list[str]:
-    """Places of another owner than `owner`, one line each."""
+    """The addresses with another owner than `owner`, one line each."""
     found = []
     for path, text in texts().items():
         for number, line in enumerate(text.splitlines(), 1):
@@ -68,7 +68,7 @@ def main() -> int:
         description=__doc__.partition("\n")[0], epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("address", nargs="?", help="such as https://github.com/NAME/emu3-jax")
-    parser.add_argument("--check", action="store_true", help="compare all places with pyproject.toml, change nothing")
+    parser.add_argument("--check", action="store_true", help="compare all files with pyproject.toml, change nothing")
     options = parser.parse_args()
     if options.check == (options.address is not None):
         parser.error("give either an address or --check")

@@ -487,7 +487,7 @@ def test_help_is_the_head_of_the_script(cloud):
         said = cloud.run(f"bash scripts/tpu/{name} --help")
         assert len(said.splitlines()) > 4 and f"scripts/tpu/{name}" in said and "set -euo" not in said
     said = cloud.run("bash scripts/slurm/emu3.sbatch --help")
-    assert said.startswith("An emu3-jax command on GPU nodes under Slurm") and "#SBATCH" not in said
+    assert said.startswith("Runs an emu3-jax command on GPU nodes under Slurm") and "#SBATCH" not in said
     assert not cloud.calls()
 
 

@@ -128,7 +128,7 @@ def test_a_release_that_fails_leaves_nothing(release, repository, monkeypatch, f
         ("0.2.0+mine", None, "is not a version"),
         ("0.1.0", None, "0.1.0 is not newer than 0.1.0"),
         ("0.1.0rc1", None, "0.1.0rc1 is not newer"),
-        ("0.2.0", "tag", "the tag v0.2.0 is there already"),
+        ("0.2.0", "tag", "the tag v0.2.0 exists already"),
         ("0.2.0", "new file", "files changed or new: 1, first notes.txt"),
         ("0.2.0", "changed file", "files changed or new: 1, first CHANGELOG.md"),
         ("0.2.0", "tools", 'no_such_tool is not installed: pip install ".[release]"'),

@@ -80,7 +80,7 @@ def load_concepts(tarball: pathlib.Path) -> dict[str, Concept]:
     return dict(sorted(concepts.items()))
 
 
-def draw(seed: int, *names: str) -> float:
+def fixed_number(seed: int, *names: str) -> float:
     """A number in [0, 1) that depends on nothing but the seed and the names, so new data change no old decision."""
     digest = hashlib.sha256("\0".join((str(seed), *names)).encode()).digest()
     return int.from_bytes(digest[:8]) / 2**64
@@ -88,7 +88,7 @@ def draw(seed: int, *names: str) -> float:
 
 def is_held_out(concept: Concept, seed: int) -> bool:
     """Whether the concept, and all its siblings, are kept out of training altogether."""
-    return draw(seed, "concept", concept.family) < HELD_CONCEPTS
+    return fixed_number(seed, "concept", concept.family) < HELD_CONCEPTS
 
 
 def held_out_styles(concept: Concept, alike: dict[str, set[str]], seed: int) -> set[str]:
@@ -103,13 +103,13 @@ def held_out_styles(concept: Concept, alike: dict[str, set[str]], seed: int) -> 
     Returns:
         None or one of the sets in `alike`; at least two pictures of other kinds remain.
     """
-    if draw(seed, "style", concept.codepoint) >= HELD_STYLES:
+    if fixed_number(seed, "style", concept.codepoint) >= HELD_STYLES:
         return set()
-    style = min(STYLES, key=lambda style: draw(seed, "style", concept.codepoint, style))
+    style = min(STYLES, key=lambda style: fixed_number(seed, "style", concept.codepoint, style))
     held = alike.get(style, set())
     return held if len(alike) - len(held) >= 2 else set()
 
 
 def is_held_out_triple(kind: str, colour: str, shape: str, last: str, seed: int) -> bool:
     """Whether a combination of colour, shape and motion or position is kept out of training."""
-    return draw(seed, f"triple of {kind}", colour, shape, last) < HELD_TRIPLES
+    return fixed_number(seed, f"triple of {kind}", colour, shape, last) < HELD_TRIPLES

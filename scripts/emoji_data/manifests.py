@@ -7,7 +7,7 @@ import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator
 
-from emoji_data.concepts import MAIN_GROUPS, Concept, draw, is_held_out
+from emoji_data.concepts import MAIN_GROUPS, Concept, fixed_number, is_held_out
 
 Item = dict
 Line = dict
@@ -49,7 +49,7 @@ def build_manifests(items: list[Item], concepts: Iterable[Concept], seed: int) -
         return _question_lines(item, item.get("closeups", []))
 
     def share(source: list[Item]) -> list[Item]:
-        return [item for item in source if draw(seed, "vision", item["name"]) < VISION_SHARES[item["kind"]]]
+        return [item for item in source if fixed_number(seed, "vision", item["name"]) < VISION_SHARES[item["kind"]]]
 
     vision = lines(_canonical_line, "train", pictures, clips, share(stills), share(drawn_clips))
     return {

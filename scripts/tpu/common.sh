@@ -59,8 +59,8 @@ need_slice() {
     if [[ -n ${PROJECT:-} ]]; then where+=(--project="$PROJECT"); fi
 }
 
-# Sets `generation`, `chips`, `topology` and `queued_type` by a slice's name: v5e:4x4 as `emu3-jax plan` has it, or
-# v5litepod-16 as the Cloud TPU API has it. For a name of the second kind `topology` is empty.
+# Sets `generation`, `chips`, `topology` and `queued_type` from the name of a slice. A name has the form of `emu3-jax
+# plan`, such as v5e:4x4, or of the Cloud TPU API, such as v5litepod-16. With the second form, `topology` is empty.
 read_type() {
     local side='[1-9][0-9]{0,2}' count
     topology='' queued_type='' chips=1
@@ -76,7 +76,7 @@ read_type() {
     else
         die "'$1' is no slice: write v5e:4x4, v5p:2x2x2, v6e:4x4, tpu7x:2x2x2, or v5litepod-16, v5p-16, v6e-16"
     fi
-    # v4 and v5p are counted in TensorCores, two a chip.
+    # The names of v4 and v5p count TensorCores. Each chip has two.
     case $generation in
         v5e) queued_type=v5litepod-$chips ;;
         v6e) queued_type=v6e-$chips ;;
@@ -84,12 +84,12 @@ read_type() {
     esac
 }
 
-# The names of the instances of a slice of Compute Engine, a line each.
+# Prints the names of the instances of a Compute Engine slice, one per line.
 instances() {
     gcloud compute instance-groups managed list-instances "$TPU" "${where[@]}" --format='value(instance.basename())'
 }
 
-# on WORKER COMMAND: runs a shell command on one host, or with `all` on all at once.
+# on WORKER COMMAND: runs a shell command on one host, or on all hosts at once if WORKER is `all`.
 on() {
     local worker=$1 command=$2
     if [[ $via == queued ]]; then
@@ -124,7 +124,7 @@ find_hosts() {
     fi
 }
 
-# copy WORKER SOURCE ... TARGET: copies files and directories; a name on the host begins with `:`.
+# copy WORKER SOURCE ... TARGET: copies files and directories. A path on the host begins with `:`.
 copy() {
     local worker=$1 host word hosts=() words
     if [[ $via == queued ]]; then
@@ -141,8 +141,9 @@ copy() {
     done
 }
 
-# Sets `one_worker` to the variables that keep a command of emu3-jax to one host of a slice: without them JAX waits for
-# the other hosts. convert, export and doctor read and write files and leave the chips alone; the others get one chip.
+# Sets `one_worker` to the variables with which an emu3-jax command runs on a single host of a slice. Without them JAX
+# waits for the other hosts. convert, export and doctor only read and write files, so they run on the CPU. Other
+# commands get one chip.
 keep_to_one_worker() {
     one_worker=(JAX_NUM_PROCESSES=1)
     case $1 in
@@ -151,7 +152,7 @@ keep_to_one_worker() {
     esac
 }
 
-# Sets `worker` to where a command of emu3-jax runs: convert, prepare and export on the first host, the others on all.
+# Sets `worker` to the host of an emu3-jax command: 0 for convert, prepare, export and doctor, all for other commands.
 choose_worker() {
     local usual=all
     case $1 in

@@ -5,9 +5,9 @@
 #     bash scripts/tpu/copy.sh [--dry-run] up photos out/photos           # photos becomes out/photos on the slice
 #     bash scripts/tpu/copy.sh [--dry-run] down out/checkpoint checkpoint
 #
-# The target gets its name when everything has arrived, and must not exist before.
+# The target must not exist. It gets its final name after everything was copied.
 #
-# The flags are those of gcloud's reference of 2026. This script was not run against Google Cloud.
+# The flags follow gcloud's reference of 2026. This script was not run against Google Cloud.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 options "$@"

@@ -9,13 +9,13 @@
 #     bash scripts/tpu/gcluster.sh stop train-1
 #
 # FILES is the volume that becomes `out` in every pod: filestore://ADDRESS/SHARE or the name of a
-# PersistentVolumeClaim. BUCKET, if it is set, is at /mnt/bucket. gcluster lays this checkout's last commit over a
-# Python image and puts it into the repository GCLUSTER_IMAGE_REPO of the Artifact Registry; IMAGE=NAME takes an image
-# of yours instead, see Dockerfile. convert, prepare, export and doctor run in the first pod only. GRACE is the number
-# of seconds that a pod gets to write a checkpoint (600). Pods that are taken away start again, up to 50 times; bad
-# input (exit code 2) ends the job.
+# PersistentVolumeClaim. BUCKET, if it is set, is mounted at /mnt/bucket. gcluster adds this checkout's last commit to a
+# Python image, and pushes the image to the repository GCLUSTER_IMAGE_REPO of the Artifact Registry. IMAGE=NAME uses
+# your own image instead, see Dockerfile. convert, prepare, export and doctor run in the first pod only. GRACE is the
+# number of seconds that a pod gets to write a checkpoint (600). Preempted pods start again, up to 50 times. Bad input
+# (exit code 2) ends the job.
 #
-# The flags are those of the Cluster Toolkit's source of June 2026. This script was not run against Google Cloud.
+# The flags follow the Cluster Toolkit's source of June 2026. This script was not run against Google Cloud.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 source "$(dirname "${BASH_SOURCE[0]}")/pods.sh"
@@ -35,7 +35,7 @@ case ${rest[0]:-} in
             die "set TYPE to the slice, like v5e:4x4, and FILES to the volume for out"
         read_type "$TYPE"
         [[ -n $topology ]] || die "write the topology, as in v5e:4x4"
-        # Unlike the Cloud TPU API, gcluster counts the chips of v5p, and takes those of TPU7x from the topology.
+        # Unlike the Cloud TPU API, gcluster counts chips for v5p. For TPU7x the topology gives the number of chips.
         case $generation in
             v4) die "gcluster.sh knows v5e, v5p, v6e and tpu7x" ;;
             v5p) compute_type=v5p-$chips ;;

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains to the last step, also where the slice is taken away: makes it again, installs, and continues.
+# Trains to the last step. If the slice is preempted, makes it again, installs the package, and continues.
 #
 #     export TPU=emu3 ZONE=us-west4-a NFS=10.0.0.2:/vol1
 #     SPOT=1 bash scripts/tpu/keep_training.sh [--dry-run] v5e:8x8 configs/sft_t2i_8b.py --set checkpoint_every=100
@@ -7,8 +7,8 @@
 # Run it on a machine that stays on, in `tmux` or `screen`. It makes the slice if there is none (slice.sh, setup.sh),
 # starts the training detached (run.sh), and looks every POLL seconds (60). It ends when the training ended well, when
 # the training found bad input (exit code 2), or after RETRIES (5) failures in a row.
-# A Spot slice goes with 30 seconds of notice. That is too short to write a checkpoint of a full 8 B run, so what a loss
-# of the slice costs is set by `checkpoint_every`.
+# Google announces the end of a Spot slice 30 seconds before. That is too short to write a checkpoint of a full 8 B run,
+# so a preemption loses all steps since the last checkpoint. `checkpoint_every` limits their number.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 options "$@"
@@ -28,8 +28,8 @@ if [[ -n $dry_run ]]; then
     exit
 fi
 
-# Sets `code` to how the training is on the first host: running, gone, unreachable, or its exit code. Prints the last
-# line of its log where that is a new one.
+# Sets `code` to the state of the training on the first host: running, gone, unreachable, or its exit code. Prints the
+# last line of its log if that line is new.
 look() {
     local said
     said=$(on 0 "log=$shared/logs/\$(hostname); tail -n 1 \$log.log 2> /dev/null
@@ -46,7 +46,7 @@ else echo gone; fi") || said=unreachable
 
 slice_state() { bash "$here/slice.sh" state || echo UNREACHABLE; }
 
-# Counts a failure, and ends after the last one that is allowed.
+# Counts a failure. Ends the script after RETRIES failures in a row.
 failed() {
     tries=$((tries + 1))
     ((tries < retries)) || die "$tries failures in a row, the last one: $1"
@@ -54,7 +54,7 @@ failed() {
     sleep "$poll"
 }
 
-# Makes the slice if there is none, and again if it was taken away.
+# Makes the slice if there is none, and makes it again if it was preempted.
 make_slice() {
     local state
     state=$(slice_state)
@@ -66,7 +66,7 @@ make_slice() {
             say "the slice is $state: deleting it"
             bash "$here/slice.sh" delete || return 1
             ;;
-        *) # it was asked for, and is not there yet
+        *) # requested, but not ready yet
             bash "$here/slice.sh" wait
             return
             ;;
@@ -80,8 +80,8 @@ while true; do
         failed "the slice could not be made"
         continue
     fi
-    # It may run already, where this script was started again. Else set up every time: a host that was repaired is
-    # empty.
+    # If this script was restarted, the training may run already. Otherwise always run setup.sh, because a repaired
+    # host is empty.
     look
     if [[ $code != running ]]; then
         code=failed

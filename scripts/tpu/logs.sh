@@ -2,8 +2,8 @@
 # Shows the end of the logs of a slice's hosts.
 #
 #     export TPU=emu3 ZONE=us-west4-a
-#     bash scripts/tpu/logs.sh [--dry-run] [LINES]      # of every host, 20 lines each if LINES is not given
-#     FOLLOW=1 bash scripts/tpu/logs.sh                 # goes on until Ctrl-C
+#     bash scripts/tpu/logs.sh [--dry-run] [LINES]      # LINES lines of every host (20)
+#     FOLLOW=1 bash scripts/tpu/logs.sh                 # keeps printing until Ctrl-C
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 options "$@"

@@ -11,10 +11,10 @@
 # the others by the slice's metadata. WORKER=0 or WORKER=all chooses otherwise: prepare on all hosts shares the work.
 # The command runs in the checkout. `out` is the directory that all hosts share (setup.sh).
 #
-# What a host prints is added to the end of out/logs/HOST.log. DETACH=1 returns at once, so that a connection that
-# breaks ends nothing; logs.sh shows the logs. prepare and train continue where they were when you run them again.
+# The output of a host is appended to out/logs/HOST.log; logs.sh shows the logs. DETACH=1 returns at once, so that a
+# broken connection does not end the command. If you run prepare or train again, they continue.
 #
-# The flags are those of gcloud's reference of 2026. This script was not run against Google Cloud.
+# The flags follow gcloud's reference of 2026. This script was not run against Google Cloud.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 options "$@"
@@ -22,7 +22,7 @@ need_slice
 ((${#rest[@]})) || die "usage: $script [--dry-run] {convert,prepare,train,generate,export,...} ARGUMENTS"
 choose_worker "${rest[0]}"
 
-variables=(JAX_COMPILATION_CACHE_DIR="$shared/.compiled") # a slice made anew finds the compiled programs
+variables=(JAX_COMPILATION_CACHE_DIR="$shared/.compiled") # a new slice finds the compiled programs
 if [[ $worker != all ]]; then
     keep_to_one_worker "${rest[0]}"
     variables+=("${one_worker[@]}")

@@ -4,14 +4,14 @@
 #     export TPU=emu3 ZONE=us-west4-a
 #     NFS=10.0.0.2:/vol1 bash scripts/tpu/setup.sh [--dry-run]
 #
-# Run it again after a commit, and on a slice that was made anew. NFS is a Filestore instance in the slice's network.
+# Run it again after each commit, and on each new slice. NFS is a Filestore instance in the slice's network.
 # All hosts must see photos, bundles and runs under one path, because all of them write checkpoints: the share is
 # mounted at /mnt/emu3 (SHARED), and `out` in the checkout becomes a link to it. So `out/data` in a config or on a
 # command line is /mnt/emu3/data on every host. BUCKET=NAME mounts a Cloud Storage bucket instead. That suits photos and
 # bundles. Runs need a bucket with hierarchical namespace, where renaming a directory is one step, and nothing there
 # keeps two runs from the same directory. Without NFS and BUCKET the script takes SHARED as you mounted it.
 #
-# The flags are those of gcloud's reference of 2026. This script was not run against Google Cloud.
+# The flags follow gcloud's reference of 2026. This script was not run against Google Cloud.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 options "$@"
@@ -41,7 +41,7 @@ cd ~/emu3-jax
 if [[ -n ${NFS:-} ]]; then
     remote+="if ! mountpoint -q $shared; then
     if ! command -v mount.nfs > /dev/null; then
-        # A fresh host updates itself, and holds apt's lock meanwhile.
+        # A new host updates itself, and holds the lock of apt meanwhile.
         sudo apt-get -qq -o DPkg::Lock::Timeout=600 update
         sudo apt-get -qq -o DPkg::Lock::Timeout=600 install -y nfs-common
     fi

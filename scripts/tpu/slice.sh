@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Makes a TPU slice and waits for it, deletes it, or says how it is.
+# Makes a TPU slice and waits for it, deletes it, or prints its state.
 #
 #     export TPU=emu3 ZONE=us-west4-a
 #     bash scripts/tpu/slice.sh [--dry-run] create v5e:8x8       # v5litepod-64 is another name of the same
-#     SPOT=1 bash scripts/tpu/slice.sh create v5e:8x8            # cheaper; may be taken away at any time
-#     bash scripts/tpu/slice.sh wait                             # until it is there, after `create` was interrupted
+#     SPOT=1 bash scripts/tpu/slice.sh create v5e:8x8            # cheaper; can be preempted at any time
+#     bash scripts/tpu/slice.sh wait                             # after an interrupted `create`, waits for the slice
 #     bash scripts/tpu/slice.sh state
 #     bash scripts/tpu/slice.sh delete
 #
 # With VIA=queued, the default, the slice is a queued resource of the Cloud TPU API: v4, v5e, v5p, v6e. RUNTIME chooses
 # another software version. With VIA=compute it is a managed instance group of Compute Engine: v5p, v6e, TPU7x.
-# `state` prints ACTIVE, ABSENT, or what the vendor calls it. POLL is the number of seconds between two looks (30).
+# `state` prints ACTIVE, ABSENT, or the state that gcloud prints. POLL is the number of seconds between checks (30).
 #
-# The flags are those of gcloud's reference of 2026. This script was not run against Google Cloud.
+# The flags follow gcloud's reference of 2026. This script was not run against Google Cloud.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 options "$@"
@@ -86,7 +86,7 @@ create_compute() {
         [[ -n $project ]] || die "set PROJECT to the Google Cloud project"
         run gcloud compute resource-policies create workload-policy "$TPU" --region="$region" --project="$project" \
             --type=HIGH_THROUGHPUT --accelerator-topology="$topology" --accelerator-topology-mode=AUTO_CONNECT
-        # Only the policy's whole name is taken.
+        # gcloud accepts only the full name of the policy.
         policy=(--workload-policy="projects/$project/regions/$region/resourcePolicies/$TPU"
             --target-size-policy-mode=bulk --default-action-on-vm-failure=do-nothing)
     fi

@@ -14,13 +14,12 @@
 #     bash scripts/tpu/xpk.sh delete
 #
 # JAX finds the other pods by the variables that GKE sets. convert, prepare, export and doctor run in the first pod
-# only (WORKER=all: in all of them). `out` is the Filestore volume. xpk lays this checkout's last commit over a Python
-# image; IMAGE=NAME takes an image of yours instead, see Dockerfile. Pods that are taken away start again, up to 50
-# times, and the training continues from its last checkpoint; bad input (exit code 2) ends the workload. GRACE is the
-# number of seconds that a pod gets to write a checkpoint when it is asked to end (600); a Spot machine gives less,
-# 30.
+# only (WORKER=all: in all of them). `out` is the Filestore volume. xpk adds this checkout's last commit to a Python
+# image. IMAGE=NAME uses your own image instead, see Dockerfile. Preempted pods start again, up to 50 times, and the
+# training continues from its last checkpoint. Bad input (exit code 2) ends the workload. GRACE is the number of seconds
+# that a pod gets to write a checkpoint before it ends (600). A Spot machine gives only 30 seconds.
 #
-# The flags are those of xpk 1.16.0. This script was not run against Google Cloud.
+# The flags follow xpk 1.16.0. This script was not run against Google Cloud.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 source "$(dirname "${BASH_SOURCE[0]}")/pods.sh"
@@ -29,7 +28,7 @@ for name in CLUSTER PROJECT ZONE TYPE; do
     [[ -n ${!name:-} ]] || die "set CLUSTER, PROJECT, ZONE and TYPE (of the slice, like v5e:4x4): $name is not set"
 done
 read_type "$TYPE"
-# xpk counts TensorCores of TPU7x too, two a chip.
+# xpk counts TensorCores for TPU7x too. Each chip has two.
 tpu_type=${queued_type:-$generation-$((2 * chips))}
 at=(--cluster="$CLUSTER" --project="$PROJECT" --zone="$ZONE")
 volume=emu3-files bucket=emu3-bucket
