@@ -382,7 +382,7 @@ def test_blocks_split_over_64_devices():
 
 def test_blocks_that_do_not_split_are_an_error():
     config = dataclasses.replace(CONFIG, intermediate_size=64)
-    with pytest.raises(Emu3Error, match="mlp/down_scale has 1 along its axis 'mlp', which mesh tensor=2 does not"):
+    with pytest.raises(Emu3Error, match="mlp/down_scale has size 1 along its axis 'mlp', which mesh tensor=2 does not"):
         decoder_shardings(config, make_mesh("tensor=2"), adapter=adapter_of("nf4"))
 
 
