@@ -309,7 +309,9 @@ def write_config_only(directory):
 
 def test_the_hub_out_of_reach_or_not_installed(tmp_path, monkeypatch):
     refused(
-        r"BAAI/Emu3-Nothing: no such directory, and not fetched from the hub", ["BAAI/Emu3-Nothing"], tmp_path / "o"
+        r"BAAI/Emu3-Nothing: no such directory, and the download from the hub failed",
+        ["BAAI/Emu3-Nothing"],
+        tmp_path / "o",
     )
     real = builtins.__import__
 

@@ -179,7 +179,9 @@ def test_no_memory_is_one_line(monkeypatch, capsys):
         monkeypatch.setattr(doctor, "run", run)
         assert main(["doctor", "x"]) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"emu3-jax: error: out of memory ({str(error).splitlines()[0]}): ask for less at once")
+        assert line.startswith(
+            f"emu3-jax: error: out of memory ({str(error).splitlines()[0]}): use a smaller --batch-size"
+        )
 
 
 @pytest.mark.parametrize(

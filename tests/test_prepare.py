@@ -377,7 +377,7 @@ def test_the_command(golden_bundle, golden_model, tmp_path, monkeypatch, capsys)
     embedding = golden_model.vision.params["quantize"]["embedding"]
     data.require_codebook(32768, Codebook.of(np.asarray(embedding)).sha256)
     assert run(*command, "hosts", "--on-error", "skip", "--host", 1, "--hosts", 2) == 0
-    assert capsys.readouterr().out == "hosts: 1 shards of other hosts are not written yet\n"
+    assert capsys.readouterr().out == "hosts: 1 shard of other hosts is not written yet\n"
     assert run(*command, "hosts", "--on-error", "skip", "--host", 0, "--hosts", 2, "--workers", 1) == 0
     assert files(tmp_path / "hosts") == files(tmp_path / "out")
 
