@@ -347,7 +347,7 @@ def test_who_is_one_of_several(environment, tpu_host, expected):
     [
         ({distributed.COORDINATOR: ""}, "JAX_COORDINATOR_ADDRESS is not: set JAX_COORDINATOR_ADDRESS=HOST:PORT"),
         ({distributed.COORDINATOR: "a"}, "is 'a': it must be HOST:PORT"),
-        ({distributed.INDEX: "2"}, "JAX_PROCESS_ID is 2: of 2 processes the last is 1"),
+        ({distributed.INDEX: "2"}, "JAX_PROCESS_ID is 2: with 2 processes, the highest is 1"),
         ({distributed.INDEX: "x"}, "JAX_PROCESS_ID is 'x': it must be a whole number >= 0"),
         ({distributed.COUNT: "0"}, "JAX_NUM_PROCESSES is '0': it must be a whole number >= 1"),
         ({distributed.COUNT: ""}, "JAX_NUM_PROCESSES is not"),
