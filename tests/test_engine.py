@@ -233,7 +233,9 @@ def test_the_cache_is_donated_and_never_copied():
 
 
 def test_a_prompt_past_the_positions_is_refused():
-    with pytest.raises(Emu3Error, match="row 1: a prompt of 250 tokens and 18 tokens to generate exceed the model's 256"):
+    with pytest.raises(
+        Emu3Error, match="row 1: a prompt of 250 tokens and 18 tokens to generate exceed the model's 256"
+    ):
         rows = tiny.rows([[17], [17] * 250], [image_schedule(3, 4)] * 2)
         session.run(tiny.params(), tiny.CONFIG, rows, tiny.settings(2))
 
