@@ -328,7 +328,7 @@ def test_a_run_and_one_that_goes_on_are_equal_and_export_what_they_evaluated(con
     assert re.fullmatch(r"trained: all [\d,]+ parameters of a vision tokenizer", lines[1])
     assert lines[2:5] == [
         "a step: 4 pictures and 2 clips of 4 frames, each of 16x16 pixels",
-        f"data: 8 pictures, 4 clips, of {config.pixels.manifests[0]}",
+        f"data: 8 pictures, 4 clips in {config.pixels.manifests[0]}",
         "devices: 1 (cpu)",
     ]
     assert re.fullmatch(r"the first step took \d+ s, compilation included; a step takes .+ of each device", lines[7])
