@@ -53,11 +53,12 @@ def _links(text: str, folder: pathlib.Path) -> str:
 def _front_page(index: str) -> str:
     pages = re.findall(r"^- \[.*?\]\((\w+)\.\w+\)", index, re.MULTILINE)
     readme = (ROOT / "README.md").read_text()
-    start, end = re.split(r"^## Further pages\n", readme, flags=re.MULTILINE)
-    licence = end.strip().split("\n\n")[-1]
+    start, end = readme.split("[All pages](docs/index.md). ")
     listed = index.split("\n\n", 2)[2]
     tree = "\n".join(["```{toctree}", ":hidden:", "", *pages, "```"])
-    return f"{_links(start, ROOT)}## All pages\n\n{_links(listed, ROOT / 'docs')}\n{licence}\n\n{tree}\n"
+    return (
+        f"{_links(start, ROOT)}## All pages\n\n{_links(listed, ROOT / 'docs')}\n{_links(end.strip(), ROOT)}\n\n{tree}\n"
+    )
 
 
 def _read(app, docname: str, content: list[str]) -> None:

@@ -32,6 +32,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _log = logging.getLogger("emu3_jax")
 _lock = threading.Lock()
 _live: dict[pathlib.Path, pathlib.Path] = {}  # temporary files and directories of this process, and their targets
+_removed: set[pathlib.Path] = set()  # temporary directories that this process removed because of an error or Ctrl-C
 _swept: set[pathlib.Path] = set()  # directories from which this process has removed leftovers
 
 
@@ -314,6 +315,7 @@ def _make(parent: pathlib.Path, suffix: str, is_directory: bool) -> tuple[pathli
 def remove(temporary: pathlib.Path) -> None:
     """Removes a file, a link, or a directory with its contents. Ignores errors."""
     if temporary.is_dir() and not temporary.is_symlink():
+        _removed.add(temporary)
         for _ in range(20):
             shutil.rmtree(temporary, ignore_errors=True)
             if not temporary.exists():
@@ -325,9 +327,12 @@ def remove(temporary: pathlib.Path) -> None:
 
 
 def remove_temporaries() -> None:
-    """Removes all temporary files and directories of this process. Call it before `os._exit`, which runs no cleanup."""
+    """Removes all temporary files and directories of this process. Call it before `os._exit`, which runs no cleanup.
+
+    After Ctrl-C, a thread of a library may make a directory again that was removed, so those are looked at once more.
+    """
     with _lock:
-        for temporary in _live:
+        for temporary in [*_live, *_removed]:
             remove(temporary)
 
 

@@ -22,6 +22,7 @@ from emu3_jax.cli.interruption import Interruption, watched
 from emu3_jax.cli.output import OutputError, guarded, open_closed_streams
 from emu3_jax.cli.usage import Parser
 from emu3_jax.errors import Emu3Error
+from emu3_jax.files import remove_temporaries
 from emu3_jax.progress import by_default
 
 COMMANDS = {
@@ -197,6 +198,7 @@ def program() -> None:
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
             sys.stderr.flush()
+        remove_temporaries()
         os._exit(code)
     gc.freeze()  # or the interpreter, before it ends, walks through all that JAX made
     sys.exit(code)
