@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import pathlib
+import shutil
 import statistics
 import subprocess
 import sys
@@ -151,13 +152,17 @@ def main() -> None:
         return
     own = ("JAX_COMPILATION_CACHE", "JAX_PERSISTENT_CACHE")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(own)}
+    python = shutil.which(options.python)
+    if python is None:
+        parser.error(f"--python is {options.python}: there is no such program")
+    python = os.path.abspath(python)  # the runs have another working directory
     rounds = []
     for _ in range(options.runs):
         with tempfile.TemporaryDirectory() as directory:
             place = pathlib.Path(directory)
             cached = {**environment, "XDG_CACHE_HOME": str(place / "cache")}
             outputs = ("first", "second")
-            rounds.append([run(options.python, [*words, "-o", name, "--quiet"], place, cached) for name in outputs])
+            rounds.append([run(python, [*words, "-o", name, "--quiet"], place, cached) for name in outputs])
     print(table(rounds))
 
 
