@@ -35,13 +35,14 @@ def check_whole(path: str | os.PathLike) -> None:
 
 
 def _boxes_end(stream: BinaryIO, found: int) -> int | None:
-    position = 0
+    position, fragments = 0, False
     for _ in range(_BOXES_READ):
         stream.seek(position)
         header = stream.read(16)
-        if len(header) < 8:
-            return position
+        if len(header) < 8:  # after a fragment (moof, mdat), the first bytes of the next one; else bytes of others
+            return position + 8 if header and fragments else position
         size, kind = int.from_bytes(header[:4], "big"), header[4:8]
+        fragments |= kind == b"moof"
         if size == 1 and len(header) == 16:
             size = int.from_bytes(header[8:], "big")
         if size < 8:  # 0 means that the box extends to the end of the file, so its length is not stated

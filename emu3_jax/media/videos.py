@@ -163,7 +163,10 @@ def _rates(path: Path, stream: Any) -> tuple[float, float]:
     average, guessed = float(stream.average_rate or 0), float(stream.guessed_rate or 0)
     rate = average if average > 0 else guessed
     if not 0 < rate <= _MAX_RATE:
-        raise Emu3Error(f"cannot read {path}: its rate is {rate:g} frames per second; convert it to MP4 or WebM")
+        raise Emu3Error(
+            f"cannot read {path}: its rate is {rate:g} frames per second, so it is cut off or has no constant rate; "
+            "give the whole file, or convert it to MP4 or WebM"
+        )
     same = abs(guessed / rate - 1) < _SAME
     nominal = guessed if same or rate < guessed <= min(_FILLED * rate, _MAX_RATE) else rate
     # If the file states its number of frames, the average is exact. Else FFmpeg estimates it from rounded time stamps.
