@@ -98,14 +98,14 @@ def check_decoder(config: DecoderConfig, params: dict):
     height, width = sequences["wide/image_size"][0]
     picture = [Row(prompt, image_schedule(height, width), negative)], Sampling(0.0, guidance=5.0).settings(1)
     for kernels in kernels_here():
-        got = session.run(params, config, *picture, kernels=kernels)
+        got = session.run(params, config, *picture, kernels=kernels).ids
         yield f"guided picture tokens, {kernels}", int((got[0] != ids[length:]).sum()), 0
         for name, case in (("describe", 0), ("batch", 1)):
             texts = json.loads((GOLDEN / "text.json").read_text())["understanding_prompt"][case]
             pairs = zip(texts["input_ids"], texts["attention_mask"], strict=True)
             rows = [[token for token, real in zip(*pair, strict=True) if real] for pair in pairs]
             answers = [Row(row, text_schedule(24)) for row in rows], Sampling(0.0, guidance=1.0).settings(len(rows))
-            got = session.run(params, config, *answers, kernels=kernels)
+            got = session.run(params, config, *answers, kernels=kernels).ids
             expected = sequences[f"{name}/sequences"][:, int(sequences[f"{name}/prompt_length"]) :]
             yield f"answer tokens ({name}), {kernels}", int((got != expected).sum()), 0
     for kernels in kernels_here():
@@ -113,7 +113,8 @@ def check_decoder(config: DecoderConfig, params: dict):
     if "pallas" in kernels_here():
         narrow = quantise_params(params, "int8")
         first, second = (
-            session.run(narrow, config, *picture, narrow_cache=True, kernels=kernels) for kernels in ("xla", "pallas")
+            session.run(narrow, config, *picture, narrow_cache=True, kernels=kernels).ids
+            for kernels in ("xla", "pallas")
         )
         yield "guided picture tokens, int8, of xla and pallas", int((first != second).sum()), 0
 

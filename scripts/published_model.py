@@ -116,7 +116,7 @@ def _generate(
     del cache
     ids = session.run(
         language.params, config, [Row(prompt, schedule, negative)], Sampling(0.0, guidance=guidance).settings(1)
-    )[0]
+    ).ids[0]
     if not np.isfinite(logits).all():
         raise Emu3Error("the logits contain NaN or infinity: compare the checkpoint's hashes, and report this")
     likeliest = int(np.argmax(logits))

@@ -167,7 +167,7 @@ def test_a_narrow_cache_in_float16(size):
     q = jax.random.normal(keys[0], (1, 1, 2, 2, 32))
     k, v = (jax.random.normal(key, (1, 2, 4096, 32)) for key in keys[1:])
     (k, k_scales), (v, v_scales) = narrow_rows(k), narrow_rows(size * (v + 0.5))
-    attend = functools.partial(cached_attention, first_query=jnp.asarray(4095), start=jnp.asarray([0]))
+    attend = functools.partial(cached_attention, first_query=jnp.asarray([4095]), start=jnp.asarray([0]))
     exact, half = (
         np.asarray(attend(q.astype(dtype), k, v, k_scales, v_scales), np.float32) for dtype in ("float32", "float16")
     )

@@ -12,7 +12,7 @@ from conftest import golden_json, golden_npz
 from test_sampling import CRITICAL, chi_squared, softmax
 
 from emu3_jax.errors import Emu3Error
-from emu3_jax.generation import engine, session
+from emu3_jax.generation import engine, session, shapes
 from emu3_jax.generation.schedule import TokenClass, clip_schedule, image_schedule, text_schedule
 from emu3_jax.sharding.mesh import make_mesh
 from emu3_jax.sharding.rules import decoder_shardings
@@ -43,7 +43,7 @@ def test_golden_greedy_pictures_under_guidance(name, golden, golden_model):
         language.config,
         [session.Row(prompt, image_schedule(height, width), negative)],
         tiny.settings(1, temperature=0.0, guidance=case["guidance"]),
-    )
+    ).ids
     np.testing.assert_array_equal(ids[0], sequence[length:])
 
 
@@ -57,7 +57,7 @@ def test_golden_greedy_answers_alone_and_batched(name, case, golden, golden_mode
     language = golden_model.language
     settings = tiny.settings(len(rows), temperature=0.0)
     rows = tiny.rows(rows, [text_schedule(24)] * len(rows))
-    ids = session.run(language.params, language.config, rows, settings)
+    ids = session.run(language.params, language.config, rows, settings).ids
     np.testing.assert_array_equal(ids, golden[f"{name}/sequences"][:, int(golden[f"{name}/prompt_length"]) :])
 
 
@@ -77,7 +77,7 @@ def run_rows(order, **changes):
     prompts, negatives, schedules, settings = mixed_rows()
     rows = tiny.rows(prompts, schedules, negatives)
     picked = settings.take(np.asarray(order))
-    return session.run(tiny.params(), tiny.CONFIG, [rows[i] for i in order], picked, **changes)
+    return session.run(tiny.params(), tiny.CONFIG, [rows[i] for i in order], picked, **changes).ids
 
 
 def test_a_row_does_not_depend_on_its_batch_mates():
@@ -100,52 +100,58 @@ def test_generated_tokens_obey_the_schedule():
 
 def test_growing_the_cache_and_short_calls_change_nothing(monkeypatch):
     whole = run_rows([0, 1, 2, 3])
-    monkeypatch.setattr(session, "CACHE_GROWTH", 72)
-    monkeypatch.setattr(session, "STEPS_PER_CALL", 3)
+    monkeypatch.setattr(shapes, "CACHE_GROWTH", 72)
+    monkeypatch.setattr(session, "PASSES_PER_CALL", 3)
     progress = []
     small = run_rows([0, 1, 2, 3], on_progress=lambda taken, steps: progress.append((taken, steps)))
     np.testing.assert_array_equal(small, whole)
-    assert progress == [(taken, 15) for taken in (1, 4, 7, 8, 11, 14, 15)]
+    # 14, 5, 15 and 5 steps. The calls end after 3 passes, where the cache must grow, and where a row is complete.
+    steps = [sum(min(taken, goal) for goal in (14, 5, 15, 5)) for taken in (1, 4, 5, 8, 9, 9, 12, 14, 15)]
+    assert progress == [(15 * count // 39, 15) for count in steps]
 
 
 def test_a_cache_grows_through_few_sizes():
     def sizes(final: int) -> list[int]:
-        found = [session.cache_slots(1, final, "xla")]
+        found = [shapes.cache_slots(1, final, "xla")]
         while found[-1] < final:
-            found.append(session.cache_slots(found[-1] + 1, final, "xla"))
+            found.append(shapes.cache_slots(found[-1] + 1, final, "xla"))
         return found
 
     assert sizes(8256) == [2048, 4096, 6144, 8192, 8256]  # a picture of 720x720
     long = sizes(124_992)  # a clip of 5 s
     assert len(long) == 20 and long[-1] == 124_992
     assert all(b - a <= max(2048, b // 4) for a, b in itertools.pairwise(long))
-    assert session.cache_slots(1, 124_992, "pallas") == 124_992
+    assert shapes.cache_slots(1, 124_992, "pallas") == 124_992
 
 
 def test_tokens_are_told_while_the_device_has_its_next_call(monkeypatch):
-    monkeypatch.setattr(session, "STEPS_PER_CALL", 4)
-    asked, told = [1], []  # steps that the device was asked for, the prompt's own included
+    monkeypatch.setattr(session, "PASSES_PER_CALL", 4)
+    asked, told = [0], []  # passes that the device was asked for
     decode = engine.decode
 
-    def watched(params, state, plan, until, **static):
-        asked.append(int(until))
-        return decode(params, state, plan, until, **static)
+    def watched(params, state, plan, passes, **static):
+        asked.append(asked[-1] + int(passes))
+        return decode(params, state, plan, passes, **static)
 
     monkeypatch.setattr(engine, "decode", watched)
-    ids = run_rows([0, 1, 2, 3], on_tokens=lambda tokens: told.append((tokens.copy(), asked[-1])))
-    assert [tokens.shape for tokens, _ in told] == [(4, taken) for taken in (1, 5, 9, 13, 15)]
-    assert [ahead for _, ahead in told] == [5, 9, 13, 15, 15]
+    rows = tiny.rows([[17, 1, 20, 19], [17, 20, 19]], [image_schedule(4, 3)] * 2)
+    ids = session.run(
+        tiny.params(), tiny.CONFIG, rows, tiny.settings(2), on_tokens=lambda tokens: told.append((tokens, asked[-1]))
+    ).ids
+    assert [[len(row) for row in tokens] for tokens, _ in told] == [[taken] * 2 for taken in (1, 5, 9, 13, 15)]
+    assert [ahead for _, ahead in told] == [4, 8, 12, 16, 20]
     for tokens, _ in told:
-        np.testing.assert_array_equal(tokens, ids[:, : tokens.shape[1]])
+        for row, whole in zip(tokens, ids, strict=True):
+            np.testing.assert_array_equal(row, whole[: len(row)])
 
 
 def test_calls_end_with_the_frames_of_clips(monkeypatch):
-    monkeypatch.setattr(session, "STEPS_PER_CALL", 10)
+    monkeypatch.setattr(session, "PASSES_PER_CALL", 10)
     told = []
     schedule = clip_schedule(3, 2, 3)  # 9 tokens a frame; each frame's EOF is forced after them
     session.run(
         tiny.params(), tiny.CONFIG, [session.Row([17, 20, 19], schedule)], tiny.settings(1),
-        on_tokens=lambda tokens: told.append(tokens.shape[1]),
+        on_tokens=lambda tokens: told.append(len(tokens[0])),
     )  # fmt: skip
     assert told == [1, 8, 17, 25]
     assert (schedule[[8, 17]] == TokenClass.EOF).all() and schedule[24] == TokenClass.VISUAL
@@ -161,7 +167,7 @@ def test_first_and_second_token_are_drawn_from_the_exact_distribution():
         tiny.CONFIG,
         [session.Row(prompt, image_schedule(1, 2), negative)] * count,
         tiny.settings(count, guidance=scale, temperature=temperature),
-    )
+    ).ids
 
     def guided(extra):
         logits = []
@@ -191,7 +197,7 @@ def test_answers_end_at_eos_and_the_loop_ends_with_them():
     # The head is linear: with every other row zero, EOS wins exactly when its logit is positive.
     prompts = [[17, token] for token in range(12)]
     rows = tiny.rows(prompts, [text_schedule(150)] * 12)
-    ids = session.run(eos_only, tiny.CONFIG, rows, tiny.settings(12, temperature=0.0))
+    ids = session.run(eos_only, tiny.CONFIG, rows, tiny.settings(12, temperature=0.0)).ids
     for row in ids:
         ends = np.flatnonzero(row == SPECIAL.eos)
         assert len(ends) <= 1
@@ -204,8 +210,9 @@ def test_answers_end_at_eos_and_the_loop_ends_with_them():
         eos_only, tiny.CONFIG, [rows[ended[0]]], tiny.settings(1, temperature=0.0),
         on_progress=lambda taken, steps: progress.append((taken, steps)),
     )  # fmt: skip
-    np.testing.assert_array_equal(alone[0], ids[ended[0]])
-    assert list(alone[0]).index(SPECIAL.eos) < 129 and progress in ([(1, 150)], [(1, 150), (129, 150)])
+    np.testing.assert_array_equal(alone.ids[0], ids[ended[0]])
+    taken = list(alone.ids[0]).index(SPECIAL.eos) + 1
+    assert taken < 129 and alone.passes.tolist() == [taken] and progress[-1] == (150, 150) and len(progress) <= 2
 
 
 def test_one_compilation_per_shape_bucket():
@@ -227,9 +234,9 @@ def test_the_cache_is_donated_and_never_copied():
     text = decoding.lower_decode(state.cache.slots).compile().as_text()
     shape = ",".join(map(str, state.cache.keys[0].shape))
     assert f"[{shape}]" in text and not re.search(rf"= \(?\w+\[{shape}\]\S* copy(-start)?\(", text)
-    decoding.advance(3)
+    decoding.advance(2)
     assert all(leaf.is_deleted() for leaf in (*state.cache.keys, *state.cache.values))
-    assert int(decoding.state.cache.length) == decoding.shapes.width + 2
+    assert decoding.state.cache.length.tolist() == [decoding.shapes.width + 2] * 2
 
 
 def test_a_prompt_past_the_positions_is_refused():
@@ -245,8 +252,8 @@ def test_a_row_without_a_negative_prompt_beside_guided_ones():
     prompts, negatives, schedules, _ = mixed_rows()
     settings = tiny.settings(4, guidance=2.0)
     rows = tiny.rows(prompts, schedules, [None, *negatives[1:]])
-    together = session.run(tiny.params(), tiny.CONFIG, rows, settings)
-    alone = session.run(tiny.params(), tiny.CONFIG, rows[:1], settings.take(slice(1)))
+    together = session.run(tiny.params(), tiny.CONFIG, rows, settings).ids
+    alone = session.run(tiny.params(), tiny.CONFIG, rows[:1], settings.take(slice(1))).ids
     np.testing.assert_array_equal(together[0, : len(schedules[0])], alone[0])
 
 
@@ -257,13 +264,16 @@ def test_a_session_by_hand_gives_what_run_gives():
     with pytest.raises(RuntimeError, match="call start first"):
         decoding.advance()
     first = decoding.start()
-    later = [decoding.advance(until) for until in (4, 9, decoding.steps)]
-    assert decoding.advance() is None
+    later = [decoding.advance(passes) for passes in (3, 5, decoding.steps, decoding.steps)]
     whole = run_rows([0, 1, 2, 3])
-    for snapshot in (first, *later):
-        np.testing.assert_array_equal(decoding.tokens(snapshot), whole[:, : snapshot.taken])
-        assert not decoding.ended(snapshot).any()
-    np.testing.assert_array_equal(decoding.results(later[-1]), whole)
+    for snapshot, step in zip((first, *later), (1, 4, 5, 14, 15), strict=True):  # rows are complete at 5, 14 and 15
+        reading = decoding.read(snapshot)
+        for row, ids in enumerate(reading.tokens):
+            np.testing.assert_array_equal(ids, whole[row, : min(step, len(schedules[row]))])
+        assert not reading.ended.any() and reading.done.all() == (step == 15)
+        assert reading.passes.tolist() == [min(step, goal) for goal in (14, 5, 15, 5)]
+    assert decoding.advance() is None
+    np.testing.assert_array_equal(decoding.results(reading), whole)
 
 
 @pytest.mark.parametrize("narrow", [False, True])

@@ -282,6 +282,8 @@ def test_json_lines_have_the_types_of_json(here, capsys):
     assert run(*words) == 0 and run(*words) == 0
     out, error = capsys.readouterr()
     lines = [json.loads(line) for line in out.splitlines()]
+    passes = [line.pop("passes") for line in lines]
+    assert passes[:2] == passes[2:] and all(type(count) is int and 1 < count < 20 for count in passes)
     about = {
         "prompt": "b", "negative": "blurry", "size": "32x32", "ratio": "1:1", "seed": 1, "guidance": 1.5,
         "temperature": 1.0, "top_k": 2048, "top_p": 1.0, "model": "golden", "software": "emu3-jax",

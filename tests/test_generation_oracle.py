@@ -19,7 +19,7 @@ from emu3_jax.checkpoints.bundle import Bundle
 from emu3_jax.checkpoints.convert import convert
 from emu3_jax.config import SpecialTokens
 from emu3_jax.generation import session
-from emu3_jax.generation.schedule import SAMPLED, forced_ids, image_schedule, text_schedule
+from emu3_jax.generation.schedule import SAMPLED_VISUAL, forced_ids, image_schedule, text_schedule
 from emu3_jax.models.cache import KVCache
 
 pytestmark = pytest.mark.oracle
@@ -79,7 +79,7 @@ def test_greedy_pictures_under_guidance_and_constraint(height, width, guidance, 
 
     def legal(_, ids):
         step = ids.shape[0] - len(prompt)
-        return visual if forced[step] == SAMPLED else [int(forced[step])]
+        return visual if forced[step] == SAMPLED_VISUAL else [int(forced[step])]
 
     processors = LogitsProcessorList(
         [
@@ -93,7 +93,7 @@ def test_greedy_pictures_under_guidance_and_constraint(height, width, guidance, 
     ids = torch.tensor([prompt])
     expected = peer.generate(ids, options, attention_mask=torch.ones_like(ids), logits_processor=processors)
     settings = tiny.settings(1, temperature=0.0, guidance=guidance)
-    got = session.run(params, config, [session.Row(prompt, schedule, negative)], settings)
+    got = session.run(params, config, [session.Row(prompt, schedule, negative)], settings).ids
     np.testing.assert_array_equal(got[0], expected[0, len(prompt) :].numpy())
 
 
@@ -106,7 +106,7 @@ def test_greedy_text_of_a_left_padded_batch(peer, ours):
         do_sample=False, max_new_tokens=40, eos_token_id=TOKENS.eos, pad_token_id=TOKENS.pad
     )
     expected = peer.generate(ids, options, attention_mask=(ids != TOKENS.pad).long())[:, width:].numpy()
-    got = session.run(params, config, tiny.rows(rows, [text_schedule(40)] * 3), tiny.settings(3, temperature=0.0))
+    got = session.run(params, config, tiny.rows(rows, [text_schedule(40)] * 3), tiny.settings(3, temperature=0.0)).ids
     np.testing.assert_array_equal(got[:, : expected.shape[1]], expected)
 
 

@@ -26,7 +26,7 @@ from emu3_jax.cli.main import main
 from emu3_jax.data.config import DataConfig, Source
 from emu3_jax.data.sequences import TextToImage
 from emu3_jax.generation import session
-from emu3_jax.generation.schedule import SAMPLED, forced_ids, image_schedule
+from emu3_jax.generation.schedule import SAMPLED_VISUAL, forced_ids, image_schedule
 from emu3_jax.models.adapters import MATRICES, Adapter
 from emu3_jax.training.config import ModelConfig, OptimizerConfig, TrainConfig
 from emu3_jax.training.loop import train
@@ -176,14 +176,14 @@ def test_photos_to_transformers(bundle, tmp_path, monkeypatch):
     prompt = [special.bos, *b"a red noise", special.boi, *b"3*5", special.img]
     schedule = image_schedule(3, 5)
     row, settings = session.Row(prompt, schedule, None), tiny.settings(1, temperature=0.0)
-    (ours,), (plain,) = (session.run(x.params, x.config, [row], settings) for x in (language, before))
+    (ours,), (plain,) = (session.run(x.params, x.config, [row], settings).ids for x in (language, before))
     assert not np.array_equal(ours, plain)
 
     forced, visual = forced_ids(schedule, special), list(range(special.visual_start, special.visual_end))
 
     def legal(_, ids):
         step = ids.shape[0] - len(prompt)
-        return visual if forced[step] == SAMPLED else [int(forced[step])]
+        return visual if forced[step] == SAMPLED_VISUAL else [int(forced[step])]
 
     options = GenerationConfig(
         do_sample=False, max_new_tokens=len(schedule), eos_token_id=special.eos, pad_token_id=special.pad

@@ -80,7 +80,7 @@ def test_attention_over_a_narrow_cache():
     q = jax.random.normal(keys[0], (2, 3, 2, 2, 8))
     k, v = (jax.random.normal(key, (2, 2, 16, 8)) for key in keys[1:])
     (k_codes, k_scales), (v_codes, v_scales) = narrow_rows(k), narrow_rows(v)
-    attend = functools.partial(cached_attention, first_query=jnp.asarray(9), start=jnp.asarray([0, 4]))
+    attend = functools.partial(cached_attention, first_query=jnp.asarray([9, 9]), start=jnp.asarray([0, 4]))
     plain = (k_codes * k_scales[..., None], v_codes * v_scales[..., None])
     found = attend(q, k_codes, v_codes, k_scales, v_scales)
     np.testing.assert_allclose(found, attend(q, *plain, None, None), atol=1e-5)
@@ -109,7 +109,7 @@ def test_the_engine_draws_the_same_whatever_stands_beside_a_row():
 
     def run(rows):
         given = [session.Row(prompts[row], schedule, [17]) for row in rows]
-        return session.run(params, tiny.CONFIG, given, settings.take(rows), narrow_cache=True)
+        return session.run(params, tiny.CONFIG, given, settings.take(rows), narrow_cache=True).ids
 
     together = run([0, 1, 2])
     for row in range(3):

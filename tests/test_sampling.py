@@ -28,7 +28,7 @@ def draw(logits: np.ndarray, **columns) -> np.ndarray:
     rows = tiny.settings(DRAWS, **columns)
     drawn = sampling.sample(
         jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (DRAWS, len(logits))),
-        jnp.int32(3),
+        jnp.full(DRAWS, 3),
         jax.tree.map(jnp.asarray, rows),
         use_top_k=bool((rows.top_k < len(logits)).any()),
         use_top_p=bool((rows.top_p < 1).any()),
@@ -126,7 +126,9 @@ def test_a_row_draws_by_its_seed_and_step_alone():
     def draws(order, step):
         picked = jax.tree.map(lambda leaf: leaf[jnp.asarray(order)], rows)
         return np.asarray(
-            sampling.sample(logits[jnp.asarray(order)], jnp.int32(step), picked, use_top_k=True, use_top_p=False)
+            sampling.sample(
+                logits[jnp.asarray(order)], jnp.full(len(order), step), picked, use_top_k=True, use_top_p=False
+            )
         )
 
     everyone = draws(range(6), 7)

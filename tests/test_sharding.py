@@ -187,7 +187,7 @@ def test_golden_pictures_on_every_mesh(sizes, golden_model):
         [session.Row(prompt, image_schedule(height, width), negative)],
         tiny.settings(1, temperature=0.0, guidance=case["guidance"]),
         mesh=mesh,
-    )
+    ).ids
     np.testing.assert_array_equal(ids[0], golden["wide/sequences"][0, int(golden["wide/prompt_length"]) :])
     assert engine.decode.jitted._cache_size() == 1  # what a call returns lies where the next expects it
 
@@ -196,10 +196,10 @@ def test_sampled_rows_that_do_not_fill_the_mesh():
     prompts, schedules = [[17, 1, 2], [17], [17, 5, 6, 7]], [text_schedule(5), text_schedule(9), text_schedule(7)]
     settings = tiny.settings(3, temperature=[1.0, 0.8, 1.2], top_k=[8, 3, 32])
     rows = tiny.rows(prompts, schedules)
-    alone = session.run(tiny.params(), tiny.CONFIG, rows, settings)
+    alone = session.run(tiny.params(), tiny.CONFIG, rows, settings).ids
     mesh = make_mesh("data=4,tensor=2")
     params = jax.device_put(tiny.params(), decoder_shardings(tiny.CONFIG, mesh))
-    spread = session.run(params, tiny.CONFIG, rows, settings, mesh=mesh)
+    spread = session.run(params, tiny.CONFIG, rows, settings, mesh=mesh).ids
     np.testing.assert_array_equal(spread, alone)
 
 

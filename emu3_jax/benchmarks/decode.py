@@ -31,6 +31,7 @@ from emu3_jax.generation.pipeline import Emu3
 from emu3_jax.generation.rows import Sampling
 from emu3_jax.generation.schedule import TokenClass, image_schedule
 from emu3_jax.generation.session import DecodeSession, Row
+from emu3_jax.generation.shapes import cache_slots
 from emu3_jax.loading import decoder_dtype, load
 from emu3_jax.models.adapters import MATRICES
 from emu3_jax.models.attention import choose_kernels
@@ -196,7 +197,7 @@ def _measure(
     position = 1
     while position < total:  # times the middle of each stage of a growing cache
         needed, final = PROMPT_TOKENS + position + 1, decoding.shapes.width + decoding.shapes.steps
-        last = min(session.cache_slots(needed, final, "xla") - PROMPT_TOKENS, total)
+        last = min(cache_slots(needed, final, "xla") - PROMPT_TOKENS, total)
         middle = max((position + last - timed) // 2, 1)
         attempts = [_timed(decoding, middle, timed) for _ in range(3)]  # the first one may compile
         compile_s += attempts[0]
@@ -236,7 +237,7 @@ def _measure(
     del decoding
     if whole:
         began = time.perf_counter()
-        tokens = session.run(params, config, pictures, settings, **options)  # already compiled by the runs above
+        tokens = session.run(params, config, pictures, settings, **options).ids  # already compiled by the runs above
         summary["whole_run_s"] = round(time.perf_counter() - began, 2)
         if subject.loaded is None:
             summary["pixels_s"] = _pixel_seconds(tokens, schedule, side, config, subject.vision_config)
@@ -281,19 +282,16 @@ def _sampler_seconds(config: DecoderConfig, decoding: DecodeSession, count: int)
     """Seconds that guidance and sampling of one step take, measured in a loop of `PROFILED` steps without a model."""
     plan, variant = jax.tree.map(jnp.asarray, decoding.plan), decoding.shapes.variant
     candidates = config.tokens.visual_count if variant.visual_only else config.vocab_size
-    logits = jax.random.normal(jax.random.key(0), (2 * count, candidates), jnp.float32)
+    logits = jax.random.normal(jax.random.key(0), (2 * count, variant.window, candidates), jnp.float32)
 
     @jax.jit
     def loop(logits, plan):
-        ended = jnp.zeros((count,), bool)
-        state = engine.DecodeState(None, jnp.zeros_like(plan.forced), jnp.zeros((), jnp.int32), ended)
+        def take(step, carry):
+            logits, total = carry
+            tokens = engine.choose(logits, jnp.full(count, step, jnp.int32), plan, config, variant)
+            return logits + step, total + tokens  # the logits change, or XLA would move the work out of the loop
 
-        def step(_, carry):
-            logits, state = carry
-            state = engine.emit(logits, state, plan, config, variant)
-            return logits + state.step, state  # the logits change, or XLA would move the work out of the loop
-
-        return jax.lax.fori_loop(0, PROFILED, step, (logits, state))
+        return jax.lax.fori_loop(0, PROFILED, take, (logits, jnp.zeros((count, variant.window), jnp.int32)))
 
     best = math.inf
     for _ in range(4):  # the first compiles
@@ -385,7 +383,7 @@ def _timed(decoding: DecodeSession, first: int, steps: int) -> float:
     decoding.place(first)
     jax.block_until_ready(decoding.state)
     began = time.perf_counter()
-    decoding.advance(first + steps)
+    decoding.advance(steps)
     jax.block_until_ready(decoding.state)
     return time.perf_counter() - began
 

@@ -77,6 +77,7 @@ def run(options: argparse.Namespace) -> None:
         "top_p": options.top_p,
         "seed": options.seed,
         "allow_special": options.allow_special,
+        "parallel": options.parallel,
         "progress": common.progress(options),
     }
     if options.together or not options.prompt:

@@ -62,6 +62,16 @@ def whole(least: int, most: int) -> Callable[[str], int]:
     return parse
 
 
+def parallel(text: str) -> int | str:
+    """The type of `--parallel`: auto, off, or a number of tokens."""
+    if text in ("auto", "off"):
+        return text
+    try:
+        return whole(2, 128)(text)  # to `generation.parallel.MOST`, which would import JAX
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not auto, off, or a whole number from 2 to 128") from None
+
+
 def section(command: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
     """The options that --help shows under a title of their own."""
     for group in command._action_groups:
@@ -281,6 +291,14 @@ def add_sampling(command: argparse.ArgumentParser, what: str, temperature: float
         "takes time",
     )
     group.add_argument(
+        "--parallel",
+        type=parallel,
+        default=defaults.PARALLEL,
+        metavar="W",
+        help="tokens that a pass of the decoder checks at once (2 to 128), auto, or off; in float32 this changes only "
+        "the time (default: %(default)s, which chooses by device and batch)",
+    )
+    group.add_argument(
         "--allow-special",
         action="store_true",
         help="let control tokens in prompts act as such (default: refuse such prompts)",
@@ -294,7 +312,18 @@ def one_or_each(values: list):
 
 def generation(options: argparse.Namespace) -> dict:
     """The options of `add_generation`, as keyword arguments of `generate_sequences` and `generate_clips`."""
-    same = ("area", "temperature", "top_k", "top_p", "seed", "greedy", "allow_special", "batch_size", "deterministic")
+    same = (
+        "area",
+        "temperature",
+        "top_k",
+        "top_p",
+        "seed",
+        "greedy",
+        "allow_special",
+        "batch_size",
+        "deterministic",
+        "parallel",
+    )
     each = {name: one_or_each(getattr(options, name)) for name in ("negative", "guidance")}
     return {**{name: getattr(options, name) for name in same}, **each}
 

@@ -19,7 +19,7 @@ from emu3_jax.cli import common, outputs
 from emu3_jax.generation import defaults
 
 FORMATS = ("png", "jpg", "webp")  # `media.picture_files.PICTURE_FORMATS`, which would load Pillow
-_NUMBERS = {"seed": int, "top_k": int, "guidance": float, "temperature": float, "top_p": float}
+_NUMBERS = {"seed": int, "top_k": int, "guidance": float, "temperature": float, "top_p": float, "passes": int}
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:

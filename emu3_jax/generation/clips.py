@@ -84,7 +84,6 @@ class GrowingClip:
             Emu3Error: a code is outside the codebook.
         """
         self._collect()
-        ids = ids[: len(self._visual)]  # other rows of the batch may be longer
         new = ids[self._visual[: len(ids)]] - self._visual_start
         codes = np.concatenate([self._context.ravel(), new]).astype(np.int32)
         height, width = self._context.shape[1:]
@@ -188,7 +187,7 @@ def generate_clips(
     return [Clip(clip.frames, rate) for clip, rate in zip(clips, rates, strict=True)]
 
 
-def _take(clips: Sequence[GrowingClip], batch: Sequence[int], ids: np.ndarray) -> None:
+def _take(clips: Sequence[GrowingClip], batch: Sequence[int], ids: Sequence[np.ndarray]) -> None:
     """Passes the ids of a batch on to its clips; see `language.OnTokens`."""
     for index, row in zip(batch, ids, strict=True):
         clips[index].take(row)

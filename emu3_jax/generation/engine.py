@@ -1,7 +1,7 @@
 """The jitted programs of generation: prefill and the decode loop. `session` calls them.
 
 B requested rows, padded for the mesh; R computed rows: B, or 2B with guidance (conditional rows, then unconditional
-rows); T steps of the schedule; P slots of the prompt.
+rows); T steps of the schedule; P slots of the prompt; W tokens of a pass.
 """
 
 import dataclasses
@@ -15,39 +15,62 @@ import jax
 import jax.numpy as jnp
 
 from emu3_jax.config import DecoderConfig
-from emu3_jax.generation import sampling
-from emu3_jax.generation.schedule import SAMPLED
+from emu3_jax.generation import parallel, sampling
+from emu3_jax.generation.schedule import SAMPLED_FREE, SAMPLED_VISUAL
 from emu3_jax.models.cache import KVCache
 from emu3_jax.models.capability import target_platform
 from emu3_jax.models.decoder import Decoder, visual_head_params
+
+# Tokens per part of a long prompt. It bounds the memory of the layers' intermediate results, and is enough to keep the
+# matrix units busy. The longest prompts have a multiple of it (`session.bucket`).
+PREFILL_PART = 512
 
 
 class Plan(flax.struct.PyTreeNode):
     """The inputs of the decode loop that do not change while it runs."""
 
-    forced: sampling.Array  # int32 [B, T]: the forced id of each step, or SAMPLED
+    forced: sampling.Array  # int32 [B, T + 2W - 1]: what each step emits, see `schedule.forced_ids`
+    goal: sampling.Array  # int32 [B]: the number of steps up to the row's last sampled one
     settings: sampling.RowSettings
 
 
 class DecodeState(flax.struct.PyTreeNode):
-    """The state that the decode loop carries from step to step."""
+    """The state that the decode loop carries from pass to pass. Each row advances on its own."""
 
     cache: KVCache
-    tokens: jax.Array  # int32 [B, T], the ids so far
-    step: jax.Array  # int32 scalar: the steps taken
+    tokens: jax.Array  # int32 [B, T + 2W - 1]: the ids so far, then guesses
+    step: jax.Array  # int32 [B]: the steps taken, which is the number of certain ids
+    passes: jax.Array  # int32 [B]: the passes that the row took part in, without prefill
     ended: jax.Array  # bool [B]: rows of free text that have emitted EOS
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """The static options that the programs are compiled for, besides shapes."""
+    """The static options that the programs are compiled for, besides shapes.
+
+    Attributes:
+        visual_only: whether all sampled steps are visual, so that only the visual rows of the head are needed.
+        mixed: whether there are visual steps and steps of free text.
+        guided: whether rows are computed twice for guidance.
+        use_top_k: whether any row's `top_k` has an effect.
+        use_top_p: whether any row's `top_p` has an effect.
+        window: tokens W of a pass per row; see `parallel`.
+        lockstep: whether all rows are at the same step. Needs W = 1.
+        narrow_cache: whether keys and values are stored as int8.
+        kernels: from `attention.KERNELS`, but not "auto".
+        settled_per_pass: pretend that passes settle this many tokens on average, whatever was guessed; for benchmarks.
+    """
 
     visual_only: bool
     guided: bool
     use_top_k: bool
     use_top_p: bool
+    mixed: bool = False
+    window: int = 1
+    lockstep: bool = True
     narrow_cache: bool = False
-    kernels: str = "xla"  # from `attention.KERNELS`, but not "auto"
+    kernels: str = "xla"
+    settled_per_pass: float | None = None
 
 
 class _Program:
@@ -91,34 +114,80 @@ def prefill(
 ) -> DecodeState:
     """Runs the prompts (int32 [R, P], right-aligned; row r starts at slot start[r]) and takes step 0."""
     forward = _forward(params, config, variant)
-    logits, cache = forward(prompts, KVCache.create(config, start, slots, variant.narrow_cache), last_only=True)
-    rows = plan.forced.shape[0]
-    state = DecodeState(
-        cache=cache,
-        tokens=jnp.full_like(plan.forced, config.tokens.pad),
-        step=jnp.zeros((), jnp.int32),
-        ended=jnp.zeros((rows,), bool),
+    cache = KVCache.create(config, start, slots, variant.narrow_cache)
+    if prompts.shape[1] > PREFILL_PART:
+        parts = prompts.shape[1] // PREFILL_PART
+
+        def run(part: jax.Array, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
+            tokens = jax.lax.dynamic_slice_in_dim(prompts, part * PREFILL_PART, PREFILL_PART, axis=1)
+            return forward(tokens, carry[1], last_only=True)
+
+        candidates = config.tokens.visual_count if variant.visual_only else config.vocab_size
+        nothing = jnp.zeros((prompts.shape[0], 1, candidates), jnp.float32)
+        logits, cache = jax.lax.fori_loop(0, parts, run, (nothing, cache))
+    else:
+        logits, cache = forward(prompts, cache, last_only=True)
+    first = jnp.zeros(plan.goal.shape, jnp.int32)
+    token = choose(logits, first, plan, config, variant)[:, 0]
+    ended = (plan.forced[:, 0] == SAMPLED_FREE) & (token == config.tokens.eos)
+    return _replicated(
+        DecodeState(
+            cache=cache.replace(lockstep=variant.lockstep),
+            tokens=parallel.first_guesses(plan.forced, token).at[:, 0].set(token),
+            step=first + 1,
+            passes=first,
+            ended=ended,
+        )
     )
-    return _replicated(emit(logits[:, 0], state, plan, config, variant))
 
 
 @functools.partial(_Program, static_argnames=("config", "variant"), donate_argnames=("state",))
 def decode(
-    params: Any, state: DecodeState, plan: Plan, until: jax.Array, *, config: DecoderConfig, variant: Variant
+    params: Any, state: DecodeState, plan: Plan, passes: jax.Array, *, config: DecoderConfig, variant: Variant
 ) -> DecodeState:
-    """Takes steps up to `until` (int32 scalar), or until every row has ended."""
+    """Takes up to `passes` passes (int32 scalar).
+
+    It takes fewer after a pass in which a row completes a frame or all of its steps, and when the cache has no room for
+    another pass.
+    """
     forward = _forward(params, config, variant)
 
-    def proceed(state: DecodeState) -> jax.Array:
-        return (state.step < until) & ~state.ended.all()
+    def proceed(carry: tuple[DecodeState, jax.Array, jax.Array]) -> jax.Array:
+        state, left, paused = carry
+        active = _active(state, plan)
+        rows = jnp.concatenate([active, active]) if variant.guided else active
+        longest = jnp.where(rows, state.cache.length, 0).max()
+        return (left > 0) & ~paused & active.any() & (longest + variant.window <= state.cache.slots)
 
-    def step(state: DecodeState) -> DecodeState:
-        last = jax.lax.dynamic_slice_in_dim(state.tokens, state.step - 1, 1, axis=1)
-        rows = jnp.concatenate([last, last]) if variant.guided else last
+    def take(carry: tuple[DecodeState, jax.Array, jax.Array]) -> tuple[DecodeState, jax.Array, jax.Array]:
+        state, left, _ = carry
+        fed = parallel.window(state.tokens, state.step - 1, variant.window)
+        rows = jnp.concatenate([fed, fed]) if variant.guided else fed
         logits, cache = forward(rows, state.cache)
-        return emit(logits[:, 0], state.replace(cache=cache), plan, config, variant)
+        computed = choose(logits, state.step, plan, config, variant)
+        state, paused = _settle(state, cache, fed, computed, plan, config, variant)
+        return state, left - 1, paused
 
-    return _replicated(jax.lax.while_loop(proceed, step, state))
+    return _replicated(jax.lax.while_loop(proceed, take, (state, passes, jnp.zeros((), bool)))[0])
+
+
+@functools.partial(jax.jit, donate_argnames=("state",))
+def insert(state: DecodeState, one: DecodeState, row: jax.Array) -> DecodeState:
+    """Puts row 0 of `one` in the place of a row of `state`; both have the same shapes per row."""
+    count, singles = state.step.shape[0], one.step.shape[0]
+
+    def per_row(old: jax.Array, new: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(old, new[:1], row, axis=0)
+
+    def per_computed_row(old: jax.Array, new: jax.Array) -> jax.Array:
+        for half in range(old.shape[0] // count):
+            part = new[half * singles : half * singles + 1]
+            old = jax.lax.dynamic_update_slice_in_dim(old, part, row + half * count, axis=0)
+        return old
+
+    rest, given = state.replace(cache=None), one.replace(cache=None)
+    cache = jax.tree.map(per_computed_row, state.cache, one.cache)
+    return _replicated(jax.tree.map(per_row, rest, given).replace(cache=cache))
 
 
 def _forward(params: Any, config: DecoderConfig, variant: Variant) -> Callable:
@@ -131,24 +200,92 @@ def _forward(params: Any, config: DecoderConfig, variant: Variant) -> Callable:
     )
 
 
-def emit(logits: jax.Array, state: DecodeState, plan: Plan, config: DecoderConfig, variant: Variant) -> DecodeState:
-    """Turns logits (float32 [R, V]) into the tokens of this step: guidance, sampling, schedule."""
-    if variant.guided:
-        rows = plan.forced.shape[0]
-        logits = sampling.guide(logits[:rows], logits[rows:], plan.settings.guidance)
-    chosen = sampling.sample(
-        logits, state.step, plan.settings, use_top_k=variant.use_top_k, use_top_p=variant.use_top_p
-    )
+def choose(logits: jax.Array, step: jax.Array, plan: Plan, config: DecoderConfig, variant: Variant) -> jax.Array:
+    """Turns logits into the tokens of the steps from step[b] on, int32 [B, W]: guidance, sampling, schedule.
+
+    Args:
+        logits: float32 [R, W, V].
+        step: int32 [B].
+        plan: inputs of the loop.
+        config: config of the decoder.
+        variant: options of the programs.
+    """
+    rows, (_, width, _) = plan.goal.shape[0], logits.shape
+    steps = (step[:, None] + jnp.arange(width, dtype=jnp.int32)[None]).reshape(-1)
+    settings = plan.settings if width == 1 else jax.tree.map(lambda column: jnp.repeat(column, width), plan.settings)
     special = config.tokens
-    forced = jax.lax.dynamic_slice_in_dim(plan.forced, state.step, 1, axis=1)[:, 0]
-    free = forced == SAMPLED
-    token = jnp.where(free, chosen + (special.visual_start if variant.visual_only else 0), forced)
-    token = jnp.where(state.ended, special.pad, token)
-    tokens = jax.lax.dynamic_update_slice_in_dim(state.tokens, token[:, None], state.step, axis=1)
-    return state.replace(tokens=tokens, step=state.step + 1, ended=state.ended | (free & (token == special.eos)))
+
+    def drawn(logits: jax.Array) -> jax.Array:
+        if variant.guided:
+            conditional, unconditional = (x.reshape(rows * width, -1) for x in (logits[:rows], logits[rows:]))
+            logits = sampling.guide(conditional, unconditional, settings.guidance)
+        else:
+            logits = logits.reshape(rows * width, -1)
+        chosen = sampling.sample(logits, steps, settings, use_top_k=variant.use_top_k, use_top_p=variant.use_top_p)
+        return chosen.reshape(rows, width)
+
+    forced = parallel.window(jnp.asarray(plan.forced), step, width)
+    if variant.visual_only:
+        chosen = drawn(logits) + special.visual_start
+    else:
+        chosen = drawn(logits)
+        if variant.mixed:  # drawn among the visual ids alone, as in a session of pictures only: with the same noise
+            visual = drawn(logits[..., special.visual_start : special.visual_end]) + special.visual_start
+            chosen = jnp.where(forced == SAMPLED_VISUAL, visual, chosen)
+    return nn.with_logical_constraint(jnp.where(forced < 0, chosen, forced), (None, None))
+
+
+def _settle(
+    state: DecodeState,
+    cache: KVCache,
+    fed: jax.Array,
+    computed: jax.Array,
+    plan: Plan,
+    config: DecoderConfig,
+    variant: Variant,
+) -> tuple[DecodeState, jax.Array]:
+    """The state after a pass, and whether a row has just completed a frame, or all of its steps.
+
+    `fed` and `computed` are int32 [B, W], see `parallel.count_settled`. `cache` holds the keys and values of `fed`.
+    """
+    special, width, step = config.tokens, variant.window, state.step
+    active, forced = _active(state, plan), parallel.window(jnp.asarray(plan.forced), step, 2 * width)
+    computed = jnp.where(state.ended[:, None], special.pad, computed)
+    settled, ended = parallel.count_settled(fed, computed), state.ended
+    if variant.settled_per_pass is not None:
+        before, after = (jnp.floor(n * variant.settled_per_pass) for n in (state.passes, state.passes + 1))
+        settled = jnp.clip((after - before).astype(jnp.int32), 1, width)
+    if not variant.visual_only:
+        settled, last = parallel.end_of_text(computed, forced[:, :width], settled, special.eos)
+        ended = ended | (last & active)
+    if not variant.lockstep:
+        settled = jnp.where(active, jnp.minimum(settled, plan.goal - step), 0)
+    kept = parallel.window(state.tokens, step, 2 * width - 1)
+    new = jnp.where((settled > 0)[:, None], parallel.next_guesses(computed, forced[:, :-1]), kept)
+    ends = forced[:, 1 : width + 1] == special.eof  # whether a frame ends with the window's tokens
+    framed = (ends & (jnp.arange(width)[None] < settled[:, None])).any(axis=1)
+    # The decoder has added W to the lengths; uncertain tokens do not count.
+    rows = jnp.concatenate([settled, settled]) if variant.guided else settled
+    state = state.replace(
+        cache=cache.replace(length=cache.length + rows - width),
+        tokens=parallel.with_window(state.tokens, new, step),
+        step=step + settled,
+        passes=state.passes + active,
+        ended=ended,
+    )
+    return state, (active & (framed | ~_active(state, plan))).any()
+
+
+def _active(state: DecodeState, plan: Plan) -> jax.Array:
+    """bool [B]: whether a row has steps to take."""
+    return (state.step < plan.goal) & ~state.ended
 
 
 def _replicated(state: DecodeState) -> DecodeState:
-    """Replicates `tokens` and `ended` on a mesh, because every host reads them and the next call expects it."""
-    tokens = nn.with_logical_constraint(state.tokens, (None, None))
-    return state.replace(tokens=tokens, ended=nn.with_logical_constraint(state.ended, (None,)))
+    """Replicates all but the cache on a mesh, because every host reads it and the next call expects it."""
+
+    def replicated(leaf: jax.Array) -> jax.Array:
+        return nn.with_logical_constraint(leaf, (None,) * leaf.ndim)
+
+    cache = state.cache.replace(length=replicated(state.cache.length))
+    return jax.tree.map(replicated, state.replace(cache=None)).replace(cache=cache)

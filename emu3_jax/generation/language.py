@@ -12,6 +12,7 @@ from emu3_jax.config import DecoderConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.fields import is_count
 from emu3_jax.generation import defaults, session
+from emu3_jax.generation.parallel import check_window
 from emu3_jax.generation.rows import Sampling
 from emu3_jax.generation.sampling import RowSettings
 from emu3_jax.generation.schedule import TokenClass, grid_length, grid_schedule, text_schedule
@@ -22,9 +23,9 @@ from emu3_jax.progress import Progress
 from emu3_jax.text.prompts import PromptTemplates, frame_ids, generation_prompt
 from emu3_jax.text.tokenizer import Tokenizer
 
-# A function that is called while later tokens are sampled. It gets the indices of a batch's rows, and their ids so far,
-# int32 [B, steps taken].
-OnTokens = Callable[[Sequence[int], np.ndarray], None]
+# A function that is called while later tokens are sampled. It gets the indices of a batch's rows, and the ids of each
+# so far, int32 [steps of the row].
+OnTokens = Callable[[Sequence[int], list[np.ndarray]], None]
 
 _MOST_AT_ONCE = 4096  # largest batch size; far more than fits on any device
 
@@ -64,17 +65,20 @@ class Batching:
         progress: True shows a progress bar on a terminal and lines in a log, None shows only the bar, False nothing.
         deterministic: compute a row always with the same program, whatever the other rows are. Rows with different
             programs are not batched together, and every batch is padded to `batch_size` rows.
+        parallel: "auto", "off", or the number of tokens of a pass per row; see `parallel.choose_window`.
     """
 
     batch_size: int = defaults.BATCH_SIZE
     progress: bool | None = None
     deterministic: bool = False
+    parallel: int | str = defaults.PARALLEL
 
     def __post_init__(self) -> None:
         if not is_count(self.batch_size) or self.batch_size > _MOST_AT_ONCE:
             raise Emu3Error(
                 f"batch_size is {shown(self.batch_size)}: it must be a whole number from 1 to {_MOST_AT_ONCE}"
             )
+        check_window(self.parallel)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,11 +106,13 @@ class GeneratedGrid:
         ids: int32 [prompt + generated].
         prompt_length: number of `ids` that belong to the prompt.
         codes: int32, in the shape of the grid's size, including the given codes.
+        passes: number of passes of the decoder, with prefill.
     """
 
     ids: np.ndarray
     prompt_length: int
     codes: np.ndarray
+    passes: int
 
 
 def generate_grids(
@@ -179,13 +185,13 @@ def stream_grids(
     plain = settings.guidance == 1.0
     if plain.all() or batching.deterministic:
         rows = [dataclasses.replace(row, negative=None) if one else row for row, one in zip(rows, plain, strict=True)]
-    for index, ids in _run_batches(language, rows, settings, batching, on_tokens):
+    for index, ids, passes in _run_batches(language, rows, settings, batching, on_tokens):
         grid, row = grids[index], rows[index]
         codes = (ids[row.schedule == TokenClass.VISUAL] - special.visual_start).astype(np.int32)
         if grid.given is not None:
             codes = np.concatenate([grid.given.ravel(), codes])
         full = np.concatenate([np.asarray(row.prompt, np.int32), ids])
-        yield index, GeneratedGrid(full, len(row.prompt), codes.reshape(grid.size))
+        yield index, GeneratedGrid(full, len(row.prompt), codes.reshape(grid.size), passes)
 
 
 def answer(
@@ -223,7 +229,7 @@ def answer(
                 "shorten the question, or use fewer or smaller pictures, or fewer frames of a clip"
             )
         rows.append(Row(ids, text_schedule(min(max_new_tokens, room))))
-    made = dict(_run_batches(language, rows, sampling.settings(len(rows)), batching))
+    made = {index: ids for index, ids, _ in _run_batches(language, rows, sampling.settings(len(rows)), batching)}
     return [made[index] for index in range(len(rows))]
 
 
@@ -233,8 +239,11 @@ def _run_batches(
     settings: RowSettings,
     batching: Batching,
     on_tokens: OnTokens | None = None,
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Runs batch by batch, and yields (index, generated ids) of each row. The ids have the length of its schedule."""
+) -> Iterator[tuple[int, np.ndarray, int]]:
+    """Runs batch by batch, and yields (index, generated ids, passes) of each row.
+
+    The ids have the length of the row's schedule.
+    """
     batches = _batches(language, rows, settings, batching)
     lengths = [max(len(rows[index].schedule) for index in batch) for batch in batches]
     with Progress(batching.progress, sum(lengths), "tokens", name="generate") as bar:
@@ -244,7 +253,7 @@ def _run_batches(
             def on_progress(taken: int, _: int, before: int = before) -> None:
                 bar.update(before + taken - bar.done)
 
-            ids = session.run(
+            made = session.run(
                 language.params,
                 language.config,
                 [rows[index] for index in batch],
@@ -254,10 +263,11 @@ def _run_batches(
                 mesh=language.mesh,
                 narrow_cache=language.narrow_cache,
                 least_rows=batching.batch_size if batching.deterministic else 1,
+                parallel=batching.parallel,
             )
             bar.update(before + length - bar.done)
-            for index, row in zip(batch, ids, strict=True):
-                yield index, row[: len(rows[index].schedule)]
+            for index, ids, passes in zip(batch, made.ids, made.passes.tolist(), strict=True):
+                yield index, ids[: len(rows[index].schedule)], passes
 
 
 def _batches(language: Language, rows: Sequence[Row], settings: RowSettings, batching: Batching) -> list[Sequence[int]]:
@@ -266,10 +276,12 @@ def _batches(language: Language, rows: Sequence[Row], settings: RowSettings, bat
     for index, row in enumerate(rows):
         shapes = None
         if batching.deterministic:
-            # The shapes of a session with only this row.
+            # The shapes of a session with only this row, and copies of it.
             one = settings.take(np.asarray([index]))
-            narrow = language.narrow_cache
-            alone = DecodeSession(language.params, language.config, [row], one, mesh=language.mesh, narrow_cache=narrow)
+            alone = DecodeSession(
+                language.params, language.config, [row], one, mesh=language.mesh, narrow_cache=language.narrow_cache,
+                least_rows=batching.batch_size, parallel=batching.parallel,
+            )  # fmt: skip
             shapes = alone.shapes
         groups.setdefault(shapes, []).append(index)
     size = batching.batch_size

@@ -67,6 +67,7 @@ def stream_pictures(
             "negative": grids[row].negative,
             "size": f"{image.width}x{image.height}",
         }
-        about |= {"ratio": ratios[row // n], **describe(settings, row), "model": name, "software": "emu3-jax"}
+        about |= {"ratio": ratios[row // n], **describe(settings, row), "passes": str(grid.passes)}
+        about |= {"model": name, "software": "emu3-jax"}
         image.info = about
         yield row, Generation(grid.ids, grid.prompt_length, grid.codes, image)

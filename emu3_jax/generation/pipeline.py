@@ -24,8 +24,8 @@ class Emu3:
     """A model in memory: a decoder, a vision tokenizer, or both. `emu3_jax.load` makes it.
 
     A row is one picture, clip or answer. In float32 a row's result does not depend on the other rows of its batch. In
-    bfloat16 and float16 the number of rows may change the rounding of products, and so change single tokens.
-    `deterministic=True` prevents this.
+    bfloat16 and float16 the number of rows and of tokens per pass (`parallel`) may change the rounding of products, and
+    so change single tokens. `deterministic=True` makes rows independent of each other in these dtypes too.
 
     `Media` is a picture or a clip: a path, a PIL image, a `Clip`, or a uint8 array [H, W, 3] (picture) or [T, H, W, 3]
     (clip).
@@ -133,6 +133,7 @@ class Emu3:
         allow_special: bool = False,
         batch_size: int = defaults.BATCH_SIZE,
         deterministic: bool = False,
+        parallel: int | str = defaults.PARALLEL,
         progress: bool | None = None,
     ) -> list[Image.Image]:
         """Generates pictures for the prompts (upstream `image_generation.py`).
@@ -158,8 +159,10 @@ class Emu3:
                 prompts are refused.
             batch_size: number of rows to compute at once, at most 4096. Device memory grows with it.
             deterministic: whether a row's result must not depend on the other rows, in any dtype. Each batch is padded
-                to `batch_size` rows, which takes time. Results still depend on `batch_size`, the device, and the
-                versions of JAX and XLA.
+                to `batch_size` rows, which takes time. Results still depend on `batch_size`, `parallel`, the device,
+                and the versions of JAX and XLA.
+            parallel: number of tokens, 2 to 128, that a pass of the decoder checks per row. "off" decodes one token per
+                pass; "auto" chooses by device and batch. In float32 this changes only the time, not the result.
             progress: True shows a progress bar on a terminal and lines in a log, None shows only the bar, False
                 nothing.
 
@@ -173,7 +176,7 @@ class Emu3:
         generations = self.stream_sequences(
             prompts, n=n, ratio=ratio, area=area, negative=negative, guidance=guidance, temperature=temperature,
             top_k=top_k, top_p=top_p, seed=seed, greedy=greedy, allow_special=allow_special, batch_size=batch_size,
-            deterministic=deterministic, progress=progress,
+            deterministic=deterministic, parallel=parallel, progress=progress,
         )  # fmt: skip
         images = {row: generation.image for row, generation in generations}
         return [images[row] for row in range(len(images))]
@@ -195,6 +198,7 @@ class Emu3:
         allow_special: bool = False,
         batch_size: int = defaults.BATCH_SIZE,
         deterministic: bool = False,
+        parallel: int | str = defaults.PARALLEL,
         progress: bool | None = None,
     ) -> list[Generation]:
         """Generates pictures as `generate` does, and returns them with their tokens.
@@ -220,8 +224,10 @@ class Emu3:
                 prompts are refused.
             batch_size: number of rows to compute at once, at most 4096. Device memory grows with it.
             deterministic: whether a row's result must not depend on the other rows, in any dtype. Each batch is padded
-                to `batch_size` rows, which takes time. Results still depend on `batch_size`, the device, and the
-                versions of JAX and XLA.
+                to `batch_size` rows, which takes time. Results still depend on `batch_size`, `parallel`, the device,
+                and the versions of JAX and XLA.
+            parallel: number of tokens, 2 to 128, that a pass of the decoder checks per row. "off" decodes one token per
+                pass; "auto" chooses by device and batch. In float32 this changes only the time, not the result.
             progress: True shows a progress bar on a terminal and lines in a log, None shows only the bar, False
                 nothing.
 
@@ -234,7 +240,7 @@ class Emu3:
         generations = self.stream_sequences(
             prompts, n=n, ratio=ratio, area=area, negative=negative, guidance=guidance, temperature=temperature,
             top_k=top_k, top_p=top_p, seed=seed, greedy=greedy, allow_special=allow_special, batch_size=batch_size,
-            deterministic=deterministic, progress=progress,
+            deterministic=deterministic, parallel=parallel, progress=progress,
         )  # fmt: skip
         made = dict(generations)
         return [made[row] for row in range(len(made))]
@@ -256,6 +262,7 @@ class Emu3:
         allow_special: bool = False,
         batch_size: int = defaults.BATCH_SIZE,
         deterministic: bool = False,
+        parallel: int | str = defaults.PARALLEL,
         progress: bool | None = None,
     ) -> Iterator[tuple[int, Generation]]:
         """Generates pictures as `generate_sequences` does, but yields the pictures of each batch when it is done.
@@ -284,8 +291,10 @@ class Emu3:
                 prompts are refused.
             batch_size: number of rows to compute at once, at most 4096. Device memory grows with it.
             deterministic: whether a row's result must not depend on the other rows, in any dtype. Each batch is padded
-                to `batch_size` rows, which takes time. Results still depend on `batch_size`, the device, and the
-                versions of JAX and XLA.
+                to `batch_size` rows, which takes time. Results still depend on `batch_size`, `parallel`, the device,
+                and the versions of JAX and XLA.
+            parallel: number of tokens, 2 to 128, that a pass of the decoder checks per row. "off" decodes one token per
+                pass; "auto" chooses by device and batch. In float32 this changes only the time, not the result.
             progress: True shows a progress bar on a terminal and lines in a log, None shows only the bar, False
                 nothing.
 
@@ -298,8 +307,8 @@ class Emu3:
         """
         return stream_pictures(
             self.language, self.vision, prompts, Sampling(0.0 if greedy else temperature, top_k, top_p, guidance, seed),
-            n=n, ratio=ratio, area=area, negative=negative, batching=Batching(batch_size, progress, deterministic),
-            allow_special=allow_special, name=self.name,
+            n=n, ratio=ratio, area=area, negative=negative, allow_special=allow_special, name=self.name,
+            batching=Batching(batch_size, progress, deterministic, parallel),
         )  # fmt: skip
 
     def generate_clips(
@@ -323,6 +332,7 @@ class Emu3:
         allow_special: bool = False,
         batch_size: int = defaults.BATCH_SIZE,
         deterministic: bool = False,
+        parallel: int | str = defaults.PARALLEL,
         progress: bool | None = None,
     ) -> list[Clip]:
         """Generates one clip per prompt, frame after frame, in the format of `data.sequences.NextFrame`.
@@ -360,8 +370,10 @@ class Emu3:
                 prompts are refused.
             batch_size: number of rows to compute at once, at most 4096. Device memory grows with it.
             deterministic: whether a row's result must not depend on the other rows, in any dtype. Each batch is padded
-                to `batch_size` rows, which takes time. Results still depend on `batch_size`, the device, and the
-                versions of JAX and XLA.
+                to `batch_size` rows, which takes time. Results still depend on `batch_size`, `parallel`, the device,
+                and the versions of JAX and XLA.
+            parallel: number of tokens, 2 to 128, that a pass of the decoder checks per row. "off" decodes one token per
+                pass; "auto" chooses by device and batch. In float32 this changes only the time, not the result.
             progress: True shows a progress bar on a terminal and lines in a log, None shows only the bar, False
                 nothing.
 
@@ -371,7 +383,8 @@ class Emu3:
         return generate_clips(
             self.language, self.vision, prompts, Sampling(0.0 if greedy else temperature, top_k, top_p, guidance, seed),
             frames=frames, fps=fps, extend=extend, window=window, ratio=ratio, area=area, negative=negative,
-            batching=Batching(batch_size, progress, deterministic), allow_special=allow_special, on_frames=on_frames,
+            batching=Batching(batch_size, progress, deterministic, parallel), allow_special=allow_special,
+            on_frames=on_frames,
         )  # fmt: skip
 
     def chat(
@@ -390,6 +403,7 @@ class Emu3:
         allow_special: bool = False,
         batch_size: int = defaults.BATCH_SIZE,
         deterministic: bool = False,
+        parallel: int | str = defaults.PARALLEL,
         progress: bool | None = None,
     ) -> list[str]:
         """Answers one prompt per picture or clip (upstream `multimodal_understanding.py`).
@@ -411,8 +425,10 @@ class Emu3:
                 prompts are refused.
             batch_size: number of rows to compute at once, at most 4096. Device memory grows with it.
             deterministic: whether a row's result must not depend on the other rows, in any dtype. Each batch is padded
-                to `batch_size` rows, which takes time. Results still depend on `batch_size`, the device, and the
-                versions of JAX and XLA.
+                to `batch_size` rows, which takes time. Results still depend on `batch_size`, `parallel`, the device,
+                and the versions of JAX and XLA.
+            parallel: number of tokens, 2 to 128, that a pass of the decoder checks per row. "off" decodes one token per
+                pass; "auto" chooses by device and batch. In float32 this changes only the time, not the result.
             progress: True shows a progress bar on a terminal and lines in a log, None shows only the bar, False
                 nothing.
 
@@ -425,7 +441,7 @@ class Emu3:
         asking = Asking(
             Showing(clips_as, frames, fps),
             Sampling(temperature, top_k, top_p, guidance=1.0, seed=seed),
-            Batching(batch_size, progress, deterministic),
+            Batching(batch_size, progress, deterministic, parallel),
             max_new_tokens,
             allow_special,
         )
@@ -443,6 +459,7 @@ class Emu3:
         top_p: float = defaults.TOP_P,
         seed: int = defaults.SEED,
         allow_special: bool = False,
+        parallel: int | str = defaults.PARALLEL,
         progress: bool | None = None,
     ) -> Conversation:
         """Starts a conversation of several turns, each with any number of pictures and clips.
@@ -462,6 +479,7 @@ class Emu3:
             seed: seed of the answers.
             allow_special: control tokens in prompts, such as `<|image start|>`, act as such. By default they are
                 refused.
+            parallel: see `chat`.
             progress: True shows a progress bar on a terminal and lines in a log, None shows only the bar, False
                 nothing.
 
@@ -471,7 +489,7 @@ class Emu3:
         asking = Asking(
             Showing(clips_as, frames, fps),
             Sampling(temperature, top_k, top_p, guidance=1.0, seed=seed),
-            Batching(1, progress),
+            Batching(1, progress, parallel=parallel),
             max_new_tokens,
             allow_special,
         )

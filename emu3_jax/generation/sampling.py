@@ -69,12 +69,16 @@ def guide(conditional: jax.Array, unconditional: jax.Array, scale: Array) -> jax
     return jnp.where(scale == 1.0, c, u + scale * (c - u))
 
 
-def sample(logits: jax.Array, step: jax.Array, settings: RowSettings, *, use_top_k: bool, use_top_p: bool) -> jax.Array:
+def sample(
+    logits: jax.Array, steps: jax.Array, settings: RowSettings, *, use_top_k: bool, use_top_p: bool
+) -> jax.Array:
     """Samples one candidate per row: temperature, then top-k, then top-p, in the reference's order.
+
+    The result is a function of a row's logits, step and settings alone: argmax(logits + noise(seed, step)).
 
     Args:
         logits: float32 [B, V].
-        step: int32 scalar, which is folded into each row's key.
+        steps: int32 [B], the step of each row, which is folded into its key.
         settings: sampling settings of each row.
         use_top_k: whether any row's `top_k` is below V; False skips the search.
         use_top_p: whether any row's `top_p` is below 1.
@@ -88,7 +92,7 @@ def sample(logits: jax.Array, step: jax.Array, settings: RowSettings, *, use_top
         scaled = keep_top_k(scaled, settings.top_k)
     if use_top_p:
         scaled = keep_top_p(scaled, settings.top_p)
-    keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), step))(settings.seed)
+    keys = jax.vmap(lambda seed, step: jax.random.fold_in(jax.random.key(seed), step))(settings.seed, steps)
     sampled = jax.vmap(jax.random.categorical)(keys, scaled)
     return jnp.where(greedy, jnp.argmax(logits, axis=-1), sampled).astype(jnp.int32)
 

@@ -23,8 +23,8 @@ class TokenClass(enum.IntEnum):
     EOS = 6
 
 
-# Marks a step, in an array of forced ids, that samples its token.
-SAMPLED = -1
+# These mark a step, in an array of forced ids, that samples its token: a visual one, or any one.
+SAMPLED_VISUAL, SAMPLED_FREE = -1, -2
 
 
 # The tokens that end a picture or a clip.
@@ -106,14 +106,19 @@ def stack_schedules(schedules: list[np.ndarray], length: int) -> np.ndarray:
 
 
 def forced_ids(schedule: np.ndarray, special: SpecialTokens) -> np.ndarray:
-    """int32 ids of the schedule's steps: the forced id, or `SAMPLED`."""
-    table = np.full(len(TokenClass), SAMPLED, np.int32)
+    """int32 ids of the schedule's steps: the forced id, or `SAMPLED_VISUAL` or `SAMPLED_FREE`."""
+    table = np.full(len(TokenClass), SAMPLED_VISUAL, np.int32)
+    table[TokenClass.FREE] = SAMPLED_FREE
     for token_class in (TokenClass.PAD, TokenClass.EOL, TokenClass.EOF, TokenClass.EOI, TokenClass.EOS):
         table[token_class] = getattr(special, token_class.name.lower())
     return table[schedule]
 
 
-def sampled_steps(schedule: np.ndarray) -> int:
-    """The number of steps up to the last sampled one, inclusive. Later steps need no forward pass."""
-    choice = np.isin(schedule, (TokenClass.VISUAL, TokenClass.FREE)).any(axis=0)
-    return int(np.flatnonzero(choice)[-1]) + 1 if choice.any() else 0
+def sampled_steps(schedule: np.ndarray) -> np.ndarray:
+    """The number of steps up to the last sampled one, inclusive, int32 [B]. Later steps need no forward pass.
+
+    `schedule`: token classes [B, T].
+    """
+    choice = np.isin(schedule, (TokenClass.VISUAL, TokenClass.FREE))
+    last = choice.shape[1] - choice[:, ::-1].argmax(axis=1)
+    return np.where(choice.any(axis=1), last, 0).astype(np.int32)

@@ -1,14 +1,13 @@
 """A decode session: generates several rows together. It is the host's side of the programs in `engine`.
 
-`start` runs the prompts, each `advance` runs some steps, and `tokens` returns the tokens of a call. `run` does all of
-this. Each row has its own schedule, length and end.
+`start` runs the prompts, each `advance` runs some passes, and `read` returns what a call has made. `run` does all of
+this. Each row has its own schedule, step, length and end.
 
-B rows; T steps of the longest schedule.
+B rows; T steps of the longest schedule; W tokens of a pass per row (see `parallel`).
 """
 
 import dataclasses
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -20,42 +19,19 @@ from jax.sharding import PartitionSpec as P
 from emu3_jax.config import DecoderConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.generation import engine
+from emu3_jax.generation.parallel import check_window, choose_window
 from emu3_jax.generation.sampling import RowSettings
 from emu3_jax.generation.schedule import TokenClass, forced_ids, sampled_steps, stack_schedules
+from emu3_jax.generation.shapes import Shapes, bucket, fill_rows
 from emu3_jax.models.attention import choose_kernels
 from emu3_jax.models.cache import KVCache
+from emu3_jax.models.capability import target_platform
 from emu3_jax.sharding.rules import batch_shards, cache_shardings, use_mesh
 
-# Most steps per call of the loop. Between calls the host shows progress and checks whether all rows have ended.
-STEPS_PER_CALL = 128
-
-# XLA's attention reads all slots of the cache. So the cache grows in stages of this many slots. For long pictures, this
-# halves the slots that are read on average. Each size needs its own program, so more stages would cost more compile
-# time than they save. A clip's cache of 100,000 slots grows by an eighth of the next power of two, through 20 sizes.
-CACHE_GROWTH = 2048
-
-
-def bucket(length: int) -> int:
-    """Rounds `length` up to a length that programs are compiled for. This gives few shapes and little padding."""
-    size = 64 if length <= 512 else 512
-    return -(-length // size) * size
-
-
-def cache_slots(needed: int, final: int, kernels: str) -> int:
-    """The size of the cache in slots.
-
-    XLA's attention reads unused slots too, so its cache grows in stages. The cache of other kernels has its final size
-    from the start.
-
-    Args:
-        needed: number of slots in use.
-        final: number of slots at the end of the session.
-        kernels: implementation of attention, from `attention.KERNELS`, but not "auto".
-    """
-    if kernels != "xla":
-        return final
-    step = max(CACHE_GROWTH, (1 << (int(needed) - 1).bit_length()) // 8)
-    return min(-(-needed // step) * step, final)
+# Most passes per call of the loop, for passes of one token and of several tokens per row. Between calls the host shows
+# progress and checks whether all rows are done.
+PASSES_PER_CALL = 128
+WIDE_PASSES_PER_CALL = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +40,7 @@ class Row:
 
     Attributes:
         prompt: ids of the prompt.
-        schedule: `TokenClass` of each token after the prompt. All rows of a session must be pictures and clips, or all
-            must be text.
+        schedule: `TokenClass` of each token after the prompt. Pictures, clips and texts may share a session.
         negative: ids of the unconditional prompt for guidance, or None for no guidance. In a session with guided rows,
             a row without guidance is computed twice, which does not change its distribution.
     """
@@ -76,70 +51,56 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class Shapes:
-    """The shapes and options that a session's programs are compiled for.
+class Snapshot:
+    """The device's result of one call. `DecodeSession.read` waits for it and brings it to the host.
 
     Attributes:
-        rows: B, padded so that the mesh divides the computed rows.
-        width: number of slots of the prompts.
-        steps: T, padded.
-        variant: see `engine.Variant`.
+        rows: the rows of the call, with those that fill the session.
+        tokens, step, passes, ended: see `engine.DecodeState`.
     """
 
-    rows: int
-    width: int
-    steps: int
-    variant: engine.Variant
-
-    @property
-    def computed_rows(self) -> int:
-        """The number of rows that the decoder computes: with guidance, two per row."""
-        return self.rows * (2 if self.variant.guided else 1)
-
-    def slots(self, needed: int) -> int:
-        """The size of the cache in slots while `needed` slots are in use."""
-        return cache_slots(needed, self.width + self.steps, self.variant.kernels)
-
-    @property
-    def first_slots(self) -> int:
-        """The size of the cache in slots during prefill."""
-        return self.slots(self.width + 1)
-
-    def cache_sizes(self) -> Iterator[int]:
-        """Yields the sizes of the cache in slots, as it grows."""
-        size = self.first_slots
-        yield size
-        while (larger := self.slots(size + 1)) > size:
-            size = larger
-            yield size
+    rows: tuple[Row, ...]
+    tokens: jax.Array
+    step: jax.Array
+    passes: jax.Array
+    ended: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
-class Snapshot:
-    """The device's result of one call. Reading it waits for the call to finish.
+class Reading:
+    """What the rows have after a call.
 
     Attributes:
-        taken: number of steps of the session after the call. A row may have ended earlier.
+        tokens: the ids of each row so far, int32 [steps of the row].
+        step: int32 [B], steps taken. A row that is done may have taken steps after its schedule.
+        passes: int32 [B], passes of the decoder that each row took part in, with prefill.
+        ended: bool [B], whether a row has emitted the end of its text.
+        taken: number of steps taken, as a mean over the rows: from 0 to the session's `steps`.
+        done: bool [B], whether a row has all its sampled tokens. Only forced ones may follow.
     """
 
+    tokens: list[np.ndarray]
+    step: np.ndarray
+    passes: np.ndarray
+    ended: np.ndarray
     taken: int
-    _tokens: jax.Array
-    _ended: jax.Array
+    done: np.ndarray
 
 
 class DecodeSession:
     """Generates several rows together.
 
-    In float32 a row's result does not depend on the other rows. In narrower dtypes it does not depend on their content,
-    but it may depend on the shapes that the programs are compiled for, because shapes affect the rounding of products.
+    In float32 a row's result does not depend on the other rows, nor on W. In narrower dtypes it does not depend on
+    their content, but it may depend on the shapes that the programs are compiled for, because shapes affect the
+    rounding of products.
 
     Attributes:
-        rows: the rows, as given.
+        rows: the rows.
         shapes: shapes and options that the programs are compiled for.
-        steps: number of steps up to the last sampled token. Later tokens are forced and need no forward pass.
-        taken: number of steps that the device was asked for so far.
+        steps: largest number of steps of a row up to its last sampled token. Later tokens are forced and need no
+            forward pass.
         state: state of the decode loop; None before `start`.
-        plan: constant inputs of the decode loop.
+        plan: inputs of the decode loop that only `replace` changes.
     """
 
     def __init__(
@@ -153,6 +114,10 @@ class DecodeSession:
         narrow_cache: bool = False,
         kernels: str = "auto",
         least_rows: int = 1,
+        least: tuple[int, int] = (1, 1),
+        parallel: int | str = "off",
+        replaceable: bool = False,
+        settled_per_pass: float | None = None,
     ):
         """Prepares a session. Nothing is computed yet.
 
@@ -165,108 +130,198 @@ class DecodeSession:
             narrow_cache: store keys and values as int8.
             kernels: implementation of attention for single tokens, from `attention.KERNELS`.
             least_rows: smallest number of rows to compile for. Copies of the last row fill the rest.
+            least: smallest length of prompts and of schedules to compile for.
+            parallel: "auto", "off" or the number of tokens W of a pass per row; see `parallel.choose_window`.
+            replaceable: whether `replace` will be used. All options of the programs are then on.
+            settled_per_pass: see `engine.Variant`.
 
         Raises:
-            Emu3Error: a prompt and its schedule do not fit into the model's positions.
+            Emu3Error: a prompt and its schedule do not fit into the model's positions, or `parallel` is not legal.
         """
         check_positions(config, ((max(len(row.prompt), len(row.negative or ())), len(row.schedule)) for row in rows))
-        self.rows = tuple(rows)
+        check_window(parallel)
         self._params, self._config, self._mesh = params, config, mesh
         guided = any(row.negative is not None for row in rows)
-        filled = [*rows, *[rows[-1]] * (fill_rows(max(len(rows), least_rows), mesh, guided) - len(rows))]
+        filled = (*rows, *[rows[-1]] * (fill_rows(max(len(rows), least_rows), mesh, guided) - len(rows)))
+        self._count, self._filled = len(rows), filled
         settings = settings.take(np.minimum(np.arange(len(filled)), len(rows) - 1))
-        schedules = [row.schedule for row in filled]
-        schedule = stack_schedules(schedules, bucket(max(map(len, schedules))))
-        prompts = [row.prompt for row in filled]
-        if guided:
-            prompts += [row.prompt if row.negative is None else row.negative for row in filled]
-        width = bucket(max(map(len, prompts)))
-        self._prompts = np.full((len(prompts), width), config.tokens.pad, np.int32)
-        self._start = np.asarray([width - len(ids) for ids in prompts], np.int32)
-        for padded, start, ids in zip(self._prompts, self._start, prompts, strict=True):
-            padded[start:] = ids
-        visual_only = not (schedule == TokenClass.FREE).any()
-        candidates = config.tokens.visual_count if visual_only else config.vocab_size
+        prompts = [ids for row in filled for ids in (row.prompt, *([row.negative or ()] if guided else ()))]
+        width = bucket(max(least[0], *map(len, prompts)))
+        steps = bucket(max(least[1], *(len(row.schedule) for row in filled)))
+        schedule = stack_schedules([row.schedule for row in filled], steps)
+        free = bool((schedule == TokenClass.FREE).any())
+        visual = bool((schedule == TokenClass.VISUAL).any())
+        candidates = config.vocab_size if free else config.tokens.visual_count
+        with use_mesh(mesh):
+            per_device = len(filled) * (2 if guided else 1) // batch_shards(mesh)
+            window = choose_window(parallel, per_device, target_platform())
         variant = engine.Variant(
-            visual_only=visual_only,
+            visual_only=not free and not replaceable,
+            mixed=(free and visual) or replaceable,
             guided=guided,
-            use_top_k=bool((np.asarray(settings.top_k) < candidates).any()),
-            use_top_p=bool((np.asarray(settings.top_p) < 1).any()),
+            use_top_k=bool((np.asarray(settings.top_k) < candidates).any()) or replaceable,
+            use_top_p=bool((np.asarray(settings.top_p) < 1).any()) or replaceable,
+            window=window,
+            lockstep=window == 1 and not replaceable,
             narrow_cache=narrow_cache,
-            kernels=choose_kernels(kernels, config.head_dim),
+            kernels=choose_kernels(kernels, config.head_dim) if window == 1 else "xla",
+            settled_per_pass=settled_per_pass,
         )
-        self.shapes = Shapes(len(filled), width, schedule.shape[1], variant)
-        self.steps = sampled_steps(schedule)
-        # Steps at which a clip's frame ends. A call ends there, so that the frame can be shown.
-        self._stops = np.flatnonzero((schedule == TokenClass.EOF).all(axis=0))
+        self.shapes = Shapes(len(filled), width, steps, variant)
+        self._prompts, self._start = self._aligned(filled)
         # Host arrays, because arrays on one device cannot be combined with weights that are spread over processes.
-        self.plan = engine.Plan(forced=forced_ids(schedule, config.tokens), settings=settings)
+        self.plan = self._plan(schedule, settings)
         self.state: engine.DecodeState | None = None
-        self.taken = 0
+        # What the host knows of the rows.
+        self._step, self._done = np.ones(len(filled), np.int32), np.zeros(len(filled), bool)
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """See the class's attributes."""
+        return self._filled[: self._count]
+
+    @property
+    def steps(self) -> int:
+        """See the class's attributes."""
+        return int(self.plan.goal.max())
+
+    def _aligned(self, rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
+        """The prompts, aligned to the right, int32 [R, P], and the first slot of each, int32 [R]."""
+        prompts = [row.prompt for row in rows]
+        if self.shapes.variant.guided:
+            prompts += [row.prompt if row.negative is None else row.negative for row in rows]
+        width = self.shapes.width
+        aligned = np.full((len(prompts), width), self._config.tokens.pad, np.int32)
+        start = np.asarray([width - len(ids) for ids in prompts], np.int32)
+        for padded, first, ids in zip(aligned, start, prompts, strict=True):
+            padded[first:] = ids
+        return aligned, start
+
+    def _plan(self, schedule: np.ndarray, settings: RowSettings) -> engine.Plan:
+        """The plan of rows with these token classes [B, T]."""
+        after = ((0, 0), (0, 2 * self.shapes.variant.window - 1))
+        padded = np.pad(schedule, after, constant_values=TokenClass.PAD)
+        return engine.Plan(forced_ids(padded, self._config.tokens), sampled_steps(schedule), settings)
 
     # ------------------------------------------------------------------------------------------------ decoding
 
     def start(self) -> Snapshot:
-        """Runs the prompts and takes the first step."""
+        """Runs the prompts and takes the first step of each row."""
         with use_mesh(self._mesh):
             self.state = engine.prefill(
                 self._params, self._prompts, self._start, self.plan,
                 config=self._config, variant=self.shapes.variant, slots=self.shapes.first_slots,
             )  # fmt: skip
-        self.taken = 1
         return self._snapshot()
 
-    def advance(self, until: int | None = None) -> Snapshot | None:
-        """Asks the device for more steps, without waiting for them.
+    def advance(self, passes: int | None = None) -> Snapshot | None:
+        """Asks the device for more passes, without waiting for them.
+
+        The call ends early after a pass in which a row completes a frame or all of its steps, and when the cache must
+        grow, which the next call does once the host knows (see `read`).
 
         Args:
-            until: total number of steps after this call. By default, the call ends at the next end of a frame, before
-                the cache must grow, or after `STEPS_PER_CALL` steps, whichever is first.
+            passes: largest number of passes. By default `PASSES_PER_CALL` or `WIDE_PASSES_PER_CALL`.
 
         Returns:
-            The result of the call, or None if all `steps` were taken before.
+            The result of the call, or None if the host knows that all rows are done.
         """
-        state = self._started()
-        width = self.shapes.width
-        if until is None:
-            if self.taken >= self.steps:
-                return None
-            slots = self.shapes.slots(width + self.taken + 1)
-            stops = self._stops[self._stops > self.taken][:1]
-            until = int(min(self.taken + STEPS_PER_CALL, self.steps, slots - width, *stops))
-        slots = self.shapes.slots(width + max(until, self.taken + 1))
+        state, variant = self._started(), self.shapes.variant
+        if self._done.all():
+            return None
+        if passes is None:
+            passes = PASSES_PER_CALL if variant.window == 1 else WIDE_PASSES_PER_CALL
+        slots = self.shapes.slots(self.shapes.width + int(self._step[~self._done].max()) - 1 + variant.window)
         with use_mesh(self._mesh):
             if slots > state.cache.slots:
                 state = state.replace(cache=state.cache.grow(slots))
             self.state = engine.decode(
-                self._params, state, self.plan, np.int32(until),
-                config=self._config, variant=self.shapes.variant,
-            )  # fmt: skip
-        self.taken = until
+                self._params, state, self.plan, np.int32(passes), config=self._config, variant=variant
+            )
         return self._snapshot()
 
-    def tokens(self, snapshot: Snapshot) -> np.ndarray:
-        """The ids of each row, int32 [B, steps taken], padded after the end of its schedule."""
-        return np.array(snapshot._tokens)[: len(self.rows), : snapshot.taken]
+    def read(self, snapshot: Snapshot) -> Reading:
+        """Waits for a call and returns what the rows have after it."""
+        tokens, step, passes, ended = map(np.asarray, (snapshot.tokens, snapshot.step, snapshot.passes, snapshot.ended))
+        goal = sampled_steps(stack_schedules([row.schedule for row in snapshot.rows], self.shapes.steps))
+        done = ended | (step >= goal)
+        # A row that was replaced after the call is not where the old one was.
+        same = np.asarray([old is new for old, new in zip(snapshot.rows, self._filled, strict=True)])
+        self._step, self._done = np.where(same, step, self._step), np.where(same, done, self._done)
+        rows = snapshot.rows[: self._count]
+        share = np.where(done, goal, step)[: self._count].sum() / goal[: self._count].sum()
+        return Reading(
+            tokens=[
+                ids[: min(length, len(row.schedule))] for ids, length, row in zip(tokens, step, rows, strict=False)
+            ],
+            step=step[: self._count],
+            passes=passes[: self._count] + 1,
+            ended=ended[: self._count],
+            taken=int(share * goal.max()),
+            done=done[: self._count],
+        )
 
-    def ended(self, snapshot: Snapshot) -> np.ndarray:
-        """bool [B]: whether a row has emitted the end of its text."""
-        return np.asarray(snapshot._ended)[: len(self.rows)]
-
-    def results(self, snapshot: Snapshot) -> np.ndarray:
-        """The ids of all steps, int32 [B, T]: forced after the last sampled step, and padded after a row's end."""
-        length = max(len(row.schedule) for row in self.rows)
-        tokens = np.array(snapshot._tokens)[: len(self.rows), :length]
-        if self.shapes.variant.visual_only:
-            tokens[:, self.steps :] = self.plan.forced[: len(self.rows), self.steps : length]
+    def results(self, reading: Reading) -> np.ndarray:
+        """The ids of all steps, int32 [B, T]: forced ones after the last sampled one, and padded after a row's end."""
+        tokens = np.array(self.plan.forced)[: len(self.rows), : max(len(row.schedule) for row in self.rows)]
+        for row, ids, ended in zip(tokens, reading.tokens, reading.ended, strict=True):
+            if ended:
+                row[:] = self._config.tokens.pad
+            row[: len(ids)] = ids
         return tokens
 
+    def replace(self, index: int, row: Row, settings: RowSettings) -> None:
+        """Starts a new row in the place of an old one, while the other rows are where they are.
+
+        Args:
+            index: index of the old row.
+            row: the new row. It must fit the lengths that the session is compiled for.
+            settings: sampling settings of the new row, with one entry.
+
+        Raises:
+            Emu3Error: the row does not fit into the model's positions or into the session.
+        """
+        state, shapes = self._started(), self.shapes
+        if shapes.variant.lockstep:
+            raise RuntimeError("the session is not replaceable")
+        longest = max(len(row.prompt), len(row.negative or ()))
+        check_positions(self._config, [(longest, len(row.schedule))])
+        if longest > shapes.width or len(row.schedule) > shapes.steps:
+            raise Emu3Error(
+                f"a prompt of {longest} tokens and {len(row.schedule)} tokens to generate do not fit into a session of "
+                f"{shapes.width} and {shapes.steps}"
+            )
+        if row.negative is not None and not shapes.variant.guided:
+            raise Emu3Error("a row with a negative prompt does not fit into a session without guidance")
+        count = fill_rows(1, self._mesh, shapes.variant.guided)
+        prompts, start = self._aligned([row] * count)
+        schedule = stack_schedules([row.schedule], shapes.steps)
+        one = self._plan(np.repeat(schedule, count, axis=0), settings.take(np.zeros(count, int)))
+        with use_mesh(self._mesh):
+            new = engine.prefill(
+                self._params, prompts, start, one,
+                config=self._config, variant=shapes.variant, slots=state.cache.slots,
+            )  # fmt: skip
+            self.state = engine.insert(state, new, np.int32(index))
+        self._filled = (*self._filled[:index], row, *self._filled[index + 1 :])
+
+        def changed(old: Any, new: Any) -> np.ndarray:
+            old = np.array(old)  # a copy, because a queued call may still read the old array
+            old[index] = new[0]
+            return old
+
+        self.plan = jax.tree.map(changed, self.plan, one)
+        self._step[index], self._done[index] = 1, False
+
     def place(self, step: int) -> None:
-        """Pretends that `step` steps were taken, without computing the cache. For benchmarks."""
+        """Pretends that each row has taken `step` steps, without computing the cache. For benchmarks."""
         state = self._started()
-        length = jnp.asarray(self.shapes.width + step - 1, jnp.int32)
-        cache = dataclasses.replace(state.cache, length=length)
-        self.state, self.taken = state.replace(cache=cache, step=jnp.asarray(step, jnp.int32)), step
+        slots = self.shapes.slots(self.shapes.width + step - 1 + self.shapes.variant.window)
+        cache = state.cache.grow(slots) if slots > state.cache.slots else state.cache
+        cache = cache.replace(length=jnp.full_like(cache.length, self.shapes.width + step - 1))
+        self.state = state.replace(cache=cache, step=jnp.full_like(state.step, step))
+        self._step = np.full_like(self._step, step)
+        self._done = self._step >= self.plan.goal
 
     def _started(self) -> engine.DecodeState:
         if self.state is None:
@@ -276,7 +331,7 @@ class DecodeSession:
     def _snapshot(self) -> Snapshot:
         state = self._started()
         # Copies, because the next call donates the state's memory.
-        return Snapshot(self.taken, jnp.copy(state.tokens), jnp.copy(state.ended))
+        return Snapshot(self._filled, *map(jnp.copy, (state.tokens, state.step, state.passes, state.ended)))
 
     # ------------------------------------------------------------------------------------------------ compilation
 
@@ -293,9 +348,10 @@ class DecodeSession:
         if self._mesh is not None:
             cache = jax.tree.map(_abstract, cache, cache_shardings(self._config, self._mesh, variant.narrow_cache))
         rows = self.shapes.rows
-        rest = np.zeros((rows, self.shapes.steps), np.int32), np.zeros((), np.int32), np.zeros((rows,), bool)
+        rest = np.zeros_like(self.plan.forced), np.zeros(rows, np.int32), np.zeros(rows, bool)
         tokens, step, ended = self._replicated(rest)
-        return engine.DecodeState(cache=cache, tokens=tokens, step=step, ended=ended)
+        cache = cache.replace(lockstep=variant.lockstep)
+        return engine.DecodeState(cache=cache, tokens=tokens, step=step, passes=step, ended=ended)
 
     def lower_prefill(self) -> jax.stages.Lowered:
         """Lowers the program of `start`."""
@@ -328,6 +384,19 @@ def _abstract(leaf: Any, place: NamedSharding | None) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
 
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """The result of `run`.
+
+    Attributes:
+        ids: the generated ids, int32 [B, longest schedule]. Rows that end earlier are padded.
+        passes: int32 [B], passes of the decoder that each row took part in, with prefill.
+    """
+
+    ids: np.ndarray
+    passes: np.ndarray
+
+
 def run(
     params: Any,
     config: DecoderConfig,
@@ -335,12 +404,13 @@ def run(
     settings: RowSettings,
     *,
     on_progress: Callable[[int, int], None] | None = None,
-    on_tokens: Callable[[np.ndarray], None] | None = None,
+    on_tokens: Callable[[list[np.ndarray]], None] | None = None,
     mesh: Mesh | None = None,
     narrow_cache: bool = False,
     kernels: str = "auto",
     least_rows: int = 1,
-) -> np.ndarray:
+    parallel: int | str = "off",
+) -> Made:
     """Generates one sequence per row with a `DecodeSession`.
 
     Args:
@@ -349,41 +419,32 @@ def run(
         rows: the rows to generate.
         settings: sampling settings of each row.
         on_progress: function that is called with (steps taken, all steps) after each call of the device.
-        on_tokens: function that is called with the ids so far, int32 [B, steps taken], after each call of the device,
-            while the device continues. The last call has all sampled ids, but not the forced ids after them.
+        on_tokens: function that is called with each row's ids so far after each call of the device, while the device
+            continues. The last call has all sampled ids, but not the forced ids after them.
         mesh: mesh over which `params` are spread, or None. The callbacks run outside the mesh's context.
         narrow_cache: store keys and values as int8.
         kernels: implementation of attention for single tokens, from `attention.KERNELS`.
         least_rows: see `DecodeSession`.
-
-    Returns:
-        The generated ids, int32 [B, longest schedule]. Rows that end earlier are padded.
+        parallel: see `DecodeSession`.
 
     Raises:
-        Emu3Error: a prompt and its schedule do not fit into the model's positions.
+        Emu3Error: a prompt and its schedule do not fit into the model's positions, or `parallel` is not legal.
     """
     session = DecodeSession(
-        params, config, rows, settings, mesh=mesh, narrow_cache=narrow_cache, kernels=kernels, least_rows=least_rows
-    )
+        params, config, rows, settings, mesh=mesh, narrow_cache=narrow_cache, kernels=kernels, least_rows=least_rows,
+        parallel=parallel,
+    )  # fmt: skip
     latest = session.start()
     while True:
         following = session.advance()  # queued before the host reads the results, so that the device never waits
-        tokens = session.tokens(latest)
+        reading = session.read(latest)
         if on_progress is not None:
-            on_progress(latest.taken, session.steps)
+            on_progress(reading.taken, session.steps)
         if on_tokens is not None:
-            on_tokens(tokens)
-        if following is None or session.ended(latest).all():
-            return session.results(latest)
+            on_tokens(reading.tokens)
+        if following is None or reading.done.all():
+            return Made(session.results(reading), reading.passes)
         latest = following
-
-
-def fill_rows(count: int, mesh: Mesh | None, guided: bool) -> int:
-    """The smallest number of rows, at least `count`, such that the mesh divides the computed rows."""
-    multiple = batch_shards(mesh)
-    if guided:
-        multiple //= math.gcd(2, multiple)  # guidance computes two rows per row
-    return -(-count // multiple) * multiple
 
 
 def check_positions(config: DecoderConfig, rows: Iterable[tuple[int, int]]) -> None:

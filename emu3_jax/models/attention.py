@@ -277,7 +277,7 @@ def _xla_attention(
 
     @jax.checkpoint
     def block(q: jax.Array, segments: jax.Array | None, first: jax.Array | int) -> jax.Array:
-        visible = _causal(q.shape[1], k_bskh.shape[1], first)[None]
+        visible = _causal(q.shape[1], k_bskh.shape[1], jnp.asarray(first)[None])
         if segments is not None and k_segments is not None:
             visible = visible & (jnp.abs(segments)[:, :, None] == k_segments[:, None])
         return _masked_attention(q, jnp.swapaxes(k_bskh, 1, 2), jnp.swapaxes(v_bskh, 1, 2), visible)
@@ -303,16 +303,16 @@ def cached_attention(
         v_bkth: [B, K, T, H] values.
         k_scales_bkt: float32 [B, K, T], scales of the keys of a narrow cache, or None.
         v_scales_bkt: float32 [B, K, T], scales of the values of a narrow cache, or None.
-        first_query: int32 scalar, slot of query 0.
+        first_query: int32 [B], slot of each row's query 0.
         start: int32 [B], first slot of each row.
 
     Returns:
         [B, S, K, G, H] in the queries' dtype.
     """
 
-    def block(q: jax.Array, _: None, first: jax.Array | int) -> jax.Array:
+    def block(q: jax.Array, _: None, first: jax.Array) -> jax.Array:
         keys = k_bkth.shape[2]
-        visible = _causal(q.shape[1], keys, first)[None] & (jnp.arange(keys)[None, None] >= start[:, None, None])
+        visible = _causal(q.shape[1], keys, first) & (jnp.arange(keys)[None, None] >= start[:, None, None])
         return _masked_attention(q, k_bkth, v_bkth, visible, k_scales_bkt=k_scales_bkt, v_scales_bkt=v_scales_bkt)
 
     return _over_query_blocks(block, q_bskgh, None, first_query)
@@ -324,7 +324,10 @@ def _over_query_blocks(
     segments_bs: jax.Array | None,
     first_query: jax.Array | int,
 ) -> jax.Array:
-    """Applies `block(queries, segments, slot of the first query)` to blocks of at most QUERY_BLOCK queries."""
+    """Applies `block(queries, segments, slot of the first query)` to blocks of at most QUERY_BLOCK queries.
+
+    `first_query` is an int32 scalar, or [B].
+    """
     queries = q_bskgh.shape[1]
     if queries <= QUERY_BLOCK:
         return block(q_bskgh, segments_bs, first_query)
@@ -334,15 +337,16 @@ def _over_query_blocks(
         padded = jnp.pad(x, ((0, 0), (0, blocks * QUERY_BLOCK - queries), *((0, 0),) * (x.ndim - 2)))
         return jnp.moveaxis(padded.reshape(x.shape[0], blocks, QUERY_BLOCK, *x.shape[2:]), 1, 0)
 
-    offsets = first_query + QUERY_BLOCK * jnp.arange(blocks, dtype=jnp.int32)
+    firsts = QUERY_BLOCK * jnp.arange(blocks, dtype=jnp.int32)
+    offsets = jnp.add.outer(firsts, first_query)
     out = lax.map(lambda parts: block(*parts), (*jax.tree.map(split, (q_bskgh, segments_bs)), offsets))
     return jnp.moveaxis(out, 0, 1).reshape(q_bskgh.shape[0], -1, *q_bskgh.shape[2:])[:, :queries]
 
 
-def _causal(queries: int, keys: int, first_query: jax.Array | int) -> jax.Array:
-    """bool [S, T]: whether key slot t is not later than the query's slot first_query + s."""
-    query = first_query + jnp.arange(queries, dtype=jnp.int32)[:, None]
-    return jnp.arange(keys, dtype=jnp.int32)[None] <= query
+def _causal(queries: int, keys: int, first_query: jax.Array) -> jax.Array:
+    """bool [B, S, T]: whether key slot t is not later than the query's slot first_query[b] + s."""
+    query = first_query[:, None, None] + jnp.arange(queries, dtype=jnp.int32)[None, :, None]
+    return jnp.arange(keys, dtype=jnp.int32)[None, None] <= query
 
 
 def _masked_attention(

@@ -17,8 +17,8 @@ from emu3_jax.models.quantization import narrow_rows
 class KVCache(flax.struct.PyTreeNode):
     """Keys and values of every layer. Prefill aligns the rows to the right.
 
-    All rows write the same slot in the same step, so an update is one in-place slice. Row b owns the slots
-    `start[b] .. length-1`. The slots before `start[b]` are padding, which no query sees.
+    Row b owns the slots `start[b] .. length[b]-1`. The slots before `start[b]` are padding, which no query sees. Slots
+    from `length[b]` on may hold anything: they are written before a query sees them.
 
     A narrow cache stores int8 codes and float32 scales: a key is its codes times its scale.
 
@@ -28,7 +28,8 @@ class KVCache(flax.struct.PyTreeNode):
         key_scales: in a narrow cache, one float32 [B, K, T] array per layer; else an empty tuple.
         value_scales: as `key_scales`, for values.
         start: int32 [B], first slot of each row.
-        length: int32 scalar, number of slots written so far.
+        length: int32 [B], the slot after the last token of each row.
+        lockstep: whether all rows have the same length. Then a write is one in-place slice.
     """
 
     AXES: ClassVar = ("batch", "kv_heads", "cache_slots", "head_dim")  # logical axes of one layer's array
@@ -39,6 +40,7 @@ class KVCache(flax.struct.PyTreeNode):
     value_scales: tuple[jax.Array, ...]
     start: jax.Array
     length: jax.Array
+    lockstep: bool = flax.struct.field(pytree_node=False, default=True)
 
     @classmethod
     def create(cls, config: DecoderConfig, start: jax.Array, slots: int, narrow: bool = False) -> "KVCache":
@@ -50,8 +52,7 @@ class KVCache(flax.struct.PyTreeNode):
 
         dtype = jnp.int8 if narrow else config.dtype
         scales = (zeros(shape[:3], jnp.float32), zeros(shape[:3], jnp.float32)) if narrow else ((), ())
-        # The scalar is strongly typed: a weakly typed one would make the decode loop compile again on its second call.
-        return cls(zeros(shape, dtype), zeros(shape, dtype), *scales, start, jnp.zeros((), jnp.int32))
+        return cls(zeros(shape, dtype), zeros(shape, dtype), *scales, start, jnp.zeros(start.shape, jnp.int32))
 
     @property
     def narrow(self) -> bool:
@@ -91,18 +92,36 @@ class KVCache(flax.struct.PyTreeNode):
         def written(old: jax.Array | None, new: jax.Array | None) -> jax.Array | None:
             if old is None:
                 return None
-            at = (0, 0, self.length, 0)[: new.ndim]
-            return _place(lax.dynamic_update_slice(old, new.astype(old.dtype), at))
+            if self.lockstep:
+                return _place(_written(old, new.astype(old.dtype), self.length[0]))
+            return _written_per_row(old, new.astype(old.dtype), self.length)
 
         new = (keys, values, key_scales, value_scales)
         return self.with_layer(layer, *map(written, self.layer(layer), new))
 
     def positions(self, count: int) -> jax.Array:
         """Positions of the next `count` tokens, int32 [B, count], counted from each row's start."""
-        return self.length + jnp.arange(count, dtype=jnp.int32)[None] - self.start[:, None]
+        return (self.length - self.start)[:, None] + jnp.arange(count, dtype=jnp.int32)[None]
 
 
 _PER_SLOT = ("keys", "values", "key_scales", "value_scales")
+
+
+def _written(old: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
+    """`old`, [B, K, T, H] or [B, K, T], with `new` in the slots from `slot` on."""
+    return lax.dynamic_update_slice(old, new, (0, 0, slot, 0)[: old.ndim])
+
+
+def _written_per_row(old: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
+    """As `_written`, with a slot per row, int32 [B]. On a mesh, each device writes its own rows and heads."""
+
+    def local(old: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
+        return jax.vmap(lambda old, new, slot: _written(old[None], new[None], slot)[0])(old, new, slots)
+
+    if jax.sharding.get_abstract_mesh().empty:
+        return local(old, new, slots)
+    spec, rows = (nn.logical_to_mesh_axes(axes) for axes in (KVCache.AXES[: old.ndim], KVCache.AXES[:1]))
+    return jax.shard_map(local, in_specs=(spec, spec, rows), out_specs=spec, check_vma=False)(old, new, slots)
 
 
 def _place(array: jax.Array) -> jax.Array:

@@ -52,7 +52,7 @@ def attend_one(
         rotations_br: cosines and sines of the tokens' positions, float32 [B, H / 2] each.
         cache: keys and values [B, K, T, H], T a multiple of 64; and their scales, float32 [B, K, T] in a narrow cache,
             else None.
-        length: int32 scalar, the token's slot.
+        length: int32 [B], the slot of each row's token.
         start: int32 [B], first slot of each row.
         interpret: run the kernel in Pallas' interpreter, on any device, for tests.
 
@@ -67,8 +67,8 @@ def attend_one(
     arguments = (qkv_bkph, rotations_br, cache, length, start)
     if jax.sharding.get_abstract_mesh().empty:
         return local(*arguments)
-    replicated, rows, heads = (nn.logical_to_mesh_axes(axes) for axes in ((), ("batch",), ("batch", "kv_heads")))
-    specs = (heads, rows, heads, replicated, rows)
+    rows, heads = (nn.logical_to_mesh_axes(axes) for axes in (("batch",), ("batch", "kv_heads")))
+    specs = (heads, rows, heads, rows, rows)
     return jax.shard_map(local, in_specs=specs, out_specs=(heads, heads), check_vma=False)(*arguments)
 
 
@@ -191,7 +191,7 @@ def _attend_one(
         kernel,
         grid=(b, kv_heads, parts),
         in_specs=[
-            pl.BlockSpec((1,), lambda i, k, p: (0,)),
+            pl.BlockSpec((1,), lambda i, k, p: (i,)),
             pl.BlockSpec((1,), lambda i, k, p: (i,)),
             per_head(groups + 2, width),
             per_row(half),
@@ -207,7 +207,7 @@ def _attend_one(
         compiler_params=plt.CompilerParams(num_warps=warps, num_stages=3),
         interpret=interpret,
         name="attend_one",
-    )(length.reshape(1), start, qkv_bkph, *rotations_br, *kept)
+    )(length, start, qkv_bkph, *rotations_br, *kept)
     # Sums of separate parts, because XLA fuses them into one kernel; it makes several kernels of reductions.
     totals, tops, masses = ([x[:, :, part, :groups] for part in range(parts)] for x in (totals, tops, masses))
     top = functools.reduce(jnp.maximum, tops)

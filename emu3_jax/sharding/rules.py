@@ -117,17 +117,19 @@ def vision_shardings(config: VisionConfig, mesh: Mesh) -> dict[str, Any]:
     return shardings(jax.eval_shape(VisionTokenizer(config).init, jax.random.key(0), pixels)["params"], mesh)
 
 
-def cache_shardings(config: DecoderConfig, mesh: Mesh, narrow: bool = False) -> KVCache:
+def cache_shardings(config: DecoderConfig, mesh: Mesh, narrow: bool = False, lockstep: bool = True) -> KVCache:
     """Shardings of a decoder's KV cache: rows over `data` and `fsdp`, KV heads over `tensor`.
 
     Args:
         config: the decoder's.
         mesh: from `make_mesh`.
         narrow: the cache is quantised, so it also has scales.
+        lockstep: see `KVCache`.
     """
     layers = (NamedSharding(mesh, spec(*KVCache.AXES)),) * config.num_layers
     scales = (NamedSharding(mesh, spec(*KVCache.AXES[:-1])),) * config.num_layers if narrow else ()
-    return KVCache(layers, layers, scales, scales, NamedSharding(mesh, spec("batch")), NamedSharding(mesh, P()))
+    start, length = NamedSharding(mesh, spec("batch")), NamedSharding(mesh, P())
+    return KVCache(layers, layers, scales, scales, start, length, lockstep)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -1,0 +1,121 @@
+"""Parallel decoding: a pass of the decoder checks several guessed tokens per row at once.
+
+Sampling is a function of (logits, seed, step), see `sampling.sample`. So a pass of W tokens (the last certain token and
+W - 1 guesses) computes the W next tokens with the noise of their own steps. The first computed token is certain. Each
+further one is certain if the guess before it is right, that is, if it equals the computed token. So a pass settles 1 to
+W tokens, and they are those that sequential sampling draws (up to the rounding of products, which depends on W). This
+is Jacobi decoding with coupled noise: see docs/performance.md.
+
+Guesses are never trusted. The next guesses are the computed tokens that are not certain yet; steps that no pass has
+seen repeat the last of them. Forced tokens (the end of a line, for example) are guesses that are always right.
+
+B rows, W tokens of a pass, T steps of the schedule.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from emu3_jax.errors import Emu3Error
+from emu3_jax.fields import is_count
+from emu3_jax.generation.schedule import SAMPLED_FREE
+from emu3_jax.printable import shown
+
+MOST = 128  # largest W
+
+# Largest number of tokens that a pass of all rows should have, and largest W, per platform: beyond these, a pass takes
+# more additional time than additional tokens save. See the figures in docs/performance.md.
+_TOKENS = {"cpu": 64, "gpu": 256, "tpu": 256}
+_LARGEST = {"cpu": 16, "gpu": 16, "tpu": 16}
+_LEAST = 4  # a smaller W is not worth the programs that it needs
+
+
+def is_window(parallel: object) -> bool:
+    """Whether `parallel` is legal: "auto", "off", or a whole number from 2 to `MOST`."""
+    if isinstance(parallel, str):
+        return parallel in ("auto", "off")
+    return is_count(parallel) and 2 <= parallel <= MOST
+
+
+def check_window(parallel: int | str) -> None:
+    """Raises `Emu3Error` if `parallel` is not legal; see `is_window`."""
+    if not is_window(parallel):
+        raise Emu3Error(f"parallel is {shown(parallel)}: it must be auto, off, or a whole number from 2 to {MOST}")
+
+
+def choose_window(parallel: int | str, computed_rows: int, platform: str) -> int:
+    """The number of tokens W of a pass per row. 1 means that rows are decoded sequentially.
+
+    Args:
+        parallel: "auto", "off" or W, see `check_window`.
+        computed_rows: number of rows that a device computes; with guidance, two per row.
+        platform: "cpu", "gpu" or "tpu".
+    """
+    if parallel == "off":
+        return 1
+    if parallel != "auto":
+        return int(parallel)
+    fitting = _TOKENS.get(platform, 0) // computed_rows
+    window = min(1 << max(fitting.bit_length() - 1, 0), _LARGEST.get(platform, 1))
+    return window if window >= _LEAST else 1
+
+
+def window(array: jax.Array, first: jax.Array, size: int) -> jax.Array:
+    """Columns first[b] .. first[b] + size - 1 of each row b of `array` [B, T]; `first` is int32 [B]."""
+    return jax.vmap(lambda row, at: jax.lax.dynamic_slice(row, (at,), (size,)))(array, first)
+
+
+def with_window(array: jax.Array, new: jax.Array, first: jax.Array) -> jax.Array:
+    """`array` with `new` [B, N] from column first[b] of each row b on."""
+    return jax.vmap(lambda row, part, at: jax.lax.dynamic_update_slice(row, part, (at,)))(array, new, first)
+
+
+def first_guesses(forced: Any, token: jax.Array) -> jax.Array:
+    """int32 [B, T]: the forced ids, and the row's first token (`token`, int32 [B]) at all sampled steps."""
+    return jnp.where(forced < 0, token[:, None], forced)
+
+
+def count_settled(fed: jax.Array, computed: jax.Array) -> jax.Array:
+    """The number of certain tokens, int32 [B], from 1 to W.
+
+    Args:
+        fed: int32 [B, W], the last certain token and the guesses that were fed.
+        computed: int32 [B, W], the token of the step after each of them.
+    """
+    right = fed[:, 1:] == computed[:, :-1]
+    return 1 + jnp.cumprod(right, axis=1).sum(axis=1, dtype=jnp.int32)
+
+
+def end_of_text(computed: jax.Array, forced: jax.Array, settled: jax.Array, eos: int) -> tuple[jax.Array, jax.Array]:
+    """Lets rows end at the first certain EOS of free text.
+
+    Args:
+        computed: int32 [B, W].
+        forced: int32 [B, W], see `schedule.forced_ids`.
+        settled: int32 [B], from `count_settled`.
+        eos: id of EOS.
+
+    Returns:
+        The number of tokens up to that EOS, or `settled`; and bool [B], whether there is one.
+    """
+    width = computed.shape[1]
+    found = (computed == eos) & (forced == SAMPLED_FREE)
+    first = jnp.where(found.any(axis=1), jnp.argmax(found, axis=1).astype(jnp.int32), width)
+    return jnp.minimum(settled, first + 1), first < settled
+
+
+def next_guesses(computed: jax.Array, forced: jax.Array) -> jax.Array:
+    """The tokens of the window's steps and guesses of the W - 1 steps after them, int32 [B, 2W - 1].
+
+    Args:
+        computed: int32 [B, W].
+        forced: int32 [B, 2W - 1], the forced ids of these steps, see `schedule.forced_ids`.
+    """
+    width = computed.shape[1]
+    if width == 1:
+        return computed
+    sampled = jnp.where(forced[:, :width] < 0, jnp.arange(width), -1).max(axis=1)  # the last sampled step, or -1
+    last = jnp.take_along_axis(computed, jnp.maximum(sampled, 0)[:, None], axis=1)
+    later = jnp.where(forced[:, width:] < 0, last, forced[:, width:])
+    return jnp.concatenate([computed, later], axis=1)

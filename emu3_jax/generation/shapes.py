@@ -1,0 +1,93 @@
+"""The shapes that the programs of a decode session are compiled for.
+
+B rows; T steps of the longest schedule.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+from jax.sharding import Mesh
+
+from emu3_jax.generation import engine
+from emu3_jax.sharding.rules import batch_shards
+
+# XLA's attention reads all slots of the cache. So the cache grows in stages of this many slots. For long pictures, this
+# halves the slots that are read on average. Each size needs its own program, so more stages would cost more compile
+# time than they save. A clip's cache of 100,000 slots grows by an eighth of the next power of two, through 20 sizes.
+CACHE_GROWTH = 2048
+
+
+def bucket(length: int) -> int:
+    """Rounds `length` up to a length that programs are compiled for. This gives few shapes and little padding."""
+    size = 64 if length <= 512 else 512
+    return -(-length // size) * size
+
+
+def cache_slots(needed: int, final: int, kernels: str) -> int:
+    """The size of the cache in slots.
+
+    XLA's attention reads unused slots too, so its cache grows in stages. The cache of other kernels has its final size
+    from the start.
+
+    Args:
+        needed: number of slots in use.
+        final: number of slots at the end of the session.
+        kernels: implementation of attention, from `attention.KERNELS`, but not "auto".
+    """
+    if kernels != "xla":
+        return final
+    step = max(CACHE_GROWTH, (1 << (int(needed) - 1).bit_length()) // 8)
+    return min(-(-needed // step) * step, final)
+
+
+def fill_rows(count: int, mesh: Mesh | None, guided: bool) -> int:
+    """The smallest number of rows, at least `count`, such that the mesh divides the computed rows."""
+    multiple = batch_shards(mesh)
+    if guided:
+        multiple //= math.gcd(2, multiple)  # guidance computes two rows per row
+    return -(-count // multiple) * multiple
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """The shapes and options that a session's programs are compiled for.
+
+    Attributes:
+        rows: B, padded so that the mesh divides the computed rows.
+        width: number of slots of the prompts.
+        steps: T, padded.
+        variant: see `engine.Variant`.
+    """
+
+    rows: int
+    width: int
+    steps: int
+    variant: engine.Variant
+
+    @property
+    def computed_rows(self) -> int:
+        """The number of rows that the decoder computes: with guidance, two per row."""
+        return self.rows * (2 if self.variant.guided else 1)
+
+    def slots(self, needed: int) -> int:
+        """The size of the cache in slots while `needed` slots are in use."""
+        return cache_slots(needed, self.width + self.steps + self.spare, self.variant.kernels)
+
+    @property
+    def spare(self) -> int:
+        """Number of slots after the last step. Guesses of the last passes are written there."""
+        return bucket(self.variant.window - 1) if self.variant.window > 1 else 0
+
+    @property
+    def first_slots(self) -> int:
+        """The size of the cache in slots during prefill."""
+        return self.slots(self.width + self.variant.window)
+
+    def cache_sizes(self) -> Iterator[int]:
+        """Yields the sizes of the cache in slots, as it grows."""
+        size = self.first_slots
+        yield size
+        while (larger := self.slots(size + 1)) > size:
+            size = larger
+            yield size
