@@ -23,17 +23,17 @@ class Watch:
     """Keeps what `on_frames` is told, and how far the decode loop was then."""
 
     def __init__(self, monkeypatch):
-        self.told, self.asked = [], 0
+        self.told, self.calls = [], 0
         decode = engine.decode
 
-        def watched(params, state, plan, until, **static):
-            self.asked = int(until)
-            return decode(params, state, plan, until, **static)
+        def watched(params, state, plan, passes, **static):
+            self.calls += 1
+            return decode(params, state, plan, passes, **static)
 
         monkeypatch.setattr(engine, "decode", watched)
 
     def __call__(self, row, first, frames):
-        self.told.append((row, first, frames, self.asked))
+        self.told.append((row, first, frames, self.calls))
 
     def assert_tells(self, row: int, begin: int, clip: Clip):
         """Each frame from `begin` on once, in order, as the clip has it."""
@@ -51,13 +51,14 @@ def small(**changes):
 
 
 def test_frames_come_while_later_ones_are_sampled(golden_model, monkeypatch):
-    monkeypatch.setattr(session, "STEPS_PER_CALL", 7)
+    monkeypatch.setattr(session, "PASSES_PER_CALL", 7)
     watch = Watch(monkeypatch)
-    (clip,) = golden_model.generate_clips("a", frames=10, on_frames=watch, **small())
+    (clip,) = golden_model.generate_clips("a", frames=10, on_frames=watch, parallel="off", **small())
     watch.assert_tells(0, 0, clip)
     assert [(first, len(frames)) for _, first, frames, _ in watch.told] == [(0, 4), (4, 4), (8, 2)]
-    # The frames end with steps 20, 41 and 61; when one is shown, the device has been asked for two calls more.
-    assert [asked for *_, asked in watch.told] == [20 + 14, 41 + 14, 61]
+    # The frames end with steps 20, 41 and 61, and so do the calls 3, 6 and 9. When one is shown, the device has been asked
+    # for two calls more: one is queued while the host reads, and the frame is fetched at the next reading.
+    assert [calls for *_, calls in watch.told] == [3 + 2, 6 + 2, 9 + 1]
     monkeypatch.undo()
     (whole,) = golden_model.generate_clips("a", frames=10, **small())
     np.testing.assert_array_equal(clip.frames, whole.frames)

@@ -100,7 +100,7 @@ def test_generate(small, capsys):
     assert code == 0 and result["fits"] and "compiled in" in shown.err
     prefill, decode, growth = result["programs"]
     # A prompt of 64 tokens and 48 x 49 more, in whole buckets; 4 rows over 2 chips, 2 KV heads over the other 2.
-    assert decode["bytes"]["cache"] == 2 * 3 * (4 // 2) * (2 // 2) * 2624 * 64 * 2 + 2 * 4 + 4  # and starts, length
+    assert decode["bytes"]["cache"] == 2 * 3 * (4 // 2) * (2 // 2) * 2624 * 64 * 2 + 2 * 4 + 4 * 4  # and starts, lengths
     assert prefill["bytes"]["weights"] == decode["bytes"]["weights"] == growth["bytes"]["weights"]
     assert growth["bytes"]["outputs"] >= decode["bytes"]["cache"] > growth["bytes"]["cache"]
     # The cache is donated: a step makes no second one.
@@ -135,7 +135,7 @@ def test_clips(small, layout, steps):
     _, (_, decode) = generation_plan.programs(config, plan.tpu_slice("v5e:2x2"))
     assert decode.name == f"decoding step {steps} of 2 clips of 3x12x12 tokens"
     slots = 64 + -(-steps // 64) * 64
-    assert plan.chip_bytes(decode.arguments["cache"]) == 2 * 3 * (4 // 2) * (2 // 2) * slots * 64 * 2 + 2 * 4 + 4
+    assert plan.chip_bytes(decode.arguments["cache"]) == 2 * 3 * (4 // 2) * (2 // 2) * slots * 64 * 2 + 2 * 4 + 4 * 4
     one = dataclasses.replace(config, pictures=1, mesh="tensor=2")
     assert f"step {steps} of 1 clip of" in generation_plan.programs(one, plan.tpu_slice("v5e:2x2"))[1][1].name
 
@@ -147,7 +147,7 @@ def test_quantised(small):
     config = load_config(small / "generate.py", ["quantize=int8", "decoder.num_layers=1"])
     mesh, (_, decode, _) = generation_plan.programs(config, slice_)
     (decode,) = plan.compile_plan(slice_, mesh, [decode])["programs"]
-    assert decode["fits"] and decode["bytes"]["cache"] == 2 * (4 // 2) * (2 // 2) * 2624 * (64 + 4) + 2 * 4 + 4
+    assert decode["fits"] and decode["bytes"]["cache"] == 2 * (4 // 2) * (2 // 2) * 2624 * (64 + 4) + 2 * 4 + 4 * 4
     codes = (256 * 12 * 64 + 3 * 256 * 512) // 2 + 512 * 256 // 2  # over two chips; tables by their width
     scales = 4 * ((8 * 64 + 2 * 512) // 2 + 256 + 256 + 512)  # qkv and gate_up over two chips; out, down, head on each
     assert decode["bytes"]["weights"] == codes + scales + 2 * (512 * 256 // 2 + 3 * 256)
@@ -265,8 +265,8 @@ def test_full_size_clips_in_generation():
     assert prefill.name == "prefill of 2 rows of 64 tokens"
     assert decode.name == "decoding step 124832 of 1 clip of 30x64x64 tokens"
     assert growth.name == "growth of the cache to 124992 slots"
-    assert plan.chip_bytes(decode.arguments["cache"]) == 2 * 131_072 * 124_992 // 4 + 2 * 4 + 4
-    assert plan.chip_bytes(growth.arguments["cache"]) == 2 * 131_072 * 56 * 2048 // 4 + 2 * 4 + 4
+    assert plan.chip_bytes(decode.arguments["cache"]) == 2 * 131_072 * 124_992 // 4 + 2 * 4 + 2 * 4
+    assert plan.chip_bytes(growth.arguments["cache"]) == 2 * 131_072 * 56 * 2048 // 4 + 2 * 4 + 2 * 4
 
 
 @libtpu
@@ -277,7 +277,7 @@ def test_full_size_int8():
     scales = 32 * (48 * 128 + 4096 + 2 * 14336 + 4096) + 184622
     embedding, norms = 184622 * 4096, 65 * 4096
     assert plan.chip_bytes(decode.arguments["weights"]) == EMU3_MATRICES + embedding + 2 * norms + 4 * scales
-    assert plan.chip_bytes(decode.arguments["cache"]) == 2 * 32 * 2 * 8 * 8768 * (128 + 4) + 2 * 4 + 4
+    assert plan.chip_bytes(decode.arguments["cache"]) == 2 * 32 * 2 * 8 * 8768 * (128 + 4) + 2 * 4 + 2 * 4
 
 
 @libtpu
@@ -288,9 +288,8 @@ def test_full_size_decoding_fits_v5e_2x4():
     (decode,) = result["programs"]
     assert result["chips"] == 8 and result["fits"]
     assert decode["bytes"]["weights"] == 2 * (EMU3_MATRICES // 8 + 65 * 4096)
-    assert (
-        decode["bytes"]["cache"] == 2 * 32 * 2 * 8768 * 128 * 2 + 2 * 4 + 4
-    )  # one KV head of two rows; starts, length
+    # One KV head of two rows; starts, lengths.
+    assert decode["bytes"]["cache"] == 2 * 32 * 2 * 8768 * 128 * 2 + 2 * 4 + 2 * 4
     # At least the visual rows of the head, cut out once.
     assert decode["bytes"]["temporaries"] > 32768 * 4096 * 2 // 8
     assert decode["total_bytes"] < 4 * 2**30
