@@ -56,8 +56,8 @@ def test_frames_come_while_later_ones_are_sampled(golden_model, monkeypatch):
     (clip,) = golden_model.generate_clips("a", frames=10, on_frames=watch, parallel="off", **small())
     watch.assert_tells(0, 0, clip)
     assert [(first, len(frames)) for _, first, frames, _ in watch.told] == [(0, 4), (4, 4), (8, 2)]
-    # The frames end with steps 20, 41 and 61, and so do the calls 3, 6 and 9. When one is shown, the device has been asked
-    # for two calls more: one is queued while the host reads, and the frame is fetched at the next reading.
+    # The frames end with steps 20, 41 and 61, and so do the calls 3, 6 and 9. When one is shown, the device has been
+    # asked for two calls more: one is queued while the host reads, and the frame is fetched at the next reading.
     assert [calls for *_, calls in watch.told] == [3 + 2, 6 + 2, 9 + 1]
     monkeypatch.undo()
     (whole,) = golden_model.generate_clips("a", frames=10, **small())
