@@ -189,7 +189,7 @@ def test_xla_writes_the_scores():
     """The checks of `test_scores_stay_out_of_memory` find the scores that plain attention writes."""
 
     def plain(q, layer, length, start):
-        return cached_attention(q, *layer, first_query=length[0], start=start)
+        return cached_attention(q, *layer, first_query=length, start=start)
 
     program = compiled(plain, "v5p:1x1x1", "data=1", 16, "bfloat16")
     assert (2, 8, 4, 16, SLOTS) in arrays_of_slots(program.as_text())
