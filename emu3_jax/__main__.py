@@ -8,11 +8,16 @@ import typing
 
 
 def program() -> None:
-    """Runs the command line. Ctrl-C ends it with one line from here on: while the rest is imported, and at the end."""
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in the background of a script
-        signal.signal(signal.SIGINT, _stop)
-        # What is registered first runs last: after that, Python would let the signal kill the process without a word.
-        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    """Runs the command line.
+
+    From here on, Ctrl-C and SIGTERM end it with one line: while the rest is imported, and at the end, too.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as SIGINT is in the background of a script
+            signal.signal(number, _stop)
+            # What is registered first runs last: after that, Python would let the signal kill the process without a
+            # word.
+            atexit.register(signal.signal, number, signal.SIG_IGN)
     from emu3_jax.cli.main import program as run
 
     run()
@@ -20,8 +25,8 @@ def program() -> None:
 
 def _stop(number: int, frame: object) -> typing.NoReturn:
     if not getattr(sys.modules.get("emu3_jax.cli.interruption"), "told", False):
-        os.write(2, b"emu3-jax: interrupted\n")
-    os._exit(130)
+        os.write(2, b"emu3-jax: terminated\n" if number == signal.SIGTERM else b"emu3-jax: interrupted\n")
+    os._exit(128 + number)
 
 
 if __name__ == "__main__":

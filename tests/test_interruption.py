@@ -1,4 +1,4 @@
-"""Ctrl-C: one line on standard error, exit code 130, nothing left behind, wherever the interpreter stands.
+"""Ctrl-C and SIGTERM: one line on standard error, exit code 130 or 143, nothing left behind, wherever Python stands.
 
 Processes send the signal to themselves, at places that real runs were caught in. They run a command of their own, so
 that nothing needs JAX, which takes most of a command's start.
@@ -13,14 +13,18 @@ import time
 
 import pytest
 
-LINE = "emu3-jax: interrupted\n"
+ENDS = {  # exit code, standard output, standard error
+    signal.SIGINT: (130, "", "emu3-jax: interrupted\n"),
+    signal.SIGTERM: (143, "", "emu3-jax: terminated\n"),
+}
+both = pytest.mark.parametrize("number", ENDS, ids=["Ctrl-C", "SIGTERM"])
 
-# The command `doctor` is replaced by `run`; `press` is Ctrl-C.
+# The command `doctor` is replaced by `run`; `press` is the signal NUMBER.
 HEAD = """
 import os, signal, sys, threading, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a script it is ignored
 def press():
-    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), NUMBER)
 def start(run):
     from emu3_jax.cli import doctor, main
     main.start_jax = lambda: None
@@ -31,10 +35,10 @@ def start(run):
 """
 
 
-def process(code, **options):
+def process(code, number=signal.SIGINT, **options):
     """Starts Python with `code` after `HEAD`; standard error is a pipe."""
     return subprocess.Popen(
-        [sys.executable, "-c", HEAD + textwrap.dedent(code)],
+        [sys.executable, "-c", f"NUMBER = {int(number)}" + HEAD + textwrap.dedent(code)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -47,6 +51,7 @@ def ends(started, limit=30):
     return started.returncode, out, err
 
 
+@both
 @pytest.mark.parametrize(
     "code",
     {
@@ -169,35 +174,74 @@ def ends(started, limit=30):
     }.items(),
     ids=lambda case: case[0].replace(" ", "_"),
 )
-def test_ctrl_c(tmp_path, code):
+def test_a_signal_ends_a_command(tmp_path, code, number):
     call = "" if "program()" in code[1] else "start(run)"
-    started = process(textwrap.dedent(code[1]) + call, cwd=tmp_path)
-    assert ends(started) == (130, "", LINE)
+    started = process(textwrap.dedent(code[1]) + call, number, cwd=tmp_path)
+    assert ends(started) == ENDS[number]
     assert [path.name for path in tmp_path.iterdir() if path.name != "compiled.py"] == []
 
 
-def test_after_its_end_a_command_was_not_interrupted(tmp_path):
+def test_sigterm_after_ctrl_c_ends_at_once(tmp_path):
+    """As where a machine shuts down while a command cleans up. The first signal gives the line and the exit code."""
+    code = """
+        def run(options):
+            try:
+                press()
+                time.sleep(60)
+            finally:
+                time.sleep(0.5)
+                os.kill(os.getpid(), signal.SIGTERM)
+                while True:
+                    try:
+                        time.sleep(60)
+                    except KeyboardInterrupt:
+                        pass
+        start(run)
+    """
+    assert ends(process(code, cwd=tmp_path)) == ENDS[signal.SIGINT]
+
+
+def test_a_command_that_handles_sigterm_itself(tmp_path):
+    """As `train` does: it may come twice, nothing is raised, and the process has all the time that it wants."""
+    code = """
+        from emu3_jax.cli import interruption
+        interruption._PATIENCE = 0.2
+        def run(options):
+            signal.signal(signal.SIGTERM, lambda number, frame: print("came", flush=True))
+            press()
+            time.sleep(0.5)
+            press()
+            time.sleep(0.5)
+            return 143
+        start(run)
+    """
+    assert ends(process(code, signal.SIGTERM, cwd=tmp_path)) == (143, "came\ncame\n", "")
+
+
+@both
+def test_after_its_end_a_command_was_not_interrupted(tmp_path, number):
     code = """
         class Last:
             def __del__(self):
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), NUMBER)
         def run(options):
             sys.last = Last()  # goes when the interpreter has ended
             print("done")
         start(run)
     """
-    assert ends(process(code, cwd=tmp_path)) == (0, "done\n", "")
+    assert ends(process(code, number, cwd=tmp_path)) == (0, "done\n", "")
 
 
-def test_where_the_signal_is_ignored_it_stays_so(tmp_path):
+@both
+def test_where_the_signal_is_ignored_it_stays_so(tmp_path, number):
     code = """
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(NUMBER, signal.SIG_IGN)
         def run(options):
             press()
             print("done")
         start(run)
     """
-    assert ends(process(code, cwd=tmp_path)) == (0, "done\n", "")
+    assert ends(process(code, number, cwd=tmp_path)) == (0, "done\n", "")
 
 
 def test_other_errors_of_destructors_are_still_shown(tmp_path):
@@ -214,8 +258,9 @@ def test_other_errors_of_destructors_are_still_shown(tmp_path):
 
 
 @pytest.mark.slow
+@both
 @pytest.mark.parametrize("moment", ["compiling", "writing"])
-def test_ctrl_c_of_a_real_command(tmp_path, tiny_bundle, moment):
+def test_a_signal_ends_a_real_command(tmp_path, tiny_bundle, moment, number):
     """While XLA compiles, and while Orbax' threads write; nothing is in the output directory after either."""
     out = tmp_path / "out"
     words = {
@@ -235,6 +280,6 @@ def test_ctrl_c_of_a_real_command(tmp_path, tiny_bundle, moment):
         time.sleep(0.01)
     if moment == "compiling":
         time.sleep(0.2)
-    started.send_signal(signal.SIGINT)
-    assert ends(started) == (130, "", LINE)
+    started.send_signal(number)
+    assert ends(started) == ENDS[number]
     assert not out.exists() and not list(tmp_path.glob(".emu3-tmp-*"))

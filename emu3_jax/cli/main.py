@@ -17,7 +17,6 @@ from collections.abc import Sequence
 import emu3_jax
 from emu3_jax.cli import interruption
 from emu3_jax.cli.environment import explained, quiet_libtpu, start_jax
-from emu3_jax.cli.interruption import CODE as INTERRUPTED
 from emu3_jax.cli.interruption import Interruption, watched
 from emu3_jax.cli.output import OutputError, guarded, open_closed_streams
 from emu3_jax.cli.usage import Parser
@@ -95,13 +94,15 @@ def main(arguments: Sequence[str] | None = None, *, last: bool = False) -> int:
     """Runs one command. `last`: the process ends with it.
 
     Returns:
-        0, 2 after bad input, 130 after Ctrl-C, 141 where nobody reads the output any more, 1 after a fault of its own.
+        0, 2 after bad input, 130 after Ctrl-C, 143 after SIGTERM, 141 where nobody reads the output any more, 1 after a
+        fault of its own.
     """
+    state = Interruption()
     try:
-        with guarded(), watched(last=last) as state:
+        with guarded(), watched(state, last=last):
             return _run(arguments, state)
     except KeyboardInterrupt:  # between two instructions of this function
-        return _failed(INTERRUPTED)
+        return _interrupted(state)
 
 
 def _run(arguments: Sequence[str] | None, state: Interruption) -> int:
@@ -122,10 +123,10 @@ def _run(arguments: Sequence[str] | None, state: Interruption) -> int:
         return _fail(f"error: cannot write to standard output: {output.error.strerror}", 2)
     except Emu3Error as error:
         if state.came:  # what a reader made of it
-            return _interrupted()
+            return _interrupted(state)
         return _fail(f"error: {error}", 2)
     except KeyboardInterrupt:
-        return _interrupted()
+        return _interrupted(state)
     except OSError as error:
         return _system_error(error, state)
     except Exception as error:
@@ -141,9 +142,9 @@ def _system_error(error: OSError, state: Interruption) -> int:
 
 
 def _fault(error: Exception, state: Interruption) -> int:
-    """A fault of ours, unless the exception is what a compiled function made of Ctrl-C, or the machine's."""
+    """A fault of ours, unless the exception is what a compiled function made of Ctrl-C or SIGTERM, or the machine's."""
     if state.came:
-        return _interrupted()
+        return _interrupted(state)
     reason = explained(error)
     if reason is not None:
         return _fail(f"error: {reason}", 2)
@@ -151,9 +152,9 @@ def _fault(error: Exception, state: Interruption) -> int:
     return _failed(1)
 
 
-def _interrupted() -> int:
-    interruption.tell(lambda message: print(message, file=sys.stderr, flush=True))
-    return _failed(INTERRUPTED)
+def _interrupted(state: Interruption) -> int:
+    interruption.tell(state.number, lambda message: print(message, file=sys.stderr, flush=True))
+    return _failed(state.code)
 
 
 def _fail(message: str, code: int) -> int:
@@ -192,9 +193,10 @@ def program() -> None:
     set_up_messages()
     quiet_libtpu()
     code = main(last=True)
-    if code == INTERRUPTED:
+    if code in interruption.CODES:
         # Threads that still compute, and destructors, must not keep a process whose user wants it gone.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in interruption.MESSAGES:
+            signal.signal(number, signal.SIG_IGN)
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
             sys.stderr.flush()
