@@ -434,6 +434,20 @@ def test_a_failure_half_way_leaves_nothing(source, tmp_path, monkeypatch, failur
     assert not (tmp_path / "sub").exists()
 
 
+def test_the_space_that_is_needed_counts_the_tokenizer_too(bundle, source, tmp_path, monkeypatch):
+    files = [path for path in (bundle.files / "tokenizer").iterdir() if path.name != "config.json"]
+    tokenizer = sum(path.stat().st_size for path in files)
+    assert tokenizer == bundle.tokenizer().nbytes > 1000
+    parts = [part for part in ("decoder", "vision") if bundle.has(part)]
+    arrays = sum(array.nbytes for part in parts for _, array in bundle.arrays(part))
+    for free, enough in ((arrays + tokenizer - 1, False), (arrays + tokenizer, True)):
+        monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: namedtuple("Usage", "free")(free))
+        if enough:
+            convert([source], tmp_path / "out")
+        else:
+            refused("free, but out needs", [source], tmp_path / "out")
+
+
 def test_too_little_space_is_found_before_writing(bundle, source, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: namedtuple("Usage", "free")(1000))
     refused(

@@ -51,6 +51,7 @@ class _Plan:
 
     @property
     def nbytes(self) -> int:
+        """The size of all arrays."""
         return sum(array.nbytes for arrays in self.arrays.values() for array in arrays)
 
 
@@ -95,7 +96,7 @@ def convert(
     plan = _plan([Published.open(fetch(name, progress)) for name in names], dtype, quantize)
     plan.template = template or ("stage1" if any("stage1" in Path(n).name.lower() for n in names) else "chat")
     with (
-        new_directory(output, plan.nbytes) as directory,
+        new_directory(output, plan.nbytes + (plan.tokenizer.nbytes if plan.tokenizer else 0)) as directory,
         Progress(progress, plan.nbytes, "bytes", name="convert") as bar,
     ):
         if plan.decoder is not None:

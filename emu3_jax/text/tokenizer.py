@@ -262,14 +262,24 @@ class Tokenizer:
             Emu3Error: a file cannot be written.
         """
         path = Path(path)
-        ranks = enumerate(self._bytes[: self._num_ranks])
-        text = "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in ranks)
         try:
-            path.write_text(text, encoding="ascii", newline="\n")
-            if self._added:
-                path.with_name(ADDED_TOKENS_FILE).write_text(json.dumps(self._added, indent=2) + "\n", encoding="utf-8")
+            for name, data in self._files(path.name).items():
+                path.with_name(name).write_bytes(data)
         except OSError as error:
             raise Emu3Error(f"cannot write {path}: {error.strerror}; choose another place or free space") from error
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the files that `to_file` writes."""
+        return sum(map(len, self._files("").values()))
+
+    def _files(self, name: str) -> dict[str, bytes]:
+        """The bytes of the files that `to_file` writes, by name; `name` is that of the file of ranks."""
+        ranks = enumerate(self._bytes[: self._num_ranks])
+        files = {name: "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in ranks).encode()}
+        if self._added:
+            files[ADDED_TOKENS_FILE] = (json.dumps(self._added, indent=2) + "\n").encode()
+        return files
 
     def vision_tokens_text(self) -> str:
         """The contents of upstream's `emu3_vision_tokens.txt`: image control tokens and visual tokens, one per line."""
