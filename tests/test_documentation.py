@@ -113,6 +113,14 @@ def test_readme_is_short():
     assert (ROOT / "README.md").read_text().count("\n") <= 130
 
 
+def test_the_converted_bundle_has_one_name():
+    """Pages, notebooks, configs and help texts call it `out/emu3-gen`, so that their commands go together."""
+    other = re.compile(r"(?<![\w/-])emu3-gen")
+    globs = ("notebooks/*.ipynb", "configs/*.py", "emu3_jax/cli/*.py")
+    files = [*PAGES, *(file for glob in globs for file in ROOT.glob(glob))]
+    assert [file.name for file in files if other.search(file.read_text())] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_blocks_are_of_a_known_kind(page):
     """Commands are not hidden in blocks without a language; what is marked or named is so for a reason."""

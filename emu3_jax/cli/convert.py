@@ -5,8 +5,8 @@ checkpoint is taken. Layouts of the reference and of transformers 4 and 5 are re
 tokenizer together, and the bundle has both.
 
 examples:
-  emu3-jax convert BAAI/Emu3-Gen BAAI/Emu3-VisionTokenizer -o emu3-gen
-  emu3-jax convert BAAI/Emu3-Gen BAAI/Emu3-VisionTokenizer --quantize int8 -o emu3-gen-int8
+  emu3-jax convert BAAI/Emu3-Gen BAAI/Emu3-VisionTokenizer -o out/emu3-gen
+  emu3-jax convert BAAI/Emu3-Gen BAAI/Emu3-VisionTokenizer --quantize int8 -o out/emu3-gen-int8
   emu3-jax convert run -o tuned
 """
 

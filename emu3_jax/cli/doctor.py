@@ -4,7 +4,7 @@ It compares names, shapes, dtypes, the vocabulary, prompt templates and checksum
 error.
 
 examples:
-  emu3-jax doctor emu3-gen
+  emu3-jax doctor out/emu3-gen
   emu3-jax doctor run --clean
 """
 

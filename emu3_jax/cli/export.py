@@ -1,7 +1,7 @@
 """Export a bundle to PyTorch safetensors, bit for bit what it was converted from.
 
 examples:
-  emu3-jax export emu3-gen --layout transformers -o emu3-gen-hf
+  emu3-jax export out/emu3-gen --layout transformers -o out/emu3-gen-hf
 """
 
 import argparse

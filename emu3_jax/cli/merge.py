@@ -4,7 +4,7 @@
 tokenizer and the text tokenizer too.
 
 examples:
-  emu3-jax merge emu3-gen --adapter run/adapter -o merged
+  emu3-jax merge out/emu3-gen --adapter run/adapter -o merged
 """
 
 import argparse

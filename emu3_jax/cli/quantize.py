@@ -4,7 +4,7 @@ The new bundle generates what the full bundle generates with `--quantize`. Keep 
 export.
 
 examples:
-  emu3-jax quantize emu3-gen -o emu3-gen-int8
+  emu3-jax quantize out/emu3-gen -o out/emu3-gen-int8
 """
 
 import argparse
