@@ -28,6 +28,7 @@ from emu3_jax.foreign import local_path
 
 _PREFIX = ".emu3-tmp-"
 _OLD = re.compile(r"\.(.+)\.([0-9]{1,9})\.tmp")
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _log = logging.getLogger("emu3_jax")
 _lock = threading.Lock()
@@ -37,14 +38,16 @@ _swept: set[pathlib.Path] = set()  # directories from which this process has rem
 
 
 @contextlib.contextmanager
-def new_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+def new_file(path: str | os.PathLike, *, replace: bool = True) -> Iterator[pathlib.Path]:
     """Yields a temporary path for a new file. It is renamed to `path` if the block succeeds, and deleted if it fails.
 
     Args:
-        path: local or in a bucket. An existing file is replaced.
+        path: local or in a bucket.
+        replace: whether to replace an existing file. A file in a bucket is always replaced.
 
     Raises:
-        Emu3Error: `path` is a directory or cannot be written (no such directory, a full disk, ...).
+        Emu3Error: `path` is a directory or cannot be written (no such directory, a full disk, ...), or exists at the
+            end of the block and must not be replaced.
     """
     if storage.is_remote(path):
         with _staged(path) as (folder, target):
@@ -61,20 +64,26 @@ def new_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         with _temporary(path, path.parent) as temporary:
             yield temporary
             temporary.chmod(0o666 & ~_umask())
-            temporary.replace(path)
+            if replace:
+                temporary.replace(path)
+            else:
+                _name(temporary, path)
 
 
 @contextlib.contextmanager
-def files_into(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
+def files_into(directory: str | os.PathLike, *, replace: bool = True) -> Iterator[pathlib.Path]:
     """Yields a temporary directory. Its files move into `directory` if the block succeeds, and are deleted if it fails.
 
-    Files with the same names are replaced. A new file never replaces a directory: then nothing moves.
+    A new file never replaces a directory: then nothing moves.
 
     Args:
         directory: local or in a bucket; made if absent.
+        replace: whether to replace files of the same names. If not, and one of the names is taken, no file stays in
+            `directory`. Files in a bucket are always replaced.
 
     Raises:
-        Emu3Error: `directory` is a file or cannot be written, or holds a directory with the name of a new file.
+        Emu3Error: `directory` is a file or cannot be written, or holds a directory with the name of a new file, or
+            holds a file with such a name that must not be replaced.
     """
     if storage.is_remote(directory):
         with _staged(directory) as (folder, target):
@@ -97,8 +106,34 @@ def files_into(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
                         f"cannot write {directory / item.name}: it is a directory; choose another output directory"
                     )
             directory.mkdir(exist_ok=True)
-            for item in items:
-                item.replace(directory / item.name)
+            if replace:
+                for item in items:
+                    item.replace(directory / item.name)
+                return
+            named: list[pathlib.Path] = []
+            try:
+                for item in items:
+                    _name(item, directory / item.name)
+                    named.append(directory / item.name)
+            except BaseException:
+                for path in named:
+                    path.unlink()
+                raise
+
+
+def _name(temporary: pathlib.Path, path: pathlib.Path) -> None:
+    """Gives a temporary file its name. If the name is taken, also by a file of this moment, raises `Emu3Error`."""
+    try:
+        try:
+            os.link(temporary, path)  # unlike a rename, this fails if `path` exists
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            # A file system without hard links. An empty file takes the name first: only one process can make it.
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            temporary.replace(path)
+    except FileExistsError as error:
+        raise Emu3Error(f"{path} exists already: another program wrote it just now; choose another output") from error
 
 
 @contextlib.contextmanager

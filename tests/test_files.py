@@ -28,6 +28,35 @@ def test_nothing_moves_where_one_file_has_no_place(tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["b"]
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_a_name_that_is_taken_at_the_end_is_not_replaced(tmp_path, monkeypatch, links):
+    """Of several files, none stays. Also on a file system without hard links, where the same checks hold."""
+    if not links:
+
+        def none(*_):
+            raise OSError(errno.EPERM, "Operation not permitted")
+
+        monkeypatch.setattr(os, "link", none)
+    taken, link = tmp_path / "out" / "b", tmp_path / "link"
+    said = r"out/b exists already: another program wrote it just now; choose another"
+    with pytest.raises(Emu3Error, match=said), files.files_into(tmp_path / "out", replace=False) as directory:
+        for name in "abc":
+            (directory / name).write_text(name)
+        taken.parent.mkdir()
+        taken.write_text("kept")
+    assert [path.name for path in taken.parent.iterdir()] == ["b"] and taken.read_text() == "kept"
+    with pytest.raises(Emu3Error, match="link exists already"), files.new_file(link, replace=False) as temporary:
+        temporary.write_text("x")
+        link.symlink_to("nowhere")
+    assert link.is_symlink()
+    with files.new_file(tmp_path / "new", replace=False) as temporary:
+        temporary.write_text("x")
+    with files.files_into(tmp_path / "more", replace=False) as directory:
+        (directory / "a").write_text("x")
+    assert (tmp_path / "new").read_text() == (tmp_path / "more" / "a").read_text() == "x"
+    assert sorted(os.listdir(tmp_path)) == ["link", "more", "new", "out"]
+
+
 def test_an_output_inside_an_input_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "full").mkdir()

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 
@@ -385,6 +386,37 @@ def test_a_file_that_comes_while_a_command_works_is_kept_too(here, monkeypatch, 
     assert out == "" and "out/000.png exists already" in error
     assert os.listdir(here) == ["out"] and os.listdir("out") == ["000.png"]
     assert (here / "out" / "000.png").read_text() == "of another program"
+
+
+def test_a_file_that_comes_after_the_last_look_is_kept_too(here, golden_model, monkeypatch, capsys):
+    """The names are given so that two runs at once cannot replace each other's files. None of the new ones stays."""
+    monkeypatch.setattr(type(golden_model), "tokenize", lambda *_, **__: [np.zeros((4, 4), np.int32)])
+    save_codes("codes.npz", {"a": np.zeros((4, 4), np.int32), "b": np.zeros((4, 4), np.int32)})
+    whole = Outputs.look
+    for words, late in (
+        (("generate", "a", "b", *OPTIONS), "out/001.png"),
+        (("detokenize", "codes.npz", *OPTIONS[2:]), "out/b.png"),
+        (("tokenize", "a.png", "-o", "x.npz"), "x.npz"),
+    ):
+
+        def look(outputs, late=here / late):
+            whole(outputs)
+            if look.calls:
+                late.parent.mkdir(exist_ok=True)
+                late.write_text("of another program")
+            look.calls += 1
+
+        look.calls = 0
+        monkeypatch.setattr(Outputs, "look", look)
+        before = set(os.listdir(here))
+        assert run(*words, "--no-clobber") == 2
+        out, error = capsys.readouterr()
+        assert out == "" and f"error: {late} exists already: another program wrote it just now" in error
+        assert (here / late).read_text() == "of another program"
+        assert set(os.listdir(here)) - before == {late.split("/")[0]}
+        if "/" in late:
+            assert os.listdir("out") == [late.split("/")[1]]
+            shutil.rmtree("out")
 
 
 def test_ten_replaced_files_are_named_and_the_others_counted(tmp_path, capsys, monkeypatch):

@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> None:
     written = outputs.Outputs(files.values(), no_clobber=options.no_clobber)
     settings = {name: getattr(options, name) for name in ("independent", "frames", "tile")}
     model = common.load_model(options)
-    with files_into(options.output) as directory:
+    with files_into(options.output, replace=not options.no_clobber) as directory:
         for name, codes in each(arrays.items(), common.progress(options), "files", name="detokenize"):
             (media,) = model.detokenize([codes], **settings)
             if isinstance(media, Clip):

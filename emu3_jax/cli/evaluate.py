@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
     model = emu3_jax.load(config.model, adapter=config.adapter, quantize=config.quantize, verify=options.verify)
     figures, page = evaluation.evaluate(model, data, config, common.progress(options))
     written.look()
-    evaluation.write(config.directory, figures, page)
+    evaluation.write(config.directory, figures, page, replace=not options.no_clobber)
     written.report()
     print(json.dumps(figures, indent=2))
     return 0

@@ -112,7 +112,7 @@ def run(options: argparse.Namespace) -> None:
         return
     about: dict[int, dict[str, str]] = {}
     ids = {}
-    with files_into(options.output) as directory:
+    with files_into(options.output, replace=not options.no_clobber) as directory:
         for row, generation in generations:
             about[row] = generation.image.info
             save_picture(generation.image, directory / files[row].name, about[row])

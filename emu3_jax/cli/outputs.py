@@ -28,6 +28,7 @@ class Outputs:
 
     Create the object before the work: with `no_clobber`, it raises if an output file exists. Call `look` again just
     before the files get their names, because another program may have written one meanwhile. Then call `report`.
+    Between `look` and the end, `files.new_file` and `files.files_into` refuse by themselves with `replace=False`.
 
     Attributes:
         replaced: the files that existed when `look` was last called.

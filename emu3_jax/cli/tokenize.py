@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> None:
     check_resampling(options.fps, options.frames)
     written = outputs.Outputs([options.output], no_clobber=options.no_clobber)
     model = common.load_model(options)
-    with new_file(options.output) as temporary:
+    with new_file(options.output, replace=not options.no_clobber) as temporary:
         settings = {name: getattr(options, name) for name in ("independent", "fps", "frames", "tile")}
         files = each(options.files, common.progress(options), "files", name="tokenize")
         codes = {name: model.tokenize([file], **settings)[0] for name, file in zip(names, files, strict=True)}

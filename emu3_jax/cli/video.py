@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> None:
         written = outputs.Outputs(files, no_clobber=options.no_clobber)
     model = common.load_model(options)
     with (
-        files_into(options.output) if first else contextlib.nullcontext() as directory,
+        files_into(options.output, replace=not options.no_clobber) if first else contextlib.nullcontext() as directory,
         live_frames(options.live) if first and options.live else contextlib.nullcontext() as on_frames,
     ):
         clips = model.generate_clips(

@@ -65,9 +65,13 @@ def evaluate(
     return figures, render(f"Evaluation of {model.name}", figures, sections)
 
 
-def write(directory: str | Path, figures: dict[str, Any], page: str) -> None:
-    """Writes both files, or neither. Raises `Emu3Error` if the directory cannot be written."""
-    with files_into(directory) as temporary:
+def write(directory: str | Path, figures: dict[str, Any], page: str, *, replace: bool = True) -> None:
+    """Writes both files, or neither.
+
+    Raises:
+        Emu3Error: the directory cannot be written, or one of the files exists and `replace` is false.
+    """
+    with files_into(directory, replace=replace) as temporary:
         # The page may show a path whose name is not valid UTF-8.
         (temporary / FIGURES_FILE).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
         (temporary / PAGE_FILE).write_text(page, encoding="utf-8", errors="backslashreplace")
