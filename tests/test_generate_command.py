@@ -185,7 +185,7 @@ def test_prompts_of_a_file_and_of_standard_input(here, monkeypatch, capsys):
     data = "\ufeffa red apple\r\n\n   \t\n  日本\u2028x \nlast".encode()
     (here / "prompts.txt").write_bytes(data)
     prompts = ["a red apple", "日本\u2028x", "last"]
-    assert prompt_files.read_prompts("prompts.txt") == prompts
+    assert prompt_files.read_prompts("prompts.txt").prompts == prompts
     for source in ("prompts.txt", "-"):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
         assert run("generate", "--prompts-file", source, "--json", *OPTIONS) == 0
@@ -224,6 +224,21 @@ def test_bad_prompts(refused, tmp_path, monkeypatch):
     assert r"'a\udcff' is not UTF-8: give the text in UTF-8" in refused("generate", "a\udcff", *OPTIONS)
     assert r"'b\udcff' is not UTF-8" in refused("generate", "a", "--negative", "b\udcff", *OPTIONS)
     assert "'0' is not a whole number from 1 to 100000" in refused("generate", "a", "-n", 0, *OPTIONS)
+
+
+def test_a_prompt_that_is_too_long_is_named_by_its_line(here, monkeypatch, capsys):
+    long = "long " * 9000
+    (here / "prompts.txt").write_text(f"a\n\nb\n{long}\nc\n")
+    for source, name in (("prompts.txt", "prompts.txt"), ("-", "standard input")):
+        for n in (1, 3):
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO((here / "prompts.txt").read_bytes())))
+            assert run("generate", "--prompts-file", source, "-n", n, *OPTIONS) == 2
+            line = capsys.readouterr().err
+            assert line.startswith(f"emu3-jax: error: {name} line 4: a prompt of ") and line.count("\n") == 1
+            assert "positions: shorten the prompt" in line
+    assert run("generate", "a", long, *OPTIONS) == 2
+    assert "error: row 1: a prompt of " in capsys.readouterr().err
+    assert os.listdir(here) == ["prompts.txt"]
 
 
 def test_too_many_pictures_are_refused_before_a_name_is_made(refused, tmp_path, monkeypatch):

@@ -13,7 +13,10 @@ examples:
 """
 
 import argparse
+import contextlib
+import re
 import typing
+from collections.abc import Iterator
 
 from emu3_jax.cli import common, outputs
 from emu3_jax.generation import defaults
@@ -82,7 +85,8 @@ def run(options: argparse.Namespace) -> None:
     from emu3_jax.media.picture_files import check_about, save_picture
     from emu3_jax.text.prompt_files import read_prompts
 
-    prompts = options.prompts or read_prompts(options.prompts_file)
+    source = None if options.prompts else read_prompts(options.prompts_file)
+    prompts = options.prompts if source is None else source.prompts
     count = options.n * len(prompts)
     if count > defaults.MAX_PICTURES:
         raise Emu3Error(
@@ -99,31 +103,52 @@ def run(options: argparse.Namespace) -> None:
     first = distributed.first()
     if first:
         written = outputs.Outputs([*files, tokens] if options.save_tokens else files, no_clobber=options.no_clobber)
-    generations = common.load_model(options).stream_sequences(
-        prompts,
-        n=options.n,
-        ratio=common.one_or_each(options.ratio),
-        **common.generation(options),
-        progress=common.progress(options),
-    )
-    if not first:
-        for _ in generations:
-            pass
-        return
+    model = common.load_model(options)
     about: dict[int, dict[str, str]] = {}
     ids = {}
-    with files_into(options.output, replace=not options.no_clobber) as directory:
-        for row, generation in generations:
-            about[row] = generation.image.info
-            save_picture(generation.image, directory / files[row].name, about[row])
+    with _naming_lines(source, options.n):
+        generations = model.stream_sequences(
+            prompts,
+            n=options.n,
+            ratio=common.one_or_each(options.ratio),
+            **common.generation(options),
+            progress=common.progress(options),
+        )
+        if not first:
+            for _ in generations:
+                pass
+            return
+        with files_into(options.output, replace=not options.no_clobber) as directory:
+            for row, generation in generations:
+                about[row] = generation.image.info
+                save_picture(generation.image, directory / files[row].name, about[row])
+                if options.save_tokens:
+                    ids[str(row)] = generation.ids
             if options.save_tokens:
-                ids[str(row)] = generation.ids
-        if options.save_tokens:
-            save_codes(directory / tokens.name, ids)
-        written.look()
+                save_codes(directory / tokens.name, ids)
+            written.look()
     written.report()
     for row, file in enumerate(files):
         print(json_line(_figures(file, file in written.replaced, about[row])) if options.json else file)
+
+
+@contextlib.contextmanager
+def _naming_lines(source: typing.Any, n: int) -> Iterator[None]:
+    """An error that names a row, which makes one picture, names the line of its prompt instead.
+
+    Args:
+        source: the `PromptFile`; None if the prompts are no file's.
+        n: pictures per prompt.
+    """
+    from emu3_jax.errors import Emu3Error
+
+    try:
+        yield
+    except Emu3Error as error:
+        row = re.match(r"row ([0-9]+): ", str(error))
+        if source is None or row is None:
+            raise
+        raise Emu3Error(f"{source.place(int(row[1]) // n)}: {str(error)[row.end() :]}") from error
 
 
 def _figures(file: typing.Any, replaced: bool, about: dict[str, str]) -> dict[str, typing.Any]:

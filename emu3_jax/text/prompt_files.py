@@ -1,5 +1,6 @@
 """Reads text files with one prompt per line."""
 
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -11,7 +12,26 @@ STANDARD_INPUT = "-"
 MAX_BYTES = 16 << 20
 
 
-def read_prompts(path: str | os.PathLike) -> list[str]:
+@dataclasses.dataclass(frozen=True)
+class PromptFile:
+    """The prompts of a file.
+
+    Attributes:
+        name: how error lines call the file.
+        prompts: the prompts, in the order of the file.
+        lines: the number of each prompt's line, from 1.
+    """
+
+    name: str
+    prompts: list[str]
+    lines: list[int]
+
+    def place(self, prompt: int) -> str:
+        """The file and the line of a prompt, which is given by its index in `prompts`."""
+        return f"{self.name} line {self.lines[prompt]}"
+
+
+def read_prompts(path: str | os.PathLike) -> PromptFile:
     """Reads prompts from a file, one per line. Skips blank lines, and strips blanks at both ends of a line.
 
     Args:
@@ -27,19 +47,19 @@ def read_prompts(path: str | os.PathLike) -> list[str]:
             raise Emu3Error(
                 f"{name} has more than {MAX_BYTES:,} bytes of prompts: split it, and run once for each part"
             )
-        prompts = []
+        prompts = {}
         # Do not use `str.splitlines`, which also splits at form feeds and other characters inside a prompt.
         for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
             if b"\0" in line:
                 raise Emu3Error(f"{name} line {number} has a null character, so it is no text: correct the line")
             try:
-                prompts.append(line.decode().strip())
+                prompts[number] = line.decode().strip()
             except UnicodeDecodeError as error:
                 raise Emu3Error(f"{name} line {number} is not UTF-8: save the file as UTF-8") from error
-    prompts = [prompt for prompt in prompts if prompt]
+    prompts = {number: prompt for number, prompt in prompts.items() if prompt}
     if not prompts:
         raise Emu3Error(f"{name} has no prompt: write one prompt per line")
-    return prompts
+    return PromptFile(name, [*prompts.values()], [*prompts])
 
 
 def _read(path: str | os.PathLike) -> bytes:
