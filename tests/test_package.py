@@ -77,7 +77,7 @@ def test_type_checkers_see_the_public_names():
 
 
 def test_the_version_is_the_package_s():
-    assert PROJECT["project"]["dynamic"] == ["version"] and "version" not in PROJECT["project"]
+    assert PROJECT["project"]["dynamic"] == ["version", "readme"] and "version" not in PROJECT["project"]
     assert PROJECT["tool"]["hatch"]["version"] == {"path": "emu3_jax/__init__.py"}
     # hatchling, which does not run the file, finds it only where it is a plain text.
     tree = ast.parse(inspect.getsource(emu3_jax))

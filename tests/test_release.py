@@ -3,10 +3,12 @@
 import datetime
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 
 import pytest
@@ -204,6 +206,13 @@ def test_wheel_and_sdist_are_the_same_bytes_twice_and_whole(release, tmp_path):
         lines = archive.read(metadata).decode().split("\n\n")[0].splitlines()
         assert {"License-Expression: Apache-2.0", "License-File: LICENSE", "License-File: NOTICE"} <= {*lines}
         assert {"Classifier: Typing :: Typed", "Requires-Python: >=3.11"} <= {*lines}
+        # PyPI shows the README without the files beside it: its links lead to the project's address.
+        address = tomllib.loads((commit / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+        readme, page = archive.read(metadata).decode().split("\n\n", 1)[1], (commit / "README.md").read_text()
+        links, there = (re.findall(r"\]\(([^)]+)\)", text) for text in (page, readme))
+        assert [re.sub(f"^{re.escape(address)}/(blob|raw)/HEAD/", "", link) for link in there] == links
+        assert all(link.startswith("https://") for link in there)
+        assert f"{address}/raw/HEAD/docs/demo.png" in there and f"{address}/blob/HEAD/docs/index.md" in there
         # As pip installs it: the package works without a checkout.
         archive.extractall(tmp_path / "site")
     place = {"cwd": tmp_path, "env": {**release.os.environ, "PYTHONPATH": str(tmp_path / "site")}}
