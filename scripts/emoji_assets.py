@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from emu3_jax.checkpoints.bundle import Bundle, LazyArray, write_part
+from emu3_jax.checkpoints.bundle import Bundle
 from emu3_jax.checkpoints.checksums import write_checksums
 from emu3_jax.checkpoints.embedded import DIRECTORY
+from emu3_jax.checkpoints.parts import LazyArray, write_part
 from emu3_jax.errors import Emu3Error
 from emu3_jax.files import new_directory
 

@@ -14,7 +14,8 @@ import sys
 
 from small_checkpoint import public_vocabulary
 
-from emu3_jax.checkpoints.bundle import VOCABULARY, Bundle, write_config
+from emu3_jax.checkpoints.bundle import VOCABULARY, Bundle
+from emu3_jax.checkpoints.parts import write_config
 from emu3_jax.errors import Emu3Error
 from emu3_jax.files import new_directory
 from emu3_jax.text.tokenizer import Tokenizer, special_tokens

@@ -19,9 +19,10 @@ from tiny_bundle import CODES, DECODER
 import emu3_jax
 from emu3_jax import Emu3Error
 from emu3_jax.checkpoints.adapter import CONFIG, OWN, WEIGHTS, SavedAdapter
-from emu3_jax.checkpoints.bundle import Bundle, read_array
+from emu3_jax.checkpoints.bundle import Bundle
 from emu3_jax.checkpoints.layouts import decoder_params
 from emu3_jax.checkpoints.merged import load_merged, merge_bundle
+from emu3_jax.checkpoints.parts import read_array
 from emu3_jax.cli.main import main
 from emu3_jax.data.config import DataConfig, Source
 from emu3_jax.data.encoder import bundle_codebook

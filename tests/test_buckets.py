@@ -21,8 +21,9 @@ from test_two_processes import Pair
 import emu3_jax
 from emu3_jax import Emu3Error, files, storage
 from emu3_jax.checkpoints.adapter import SavedAdapter, write_adapter
-from emu3_jax.checkpoints.bundle import Bundle, read_array
+from emu3_jax.checkpoints.bundle import Bundle
 from emu3_jax.checkpoints.checksums import write_checksums
+from emu3_jax.checkpoints.parts import read_array
 from emu3_jax.cli.main import main
 from emu3_jax.data.shards import PreparedData
 from emu3_jax.evaluation import run as evaluation

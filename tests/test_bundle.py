@@ -13,8 +13,9 @@ from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import emu3_jax
-from emu3_jax.checkpoints.bundle import Bundle, LazyArray, write_config, write_part
+from emu3_jax.checkpoints.bundle import Bundle
 from emu3_jax.checkpoints.convert import convert
+from emu3_jax.checkpoints.parts import LazyArray, write_config, write_part
 from emu3_jax.errors import Emu3Error
 
 pytestmark = pytest.mark.oracle

@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, Emu3ForCausalLM, Emu3ForConditionalGener
 
 import emu3_jax
 from emu3_jax.checkpoints import bundle as bundle_module
+from emu3_jax.checkpoints import parts
 from emu3_jax.checkpoints.bundle import Bundle
 from emu3_jax.checkpoints.convert import convert
 from emu3_jax.checkpoints.export import export
@@ -257,7 +258,7 @@ class Tracked(np.ndarray):
 
 
 def test_each_tensor_is_read_once_and_freed_before_the_next_array(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(bundle_module, "_WRITE_BYTES", 1)  # no small arrays together
+    monkeypatch.setattr(parts, "_WRITE_BYTES", 1)  # no small arrays together
     reads, alive, most = [], [0], [0]
     read = Tensor.read
 

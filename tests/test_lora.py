@@ -16,7 +16,8 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType
 
 import emu3_jax
-from emu3_jax.checkpoints.bundle import Bundle, LazyArray, write_part
+from emu3_jax.checkpoints.bundle import Bundle
+from emu3_jax.checkpoints.parts import LazyArray, write_part
 from emu3_jax.config import DecoderConfig
 from emu3_jax.data.config import DataConfig, Source
 from emu3_jax.data.sequences import TextOnly

@@ -12,10 +12,11 @@ from tiny_bundle import DECODER
 
 import emu3_jax
 from emu3_jax.checkpoints import quantized
-from emu3_jax.checkpoints.bundle import Bundle, LazyArray, write_part
+from emu3_jax.checkpoints.bundle import Bundle
 from emu3_jax.checkpoints.convert import convert
 from emu3_jax.checkpoints.doctor import doctor
 from emu3_jax.checkpoints.layouts import decoder_params
+from emu3_jax.checkpoints.parts import LazyArray, write_part
 from emu3_jax.cli.main import main
 from emu3_jax.errors import Emu3Error
 from emu3_jax.generation import plan

@@ -14,7 +14,8 @@ import tiny_bundle as tiny
 from PIL import Image
 
 from emu3_jax.benchmarks.vision import random_weights
-from emu3_jax.checkpoints.bundle import Bundle, LazyArray, write_part
+from emu3_jax.checkpoints.bundle import Bundle
+from emu3_jax.checkpoints.parts import LazyArray, write_part
 from emu3_jax.cli.main import main
 from emu3_jax.data.encoder import bundle_codebook
 from emu3_jax.models.quantizer import CODEBOOK

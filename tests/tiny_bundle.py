@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from emu3_jax.benchmarks.vision import random_weights
-from emu3_jax.checkpoints.bundle import VOCABULARY, LazyArray, write_config, write_part
+from emu3_jax.checkpoints.bundle import VOCABULARY
 from emu3_jax.checkpoints.layouts import decoder_params
+from emu3_jax.checkpoints.parts import LazyArray, write_config, write_part
 from emu3_jax.config import DecoderConfig, ImageConfig, VisionConfig
 from emu3_jax.text.tokenizer import Tokenizer, special_tokens
 

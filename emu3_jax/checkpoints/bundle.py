@@ -8,13 +8,11 @@ In a quantised bundle the decoder's matrices are stored as codes and scales (see
 """
 
 import contextlib
-import dataclasses
 import functools
-import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +25,13 @@ from flax import traverse_util
 from emu3_jax import storage
 from emu3_jax.checkpoints.checksums import verify_checksums, write_checksums
 from emu3_jax.checkpoints.layouts import Param, decoder_params, vision_params
+from emu3_jax.checkpoints.parts import FORMAT, LazyArray, alone_options, in_groups, size_on_disk, write_part
 from emu3_jax.compilation import check_backend
 from emu3_jax.config import DecoderConfig, ImageConfig, SpecialTokens, VisionConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.fields import FieldError, is_whole, read_from
 from emu3_jax.files import new_directory, require_outside
-from emu3_jax.foreign import plain_file, read_object, reading, storage_path
+from emu3_jax.foreign import plain_file, read_object, reading
 from emu3_jax.models.quantization import (
     KINDS,
     codes_and_scales,
@@ -46,70 +45,12 @@ from emu3_jax.printable import shown
 from emu3_jax.storage import storage_place
 from emu3_jax.text.tokenizer import Tokenizer, count_ranks, special_tokens
 
-FORMAT = 1
 PARTS = ("decoder", "vision", "tokenizer")
 TEMPLATES = ("chat", "stage1")
 VOCABULARY = "emu3.tiktoken"
 ADAPTER_CONFIG = "adapter_config.json"  # file of a LoRA adapter, see `checkpoints.adapter`
 QUANTIZE = "quantize"  # field of `decoder/config.json` in a quantised bundle
-_CHUNK_BYTES = 64 << 20  # arrays are stored in chunks, so that a device that restores a slice reads only its chunks
-_WRITE_BYTES = 64 << 20  # small arrays are written in groups of this size, because each commit waits for the disk
 _READ_BYTES = 256 << 20  # arrays are read in groups of this size when a part is read on the host
-
-
-# ------------------------------------------------------------------------------------------------ writing
-
-
-@dataclasses.dataclass(frozen=True)
-class LazyArray:
-    """An array of a bundle that is loaded only when it is written."""
-
-    path: tuple[str, ...]
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    load: Callable[[], np.ndarray]
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.size * self.dtype.itemsize
-
-
-class _LazyArrayHandler(ocp.type_handlers.NumpyHandler):
-    """Saves leaves one after the other. A large array, or a group of small ones, is loaded, committed and freed.
-
-    Orbax's own handlers hold all arrays of a tree at once. The files are the same as for NumPy leaves.
-    """
-
-    def __init__(self, written: Callable[[int], Any]):
-        super().__init__()
-        self._deepcopy_host_arrays = False  # Orbax 0.12.5 and later copy arrays by default; older versions do not
-        self._written = written
-
-    async def serialize(self, values: Any, infos: Any, args: Any = None) -> Any:
-        for group in _in_groups(zip(values, infos, args, strict=True), lambda leaf: leaf[0].nbytes, _WRITE_BYTES):
-            lazy, group_infos, group_args = zip(*group, strict=True)
-            # The base class would do this in a thread, and an error there would also print a traceback.
-            await self._background_serialize([array.load() for array in lazy], group_infos, group_args)
-            self._written(sum(array.nbytes for array in lazy))
-        return []
-
-
-def _in_groups(items: Iterable[Any], nbytes: Callable[[Any], int], limit: int) -> Iterator[list[Any]]:
-    """Groups consecutive items of together at most `limit` bytes. A larger item is a group of its own."""
-    group: list[Any] = []
-    size = 0
-    for item in items:
-        if group and size + nbytes(item) > limit:
-            yield group
-            group, size = [], 0
-        group.append(item)
-        size += nbytes(item)
-    if group:
-        yield group
 
 
 def _nbytes(array: Any) -> int:
@@ -135,86 +76,6 @@ def _copy_plain(source: str, target: str) -> None:
 def decoder_dict(decoder: DecoderConfig, quantize: str | None) -> dict[str, Any]:
     """The contents of `decoder/config.json`. `quantize` is the kind of a quantised decoder, or None."""
     return decoder.to_dict() if quantize is None else {QUANTIZE: quantize, **decoder.to_dict()}
-
-
-def write_config(directory: Path, config: Mapping[str, Any]) -> None:
-    """Writes a part's `config.json`. The directory is made if it does not exist."""
-    directory.mkdir(exist_ok=True)
-    (directory / "config.json").write_text(json.dumps({"format": FORMAT, **config}, indent=2) + "\n")
-
-
-def write_part(
-    directory: Path,
-    config: Mapping[str, Any],
-    arrays: Iterable[LazyArray],
-    written: Callable[[int], Any] = int,
-    compressed: bool = False,
-) -> None:
-    """Writes one part with weights. Memory holds one array at a time.
-
-    Args:
-        directory: directory of the part. It must not exist.
-        config: contents of its `config.json`.
-        arrays: its weights.
-        written: function that gets the number of bytes after each write.
-        compressed: compress the weights. This saves about a fifth of bfloat16 weights, but takes several times as long.
-    """
-    directory.mkdir()
-    tree = traverse_util.unflatten_dict({a.path: a for a in arrays})
-    registry = ocp.type_handlers.create_type_handler_registry(
-        (LazyArray, _LazyArrayHandler(written)), (jax.Array, ocp.type_handlers.ArrayHandler())
-    )
-    # By default without compression: weights hardly compress, and trying takes longer than writing.
-    alone = _alone()
-    handler = ocp.PyTreeCheckpointHandler(
-        type_handler_registry=registry, use_compression=compressed, multiprocessing_options=alone
-    )
-    save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
-    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
-        checkpointer.save(storage_path(directory) / "weights", args=ocp.args.PyTreeSave(tree, save_args=save_args))
-    write_config(directory, {"weights_bytes": _size_on_disk(directory / "weights"), **config})
-
-
-def _alone() -> ocp.options.MultiprocessingOptions:
-    """Options that make each process read and write on its own, without waiting for other processes."""
-    index = jax.process_index()
-    return ocp.options.MultiprocessingOptions(
-        primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process{index}"
-    )
-
-
-def _size_on_disk(directory: Path) -> int:
-    if storage.is_remote(directory):
-        return sum(item.size for item in storage.listing(directory).values())
-    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
-
-
-# ------------------------------------------------------------------------------------------------ reading
-
-
-def read_array(directory: Path, path: tuple[str, ...], index: int | None = None) -> np.ndarray:
-    """Reads one array of an Orbax checkpoint, or the slice `index` along its first axis, and nothing else.
-
-    Args:
-        directory: directory of the checkpoint, from `storage.storage_place`.
-        path: path of the array in its tree.
-        index: index of the slice, or None for the whole array.
-
-    Raises:
-        Emu3Error: the array is missing or damaged.
-    """
-    database = os.fspath(directory)
-    spec = {
-        "driver": "zarr",
-        "kvstore": {"driver": "ocdbt", "base": storage.kvstore(directory), "path": ".".join(path)},
-    }
-    try:
-        array = tensorstore.open(spec, open=True, read=True).result()
-        return np.asarray((array if index is None else array[index]).read().result())
-    except (OSError, ValueError) as error:
-        storage.require_access(directory, error)
-        reason = str(error).split("\n", 1)[0][:200]
-        raise Emu3Error(f"{database}: {'/'.join(path)} cannot be read ({reason}); the files are damaged") from error
 
 
 class Bundle:
@@ -411,7 +272,7 @@ class Bundle:
             return self._restore("decoder", shardings, dtype)
         stored = self.stored("decoder")
         params: dict[TreePath, jax.Array] = {}
-        for group in _in_groups(stored, lambda path: _nbytes(stored[path]), _READ_BYTES):
+        for group in in_groups(stored, lambda path: _nbytes(stored[path]), _READ_BYTES):
             some = {path: stored[path] for path in group}
             wide = traverse_util.flatten_dict(self._restore("decoder", shardings, dtype, some, keep=is_quantised))
             for path in group:
@@ -466,7 +327,7 @@ class Bundle:
     def stored_arrays(self, part: str) -> Iterator[tuple[TreePath, np.ndarray]]:
         """Yields a part's arrays as they are stored, including codes and scales of a quantised decoder."""
         stored = self.stored(part)
-        for group in _in_groups(self._expected(part), lambda path: _nbytes(stored[path]), _READ_BYTES):
+        for group in in_groups(self._expected(part), lambda path: _nbytes(stored[path]), _READ_BYTES):
             targets = {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in group}
             arrays = traverse_util.flatten_dict(self._read(part, traverse_util.unflatten_dict(targets)))
             for path in group:
@@ -504,7 +365,7 @@ class Bundle:
         copied = [part for part in ("tokenizer", "vision") if self.has(part)]
         nbytes = sum(array.nbytes for array in arrays)
         if not storage.is_remote(self.path):
-            nbytes += sum(_size_on_disk(self.path / part) for part in copied)
+            nbytes += sum(size_on_disk(self.path / part) for part in copied)
         with new_directory(target, nbytes) as temporary:
             write_part(temporary / "decoder", decoder_dict(decoder, quantize), arrays, written)
             for part in copied:
@@ -552,7 +413,7 @@ class Bundle:
         Orbax would find the damage later, inside its threads.
         """
         directory = self.path / part / "weights"
-        expected, found = self._weights_bytes.get(part), _size_on_disk(directory)
+        expected, found = self._weights_bytes.get(part), size_on_disk(directory)
         if expected is not None and found != expected:
             raise Emu3Error(
                 f"{directory} holds {found} bytes, but its config.json says {expected}: copy the bundle again; "
@@ -570,7 +431,7 @@ class Bundle:
         directory = self.weights(part)
         check_backend()  # first, so that a missing backend is not reported as damage
         try:
-            options = _alone()
+            options = alone_options()
             handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=host_gb, multiprocessing_options=options)
             with ocp.Checkpointer(handler, multiprocessing_options=options) as checkpointer:
                 yield checkpointer, directory

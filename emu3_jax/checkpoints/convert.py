@@ -11,18 +11,11 @@ import ml_dtypes
 import numpy as np
 
 from emu3_jax import storage
-from emu3_jax.checkpoints.bundle import (
-    TEMPLATES,
-    VOCABULARY,
-    Bundle,
-    LazyArray,
-    decoder_dict,
-    write_config,
-    write_part,
-)
+from emu3_jax.checkpoints.bundle import TEMPLATES, VOCABULARY, Bundle, decoder_dict
 from emu3_jax.checkpoints.checksums import write_checksums
 from emu3_jax.checkpoints.hub import fetch
 from emu3_jax.checkpoints.layouts import FLOAT_DTYPES, Param, decoder_params, vision_counters, vision_params
+from emu3_jax.checkpoints.parts import LazyArray, write_config, write_part
 from emu3_jax.checkpoints.published import Published
 from emu3_jax.checkpoints.quantized import quantised_arrays
 from emu3_jax.checkpoints.tensors import Tensor

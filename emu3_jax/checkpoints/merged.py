@@ -11,8 +11,9 @@ import numpy as np
 from flax import traverse_util
 
 from emu3_jax.checkpoints.adapter import SavedAdapter
-from emu3_jax.checkpoints.bundle import Bundle, LazyArray, read_array
+from emu3_jax.checkpoints.bundle import Bundle
 from emu3_jax.checkpoints.layouts import Param
+from emu3_jax.checkpoints.parts import LazyArray, read_array
 from emu3_jax.files import require_outside
 from emu3_jax.models.quantization import codes_and_scales
 from emu3_jax.models.stacking import Path as TreePath

@@ -8,7 +8,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from emu3_jax.checkpoints.bundle import Bundle, LazyArray, read_array
+from emu3_jax.checkpoints.bundle import Bundle
+from emu3_jax.checkpoints.parts import LazyArray, read_array
 from emu3_jax.compilation import check_backend, own_settings
 from emu3_jax.models.quantization import (
     check_kind,

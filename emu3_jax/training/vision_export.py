@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from emu3_jax.checkpoints.bundle import LazyArray, read_array, write_part
 from emu3_jax.checkpoints.checksums import write_checksums
 from emu3_jax.checkpoints.layouts import vision_params
+from emu3_jax.checkpoints.parts import LazyArray, read_array, write_part
 from emu3_jax.config import ImageConfig, VisionConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.fields import read_from

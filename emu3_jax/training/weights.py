@@ -13,8 +13,9 @@ from flax import traverse_util
 from jax.sharding import Mesh
 
 from emu3_jax.checkpoints.adapter import write_adapter
-from emu3_jax.checkpoints.bundle import Bundle, LazyArray, read_array
+from emu3_jax.checkpoints.bundle import Bundle
 from emu3_jax.checkpoints.layouts import decoder_params
+from emu3_jax.checkpoints.parts import LazyArray, read_array
 from emu3_jax.config import DecoderConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.fields import from_json, read_from
