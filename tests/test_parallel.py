@@ -88,6 +88,11 @@ def test_rows_of_all_kinds_equal_those_alone(parallel):
         assert (together[row, len(schedule) :] == SPECIAL.pad).all()
 
 
+def test_the_kernel_for_tpus_gives_the_same_tokens():
+    options = {"parallel": 4, "kernels": "pallas-tpu-interpreted"}
+    np.testing.assert_array_equal(run(GUIDED, [0, 2], **options).ids, run(GUIDED, [0, 2]).ids)
+
+
 def test_a_window_larger_than_the_whole_schedule():
     """Rows end inside the first window, and the window reaches beyond the model's last position."""
     room = tiny.CONFIG.max_positions - len(image_schedule(1, 2))

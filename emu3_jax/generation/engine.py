@@ -113,7 +113,7 @@ def prefill(
     slots: int,
 ) -> DecodeState:
     """Runs the prompts (int32 [R, P], right-aligned; row r starts at slot start[r]) and takes step 0."""
-    forward = _forward(params, config, variant)
+    forward = _forward(params, config, dataclasses.replace(variant, kernels="xla"))
     cache = KVCache.create(config, start, slots, variant.narrow_cache)
     if prompts.shape[1] > PREFILL_PART:
         parts = prompts.shape[1] // PREFILL_PART

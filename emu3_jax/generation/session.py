@@ -128,7 +128,7 @@ class DecodeSession:
             settings: sampling settings of each row, in the host's memory.
             mesh: mesh over which `params` are spread, or None.
             narrow_cache: store keys and values as int8.
-            kernels: implementation of attention for single tokens, from `attention.KERNELS`.
+            kernels: implementation of attention in decoding, from `attention.KERNELS`.
             least_rows: smallest number of rows to compile for. Copies of the last row fill the rest.
             least: smallest length of prompts and of schedules to compile for.
             parallel: "auto", "off" or the number of tokens W of a pass per row; see `parallel.choose_window`.
@@ -164,7 +164,7 @@ class DecodeSession:
             window=window,
             lockstep=window == 1 and not replaceable,
             narrow_cache=narrow_cache,
-            kernels=choose_kernels(kernels, config.head_dim) if window == 1 else "xla",
+            kernels=choose_kernels(kernels, config.head_dim, window=window),
             settled_per_pass=settled_per_pass,
         )
         self.shapes = Shapes(len(filled), width, steps, variant)
@@ -423,7 +423,7 @@ def run(
             continues. The last call has all sampled ids, but not the forced ids after them.
         mesh: mesh over which `params` are spread, or None. The callbacks run outside the mesh's context.
         narrow_cache: store keys and values as int8.
-        kernels: implementation of attention for single tokens, from `attention.KERNELS`.
+        kernels: implementation of attention in decoding, from `attention.KERNELS`.
         least_rows: see `DecodeSession`.
         parallel: see `DecodeSession`.
 

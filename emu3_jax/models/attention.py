@@ -123,22 +123,26 @@ def choose(
     return implementation
 
 
-# Implementations of attention for single tokens over the cache. "pallas" is `decode_kernels`, for NVIDIA GPUs.
-# "pallas-interpreted" runs it in Pallas' interpreter, for tests. "xla" is `cached_attention`.
-KERNELS = ("auto", "xla", "pallas", "pallas-interpreted")
+# Implementations of attention over the cache in decoding. "xla" is `cached_attention`. "pallas" is `decode_kernels`, for
+# one token per row on NVIDIA GPUs. "pallas-tpu" is `window_kernels_tpu`, for any number of tokens per row on TPUs. With
+# "-interpreted" they run in Pallas' interpreter, for tests.
+KERNELS = ("auto", "xla", "pallas", "pallas-interpreted", "pallas-tpu", "pallas-tpu-interpreted")
 
 # JAX has deprecated Pallas' Triton backend, which compiles "pallas": since JAX 0.11, lowering the kernel gives a
 # DeprecationWarning. From JAX 0.12 on, "auto" does not choose the kernel.
 TRITON_SUPPORTED = jax.__version_info__ < (0, 12)
 
 
-def choose_kernels(kernels: str, width: int, platform: str = "") -> str:
-    """Chooses an implementation of attention for single tokens: the named one, or for "auto" the fastest.
+def choose_kernels(kernels: str, width: int, platform: str = "", window: int = 1) -> str:
+    """Chooses an implementation of attention over the cache: the named one, or for "auto" the fastest.
+
+    On TPUs "auto" is XLA's, because the kernel for TPUs has been compiled for them, but not run on one.
 
     Args:
         kernels: one of `KERNELS`.
         width: head width H.
         platform: "cpu", "gpu" or "tpu", or "" for the platform that the program will run on.
+        window: number of tokens per row. "pallas" takes one only, and XLA's attention is taken for more.
 
     Returns:
         The name of the implementation, not "auto".
@@ -155,6 +159,8 @@ def choose_kernels(kernels: str, width: int, platform: str = "") -> str:
             f'kernels "pallas" need compute capability 8.0 (Ampere) or later, and this GPU has '
             f'{capability.text(found)}: choose "auto" or "xla"'
         )
+    if window > 1 and kernels in ("auto", "pallas", "pallas-interpreted"):
+        return "xla"
     if kernels != "auto":
         return kernels
     if not TRITON_SUPPORTED or found is None or found < capability.AMPERE:

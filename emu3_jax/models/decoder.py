@@ -96,8 +96,8 @@ class Attention(nn.Module):
         g = c.num_heads // k
         axes = ("embed", "kv_heads", "heads_per_kv", "head_dim")
         qkv = project(self, adapter, "bsd,dkph->bskph", x_bsd, name="qkv", shape=(d, k, g + 2, h), axes=axes)
-        kernels = "xla" if cache is None or x_bsd.shape[1] > 1 else choose_kernels(self.kernels, h)
-        if cache is not None and kernels != "xla":
+        kernels = choose_kernels(self.kernels, h, window=x_bsd.shape[1]) if cache is not None else "xla"
+        if cache is not None and kernels in ("pallas", "pallas-interpreted"):
             from emu3_jax.models.decode_kernels import attend_one  # with Pallas, which takes long to import
 
             cos, sin = (part[:, 0] for part in rotations_bsr)
@@ -112,7 +112,13 @@ class Attention(nn.Module):
             else:
                 cache = cache.write(layer, jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2))
                 kept = cache.layer(layer)
-                mixed = cached_attention(queries, *kept, first_query=cache.length, start=cache.start)
+                if kernels.startswith("pallas-tpu"):
+                    from emu3_jax.models.window_kernels_tpu import attend_window
+
+                    interpret = kernels != "pallas-tpu"
+                    mixed = attend_window(queries, kept, cache.length, cache.start, interpret=interpret)
+                else:
+                    mixed = cached_attention(queries, *kept, first_query=cache.length, start=cache.start)
         # One contracted axis: with three axes, XLA may reorder them and transpose the weight in every step.
         mixed = mixed.reshape(*x_bsd.shape[:2], c.num_heads * h)
         axes = ("kv_heads", "heads_per_kv", "head_dim", "embed")
@@ -248,7 +254,7 @@ class Decoder(nn.Module):
             products with weights, and attention if a fused kernel computes it).
         attention: implementation of attention for whole sequences, see `attention.self_attention`.
         adapter: low-rank adapters beside frozen matrices. `training.lora` makes their parameters.
-        kernels: implementation of attention for single tokens over the cache, see `attention.choose_kernels`.
+        kernels: implementation of attention over the cache, see `attention.choose_kernels`.
         dropout: dropout rate of the embeddings and of the outputs of each attention and MLP. Needs a key "dropout".
     """
 
