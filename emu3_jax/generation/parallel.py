@@ -31,7 +31,7 @@ _LARGEST = {"cpu": 16, "gpu": 16, "tpu": 16}
 _LEAST = 4  # a smaller W is not worth the programs that it needs
 
 
-def is_window(parallel: object) -> bool:
+def is_window(parallel: Any) -> bool:
     """Whether `parallel` is legal: "auto", "off", or a whole number from 2 to `MOST`."""
     if isinstance(parallel, str):
         return parallel in ("auto", "off")

@@ -123,9 +123,9 @@ def choose(
     return implementation
 
 
-# Implementations of attention over the cache in decoding. "xla" is `cached_attention`. "pallas" is `decode_kernels`, for
-# one token per row on NVIDIA GPUs. "pallas-tpu" is `window_kernels_tpu`, for any number of tokens per row on TPUs. With
-# "-interpreted" they run in Pallas' interpreter, for tests.
+# Implementations of attention over the cache in decoding. "xla" is `cached_attention`. "pallas" is `decode_kernels`,
+# for one token per row on NVIDIA GPUs. "pallas-tpu" is `window_kernels_tpu`, for any number of tokens per row on TPUs.
+# With "-interpreted" they run in Pallas' interpreter, for tests.
 KERNELS = ("auto", "xla", "pallas", "pallas-interpreted", "pallas-tpu", "pallas-tpu-interpreted")
 
 # JAX has deprecated Pallas' Triton backend, which compiles "pallas": since JAX 0.11, lowering the kernel gives a
