@@ -8,8 +8,10 @@ from emu3_jax.config import DecoderConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.fields import check_field, is_number, is_whole
 from emu3_jax.generation import defaults
+from emu3_jax.generation.parallel import is_window
 from emu3_jax.generation.schedule import grid_length, grid_schedule
 from emu3_jax.media.sizes import generate_size
+from emu3_jax.models.attention import KERNELS
 from emu3_jax.models.quantization import KINDS
 
 
@@ -29,6 +31,8 @@ class GenerateConfig:
         prompt_tokens: length of the longest prompt, with everything before the first generated token.
         mesh: sizes of the mesh axes data, fsdp, sequence and tensor; -1 takes all remaining devices.
         quantize: narrow weights and KV cache of the decoder, as `emu3_jax.load` takes it; None for neither.
+        parallel: number of tokens that a pass checks per row, from 2 to 128, or "off" or "auto".
+        kernels: implementation of attention over the cache, from `attention.KERNELS`.
     """
 
     decoder: DecoderConfig = dataclasses.field(default_factory=DecoderConfig)
@@ -41,6 +45,8 @@ class GenerateConfig:
     prompt_tokens: int = 64
     mesh: str = "tensor=-1"
     quantize: str | None = None
+    parallel: int | str = "off"
+    kernels: str = "xla"
 
     def __post_init__(self) -> None:
         for field in ("pictures", "temporal_factor", "prompt_tokens"):
@@ -49,6 +55,8 @@ class GenerateConfig:
         check_field(self, "decoder", isinstance(self.decoder, DecoderConfig), "a DecoderConfig")
         kinds = (None, *KINDS)
         check_field(self, "quantize", self.quantize in kinds, f"None or one of {', '.join(KINDS)}")
+        check_field(self, "parallel", is_window(self.parallel), "auto, off, or a whole number from 2 to 128")
+        check_field(self, "kernels", self.kernels in KERNELS, f"one of {', '.join(KERNELS)}")
         check_field(self, "guidance", is_number(self.guidance) and self.guidance >= 0, "a number >= 0")
         length = self.prompt_tokens + self.steps
         if length > self.decoder.max_positions:

@@ -37,18 +37,19 @@ def programs(config: GenerateConfig, slice_: Slice) -> tuple[Mesh, list[Program]
     row = Row(prompt, config.schedule, prompt if config.guidance != 1 else None)
     settings = Sampling(guidance=config.guidance).settings(config.pictures)
     session = DecodeSession(
-        params, decoder, [row] * config.pictures, settings, mesh=mesh, kernels="xla",
-        narrow_cache=narrows_cache(config.quantize),
+        params, decoder, [row] * config.pictures, settings, mesh=mesh, kernels=config.kernels,
+        narrow_cache=narrows_cache(config.quantize), parallel=config.parallel,
     )  # fmt: skip
     shapes = session.shapes
-    rows, width = shapes.computed_rows, shapes.width
+    rows, width, window = shapes.computed_rows, shapes.width, shapes.variant.window
     sizes = list(shapes.cache_sizes())
     full = session.abstract_state(sizes[-1])
     prompts, start, plan = session.abstract_inputs()
-    inputs = (plan, full.tokens, full.step, full.ended)
+    inputs = (plan, full.tokens, full.step, full.passes, full.ended)
     # The last step of pictures is before EOF, EOI and EOS. For clips it is the last token: each frame ends with EOF.
     clips = "clip" if shapes.rows == 1 else "clips"
     last, what = (config.steps - 3, "pictures") if config.frames is None else (config.steps, clips)
+    at_once = f", {window} tokens at once," if window > 1 else ""
     result = [
         Program(
             f"prefill of {rows} rows of {width} tokens",
@@ -57,10 +58,10 @@ def programs(config: GenerateConfig, slice_: Slice) -> tuple[Mesh, list[Program]
             flops=_flops(decoder, rows * width, rows * width * (width + 1) / 2, rows),
         ),
         Program(
-            f"decoding step {last} of {shapes.rows} {what} of {'x'.join(map(str, config.grid))} tokens",
+            f"decoding step {last}{at_once} of {shapes.rows} {what} of {'x'.join(map(str, config.grid))} tokens",
             lambda: session.lower_decode(sizes[-1]),
             {"weights": params, "cache": full.cache, "inputs": inputs},
-            flops=_flops(decoder, rows, rows * sizes[-1], rows),
+            flops=_flops(decoder, rows * window, rows * window * sizes[-1], rows * window),
         ),
     ]
     if len(sizes) > 1:
