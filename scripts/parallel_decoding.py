@@ -1,6 +1,6 @@
 """Parallel decoding of the embedded model against sequential decoding: are the tokens equal, and how many passes fewer?
 
-    python scripts/parallel_decoding.py [--windows 8 16 32] [--pictures 256] [--clips 32] [--model BUNDLE]
+    python scripts/parallel_decoding.py [--windows 8 16 32] [--emoji 125] [--shapes 131] [--clips 32] [--model BUNDLE]
 
 Generates pictures (and clips of 8 frames) in float32, each prompt with its own seed, once with `parallel="off"` and
 once with each W. Prints a table for `docs/performance.md`. The counts do not depend on the machine's speed.
@@ -27,11 +27,15 @@ THINGS = (
 )  # fmt: skip
 
 
-def picture_prompts(count: int) -> list[str]:
-    """Emoji first, then shapes: at most 125 and 256."""
-    emoji = [f"{style} emoji of {thing}" for thing, style in itertools.product(THINGS, STYLES)]
-    shapes = [f"a {s} {c} {x} on a {g} background" for c, x, s, g in itertools.product(COLOURS, SHAPES, SIZES, GROUNDS)]
-    return (emoji[: count // 2] + shapes)[:count]
+def emoji_prompts(count: int) -> list[str]:
+    """At most 125."""
+    return [f"{style} emoji of {thing}" for thing, style in itertools.product(THINGS, STYLES)][:count]
+
+
+def shape_prompts(count: int) -> list[str]:
+    """At most 256."""
+    words = itertools.product(COLOURS, SHAPES, SIZES, GROUNDS)
+    return [f"a {s} {c} {x} on a {g} background" for c, x, s, g in words][:count]
 
 
 def clip_prompts(count: int) -> list[str]:
@@ -43,7 +47,8 @@ def clip_prompts(count: int) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--windows", nargs="+", type=int, default=[8, 16, 32], metavar="W")
-    parser.add_argument("--pictures", type=int, default=256)
+    parser.add_argument("--emoji", type=int, default=125)
+    parser.add_argument("--shapes", type=int, default=131)
     parser.add_argument("--clips", type=int, default=32)
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--batch-size", type=int, default=16)
@@ -62,7 +67,8 @@ def main() -> None:
     print(f"guidance {options.guidance:g}, float32\n\n| what | W | equal | passes | fewer by | least | most |")
     print("|---|---|---|---|---|---|---|")
     for what, prompts, size in (
-        ("pictures", picture_prompts(options.pictures), (side, side)),
+        ("emoji", emoji_prompts(options.emoji), (side, side)),
+        ("shapes", shape_prompts(options.shapes), (side, side)),
         ("clips", clip_prompts(options.clips), (latents, side, side)),
     ):
         if not prompts:

@@ -1,6 +1,5 @@
 """Parallel decoding: passes of several tokens give what passes of one give, in fewer passes."""
 
-import dataclasses
 import re
 
 import jax
@@ -268,18 +267,3 @@ def test_the_choice_of_the_window(parallel, rows, platform, expected):
 def test_a_window_that_is_not_legal(bad):
     with pytest.raises(Emu3Error, match="it must be auto, off, or a whole number from 2 to 128"):
         Batching(parallel=bad)
-
-
-def test_long_prompts_are_run_in_parts(monkeypatch):
-    """The parts of 512 tokens give the logits of the whole."""
-    from emu3_jax.generation import engine
-
-    rng = np.random.default_rng(0)
-    config = dataclasses.replace(tiny.CONFIG, max_positions=2048)
-    rows = [session.Row([17, *rng.integers(0, 16, size)], image_schedule(2, 2), [17]) for size in (1200, 3, 513)]
-    parts = session.run(tiny.params(), config, rows, tiny.settings(3)).ids
-    monkeypatch.setattr(engine, "PREFILL_PART", 1 << 20)
-    engine.prefill.jitted.clear_cache()
-    whole = session.run(tiny.params(), config, rows, tiny.settings(3)).ids
-    engine.prefill.jitted.clear_cache()
-    np.testing.assert_array_equal(parts, whole)

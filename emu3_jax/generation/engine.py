@@ -21,10 +21,6 @@ from emu3_jax.models.cache import KVCache
 from emu3_jax.models.capability import target_platform
 from emu3_jax.models.decoder import Decoder, visual_head_params
 
-# Tokens per part of a long prompt. It bounds the memory of the layers' intermediate results, and is enough to keep the
-# matrix units busy. The longest prompts have a multiple of it (`session.bucket`).
-PREFILL_PART = 512
-
 
 class Plan(flax.struct.PyTreeNode):
     """The inputs of the decode loop that do not change while it runs."""
@@ -115,18 +111,7 @@ def prefill(
     """Runs the prompts (int32 [R, P], right-aligned; row r starts at slot start[r]) and takes step 0."""
     forward = _forward(params, config, dataclasses.replace(variant, kernels="xla"))
     cache = KVCache.create(config, start, slots, variant.narrow_cache)
-    if prompts.shape[1] > PREFILL_PART:
-        parts = prompts.shape[1] // PREFILL_PART
-
-        def run(part: jax.Array, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
-            tokens = jax.lax.dynamic_slice_in_dim(prompts, part * PREFILL_PART, PREFILL_PART, axis=1)
-            return forward(tokens, carry[1], last_only=True)
-
-        candidates = config.tokens.visual_count if variant.visual_only else config.vocab_size
-        nothing = jnp.zeros((prompts.shape[0], 1, candidates), jnp.float32)
-        logits, cache = jax.lax.fori_loop(0, parts, run, (nothing, cache))
-    else:
-        logits, cache = forward(prompts, cache, last_only=True)
+    logits, cache = forward(prompts, cache, last_only=True)
     first = jnp.zeros(plan.goal.shape, jnp.int32)
     token = choose(logits, first, plan, config, variant)[:, 0]
     ended = (plan.forced[:, 0] == SAMPLED_FREE) & (token == config.tokens.eos)
