@@ -295,8 +295,8 @@ def add_sampling(command: argparse.ArgumentParser, what: str, temperature: float
         type=parallel,
         default=defaults.PARALLEL,
         metavar="W",
-        help="tokens that a pass of the decoder checks at once (2 to 128), auto, or off; in float32 this changes only "
-        "the time (default: %(default)s, which chooses by device and batch)",
+        help="tokens that a pass of the decoder checks at once (2 to 128), or off, or auto (off so far); in float32 "
+        "the result stays the same, up to rounding (default: %(default)s)",
     )
     group.add_argument(
         "--allow-special",

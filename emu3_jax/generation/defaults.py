@@ -11,4 +11,4 @@ FRAMES = 8  # new frames of a clip
 FPS = 8.0  # frames per second of a new clip
 
 MAX_PICTURES = 1_000_000  # most pictures of one call; each needs a few kilobytes of host memory from the start
-PARALLEL = "auto"  # tokens of a pass of the decoder, chosen by device and batch
+PARALLEL = "auto"  # tokens of a pass of the decoder

@@ -24,12 +24,6 @@ from emu3_jax.printable import shown
 
 MOST = 128  # largest W
 
-# Largest number of tokens that a pass of all rows should have, and largest W, per platform: beyond these, a pass takes
-# more additional time than additional tokens save. See the figures in docs/performance.md.
-_TOKENS = {"cpu": 64, "gpu": 256, "tpu": 256}
-_LARGEST = {"cpu": 16, "gpu": 16, "tpu": 16}
-_LEAST = 4  # a smaller W is not worth the programs that it needs
-
 
 def is_window(parallel: Any) -> bool:
     """Whether `parallel` is legal: "auto", "off", or a whole number from 2 to `MOST`."""
@@ -44,21 +38,16 @@ def check_window(parallel: int | str) -> None:
         raise Emu3Error(f"parallel is {shown(parallel)}: it must be auto, off, or a whole number from 2 to {MOST}")
 
 
-def choose_window(parallel: int | str, computed_rows: int, platform: str) -> int:
+def choose_window(parallel: int | str) -> int:
     """The number of tokens W of a pass per row. 1 means that rows are decoded sequentially.
 
+    "auto" is 1 everywhere so far. On CPUs a pass of several tokens costs about as much as the passes that it saves
+    (docs/performance.md). On GPUs and TPUs it has not been measured.
+
     Args:
-        parallel: "auto", "off" or W, see `check_window`.
-        computed_rows: number of rows that a device computes; with guidance, two per row.
-        platform: "cpu", "gpu" or "tpu".
+        parallel: "auto", "off" or W, see `is_window`.
     """
-    if parallel == "off":
-        return 1
-    if parallel != "auto":
-        return int(parallel)
-    fitting = _TOKENS.get(platform, 0) // computed_rows
-    window = min(1 << max(fitting.bit_length() - 1, 0), _LARGEST.get(platform, 1))
-    return window if window >= _LEAST else 1
+    return 1 if parallel in ("auto", "off") else int(parallel)
 
 
 def window(array: jax.Array, first: jax.Array, size: int) -> jax.Array:

@@ -162,7 +162,7 @@ class Emu3:
                 to `batch_size` rows, which takes time. Results still depend on `batch_size`, `parallel`, the device,
                 and the versions of JAX and XLA.
             parallel: number of tokens, 2 to 128, that a pass of the decoder checks per row. "off" decodes one token per
-                pass; "auto" chooses by device and batch. In float32 this changes only the time, not the result.
+                pass, and so does "auto" so far. In float32 the result is that of "off", up to rounding.
             progress: True shows a progress bar on a terminal and lines in a log, None shows only the bar, False
                 nothing.
 
@@ -227,7 +227,7 @@ class Emu3:
                 to `batch_size` rows, which takes time. Results still depend on `batch_size`, `parallel`, the device,
                 and the versions of JAX and XLA.
             parallel: number of tokens, 2 to 128, that a pass of the decoder checks per row. "off" decodes one token per
-                pass; "auto" chooses by device and batch. In float32 this changes only the time, not the result.
+                pass, and so does "auto" so far. In float32 the result is that of "off", up to rounding.
             progress: True shows a progress bar on a terminal and lines in a log, None shows only the bar, False
                 nothing.
 
@@ -294,7 +294,7 @@ class Emu3:
                 to `batch_size` rows, which takes time. Results still depend on `batch_size`, `parallel`, the device,
                 and the versions of JAX and XLA.
             parallel: number of tokens, 2 to 128, that a pass of the decoder checks per row. "off" decodes one token per
-                pass; "auto" chooses by device and batch. In float32 this changes only the time, not the result.
+                pass, and so does "auto" so far. In float32 the result is that of "off", up to rounding.
             progress: True shows a progress bar on a terminal and lines in a log, None shows only the bar, False
                 nothing.
 
@@ -373,7 +373,7 @@ class Emu3:
                 to `batch_size` rows, which takes time. Results still depend on `batch_size`, `parallel`, the device,
                 and the versions of JAX and XLA.
             parallel: number of tokens, 2 to 128, that a pass of the decoder checks per row. "off" decodes one token per
-                pass; "auto" chooses by device and batch. In float32 this changes only the time, not the result.
+                pass, and so does "auto" so far. In float32 the result is that of "off", up to rounding.
             progress: True shows a progress bar on a terminal and lines in a log, None shows only the bar, False
                 nothing.
 
@@ -428,7 +428,7 @@ class Emu3:
                 to `batch_size` rows, which takes time. Results still depend on `batch_size`, `parallel`, the device,
                 and the versions of JAX and XLA.
             parallel: number of tokens, 2 to 128, that a pass of the decoder checks per row. "off" decodes one token per
-                pass; "auto" chooses by device and batch. In float32 this changes only the time, not the result.
+                pass, and so does "auto" so far. In float32 the result is that of "off", up to rounding.
             progress: True shows a progress bar on a terminal and lines in a log, None shows only the bar, False
                 nothing.
 

@@ -25,8 +25,7 @@ from emu3_jax.generation.schedule import TokenClass, forced_ids, sampled_steps, 
 from emu3_jax.generation.shapes import Shapes, bucket, fill_rows
 from emu3_jax.models.attention import choose_kernels
 from emu3_jax.models.cache import KVCache
-from emu3_jax.models.capability import target_platform
-from emu3_jax.sharding.rules import batch_shards, cache_shardings, use_mesh
+from emu3_jax.sharding.rules import cache_shardings, use_mesh
 
 # Most passes per call of the loop, for passes of one token and of several tokens per row. Between calls the host shows
 # progress and checks whether all rows are done.
@@ -152,9 +151,7 @@ class DecodeSession:
         free = bool((schedule == TokenClass.FREE).any())
         visual = bool((schedule == TokenClass.VISUAL).any())
         candidates = config.vocab_size if free else config.tokens.visual_count
-        with use_mesh(mesh):
-            per_device = len(filled) * (2 if guided else 1) // batch_shards(mesh)
-            window = choose_window(parallel, per_device, target_platform())
+        window = choose_window(parallel)
         variant = engine.Variant(
             visual_only=not free and not replaceable,
             mixed=(free and visual) or replaceable,
