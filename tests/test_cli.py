@@ -208,7 +208,7 @@ def test_generate_equals_the_golden_pictures(golden_bundle, here):
     assert text_fields("out/001.png") == {
         "prompt": "a portrait of young girl. best quality.", "negative": "lowres, bad anatomy", "size": "112x80",
         "ratio": "4:3", "seed": "1", "guidance": "3", "temperature": "0", "top-k": "2048", "top-p": "1",
-        "model": "golden", "software": "emu3-jax",
+        "passes": "149", "model": "golden", "software": "emu3-jax",
     }  # fmt: skip
     tokens = load_npz("out/tokens.npz")
     assert sorted(tokens) == ["0", "1"] and tokens["0"][0] == 151849 and tokens["1"][-1] == 151850
