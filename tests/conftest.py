@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import shutil
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -120,3 +121,38 @@ def tiny_bundle(tmp_path_factory, vocabulary) -> pathlib.Path:
     from tiny_bundle import write_bundle
 
     return write_bundle(tmp_path_factory.mktemp("bundles") / "tiny", vocabulary)
+
+
+@pytest.fixture(scope="session")
+def vouched(tiny_bundle, tmp_path_factory) -> pathlib.Path:
+    """The tiny bundle with its checksums."""
+    from emu3_jax.checkpoints.checksums import write_checksums
+
+    copy = tmp_path_factory.mktemp("vouched") / "tiny"
+    shutil.copytree(tiny_bundle, copy)
+    write_checksums(copy)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """A stand-in for Cloud Storage; clients in this process and in those that it starts find it."""
+    from gcs_stand_in import serving
+
+    with pytest.MonkeyPatch.context() as patch, serving() as served:
+        patch.setenv("STORAGE_EMULATOR_HOST", served.url)
+        patch.setenv("TENSORSTORE_GCS_HTTP_URL", served.url)
+        patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "token")
+        patch.setenv("EMU3_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield served
+
+
+@pytest.fixture
+def bucket(store, tmp_path, monkeypatch):
+    """An empty bucket, `gs://bucket`. At the end no lock is left, and nothing local named after an address."""
+    monkeypatch.chdir(tmp_path)
+    store.bucket("bucket")
+    yield store
+    store.refuse = lambda *_: None
+    assert [name for name in store.names("bucket") if "lock" in name] == []
+    assert [name for name in os.listdir(tmp_path) if ":" in name or name == "gs"] == []

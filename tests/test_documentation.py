@@ -303,3 +303,15 @@ def test_page_is_run(page, stand_in, scratch, capsys):
         else:
             for command in commands(block.text):
                 run_command(command, capsys)
+
+
+def test_links_between_pages():
+    """What a page links to is there: the file, and in a page the heading."""
+    for page in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
+        for path, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", page.read_text()):
+            target = page.parent / path if path else page
+            assert target.exists(), f"{page.name}: {path}"
+            if anchor:
+                headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+                slugs = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+                assert anchor in slugs, f"{page.name}: {path}#{anchor}"

@@ -1,7 +1,9 @@
-"""The demo does what it promises, and the shell scripts are sound."""
+"""The demo does what it promises, and the shell scripts and the Dockerfile are sound."""
 
 import os
 import pathlib
+import re
+import shutil
 import subprocess
 import sys
 
@@ -17,8 +19,9 @@ from emu3_jax.evaluation.procedural import Motion, rasterise_clip
 from emu3_jax.media.clips import load_clip
 from emu3_jax.text.tokenizer import special_tokens
 
-SCRIPTS = pathlib.Path(__file__).parents[1] / "scripts"
-SHELL_SCRIPTS = sorted([*SCRIPTS.rglob("*.sh"), *SCRIPTS.rglob("*.sbatch"), SCRIPTS.parent / ".ci" / "run"])
+ROOT = pathlib.Path(__file__).parents[1]
+SCRIPTS = ROOT / "scripts"
+SHELL_SCRIPTS = sorted([*SCRIPTS.rglob("*.sh"), *SCRIPTS.rglob("*.sbatch"), ROOT / ".ci" / "run"])
 ANNOUNCED = "installing packages in .venv; this takes a few minutes the first time\n"
 
 
@@ -129,6 +132,41 @@ def test_wrong_vocabulary_is_refused(scripts, tmp_path, monkeypatch):
 @pytest.mark.parametrize("script", SHELL_SCRIPTS, ids=lambda path: path.name)
 def test_shell_scripts_parse(script):
     subprocess.run(["bash", "-n", script], check=True)
+
+
+def linter(name: str) -> str:
+    """Where the program is. Without it the test is skipped, unless continuous integration asks for it."""
+    beside = pathlib.Path(sys.executable).with_name(name)
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if found is None:
+        reason = f"{name} is not installed: pip install -e '.[test]'"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return found
+
+
+def test_shell_scripts_are_linted():
+    done = subprocess.run([linter("shellcheck"), *SHELL_SCRIPTS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_dockerfile_is_linted():
+    done = subprocess.run([linter("hadolint"), ROOT / "Dockerfile"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_dockerfile_copies_what_is_there():
+    """What is copied exists, is not left out by .dockerignore, and the extras are the project's."""
+    lines = [line.split() for line in (ROOT / "Dockerfile").read_text().splitlines()]
+    copied = [word for line in lines if line[:1] == ["COPY"] for word in line[1:-1]]
+    kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert copied and set(copied) == kept and all((ROOT / name).exists() for name in copied)
+    extras = (ROOT / "pyproject.toml").read_text()
+    for specification in re.findall(r'"\.\[(.*)\]"', (ROOT / "Dockerfile").read_text()):
+        for extra in specification.split(","):
+            for cuda in ("12", "13"):
+                assert f"\n{extra.replace('${CUDA}', cuda)} = [" in extras
 
 
 def in_venv(directory: pathlib.Path, name: str, install: str, **variables: str) -> subprocess.CompletedProcess[str]:
