@@ -10,6 +10,7 @@ import pytest
 from conftest import GOLDEN, golden_npz
 from PIL import Image
 
+import emu3_jax
 from emu3_jax.checkpoints import embedded
 from emu3_jax.cli.main import main
 from emu3_jax.media.clips import load_clip, save_clip
@@ -90,9 +91,14 @@ def test_a_clip_there_and_back(golden_bundle, here):
 
 
 @pytest.fixture
-def loaded(golden_model, monkeypatch):
-    """Commands get the golden model without loading it anew, which takes most of their time."""
-    monkeypatch.setattr("emu3_jax.load", lambda *_, **__: golden_model)
+def loaded(golden_bundle, golden_model, monkeypatch):
+    """Commands get the golden model without loading it anew, which takes most of their time; others are loaded."""
+    load = emu3_jax.load
+
+    def loaded_or_load(model=None, **options):
+        return golden_model if str(model) == str(golden_bundle) else load(model, **options)
+
+    monkeypatch.setattr("emu3_jax.load", loaded_or_load)
 
 
 @pytest.mark.slow
@@ -226,14 +232,14 @@ def test_chat_prints_answers(golden_bundle, golden_model, capsys, here):
 
 
 @pytest.mark.parametrize("layout", ["upstream", "transformers"])
-def test_export_and_doctor(layout, golden_bundle, here):
-    assert run("export", golden_bundle, "-o", "exported", "--layout", layout, "--quiet") == 0
+def test_export_and_doctor(layout, tiny_bundle, here):
+    assert run("export", tiny_bundle, "-o", "exported", "--layout", layout, "--quiet") == 0
     assert run("convert", *(["exported"] if layout == "transformers" else sorted(here.glob("exported/*"))),
                "-o", "again", "--quiet") == 0  # fmt: skip
     assert run("doctor", "again") == 0
 
 
-def test_video_writes_a_clip_for_each_prompt(golden_bundle, here, capsys):
+def test_video_writes_a_clip_for_each_prompt(golden_bundle, here, loaded, capsys):
     arguments = ("--area", 1024, "--frames", 4, "--model", golden_bundle, "-o", "clips", "--quiet")
     assert run("video", "a", "b", *arguments, "--format", "gif") == 0
     assert capsys.readouterr().out.splitlines() == ["clips/000.gif", "clips/001.gif"]
@@ -246,15 +252,21 @@ def test_doctor_exits_with_2_on_an_error(here, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[0])["level"] == "error"
 
 
+BENCH = ("bench", "decode", "--preset", "small", "--steps", 2, "--area")
+
+
 def test_bench_prints_json_lines(capsys):
-    assert run("bench", "decode", "--preset", "small", "--steps", 2, "--area", 4096) == 0
+    assert run(*BENCH, 4096) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert lines[0]["copy_gb_per_s"] > 0 and lines[1]["cache_length"] == 64 + 36
     assert lines[-1]["picture"] == "64x64" and lines[-1]["tokens"] == 72
-    moved = lines[1]["bytes_per_step"]
-    assert (
-        run("bench", "decode", "--preset", "small", "--steps", 2, "--area", 4096, "--quantize", "int8", "--logits") == 0
-    )
+
+
+@pytest.mark.slow
+def test_bench_compares_quantised_logits(capsys):
+    assert run(*BENCH, 4096) == 0
+    moved = json.loads(capsys.readouterr().out.splitlines()[1])["bytes_per_step"]
+    assert run(*BENCH, 4096, "--quantize", "int8", "--logits") == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert 0 < lines[-1]["logit_error"] < 0.05 and lines[-1]["same_likeliest"] > 0.8
     assert lines[0]["quantize"] == "int8" and 0.5 < lines[1]["bytes_per_step"] / moved < 0.53
@@ -262,7 +274,7 @@ def test_bench_prints_json_lines(capsys):
 
 @pytest.mark.slow
 def test_bench_on_a_mesh_and_bad_combinations(capsys):
-    arguments = ("bench", "decode", "--preset", "small", "--steps", 2, "--area", 1024, "--mesh", "tensor=2")
+    arguments = (*BENCH, 1024, "--mesh", "tensor=2")
     assert run(*arguments, "--whole") == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert lines[0]["mesh"]["tensor"] == 2 and lines[-1]["pixels_s"] > 0 and 0 < lines[-1]["sampler_share"] < 1
@@ -286,7 +298,7 @@ def test_bench_of_a_bundle(golden_bundle, capsys):
     assert lines[-1]["picture"] == "32x32" and lines[-1]["prompt_to_pixels_s"] > 0
 
 
-def test_bad_input_gets_one_line_and_exit_code_2(golden_bundle, error_of, here, monkeypatch):
+def test_bad_input_gets_one_line_and_exit_code_2(golden_bundle, error_of, here, loaded, monkeypatch):
     model = ("--model", golden_bundle, "-o", "out")
     small = ("--area", 1024, *model)
     (here / "text.png").write_text("not a picture")
@@ -346,7 +358,7 @@ def test_a_bundle_without_the_part_that_is_needed(golden_bundle, error_of, here)
     assert run("tokenize", GOLDEN / "gray.png", "--model", "eyes", "-o", "codes.npz") == 0
 
 
-def test_a_full_disk_leaves_nothing(golden_bundle, error_of, monkeypatch):
+def test_a_full_disk_leaves_nothing(golden_bundle, error_of, loaded, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 

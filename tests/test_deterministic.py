@@ -27,6 +27,7 @@ def compiled():
     return engine.prefill.jitted._cache_size(), engine.decode.jitted._cache_size()
 
 
+@pytest.mark.slow
 def test_pictures_are_the_same_alone_and_beside_others_in_any_place(model):
     _same_in_any_company(model, [0, 1, 2, 3], [3, 1, 2, 0], [2], [0], [0, 2], [3])
 
