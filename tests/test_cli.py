@@ -273,6 +273,22 @@ def test_bench_compares_quantised_logits(capsys):
 
 
 @pytest.mark.slow
+def test_bench_of_parallel_decoding(capsys):
+    options = ("--preset", "small", "--steps", 8, "--area", 4096, "--parallel", "off", 4, "--tokens-per-pass", 2, 3)
+    assert run("bench", "decode", *options, "--whole") == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()][1:]
+    assert [line.get("parallel", 1) for line in lines] == [1, 1, 4, 4]
+    assert lines[0]["ms_per_step"] > 0 and lines[2]["ms_per_pass"] > 0
+    last = lines[3]
+    assert last["tokens_per_pass"] == round(72 / 37, 3)  # prefill, and 71 steps by two
+    slower, faster = (last[f"seconds_per_picture_at_{rate}_tokens_per_pass"] for rate in (2, 3))
+    assert slower >= faster and last["whole_run_s"] > 0
+    for bad in ("0.5", "129", "nan"):
+        assert run("bench", "decode", "--tokens-per-pass", bad) == 2
+        assert f"--tokens-per-pass: {bad} is not a number from 1 to 128" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_bench_on_a_mesh_and_bad_combinations(capsys):
     arguments = (*BENCH, 1024, "--mesh", "tensor=2")
     assert run(*arguments, "--whole") == 0

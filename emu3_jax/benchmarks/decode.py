@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 import time
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from emu3_jax.config import DecoderConfig, VisionConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.generation import engine, session
 from emu3_jax.generation.defaults import GUIDANCE, TOP_K
+from emu3_jax.generation.parallel import choose_window
 from emu3_jax.generation.pipeline import Emu3
 from emu3_jax.generation.rows import Sampling
 from emu3_jax.generation.schedule import TokenClass, image_schedule
@@ -48,6 +50,8 @@ PRESETS = {
 }
 PROMPT_TOKENS = 64
 PROFILED = 16  # number of steps to profile
+# Tokens that a pass settles: estimates for the 8 B model at W = 16 and 32, see docs/performance.md.
+TOKENS_PER_PASS = (2.5, 3.2)
 
 
 def run(
@@ -65,10 +69,13 @@ def run(
     mesh: str | None = None,
     profile: bool = False,
     logits: bool = False,
+    parallel: tuple[int | str, ...] = ("off",),
+    tokens_per_pass: tuple[float, ...] = TOKENS_PER_PASS,
 ) -> Iterator[dict[str, Any]]:
     """Times the decode loop.
 
-    A time is the shortest of three runs of `steps` steps. `bytes_per_step` counts the bytes that a step must read:
+    A time is the shortest of three runs of `steps` steps. In parallel decoding a step is a pass of several tokens, of
+    which one is settled. `bytes_per_step` counts the bytes that a step must read:
     weights of the layers, the visual rows of the head, and the used part of the KV cache. On a mesh, `bytes_per_step`
     is the sum over all devices, but the bandwidths are those of one device.
 
@@ -87,6 +94,9 @@ def run(
         profile: whether to also list the GPU's kernels at each cache length.
         logits: whether to also compare the logits of quantised and unquantised weights, see `logit_errors`. This runs
             last, because both sets of weights need memory.
+        parallel: each "off", "auto" or a number of tokens W of a pass per row; see `generation.parallel`.
+        tokens_per_pass: numbers of tokens that passes of W tokens settle on average, for the seconds of a picture. With
+            `whole` and a preset, passes settle the first of them, whatever was guessed.
 
     Yields:
         The peer's figures if `compare` is given; then the machine and its bandwidths; then figures for each batch size
@@ -123,9 +133,9 @@ def run(
         yield {"bench": "decode", **subject.about, **describe_machine(), **measured}
         config = subject.config
         side = round(math.sqrt(config.image_area if area is None else area) / subject.vision_config.spatial_factor)
-        for count in rows:
-            copy = measured["copy_gb_per_s"]
-            yield from _measure(subject, count, side, steps=steps, whole=whole, profile=profile, copy=copy)
+        options: dict[str, Any] = {"steps": steps, "whole": whole, "profile": profile, "rates": tokens_per_pass}
+        for count, window in itertools.product(rows, parallel):
+            yield from _measure(subject, count, side, copy=measured["copy_gb_per_s"], parallel=window, **options)
         if logits:
             yield logit_errors(config, subject.params, quantize)
     if failure:
@@ -170,23 +180,37 @@ def _subject(
 
 
 def _measure(
-    subject: _Subject, count: int, side: int, *, steps: int, whole: bool, profile: bool, copy: float
+    subject: _Subject,
+    count: int,
+    side: int,
+    *,
+    steps: int,
+    whole: bool,
+    profile: bool,
+    copy: float,
+    parallel: int | str,
+    rates: tuple[float, ...],
 ) -> Iterator[dict[str, Any]]:
     """Yields figures for a batch of `count` pictures of `side` x `side` tokens.
 
-    `copy` is the copy bandwidth of one device in GB/s.
+    `copy` is the copy bandwidth of one device in GB/s. See `run` for `parallel` and `rates` (its `tokens_per_pass`).
     """
     config, params = subject.config, subject.params
     schedule = image_schedule(side, side)
     total = len(schedule) - 3
-    timed = min(steps, total - 1)
     prompt = [1] * PROMPT_TOKENS
     pictures = [Row(prompt, schedule, prompt)] * count
     settings = Sampling(top_k=TOP_K, guidance=GUIDANCE).settings(count)
     options: dict[str, Any] = {
-        "mesh": subject.mesh, "narrow_cache": subject.narrow_cache, "kernels": subject.kernels,
+        "mesh": subject.mesh, "narrow_cache": subject.narrow_cache, "kernels": subject.kernels, "parallel": parallel,
     }  # fmt: skip
-    decoding = DecodeSession(params, config, pictures, settings, **options)
+    window = choose_window(parallel)
+    rate = rates[0] if window > 1 else None
+    decoding = DecodeSession(params, config, pictures, settings, settled_per_pass=rate, **options)
+    passes = max(int(min(steps, total - 1) / (rate or 1)), 1)  # that are timed
+    timed = max(int(passes * (rate or 1)), 1)  # the steps that they take
+    about = {"pictures": count} if window == 1 else {"pictures": count, "parallel": window}
+    step = "step" if window == 1 else "pass"
     began = time.perf_counter()
     decoding.start()
     jax.block_until_ready(decoding.state)
@@ -196,21 +220,21 @@ def _measure(
     seconds = 0.0
     position = 1
     while position < total:  # times the middle of each stage of a growing cache
-        needed, final = PROMPT_TOKENS + position + 1, decoding.shapes.width + decoding.shapes.steps
+        needed, final = PROMPT_TOKENS + position + 1, decoding.shapes.slots(2**30)
         last = min(cache_slots(needed, final, "xla") - PROMPT_TOKENS, total)
         middle = max((position + last - timed) // 2, 1)
-        attempts = [_timed(decoding, middle, timed) for _ in range(3)]  # the first one may compile
+        attempts = [_timed(decoding, middle, passes) for _ in range(3)]  # the first one may compile
         compile_s += attempts[0]
-        best = min(attempts) / timed
+        best = min(attempts) / passes
         seconds += best * (last - position)
         moved = weight_bytes + slot_bytes * (PROMPT_TOKENS + middle + timed // 2)
         slots = decoding.state.cache.slots
         yield {
-            "pictures": count,
+            **about,
             "cache_length": PROMPT_TOKENS + middle + timed // 2,
             "cache_slots": slots,
-            "ms_per_step": round(best * 1e3, 3),
-            "bytes_per_step": moved,
+            f"ms_per_{step}": round(best * 1e3, 3),
+            f"bytes_per_{step}": moved,
             "gb_per_s": round(moved / best / 1e9, 1),
             "share_of_copy": round(moved / best / 1e9 / copy / devices, 3),
         }
@@ -218,17 +242,18 @@ def _measure(
             with gpu_kernels(PROFILED) as found:
                 _timed(decoding, middle, PROFILED)
             if found:
-                yield {"pictures": count, "cache_slots": slots, **found}
+                yield {**about, "cache_slots": slots, **found}
         position = last
     average = seconds / total
     sampler = _sampler_seconds(config, decoding, count)
+    counts = {"": total} if window == 1 else {f"_at_{rate:g}_tokens_per_pass": total / rate for rate in rates}
     summary = {
-        "pictures": count,
+        **about,
         "picture": "{0}x{0}".format(side * subject.vision_config.spatial_factor),
         "tokens": total,
-        "ms_per_token_average": round(average * 1e3, 3),
-        "seconds_per_picture": round(average * total / count, 2),
-        "pictures_per_minute": round(60 * count / (average * total), 2),
+        "ms_per_token_average" if window == 1 else "ms_per_pass_average": round(average * 1e3, 3),
+        **{f"seconds_per_picture{name}": round(average * number / count, 2) for name, number in counts.items()},
+        **{f"pictures_per_minute{name}": round(60 * count / (average * number), 2) for name, number in counts.items()},
         "sampler_ms": round(sampler * 1e3, 4),
         "sampler_share": round(sampler / average, 4),
         "first_calls_s": round(compile_s, 1),
@@ -236,9 +261,15 @@ def _measure(
     }
     del decoding
     if whole:
+        options["settled_per_pass"] = rate if subject.loaded is None else None
+        if options["settled_per_pass"] != rate:  # else it is already compiled by the runs above
+            session.run(params, config, pictures, settings, **options)
         began = time.perf_counter()
-        tokens = session.run(params, config, pictures, settings, **options).ids  # already compiled by the runs above
+        made = session.run(params, config, pictures, settings, **options)
         summary["whole_run_s"] = round(time.perf_counter() - began, 2)
+        if window > 1:
+            summary["tokens_per_pass"] = round(float(total / made.passes.mean()), 3)
+        tokens = made.ids
         if subject.loaded is None:
             summary["pixels_s"] = _pixel_seconds(tokens, schedule, side, config, subject.vision_config)
         else:
@@ -246,7 +277,12 @@ def _measure(
             for _ in range(2):
                 began = time.perf_counter()
                 subject.loaded.generate(
-                    ["a picture"] * count, area=area, guidance=GUIDANCE, top_k=TOP_K, batch_size=count
+                    ["a picture"] * count,
+                    area=area,
+                    guidance=GUIDANCE,
+                    top_k=TOP_K,
+                    batch_size=count,
+                    parallel=parallel,
                 )
             summary["prompt_to_pixels_s"] = round(time.perf_counter() - began, 2)
         summary |= _memory()

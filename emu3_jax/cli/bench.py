@@ -63,6 +63,23 @@ def _add_decode(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="pixels of the picture (default: what the model was trained for)",
     )
+    command.add_argument(
+        "--parallel",
+        type=common.parallel,
+        nargs="+",
+        default=["off"],
+        metavar="W",
+        help="tokens of a pass per picture (2 to 128), off or auto; one or more (default: off)",
+    )
+    command.add_argument(
+        "--tokens-per-pass",
+        type=_rate,
+        nargs="+",
+        default=[2.5, 3.2],
+        metavar="N",
+        help="with --parallel, say how long a picture takes if a pass settles this many tokens on average; passes of a "
+        "preset settle the first of these numbers (default: 2.5 3.2, estimates for 8 B)",
+    )
     _add_steps(command, 256, "steps timed per cache length")
     command.add_argument(
         "--whole", action="store_true", help="also time one whole picture to its pixels, and print its peak memory"
@@ -77,6 +94,17 @@ def _add_decode(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--profile", action="store_true", help="also list the GPU kernels of a step by their time")
     _add_compare(command)
+
+
+def _rate(text: str) -> float:
+    """The type of `--tokens-per-pass`."""
+    number = float(text)
+    if not 1 <= number <= 128:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 to 128")
+    return number
+
+
+_rate.__name__ = "number"
 
 
 def _add_vision(command: argparse.ArgumentParser) -> None:

@@ -407,6 +407,7 @@ def run(
     kernels: str = "auto",
     least_rows: int = 1,
     parallel: int | str = "off",
+    settled_per_pass: float | None = None,
 ) -> Made:
     """Generates one sequence per row with a `DecodeSession`.
 
@@ -423,13 +424,14 @@ def run(
         kernels: implementation of attention in decoding, from `attention.KERNELS`.
         least_rows: see `DecodeSession`.
         parallel: see `DecodeSession`.
+        settled_per_pass: see `DecodeSession`.
 
     Raises:
         Emu3Error: a prompt and its schedule do not fit into the model's positions, or `parallel` is not legal.
     """
     session = DecodeSession(
         params, config, rows, settings, mesh=mesh, narrow_cache=narrow_cache, kernels=kernels, least_rows=least_rows,
-        parallel=parallel,
+        parallel=parallel, settled_per_pass=settled_per_pass,
     )  # fmt: skip
     latest = session.start()
     while True:
