@@ -18,9 +18,16 @@ PARTS: dict[str, tuple[str, ...]] = {
     "int8": (*DECODE, "--rows", "1", "4", "8", "16", "--quantize", "int8", "--logits"),
     "int8-weights": (*DECODE, "--quantize", "int8-weights", "--logits"),
     "fp8": (*DECODE, "--quantize", "fp8", "--logits"),
+    "parallel": (*DECODE, "--rows", "1", "8", "--parallel", "off", "8", "16", "32", "64"),
+    "parallel-int8": (*DECODE, "--parallel", "off", "16", "32", "--quantize", "int8"),
     "vision": ("vision", "--size", "720", "--fast"),
     "two": (*DECODE, "--mesh", "tensor=2"),
 }
+# Milliseconds per pass, averaged over the picture, by part, pictures at once and tokens per pass.
+PARALLEL_GOALS = {
+    ("parallel", 1, 16): 6.7, ("parallel", 1, 32): 7.1, ("parallel", 1, 64): 8.4, ("parallel", 8, 16): 11,
+    ("parallel-int8", 1, 32): 4.8,
+}  # fmt: skip
 Figures = list[dict[str, Any]]
 
 
@@ -113,6 +120,21 @@ def rows(results: dict[str, Figures]):
                 f"{part}, logits of random weights",
                 "",
                 (f"relative error {error['logit_error']}, same likeliest token {error['same_likeliest']:.0%}"),
+            )
+    for part, figures in results.items():
+        for line in figures:
+            if "ms_per_pass_average" not in line:
+                continue
+            times = (
+                f"{seconds} s per picture at {name.removeprefix('seconds_per_picture_at_').replace('_', ' ')}"
+                for name, seconds in line.items()
+                if name.startswith("seconds_per_picture_at_")
+            )
+            aim = PARALLEL_GOALS.get((part, line["pictures"], line["parallel"]))
+            yield (
+                f"{part}, {line['pictures']} at once, {line['parallel']} tokens per pass",
+                f"{aim} ms per pass" if aim else "",
+                f"{line['ms_per_pass_average']} ms per pass; {', '.join(times)}",
             )
     sides = {line["side"]: line for line in results.get("vision", []) if "side" in line}
     if "emu3_jax" in sides:

@@ -100,8 +100,8 @@ def test_pictures_say_how_they_were_made(golden_model):
     )
     assert image.info == {
         "prompt": "ein Füchslein", "negative": "blurry", "size": "32x32", "ratio": "1:1", "seed": "11",
-        "guidance": "2.5", "temperature": "0.9", "top-k": "100", "top-p": "0.9", "model": "golden",
-        "software": "emu3-jax",
+        "guidance": "2.5", "temperature": "0.9", "top-k": "100", "top-p": "0.9", "passes": "19",
+        "model": "golden", "software": "emu3-jax",
     }  # fmt: skip
 
 
