@@ -300,7 +300,8 @@ class DecodeSession:
                 config=self._config, variant=shapes.variant, slots=state.cache.slots,
             )  # fmt: skip
             self.state = engine.insert(state, new, np.int32(index))
-        self._filled = (*self._filled[:index], row, *self._filled[index + 1 :])
+        # A copy, so that `read` can tell it from the old row, even if the same row starts again.
+        self._filled = (*self._filled[:index], dataclasses.replace(row), *self._filled[index + 1 :])
 
         def changed(old: Any, new: Any) -> np.ndarray:
             old = np.array(old)  # a copy, because a queued call may still read the old array
