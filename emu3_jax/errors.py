@@ -1,4 +1,4 @@
-"""The error class for bad input. Its message names the cause and the remedy in one line."""
+"""The error classes for bad input. A message names the cause and the remedy in one line."""
 
 from emu3_jax.printable import one_line
 
@@ -12,3 +12,16 @@ class Emu3Error(ValueError):
 
     def __init__(self, message: str):
         super().__init__(one_line(message))
+
+
+class RowError(Emu3Error):
+    """Bad input in one row of a request.
+
+    Attributes:
+        row: index of the row.
+        reason: the message without the row, for callers that have a better name for it.
+    """
+
+    def __init__(self, row: int, reason: str):
+        super().__init__(f"row {row}: {reason}")
+        self.row, self.reason = row, reason

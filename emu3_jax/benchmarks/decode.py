@@ -14,7 +14,7 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from emu3_jax.benchmarks import peer
+from emu3_jax.benchmarks import TOKENS_PER_PASS, peer
 from emu3_jax.benchmarks.kernels import gpu_kernels
 from emu3_jax.benchmarks.machine import describe_machine
 from emu3_jax.benchmarks.random_weights import normal
@@ -50,8 +50,6 @@ PRESETS = {
 }
 PROMPT_TOKENS = 64
 PROFILED = 16  # number of steps to profile
-# Tokens that a pass settles: estimates for the 8 B model at W = 16 and 32, see docs/performance.md.
-TOKENS_PER_PASS = (2.5, 3.2)
 
 
 def run(

@@ -10,6 +10,7 @@ examples:
 import argparse
 import math
 
+from emu3_jax.benchmarks import TOKENS_PER_PASS
 from emu3_jax.cli import common
 from emu3_jax.media.sizes import MAX_AREA
 
@@ -75,7 +76,7 @@ def _add_decode(command: argparse.ArgumentParser) -> None:
         "--tokens-per-pass",
         type=_rate,
         nargs="+",
-        default=[2.5, 3.2],
+        default=TOKENS_PER_PASS,
         metavar="N",
         help="with --parallel, say how long a picture takes if a pass settles this many tokens on average; passes of a "
         "preset settle the first of these numbers (default: 2.5 3.2, estimates for 8 B)",

@@ -67,9 +67,9 @@ def parallel(text: str) -> int | str:
     if text in ("auto", "off"):
         return text
     try:
-        return whole(2, 128)(text)  # to `generation.parallel.MOST`, which would import JAX
+        return whole(2, defaults.MOST_PARALLEL)(text)
     except (ValueError, argparse.ArgumentTypeError):
-        raise argparse.ArgumentTypeError(f"{shown(text)} is not auto, off, or a whole number from 2 to 128") from None
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not {defaults.LEGAL_PARALLEL}") from None
 
 
 def section(command: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:

@@ -14,7 +14,6 @@ examples:
 
 import argparse
 import contextlib
-import re
 import typing
 from collections.abc import Iterator
 
@@ -140,15 +139,14 @@ def _naming_lines(source: typing.Any, n: int) -> Iterator[None]:
         source: the `PromptFile`; None if the prompts are no file's.
         n: pictures per prompt.
     """
-    from emu3_jax.errors import Emu3Error
+    from emu3_jax.errors import Emu3Error, RowError
 
     try:
         yield
-    except Emu3Error as error:
-        row = re.match(r"row ([0-9]+): ", str(error))
-        if source is None or row is None:
+    except RowError as error:
+        if source is None:
             raise
-        raise Emu3Error(f"{source.place(int(row[1]) // n)}: {str(error)[row.end() :]}") from error
+        raise Emu3Error(f"{source.place(error.row // n)}: {error.reason}") from error
 
 
 def _figures(file: typing.Any, replaced: bool, about: dict[str, str]) -> dict[str, typing.Any]:

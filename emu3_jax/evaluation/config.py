@@ -139,8 +139,7 @@ class EvaluateConfig:
         check_field(self, "top_k", is_whole(self.top_k, 1), "a whole number >= 1")
         check_field(self, "top_p", is_number(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1")
         check_field(self, "seed", is_whole(self.seed, 0) and self.seed < 2**31, "a whole number from 0 to 2**31 - 1")
-        legal = "auto, off, or a whole number from 2 to 128"
-        check_field(self, "parallel", is_window(self.parallel), legal)
+        check_field(self, "parallel", is_window(self.parallel), defaults.LEGAL_PARALLEL)
         check_field(self, "rows", is_whole(self.rows, 0), "a whole number >= 0")
         check_field(self, "judge", isinstance(self.judge, JudgeConfig), "a JudgeConfig")
 

@@ -55,7 +55,7 @@ class GenerateConfig:
         check_field(self, "decoder", isinstance(self.decoder, DecoderConfig), "a DecoderConfig")
         kinds = (None, *KINDS)
         check_field(self, "quantize", self.quantize in kinds, f"None or one of {', '.join(KINDS)}")
-        check_field(self, "parallel", is_window(self.parallel), "auto, off, or a whole number from 2 to 128")
+        check_field(self, "parallel", is_window(self.parallel), defaults.LEGAL_PARALLEL)
         check_field(self, "kernels", self.kernels in KERNELS, f"one of {', '.join(KERNELS)}")
         check_field(self, "guidance", is_number(self.guidance) and self.guidance >= 0, "a number >= 0")
         length = self.prompt_tokens + self.steps

@@ -12,3 +12,5 @@ FPS = 8.0  # frames per second of a new clip
 
 MAX_PICTURES = 1_000_000  # most pictures of one call; each needs a few kilobytes of host memory from the start
 PARALLEL = "auto"  # tokens of a pass of the decoder
+MOST_PARALLEL = 128
+LEGAL_PARALLEL = f"auto, off, or a whole number from 2 to {MOST_PARALLEL}"

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from emu3_jax.config import DecoderConfig
-from emu3_jax.errors import Emu3Error
+from emu3_jax.errors import Emu3Error, RowError
 from emu3_jax.fields import is_count
 from emu3_jax.generation import defaults, session
 from emu3_jax.generation.parallel import check_window
@@ -224,9 +224,10 @@ def answer(
     for index, ids in enumerate(inputs):
         room = positions - len(ids)
         if room < 1:
-            raise Emu3Error(
-                f"row {index}: pictures and question take {len(ids)} tokens, but the model has {positions} positions: "
-                "shorten the question, or use fewer or smaller pictures, or fewer frames of a clip"
+            raise RowError(
+                index,
+                f"pictures and question take {len(ids)} tokens, but the model has {positions} positions: "
+                "shorten the question, or use fewer or smaller pictures, or fewer frames of a clip",
             )
         rows.append(Row(ids, text_schedule(min(max_new_tokens, room))))
     made = {index: ids for index, ids, _ in _run_batches(language, rows, sampling.settings(len(rows)), batching)}

@@ -19,23 +19,22 @@ import jax.numpy as jnp
 
 from emu3_jax.errors import Emu3Error
 from emu3_jax.fields import is_count
+from emu3_jax.generation import defaults
 from emu3_jax.generation.schedule import SAMPLED_FREE
 from emu3_jax.printable import shown
 
-MOST = 128  # largest W
-
 
 def is_window(parallel: Any) -> bool:
-    """Whether `parallel` is legal: "auto", "off", or a whole number from 2 to `MOST`."""
+    """Whether `parallel` is legal: "auto", "off", or a whole number from 2 to `defaults.MOST_PARALLEL`."""
     if isinstance(parallel, str):
         return parallel in ("auto", "off")
-    return is_count(parallel) and 2 <= parallel <= MOST
+    return is_count(parallel) and 2 <= parallel <= defaults.MOST_PARALLEL
 
 
 def check_window(parallel: int | str) -> None:
     """Raises `Emu3Error` if `parallel` is not legal; see `is_window`."""
     if not is_window(parallel):
-        raise Emu3Error(f"parallel is {shown(parallel)}: it must be auto, off, or a whole number from 2 to {MOST}")
+        raise Emu3Error(f"parallel is {shown(parallel)}: it must be {defaults.LEGAL_PARALLEL}")
 
 
 def choose_window(parallel: int | str) -> int:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from emu3_jax.config import DecoderConfig
-from emu3_jax.errors import Emu3Error
+from emu3_jax.errors import Emu3Error, RowError
 from emu3_jax.generation import engine
 from emu3_jax.generation.parallel import check_window, choose_window
 from emu3_jax.generation.sampling import RowSettings
@@ -55,10 +55,12 @@ class Snapshot:
 
     Attributes:
         rows: the rows of the call, with those that fill the session.
+        goal: see `engine.Plan`.
         tokens, step, passes, ended: see `engine.DecodeState`.
     """
 
     rows: tuple[Row, ...]
+    goal: np.ndarray
     tokens: jax.Array
     step: jax.Array
     passes: jax.Array
@@ -113,7 +115,6 @@ class DecodeSession:
         narrow_cache: bool = False,
         kernels: str = "auto",
         least_rows: int = 1,
-        least: tuple[int, int] = (1, 1),
         parallel: int | str = "off",
         replaceable: bool = False,
         settled_per_pass: float | None = None,
@@ -129,7 +130,6 @@ class DecodeSession:
             narrow_cache: store keys and values as int8.
             kernels: implementation of attention in decoding, from `attention.KERNELS`.
             least_rows: smallest number of rows to compile for. Copies of the last row fill the rest.
-            least: smallest length of prompts and of schedules to compile for.
             parallel: "auto", "off" or the number of tokens W of a pass per row; see `parallel.choose_window`.
             replaceable: whether `replace` will be used. All options of the programs are then on.
             settled_per_pass: see `engine.Variant`.
@@ -145,8 +145,8 @@ class DecodeSession:
         self._count, self._filled = len(rows), filled
         settings = settings.take(np.minimum(np.arange(len(filled)), len(rows) - 1))
         prompts = [ids for row in filled for ids in (row.prompt, *([row.negative or ()] if guided else ()))]
-        width = bucket(max(least[0], *map(len, prompts)))
-        steps = bucket(max(least[1], *(len(row.schedule) for row in filled)))
+        width = bucket(max(map(len, prompts)))
+        steps = bucket(max(len(row.schedule) for row in filled))
         schedule = stack_schedules([row.schedule for row in filled], steps)
         free = bool((schedule == TokenClass.FREE).any())
         visual = bool((schedule == TokenClass.VISUAL).any())
@@ -240,7 +240,7 @@ class DecodeSession:
     def read(self, snapshot: Snapshot) -> Reading:
         """Waits for a call and returns what the rows have after it."""
         tokens, step, passes, ended = map(np.asarray, (snapshot.tokens, snapshot.step, snapshot.passes, snapshot.ended))
-        goal = sampled_steps(stack_schedules([row.schedule for row in snapshot.rows], self.shapes.steps))
+        goal = snapshot.goal
         done = ended | (step >= goal)
         # A row that was replaced after the call is not where the old one was.
         same = np.asarray([old is new for old, new in zip(snapshot.rows, self._filled, strict=True)])
@@ -329,7 +329,11 @@ class DecodeSession:
     def _snapshot(self) -> Snapshot:
         state = self._started()
         # Copies, because the next call donates the state's memory.
-        return Snapshot(self._filled, *map(jnp.copy, (state.tokens, state.step, state.passes, state.ended)))
+        return Snapshot(
+            self._filled,
+            np.asarray(self.plan.goal),
+            *map(jnp.copy, (state.tokens, state.step, state.passes, state.ended)),
+        )
 
     # ------------------------------------------------------------------------------------------------ compilation
 
@@ -456,7 +460,8 @@ def check_positions(config: DecoderConfig, rows: Iterable[tuple[int, int]]) -> N
     """
     for index, (prompt, steps) in enumerate(rows):
         if prompt + steps > config.max_positions:
-            raise Emu3Error(
-                f"row {index}: a prompt of {prompt} tokens and {steps} tokens to generate exceed the model's "
-                f"{config.max_positions} positions: shorten the prompt, or ask for a smaller picture or answer"
+            raise RowError(
+                index,
+                f"a prompt of {prompt} tokens and {steps} tokens to generate exceed the model's "
+                f"{config.max_positions} positions: shorten the prompt, or ask for a smaller picture or answer",
             )
