@@ -35,8 +35,9 @@ from published_steps import FAILED, NOT_COMPARED, NOT_RUN, VERDICTS, installed
 import emu3_jax
 from emu3_jax import progress
 from emu3_jax.errors import Emu3Error
-from emu3_jax.files import locked, new_file
+from emu3_jax.files import new_file
 from emu3_jax.foreign import local_path
+from emu3_jax.locks import locked
 from emu3_jax.printable import one_line
 
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from emu3_jax import Emu3Error, files
+from emu3_jax import Emu3Error, locks
 from emu3_jax.cli.main import main
 from emu3_jax.training import run_directory
 
@@ -71,7 +71,7 @@ def test_a_directory_that_is_in_use_is_left_alone(run, capsys):
     directory, left, _ = run
     for path in left:
         path.mkdir(exist_ok=True)
-    with files.locked(directory / "lock", str):
+    with locks.locked(directory / "lock", str):
         assert main(["doctor", "--clean", str(directory)]) == 2
         said = capsys.readouterr().err
         assert f"{directory} is in use by process {os.getpid()} on" in said and said.count("\n") == 1
@@ -101,5 +101,5 @@ def test_a_lock_on_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr("fcntl.flock", none)
-    with files.locked(tmp_path / "lock", str):
+    with locks.locked(tmp_path / "lock", str):
         assert "cannot be locked (Function not implemented); do not let another run write there" in caplog.text

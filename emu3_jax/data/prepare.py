@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from emu3_jax import files, storage
+from emu3_jax import files, locks, storage
 from emu3_jax.data.config import MAX_THREADS
 from emu3_jax.data.records import Record
 from emu3_jax.data.shards import FORMAT, INDEX, Codebook, Index, Shard, write_json, write_shard
@@ -134,7 +134,7 @@ def _held(directory: Path, host: int, hosts: int) -> Iterator[None]:
     def busy(holder: str) -> str:
         return f"{directory} is being prepared by {holder}: wait for it, stop it, or choose another directory"
 
-    with files.shared_directory(directory), files.locked(directory / f".lock-{host}-of-{hosts}", busy, passing=True):
+    with files.shared_directory(directory), locks.locked(directory / f".lock-{host}-of-{hosts}", busy, passing=True):
         yield
 
 

@@ -23,7 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from emu3_jax import files, storage
+from emu3_jax import files, locks, storage
 from emu3_jax.errors import Emu3Error
 from emu3_jax.files import new_file
 from emu3_jax.foreign import step_number
@@ -67,7 +67,7 @@ def locked(directory: pathlib.Path) -> Iterator[None]:
     def busy(holder: str) -> str:
         return f"{directory} is in use by {holder}: wait for it, stop it, or choose another directory"
 
-    with files.locked(directory / "lock", busy):
+    with locks.locked(directory / "lock", busy):
         for folder in _FOLDERS:
             if os.path.lexists(directory / folder) and not (directory / folder).is_dir():
                 raise Emu3Error(f"{directory / folder} is not a directory: move it away, or choose another directory")
@@ -96,7 +96,7 @@ def clean(directory: pathlib.Path) -> list[pathlib.Path]:
 
 def clean_unused(directory: pathlib.Path) -> list[pathlib.Path]:
     """Locks the directory and cleans it (see `clean`). Raises `Emu3Error` if a run has the lock."""
-    with files.locked(directory / "lock", lambda holder: f"{directory} is in use by {holder}: wait for it or stop it"):
+    with locks.locked(directory / "lock", lambda holder: f"{directory} is in use by {holder}: wait for it or stop it"):
         return clean(directory)
 
 
