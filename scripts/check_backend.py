@@ -142,12 +142,19 @@ def check_narrow(config: DecoderConfig):
     half, exact = (dataclasses.replace(config, dtype=dtype) for dtype in ("float16", "float32"))
     tokens = jax.random.randint(jax.random.key(1), (2, 65), 0, config.vocab_size)
 
+    # A window of 16 tokens has a kernel of its own for RoPE and writes; one of 5 tokens has none. Rows are ragged.
+    ragged = jnp.asarray([50, 60], jnp.int32)
+
     def logits(config, params, narrow_cache, kernels):
-        """The logits of a prompt of 64 tokens, and of the next token."""
-        cache = KVCache.create(config, jnp.zeros(2, jnp.int32), 128, narrow_cache)
-        step = jax.jit(lambda p, t, c: Decoder(config, kernels=kernels).apply({"params": p}, t, c))
-        first, cache = step(params, tokens[:, :64], cache)
-        return np.asarray(first), np.asarray(step(params, tokens[:, 64:], cache)[0])
+        """The logits of a prompt of 64 tokens, of the next token, and of windows of 16 and 5 tokens."""
+        cache = KVCache.create(config, jnp.asarray([0, 3], jnp.int32), 128, narrow_cache)
+        step = jax.jit(
+            lambda p, t, c, kernels: Decoder(config, kernels=kernels).apply({"params": p}, t, c), static_argnums=3
+        )
+        first, cache = step(params, tokens[:, :64], cache, "xla")
+        found = [first[:, 3:], step(params, tokens[:, 64:], cache, kernels)[0]]
+        cache = cache.replace(lockstep=False, length=ragged)
+        return [np.asarray(x) for x in (*found, *(step(params, tokens[:, :n], cache, kernels)[0] for n in (16, 5)))]
 
     def cast(leaf):
         return leaf.astype(jnp.float16) if leaf.dtype == jnp.bfloat16 else leaf
@@ -159,7 +166,8 @@ def check_narrow(config: DecoderConfig):
         del plain
         for own, kernels in itertools.product((config, half), kernels_here()):
             found = logits(own, params if own is config else jax.tree.map(cast, params), kind is not None, kernels)
-            for what, one, other in zip(("64 tokens", "1 token"), found, expected, strict=True):
+            parts = zip(("64 tokens", "1 token", "a window of 16", "a window of 5"), found, expected, strict=True)
+            for what, one, other in parts:
                 name = ", ".join(filter(None, (kind, own.dtype, kernels)))
                 yield f"logits of {what}, {name}", relative_error(one, other), 0.03
 

@@ -61,7 +61,7 @@ def warnings(caplog, monkeypatch):
 def test_what_each_card_is_given(found, step, whole, packed, tf32, bfloat16, float8, gpu, monkeypatch):
     gpu(found)
     monkeypatch.setattr(attention, "TRITON_SUPPORTED", True)
-    assert choose_kernels("auto", 128) == step
+    assert choose_kernels("auto", 128, jnp.bfloat16) == step
     for dtype in (jnp.bfloat16, jnp.float16):
         assert choose("auto", (2, 64, 8, 4, 128), dtype, False) == whole
         assert choose("auto", (2, 64, 8, 4, 128), dtype, True) == packed

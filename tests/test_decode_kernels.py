@@ -111,27 +111,27 @@ def test_runs_on_a_mesh_are_equal_too(kind):
 def test_the_choice_of_kernels(kernels, width, platform, expected, monkeypatch):
     monkeypatch.setattr(attention, "TRITON_SUPPORTED", True)
     monkeypatch.setattr(capability, "cuda_capability", lambda: (9, 0))
-    assert choose_kernels(kernels, width, platform) == expected
+    assert choose_kernels(kernels, width, jnp.float32, platform) == expected
     monkeypatch.setattr(capability, "cuda_capability", lambda: (7, 5))
-    assert choose_kernels("auto", width, platform) == "xla"
+    assert choose_kernels("auto", width, jnp.float32, platform) == "xla"
 
 
 def test_a_named_kernel_that_the_gpu_lacks_is_refused(monkeypatch):
     monkeypatch.setattr(capability, "cuda_capability", lambda: (7, 5))
     with pytest.raises(Emu3Error, match=r'"pallas" need compute capability 8.0 \(Ampere\) or later, .* has 7.5'):
-        choose_kernels("pallas", 128, "gpu")
+        choose_kernels("pallas", 128, jnp.float32, "gpu")
 
 
 @pytest.mark.parametrize("kernels", ["auto", "pallas"])
 def test_without_triton_the_kernel_is_taken_on_request_alone(kernels, monkeypatch):
     monkeypatch.setattr(attention, "TRITON_SUPPORTED", False)
     monkeypatch.setattr(capability, "cuda_capability", lambda: (9, 0))
-    assert choose_kernels(kernels, 128, "gpu") == {"auto": "xla", "pallas": "pallas"}[kernels]
+    assert choose_kernels(kernels, 128, jnp.float32, "gpu") == {"auto": "xla", "pallas": "pallas"}[kernels]
 
 
 def test_unknown_kernels_are_refused():
     with pytest.raises(Emu3Error, match="kernels 'triton' are unknown: choose one of auto, xla, pallas"):
-        choose_kernels("triton", 128)
+        choose_kernels("triton", 128, jnp.float32)
 
 
 def test_runs_of_text_are_equal_too():

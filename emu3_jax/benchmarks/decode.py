@@ -172,7 +172,7 @@ def _subject(
     about["dtype"] = config.dtype
     if quantize is not None:
         about["quantize"] = quantize
-    about["kernels"] = kernels = choose_kernels(kernels, config.head_dim)
+    about["kernels"] = kernels = choose_kernels(kernels, config.head_dim, config.dtype)
     narrow_cache = narrows_cache(quantize)
     return _Subject(about, config, params, vision_config, loaded, mesh, narrow_cache, kernels)
 
@@ -207,7 +207,9 @@ def _measure(
     decoding = DecodeSession(params, config, pictures, settings, settled_per_pass=rate, **options)
     passes = max(int(min(steps, total - 1) / (rate or 1)), 1)  # that are timed
     timed = max(int(passes * (rate or 1)), 1)  # the steps that they take
-    about = {"pictures": count} if window == 1 else {"pictures": count, "parallel": window}
+    about: dict[str, Any] = {"pictures": count}
+    if window > 1:
+        about |= {"parallel": window, "kernels": decoding.shapes.variant.kernels}
     step = "step" if window == 1 else "pass"
     began = time.perf_counter()
     decoding.start()

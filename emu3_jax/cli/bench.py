@@ -46,7 +46,7 @@ def _add_decode(command: argparse.ArgumentParser) -> None:
     common.add_quantize(command)
     command.add_argument(
         "--kernels",
-        choices=("auto", "xla", "pallas", "pallas-tpu"),
+        choices=("auto", "xla", "pallas", "pallas-hopper", "pallas-tpu"),
         default="auto",
         help="how attention is computed (default: %(default)s)",
     )

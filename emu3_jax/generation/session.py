@@ -161,7 +161,7 @@ class DecodeSession:
             window=window,
             lockstep=window == 1 and not replaceable,
             narrow_cache=narrow_cache,
-            kernels=choose_kernels(kernels, config.head_dim, window=window),
+            kernels=choose_kernels(kernels, config.head_dim, config.dtype, window=window),
             settled_per_pass=settled_per_pass,
         )
         self.shapes = Shapes(len(filled), width, steps, variant)

@@ -124,16 +124,25 @@ def choose(
 
 
 # Implementations of attention over the cache in decoding. "xla" is `cached_attention`. "pallas" is `decode_kernels`,
-# for one token per row on NVIDIA GPUs. "pallas-tpu" is `window_kernels_tpu`, for any number of tokens per row on TPUs.
-# With "-interpreted" they run in Pallas' interpreter, for tests.
-KERNELS = ("auto", "xla", "pallas", "pallas-interpreted", "pallas-tpu", "pallas-tpu-interpreted")
+# for one token per row on NVIDIA GPUs. "pallas-hopper" is `window_kernels_hopper`, for any number of tokens per row on
+# NVIDIA Hopper. "pallas-tpu" is `window_kernels_tpu`, for any number of tokens per row on TPUs. With "-interpreted"
+# they run in Pallas' interpreters, for tests.
+KERNELS = (
+    "auto", "xla", "pallas", "pallas-interpreted", "pallas-hopper", "pallas-hopper-interpreted", "pallas-tpu",
+    "pallas-tpu-interpreted",
+)  # fmt: skip
+
+_MOST_TOKENS = 128  # more tokens per row come only in prefill, where XLA's attention computes larger products
+SLOTS = 64  # the kernels for NVIDIA GPUs read blocks of this many slots of the cache
 
 # JAX has deprecated Pallas' Triton backend, which compiles "pallas": since JAX 0.11, lowering the kernel gives a
 # DeprecationWarning. From JAX 0.12 on, "auto" does not choose the kernel.
 TRITON_SUPPORTED = jax.__version_info__ < (0, 12)
 
 
-def choose_kernels(kernels: str, width: int, platform: str = "", window: int = 1) -> str:
+def choose_kernels(
+    kernels: str, width: int, dtype: DTypeLike, platform: str = "", window: int = 1, slots: int = SLOTS
+) -> str:
     """Chooses an implementation of attention over the cache: the named one, or for "auto" the fastest.
 
     On TPUs "auto" is XLA's, because the kernel for TPUs has been compiled for them, but not run on one.
@@ -141,14 +150,16 @@ def choose_kernels(kernels: str, width: int, platform: str = "", window: int = 1
     Args:
         kernels: one of `KERNELS`.
         width: head width H.
+        dtype: dtype of the queries.
         platform: "cpu", "gpu" or "tpu", or "" for the platform that the program will run on.
-        window: number of tokens per row. "pallas" takes one only, and XLA's attention is taken for more.
+        window: number of tokens per row. "pallas" takes one only, and for more the choice is that of "auto".
+        slots: number of slots of the cache. "auto" takes the kernels for NVIDIA GPUs if it is a multiple of `SLOTS`.
 
     Returns:
         The name of the implementation, not "auto".
 
     Raises:
-        Emu3Error: the name is unknown, or the NVIDIA GPU cannot run the kernel.
+        Emu3Error: the name is unknown, or the NVIDIA GPU, the head width or the dtype does not suit the kernel.
     """
     if kernels not in KERNELS:
         raise Emu3Error(f"kernels {kernels!r} are unknown: choose one of {', '.join(KERNELS)}")
@@ -159,12 +170,26 @@ def choose_kernels(kernels: str, width: int, platform: str = "", window: int = 1
             f'kernels "pallas" need compute capability 8.0 (Ampere) or later, and this GPU has '
             f'{capability.text(found)}: choose "auto" or "xla"'
         )
-    if window > 1 and kernels in ("auto", "pallas", "pallas-interpreted"):
+    suits_hopper = width == 128 and jnp.dtype(dtype) == jnp.bfloat16
+    if kernels.startswith("pallas-hopper") and not suits_hopper:
+        raise Emu3Error(
+            f"kernels {kernels!r} need heads of width 128 and dtype bfloat16, not width {width} and dtype "
+            f'{jnp.dtype(dtype)}: choose "auto" or "xla"'
+        )
+    if kernels == "pallas-hopper" and found is not None and found != capability.HOPPER:
+        raise Emu3Error(
+            f'kernels "pallas-hopper" need compute capability 9.0 (Hopper), and this GPU has '
+            f'{capability.text(found)}: choose "auto" or "xla"'
+        )
+    if kernels == "pallas-interpreted" and window > 1:
         return "xla"
-    if kernels != "auto":
+    if kernels != "auto" and not (kernels == "pallas" and window > 1):
         return kernels
-    if not TRITON_SUPPORTED or found is None or found < capability.AMPERE:
+    if found is None or found < capability.AMPERE or slots % SLOTS:
         return "xla"
+    if window > 1 or not TRITON_SUPPORTED:
+        suits = suits_hopper and found == capability.HOPPER and window <= _MOST_TOKENS
+        return "pallas-hopper" if suits else "xla"
     return "pallas" if width >= 32 and width & (width - 1) == 0 else "xla"  # legal widths of the kernel's products
 
 

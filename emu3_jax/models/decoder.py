@@ -96,33 +96,66 @@ class Attention(nn.Module):
         g = c.num_heads // k
         axes = ("embed", "kv_heads", "heads_per_kv", "head_dim")
         qkv = project(self, adapter, "bsd,dkph->bskph", x_bsd, name="qkv", shape=(d, k, g + 2, h), axes=axes)
-        kernels = choose_kernels(self.kernels, h, window=x_bsd.shape[1]) if cache is not None else "xla"
-        if cache is not None and kernels in ("pallas", "pallas-interpreted"):
-            from emu3_jax.models.decode_kernels import attend_one  # with Pallas, which takes long to import
-
-            cos, sin = (part[:, 0] for part in rotations_bsr)
-            where, interpret = (cache.length, cache.start), kernels != "pallas"
-            mixed, kept = attend_one(qkv[:, 0], (cos, sin), cache.layer(layer), *where, interpret=interpret)
-            cache = cache.with_layer(layer, *kept)
+        if cache is None:
+            queries, keys, values = _roped(qkv, rotations_bsr)
+            mixed = self_attention(queries, keys, values, segments_bs, self.implementation)
         else:
-            queries_keys = rope(qkv[:, :, :, : g + 1], rotations_bsr)
-            queries, keys, values = queries_keys[:, :, :, :g], queries_keys[:, :, :, g], qkv[:, :, :, g + 1]
-            if cache is None:
-                mixed = self_attention(queries, keys, values, segments_bs, self.implementation)
-            else:
-                cache = cache.write(layer, jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2))
-                kept = cache.layer(layer)
-                if kernels.startswith("pallas-tpu"):
-                    from emu3_jax.models.window_kernels_tpu import attend_window
-
-                    interpret = kernels != "pallas-tpu"
-                    mixed = attend_window(queries, kept, cache.length, cache.start, interpret=interpret)
-                else:
-                    mixed = cached_attention(queries, *kept, first_query=cache.length, start=cache.start)
+            kernels = choose_kernels(self.kernels, h, x_bsd.dtype, window=x_bsd.shape[1], slots=cache.slots)
+            mixed, cache = _attend_cache(qkv, rotations_bsr, cache, layer, kernels)
         # One contracted axis: with three axes, XLA may reorder them and transpose the weight in every step.
         mixed = mixed.reshape(*x_bsd.shape[:2], c.num_heads * h)
         axes = ("kv_heads", "heads_per_kv", "head_dim", "embed")
         return project(self, adapter, "bsn,nd->bsd", mixed, name="out", shape=(k, g, h, d), axes=axes), cache
+
+
+def _roped(qkv_bskph: jax.Array, rotations_bsr: Rotations) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries [B, S, K, G, H] and keys [B, S, K, H] with RoPE, and values [B, S, K, H]."""
+    groups = qkv_bskph.shape[3] - 2
+    queries_keys = rope(qkv_bskph[:, :, :, : groups + 1], rotations_bsr)
+    return queries_keys[:, :, :, :groups], queries_keys[:, :, :, groups], qkv_bskph[:, :, :, groups + 1]
+
+
+def _attend_cache(
+    qkv_bskph: jax.Array, rotations_bsr: Rotations, cache: KVCache, layer: int, kernels: str
+) -> tuple[jax.Array, KVCache]:
+    """Writes keys and values to a layer of the cache, and computes attention over it.
+
+    Args:
+        qkv_bskph: [B, S, K, G + 2, H], the projected queries, key and value of each KV head, without RoPE.
+        rotations_bsr: cosines and sines of the positions, from `rotations`.
+        cache: the cache.
+        layer: index of the layer.
+        kernels: from `attention.KERNELS`, but not "auto".
+
+    Returns:
+        [B, S, K, G, H], for "pallas" [B, K, G, H]; and the cache.
+    """
+    name, interpret = kernels.removesuffix("-interpreted"), kernels.endswith("-interpreted")
+    where = (cache.length, cache.start)
+    # The modules with kernels import Pallas, which takes long. So they are imported only where they are used.
+    if name == "pallas":
+        from emu3_jax.models.decode_kernels import attend_one
+
+        cos, sin = (part[:, 0] for part in rotations_bsr)
+        mixed, kept = attend_one(qkv_bskph[:, 0], (cos, sin), cache.layer(layer), *where, interpret=interpret)
+        return mixed, cache.with_layer(layer, *kept)
+    if name == "pallas-hopper":
+        from emu3_jax.models import window_kernels_hopper as hopper
+
+        if qkv_bskph.shape[1] % hopper.CHUNK == 0:
+            arguments = (qkv_bskph, rotations_bsr, cache.layer(layer), *where)
+            mixed, kept = hopper.attend_projected(*arguments, interpret=interpret)
+            return mixed, cache.with_layer(layer, *kept)
+    queries, keys, values = _roped(qkv_bskph, rotations_bsr)
+    cache = cache.write(layer, jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2))
+    kept = cache.layer(layer)
+    if name == "pallas-hopper":
+        return hopper.attend_window(queries, kept, *where, interpret=interpret), cache
+    if name == "pallas-tpu":
+        from emu3_jax.models.window_kernels_tpu import attend_window
+
+        return attend_window(queries, kept, *where, interpret=interpret), cache
+    return cached_attention(queries, *kept, first_query=cache.length, start=cache.start), cache
 
 
 class MLP(nn.Module):
