@@ -10,7 +10,7 @@ import tiny
 from test_engine import mixed_rows
 
 from emu3_jax.errors import Emu3Error
-from emu3_jax.generation import session
+from emu3_jax.generation import parallel, session
 from emu3_jax.generation.language import Batching
 from emu3_jax.generation.parallel import choose_window, count_settled, end_of_text, next_guesses
 from emu3_jax.generation.schedule import (
@@ -21,6 +21,7 @@ from emu3_jax.generation.schedule import (
     image_schedule,
     text_schedule,
 )
+from emu3_jax.models import capability
 from emu3_jax.models.quantization import quantise_params
 from emu3_jax.sharding.mesh import make_mesh
 from emu3_jax.sharding.rules import decoder_shardings
@@ -251,9 +252,33 @@ def test_the_cache_of_rows_of_all_ages_is_never_copied():
 # ------------------------------------------------------------------------------------------------ the choice of W
 
 
-@pytest.mark.parametrize(("parallel", "expected"), [("off", 1), ("auto", 1), (2, 2), (128, 128)])
-def test_the_choice_of_the_window(parallel, expected):
-    assert choose_window(parallel) == expected
+@pytest.mark.parametrize(("choice", "expected"), [("off", 1), ("auto", 1), (2, 2), (128, 128)])
+def test_the_choice_of_the_window_on_a_cpu(choice, expected):
+    assert choose_window(choice, 2) == expected
+
+
+@pytest.mark.parametrize(
+    ("found", "kernels", "rows", "visual", "expected"),
+    [
+        ((9, 0), "pallas-hopper", 2, True, 32),
+        ((9, 0), "pallas-hopper", 1, True, 32),
+        ((9, 0), "pallas-hopper", 16, True, 16),
+        ((9, 0), "pallas-hopper", 24, True, 8),
+        ((9, 0), "pallas-hopper", 33, True, 1),
+        ((9, 0), "pallas-hopper", 2, False, 1),
+        ((9, 0), "xla", 2, True, 16),
+        ((8, 0), "xla", 4, True, 16),
+        ((8, 0), "xla", 8, True, 8),
+        ((8, 0), "xla", 16, True, 1),
+        ((7, 5), "xla", 2, True, 1),
+        (None, "xla", 2, True, 1),
+    ],
+)
+def test_the_choice_of_the_window_on_gpus(found, kernels, rows, visual, expected, monkeypatch):
+    monkeypatch.setattr(parallel, "target_platform", lambda: "gpu")
+    monkeypatch.setattr(capability, "cuda_capability", lambda: found)
+    assert choose_window("auto", rows, kernels, visual) == expected
+    assert choose_window("off", rows, kernels, visual) == 1
 
 
 @pytest.mark.parametrize("bad", [1, 0, -4, 129, 2.5, True, "on", None])

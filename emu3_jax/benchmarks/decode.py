@@ -28,7 +28,6 @@ from emu3_jax.config import DecoderConfig, VisionConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.generation import engine, session
 from emu3_jax.generation.defaults import GUIDANCE, TOP_K
-from emu3_jax.generation.parallel import choose_window
 from emu3_jax.generation.pipeline import Emu3
 from emu3_jax.generation.rows import Sampling
 from emu3_jax.generation.schedule import TokenClass, image_schedule
@@ -202,7 +201,8 @@ def _measure(
     options: dict[str, Any] = {
         "mesh": subject.mesh, "narrow_cache": subject.narrow_cache, "kernels": subject.kernels, "parallel": parallel,
     }  # fmt: skip
-    window = choose_window(parallel)
+    decoding = DecodeSession(params, config, pictures, settings, **options)
+    window = decoding.shapes.variant.window
     rate = rates[0] if window > 1 else None
     decoding = DecodeSession(params, config, pictures, settings, settled_per_pass=rate, **options)
     passes = max(int(min(steps, total - 1) / (rate or 1)), 1)  # that are timed

@@ -295,8 +295,9 @@ def add_sampling(command: argparse.ArgumentParser, what: str, temperature: float
         type=parallel,
         default=defaults.PARALLEL,
         metavar="W",
-        help="tokens that a pass of the decoder checks at once (2 to 128), or off, or auto (off so far); in float32 "
-        "the result stays the same, up to rounding (default: %(default)s)",
+        help="tokens that a pass of the decoder checks at once (2 to 128), or off; auto chooses for pictures and clips "
+        "on NVIDIA GPUs from Ampere on, and is off elsewhere; in float32 the result stays the same, up to rounding "
+        "(default: %(default)s)",
     )
     group.add_argument(
         "--allow-special",

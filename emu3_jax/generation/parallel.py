@@ -21,6 +21,7 @@ from emu3_jax.errors import Emu3Error
 from emu3_jax.fields import is_count
 from emu3_jax.generation import defaults
 from emu3_jax.generation.schedule import SAMPLED_FREE
+from emu3_jax.models.capability import AMPERE, cuda_at_least, target_platform
 from emu3_jax.printable import shown
 
 
@@ -37,16 +38,33 @@ def check_window(parallel: int | str) -> None:
         raise Emu3Error(f"parallel is {shown(parallel)}: it must be {defaults.LEGAL_PARALLEL}")
 
 
-def choose_window(parallel: int | str) -> int:
+# Limits of "auto" on NVIDIA GPUs: the most tokens of a pass per row, and the most rows times tokens. Measured on one
+# H200 (docs/performance.md). With more tokens than this, a pass costs more than the passes that it saves.
+_HOPPER_LIMITS = (32, 256)
+_XLA_LIMITS = (16, 64)
+_LEAST_WINDOW = 8
+
+
+def choose_window(parallel: int | str, rows: int = 1, kernels: str = "xla", visual: bool = True) -> int:
     """The number of tokens W of a pass per row. 1 means that rows are decoded sequentially.
 
-    "auto" is 1 everywhere so far. On CPUs a pass of several tokens costs about as much as the passes that it saves
-    (docs/performance.md). On GPUs and TPUs it has not been measured.
+    "auto" is a power of two on NVIDIA GPUs from Ampere on, and smaller for more rows, because products of many rows
+    wait for the matrix units and not for the memory. It is 1 elsewhere. On CPUs a pass of several tokens costs about
+    as much as the passes that it saves. TPUs have not been measured.
 
     Args:
         parallel: "auto", "off" or W, see `is_window`.
+        rows: the number of rows that a device computes; with guidance, two per picture.
+        kernels: implementation of attention over the cache for several tokens per row, from `attention.KERNELS`.
+        visual: whether there are visual steps. "auto" is 1 without them: guesses of free text are rarely right.
     """
-    return 1 if parallel in ("auto", "off") else int(parallel)
+    if parallel not in ("auto", "off"):
+        return int(parallel)
+    if parallel == "off" or not visual or target_platform() != "gpu" or not cuda_at_least(AMPERE):
+        return 1
+    most, budget = _HOPPER_LIMITS if kernels == "pallas-hopper" else _XLA_LIMITS
+    largest = min(most, budget // rows)
+    return 1 << (largest.bit_length() - 1) if largest >= _LEAST_WINDOW else 1
 
 
 def window(array: jax.Array, first: jax.Array, size: int) -> jax.Array:

@@ -19,13 +19,14 @@ from jax.sharding import PartitionSpec as P
 from emu3_jax.config import DecoderConfig
 from emu3_jax.errors import Emu3Error, RowError
 from emu3_jax.generation import engine
+from emu3_jax.generation.defaults import MOST_PARALLEL
 from emu3_jax.generation.parallel import check_window, choose_window
 from emu3_jax.generation.sampling import RowSettings
 from emu3_jax.generation.schedule import TokenClass, forced_ids, sampled_steps, stack_schedules
 from emu3_jax.generation.shapes import Shapes, bucket, fill_rows
 from emu3_jax.models.attention import choose_kernels
 from emu3_jax.models.cache import KVCache
-from emu3_jax.sharding.rules import cache_shardings, use_mesh
+from emu3_jax.sharding.rules import batch_shards, cache_shardings, use_mesh
 
 # Most passes per call of the loop, for passes of one token and of several tokens per row. Between calls the host shows
 # progress and checks whether all rows are done.
@@ -151,7 +152,10 @@ class DecodeSession:
         free = bool((schedule == TokenClass.FREE).any())
         visual = bool((schedule == TokenClass.VISUAL).any())
         candidates = config.vocab_size if free else config.tokens.visual_count
-        window = choose_window(parallel)
+        with use_mesh(mesh):
+            several = choose_kernels(kernels, config.head_dim, config.dtype, window=MOST_PARALLEL)
+            computed = len(filled) * (2 if guided else 1) // batch_shards(mesh)
+            window = choose_window(parallel, computed, several, visual)
         variant = engine.Variant(
             visual_only=not free and not replaceable,
             mixed=(free and visual) or replaceable,
