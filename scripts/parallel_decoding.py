@@ -3,18 +3,25 @@
     python scripts/parallel_decoding.py [--windows 8 16 32] [--emoji 125] [--shapes 131] [--clips 32] [--model BUNDLE]
 
 Generates pictures (and clips of 8 frames) in float32, each prompt with its own seed, once with `parallel="off"` and
-once with each W. Prints a table for `docs/performance.md`. The counts do not depend on the machine's speed.
+once with each W. Then it asks the model to describe the pictures, and asks two questions about each clip, of which the
+second repeats a part of the first answer (greedily). Prints a table for `docs/performance.md`. The counts do not
+depend on the machine's speed.
 """
 
 import argparse
 import itertools
 import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 import emu3_jax
-from emu3_jax.generation.language import Batching, GeneratedGrid, Grid, generate_grids
+from emu3_jax.generation import session
+from emu3_jax.generation.language import Batching, GeneratedGrid, Grid, Language, generate_grids
 from emu3_jax.generation.rows import Sampling
+from emu3_jax.generation.schedule import text_schedule
+from emu3_jax.text.prompts import next_turn_prompt, understanding_prompt
 
 SIZES, COLOURS = ("small", "large"), ("red", "blue", "yellow", "green", "purple", "orange", "black", "white")
 SHAPES, GROUNDS = ("star", "circle", "square", "heart"), ("white", "black", "gray", "yellow")
@@ -25,6 +32,7 @@ THINGS = (
     "cactus", "strawberry", "dog face", "pizza", "rose", "cat face", "guitar", "banana", "castle", "bicycle", "snowman",
     "red heart", "sun", "tree", "fish",
 )  # fmt: skip
+IMAGE, CLIP, MOTION = "Describe the image.", "Describe the clip.", "What does the shape do?"
 
 
 def emoji_prompts(count: int) -> list[str]:
@@ -42,6 +50,20 @@ def clip_prompts(count: int) -> list[str]:
     """At most 256."""
     words = itertools.product(COLOURS, SHAPES, SIZES, MOVES)
     return [f"a {s} {c} {x} {move} on a gray background" for c, x, s, move in words][:count]
+
+
+def answers(
+    language: Language, prompts: Sequence[Sequence[int]], batch: int, parallel: int | str
+) -> tuple[list[list[int]], np.ndarray]:
+    """Greedy answers of at most 32 tokens, without their EOS, and the passes that each took."""
+    found, passes, eos = [], [], language.config.tokens.eos
+    for first in range(0, len(prompts), batch):
+        rows = [session.Row(ids, text_schedule(32)) for ids in prompts[first : first + batch]]
+        settings = Sampling(temperature=0.0).settings(len(rows))
+        made = session.run(language.params, language.config, rows, settings, parallel=parallel)
+        found += [ids[: (ids == eos).argmax() if (ids == eos).any() else None].tolist() for ids in made.ids]
+        passes.append(made.passes)
+    return found, np.concatenate(passes)
 
 
 def main() -> None:
@@ -64,27 +86,51 @@ def main() -> None:
         batching = Batching(options.batch_size, progress=None, parallel=parallel)
         return generate_grids(model.language, grids, settings, batching=batching)
 
-    print(f"guidance {options.guidance:g}, float32\n\n| what | W | equal | passes | fewer by | least | most |")
-    print("|---|---|---|---|---|---|---|")
-    for what, prompts, size in (
-        ("emoji", emoji_prompts(options.emoji), (side, side)),
-        ("shapes", shape_prompts(options.shapes), (side, side)),
-        ("clips", clip_prompts(options.clips), (latents, side, side)),
-    ):
-        if not prompts:
-            continue
-        sequential = make(prompts, size, "off")
-        before = np.asarray([grid.passes for grid in sequential])
+    def compare(what: str, made: Callable[[int | str], tuple[list[Any], np.ndarray]]) -> list[Any]:
+        """Prints a line per W. `made(parallel)` gives each row's tokens and passes. Returns the sequential tokens."""
+        truth, before = made("off")
         for window in options.windows:
-            several = make(prompts, size, window)
-            passes = np.asarray([grid.passes for grid in several])
-            equal = sum((a.ids == b.ids).all() for a, b in zip(several, sequential, strict=True))
+            found, passes = made(window)
+            equal = sum(np.array_equal(a, b) for a, b in zip(found, truth, strict=True))
             factors = before / passes
             print(
-                f"| {what} | {window} | {equal} of {len(prompts)} | {before.mean():.0f} to {passes.mean():.1f} | "
+                f"| {what} | {window} | {equal} of {len(truth)} | {before.mean():.1f} to {passes.mean():.1f} | "
                 f"{before.sum() / passes.sum():.2f}x | {factors.min():.2f}x | {factors.max():.2f}x |",
                 flush=True,
             )
+        return truth
+
+    print(f"guidance {options.guidance:g}, float32\n\n| what | W | equal | passes | fewer by | least | most |")
+    print("|---|---|---|---|---|---|---|")
+    codes = {}
+    for what, prompts, size in (
+        ("pictures of emoji", emoji_prompts(options.emoji), (side, side)),
+        ("pictures of shapes", shape_prompts(options.shapes), (side, side)),
+        ("clips of two latent frames", clip_prompts(options.clips), (latents, side, side)),
+    ):
+
+        def grids(
+            parallel: int | str, prompts: list[str] = prompts, size: tuple[int, ...] = size
+        ) -> tuple[list[Any], np.ndarray]:
+            made = make(prompts, size, parallel)
+            return [grid.codes for grid in made], np.asarray([grid.passes for grid in made])
+
+        codes[what] = compare(what, grids) if prompts else []
+
+    language = model.language
+    pieces = language.tokenizer, language.config.tokens, language.templates
+
+    def asked(inputs: list[list[int]]) -> Callable[[int | str], tuple[list[Any], np.ndarray]]:
+        return lambda parallel: answers(language, inputs, options.batch_size, parallel)
+
+    if pictures := codes["pictures of emoji"]:
+        compare("descriptions of these emoji", asked([understanding_prompt(*pieces, IMAGE, one) for one in pictures]))
+    if clips := codes["clips of two latent frames"]:
+        first = [understanding_prompt(*pieces, CLIP, one) for one in clips]
+        second = [language.config.tokens.eos, *next_turn_prompt(*pieces, MOTION)]
+        said = compare("descriptions of these clips", asked(first))
+        both = [[*ids, *answer, *second] for ids, answer in zip(first, said, strict=True)]
+        compare("then, what the shape does", asked(both))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from emu3_jax.config import DecoderConfig
-from emu3_jax.generation import parallel, sampling
+from emu3_jax.generation import lookup, parallel, sampling
 from emu3_jax.generation.schedule import SAMPLED_FREE, SAMPLED_VISUAL
 from emu3_jax.models.cache import KVCache
 from emu3_jax.models.capability import target_platform
@@ -27,6 +27,7 @@ class Plan(flax.struct.PyTreeNode):
 
     forced: sampling.Array  # int32 [B, T + 2W - 1]: what each step emits, see `schedule.forced_ids`
     goal: sampling.Array  # int32 [B]: the number of steps up to the row's last sampled one
+    prompts: sampling.Array  # int32 [B, P]: the right-aligned prompts in which `lookup` searches, or P = 0
     settings: sampling.RowSettings
 
 
@@ -115,10 +116,11 @@ def prefill(
     first = jnp.zeros(plan.goal.shape, jnp.int32)
     token = choose(logits, first, plan, config, variant)[:, 0]
     ended = (plan.forced[:, 0] == SAMPLED_FREE) & (token == config.tokens.eos)
+    tokens = parallel.first_guesses(plan.forced, token).at[:, 0].set(token)
     return _replicated(
         DecodeState(
             cache=cache.replace(lockstep=variant.lockstep),
-            tokens=parallel.first_guesses(plan.forced, token).at[:, 0].set(token),
+            tokens=_with_looked_up(tokens, first + 1, plan, variant),
             step=first + 1,
             passes=first,
             ended=ended,
@@ -253,12 +255,23 @@ def _settle(
     rows = jnp.concatenate([settled, settled]) if variant.guided else settled
     state = state.replace(
         cache=cache.replace(length=cache.length + rows - width),
-        tokens=parallel.with_window(state.tokens, new, step),
+        tokens=_with_looked_up(parallel.with_window(state.tokens, new, step), step + settled, plan, variant),
         step=step + settled,
         passes=state.passes + active,
         ended=ended,
     )
     return state, (active & (framed | ~_active(state, plan))).any()
+
+
+def _with_looked_up(tokens: jax.Array, step: jax.Array, plan: Plan, variant: Variant) -> jax.Array:
+    """`tokens` with guesses by `lookup` for the next W - 1 steps, from step[b] on, that are free text."""
+    if variant.window == 1 or variant.visual_only:
+        return tokens
+    prompts, count = jnp.asarray(plan.prompts), variant.window - 1
+    guesses, found = lookup.look_up(jnp.concatenate([prompts, tokens], axis=1), prompts.shape[1] + step, count)
+    free = parallel.window(jnp.asarray(plan.forced), step, count) == SAMPLED_FREE
+    kept = parallel.window(tokens, step, count)
+    return parallel.with_window(tokens, jnp.where(free & found[:, None], guesses, kept), step)
 
 
 def _active(state: DecodeState, plan: Plan) -> jax.Array:

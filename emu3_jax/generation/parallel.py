@@ -7,7 +7,8 @@ W tokens, and they are those that sequential sampling draws (up to the rounding 
 is Jacobi decoding with coupled noise: see docs/performance.md.
 
 Guesses are never trusted. The next guesses are the computed tokens that are not certain yet; steps that no pass has
-seen repeat the last of them. Forced tokens (the end of a line, for example) are guesses that are always right.
+seen repeat the last of them. Forced tokens (the end of a line, for example) are guesses that are always right. In free
+text, `lookup` replaces guesses by what followed the row's last tokens where they occurred before.
 
 B rows, W tokens of a pass, T steps of the schedule.
 """

@@ -171,7 +171,7 @@ class DecodeSession:
         self.shapes = Shapes(len(filled), width, steps, variant)
         self._prompts, self._start = self._aligned(filled)
         # Host arrays, because arrays on one device cannot be combined with weights that are spread over processes.
-        self.plan = self._plan(schedule, settings)
+        self.plan = self._plan(schedule, settings, self._prompts)
         self.state: engine.DecodeState | None = None
         # What the host knows of the rows.
         self._step, self._done = np.ones(len(filled), np.int32), np.zeros(len(filled), bool)
@@ -198,11 +198,17 @@ class DecodeSession:
             padded[first:] = ids
         return aligned, start
 
-    def _plan(self, schedule: np.ndarray, settings: RowSettings) -> engine.Plan:
-        """The plan of rows with these token classes [B, T]."""
-        after = ((0, 0), (0, 2 * self.shapes.variant.window - 1))
-        padded = np.pad(schedule, after, constant_values=TokenClass.PAD)
-        return engine.Plan(forced_ids(padded, self._config.tokens), sampled_steps(schedule), settings)
+    def _plan(self, schedule: np.ndarray, settings: RowSettings, prompts: np.ndarray) -> engine.Plan:
+        """The plan of rows with these token classes [B, T] and prompts [R, P]."""
+        variant = self.shapes.variant
+        padded = np.pad(schedule, ((0, 0), (0, 2 * variant.window - 1)), constant_values=TokenClass.PAD)
+        looked_up = self.shapes.width if variant.window > 1 and not variant.visual_only else 0
+        return engine.Plan(
+            forced=forced_ids(padded, self._config.tokens),
+            goal=sampled_steps(schedule),
+            prompts=prompts[: len(schedule), :looked_up],
+            settings=settings,
+        )
 
     # ------------------------------------------------------------------------------------------------ decoding
 
@@ -297,7 +303,7 @@ class DecodeSession:
         count = fill_rows(1, self._mesh, shapes.variant.guided)
         prompts, start = self._aligned([row] * count)
         schedule = stack_schedules([row.schedule], shapes.steps)
-        one = self._plan(np.repeat(schedule, count, axis=0), settings.take(np.zeros(count, int)))
+        one = self._plan(np.repeat(schedule, count, axis=0), settings.take(np.zeros(count, int)), prompts)
         with use_mesh(self._mesh):
             new = engine.prefill(
                 self._params, prompts, start, one,
