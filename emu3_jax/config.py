@@ -2,9 +2,10 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from emu3_jax.fields import (
+    FieldError,
     check_counts,
     check_field,
     check_positive_number,
@@ -64,6 +65,84 @@ class VisionConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "VisionConfig":
         return from_json(cls, data)
+
+
+@dataclasses.dataclass(frozen=True)
+class IbqConfig:
+    """Emu3.5's vision tokenizer, a 2D VQGAN for pictures alone (IBQ, index backpropagation quantisation).
+
+    Defaults: the shapes that fit the 455 M parameters of the published tokenizer.
+
+    Attributes:
+        codebook_size: number of codes.
+        embed_dim: width of a codebook vector.
+        latent_channels: channels between encoder and quantisation, and between quantisation and decoder.
+        in_channels, out_channels: channels of a picture.
+        resolution: nominal side of a picture. It matters only for `attention_resolutions`.
+        base_channels: channels of the first stage, before its multiplier.
+        channel_multipliers: one factor of `base_channels` for each stage.
+        num_res_blocks: residual blocks of an encoder stage. A decoder stage has one more.
+        attention_resolutions: a stage has attention if its share of `resolution`, which halves with every stage, is
+            among these.
+    """
+
+    codebook_size: int = 131072
+    embed_dim: int = 256
+    latent_channels: int = 256
+    in_channels: int = 3
+    out_channels: int = 3
+    resolution: int = 256
+    base_channels: int = 256
+    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    num_res_blocks: int = 4
+    attention_resolutions: tuple[int, ...] = (16,)
+
+    temporal_factor: ClassVar[int] = 1  # it knows no clips
+
+    def __post_init__(self) -> None:
+        check_counts(
+            self, codebook_size=MAX_CODES, embed_dim=4096, latent_channels=4096, in_channels=1024, out_channels=1024,
+            resolution=1 << 16, base_channels=8192, num_res_blocks=64,
+        )  # fmt: skip
+        legal = "one whole number from 1 to 64 for each of 1 to 8 stages"
+        tuple_field(self, "channel_multipliers", lambda m: is_whole(m, 1) and m <= 64, legal)
+        check_field(self, "channel_multipliers", 0 < len(self.channel_multipliers) <= 8, legal)
+        legal = "a list of at most 8 whole numbers > 0"
+        tuple_field(self, "attention_resolutions", lambda r: is_whole(r, 1), legal)
+        check_field(self, "attention_resolutions", len(self.attention_resolutions) <= 8, legal)
+        check_field(self, "base_channels", self.base_channels % 32 == 0, "a multiple of 32 (group norm)")
+
+    @property
+    def spatial_factor(self) -> int:
+        """Pixels per code along each of height and width."""
+        return 2 ** (len(self.channel_multipliers) - 1)
+
+    @property
+    def attention_stages(self) -> tuple[int, ...]:
+        """Indices of the stages with attention."""
+        stages = range(len(self.channel_multipliers))
+        return tuple(i for i in stages if self.resolution >> i in self.attention_resolutions)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": IBQ, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "IbqConfig":
+        return from_json(cls, {name: value for name, value in data.items() if name != "kind"})
+
+
+VisionTokenizerConfig = VisionConfig | IbqConfig
+IBQ = "ibq"  # the field `kind` of a vision tokenizer in a bundle; without this field it is Emu3's
+
+
+def vision_tokenizer_from_dict(data: Mapping[str, Any]) -> VisionTokenizerConfig:
+    """The reverse of `to_dict` of both vision tokenizers. Raises `Emu3Error` for a kind that this version lacks."""
+    kind = data.get("kind") if isinstance(data, Mapping) else None
+    if kind is None:
+        return VisionConfig.from_dict(data)
+    if kind != IBQ:
+        raise FieldError("vision", "kind", kind, f'"{IBQ}" (Emu3.5), or absent (Emu3)')
+    return IbqConfig.from_dict(data)
 
 
 @dataclasses.dataclass(frozen=True)

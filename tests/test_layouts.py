@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 from emu3_jax.checkpoints import layouts
 from emu3_jax.checkpoints.layouts import Weight, decoder_params, vision_counters, vision_params
 from emu3_jax.checkpoints.tensors import Tensor
-from emu3_jax.config import DecoderConfig, SpecialTokens, VisionConfig
+from emu3_jax.config import DecoderConfig, IbqConfig, SpecialTokens, VisionConfig
 from emu3_jax.models.decoder import Decoder
 from emu3_jax.models.vision import VisionTokenizer
 
 ALL = (
     layouts.UPSTREAM_DECODER,
     layouts.UPSTREAM_VISION,
+    layouts.IBQ_VISION,
     layouts.TRANSFORMERS_VISION,
     layouts.TRANSFORMERS_4,
     layouts.TRANSFORMERS_5,
@@ -33,7 +34,8 @@ ALL = (
 def full_size(layout: layouts.Layout) -> dict[str, list[int]]:
     """Every name and shape that the tables expect of the published models in this layout."""
     decoder = [w for p in decoder_params(DecoderConfig()) for w in p.weights]
-    vision = [w for p in vision_params(VisionConfig()) for w in p.weights] + vision_counters(VisionConfig())
+    config = IbqConfig() if layout is layouts.IBQ_VISION else VisionConfig()
+    vision = [w for p in vision_params(config) for w in p.weights] + vision_counters(config)
     weights = {"decoder": decoder, "vision": vision}
     renamed = [layout.rename(w, part) for part in layout.parts for w in weights[part]]
     assert len({w.name for w in renamed}) == len(renamed), "two weights of one name"

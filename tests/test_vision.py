@@ -15,7 +15,7 @@ from emu3_jax.checkpoints.layouts import vision_counters, vision_params
 from emu3_jax.checkpoints.published_config import vision_from_published
 from emu3_jax.config import VisionConfig
 from emu3_jax.errors import Emu3Error
-from emu3_jax.models import vision, vision_layers
+from emu3_jax.models import vision, vision_layers, vision_stages
 from emu3_jax.models.quantizer import Quantizer, nearest_codes
 from emu3_jax.models.vision import Stream, VisionTokenizer, check_codes, make_decoder, make_encoder
 
@@ -240,7 +240,7 @@ def test_parts_take_the_memory_of_a_short_clip():
 def test_frames_in_groups_equal_frames_together(params, golden, monkeypatch):
     codes = golden["video_codes/codes"]  # 24 frames of 32x32
     clip = channels_last(golden["video/pixels"])  # 8 frames of 32x48
-    monkeypatch.setattr(vision, "PIXELS_PER_STEP", 5 * 32 * 48)  # groups of 4 frames, and of 6
+    monkeypatch.setattr(vision_stages, "PIXELS_PER_STEP", 5 * 32 * 48)  # groups of 4 frames, and of 6
     model = VisionTokenizer(CONFIG)
     grouped = jax.jit(lambda params, x: model.apply({"params": params}, x, method="latents"))(params, clip)
     close(grouped, channels_last(golden["video/latents"]))

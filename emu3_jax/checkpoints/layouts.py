@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from emu3_jax.checkpoints.tensors import Tensor
-from emu3_jax.config import DecoderConfig, VisionConfig
+from emu3_jax.config import DecoderConfig, VisionConfig, VisionTokenizerConfig
 from emu3_jax.models.stacking import layer_name
 from emu3_jax.printable import one_line
 
@@ -135,12 +135,12 @@ def _pack_gate_up(arrays: Arrays) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------ vision
 
 
-def vision_params(config: VisionConfig) -> list[Param]:
+def vision_params(config: VisionTokenizerConfig) -> list[Param]:
     """All arrays of a bundle's vision tokenizer. The tree has PyTorch's names, but `down.0` becomes `down_0`."""
     return [_vision_param(w) for w in _vision_weights(config) if not _is_counter(w)]
 
 
-def vision_counters(config: VisionConfig) -> list[Weight]:
+def vision_counters(config: VisionTokenizerConfig) -> list[Weight]:
     """The `num_batches_tracked` of batch norms. A PyTorch state dict has these counters, a bundle does not."""
     return [w for w in _vision_weights(config) if _is_counter(w)]
 
@@ -169,8 +169,12 @@ def _vision_param(weight: Weight) -> Param:
     return Param(path, shape, (weight,), lambda a: a[0].transpose(kernel_last), lambda p: (p.transpose(kernel_first),))
 
 
-def _vision_weights(config: VisionConfig) -> Iterable[Weight]:
-    """The weights of upstream's state dict, in the order of its modules."""
+def _vision_weights(config: VisionTokenizerConfig) -> Iterable[Weight]:
+    """The weights of upstream's state dict, in the order of its modules.
+
+    Emu3.5's tokenizer is Emu3's without the time stacks, and its decoder has plain group norms.
+    """
+    causal_3d = isinstance(config, VisionConfig)
     latent, codes, base = config.latent_channels, config.embed_dim, config.base_channels
     widths = [base * m for m in config.channel_multipliers]
     stages, blocks, time_convs = len(widths), config.num_res_blocks, config.temporal_factor.bit_length() - 1
@@ -194,7 +198,7 @@ def _vision_weights(config: VisionConfig) -> Iterable[Weight]:
         yield from block(f"{name}.block_2", channels, channels, spatial)
 
     def time_stack(name: str) -> Iterable[Weight]:
-        for i in range(blocks):
+        for i in range(blocks if causal_3d else 0):
             for j in (1, 2):
                 yield from _batch_norm(f"{name}.time_res_stack.{i}.norm{j}", latent)
                 yield from _conv(f"{name}.time_res_stack.{i}.conv{j}.conv", latent, latent, (3, 3, 3))
@@ -220,22 +224,23 @@ def _vision_weights(config: VisionConfig) -> Iterable[Weight]:
     for i in range(time_convs):
         yield from _conv(f"decoder.time_conv.{i}.conv.conv", latent, latent, (3, 3, 3))
     yield from _conv("decoder.conv_in", latent, channels, (3, 3))
-    yield from middle("decoder.mid", channels, True)
+    yield from middle("decoder.mid", channels, causal_3d)
     for stage in reversed(range(stages)):
         width = widths[stage]
         for i in range(blocks + 1):
-            yield from block(f"decoder.up.{stage}.block.{i}", channels, width, True)
+            yield from block(f"decoder.up.{stage}.block.{i}", channels, width, causal_3d)
             channels = width
             if stage in config.attention_stages:
-                yield from attention(f"decoder.up.{stage}.attn.{i}", width, True)
+                yield from attention(f"decoder.up.{stage}.attn.{i}", width, causal_3d)
         if stage > 0:
             yield from _conv(f"decoder.up.{stage}.upsample.conv", width, width, (3, 3))
-    yield from _norm("decoder.norm_out", channels, codes)
+    yield from _norm("decoder.norm_out", channels, codes if causal_3d else None)
     yield from _conv("decoder.conv_out", channels, config.out_channels, (3, 3))
 
     yield Weight("quantize.embedding.weight", (config.codebook_size, codes))
-    yield from _conv("quant_conv.conv", latent, codes, (3, 1, 1))
-    yield from _conv("post_quant_conv.conv", codes, latent, (3, 1, 1))
+    inner, kernel = (".conv", (3, 1, 1)) if causal_3d else ("", (1, 1))
+    yield from _conv(f"quant_conv{inner}", latent, codes, kernel)
+    yield from _conv(f"post_quant_conv{inner}", codes, latent, kernel)
 
 
 def _conv(name: str, inputs: int, outputs: int, kernel: Shape) -> Iterable[Weight]:
@@ -300,6 +305,7 @@ class Layout:
 
 UPSTREAM_DECODER = Layout("upstream decoder", ("decoder",))  # also transformers' stand-alone Emu3ForCausalLM
 UPSTREAM_VISION = Layout("upstream vision tokenizer", ("vision",))
+IBQ_VISION = Layout("Emu3.5 vision tokenizer", ("vision",))
 TRANSFORMERS_VISION = Layout("transformers Emu3VQVAE", ("vision",), transformers_vision=True)
 TRANSFORMERS_4 = Layout(
     "transformers 4", ("decoder", "vision"), "text_model.model.", "text_model.lm_head.", "vqmodel.", True
@@ -317,6 +323,7 @@ def detect_layout(names: Iterable[str]) -> Layout | None:
         (("text_model.", "vqmodel."), TRANSFORMERS_4),
         (("model.layers.", "model.embed_tokens.", "lm_head."), UPSTREAM_DECODER),
         (("encoder.down_block.", "decoder.up_block."), TRANSFORMERS_VISION),
+        (("quant_conv.weight", "post_quant_conv.weight"), IBQ_VISION),  # Emu3's have quant_conv.conv.weight
         (("encoder.down.", "decoder.up.", "quantize."), UPSTREAM_VISION),
     ):
         if any(name.startswith(marks) for name in names):

@@ -1,4 +1,4 @@
-"""The codebook of the vision tokenizer: looks up the vectors of codes, and searches the nearest code of a vector.
+"""The codebook of the vision tokenizer: looks up the vectors of codes, and searches the code of a vector.
 
 Axes: P positions, N blocks of the codebook, K codes, C embedding width.
 """
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 # Block sizes of the search. They bound its memory for any size of picture and codebook.
 POSITION_BLOCK = 64
 CODE_BLOCK = 256
+PRODUCT_BLOCK = 128  # positions of the search by dot products: 64 MiB of scores with 131,072 codes
 
 CODEBOOK = ("quantize", "embedding")  # path of the codebook in the vision tokenizer's parameters
 
@@ -65,6 +66,48 @@ def nearest_codes(latents: jax.Array, codebook: jax.Array) -> jax.Array:
     count = len(flat)
     flat = jnp.pad(flat, ((0, -count % POSITION_BLOCK), (0, 0)))
     codes = jax.lax.map(search, flat.reshape(-1, POSITION_BLOCK, width))
+    return codes.reshape(-1)[:count].reshape(shape)
+
+
+class DotProductQuantizer(Quantizer):
+    """The codebook of Emu3.5's vision tokenizer: a latent's code is that of the largest dot product, not the nearest.
+
+    Upstream takes a softmax first, which changes no order (`IndexPropagationQuantize`).
+    """
+
+    def __call__(self, latents: jax.Array) -> jax.Array:
+        """The codes of latents [..., C], int32 [...]."""
+        return codes_of_largest_product(latents, self.embedding)
+
+
+def codes_of_largest_product(latents: jax.Array, codebook: jax.Array) -> jax.Array:
+    """The index of the codebook row with the largest dot product with each latent. Of equal rows it is the first.
+
+    Products are float32 at the highest precision. Positions are processed in groups, so that memory holds
+    `PRODUCT_BLOCK` rows of scores, and not those of a whole picture.
+
+    Args:
+        latents: float32 [..., C].
+        codebook: float32 [K, C].
+
+    Returns:
+        int32 [...].
+    """
+    shape, width = latents.shape[:-1], latents.shape[-1]
+
+    def search(latents_pc: jax.Array) -> jax.Array:
+        scores_pk = jnp.einsum("pc,kc->pk", latents_pc, codebook, precision=jax.lax.Precision.HIGHEST)
+        # As in `nearest_codes`: a maximum runs over the whole codebook, an argmax over one block.
+        fill = ((0, 0), (0, -len(codebook) % CODE_BLOCK))
+        blocks_pnk = jnp.pad(scores_pk, fill, constant_values=-jnp.inf).reshape(len(latents_pc), -1, CODE_BLOCK)
+        block_p = blocks_pnk.max(-1).argmax(-1)
+        best_pk = jnp.take_along_axis(blocks_pnk, block_p[:, None, None], axis=1)[:, 0]
+        return (block_p * CODE_BLOCK + best_pk.argmax(-1)).astype(jnp.int32)
+
+    flat = latents.reshape(-1, width)
+    count = len(flat)
+    flat = jnp.pad(flat, ((0, -count % PRODUCT_BLOCK), (0, 0)))
+    codes = jax.lax.map(search, flat.reshape(-1, PRODUCT_BLOCK, width))
     return codes.reshape(-1)[:count].reshape(shape)
 
 

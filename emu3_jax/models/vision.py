@@ -1,4 +1,6 @@
-"""The vision tokenizer, a causal 3D VQ model: pictures and clips to codes of a 32,768-entry codebook, and back.
+"""Emu3's vision tokenizer, a causal 3D VQ model: pictures and clips to codes of a 32,768-entry codebook, and back.
+
+`make_encoder`, `make_decoder` and `check_codes` serve Emu3.5's tokenizer (`models.ibq`), too.
 
 Axes: B batch, T frames, H W rows and columns of pixels; t frames, h w rows and columns of codes; C channels, N frames
 of all clips.
@@ -13,65 +15,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from emu3_jax.config import VisionConfig
+from emu3_jax.config import IbqConfig, VisionConfig, VisionTokenizerConfig
 from emu3_jax.errors import Emu3Error
+from emu3_jax.models.ibq import IbqTokenizer
 from emu3_jax.models.quantizer import Quantizer
 from emu3_jax.models.vision_layers import (
     HIGHEST,
     PAST,
-    AttentionBlock,
     CausalConv3d,
-    Downsample,
     GroupNorm,
     Numerics,
-    ResnetBlock,
     SpatialNorm,
     TemporalDownsample,
     TemporalResnetBlock,
     TemporalUpsample,
-    Upsample,
     conv3x3,
 )
-
-# The spatial network processes frames in groups of up to this many pixels. Small frames together fill the device, and a
-# long clip or a large batch needs no more memory than one 512x512 picture.
-PIXELS_PER_STEP = 512 * 512
-
-
-class Stage(nn.Module):
-    """The blocks at one resolution, then resampling. `resample` is "downsample", "upsample" or None."""
-
-    numerics: Numerics
-    features: int
-    num_blocks: int
-    attention: bool
-    resample: str | None
-
-    @nn.compact
-    def __call__(self, x: jax.Array, zq: jax.Array | None = None) -> jax.Array:
-        numerics = self.numerics
-        for i in range(self.num_blocks):
-            x = numerics.block(ResnetBlock)(numerics, self.features, name=f"block_{i}")(x, zq)
-            if self.attention:
-                x = numerics.block(AttentionBlock)(numerics, name=f"attn_{i}")(x, zq)
-        if self.resample == "downsample":
-            x = Downsample(numerics, name="downsample")(x)
-        elif self.resample == "upsample":
-            x = Upsample(numerics, name="upsample")(x)
-        return x
-
-
-class Middle(nn.Module):
-    """Residual block, attention block, residual block at the lowest resolution. Keeps the shape [B, h, w, C]."""
-
-    numerics: Numerics
-
-    @nn.compact
-    def __call__(self, x: jax.Array, zq: jax.Array | None = None) -> jax.Array:
-        numerics, channels = self.numerics, x.shape[-1]
-        x = numerics.block(ResnetBlock)(numerics, channels, name="block_1")(x, zq)
-        x = numerics.block(AttentionBlock)(numerics, name="attn_1")(x, zq)
-        return numerics.block(ResnetBlock)(numerics, channels, name="block_2")(x, zq)
+from emu3_jax.models.vision_stages import Middle, Stage, over_frames
 
 
 class VisionEncoder(nn.Module):
@@ -123,7 +83,7 @@ class VisionEncoder(nn.Module):
         """[B, T, H, W, in_channels], or [B, H, W, in_channels] for stills, to [B, t, h, w, latent_channels]."""
         height, width, channels = pixels.shape[-3:]
         frames = pixels.reshape(-1, height, width, channels)
-        latents = _over_frames(VisionEncoder.spatial, self, height * width, frames)
+        latents = over_frames(VisionEncoder.spatial, self, height * width, frames)
         if pixels.ndim == 5:
             return self.temporal(latents.reshape(*pixels.shape[:2], *latents.shape[1:]))
         # A still counts as a clip of equal frames. The spatial network ran only once, because its results are equal.
@@ -183,7 +143,7 @@ class VisionDecoder(nn.Module):
             both = both[:, :1]
         b, frames, height, width, channels = both.shape
         z, zq = both.reshape(2, -1, height, width, channels)
-        pixels = _over_frames(VisionDecoder.spatial, self, height * width * self.config.spatial_factor**2, z, zq)
+        pixels = over_frames(VisionDecoder.spatial, self, height * width * self.config.spatial_factor**2, z, zq)
         return pixels.reshape(b // 2, frames, *pixels.shape[1:])
 
 
@@ -338,7 +298,16 @@ class VisionTokenizer(nn.Module):
             )
 
 
-def check_codes(codes: np.ndarray, config: VisionConfig) -> None:
+def vision_module(config: VisionTokenizerConfig, numerics: Numerics | None = None) -> VisionTokenizer | IbqTokenizer:
+    """The module of a vision tokenizer. Both have `latents`, `encode` and `decode`, which take stills.
+
+    `numerics` None means exact float32.
+    """
+    kind = IbqTokenizer if isinstance(config, IbqConfig) else VisionTokenizer
+    return kind(config, Numerics() if numerics is None else numerics)
+
+
+def check_codes(codes: np.ndarray, config: VisionTokenizerConfig) -> None:
     """Checks on the host that codes can be decoded. A device would silently clamp codes outside the codebook.
 
     Args:
@@ -363,20 +332,20 @@ def check_codes(codes: np.ndarray, config: VisionConfig) -> None:
 
 
 @functools.cache
-def make_encoder(config: VisionConfig) -> Callable[[Any, jax.Array], jax.Array]:
-    """Returns `VisionTokenizer.encode` as a jitted `(params, pixels) -> codes`. It compiles once per shape."""
-    model = VisionTokenizer(config)
+def make_encoder(config: VisionTokenizerConfig) -> Callable[[Any, jax.Array], jax.Array]:
+    """Returns the tokenizer's `encode` as a jitted `(params, pixels) -> codes`. It compiles once per shape."""
+    model = vision_module(config)
     return jax.jit(lambda params, pixels: model.apply({"params": params}, pixels, method="encode"))
 
 
 @functools.cache
-def make_decoder(config: VisionConfig, fast: bool = False) -> Callable[[Any, jax.Array], jax.Array]:
-    """Returns `VisionTokenizer.decode` as a jitted `(params, codes) -> pixels`. It compiles once per shape.
+def make_decoder(config: VisionTokenizerConfig, fast: bool = False) -> Callable[[Any, jax.Array], jax.Array]:
+    """Returns the tokenizer's `decode` as a jitted `(params, codes) -> pixels`. It compiles once per shape.
 
     `fast` computes float32 products at the device's default precision: TF32 on recent GPUs, bfloat16 on TPUs; on CPUs
-    nothing changes. Encoding has no such option, because the nearest codebook vector could change.
+    nothing changes. Encoding has no such option, because codes could change.
     """
-    model = VisionTokenizer(config, _inference(fast))
+    model = vision_module(config, _inference(fast))
 
     def decode(params: Any, codes: jax.Array) -> jax.Array:
         return model.apply({"params": params}, codes, method="decode")
@@ -432,22 +401,3 @@ def _make_step(config: VisionConfig, method: str, fast: bool) -> Callable[[Any, 
 def _doublings(factor: int) -> int:
     """The base-2 logarithm of a power of two."""
     return factor.bit_length() - 1
-
-
-def _over_frames(network: Callable[..., jax.Array], module: nn.Module, pixels: int, *frames: jax.Array) -> jax.Array:
-    """Applies `network(module, *frames)` to frames [N, ...] of `pixels` pixels each, in equal groups."""
-    count = len(frames[0])
-    limit = max(1, PIXELS_PER_STEP // pixels)
-    group = max(d for d in range(1, min(limit, count) + 1) if count % d == 0)
-    if group == count:
-        return network(module, *frames)
-
-    def step(
-        module: nn.Module, carry: tuple[()], start: jax.Array, frames: tuple[jax.Array, ...]
-    ) -> tuple[tuple[()], jax.Array]:
-        # Dynamic slices, because XLA would copy the whole array for a reshape into groups.
-        return carry, network(module, *(jax.lax.dynamic_slice_in_dim(f, start, group) for f in frames))
-
-    loop = nn.scan(step, variable_broadcast="params", split_rngs={"params": False}, in_axes=(0, nn.broadcast))
-    _, out = loop(module, (), jnp.arange(0, count, group), frames)
-    return out.reshape(count, *out.shape[2:])

@@ -15,12 +15,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from emu3_jax.compilation import own_settings
-from emu3_jax.config import DecoderConfig, VisionConfig
+from emu3_jax.config import DecoderConfig, VisionTokenizerConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.models.adapters import Adapter
 from emu3_jax.models.cache import KVCache
 from emu3_jax.models.decoder import Decoder
-from emu3_jax.models.vision import VisionTokenizer
+from emu3_jax.models.vision import vision_module
 
 LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
     # Weights of the decoder. `fsdp` and `sequence` split each matrix by width; `tensor` splits by head and by MLP unit.
@@ -111,10 +111,10 @@ def decoder_shardings(
     return shardings(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"], mesh)
 
 
-def vision_shardings(config: VisionConfig, mesh: Mesh) -> dict[str, Any]:
+def vision_shardings(config: VisionTokenizerConfig, mesh: Mesh) -> dict[str, Any]:
     """Shardings of the vision tokenizer's parameters, in the same tree."""
     pixels = jnp.zeros((1, config.spatial_factor, config.spatial_factor, config.in_channels))
-    return shardings(jax.eval_shape(VisionTokenizer(config).init, jax.random.key(0), pixels)["params"], mesh)
+    return shardings(jax.eval_shape(vision_module(config).init, jax.random.key(0), pixels)["params"], mesh)
 
 
 def cache_shardings(config: DecoderConfig, mesh: Mesh, narrow: bool = False, lockstep: bool = True) -> KVCache:
