@@ -204,6 +204,7 @@ class SpecialTokens:
         return self.visual_start + self.visual_count
 
 
+FAMILIES = ("emu3", "emu3.5")
 CLIP_LAYOUTS = ("lines", "flat")
 # Fields of a `DecoderConfig` that fine-tuning may change, because no weight depends on them.
 FREE_FIELDS = ("image_area", "max_positions", "clip_frames", "clip_layout")
@@ -214,12 +215,15 @@ class DecoderConfig:
     """The shapes and settings of a decoder (the reference's `Emu3Config`). Defaults: the published 8 B models.
 
     Attributes:
+        family: "emu3" or "emu3.5". It decides on prompts, on the tokens of pictures and on sampling.
         vocab_size: number of token ids, text and visual.
-        hidden_size: width of the residual stream; `num_heads` must divide it.
+        hidden_size: width of the residual stream; `num_heads` must divide it if `head_width` is None.
         intermediate_size: width of the MLP.
         num_layers: number of layers.
         num_heads: number of query heads.
         num_kv_heads: number of key and value heads; it must divide `num_heads`.
+        head_width: width of one attention head, or None for `hidden_size / num_heads`.
+        qk_norm: whether each head's queries and keys are normalised before the rotation, as in Qwen3 and Emu3.5.
         max_positions: largest number of tokens in a sequence.
         rms_norm_eps: added to the mean square in norms.
         rope_theta: base of the rotary position embedding.
@@ -247,8 +251,13 @@ class DecoderConfig:
     clip_layout: str = "lines"
     dtype: str = "bfloat16"
     tokens: SpecialTokens = SpecialTokens()
+    family: str = "emu3"
+    head_width: int | None = None
+    qk_norm: bool = False
 
     def __post_init__(self) -> None:
+        check_field(self, "family", self.family in FAMILIES, " or ".join(FAMILIES))
+        check_field(self, "qk_norm", isinstance(self.qk_norm, bool), "true or false")
         if self.clip_frames is not None:
             check_counts(self, clip_frames=1 << 20)
         check_field(self, "clip_layout", self.clip_layout in CLIP_LAYOUTS, " or ".join(CLIP_LAYOUTS))
@@ -258,8 +267,12 @@ class DecoderConfig:
         )  # fmt: skip
         check_positive_number(self, "rms_norm_eps", "rope_theta")
         heads, kv = self.num_heads, self.num_kv_heads
-        check_field(self, "hidden_size", self.hidden_size % heads == 0, f"a multiple of num_heads ({heads})")
-        check_field(self, "hidden_size", self.head_dim % 2 == 0, "num_heads times an even head width (RoPE)")
+        if self.head_width is None:
+            check_field(self, "hidden_size", self.hidden_size % heads == 0, f"a multiple of num_heads ({heads})")
+            check_field(self, "hidden_size", self.head_dim % 2 == 0, "num_heads times an even head width (RoPE)")
+        else:
+            check_counts(self, head_width=4096)
+            check_field(self, "head_width", self.head_width % 2 == 0, "an even number (RoPE)")
         check_field(self, "num_heads", heads % kv == 0, f"a multiple of num_kv_heads ({kv})")
         check_field(self, "dtype", self.dtype in ("bfloat16", "float16", "float32"), "bfloat16, float16 or float32")
         if isinstance(self.tokens, Mapping):
@@ -274,7 +287,7 @@ class DecoderConfig:
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""
-        return self.hidden_size // self.num_heads
+        return self.hidden_size // self.num_heads if self.head_width is None else self.head_width
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -282,6 +295,15 @@ class DecoderConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "DecoderConfig":
         return from_json(cls, data)
+
+
+# The released 34 B models of Emu3.5. The shapes follow from the report and the number of parameters. `rms_norm_eps` and
+# `rope_theta` are the defaults of the reference's code, `max_positions` is the report's context: not confirmed.
+EMU35_34B = DecoderConfig(
+    vocab_size=282926, hidden_size=5120, intermediate_size=25600, num_layers=64, num_heads=64, num_kv_heads=8,
+    max_positions=32768, image_area=1024 * 1024, tokens=SpecialTokens(visual_count=131072), family="emu3.5",
+    head_width=128, qk_norm=True,
+)  # fmt: skip
 
 
 def other_field(one: DecoderConfig, other: DecoderConfig) -> str | None:

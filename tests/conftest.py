@@ -63,14 +63,20 @@ def golden_npz(name: str) -> dict[str, np.ndarray]:
         return dict(data)
 
 
-def reference_weights(part: str) -> dict[str, np.ndarray]:
-    """The golden case's state dict of `part` ("vq" or "lm"), under upstream's PyTorch names."""
+def drawing():
+    """The function that draws the weights of golden cases."""
     spec = importlib.util.spec_from_file_location("reference_weights", GOLDEN / "reference_weights.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module.reference_weight
+
+
+def reference_weights(part: str) -> dict[str, np.ndarray]:
+    """The golden case's state dict of `part` ("vq" or "lm"), under upstream's PyTorch names."""
+    draw = drawing()
     shapes = golden_json("state_dict_shapes.json")[part]
     seed = golden_json("prompts.json")["seed"]
-    return {name: module.reference_weight(name, tuple(shape), seed) for name, shape in shapes.items()}
+    return {name: draw(name, tuple(shape), seed) for name, shape in shapes.items()}
 
 
 @pytest.fixture(scope="session")

@@ -108,6 +108,10 @@ def decoder_params(config: DecoderConfig) -> list[Param]:
         params += [
             _same((path, "attention_norm", "scale"), f"{torch}.input_layernorm.weight", (d,)),
             Param((path, "attention", "qkv"), (d, k, g + 2, h), qkv, pack_qkv, unpack_qkv),
+            *(
+                _same((path, "attention", name, "scale"), f"{torch}.self_attn.{name}.weight", (h,))
+                for name in (("q_norm", "k_norm") if config.qk_norm else ())
+            ),
             Param((path, "attention", "out"), (k, g, h, d), (out,), _transpose, lambda p: (p.reshape(-1, d).T,)),
             _same((path, "mlp_norm", "scale"), f"{torch}.post_attention_layernorm.weight", (d,)),
             Param((path, "mlp", "gate_up"), (d, 2, f), gate_up, _pack_gate_up, lambda p: (p[:, 0].T, p[:, 1].T)),

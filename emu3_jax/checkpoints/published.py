@@ -9,7 +9,9 @@ from emu3_jax.checkpoints import layouts
 from emu3_jax.checkpoints.bundle import ADAPTER_CONFIG, PARTS
 from emu3_jax.checkpoints.layouts import Layout, Weight
 from emu3_jax.checkpoints.published_config import (
+    EMU35_CODES,
     decoder_from_published,
+    family_of,
     image_from_published,
     image_gaps,
     object_field,
@@ -26,6 +28,7 @@ from emu3_jax.text.tokenizer import Tokenizer
 from emu3_jax.text.vocabulary import tokens_of_vocabulary
 
 UPSTREAM_VOCABULARY = "emu3.tiktoken"
+FLASHAR = ("horizontal_head", "vertical_block", "vertical_norm", "vertical_head", "hv_gate_")  # begin its own names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +56,12 @@ class Published:
             )
         config = read_object(path / "config.json")
         tensors = _read_directory(path)
+        other = next((t.name for t in tensors if any(mark in t.name for mark in FLASHAR)), None)
+        if other is not None:
+            raise Emu3Error(
+                f"{path}: holds {shown(other)}, so it is a FlashAR checkpoint, which decodes in another way and is not "
+                "supported: use the model that it was made from"
+            )
         layout = layouts.detect_layout(t.name for t in tensors)
         if layout is None:
             example = tensors[0].name if tensors else "no tensors"
@@ -68,11 +77,15 @@ class Published:
 
     def decoder_config(self, codebook_size: int | None = None) -> DecoderConfig:
         """Give the `codebook_size` of the vision tokenizer for upstream's decoder directory, which does not hold it."""
+        with read_from(self.path / "config.json"):
+            family = family_of(self.config, any(t.name.endswith(".self_attn.q_norm.weight") for t in self.tensors))
+        if family == "emu3.5" and codebook_size is None:
+            codebook_size = EMU35_CODES
         told = None
         if self._vocabulary is not None:
             told = tokens_of_vocabulary(self._vocabulary, codebook_size)
         with read_from(self.path / "config.json"):
-            return decoder_from_published(self.config, codebook_size, told)
+            return decoder_from_published(self.config, codebook_size, told, family)
 
     @property
     def _vocabulary(self) -> Path | None:

@@ -57,6 +57,7 @@ _TOKEN_NAMES = {
     "eof": ("eof_token_id",),
 }
 _Names = Mapping[str, tuple[str, ...]]
+_EMU35_VOCABULARY, EMU35_CODES, _EMU35_AREA = 282926, 131072, 1024 * 1024  # of every published Emu3.5
 # Ids that only Emu3 has. Other models have ids of padding and of the beginning and end of a text, too.
 _MEDIA_TOKENS = ("img", "boi", "eoi", "eol", "eof")
 _SWITCHES = ("do_convert_rgb", "do_resize", "do_rescale", "do_normalize", "do_pad")  # padding matters only for batches
@@ -128,8 +129,31 @@ def image_gaps(data: Mapping[str, Any]) -> list[str]:
     return [name for name in names if data.get(name) is None and name not in needless]
 
 
+def family_of(data: Mapping[str, Any], qk_norm: bool) -> str:
+    """The family of a published decoder. Emu3.5 has Emu3's `model_type` and class name.
+
+    Args:
+        data: what `config.json` holds.
+        qk_norm: whether the weights have norms of queries and keys.
+
+    Raises:
+        Emu3Error: the vocabulary is Emu3.5's, but the weights lack the norms.
+    """
+    _check_object(data)
+    vocabulary = data.get("vocab_size")
+    if not qk_norm and vocabulary == _EMU35_VOCABULARY:
+        raise Emu3Error(
+            f"vocab_size is {vocabulary}, as of Emu3.5, but the weights have no q_norm: use the config.json of these "
+            "weights"
+        )
+    return "emu3.5" if qk_norm else "emu3"
+
+
 def decoder_from_published(
-    data: Mapping[str, Any], codebook_size: int | None = None, vocabulary: SpecialTokens | None = None
+    data: Mapping[str, Any],
+    codebook_size: int | None = None,
+    vocabulary: SpecialTokens | None = None,
+    family: str = "emu3",
 ) -> DecoderConfig:
     """From upstream's `config.json`, or the config or `text_config` of a transformers 4 or 5 checkpoint.
 
@@ -141,9 +165,11 @@ def decoder_from_published(
         data: what the file holds.
         codebook_size: codebook size of the vision tokenizer, or None if its config is not available.
         vocabulary: the ids in the vocabulary's file, or None without such a file.
+        family: the family, from `family_of`. A file of Emu3.5 must hold all fields, because the defaults of its
+            class are Emu3's.
 
     Raises:
-        Emu3Error: a field is not legal, asks for something that Emu3 lacks, or nothing determines the ids.
+        Emu3Error: a field is missing or not legal, asks for something that Emu3 lacks, or nothing determines the ids.
     """
     _check_object(data)
     text = {**data, **object_field(data, "text_config")}
@@ -159,8 +185,17 @@ def decoder_from_published(
     theta = _rope_theta(text)
     if theta is not None:
         picked["rope_theta"] = theta
+    if family == "emu3.5":
+        lacking = [name for ours, (name, *_) in _DECODER_NAMES.items() if ours != "image_area" and ours not in picked]
+        lacking += [] if "head_dim" in text else ["head_dim"]
+        if lacking:
+            raise Emu3Error(f"has no {', '.join(lacking)}, which Emu3.5 needs: use the config.json of these weights")
+        picked = {"image_area": _EMU35_AREA} | picked
+        picked |= {"family": family, "qk_norm": True, "head_width": text["head_dim"]}
     if codebook_size is None:
         codebook_size = object_field(data, "vq_config").get("codebook_size")
+    if codebook_size is None and family == "emu3.5" and vocabulary is None:
+        codebook_size = EMU35_CODES
     legal = f"a whole number from 1 to {MAX_CODES:,}"
     ok = codebook_size is None or (is_whole(codebook_size, 1) and codebook_size <= MAX_CODES)
     _check(ok, "codebook_size", codebook_size, legal)
@@ -171,8 +206,10 @@ def decoder_from_published(
     except Emu3Error as error:
         raise Emu3Error(f"vocabulary_map: {error}") from error
     tokens = _tokens(text, codebook_size, mapped or vocabulary)
-    with _named_as_published(_DECODER_NAMES, text):
+    with _named_as_published({**_DECODER_NAMES, "head_width": ("head_dim",)}, text):
         config = DecoderConfig(**picked, tokens=tokens)
+    if family == "emu3.5":
+        return config
     width = text.get("head_dim")
     legal = f"hidden_size / num_attention_heads = {config.head_dim}, or absent"
     _check(width is None or width == config.head_dim, "head_dim", width, legal)
@@ -342,8 +379,10 @@ def image_to_published(config: ImageConfig, layout: str, spatial_factor: int = 8
 def decoder_to_published(config: DecoderConfig, layout: str) -> dict[str, Any]:
     """Upstream's `config.json` or transformers' `text_config`. `layout` is "upstream" or "transformers"."""
     tokens = config.tokens
+    wide = {} if config.head_width is None else {"head_dim": config.head_width}
     common = {
         "vocab_size": config.vocab_size,
+        **wide,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
         "num_hidden_layers": config.num_layers,

@@ -28,18 +28,22 @@ Rotations = tuple[jax.Array, jax.Array]  # cosines and sines; see `rotations`
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale. As in the reference, the norm is float32 and the product with the scale is in x's dtype."""
+    """x / rms(x) * scale over the last axis, whose logical axis is `axis`.
+
+    As in the reference, the norm is float32 and the product with the scale is in x's dtype.
+    """
 
     epsilon: float
     adapter: Adapter | None = None
+    axis: str = "width"
 
     @nn.compact
-    def __call__(self, x_bsd: jax.Array) -> jax.Array:
-        init = nn.with_logical_partitioning(nn.initializers.ones, ("width",))
-        scale = self.param("scale", init, x_bsd.shape[-1:], weight_dtype(self.adapter))
-        x32 = x_bsd.astype(jnp.float32)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.with_logical_partitioning(nn.initializers.ones, (self.axis,))
+        scale = self.param("scale", init, x.shape[-1:], weight_dtype(self.adapter))
+        x32 = x.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
-        return normed.astype(x_bsd.dtype) * scale.astype(x_bsd.dtype)[None, None]
+        return normed.astype(x.dtype) * scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + scale.shape)
 
 
 def rotations(positions_bs: jax.Array, width: int, theta: float) -> Rotations:
@@ -96,6 +100,10 @@ class Attention(nn.Module):
         g = c.num_heads // k
         axes = ("embed", "kv_heads", "heads_per_kv", "head_dim")
         qkv = project(self, adapter, "bsd,dkph->bskph", x_bsd, name="qkv", shape=(d, k, g + 2, h), axes=axes)
+        if c.qk_norm:
+            q_norm, k_norm = (RMSNorm(c.rms_norm_eps, adapter, "head_dim", name=name) for name in ("q_norm", "k_norm"))
+            queries, key = q_norm(qkv[:, :, :, :g]), k_norm(qkv[:, :, :, g : g + 1])
+            qkv = jnp.concatenate([queries, key, qkv[:, :, :, g + 1 :]], axis=3)
         if cache is None:
             queries, keys, values = _roped(qkv, rotations_bsr)
             mixed = self_attention(queries, keys, values, segments_bs, self.implementation)
