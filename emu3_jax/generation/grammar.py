@@ -1,0 +1,259 @@
+"""The grammar of rows that write text and pictures in turn: an automaton per row, as arrays in the decode loop.
+
+The static schedule (`schedule`) serves pictures whose place is known. Here a row decides by itself to draw: in text, BOI
+opens the size of a picture; IMG ends the size; then come the rows of visual tokens with their line ends; EOI leads back
+to text; EOS in text ends the row. The layouts of Emu3 and Emu3.5 differ by the fields of `Grammar` alone.
+
+B rows.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from emu3_jax.config import DecoderConfig, SpecialTokens
+from emu3_jax.errors import Emu3Error
+from emu3_jax.generation.schedule import SAMPLED_FREE, SAMPLED_VISUAL
+
+# What `legal` returns where several ids are legal, beside SAMPLED_FREE (an id of text) and SAMPLED_VISUAL. These three
+# are part of a size: a digit from 1 to 9, a digit, and a digit or what ends this side of the size.
+FIRST_DIGIT, DIGIT, DIGIT_OR_END = -3, -4, -5
+
+TEXT, SIZE, PICTURE = 0, 1, 2  # modes
+_MOST_DIGITS = 4  # of a side that is known beforehand
+
+
+@dataclasses.dataclass(frozen=True)
+class Grammar:
+    """The layout of pictures in a family of models.
+
+    Attributes:
+        tokens: the model's control tokens and visual ids.
+        digits: ids of the texts "0" to "9".
+        times: id of the text "*", between rows and columns of a size.
+        least_digits: smallest number of digits of a side that the model chooses.
+        most_digits: largest number of digits of a side that the model chooses.
+        last_line_end: whether EOL follows the last row of visual tokens too.
+        frame_end: whether EOF stands before EOI.
+        same_size: whether all pictures of a row have the size of the first one.
+    """
+
+    tokens: SpecialTokens
+    digits: tuple[int, ...]
+    times: int
+    least_digits: int = 1
+    most_digits: int = 3
+    last_line_end: bool = True
+    frame_end: bool = True
+    same_size: bool = False
+
+    @classmethod
+    def of(cls, config: DecoderConfig, digits: Sequence[int], times: int) -> "Grammar":
+        """The grammar of a decoder's family. `digits` and `times` are the ids of "0" to "9" and of "*"."""
+        common: dict[str, Any] = {"tokens": config.tokens, "digits": tuple(digits), "times": times}
+        if config.family == "emu3.5":
+            return cls(**common, least_digits=2, most_digits=2, last_line_end=False, frame_end=False, same_size=True)
+        return cls(**common)
+
+    def picture_length(self, rows: int, columns: int) -> int:
+        """The number of tokens of a picture from BOI to EOI."""
+        head = 2 + len(f"{rows}*{columns}")
+        return head + rows * (columns + 1) - (not self.last_line_end) + self.frame_end + 1
+
+
+class GrammarState(flax.struct.PyTreeNode):
+    """Where each row is. All int32 [B].
+
+    Attributes:
+        mode: TEXT, SIZE or PICTURE.
+        at: number of tokens after BOI (in SIZE) or after IMG (in PICTURE).
+        side: in SIZE, 0 before "*" and 1 after it.
+        count: in SIZE, number of digits of this side so far.
+        rows: rows of visual tokens of the present picture, as far as its size is known.
+        columns: likewise, columns.
+        known_rows: rows of every further picture, or 0 if the model chooses.
+        known_columns: likewise, columns.
+    """
+
+    mode: jax.Array
+    at: jax.Array
+    side: jax.Array
+    count: jax.Array
+    rows: jax.Array
+    columns: jax.Array
+    known_rows: jax.Array
+    known_columns: jax.Array
+
+    @classmethod
+    def of(cls, sizes: Sequence[tuple[int, int] | None]) -> "GrammarState":
+        """Rows in text, in the host's memory. A size (rows, columns) is that of the row's pictures; None leaves it."""
+        known = np.asarray([size or (0, 0) for size in sizes], np.int32).reshape(-1, 2)
+        none = np.zeros(len(sizes), np.int32)
+        return cls(none, none, none, none, none, none, known[:, 0], known[:, 1])
+
+
+def legal(state: GrammarState, grammar: Grammar) -> jax.Array:
+    """The next id of each row where only one is legal, else what may be sampled (a negative number), int32 [B]."""
+    special = grammar.tokens
+    digits = jnp.asarray(grammar.digits, jnp.int32)
+    # A size that is known: the text "rows*columns", then IMG.
+    first, second = (_digit_count(side) for side in (state.known_rows, state.known_columns))
+    of_rows = _digit(state.known_rows, state.at)
+    of_columns = _digit(state.known_columns, state.at - first - 1)
+    known = jnp.where(state.at < first, digits[of_rows], digits[of_columns])
+    known = jnp.where(state.at == first, grammar.times, known)
+    known = jnp.where(state.at == first + 1 + second, special.img, known)
+    # A size that the model chooses.
+    end = jnp.where(state.side == 0, grammar.times, special.img)
+    chosen = jnp.where(state.count < grammar.least_digits, DIGIT, DIGIT_OR_END)
+    chosen = jnp.where(state.count == 0, FIRST_DIGIT, chosen)
+    chosen = jnp.where(state.count == grammar.most_digits, end, chosen)
+    size = jnp.where(state.known_rows > 0, known, chosen)
+    # Visual tokens.
+    line = state.columns + 1
+    following, last = state.at + 1, state.rows * line  # `last` is the place of the last row's line end
+    picture = jnp.where(following % line == 0, special.eol, SAMPLED_VISUAL)
+    after = following - last - (1 if grammar.last_line_end else 0)
+    ends = (special.eof, special.eoi) if grammar.frame_end else (special.eoi,)
+    for index, token in enumerate(ends):
+        picture = jnp.where(after == index, token, picture)
+    modes = (jnp.full_like(state.mode, SAMPLED_FREE), size, picture)
+    return jnp.select([state.mode == mode for mode in (TEXT, SIZE, PICTURE)], modes)
+
+
+def advance(state: GrammarState, token: jax.Array, grammar: Grammar) -> GrammarState:
+    """The state after a token (int32 [B]) that `legal` allows."""
+    special = grammar.tokens
+    digits = jnp.asarray(grammar.digits, jnp.int32)
+    is_digit = token[:, None] == digits[None]
+    digit = jnp.argmax(is_digit, axis=1).astype(jnp.int32)
+    text, size, picture = (state.mode == mode for mode in (TEXT, SIZE, PICTURE))
+    opens, starts, ends = text & (token == special.boi), size & (token == special.img), picture & (token == special.eoi)
+    between = size & (token == grammar.times)
+    reads = size & is_digit.any(axis=1)
+
+    def side(value: jax.Array, which: int) -> jax.Array:
+        value = jnp.where(opens, 0, value)
+        return jnp.where(reads & (state.side == which), value * 10 + digit, value)
+
+    rows, columns = side(state.rows, 0), side(state.columns, 1)
+    keep = starts & grammar.same_size
+    return GrammarState(
+        mode=jnp.where(opens, SIZE, jnp.where(starts, PICTURE, jnp.where(ends, TEXT, state.mode))),
+        at=jnp.where(opens | starts | text, 0, state.at + 1),
+        side=jnp.where(opens, 0, jnp.where(between, 1, state.side)),
+        count=jnp.where(opens | between, 0, state.count + reads),
+        rows=rows,
+        columns=columns,
+        known_rows=jnp.where(keep, rows, state.known_rows),
+        known_columns=jnp.where(keep, columns, state.known_columns),
+    )
+
+
+def _digit_count(number: jax.Array) -> jax.Array:
+    """The number of decimal digits, at least 1."""
+    powers = jnp.asarray([10**power for power in range(1, _MOST_DIGITS)], jnp.int32)
+    return 1 + (number[:, None] >= powers[None]).sum(axis=1, dtype=jnp.int32)
+
+
+def _digit(number: jax.Array, place: jax.Array) -> jax.Array:
+    """The decimal digit at a place, counted from the first one."""
+    power = jnp.clip(_digit_count(number) - 1 - place, 0, _MOST_DIGITS - 1)
+    return number // jnp.asarray([10**power for power in range(_MOST_DIGITS)], jnp.int32)[power] % 10
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A picture in a sequence of ids.
+
+    Attributes:
+        size: rows and columns of visual tokens; None if its size is cut off.
+        codes: int32 [n], its codes so far, row by row.
+        whole: whether its EOI is there.
+    """
+
+    size: tuple[int, int] | None
+    codes: np.ndarray
+    whole: bool
+
+
+def split(ids: Sequence[int], grammar: Grammar) -> list[list[int] | Picture]:
+    """Splits a sequence into runs of text ids and pictures. Only the last picture may be cut off.
+
+    Raises:
+        Emu3Error: a picture's tokens are not as the grammar wants, for example a BOI within a picture.
+    """
+    special = grammar.tokens
+    pieces: list[list[int] | Picture] = []
+    position = 0
+    while position < len(ids):
+        if ids[position] == special.boi:
+            picture, length = _read_picture(ids[position:], grammar, position)
+            pieces.append(picture)
+            position += length
+            continue
+        token = int(ids[position])
+        if token in (special.eoi, special.img) or special.visual_start <= token < special.visual_end:
+            raise Emu3Error(
+                f"id {position} of the sequence is {token}, which belongs into a picture, but no BOI opened one"
+            )
+        if not pieces or isinstance(pieces[-1], Picture):
+            pieces.append([])
+        text = pieces[-1]
+        assert isinstance(text, list)
+        text.append(token)
+        position += 1
+    return pieces
+
+
+def _read_picture(ids: Sequence[int], grammar: Grammar, offset: int) -> tuple[Picture, int]:
+    """Reads a picture from its BOI on. Returns it and the number of its ids."""
+    special = grammar.tokens
+    sides: list[str] = ["", ""]
+    side, position = 0, 1
+    while position < len(ids) and ids[position] != special.img:
+        token = int(ids[position])
+        if token in grammar.digits and len(sides[side]) < _MOST_DIGITS:
+            sides[side] += str(grammar.digits.index(token))
+        elif token == grammar.times and side == 0 and sides[0]:
+            side = 1
+        else:
+            raise _unfit(offset + position, token, "the size of a picture")
+        position += 1
+    if position == len(ids):
+        return Picture(None, np.zeros(0, np.int32), False), position
+    rows, columns = (int(text) if text else 0 for text in sides)
+    if not rows or not columns:
+        raise _unfit(offset + position, special.img, "the size of a picture")
+    position += 1
+    expected = layout(rows, columns, grammar)
+    found = np.asarray(ids[position : position + len(expected)], np.int64)
+    wanted = expected[: len(found)]
+    visual = (found >= special.visual_start) & (found < special.visual_end)
+    fits = np.where(wanted == SAMPLED_VISUAL, visual, found == wanted)
+    if not fits.all():
+        place = int(np.argmin(fits))
+        raise _unfit(offset + position + place, int(found[place]), f"a picture of {rows}*{columns}")
+    codes = (found[wanted == SAMPLED_VISUAL] - special.visual_start).astype(np.int32)
+    return Picture((rows, columns), codes, len(found) == len(expected)), position + len(found)
+
+
+def layout(rows: int, columns: int, grammar: Grammar) -> np.ndarray:
+    """What follows a picture's IMG up to its EOI: ids, and SAMPLED_VISUAL for each visual token; int64."""
+    special = grammar.tokens
+    lines = np.full((rows, columns + 1), SAMPLED_VISUAL, np.int64)
+    lines[:, columns] = special.eol
+    flat = lines.reshape(-1) if grammar.last_line_end else lines.reshape(-1)[:-1]
+    return np.append(flat, [special.eof, special.eoi] if grammar.frame_end else [special.eoi])
+
+
+def _unfit(position: int, token: int, where: str) -> Emu3Error:
+    return Emu3Error(f"id {position} of the sequence is {token}, which does not belong into {where}")

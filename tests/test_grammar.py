@@ -1,0 +1,159 @@
+"""The automaton of text and pictures: against an independent recogniser on random choices, and on golden sequences."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import golden_json, golden_npz
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from emu3_jax.config import DecoderConfig, SpecialTokens
+from emu3_jax.errors import Emu3Error
+from emu3_jax.generation.grammar import (
+    DIGIT,
+    DIGIT_OR_END,
+    FIRST_DIGIT,
+    Grammar,
+    GrammarState,
+    Picture,
+    advance,
+    legal,
+    split,
+)
+from emu3_jax.generation.schedule import SAMPLED_FREE, SAMPLED_VISUAL
+
+TOKENS = SpecialTokens(pad=20, bos=21, eos=22, img=23, boi=24, eoi=25, eol=26, eof=27, visual_start=28, visual_count=4)
+EMU3 = Grammar(TOKENS, tuple(range(10)), 10)
+EMU35 = Grammar(TOKENS, tuple(range(10)), 10, 2, 2, last_line_end=False, frame_end=False, same_size=True)
+step = jax.jit(lambda state, token, grammar: advance(state, token, grammar), static_argnums=2)
+ask = jax.jit(legal, static_argnums=1)
+
+
+def choices(answer, grammar, state_side):
+    """The ids that an answer of `legal` stands for."""
+    end = TOKENS.img if state_side else grammar.times
+    return {
+        SAMPLED_FREE: list(range(TOKENS.visual_start)),
+        SAMPLED_VISUAL: list(range(TOKENS.visual_start, TOKENS.visual_end)),
+        FIRST_DIGIT: list(grammar.digits[1:]),
+        DIGIT: list(grammar.digits),
+        DIGIT_OR_END: [*grammar.digits, end],
+    }.get(answer, [answer])
+
+
+def picture(rows, columns, grammar, draw):
+    """The ids of a picture, written out by hand."""
+    ids = [TOKENS.boi, *map(int, str(rows)), grammar.times, *map(int, str(columns)), TOKENS.img]
+    for row in range(rows):
+        ids += [draw() for _ in range(columns)]
+        if row < rows - 1 or grammar is EMU3:
+            ids.append(TOKENS.eol)
+    return [*ids, *([TOKENS.eof] if grammar is EMU3 else []), TOKENS.eoi]
+
+
+@pytest.mark.parametrize("grammar", [EMU3, EMU35], ids=["emu3", "emu3.5"])
+@given(data=st.data())
+@settings(max_examples=25)
+def test_every_walk_is_a_sequence_and_every_sequence_a_walk(grammar, data):
+    """Walks of several rows at once, with any choice that is legal, are read back by `split`."""
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    sizes = [None, (2, 3), (12, 1), (1, 10)]
+    state = GrammarState.of(sizes)
+    walks = [[] for _ in sizes]
+    for _ in range(60):
+        answers, sides = np.asarray(ask(state, grammar)), np.asarray(state.side)
+        tokens = []
+        for row, answer in enumerate(answers.tolist()):
+            options = choices(answer, grammar, sides[row])
+            # Text opens a picture often, and sizes stay small.
+            weights = np.ones(len(options))
+            if answer == SAMPLED_FREE:
+                weights[[TOKENS.eoi, TOKENS.img, TOKENS.eos]] = 0
+                weights[TOKENS.boi] = 8
+            if answer == DIGIT_OR_END:
+                weights[-1] = 30
+            tokens.append(int(rng.choice(options, p=weights / weights.sum())))
+            walks[row].append(tokens[-1])
+        state = step(state, jnp.asarray(tokens, jnp.int32), grammar)
+    for size, walk in zip(sizes, walks, strict=True):
+        pieces = split(walk, grammar)
+        pictures = [piece for piece in pieces if isinstance(piece, Picture)]
+        assert all(piece.whole for piece in pictures[:-1])
+        for piece in pictures:
+            if size is not None and piece.size is not None:
+                assert piece.size == size
+            if piece.whole:
+                assert len(piece.codes) == piece.size[0] * piece.size[1]
+        found = [piece.size for piece in pictures if piece.size is not None]
+        if grammar.same_size:
+            assert len(set(found)) <= 1
+
+
+@pytest.mark.parametrize("grammar", [EMU3, EMU35], ids=["emu3", "emu3.5"])
+@given(data=st.data())
+@settings(max_examples=15)
+def test_sequences_written_by_hand_are_walks(grammar, data):
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    side = st.integers(10, 12) if grammar is EMU35 else st.integers(1, 12)
+    size = data.draw(st.tuples(side, side))
+    ids, pictures = [], []
+    for _ in range(data.draw(st.integers(1, 2))):
+        ids += rng.integers(11, 20, data.draw(st.integers(0, 3))).tolist()
+        part = picture(*size, grammar, lambda: int(rng.integers(TOKENS.visual_start, TOKENS.visual_end)))
+        assert len(part) == grammar.picture_length(*size)
+        pictures.append(part)
+        ids += part
+    known = data.draw(st.booleans())
+    state = GrammarState.of([size if known else None])
+    for token in [*ids, TOKENS.eos]:
+        answer = int(ask(state, grammar)[0])
+        assert token in choices(answer, grammar, int(state.side[0])), (token, answer)
+        state = step(state, jnp.asarray([token], jnp.int32), grammar)
+    assert [piece.size for piece in split(ids, grammar) if isinstance(piece, Picture)] == [size] * len(pictures)
+
+
+@pytest.mark.parametrize("run", list(golden_json("emu35/generate.json")["runs"]))
+def test_golden_sequences_are_walks(run):
+    told, arrays = golden_json("emu35/generate.json")["runs"][run], golden_npz("emu35/generate.npz")
+    config = DecoderConfig(vocab_size=282926, tokens=SpecialTokens(visual_count=131072), family="emu3.5")
+    grammar = Grammar.of(config, range(15, 25), 9)
+    prompt, generated = arrays[f"{run}/prompt_ids"].tolist(), arrays[f"{run}/generated"].tolist()
+    given_sizes = [piece.size for piece in split(prompt, grammar) if isinstance(piece, Picture)]
+    size = tuple(told["size"]) if "size" in told else None
+    if given_sizes and (size is None or not told.get("force_same_image_size", True)):
+        size = given_sizes[-1]
+    state = GrammarState.of([size])
+    for index, token in enumerate(generated):
+        answer, finite = int(ask(state, grammar)[0]), int(arrays[f"{run}/finite"][index])
+        assert answer < 0 or answer == token, index
+        assert (finite == 1) if answer >= 0 else (finite >= 1)
+        if answer == SAMPLED_FREE:
+            assert token < config.tokens.visual_start
+        state = step(state, jnp.asarray([token], jnp.int32), grammar)
+    pictures = [piece for piece in split(generated, grammar) if isinstance(piece, Picture)]
+    expected = [tuple(value) for kind, value in told["pieces"] if kind == "image"]
+    assert [tuple(16 * side for side in p.size) for p in pictures if p.whole] == expected or told.get("no_pictures")
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([11, 25], "id 1 of the sequence is 25, which belongs into a picture, but no BOI opened one"),
+        ([28], "id 0 of the sequence is 28, which belongs into a picture"),
+        ([24, 1, 24], "id 2 of the sequence is 24, which does not belong into the size of a picture"),
+        ([24, 1, 10, 23], "id 3 of the sequence is 23, which does not belong into the size of a picture"),
+        ([24, 1, 10, 2, 23, 28, 24], "id 6 of the sequence is 24, which does not belong into a picture of 1.2"),
+        ([24, 1, 10, 1, 23, 28, 26, 25], "id 7 of the sequence is 25, which does not belong into a picture of 1.1"),
+    ],
+)
+def test_ids_that_are_no_sequence(ids, message):
+    with pytest.raises(Emu3Error, match=message):
+        split(ids, EMU3)
+
+
+def test_a_picture_that_is_cut_off():
+    (piece,) = split([24, 2, 10, 2, 23, 28, 29, 26, 30], EMU3)
+    assert (piece.size, piece.codes.tolist(), piece.whole) == ((2, 2), [0, 1, 2], False)
+    (piece,) = split([24, 2, 10], EMU3)
+    assert (piece.size, piece.whole) == (None, False)
