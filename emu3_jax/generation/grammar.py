@@ -1,8 +1,8 @@
 """The grammar of rows that write text and pictures in turn: an automaton per row, as arrays in the decode loop.
 
-The static schedule (`schedule`) serves pictures whose place is known. Here a row decides by itself to draw: in text, BOI
-opens the size of a picture; IMG ends the size; then come the rows of visual tokens with their line ends; EOI leads back
-to text; EOS in text ends the row. The layouts of Emu3 and Emu3.5 differ by the fields of `Grammar` alone.
+The static schedule (`schedule`) serves pictures whose place is known. Here a row decides by itself to draw: in text,
+BOI opens the size of a picture; IMG ends the size; then come the rows of visual tokens with their line ends; EOI leads
+back to text; EOS in text ends the row. The layouts of Emu3 and Emu3.5 differ by the fields of `Grammar` alone.
 
 B rows.
 """
@@ -18,6 +18,7 @@ import numpy as np
 
 from emu3_jax.config import DecoderConfig, SpecialTokens
 from emu3_jax.errors import Emu3Error
+from emu3_jax.generation.sampling import Array
 from emu3_jax.generation.schedule import SAMPLED_FREE, SAMPLED_VISUAL
 
 # What `legal` returns where several ids are legal, beside SAMPLED_FREE (an id of text) and SAMPLED_VISUAL. These three
@@ -80,14 +81,14 @@ class GrammarState(flax.struct.PyTreeNode):
         known_columns: likewise, columns.
     """
 
-    mode: jax.Array
-    at: jax.Array
-    side: jax.Array
-    count: jax.Array
-    rows: jax.Array
-    columns: jax.Array
-    known_rows: jax.Array
-    known_columns: jax.Array
+    mode: Array
+    at: Array
+    side: Array
+    count: Array
+    rows: Array
+    columns: Array
+    known_rows: Array
+    known_columns: Array
 
     @classmethod
     def of(cls, sizes: Sequence[tuple[int, int] | None]) -> "GrammarState":
@@ -137,7 +138,7 @@ def advance(state: GrammarState, token: jax.Array, grammar: Grammar) -> GrammarS
     between = size & (token == grammar.times)
     reads = size & is_digit.any(axis=1)
 
-    def side(value: jax.Array, which: int) -> jax.Array:
+    def side(value: Array, which: int) -> jax.Array:
         value = jnp.where(opens, 0, value)
         return jnp.where(reads & (state.side == which), value * 10 + digit, value)
 
@@ -155,16 +156,16 @@ def advance(state: GrammarState, token: jax.Array, grammar: Grammar) -> GrammarS
     )
 
 
-def _digit_count(number: jax.Array) -> jax.Array:
+def _digit_count(number: Array) -> jax.Array:
     """The number of decimal digits, at least 1."""
     powers = jnp.asarray([10**power for power in range(1, _MOST_DIGITS)], jnp.int32)
     return 1 + (number[:, None] >= powers[None]).sum(axis=1, dtype=jnp.int32)
 
 
-def _digit(number: jax.Array, place: jax.Array) -> jax.Array:
+def _digit(number: Array, place: Array) -> jax.Array:
     """The decimal digit at a place, counted from the first one."""
     power = jnp.clip(_digit_count(number) - 1 - place, 0, _MOST_DIGITS - 1)
-    return number // jnp.asarray([10**power for power in range(_MOST_DIGITS)], jnp.int32)[power] % 10
+    return jnp.asarray(number) // jnp.asarray([10**p for p in range(_MOST_DIGITS)], jnp.int32)[power] % 10
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -185,8 +186,13 @@ class Picture:
     whole: bool
 
 
-def split(ids: Sequence[int], grammar: Grammar) -> list[list[int] | Picture]:
+def split(ids: Sequence[int], grammar: Grammar, *, strict: bool = True) -> list[list[int] | Picture]:
     """Splits a sequence into runs of text ids and pictures. Only the last picture may be cut off.
+
+    Args:
+        ids: the sequence.
+        grammar: the model's grammar.
+        strict: whether EOI, IMG and visual ids outside of pictures are refused. A model may write them in text.
 
     Raises:
         Emu3Error: a picture's tokens are not as the grammar wants, for example a BOI within a picture.
@@ -201,7 +207,8 @@ def split(ids: Sequence[int], grammar: Grammar) -> list[list[int] | Picture]:
             position += length
             continue
         token = int(ids[position])
-        if token in (special.eoi, special.img) or special.visual_start <= token < special.visual_end:
+        stray = token in (special.eoi, special.img) or special.visual_start <= token < special.visual_end
+        if strict and stray:
             raise Emu3Error(
                 f"id {position} of the sequence is {token}, which belongs into a picture, but no BOI opened one"
             )

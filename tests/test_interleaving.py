@@ -1,0 +1,77 @@
+"""Rows that write text and pictures in turn: the golden sequences of Emu3.5, alone, together and on a mesh."""
+
+import numpy as np
+import pytest
+from conftest import golden_json, golden_npz
+from emu35 import write_decoder
+
+import emu3_jax
+from emu3_jax.checkpoints.convert import convert
+from emu3_jax.generation import interleaving
+from emu3_jax.generation.grammar import Grammar, Picture, split
+from emu3_jax.generation.interleaving import InterleavedRow
+from emu3_jax.generation.sampling import RowSettings
+
+RUNS = golden_json("emu35/generate.json")["runs"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, vocabulary):
+    root = tmp_path_factory.mktemp("emu35")
+    convert([write_decoder(root / "lm", vocabulary, steer=True)], root / "bundle", progress=False)
+    return emu3_jax.load(root / "bundle", dtype="float32").language
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return golden_npz("emu35/generate.npz")
+
+
+def grammar_of(model):
+    return Grammar.of(model.config, range(15, 25), 9)
+
+
+def row_of(run, golden, grammar):
+    told, prompt = RUNS[run], golden[f"{run}/prompt_ids"].tolist()
+    size = tuple(told["size"]) if "size" in told else None
+    given = [piece.size for piece in split(prompt, grammar) if isinstance(piece, Picture)]
+    if given and (size is None or not told.get("force_same_image_size", True)):
+        size = given[-1]
+    empty = golden.get(f"{run}/full_unconditional_ids")
+    return InterleavedRow(
+        prompt, golden[f"{run}/unconditional_ids"].tolist(), None if empty is None else empty.tolist(), size,
+        told["max_new_tokens"],
+    )  # fmt: skip
+
+
+def settings_of(runs):
+    def columns(kind):
+        told = [RUNS[run] for run in runs]
+        return RowSettings.of(
+            len(runs), temperature=0.0, guidance=[run["guidance"] for run in told], seed=0,
+            top_k=[run["sampling"][f"{kind}_top_k"] for run in told],
+            top_p=[run["sampling"][f"{kind}_top_p"] for run in told],
+        )  # fmt: skip
+
+    return columns("text"), columns("image"), [RUNS[run].get("image_guidance", 1.0) for run in runs]
+
+
+def written(model, golden, runs, **options):
+    grammar = grammar_of(model)
+    rows = [row_of(run, golden, grammar) for run in runs]
+    return interleaving.run(model.params, model.config, grammar, rows, *settings_of(runs), **options)
+
+
+@pytest.mark.parametrize("run", [run for run in RUNS if run != "story_not_forced"])
+def test_a_golden_row_alone(model, golden, run):
+    (found,) = written(model, golden, [run])
+    np.testing.assert_array_equal(found, golden[f"{run}/generated"])
+
+
+def test_golden_rows_together(model, golden):
+    runs = [run for run in RUNS if run not in ("dual", "story")]
+    calls = []
+    found = written(model, golden, runs, on_tokens=lambda ids, done: calls.append([len(i) for i in ids]))
+    for run, ids in zip(runs, found, strict=True):
+        np.testing.assert_array_equal(ids, golden[f"{run}/generated"], err_msg=run)
+    assert calls == sorted(calls) and calls[-1] == [len(ids) for ids in found]
