@@ -171,6 +171,29 @@ class ImageConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class AreaConfig:
+    """Picture preprocessing of Emu3.5: every picture is resized to about `area` pixels, and scaled to -1..1.
+
+    The default is the area that upstream sets for drawing and editing single pictures.
+    """
+
+    area: int = 1024 * 1024
+
+    def __post_init__(self) -> None:
+        check_counts(self, area=_MAX_PIXELS)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "AreaConfig":
+        return from_json(cls, data)
+
+
+PictureConfig = ImageConfig | AreaConfig  # Emu3's preprocessing, or Emu3.5's
+
+
+@dataclasses.dataclass(frozen=True)
 class SpecialTokens:
     """Ids of the control tokens, and the range of visual ids (upstream `config.json` and tokenizer). Defaults: Emu3."""
 

@@ -4,15 +4,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import golden_json, golden_npz
+from conftest import GOLDEN, golden_json, golden_npz
 from emu35_vision import CONFIG, weights
 from flax import linen as nn
 from flax import traverse_util
 
 from emu3_jax.checkpoints import layouts
 from emu3_jax.checkpoints.layouts import vision_counters, vision_params
-from emu3_jax.config import IbqConfig, VisionConfig, vision_tokenizer_from_dict
+from emu3_jax.config import AreaConfig, IbqConfig, ImageConfig, VisionConfig, vision_tokenizer_from_dict
 from emu3_jax.errors import Emu3Error
+from emu3_jax.generation.codec import Vision, decode, encode, encode_end
+from emu3_jax.media.clips import Clip
+from emu3_jax.media.images import load_image, normalise, postprocess, preprocess, resize
 from emu3_jax.models import quantizer, vision_stages
 from emu3_jax.models.ibq import IbqTokenizer
 from emu3_jax.models.quantizer import codes_of_largest_product
@@ -68,6 +71,29 @@ def test_golden_decode(params, golden, case):
     pixels = make_decoder(CONFIG)(params, golden[f"{case}/codes"])
     assert pixels.dtype == jnp.float32
     close(pixels, channels_last(golden[f"{case}/reconstruction"]))
+
+
+@pytest.mark.parametrize("picture", ["photo", "alpha", "gray", "tall", "large"])
+def test_golden_pictures(params, picture):
+    """From the file to the codes, at an area of 2304 pixels."""
+    golden = {k.split("/")[1]: v for k, v in golden_npz("emu35/images.npz").items() if k.startswith(f"{picture}/")}
+    file, image = GOLDEN / "emu35" / f"{picture}.png", AreaConfig(2304)
+    np.testing.assert_array_equal(resize(load_image(file), image, CONFIG.spatial_factor), golden["resized"])
+    pixels = preprocess(load_image(file), image, CONFIG.spatial_factor)
+    assert pixels.dtype == np.float32
+    np.testing.assert_array_equal(pixels[0], golden["first_row"].T)  # the first row of all three channels
+    vision = Vision(CONFIG, AreaConfig(), params)
+    np.testing.assert_array_equal(encode(vision, file, area=2304), golden["codes"])
+
+
+def test_pixels_become_bytes_as_upstream_rounds():
+    """Truncated and clamped; 0.5 lies in the middle of two steps."""
+    values = np.float32([-1.2, -1, -0.999, 0, 0.5, 1, 1.3, np.float32(2 * 200.999 / 255 - 1)])
+    expected = np.clip((values + np.float32(1)) * np.float32(127.5), 0, 255).astype(np.uint8)
+    np.testing.assert_array_equal(postprocess(values, AreaConfig()), expected)
+    np.testing.assert_array_equal(expected, [0, 0, 0, 127, 191, 255, 255, 200])
+    every = np.arange(256, dtype=np.uint8)
+    assert np.abs(postprocess(normalise(every, AreaConfig()), AreaConfig()).astype(int) - every).max() <= 1
 
 
 def test_full_size_parameters_are_the_manifests():
@@ -178,3 +204,24 @@ def test_illegal_codes():
         check_codes(np.array([[64]]), TINY)
     with pytest.raises(Emu3Error, match=r"Emu3\.5 has no clips"):
         jax.eval_shape(make_decoder(TINY), {}, jnp.zeros((1, 1, 2, 2), jnp.int32))
+
+
+@pytest.mark.parametrize("area", [0, -5, 1 << 23, 1.5, "big"])
+def test_illegal_areas(area):
+    with pytest.raises(Emu3Error, match=r"it must be a number of pixels from 1 to 4194304"):
+        Vision(TINY, AreaConfig(), {}).with_area(area)
+    with pytest.raises(Emu3Error, match="leave area out"):
+        Vision(VisionConfig(), ImageConfig(), {}).with_area(area)
+
+
+def test_clips_are_refused():
+    """Emu3.5's tokenizer knows pictures alone: one line, wherever a clip reaches it."""
+    vision = Vision(TINY, AreaConfig(), {})
+    clip = np.zeros((4, 16, 16, 3), np.uint8)
+    for act in (
+        lambda: encode(vision, Clip(clip)),
+        lambda: decode(vision, np.zeros((1, 2, 2), np.int32)),
+        lambda: encode_end(vision, clip, 1),
+    ):
+        with pytest.raises(Emu3Error, match=r"Emu3\.5 knows pictures alone"):
+            act()

@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from emu3_jax.errors import Emu3Error
-from emu3_jax.media.sizes import generate_size, smart_resize
+from emu3_jax.media.sizes import area_resize, generate_size, smart_resize
 
 LIMITS = {"factor": 8, "min_pixels": 512 * 512, "max_pixels": 1024 * 1024}
 
@@ -110,3 +110,31 @@ def test_bad_area(area):
 def test_area_that_leaves_no_tokens(ratio, area):
     with pytest.raises(Emu3Error, match=f"area {area} is too small for a token at ratio {ratio}: a token covers 8x8"):
         generate_size(ratio, area)
+
+
+# ------------------------------------------------------------------------------------------------ Emu3.5
+
+
+@pytest.mark.parametrize("area, height, width, expected", golden_json("emu35/smart_resize.json"))
+def test_area_resize_equals_the_reference_of_emu35(area, height, width, expected):
+    if expected == "error":
+        with pytest.raises(Emu3Error, match="has no code at an area"):
+            area_resize(height, width, 16, area)
+    else:
+        assert list(area_resize(height, width, 16, area)) == expected
+
+
+@given(height=st.integers(8, 20_000), elongation=st.floats(0.05, 20), factor=st.sampled_from([2, 8, 16]))
+def test_area_resize_reaches_the_area_and_keeps_the_shape(height, elongation, factor):
+    width = max(1, round(height * elongation))
+    rows, columns = (side / factor for side in area_resize(height, width, factor, 720 * 720))
+    assert rows == int(rows) and columns == int(columns)
+    exact = ((720 * 720 * height / width) ** 0.5 / factor, (720 * 720 * width / height) ** 0.5 / factor)
+    slack = 1 + max(1, elongation) / factor  # rounding down cuts less than a pixel from the height
+    assert abs(rows - exact[0]) < 1 and abs(columns - exact[1]) < slack
+
+
+@pytest.mark.parametrize("height, width, area", [(0, 5, 1024), (5, 0, 1024), (1, 100_000, 1024), (100_000, 1, 1024)])
+def test_pictures_without_a_code(height, width, area):
+    with pytest.raises(Emu3Error, match=f"a picture of {width}x{height} pixels has no code at an area of {area}"):
+        area_resize(height, width, 16, area)

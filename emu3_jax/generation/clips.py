@@ -70,7 +70,7 @@ class GrowingClip:
             context: codes [t, h, w] of the pass's first frames, which the clip already has, or None.
             schedule: token classes after the context.
         """
-        config = self._vision.config
+        config = self._vision.clips()
         height, width = (side // config.spatial_factor for side in self._frames.shape[1:3])
         self._context = np.zeros((0, height, width), np.int32) if context is None else context
         self._visual = schedule == TokenClass.VISUAL
@@ -131,7 +131,7 @@ def generate_clips(
         if not is_count(number):
             raise Emu3Error(f"{name} is {shown(number)}: it must be a whole number >= 1")
     check_fps(fps)
-    config, factor = language.config, vision.config.temporal_factor
+    config, factor = language.config, vision.clips().temporal_factor
     media = [as_media(item) for item in per_row("extend", extend, len(prompts))] if extend is not None else []
     rates = [fps or (item.fps if isinstance(item, Clip) else defaults.FPS) for item in media or prompts]
     given = [item.frames if isinstance(item, Clip) else np.asarray(item)[None] for item in media]

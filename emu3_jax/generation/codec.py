@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from emu3_jax.config import ImageConfig, VisionConfig
+from emu3_jax.config import AreaConfig, PictureConfig, VisionConfig, VisionTokenizerConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.generation import defaults
 from emu3_jax.generation.tiles import Step, check_tile, tiled_decoder, tiled_encoder
@@ -19,20 +19,48 @@ from emu3_jax.media.clips import Clip
 from emu3_jax.media.frames import FrameReader, check_resampling
 from emu3_jax.media.images import normalise, postprocess, preprocess
 from emu3_jax.media.inputs import Media, open_media
-from emu3_jax.media.sizes import MAX_AREA
+from emu3_jax.media.sizes import MAX_AREA, MAX_PIXELS
 from emu3_jax.models.vision import Stream, check_codes, make_decoder, make_encoder
+from emu3_jax.printable import shown
 
 PART_FRAMES = 16  # frames of a clip that the vision tokenizer processes at once
 
 
 @dataclasses.dataclass(frozen=True)
 class Vision:
-    """The vision tokenizer in memory. Several models may share one. For `fast` see `make_decoder`."""
+    """A vision tokenizer in memory: Emu3's or Emu3.5's. Several models may share one. For `fast` see `make_decoder`.
 
-    config: VisionConfig
-    image: ImageConfig
+    `config` and `image` decide what it can do. Those of Emu3.5 know no clips, and resize every picture to an area.
+    """
+
+    config: VisionTokenizerConfig
+    image: PictureConfig
     params: Any
     fast: bool = False
+
+    def clips(self, what: str = "clips") -> VisionConfig:
+        """The config of a tokenizer that knows clips. Raises `Emu3Error` for Emu3.5's; `what` begins the message."""
+        if not isinstance(self.config, VisionConfig):
+            raise Emu3Error(f"{what}: the vision tokenizer of Emu3.5 knows pictures alone; give pictures, or use Emu3")
+        return self.config
+
+    def with_area(self, area: int | None, tile: int | None = None) -> "Vision":
+        """The same tokenizer, but pictures are resized to `area` pixels; None changes nothing.
+
+        Raises:
+            Emu3Error: `area` is not legal, or the tokenizer is Emu3's, which has limits of the area instead.
+        """
+        if area is None:
+            return self
+        if not isinstance(self.image, AreaConfig):
+            raise Emu3Error(
+                f"area is {shown(area)}: this vision tokenizer resizes pictures of other areas than "
+                f"{self.image.min_pixels} to {self.image.max_pixels} pixels only, as Emu3 does; leave area out"
+            )
+        most = MAX_AREA if tile is None else MAX_PIXELS
+        if not isinstance(area, int) or not 0 < area <= most:
+            raise Emu3Error(f"area is {shown(area)}: it must be a number of pixels from 1 to {most}, such as 518400")
+        return dataclasses.replace(self, image=AreaConfig(area))
 
 
 def encode(
@@ -43,10 +71,12 @@ def encode(
     fps: float | None = None,
     frames: int | None = None,
     tile: int | None = None,
+    area: int | None = None,
 ) -> np.ndarray:
     """Encodes a picture to int32 codes [h, w], or a clip to [t, h, w]; see `Emu3.tokenize`."""
     factor = vision.config.spatial_factor
     check_tile(tile, factor)
+    vision = vision.with_area(area, tile)
     media = open_media(item, fps=fps, frames=frames)
 
     def prepare(frame: np.ndarray) -> np.ndarray:
@@ -54,6 +84,8 @@ def encode(
             return preprocess(Image.fromarray(frame), vision.image, factor)
 
     if isinstance(media, FrameReader):
+        with _errors_name(item):
+            vision.clips("a clip")
         return _encode_frames(vision, media, prepare, independent, tile)
     with _errors_name(item):
         pixels = preprocess(media, vision.image, factor)
@@ -65,7 +97,7 @@ def encode_end(vision: Vision, frames: np.ndarray, count: int) -> np.ndarray:
 
     If there are too few frames, the first frame is repeated.
     """
-    wanted = count * vision.config.temporal_factor
+    wanted = count * vision.clips().temporal_factor
     frames = frames[-wanted:]
     frames = np.concatenate([np.repeat(frames[:1], wanted - len(frames), axis=0), frames])
     return _encode_frames(vision, frames, lambda frame: normalise(frame, vision.image))
@@ -88,7 +120,8 @@ def decode(
     codes = codes.astype(np.int32)
     if codes.ndim == 2:
         return decode_picture(vision, codes, tile=tile)
-    size = 1 if independent else max(PART_FRAMES // config.temporal_factor, 1)
+    factor = vision.clips("codes of a clip").temporal_factor
+    size = 1 if independent else max(PART_FRAMES // factor, 1)
     step = _step(vision, "decode", in_parts=len(codes) > size and not independent, tile=tile)
     parts = [np.asarray(step(codes[None, first : first + size]))[0] for first in range(0, len(codes), size)]
     return Clip(np.concatenate([postprocess(part, vision.image) for part in parts])[:frames], defaults.FPS)
@@ -104,7 +137,7 @@ def decode_picture(vision: Vision, codes: np.ndarray, *, tile: int | None = None
     return Image.fromarray(postprocess(np.asarray(pixels)[0], vision.image))
 
 
-def _check_size(codes: np.ndarray, config: VisionConfig, tile: int | None) -> None:
+def _check_size(codes: np.ndarray, config: VisionTokenizerConfig, tile: int | None) -> None:
     """Raises `Emu3Error` for too large frames: a few kilobytes of codes may need more memory than there is."""
     height, width = (side * config.spatial_factor for side in codes.shape[-2:])
     if tile is None and height * width > MAX_AREA:
@@ -119,7 +152,7 @@ def _encode_frames(
     tile: int | None = None,
 ) -> np.ndarray:
     """Encodes frames part by part. `prepare` converts a frame to pixels. Memory holds only the frames of one part."""
-    factor = vision.config.temporal_factor
+    factor = vision.clips().temporal_factor
     step, codes = None, []
     for part, last in _parts(map(prepare, frames), factor if independent else max(PART_FRAMES, factor)):
         if step is None:
@@ -144,7 +177,7 @@ def _step(vision: Vision, method: str, *, in_parts: bool = False, tile: int | No
 
     def new_step() -> Step:
         if in_parts:
-            return Stream(vision.config, vision.params, method, method == "decode" and vision.fast)
+            return Stream(vision.clips(), vision.params, method, method == "decode" and vision.fast)
         make = make_encoder(vision.config) if method == "encode" else make_decoder(vision.config, vision.fast)
         return functools.partial(make, vision.params)
 

@@ -61,6 +61,7 @@ class Emu3:
         fps: float | None = None,
         frames: int | None = None,
         tile: int | None = None,
+        area: int | None = None,
     ) -> list[np.ndarray]:
         """Encodes pictures to int32 codes [h, w], and clips to int32 codes [t, h, w] with t latent frames.
 
@@ -78,6 +79,8 @@ class Emu3:
                 are spread over the clip.
             tile: side of a tile in pixels, a multiple of the spatial factor. Larger frames are encoded in overlapping
                 tiles, with the memory of one tile. The codes differ, because norms and attention see only one tile.
+            area: only for the vision tokenizer of Emu3.5: resize pictures to about this number of pixels. By default
+                the bundle's area, 1024 * 1024 after a conversion.
 
         Returns:
             The codes of each item, int32 [h, w] or [t, h, w].
@@ -86,7 +89,7 @@ class Emu3:
             Emu3Error: bad input. The message says what is wrong and what to do.
         """
         vision = self.vision
-        return [encode(vision, item, independent, fps=fps, frames=frames, tile=tile) for item in media]
+        return [encode(vision, item, independent, fps=fps, frames=frames, tile=tile, area=area) for item in media]
 
     def detokenize(
         self,

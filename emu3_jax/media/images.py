@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, PngImagePlugin
 
-from emu3_jax.config import ImageConfig
+from emu3_jax.config import AreaConfig, ImageConfig, PictureConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.files import new_file
 from emu3_jax.foreign import plain_file, reading
-from emu3_jax.media.sizes import smart_resize
+from emu3_jax.media.sizes import area_resize, smart_resize
 
 _DEFAULT_CONFIG = ImageConfig()
 
@@ -99,36 +99,47 @@ def on_white(image: Image.Image) -> Image.Image:
     return to_rgb(image)
 
 
-def preprocess(image: Image.Image, config: ImageConfig, factor: int) -> np.ndarray:
+def preprocess(image: Image.Image, config: PictureConfig, factor: int) -> np.ndarray:
     """Converts a picture to pixels for the vision tokenizer. The result equals upstream's bit for bit.
 
-    The picture is resized (bicubic) to the size from `smart_resize`, and normalised with the config's mean and standard
-    deviation.
+    The picture is resized (bicubic) to the size from `smart_resize` (Emu3) or `area_resize` (Emu3.5), and normalised.
 
     Args:
         image: the picture.
-        config: limits of the area, mean and standard deviation.
+        config: Emu3's limits of the area, mean and standard deviation; or Emu3.5's area.
         factor: pixels per code along each side; both sides become multiples of it.
 
     Returns:
         float32 `[H, W, 3]`.
 
     Raises:
-        Emu3Error: a side is shorter than `factor`, or the picture is more elongated than 5:1.
+        Emu3Error: Emu3: a side is shorter than `factor`, or the picture is more elongated than 5:1. Emu3.5: a side
+            would be shorter than half of `factor`.
     """
-    image = to_rgb(image)
-    height, width = smart_resize(image.height, image.width, factor, config.min_pixels, config.max_pixels)
-    return normalise(np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)), config)
+    return normalise(np.asarray(resize(to_rgb(image), config, factor)), config)
 
 
-def normalise(pixels: np.ndarray, config: ImageConfig) -> np.ndarray:
-    """Normalises uint8 pixels `[..., H, W, 3]` to float32 with the config's mean and standard deviation."""
+def resize(image: Image.Image, config: PictureConfig, factor: int) -> Image.Image:
+    """The first half of `preprocess`: resizes an RGB picture."""
+    if isinstance(config, AreaConfig):
+        height, width = area_resize(image.height, image.width, factor, config.area)
+    else:
+        height, width = smart_resize(image.height, image.width, factor, config.min_pixels, config.max_pixels)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def normalise(pixels: np.ndarray, config: PictureConfig) -> np.ndarray:
+    """Normalises uint8 pixels `[..., H, W, 3]` to float32: to the config's mean and deviation, or to -1..1 (Emu3.5)."""
+    if isinstance(config, AreaConfig):
+        return (pixels / 127.5 - 1).astype(np.float32)  # in float64, as the reference does
     scaled = (pixels * (1 / 255)).astype(np.float32)  # multiply in float64, as the reference does
     return (scaled - np.float32(config.mean)) / np.float32(config.std)
 
 
-def postprocess(pixels: np.ndarray, config: ImageConfig = _DEFAULT_CONFIG) -> np.ndarray:
+def postprocess(pixels: np.ndarray, config: PictureConfig = _DEFAULT_CONFIG) -> np.ndarray:
     """Reverts the normalisation of `preprocess`: float pixels `[..., H, W, 3]` to uint8, truncated as in upstream."""
+    if isinstance(config, AreaConfig):
+        return ((np.asarray(pixels, np.float32) + np.float32(1)) * np.float32(127.5)).clip(0, 255).astype(np.uint8)
     mean = np.float32([-m / s for m, s in zip(config.mean, config.std, strict=True)])
     std = np.float32([1 / s for s in config.std])
     scaled = (np.asarray(pixels, np.float32) - mean) / std * np.float32(255)

@@ -49,6 +49,38 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
     return rows * factor, columns * factor
 
 
+def area_resize(height: int, width: int, factor: int, area: int) -> tuple[int, int]:
+    """Computes the size to which Emu3.5 resizes a picture before tokenizing (upstream's `smart_resize`).
+
+    The area becomes about `area`, so small pictures grow. Then each side is rounded to a multiple of `factor`, half
+    up. There is no limit to the aspect ratio.
+
+    Args:
+        height: of the picture, in pixels.
+        width: of the picture, in pixels.
+        factor: pixels per code along each side.
+        area: wanted area, in pixels.
+
+    Returns:
+        Height and width in pixels.
+
+    Raises:
+        Emu3Error: the picture has no pixels, or a side is less than half a code.
+    """
+    rows = columns = 0
+    if height and width:
+        ratio = width / height
+        tall = int((area / ratio) ** 0.5)
+        # Upstream rounds down twice, and takes the width from the height that is rounded down already.
+        rows, columns = ((side + factor // 2) // factor for side in (tall, int(tall * ratio)))
+    if not rows or not columns:
+        raise Emu3Error(
+            f"a picture of {width}x{height} pixels has no code at an area of {area} pixels, because a code covers "
+            f"{factor}x{factor}: raise the area, or crop the picture"
+        )
+    return rows * factor, columns * factor
+
+
 def generate_size(ratio: str, area: int, factor: int = 8) -> tuple[int, int]:
     """Computes rows and columns of tokens for a generated picture (upstream's `calculate_generate_size`).
 

@@ -5,6 +5,7 @@ import threading
 
 import numpy as np
 
+from emu3_jax.config import AreaConfig
 from emu3_jax.data.manifest import check_area, resize_to_area
 from emu3_jax.data.records import Record
 from emu3_jax.data.sources.examples import Example, Medium, Source, where_once
@@ -27,7 +28,8 @@ class SourceRecords:
             source: the examples.
             model: the model whose vision tokenizer encodes pictures.
             area: area in pixels to which pictures and frames are resized first, as in the reference's data preparation.
-                The image processor may resize them again. With None, only the image processor resizes them.
+                The image processor of Emu3 may resize them again; that of Emu3.5 takes this area for its own. With
+                None, only the image processor resizes them.
             tokenizer: if given, texts with control tokens are refused here. Otherwise training would refuse them.
         """
         check_area(area)
@@ -74,7 +76,8 @@ class SourceRecords:
     def _encode(self, medium: Medium) -> np.ndarray:
         """Encodes a picture or clip to codes."""
         media = medium.load()
-        if self._area is not None:
+        own = isinstance(self._model.vision.image, AreaConfig)  # resized once, as Emu3.5 does
+        if self._area is not None and not own:
             media = resize_to_area(media, self._area)
         with self._device:
-            return self._model.tokenize([media])[0]
+            return self._model.tokenize([media], area=self._area if own else None)[0]
