@@ -15,12 +15,13 @@ from emu3_jax.checkpoints.embedded import embedded_bundle
 from emu3_jax.checkpoints.layouts import TRANSFORMERS_VISION, vision_counters, vision_params
 from emu3_jax.checkpoints.published_config import vision_to_published
 from emu3_jax.compilation import enable_persistent_cache
-from emu3_jax.config import VisionConfig
+from emu3_jax.config import IbqConfig, VisionConfig, VisionTokenizerConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.models.vision import make_decoder, make_encoder
 
 PRESETS = {
     "270m": VisionConfig(),
+    "455m": IbqConfig(),
     "small": VisionConfig(base_channels=32, num_res_blocks=1, codebook_size=1024),
 }
 Operations = dict[str, Callable[[np.ndarray], np.ndarray]]  # "encode": pixels to codes, "decode": codes to pixels
@@ -57,7 +58,7 @@ def run(
 
     Raises:
         Emu3Error: the bundle is missing, damaged or has no vision tokenizer; `size` is no multiple of the spatial
-            factor; `repeat` is below 1; or `compare` is given on an accelerator.
+            factor; `repeat` is below 1; or `compare` is given on an accelerator, or for Emu3.5's tokenizer.
     """
     bundle = None if model is None else Bundle.open(embedded_bundle() if model == "embedded" else model)
     if bundle is not None:
@@ -67,6 +68,8 @@ def run(
         raise Emu3Error(f"--size is {size}: it must be a positive multiple of {config.spatial_factor}")
     if repeat < 1:
         raise Emu3Error(f"--repeat is {repeat}: it must be at least 1")
+    if compare and isinstance(config, IbqConfig):
+        raise Emu3Error(f"--compare {compare}: transformers has no class for Emu3.5's vision tokenizer; leave it out")
     if compare and jax.default_backend() != "cpu":
         raise Emu3Error(
             f"--compare {compare} runs on the CPU, but JAX runs on {jax.default_backend()}: set JAX_PLATFORMS=cpu"
@@ -127,7 +130,7 @@ def run(
         }
 
 
-def random_weights(config: VisionConfig) -> dict[tuple[str, ...], np.ndarray]:
+def random_weights(config: VisionTokenizerConfig) -> dict[tuple[str, ...], np.ndarray]:
     """Random float32 parameters by path.
 
     Kernels have variance 1 / fan-in, the codebook is standard normal, norms have scale 1 and bias 0.
@@ -144,7 +147,9 @@ def random_weights(config: VisionConfig) -> dict[tuple[str, ...], np.ndarray]:
     return weights
 
 
-def compile_operations(params: Any, pixels: np.ndarray, config: VisionConfig) -> tuple[Operations, dict[str, Any]]:
+def compile_operations(
+    params: Any, pixels: np.ndarray, config: VisionTokenizerConfig
+) -> tuple[Operations, dict[str, Any]]:
     """Compiles our encode and decode for the shape of `pixels`. Returns both, and their compile time and memory."""
     codes = jax.eval_shape(make_encoder(config), params, pixels)
     operations, figures = {}, {}

@@ -27,7 +27,16 @@ from emu3_jax.checkpoints.checksums import verify_checksums, write_checksums
 from emu3_jax.checkpoints.layouts import Param, decoder_params, vision_params
 from emu3_jax.checkpoints.parts import FORMAT, LazyArray, alone_options, in_groups, size_on_disk, write_part
 from emu3_jax.compilation import check_backend
-from emu3_jax.config import DecoderConfig, ImageConfig, SpecialTokens, VisionConfig
+from emu3_jax.config import (
+    AreaConfig,
+    DecoderConfig,
+    IbqConfig,
+    ImageConfig,
+    PictureConfig,
+    SpecialTokens,
+    VisionTokenizerConfig,
+    vision_tokenizer_from_dict,
+)
 from emu3_jax.errors import Emu3Error
 from emu3_jax.fields import FieldError, is_whole, read_from
 from emu3_jax.files import new_directory, require_outside
@@ -181,14 +190,16 @@ class Bundle:
             )
 
     @functools.cached_property
-    def vision_config(self) -> VisionConfig:
+    def vision_config(self) -> VisionTokenizerConfig:
+        """The vision tokenizer's shapes: Emu3's, or Emu3.5's where the object `vision` has the field `kind`."""
         with self._config("vision") as config:
-            return VisionConfig.from_dict(config["vision"])
+            return vision_tokenizer_from_dict(config["vision"])
 
     @functools.cached_property
-    def image_config(self) -> ImageConfig:
+    def image_config(self) -> PictureConfig:
+        kind = AreaConfig if isinstance(self.vision_config, IbqConfig) else ImageConfig
         with self._config("vision") as config:
-            return ImageConfig.from_dict(config["image"])
+            return kind.from_dict(config["image"])
 
     @functools.cached_property
     def num_batches_tracked(self) -> dict[str, int]:

@@ -19,7 +19,7 @@ from emu3_jax.checkpoints.parts import LazyArray, write_config, write_part
 from emu3_jax.checkpoints.published import Published
 from emu3_jax.checkpoints.quantized import quantised_arrays
 from emu3_jax.checkpoints.tensors import Tensor
-from emu3_jax.config import DecoderConfig, VisionConfig
+from emu3_jax.config import DecoderConfig, VisionTokenizerConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.files import new_directory, require_outside
 from emu3_jax.models.quantization import check_kind, is_quantised
@@ -36,7 +36,7 @@ class _Plan:
     """The contents of the new bundle. All errors in the sources are found while this plan is made."""
 
     decoder: DecoderConfig | None = None
-    vision: VisionConfig | None = None
+    vision: VisionTokenizerConfig | None = None
     vision_extras: dict[str, Any] = dataclasses.field(default_factory=dict)
     tokenizer: Tokenizer | None = None
     template: str = "chat"
@@ -133,7 +133,7 @@ def _check_weights(
     sources: Sequence[Published],
     owners: Mapping[str, Published],
     decoder: DecoderConfig | None,
-    vision: VisionConfig | None,
+    vision: VisionTokenizerConfig | None,
 ) -> None:
     """Raises one `Emu3Error` that names all sources whose weights do not fit their configs."""
     faults = []
@@ -144,9 +144,10 @@ def _check_weights(
         if found:
             faults.append(f"{source.path}: {'; '.join(found)}")
     if faults:
+        names = " and ".join(sorted({source.config_file.name for source in sources}))
         raise Emu3Error(
-            f"the weights do not fit config.json: {' | '.join(faults)}; "
-            "check that config.json belongs to these weights, and that no file is missing"
+            f"the weights do not fit {names}: {' | '.join(faults)}; "
+            f"check that {names} belongs to these weights, and that no file is missing"
         )
 
 
@@ -165,7 +166,7 @@ def _plan_decoder(
     plan.tokenizer = source.tokenizer(config.tokens)
 
 
-def _plan_vision(plan: _Plan, source: Published, config: VisionConfig) -> None:
+def _plan_vision(plan: _Plan, source: Published, config: VisionTokenizerConfig) -> None:
     plan.vision = config
     plan.arrays["vision"] = _lazy_arrays(source, "vision", vision_params(config), None)
     counters = {

@@ -21,7 +21,7 @@ from emu3_jax.checkpoints.checksums import (
 )
 from emu3_jax.checkpoints.layouts import FLOAT_DTYPES
 from emu3_jax.checkpoints.published import Published
-from emu3_jax.config import DecoderConfig, SpecialTokens
+from emu3_jax.config import DecoderConfig, SpecialTokens, VisionConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.foreign import local_path
 from emu3_jax.models.quantization import SCALES, is_codes_or_scales
@@ -154,7 +154,7 @@ def _published(path: Path) -> _Patient:
         elif gaps:
             findings.append(Finding(OK, sentence))
     names = ("preprocessor_config.json", "processor_config.json")
-    if "vision" in parts and not any((path / name).is_file() for name in names):
+    if isinstance(vision, VisionConfig) and not any((path / name).is_file() for name in names):
         what = f"{path} has no preprocessor_config.json: the published picture sizes and means are assumed"
         findings.append(Finding(WARN, what, "copy preprocessor_config.json from where the weights came from"))
     if "decoder" in parts:
@@ -165,7 +165,7 @@ def _published(path: Path) -> _Patient:
         patient.tokenizer = functools.partial(source.tokenizer, patient.decoder.tokens)
     complete = all(c is not None for c in ([vision] * ("vision" in parts) + [patient.decoder] * ("decoder" in parts)))
     if complete:
-        remedy = "use the config.json that belongs to these weights, and fetch what is missing"
+        remedy = f"use the {source.config_file.name} that belongs to these weights, and fetch what is missing"
         findings += [Finding(ERROR, f"weights: {line}", remedy) for line in source.misfits(patient.decoder, vision)]
     floats = [t for t in source.tensors if t.dtype.name in FLOAT_DTYPES]
     prefix = source.layout.vision if "vision" in parts else None
@@ -270,7 +270,7 @@ def _dtypes(dtypes: dict[str, set[str]]) -> Iterator[Finding]:
         names = ", ".join(sorted(found))
         if part == "vision" and found != {"float32"}:
             what = f"the vision tokenizer is stored in {names}: rounding changes codes"
-            yield Finding(WARN, what, "convert BAAI/Emu3-VisionTokenizer's own float32 files")
+            yield Finding(WARN, what, "convert the float32 files that BAAI published")
         elif len(found) > 1:
             what = f"the {part}'s weights mix {names}"
             yield Finding(WARN, what, "convert with --dtype bfloat16, unless the mixture is meant")

@@ -15,9 +15,15 @@ import numpy as np
 from emu3_jax.checkpoints import layouts
 from emu3_jax.checkpoints.bundle import VOCABULARY, Bundle
 from emu3_jax.checkpoints.layouts import Layout
-from emu3_jax.checkpoints.published_config import decoder_to_published, image_to_published, vision_to_published
+from emu3_jax.checkpoints.published_config import (
+    decoder_to_published,
+    ibq_to_published,
+    image_to_published,
+    vision_to_published,
+)
 from emu3_jax.checkpoints.tensors import write_safetensors
 from emu3_jax.checkpoints.transformers_tokenizer import special_ids, write_tokenizer
+from emu3_jax.config import ImageConfig, VisionConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.files import new_directory, require_outside
 from emu3_jax.printable import shown
@@ -62,6 +68,8 @@ def export(
         raise Emu3Error(f"{bundle.path} has neither a decoder nor a vision part: there are no weights to export")
     if "decoder" in parts:
         bundle.require_full("export")
+    if layout == "transformers" and "vision" in parts:
+        _emu3_vision(bundle)
     total = sum(a.size * a.dtype.itemsize for part in parts for a in bundle.stored(part).values())
     with (
         new_directory(output, total) as directory,
@@ -86,16 +94,19 @@ def _write_upstream(bundle: Bundle, part: str, directory: Path, write_weights: A
             tokenizer = bundle.tokenizer()
             tokenizer.to_file(directory / VOCABULARY)
             (directory / VISION_TOKENS_FILE).write_text(tokenizer.vision_tokens_text())
-    else:
+    elif isinstance(bundle.vision_config, VisionConfig):
         _write_json(directory / "config.json", vision_to_published(bundle.vision_config, "upstream"))
         _write_json(directory / "preprocessor_config.json", _image(bundle, "upstream"))
         write_weights([(part, layouts.UPSTREAM_VISION)], directory)
+    else:
+        _write_json(directory / "config.json", ibq_to_published(bundle.vision_config))
+        write_weights([(part, layouts.IBQ_VISION)], directory)
 
 
 def _write_transformers(bundle: Bundle, parts: list[str], directory: Path, write_weights: Any) -> None:
     tokenizer = bundle.tokenizer() if bundle.has("tokenizer") else None
     text = decoder_to_published(bundle.decoder_config, "transformers") if "decoder" in parts else {}
-    vision = vision_to_published(bundle.vision_config, "transformers") if "vision" in parts else {}
+    vision = vision_to_published(_emu3_vision(bundle)[0], "transformers") if "vision" in parts else {}
     if len(parts) > 1:
         tokens = bundle.decoder_config.tokens
         visual = {f"<|visual token {code:06d}|>": tokens.visual_start + code for code in range(tokens.visual_count)}
@@ -185,8 +196,19 @@ def _nbytes(entry: _Entry) -> int:
     return int(np.prod(entry[1], dtype=np.int64)) * entry[2].itemsize
 
 
+def _emu3_vision(bundle: Bundle) -> tuple[VisionConfig, ImageConfig]:
+    """The configs of the vision tokenizer. Raises `Emu3Error` if it is Emu3.5's."""
+    config, image = bundle.vision_config, bundle.image_config
+    if not isinstance(config, VisionConfig) or not isinstance(image, ImageConfig):
+        raise Emu3Error(
+            f"{bundle.path}: transformers has no class for Emu3.5's vision tokenizer: export it with --layout upstream"
+        )
+    return config, image
+
+
 def _image(bundle: Bundle, layout: str) -> dict[str, Any]:
-    return image_to_published(bundle.image_config, layout, bundle.vision_config.spatial_factor)
+    config, image = _emu3_vision(bundle)
+    return image_to_published(image, layout, config.spatial_factor)
 
 
 def _dtype(bundle: Bundle) -> dict[str, str]:

@@ -12,6 +12,7 @@ from emu3_jax.checkpoints.published_config import (
     EMU35_CODES,
     decoder_from_published,
     family_of,
+    ibq_from_published,
     image_from_published,
     image_gaps,
     object_field,
@@ -19,7 +20,8 @@ from emu3_jax.checkpoints.published_config import (
 )
 from emu3_jax.checkpoints.tensors import Tensor, read_safetensors_header
 from emu3_jax.checkpoints.torch_pickle import read_torch_file
-from emu3_jax.config import DecoderConfig, ImageConfig, SpecialTokens, VisionConfig
+from emu3_jax.checkpoints.yaml_config import read_yaml_object
+from emu3_jax.config import AreaConfig, DecoderConfig, PictureConfig, SpecialTokens, VisionTokenizerConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.fields import read_from
 from emu3_jax.foreign import file_name, read_object
@@ -29,6 +31,7 @@ from emu3_jax.text.vocabulary import tokens_of_vocabulary
 
 UPSTREAM_VOCABULARY = "emu3.tiktoken"
 FLASHAR = ("horizontal_head", "vertical_block", "vertical_norm", "vertical_head", "hv_gate_")  # begin its own names
+_IBQ_WEIGHTS = "model.ckpt"  # of Emu3.5's vision tokenizer, a second copy of its model.safetensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Published:
 
     @classmethod
     def open(cls, path: Path) -> "Published":
-        """Reads `config.json` and the headers of the weight files.
+        """Reads `config.json` (or `config.yaml`, of Emu3.5's vision tokenizer) and the headers of the weight files.
 
         Raises:
           Emu3Error: a file is missing or damaged, or the tensors do not belong to an Emu3 checkpoint.
@@ -54,7 +57,7 @@ class Published:
                 f"{path} is a bundle already, so it needs no conversion; to quantise it, run `emu3-jax quantize {path} "
                 "-o NEW`"
             )
-        config = read_object(path / "config.json")
+        config = _read_config(path)
         tensors = _read_directory(path)
         other = next((t.name for t in tensors if any(mark in t.name for mark in FLASHAR)), None)
         if other is not None:
@@ -71,8 +74,14 @@ class Published:
             )
         return cls(path, config, layout, tensors)
 
-    def vision_config(self) -> VisionConfig:
-        with read_from(self.path / "config.json"):
+    @property
+    def config_file(self) -> Path:
+        return _config_file(self.path)
+
+    def vision_config(self) -> VisionTokenizerConfig:
+        with read_from(self.config_file):
+            if self.layout is layouts.IBQ_VISION:
+                return ibq_from_published(self.config)
             return vision_from_published(self._section("vq_config"))
 
     def decoder_config(self, codebook_size: int | None = None) -> DecoderConfig:
@@ -101,8 +110,13 @@ class Published:
             raise Emu3Error(f"has no {name}, which the {self.layout.title} layout needs: use the file of these weights")
         return section
 
-    def image_config(self) -> ImageConfig:
-        """The config of the picture preprocessing. Fields that the directory lacks get the published values."""
+    def image_config(self) -> PictureConfig:
+        """The config of the picture preprocessing. Fields that the directory lacks get the published values.
+
+        Emu3.5 publishes none: its code resizes pictures to the area that a task asks for.
+        """
+        if self.layout is layouts.IBQ_VISION:
+            return AreaConfig()
         factor = self.vision_config().spatial_factor
         file, data = self._image_file()
         with read_from(file):
@@ -110,6 +124,8 @@ class Published:
 
     def image_gaps(self) -> tuple[list[str], str]:
         """The fields that the picture preprocessing lacks, and a sentence about them. Both are empty without a file."""
+        if self.layout is layouts.IBQ_VISION:
+            return [], ""
         file, data = self._image_file()
         gaps = image_gaps(data) if file.is_file() else []
         return gaps, f"{file} has no {', '.join(gaps)}: the published values are assumed" if gaps else ""
@@ -134,7 +150,7 @@ class Published:
         read = Tokenizer.from_files if file.name == UPSTREAM_VOCABULARY else Tokenizer.from_transformers
         return read(file, special)
 
-    def misfits(self, decoder: DecoderConfig | None, vision: VisionConfig | None) -> list[str]:
+    def misfits(self, decoder: DecoderConfig | None, vision: VisionTokenizerConfig | None) -> list[str]:
         """The differences between the tensors and the weights that these configs need; see `layouts.misfits`."""
         expected: list[Weight] = []
         counters: list[Weight] = []
@@ -154,6 +170,17 @@ class Published:
         return [found[name] for name in names if name in found]
 
 
+def _config_file(directory: Path) -> Path:
+    """`config.json`, or `config.yaml` where that alone exists."""
+    plain, other = directory / "config.json", directory / "config.yaml"
+    return other if other.is_file() and not plain.exists() else plain
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    file = _config_file(directory)
+    return read_yaml_object(file) if file.suffix == ".yaml" else read_object(file)
+
+
 def _read_directory(directory: Path) -> list[Tensor]:
     """Lists a directory's tensors from the headers of its weight files. Prefers files in the order of transformers."""
     for stem, suffix, reader in (
@@ -165,9 +192,11 @@ def _read_directory(directory: Path) -> list[Tensor]:
             return reader(single)
         if index.is_file():
             return [tensor for shard in _shards(index) for tensor in reader(shard)]
+    if (directory / _IBQ_WEIGHTS).is_file():
+        return read_torch_file(directory / _IBQ_WEIGHTS)
     raise Emu3Error(
         f"{directory}: no weights found; expected model.safetensors, model.safetensors.index.json, "
-        "pytorch_model.bin or pytorch_model.bin.index.json"
+        "pytorch_model.bin, pytorch_model.bin.index.json or model.ckpt"
     )
 
 

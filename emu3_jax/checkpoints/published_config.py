@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from emu3_jax.config import MAX_CODES, DecoderConfig, ImageConfig, SpecialTokens, VisionConfig
+from emu3_jax.config import MAX_CODES, DecoderConfig, IbqConfig, ImageConfig, SpecialTokens, VisionConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.fields import FieldError, is_number, is_whole
 from emu3_jax.printable import shown
@@ -27,6 +27,18 @@ _VISION_NAMES = {
     "channel_multipliers": ("ch_mult", "channel_multiplier"),
     "num_res_blocks": ("num_res_blocks",),
     "attention_stages": ("attn_resolutions",),
+}
+_IBQ_NAMES = {  # `config.json`, and `config.yaml` if that differs
+    "codebook_size": ("codebook_size", "n_embed"),
+    "embed_dim": ("embed_dim",),
+    "latent_channels": ("z_channels",),
+    "in_channels": ("in_channels",),
+    "out_channels": ("out_ch",),
+    "resolution": ("resolution",),
+    "base_channels": ("ch",),
+    "channel_multipliers": ("ch_mult",),
+    "num_res_blocks": ("num_res_blocks",),
+    "attention_resolutions": ("attn_resolutions",),
 }
 _IMAGE_NAMES = {
     "min_pixels": ("min_pixels",),
@@ -79,6 +91,21 @@ def vision_from_published(data: Mapping[str, Any]) -> VisionConfig:
     found = data.get("hidden_size", width)
     _check(found == width, "hidden_size", found, f"{width}, the base channels times the last multiplier")
     return config
+
+
+def ibq_from_published(data: Mapping[str, Any]) -> IbqConfig:
+    """From the `config.json` or `config.yaml` of Emu3.5's vision tokenizer. The latter nests fields in `ddconfig`.
+
+    All fields must be there: the defaults of upstream's class belong to no published model.
+    """
+    _check_object(data)
+    flat = {**data, **object_field(data, "ddconfig")}
+    _check(flat.get("double_z") is False, "double_z", flat.get("double_z"), "false (it doubles the latents otherwise)")
+    lacking = [" or ".join(theirs) for theirs in _IBQ_NAMES.values() if not any(name in flat for name in theirs)]
+    if lacking:
+        raise Emu3Error(f"has no {', '.join(lacking)}, which Emu3.5 needs: use the config of these weights")
+    with _named_as_published(_IBQ_NAMES, flat):
+        return IbqConfig(**_pick(_IBQ_NAMES, flat))
 
 
 def image_from_published(data: Mapping[str, Any], spatial_factor: int | None = None) -> ImageConfig:
@@ -354,6 +381,25 @@ def vision_to_published(config: VisionConfig, layout: str) -> dict[str, Any]:
         "num_attention_heads": 1,
         "attention_dropout": 0.0,
         **common,
+    }
+
+
+def ibq_to_published(config: IbqConfig) -> dict[str, Any]:
+    """The reverse of `ibq_from_published`, as `config.json`."""
+    return {
+        "model_type": "Emu3p5VisionVQ",
+        "codebook_size": config.codebook_size,
+        "embed_dim": config.embed_dim,
+        "double_z": False,
+        "z_channels": config.latent_channels,
+        "resolution": config.resolution,
+        "in_channels": config.in_channels,
+        "out_ch": config.out_channels,
+        "ch": config.base_channels,
+        "ch_mult": list(config.channel_multipliers),
+        "num_res_blocks": config.num_res_blocks,
+        "attn_resolutions": list(config.attention_resolutions),
+        "dropout": 0.0,
     }
 
 

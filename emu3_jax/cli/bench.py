@@ -116,7 +116,7 @@ def _add_vision(command: argparse.ArgumentParser) -> None:
         metavar="PIXELS",
         help="height and width of the picture (default: %(default)s)",
     )
-    _add_preset(command, ("270m", "small"))
+    _add_preset(command, ("270m", "455m", "small"))
     _add_model(command)
     command.add_argument("--fast", action="store_true", help="also decode at the device's default precision")
     command.add_argument(
@@ -183,7 +183,7 @@ def _add_train(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_preset(command: argparse.ArgumentParser, presets: tuple[str, str]) -> None:
+def _add_preset(command: argparse.ArgumentParser, presets: tuple[str, ...]) -> None:
     command.add_argument(
         "--preset", choices=presets, default=presets[0], help="shapes of the random weights (default: %(default)s)"
     )

@@ -142,7 +142,8 @@ class VisionTrainConfig:
         check_path(self, "bundle", "a bundle's directory, or empty", remote=True)
         kinds = {"vision": VisionConfig, "pixels": PixelConfig, "optimizer": OptimizerConfig, "loss": LossConfig}
         for field, kind in kinds.items():
-            check_field(self, field, isinstance(getattr(self, field), kind), f"a {kind.__name__}")
+            other = " (Emu3.5's vision tokenizer cannot be trained here)" if field == "vision" else ""
+            check_field(self, field, isinstance(getattr(self, field), kind), f"a {kind.__name__}{other}")
         check_field(self, "image", isinstance(self.image, ImageConfig | None), "an ImageConfig or None")
         for field in ("steps", "log_every", "checkpoint_every", "evaluate_every", "keep"):
             check_field(self, field, is_whole(getattr(self, field), 1), "a whole number >= 1")

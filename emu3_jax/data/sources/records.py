@@ -2,6 +2,7 @@
 
 import hashlib
 import threading
+from typing import Any
 
 import numpy as np
 
@@ -76,8 +77,10 @@ class SourceRecords:
     def _encode(self, medium: Medium) -> np.ndarray:
         """Encodes a picture or clip to codes."""
         media = medium.load()
-        own = isinstance(self._model.vision.image, AreaConfig)  # resized once, as Emu3.5 does
-        if self._area is not None and not own:
+        settings: dict[str, Any] = {}
+        if self._area is not None and isinstance(self._model.vision.image, AreaConfig):
+            settings = {"area": self._area}  # resized once, as Emu3.5 does
+        elif self._area is not None:
             media = resize_to_area(media, self._area)
         with self._device:
-            return self._model.tokenize([media], area=self._area if own else None)[0]
+            return self._model.tokenize([media], **settings)[0]
