@@ -70,8 +70,12 @@ def test_a_golden_row_alone(model, golden, run):
 
 def test_golden_rows_together(model, golden):
     runs = [run for run in RUNS if run not in ("dual", "story")]
-    calls = []
-    found = written(model, golden, runs, on_tokens=lambda ids, done: calls.append([len(i) for i in ids]))
+    grammar = grammar_of(model)
+    rows = [row_of(run, golden, grammar) for run in runs]
+    calls = list(interleaving.stream(model.params, model.config, grammar, rows, *settings_of(runs)))
+    found, done = calls[-1]
+    calls = [[len(ids) for ids in ids_of_rows] for ids_of_rows, _ in calls]
+    assert done.all() and len(calls) > 2
     for run, ids in zip(runs, found, strict=True):
         np.testing.assert_array_equal(ids, golden[f"{run}/generated"], err_msg=run)
     assert calls == sorted(calls) and calls[-1] == [len(ids) for ids in found]

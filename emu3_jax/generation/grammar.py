@@ -262,5 +262,15 @@ def layout(rows: int, columns: int, grammar: Grammar) -> np.ndarray:
     return np.append(flat, [special.eof, special.eoi] if grammar.frame_end else [special.eoi])
 
 
+def picture_ids(codes: np.ndarray, grammar: Grammar) -> list[int]:
+    """The ids of a picture from BOI to EOI. `codes`: int [h, w], within the codebook."""
+    rows, columns = codes.shape
+    special = grammar.tokens
+    body = layout(rows, columns, grammar)
+    body[body == SAMPLED_VISUAL] = codes.reshape(-1).astype(np.int64) + special.visual_start
+    size = [grammar.times if character == "*" else grammar.digits[int(character)] for character in f"{rows}*{columns}"]
+    return [special.boi, *size, special.img, *body.tolist()]
+
+
 def _unfit(position: int, token: int, where: str) -> Emu3Error:
     return Emu3Error(f"id {position} of the sequence is {token}, which does not belong into {where}")

@@ -10,7 +10,7 @@ B rows; N contexts per row; R = N * B computed rows, context by context; P slots
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -265,7 +265,7 @@ def _filters(config: DecoderConfig, text: RowSettings, visual: RowSettings) -> t
     return use_top_k, any((drawing & (np.asarray(of.top_p) < 1)).any() for of, drawing, _ in drawn)
 
 
-def run(
+def stream(
     params: Any,
     config: DecoderConfig,
     grammar: Grammar,
@@ -277,8 +277,7 @@ def run(
     mesh: Mesh | None = None,
     narrow_cache: bool = False,
     kernels: str = "auto",
-    on_tokens: Callable[[list[np.ndarray], np.ndarray], Any] | None = None,
-) -> list[np.ndarray]:
+) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
     """Lets rows write text and pictures until EOS or their number of steps.
 
     Args:
@@ -292,10 +291,10 @@ def run(
         mesh: mesh over which `params` are spread, or None.
         narrow_cache: store keys and values as int8.
         kernels: implementation of attention in decoding, from `attention.KERNELS`.
-        on_tokens: called with the ids of each row so far, and whether each is done, after every call of the device.
 
-    Returns:
-        The ids of each row, int32, up to EOS or the number of steps.
+    Yields:
+        After prefill and after each call of the device: the ids of each row so far, int32, and bool [B], whether each
+        row is done.
 
     Raises:
         RowError: a row's prompt and steps do not fit into the model's positions.
@@ -328,24 +327,31 @@ def run(
     state_of_rows = GrammarState.of([row.size for row in filled])
     with use_mesh(mesh):
         chosen = choose_kernels(kernels, config.head_dim, config.dtype)
-        options = Options(grammar, contexts, width, *_filters(config, text, visual), chosen, narrow_cache)
+    options = Options(grammar, contexts, width, *_filters(config, text, visual), chosen, narrow_cache)
 
-        def slots(used: int) -> int:
-            return cache_slots(width + used, width + steps, chosen)
+    def slots(used: int) -> int:
+        return cache_slots(width + used, width + steps, chosen)
 
+    # The mesh is set around calls of the device alone: between two of them the caller's code runs.
+    with use_mesh(mesh):
         state = prefill(
             params, aligned, start, plan, state_of_rows,
             config=config, options=options, slots=slots(STEPS_PER_CALL + 1), steps=steps,
         )  # fmt: skip
-        while True:
-            taken, ended, tokens = map(np.asarray, (state.step, state.ended, state.tokens))
-            done = ended | (taken >= goal)
-            found = [ids[:count] for ids, count in zip(tokens, taken, strict=True)][: len(rows)]
-            if on_tokens is not None:
-                on_tokens(found, done[: len(rows)])
-            if done.all():
-                return found
-            needed = slots(int(taken[~done].max()) + STEPS_PER_CALL)
+    while True:
+        taken, ended, tokens = map(np.asarray, (state.step, state.ended, state.tokens))
+        done = ended | (taken >= goal)
+        yield [ids[:count] for ids, count in zip(tokens, taken, strict=True)][: len(rows)], done[: len(rows)]
+        if done.all():
+            return
+        needed = slots(int(taken[~done].max()) + STEPS_PER_CALL)
+        with use_mesh(mesh):
             if needed > state.cache.slots:
                 state = state.replace(cache=state.cache.grow(needed))
             state = decode(params, state, plan, np.int32(STEPS_PER_CALL), config=config, options=options)
+
+
+def run(*arguments: Any, **options: Any) -> list[np.ndarray]:
+    """The ids of each row at the end; see `stream`."""
+    *_, (found, _) = stream(*arguments, **options)
+    return found

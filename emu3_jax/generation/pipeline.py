@@ -3,7 +3,9 @@
 # `help(Emu3)` shows annotations as they are written here, `Media` and not the union that it stands for.
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -13,9 +15,10 @@ from emu3_jax.generation import defaults
 from emu3_jax.generation.clips import OnFrames, generate_clips
 from emu3_jax.generation.codec import Vision, decode, encode
 from emu3_jax.generation.conversation import Asking, Conversation, Showing, answer_questions
+from emu3_jax.generation.documents import Document, Piece, Writing, stream_documents
 from emu3_jax.generation.language import Batching, Language
 from emu3_jax.generation.pictures import Generation, stream_pictures
-from emu3_jax.generation.rows import Sampling
+from emu3_jax.generation.rows import Sampling, prompt_list
 from emu3_jax.media.clips import Clip
 from emu3_jax.media.inputs import Media
 
@@ -497,3 +500,48 @@ class Emu3:
             allow_special,
         )
         return Conversation(self.language, lambda: self.vision, asking)
+
+    def interleave(
+        self, texts: str | Sequence[str], images: Sequence[Media] | Sequence[Sequence[Media]] = (), **settings: Any
+    ) -> list[Document]:
+        """Writes texts and pictures in turn: one document per text.
+
+        The model decides where a picture begins, what size it has and when the document ends. In float32 a document
+        does not depend on the other rows of its batch.
+
+        Args:
+            texts: prompts.
+            images: pictures to show with every prompt, or one sequence of pictures per prompt.
+            **settings: `task` ("t2i", "x2i", "story", "howto" or "explore"), which models of Emu3.5 need; `size` of all
+                pictures as (rows, columns) of visual tokens; `guidance` and `image_guidance`; `max_new_tokens`;
+                `text_temperature`, `text_top_k`, `text_top_p`; `temperature`, `top_k`, `top_p` of visual tokens;
+                `seed`, `batch_size`, `allow_special`, `progress`. See `generation.documents.Writing`.
+
+        Returns:
+            A document for each text.
+
+        Raises:
+            Emu3Error: bad input. The message says what is wrong and what to do.
+        """
+        found = {
+            row: item for row, item in self.stream_interleave(texts, images, **settings) if isinstance(item, Document)
+        }
+        return [found[row] for row in range(len(found))]
+
+    def stream_interleave(
+        self, texts: str | Sequence[str], images: Sequence[Media] | Sequence[Sequence[Media]] = (), **settings: Any
+    ) -> Iterator[tuple[int, Piece | Document]]:
+        """As `interleave`, but yields (row, piece) as soon as a text or picture of a row is complete.
+
+        After the last piece of a row it yields (row, document).
+        """
+        unknown = set(settings) - {field.name for field in dataclasses.fields(Writing)}
+        if unknown:
+            raise TypeError(f"interleave() has no argument {min(unknown)!r}")
+        prompts = prompt_list(texts)
+        each = list(images)
+        if not each or not isinstance(each[0], list | tuple):
+            each = [each] * len(prompts)
+        if len(each) != len(prompts):
+            raise Emu3Error(f"{len(each)} lists of images for {len(prompts)} texts: give one list for each text")
+        return stream_documents(self.language, lambda: self.vision, prompts, each, Writing(**settings))

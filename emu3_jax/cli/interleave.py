@@ -1,0 +1,145 @@
+"""Write texts and pictures in turn: DIR/000.md with its pictures DIR/000_0.png and so on, one document per TEXT.
+
+It needs a model that was trained to write them, such as Emu3.5. The model decides where a picture begins and when the
+document ends.
+
+examples:
+  emu3-jax interleave "How to cook dumplings" --task howto --model emu35 -o out
+  emu3-jax interleave "Make it green" --task x2i --image photo.png --model emu35-image -o out
+"""
+
+import argparse
+import re
+import typing
+
+from emu3_jax.cli import common, outputs
+from emu3_jax.generation import defaults
+
+TASKS = ("t2i", "x2i", "story", "howto", "explore")  # `text.tasks.TASKS`, which would load the tokenizer
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("texts", nargs="+", type=common.text, metavar="TEXT", help="what to write about")
+    command.add_argument(
+        "-o", "--output", type=common.place, required=True, metavar="DIR", help="directory to write to"
+    )
+    command.add_argument(
+        "--image", nargs="+", default=[], type=common.path_text, metavar="FILE", help="pictures to show with every TEXT"
+    )
+    command.add_argument("--task", choices=TASKS, help="task of a model of Emu3.5, which needs one")
+    command.add_argument(
+        "--size",
+        type=_size,
+        default="auto",
+        metavar="H*W",
+        help="rows and columns of visual tokens of all pictures, or auto: the size of the last --image, else the "
+        "model's choice (default: %(default)s)",
+    )
+    command.add_argument(
+        "--guidance", type=float, metavar="G", help="guidance scale of pictures (default: the task's, or 3)"
+    )
+    command.add_argument(
+        "--image-guidance", type=float, metavar="S", help="scale of guidance towards the given pictures (default: none)"
+    )
+    command.add_argument(
+        "--max-new-tokens",
+        type=common.whole(1, 1 << 24),
+        metavar="N",
+        help="longest document, in tokens (default: the task's number, or 1024)",
+    )
+    command.add_argument("--greedy", action="store_true", help="always take the likeliest token")
+    command.add_argument(
+        "--seed",
+        type=int,
+        default=defaults.SEED,
+        metavar="N",
+        help="seed of the first document; each next one adds 1 (default: %(default)s)",
+    )
+    command.add_argument(
+        "--batch-size",
+        type=int,
+        default=defaults.BATCH_SIZE,
+        metavar="N",
+        help="documents computed at once (default: %(default)s)",
+    )
+    command.add_argument(
+        "--plans", action="store_true", help="also write what the model plans before an answer or a picture"
+    )
+    command.add_argument(
+        "--save-tokens", action="store_true", help="also write DIR/tokens.npz: the ids of document i under the name i"
+    )
+    command.add_argument(
+        "--json", action="store_true", help="print one JSON object per document: file, prompt, pieces, ended, tokens"
+    )
+    command.add_argument(
+        "--allow-special",
+        action="store_true",
+        help="let control tokens in texts act as such (default: refuse such texts)",
+    )
+    outputs.add_no_clobber(command)
+    common.add_model(command)
+    common.add_adapter(command)
+
+
+def _size(text: str) -> "tuple[int, int] | None":
+    """The type of `--size`."""
+    if text == "auto":
+        return None
+    match = re.fullmatch(r"([1-9][0-9]{0,3})[*x]([1-9][0-9]{0,3})", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: give H*W in visual tokens, such as 64*64, or auto")
+    return int(match[1]), int(match[2])
+
+
+def run(options: argparse.Namespace) -> None:
+    from emu3_jax.cli.output import json_line
+    from emu3_jax.files import files_into
+    from emu3_jax.generation.documents import Document
+    from emu3_jax.media.codes import save_codes
+    from emu3_jax.media.picture_files import save_picture
+    from emu3_jax.printable import printable
+
+    width = max(3, len(str(len(options.texts) - 1)))
+    pages = [options.output / f"{row:0{width}d}.md" for row in range(len(options.texts))]
+    tokens = options.output / "tokens.npz"
+    written = outputs.Outputs([*pages, tokens] if options.save_tokens else pages, no_clobber=options.no_clobber)
+    model = common.load_model(options)
+    settings: dict[str, typing.Any] = {"text_temperature": 0.0, "temperature": 0.0} if options.greedy else {}
+    told = ("task", "size", "guidance", "image_guidance", "max_new_tokens", "seed", "batch_size", "allow_special")
+    settings |= {name: getattr(options, name) for name in told}
+    documents: dict[int, Document] = {}
+    lines: dict[int, list[str]] = {row: [] for row in range(len(pages))}
+    pieces: dict[int, list[dict[str, typing.Any]]] = {row: [] for row in range(len(pages))}
+    with files_into(options.output, replace=not options.no_clobber) as directory:
+        stream = model.stream_interleave(options.texts, options.image, progress=common.progress(options), **settings)
+        for row, item in stream:
+            if isinstance(item, Document):
+                documents[row] = item
+                continue
+            if item.kind == "plan" and not options.plans:
+                continue
+            if item.kind != "picture":
+                lines[row].append(item.text.strip())
+                pieces[row].append({item.kind: item.text})
+            elif item.picture is None:
+                pieces[row].append({"picture": None, "whole": False})
+            else:
+                name = f"{pages[row].stem}_{sum('picture' in piece for piece in pieces[row])}.png"
+                save_picture(item.picture, directory / name, {"prompt": options.texts[row]})
+                lines[row].append(f"![]({name})" + ("" if item.whole else "\n\n(cut off: the document was too long)"))
+                pieces[row].append({"picture": str(options.output / name), "whole": item.whole})
+            if len(pages) == 1 and not options.json:  # shown as it is written
+                told_piece = item.text.strip() if item.kind != "picture" else pieces[row][-1]["picture"]
+                print(printable(str(told_piece), keep="\n"), flush=True)
+        for row, page in enumerate(pages):
+            (directory / page.name).write_text("\n\n".join(lines[row]) + "\n")
+        if options.save_tokens:
+            save_codes(directory / tokens.name, {str(row): document.ids for row, document in documents.items()})
+        written.look()
+    written.report()
+    for row, page in enumerate(pages):
+        about = {
+            "file": str(page), "prompt": options.texts[row], "pieces": pieces[row], "ended": documents[row].ended,
+            "tokens": len(documents[row].ids) - documents[row].prompt_length,
+        }  # fmt: skip
+        print(json_line(about) if options.json else page, flush=True)

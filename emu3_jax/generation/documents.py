@@ -1,0 +1,345 @@
+"""Documents: texts and pictures in turn, which a model writes from a text and pictures; see `Emu3.interleave`."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+from PIL import Image
+
+from emu3_jax.errors import Emu3Error, RowError
+from emu3_jax.fields import is_count
+from emu3_jax.generation import defaults, grammar, interleaving
+from emu3_jax.generation.codec import Vision, decode_picture, encode
+from emu3_jax.generation.grammar import Grammar
+from emu3_jax.generation.interleaving import InterleavedRow
+from emu3_jax.generation.language import Language
+from emu3_jax.generation.rows import Sampling
+from emu3_jax.generation.sampling import RowSettings
+from emu3_jax.media.inputs import Media
+from emu3_jax.printable import shown
+from emu3_jax.progress import Progress
+from emu3_jax.text.prompts import understanding_prompt
+from emu3_jax.text.tasks import ANSWER_ENDS, PLANS, TASKS, Prompts, Task, task_prompts
+from emu3_jax.text.tokenizer import Tokenizer
+
+_MOST_SIDE = 9999  # rows or columns of visual tokens; sizes have at most four digits
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A piece of a document.
+
+    Attributes:
+        kind: "text", "plan" or "picture". A plan is what some models write before an answer or a picture.
+        text: the text of a text or plan, else "".
+        codes: int32 [h, w] of a picture, else None. Rows of codes that the model did not write are left out.
+        picture: the decoded picture, else None.
+        whole: False for a picture that the largest number of tokens cut off.
+    """
+
+    kind: str
+    text: str = ""
+    codes: np.ndarray | None = None
+    picture: Image.Image | None = None
+    whole: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """A text with pictures that a model wrote.
+
+    Attributes:
+        pieces: its texts, plans and pictures, in order.
+        ids: int32, the ids of prompt and answer.
+        prompt_length: number of `ids` that belong to the prompt.
+        ended: whether the model ended it with EOS, and not the largest number of tokens.
+    """
+
+    pieces: list[Piece]
+    ids: np.ndarray
+    prompt_length: int
+    ended: bool
+
+    @property
+    def pictures(self) -> list[Image.Image]:
+        """All pictures, in order."""
+        return [piece.picture for piece in self.pieces if piece.picture is not None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Writing:
+    """Settings of documents. None stands for the task's value, or without a task for that of `generation.defaults`.
+
+    Attributes:
+        task: name of a task of `text.tasks.TASKS`, for models of Emu3.5; they need one.
+        size: rows and columns of visual tokens of all pictures, or None to let the model choose.
+        guidance: guidance scale of visual tokens; 1 means no guidance.
+        image_guidance: scale of guidance towards the given pictures, or None for guidance with one scale.
+        max_new_tokens: largest number of new tokens of a row, or None for the task's number, at most what fits.
+        text_temperature: temperature of text.
+        text_top_k: number of likeliest text tokens to sample from.
+        text_top_p: total probability of the likeliest text tokens to sample from.
+        temperature: temperature of visual tokens.
+        top_k: number of likeliest visual tokens to sample from.
+        top_p: total probability of the likeliest visual tokens to sample from.
+        seed: seed of the first row; each next one adds 1.
+        batch_size: number of rows to compute at once.
+        allow_special: whether control tokens in texts take effect.
+        progress: see `language.Batching`.
+    """
+
+    task: str | None = None
+    size: tuple[int, int] | None = None
+    guidance: float | None = None
+    image_guidance: float | None = None
+    max_new_tokens: int | None = None
+    text_temperature: float | None = None
+    text_top_k: int | None = None
+    text_top_p: float | None = None
+    temperature: float = defaults.TEMPERATURE
+    top_k: int | None = None
+    top_p: float = defaults.TOP_P
+    seed: int = defaults.SEED
+    batch_size: int = defaults.BATCH_SIZE
+    allow_special: bool = False
+    progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.task is not None and self.task not in TASKS:
+            raise Emu3Error(f"task is {shown(self.task)}: it must be one of {', '.join(TASKS)}")
+        sides = self.size if isinstance(self.size, tuple | list) else ()
+        if self.size is not None and not (
+            len(sides) == 2 and all(is_count(side) and side <= _MOST_SIDE for side in sides)
+        ):
+            raise Emu3Error(f"size is {shown(self.size)}: it must be (rows, columns), both from 1 to {_MOST_SIDE}")
+        for name in ("max_new_tokens", "batch_size"):
+            value = getattr(self, name)
+            if not (is_count(value) or (value is None and name == "max_new_tokens")):
+                raise Emu3Error(f"{name} is {shown(value)}: it must be a whole number from 1 on")
+
+
+def stream_documents(
+    language: Language,
+    vision: Callable[[], Vision],
+    texts: Sequence[str],
+    images: Sequence[Sequence[Media]],
+    writing: Writing,
+) -> Iterator[tuple[int, Piece | Document]]:
+    """Writes one document per text.
+
+    Args:
+        language: the decoder and its tokenizer.
+        vision: called when a picture is read or written, so documents of text alone need no vision tokenizer.
+        texts: the prompts.
+        images: pictures to show with each prompt.
+        writing: settings.
+
+    Yields:
+        (row, piece) when a piece of a row is complete, in order within a row; and (row, document) when the row is.
+
+    Raises:
+        Emu3Error: bad input. The message says what is wrong and what to do.
+    """
+    config = language.config
+    task = _task(config.family, writing.task)
+    rule = grammar_of(language)
+    rows = []
+    for index, (text, shown_images) in enumerate(zip(texts, images, strict=True)):
+        codes = [_codes(vision(), item, task) for item in shown_images]
+        prompts = _prompts(language, rule, task, text, codes, writing.allow_special)
+        rows.append(_row(index, prompts, codes, writing, task, config.max_positions, rule))
+    text_settings, visual_settings = _settings(writing, task, len(rows))
+    scales = np.full(len(rows), 1.0 if writing.image_guidance is None else writing.image_guidance)
+    batches = [
+        range(first, min(first + writing.batch_size, len(rows))) for first in range(0, len(rows), writing.batch_size)
+    ]
+    with Progress(writing.progress, sum(row.steps for row in rows), "tokens", name="interleave") as bar:
+        for batch in batches:
+            places = np.asarray(batch)
+            reading = [_Reading(language, vision, rule, rows[index]) for index in batch]
+            before, expected = bar.done, sum(rows[index].steps for index in batch)
+            for found, done in interleaving.stream(
+                language.params, config, rule, [rows[index] for index in batch],
+                text_settings.take(places), visual_settings.take(places), scales[places],
+                mesh=language.mesh, narrow_cache=language.narrow_cache,
+            ):  # fmt: skip
+                bar.update(before + sum(map(len, found)) - bar.done)
+                for index, ids, ended, reader in zip(batch, found, done, reading, strict=True):
+                    for piece in reader.read(ids, bool(ended)):
+                        yield index, piece
+                    if ended and reader.document is not None:
+                        yield index, reader.document
+                        reader.document = None
+            bar.update(before + expected - bar.done)
+
+
+def grammar_of(language: Language) -> Grammar:
+    """The grammar of a model's family, with the ids of its tokenizer."""
+    single = {}
+    for character in "0123456789*":
+        ids = language.tokenizer.encode(character)
+        if len(ids) != 1:
+            raise Emu3Error(f"the vocabulary has no single token for {character!r}, which sizes of pictures need")
+        single[character] = ids[0]
+    times = single.pop("*")
+    return Grammar.of(language.config, tuple(single.values()), times)
+
+
+def _task(family: str, name: str | None) -> Task | None:
+    if family == "emu3.5":
+        if name is None:
+            raise Emu3Error(f"a model of Emu3.5 needs a task: give one of {', '.join(TASKS)}")
+        return TASKS[name]
+    if name is not None:
+        raise Emu3Error(f"task is {shown(name)}, but this model is of Emu3, which has no tasks: leave it out")
+    return None
+
+
+def _codes(vision: Vision, item: Media, task: Task | None) -> np.ndarray:
+    return encode(vision, item) if task is None else encode(vision, item, area=task.area)
+
+
+def _prompts(
+    language: Language, rule: Grammar, task: Task | None, text: str, codes: Sequence[np.ndarray], allow_special: bool
+) -> Prompts:
+    tokenizer = language.tokenizer
+    if task is not None:
+        pictures = [i for picture in codes for i in grammar.picture_ids(picture, rule)]
+        return task_prompts(tokenizer, task, text, pictures, allow_special=allow_special)
+
+    def prompt(text: str, codes: Sequence[np.ndarray]) -> list[int]:
+        return understanding_prompt(
+            tokenizer, language.config.tokens, language.templates, text, list(codes), allow_special=allow_special
+        )
+
+    return Prompts(prompt(text, codes), prompt("", codes), prompt("", ()))
+
+
+def _row(
+    index: int,
+    prompts: Prompts,
+    codes: Sequence[np.ndarray],
+    writing: Writing,
+    task: Task | None,
+    positions: int,
+    rule: Grammar,
+) -> InterleavedRow:
+    guided = _scale(writing, task) != 1.0 or writing.image_guidance is not None
+    both = guided and writing.image_guidance is not None
+    contexts = [prompts.conditional, *([prompts.unconditional] if guided else []), *([prompts.empty] if both else [])]
+    room = positions - max(map(len, contexts))
+    if room < 1:
+        raise RowError(
+            index,
+            f"the prompt takes {positions - room} tokens, but the model has {positions} positions: shorten it, or show "
+            "fewer or smaller pictures",
+        )
+    # As the reference does: without a size, pictures get the size of the last one that is shown.
+    size = writing.size
+    if size is None and codes and rule.same_size:
+        size = (codes[-1].shape[0], codes[-1].shape[1])
+    if size is not None and rule.picture_length(*size) > room:
+        raise RowError(
+            index, f"a picture of {size[0]}*{size[1]} takes {rule.picture_length(*size)} tokens, but the prompt leaves "
+            f"{room} positions: choose a smaller size"
+        )  # fmt: skip
+    most = writing.max_new_tokens or min(defaults.MAX_NEW_TOKENS if task is None else task.steps, room)
+    return InterleavedRow(
+        prompts.conditional, prompts.unconditional if guided else None, prompts.empty if both else None, size,
+        min(most, room),
+    )  # fmt: skip
+
+
+def _scale(writing: Writing, task: Task | None) -> float:
+    if writing.guidance is not None:
+        return writing.guidance
+    return defaults.GUIDANCE if task is None else task.guidance
+
+
+def _settings(writing: Writing, task: Task | None, count: int) -> tuple[RowSettings, RowSettings]:
+    """The settings of text and of visual tokens."""
+
+    def told(name: str, default: float) -> float:
+        value = getattr(writing, name)
+        return value if value is not None else getattr(task, name, default)
+
+    text = Sampling(
+        temperature=told("text_temperature", defaults.TEMPERATURE),
+        top_k=int(told("text_top_k", 2**31 - 1)),
+        top_p=told("text_top_p", 1.0),
+        guidance=1.0,
+        seed=writing.seed,
+    )
+    visual = Sampling(
+        temperature=writing.temperature,
+        top_k=int(told("top_k", defaults.TOP_K)),
+        top_p=writing.top_p,
+        guidance=_scale(writing, task),
+        seed=writing.seed,
+    )
+    return text.settings(count), visual.settings(count)
+
+
+class _Reading:
+    """Turns the growing ids of a row into pieces. `document` is there once the row is done."""
+
+    def __init__(self, language: Language, vision: Callable[[], Vision], rule: Grammar, row: InterleavedRow):
+        self.document: Document | None = None
+        self._language, self._vision, self._rule, self._row = language, vision, rule, row
+        self._pieces: list[Piece] = []
+
+    def read(self, ids: np.ndarray, done: bool) -> Iterator[Piece]:
+        """Yields the pieces that have become complete."""
+        if self.document is not None or (done and self._pieces is None):
+            return
+        tokens = self._language.config.tokens
+        ended = bool(len(ids)) and ids[-1] == tokens.eos
+        parts = grammar.split(ids[:-1].tolist() if ended else ids.tolist(), self._rule, strict=False)
+        pieces = [piece for part in parts for piece in self._of(part)]
+        # The last piece may still grow.
+        complete = pieces if done else pieces[:-1]
+        for piece in complete[len(self._pieces) :]:
+            piece = self._decoded(piece)
+            self._pieces.append(piece)
+            yield piece
+        if done:
+            prompt = self._row.prompt
+            whole = np.concatenate([np.asarray(prompt, np.int32), ids.astype(np.int32)])
+            self.document = Document(self._pieces, whole, len(prompt), ended)
+
+    def _of(self, part: "list[int] | grammar.Picture") -> Iterator[Piece]:
+        if isinstance(part, grammar.Picture):
+            if part.size is not None:
+                columns = part.size[1]
+                full = len(part.codes) // columns
+                yield Piece("picture", codes=part.codes[: full * columns].reshape(full, columns), whole=part.whole)
+            return
+        yield from _texts(part, self._language.tokenizer)
+
+    def _decoded(self, piece: Piece) -> Piece:
+        if piece.codes is None or not len(piece.codes):
+            return piece
+        return dataclasses.replace(piece, picture=decode_picture(self._vision(), piece.codes))
+
+
+def _texts(ids: Sequence[int], tokenizer: Tokenizer) -> Iterator[Piece]:
+    """The texts and plans in a run of text ids. Blank ones are left out."""
+    special = tokenizer.special_ids
+    begins = {special[first]: special[last] for first, last in PLANS.values()}
+    run: list[int] = []
+    end: int | None = None
+
+    def piece() -> Iterator[Piece]:
+        text = tokenizer.decode(run, skip_special=True)
+        if text.strip():
+            yield Piece("text" if end is None else "plan", text)
+
+    for token in ids:
+        if token == special[ANSWER_ENDS]:
+            continue
+        if (end is None and token in begins) or token == end:
+            yield from piece()
+            run, end = [], begins.get(token) if end is None else None
+            continue
+        run.append(token)
+    yield from piece()
