@@ -31,3 +31,18 @@ def write_decoder(directory: pathlib.Path, vocabulary: pathlib.Path, steer: bool
     save_file(weights("lm", steer), directory / "model.safetensors", metadata={"format": "pt"})
     (directory / "emu3.tiktoken").write_bytes(vocabulary.read_bytes())
     return directory
+
+
+def vision_of_emu35():
+    """The golden vision tokenizer in memory."""
+    import jax
+    from emu35_vision import CONFIG
+    from flax import traverse_util
+
+    from emu3_jax.checkpoints.layouts import vision_params
+    from emu3_jax.config import AreaConfig
+    from emu3_jax.generation.codec import Vision
+
+    state = weights("vq")
+    flat = {p.path: p.pack([state[w.name] for w in p.weights]) for p in vision_params(CONFIG)}
+    return Vision(CONFIG, AreaConfig(2304), jax.device_put(traverse_util.unflatten_dict(flat)))

@@ -79,3 +79,29 @@ def test_golden_rows_together(model, golden):
     for run, ids in zip(runs, found, strict=True):
         np.testing.assert_array_equal(ids, golden[f"{run}/generated"], err_msg=run)
     assert calls == sorted(calls) and calls[-1] == [len(ids) for ids in found]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, vocabulary, model):
+    """The decoder with the golden vision tokenizer."""
+    from emu35 import vision_of_emu35
+
+    return emu3_jax.Emu3("emu35", model, vision_of_emu35())
+
+
+@pytest.mark.parametrize("run", ["t2i_guidance3", "story"])
+def test_documents_of_golden_runs(whole, golden, run):
+    told = RUNS[run]
+    question = told["prompt"].split("USER: ")[1].removesuffix(" ASSISTANT: <|extra_100|>")
+    (document,) = whole.interleave(
+        question, task=run.split("_")[0], size=told.get("size"), guidance=told["guidance"], temperature=0.0,
+        text_temperature=0.0, max_new_tokens=told["max_new_tokens"],
+    )  # fmt: skip
+    np.testing.assert_array_equal(document.ids[document.prompt_length :], golden[f"{run}/generated"])
+    expected = [[kind.replace("image", "picture"), value] for kind, value in told["pieces"]]
+    found = [[p.kind, p.text if p.kind == "text" else list(p.picture.size)] for p in document.pieces]
+    assert found[: len(expected)] == expected
+    for index, picture in enumerate(document.pictures):
+        if f"{run}/picture{index}" in golden:
+            difference = np.abs(np.asarray(picture, int) - golden[f"{run}/picture{index}"].astype(int))
+            assert difference.max() <= 1

@@ -28,6 +28,7 @@ COMMANDS = {
     "generate": "generate pictures from prompts",
     "chat": "answer questions about pictures and clips",
     "video": "generate clips from prompts, or continue a clip",
+    "interleave": "write texts and pictures in turn",
     "tokenize": "encode pictures and clips to codes",
     "detokenize": "decode codes to pictures and clips",
     "convert": "convert PyTorch checkpoints to a bundle",

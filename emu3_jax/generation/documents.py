@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from emu3_jax.errors import Emu3Error, RowError
-from emu3_jax.fields import is_count
+from emu3_jax.fields import is_count, is_number
 from emu3_jax.generation import defaults, grammar, interleaving
 from emu3_jax.generation.codec import Vision, decode_picture, encode
 from emu3_jax.generation.grammar import Grammar
@@ -112,6 +112,9 @@ class Writing:
             len(sides) == 2 and all(is_count(side) and side <= _MOST_SIDE for side in sides)
         ):
             raise Emu3Error(f"size is {shown(self.size)}: it must be (rows, columns), both from 1 to {_MOST_SIDE}")
+        scale = self.image_guidance
+        if scale is not None and not (is_number(scale) and 0 <= scale <= 1e9):
+            raise Emu3Error(f"image_guidance is {shown(scale)}: it must be a number from 0 to 1e9")
         for name in ("max_new_tokens", "batch_size"):
             value = getattr(self, name)
             if not (is_count(value) or (value is None and name == "max_new_tokens")):
@@ -226,6 +229,8 @@ def _row(
 ) -> InterleavedRow:
     guided = _scale(writing, task) != 1.0 or writing.image_guidance is not None
     both = guided and writing.image_guidance is not None
+    if both and not codes:
+        raise RowError(index, "image_guidance guides towards given pictures, and there is none: leave it out")
     contexts = [prompts.conditional, *([prompts.unconditional] if guided else []), *([prompts.empty] if both else [])]
     room = positions - max(map(len, contexts))
     if room < 1:
@@ -293,7 +298,7 @@ class _Reading:
         if self.document is not None or (done and self._pieces is None):
             return
         tokens = self._language.config.tokens
-        ended = bool(len(ids)) and ids[-1] == tokens.eos
+        ended = bool(len(ids) and ids[-1] == tokens.eos)
         parts = grammar.split(ids[:-1].tolist() if ended else ids.tolist(), self._rule, strict=False)
         pieces = [piece for part in parts for piece in self._of(part)]
         # The last piece may still grow.

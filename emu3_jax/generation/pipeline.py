@@ -523,9 +523,8 @@ class Emu3:
         Raises:
             Emu3Error: bad input. The message says what is wrong and what to do.
         """
-        found = {
-            row: item for row, item in self.stream_interleave(texts, images, **settings) if isinstance(item, Document)
-        }
+        items = self.stream_interleave(texts, images, **settings)
+        found = {row: item for row, item in items if isinstance(item, Document)}
         return [found[row] for row in range(len(found))]
 
     def stream_interleave(
@@ -539,9 +538,8 @@ class Emu3:
         if unknown:
             raise TypeError(f"interleave() has no argument {min(unknown)!r}")
         prompts = prompt_list(texts)
-        each = list(images)
-        if not each or not isinstance(each[0], list | tuple):
-            each = [each] * len(prompts)
+        given: list[Any] = list(images)
+        each = given if given and isinstance(given[0], list | tuple) else [given] * len(prompts)
         if len(each) != len(prompts):
             raise Emu3Error(f"{len(each)} lists of images for {len(prompts)} texts: give one list for each text")
         return stream_documents(self.language, lambda: self.vision, prompts, each, Writing(**settings))
