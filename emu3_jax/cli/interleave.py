@@ -94,7 +94,7 @@ def _size(text: str) -> "tuple[int, int] | None":
 def run(options: argparse.Namespace) -> None:
     from emu3_jax.cli.output import json_line
     from emu3_jax.files import files_into
-    from emu3_jax.generation.documents import Document
+    from emu3_jax.generation.documents import Piece
     from emu3_jax.media.codes import save_codes
     from emu3_jax.media.picture_files import save_picture
     from emu3_jax.printable import printable
@@ -107,34 +107,36 @@ def run(options: argparse.Namespace) -> None:
     settings: dict[str, typing.Any] = {"text_temperature": 0.0, "temperature": 0.0} if options.greedy else {}
     told = ("task", "size", "guidance", "image_guidance", "max_new_tokens", "seed", "batch_size", "allow_special")
     settings |= {name: getattr(options, name) for name in told}
-    documents: dict[int, Document] = {}
     lines: dict[int, list[str]] = {row: [] for row in range(len(pages))}
     pieces: dict[int, list[dict[str, typing.Any]]] = {row: [] for row in range(len(pages))}
+
+    def show(row: int, piece: Piece) -> None:
+        """Writes a picture, and shows the piece if there is one document only."""
+        if piece.kind == "plan" and not options.plans:
+            return
+        shown = piece.text.strip()
+        if piece.kind != "picture":
+            lines[row].append(shown)
+            pieces[row].append({piece.kind: piece.text})
+        elif piece.picture is None:  # not even its first row of tokens is complete
+            pieces[row].append({"picture": None, "whole": False})
+        else:
+            name = f"{pages[row].stem}_{sum('picture' in found for found in pieces[row])}.png"
+            save_picture(piece.picture, directory / name, {"prompt": options.texts[row]})
+            lines[row].append(f"![]({name})" + ("" if piece.whole else "\n\n(cut off: the document was too long)"))
+            shown = str(options.output / name)
+            pieces[row].append({"picture": shown, "whole": piece.whole})
+        if shown and len(pages) == 1 and not options.json:
+            print(printable(shown, keep="\n"), flush=True)
+
     with files_into(options.output, replace=not options.no_clobber) as directory:
-        stream = model.stream_interleave(options.texts, options.image, progress=common.progress(options), **settings)
-        for row, item in stream:
-            if isinstance(item, Document):
-                documents[row] = item
-                continue
-            if item.kind == "plan" and not options.plans:
-                continue
-            if item.kind != "picture":
-                lines[row].append(item.text.strip())
-                pieces[row].append({item.kind: item.text})
-            elif item.picture is None:
-                pieces[row].append({"picture": None, "whole": False})
-            else:
-                name = f"{pages[row].stem}_{sum('picture' in piece for piece in pieces[row])}.png"
-                save_picture(item.picture, directory / name, {"prompt": options.texts[row]})
-                lines[row].append(f"![]({name})" + ("" if item.whole else "\n\n(cut off: the document was too long)"))
-                pieces[row].append({"picture": str(options.output / name), "whole": item.whole})
-            if len(pages) == 1 and not options.json:  # shown as it is written
-                told_piece = item.text.strip() if item.kind != "picture" else pieces[row][-1]["picture"]
-                print(printable(str(told_piece), keep="\n"), flush=True)
+        documents = model.interleave(
+            options.texts, options.image, on_piece=show, progress=common.progress(options), **settings
+        )
         for row, page in enumerate(pages):
             (directory / page.name).write_text("\n\n".join(lines[row]) + "\n")
         if options.save_tokens:
-            save_codes(directory / tokens.name, {str(row): document.ids for row, document in documents.items()})
+            save_codes(directory / tokens.name, {str(row): document.ids for row, document in enumerate(documents)})
         written.look()
     written.report()
     for row, page in enumerate(pages):

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -42,6 +43,9 @@ class Piece:
     codes: np.ndarray | None = None
     picture: Image.Image | None = None
     whole: bool = True
+
+
+OnPiece = Callable[[int, Piece], Any]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,6 @@
 # `help(Emu3)` shows annotations as they are written here, `Media` and not the union that it stands for.
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from emu3_jax.generation import defaults
 from emu3_jax.generation.clips import OnFrames, generate_clips
 from emu3_jax.generation.codec import Vision, decode, encode
 from emu3_jax.generation.conversation import Asking, Conversation, Showing, answer_questions
-from emu3_jax.generation.documents import Document, Piece, Writing, stream_documents
+from emu3_jax.generation.documents import Document, OnPiece, Writing, stream_documents
 from emu3_jax.generation.language import Batching, Language
 from emu3_jax.generation.pictures import Generation, stream_pictures
 from emu3_jax.generation.rows import Sampling, prompt_list
@@ -502,7 +501,26 @@ class Emu3:
         return Conversation(self.language, lambda: self.vision, asking)
 
     def interleave(
-        self, texts: str | Sequence[str], images: Sequence[Media] | Sequence[Sequence[Media]] = (), **settings: Any
+        self,
+        texts: str | Sequence[str],
+        images: Sequence[Media] | Sequence[Sequence[Media]] = (),
+        *,
+        task: str | None = None,
+        size: tuple[int, int] | None = None,
+        guidance: float | None = None,
+        image_guidance: float | None = None,
+        max_new_tokens: int | None = None,
+        text_temperature: float | None = None,
+        text_top_k: int | None = None,
+        text_top_p: float | None = None,
+        temperature: float = defaults.TEMPERATURE,
+        top_k: int | None = None,
+        top_p: float = defaults.TOP_P,
+        seed: int = defaults.SEED,
+        batch_size: int = defaults.BATCH_SIZE,
+        allow_special: bool = False,
+        on_piece: OnPiece | None = None,
+        progress: bool | None = None,
     ) -> list[Document]:
         """Writes texts and pictures in turn: one document per text.
 
@@ -511,11 +529,25 @@ class Emu3:
 
         Args:
             texts: prompts.
-            images: pictures to show with every prompt, or one sequence of pictures per prompt.
-            **settings: `task` ("t2i", "x2i", "story", "howto" or "explore"), which models of Emu3.5 need; `size` of all
-                pictures as (rows, columns) of visual tokens; `guidance` and `image_guidance`; `max_new_tokens`;
-                `text_temperature`, `text_top_k`, `text_top_p`; `temperature`, `top_k`, `top_p` of visual tokens;
-                `seed`, `batch_size`, `allow_special`, `progress`. See `generation.documents.Writing`.
+            images: pictures to show with every prompt, or one list of pictures per prompt.
+            task: "t2i", "x2i", "story", "howto" or "explore": decides on the prompt of a model of Emu3.5, which needs
+                one, and on its settings. None below stands for the task's value.
+            size: rows and columns of visual tokens of all pictures. None: the size of the last of `images`, or else
+                the model chooses.
+            guidance: classifier-free guidance scale of visual tokens; 1 means no guidance. Without a task, None is 3.
+            image_guidance: scale of guidance towards the given pictures, or None for guidance with one scale.
+            max_new_tokens: largest number of new tokens of a document. Without a task, None is 1,024.
+            text_temperature: temperature of text and of sizes; 0 is greedy. Without a task, None is 1.
+            text_top_k: number of likeliest text tokens to sample from. Without a task, None is all.
+            text_top_p: total probability of the likeliest text tokens to sample from. Without a task, None is 1.
+            temperature: temperature of visual tokens; 0 is greedy.
+            top_k: number of likeliest visual tokens to sample from. Without a task, None is 2,048.
+            top_p: total probability of the likeliest visual tokens to sample from.
+            seed: seed of the first document; each next one adds 1.
+            batch_size: number of documents to compute at once.
+            allow_special: whether control tokens in texts take effect. By default they are refused.
+            on_piece: called with a row's number and a text or picture (`Piece`) as soon as it is complete.
+            progress: True shows a progress bar on a terminal and lines in a log, None only the bar, False nothing.
 
         Returns:
             A document for each text.
@@ -523,23 +555,19 @@ class Emu3:
         Raises:
             Emu3Error: bad input. The message says what is wrong and what to do.
         """
-        items = self.stream_interleave(texts, images, **settings)
-        found = {row: item for row, item in items if isinstance(item, Document)}
-        return [found[row] for row in range(len(found))]
-
-    def stream_interleave(
-        self, texts: str | Sequence[str], images: Sequence[Media] | Sequence[Sequence[Media]] = (), **settings: Any
-    ) -> Iterator[tuple[int, Piece | Document]]:
-        """As `interleave`, but yields (row, piece) as soon as a text or picture of a row is complete.
-
-        After the last piece of a row it yields (row, document).
-        """
-        unknown = set(settings) - {field.name for field in dataclasses.fields(Writing)}
-        if unknown:
-            raise TypeError(f"interleave() has no argument {min(unknown)!r}")
         prompts = prompt_list(texts)
         given: list[Any] = list(images)
         each = given if given and isinstance(given[0], list | tuple) else [given] * len(prompts)
         if len(each) != len(prompts):
             raise Emu3Error(f"{len(each)} lists of images for {len(prompts)} texts: give one list for each text")
-        return stream_documents(self.language, lambda: self.vision, prompts, each, Writing(**settings))
+        writing = Writing(
+            task, size, guidance, image_guidance, max_new_tokens, text_temperature, text_top_k, text_top_p, temperature,
+            top_k, top_p, seed, batch_size, allow_special, progress,
+        )  # fmt: skip
+        found: dict[int, Document] = {}
+        for row, item in stream_documents(self.language, lambda: self.vision, prompts, each, writing):
+            if isinstance(item, Document):
+                found[row] = item
+            elif on_piece is not None:
+                on_piece(row, item)
+        return [found[row] for row in range(len(found))]
