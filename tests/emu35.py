@@ -33,6 +33,13 @@ def write_decoder(directory: pathlib.Path, vocabulary: pathlib.Path, steer: bool
     return directory
 
 
+def write_checkpoints(root: pathlib.Path, vocabulary: pathlib.Path, steer: bool = False) -> list[pathlib.Path]:
+    """Writes decoder and vision tokenizer in two directories, as Emu3.5 publishes them."""
+    from emu35_vision import write_safetensors
+
+    return [write_decoder(root / "lm", vocabulary, steer), write_safetensors(root / "vq")]
+
+
 def vision_of_emu35():
     """The golden vision tokenizer in memory."""
     import jax

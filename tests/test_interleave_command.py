@@ -1,0 +1,97 @@
+"""`emu3-jax interleave`: its files and lines, and what it refuses."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import golden_json, golden_npz
+from emu35 import write_checkpoints
+from PIL import Image
+
+from emu3_jax.cli.main import main
+
+RUN = golden_json("emu35/generate.json")["runs"]["story"]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory, vocabulary):
+    """The golden model of Emu3.5, converted from its two published directories by the command line."""
+    root = tmp_path_factory.mktemp("emu35")
+    sources = write_checkpoints(root, vocabulary, steer=True)
+    assert main(["convert", *map(str, sources), "-o", str(root / "bundle"), "--quiet"]) == 0
+    return root / "bundle"
+
+
+def test_a_story(bundle, tmp_path, capsys):
+    """The golden story: a page, its pictures, the ids, and one JSON line."""
+    out = tmp_path / "out"
+    arguments = [
+        "How to cook dumplings",
+        "--task",
+        "story",
+        "--greedy",
+        "--max-new-tokens",
+        "600",
+        "--dtype",
+        "float32",
+    ]
+    capsys.readouterr()
+    assert main(["interleave", *arguments, "--model", str(bundle), "-o", str(out), "--save-tokens", "--json"]) == 0
+    about = json.loads(capsys.readouterr().out)
+    golden = golden_npz("emu35/generate.npz")
+    expected = np.concatenate([golden["story/prompt_ids"], golden["story/generated"]])
+    with np.load(out / "tokens.npz") as ids:
+        np.testing.assert_array_equal(ids["0"], expected)
+    assert [next(iter(piece)) for piece in about["pieces"]] == ["text", "picture", "text", "picture", "text"]
+    assert about["ended"] and about["tokens"] == len(golden["story/generated"])
+    assert (out / "000.md").read_text() == (
+        "Once upon a time\n\n![](000_0.png)\n\nThen it\n\n![](000_1.png)\n\nThen it\n"
+    )
+    for index in range(2):
+        with Image.open(out / f"000_{index}.png") as picture:
+            difference = np.abs(np.asarray(picture, int) - golden[f"story/picture{index}"].astype(int))
+        assert difference.max() <= 1
+
+
+def test_a_picture_that_is_cut_off(bundle, tmp_path, capsys):
+    arguments = ["How to cook dumplings", "--task", "story", "--greedy", "--max-new-tokens", "80", "--dtype", "float32"]
+    capsys.readouterr()
+    assert main(["interleave", *arguments, "--model", str(bundle), "-o", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "Once upon a time"
+    page = (tmp_path / "out" / "000.md").read_text()
+    assert page.endswith("![](000_0.png)\n\n(cut off: the document was too long)\n")
+    with Image.open(tmp_path / "out" / "000_0.png") as picture:
+        assert picture.width == 176 and 0 < picture.height < 320  # its finished rows
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a story"], "a model of Emu3.5 needs a task: give one of t2i, x2i, story, howto, explore"),
+        (["a story", "--task", "story", "--size", "400*400"], "a picture of 400*400 takes"),
+        (["a story", "--task", "story", "--size", "0*4"], "'0*4' is no size: give H*W in visual tokens"),
+        (["a story", "--task", "story", "--image-guidance", "2"], "guides towards given pictures, and there is none"),
+        (["a <|image start|> story", "--task", "story"], "contains the special token <|image start|>"),
+        (["a story", "--task", "story", "--image", "nowhere.png"], "cannot read nowhere.png"),
+        (["a story", "--task", "story", "--guidance", "nan"], "guidance is nan"),
+    ],
+)
+def test_what_is_refused(bundle, tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    try:
+        code = main(["interleave", *arguments, "--model", str(bundle), "-o", str(tmp_path / "out")])
+    except SystemExit as error:  # from argparse
+        code = error.code
+    captured = capsys.readouterr()
+    assert code == 2 and message in captured.err and captured.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_of_emu3_have_no_tasks(tiny_bundle, tmp_path, capsys):
+    capsys.readouterr()
+    out = ["-o", str(tmp_path / "out"), "--model", str(tiny_bundle)]
+    assert main(["interleave", "a story", "--task", "story", *out]) == 2
+    assert "this model is of Emu3, which has no tasks: leave it out" in capsys.readouterr().err
+    assert main(["interleave", "a story", "another", "--max-new-tokens", "12", *out]) == 0
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.md")) == ["000.md", "001.md"]
