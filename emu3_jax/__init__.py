@@ -11,6 +11,8 @@ if typing.TYPE_CHECKING:  # what `_PUBLIC` loads, for editors and type checkers
     from emu3_jax.config import SpecialTokens as SpecialTokens
     from emu3_jax.config import VisionConfig as VisionConfig
     from emu3_jax.errors import Emu3Error as Emu3Error
+    from emu3_jax.generation.documents import Document as Document
+    from emu3_jax.generation.documents import Piece as Piece
     from emu3_jax.generation.pictures import Generation as Generation
     from emu3_jax.generation.pipeline import Emu3 as Emu3
     from emu3_jax.loading import load as load
@@ -27,10 +29,12 @@ _PUBLIC = {
     "Adapter": "emu3_jax.models.adapters",
     "Clip": "emu3_jax.media.clips",
     "DecoderConfig": "emu3_jax.config",
+    "Document": "emu3_jax.generation.documents",
     "Emu3": "emu3_jax.generation.pipeline",
     "Emu3Error": "emu3_jax.errors",
     "Generation": "emu3_jax.generation.pictures",
     "ImageConfig": "emu3_jax.config",
+    "Piece": "emu3_jax.generation.documents",
     "SpecialTokens": "emu3_jax.config",
     "TrainConfig": "emu3_jax.training.config",
     "VisionConfig": "emu3_jax.config",

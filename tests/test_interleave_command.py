@@ -88,6 +88,20 @@ def test_what_is_refused(bundle, tmp_path, capsys, monkeypatch, arguments, messa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "arguments", [["generate", "a dog"], ["video", "a dog"], ["chat", "000.png", "--prompt", "What is it?"]]
+)
+def test_commands_for_emu3_refuse_models_of_emu35(bundle, tmp_path, capsys, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (32, 32)).save("000.png")
+    output = [] if arguments[0] == "chat" else ["-o", "out"]
+    capsys.readouterr()
+    assert main([*arguments, "--model", str(bundle), *output]) == 2
+    captured = capsys.readouterr().err
+    assert captured.count("\n") == 1 and ("interleave" in captured or "pictures alone" in captured)
+    assert not (tmp_path / "out").exists()
+
+
 def test_models_of_emu3_have_no_tasks(tiny_bundle, tmp_path, capsys):
     capsys.readouterr()
     out = ["-o", str(tmp_path / "out"), "--model", str(tiny_bundle)]

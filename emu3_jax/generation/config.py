@@ -70,7 +70,8 @@ class GenerateConfig:
     @property
     def grid(self) -> tuple[int, ...]:
         """(rows, columns) of tokens of a picture, or (latent frames, rows, columns) of a clip."""
-        size = generate_size(self.ratio, self.decoder.image_area if self.area is None else self.area)
+        area = self.decoder.image_area if self.area is None else self.area
+        size = generate_size(self.ratio, area, 16 if self.decoder.family == "emu3.5" else 8)
         return size if self.frames is None else (-(-self.frames // self.temporal_factor), *size)
 
     @property

@@ -50,6 +50,14 @@ class Language:
     mesh: Mesh | None = None
     quantize: str | None = None
 
+    def require_emu3(self) -> None:
+        """Raises `Emu3Error` if the model is of another family, whose prompts and pictures are not Emu3's."""
+        if self.config.family != "emu3":
+            raise Emu3Error(
+                "this model is of Emu3.5, which writes texts and pictures in turn: use `emu3-jax interleave` "
+                "(Emu3.interleave) with a task, for a picture t2i"
+            )
+
     @property
     def narrow_cache(self) -> bool:
         """Whether keys and values are stored as int8."""
@@ -155,6 +163,7 @@ def stream_grids(
     Raises:
         Emu3Error: a prompt has control tokens without `allow_special`, or a row exceeds the model's positions.
     """
+    language.require_emu3()
     special, layout = language.config.tokens, language.config.clip_layout
 
     # Rows of the same prompt and size share their ids and schedules.
@@ -217,6 +226,7 @@ def answer(
     Raises:
         Emu3Error: a prompt leaves no position for an answer, or `max_new_tokens` is not legal.
     """
+    language.require_emu3()
     if not is_count(max_new_tokens):
         raise Emu3Error(f"max_new_tokens is {shown(max_new_tokens)}: it must be a whole number >= 1")
     positions = language.config.max_positions
