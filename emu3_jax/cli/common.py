@@ -72,6 +72,14 @@ def parallel(text: str) -> int | str:
         raise argparse.ArgumentTypeError(f"{shown(text)} is not {defaults.LEGAL_PARALLEL}") from None
 
 
+def ahead(text: str) -> int:
+    """The type of `--zipar`."""
+    try:
+        return whole(1, defaults.MOST_ZIPAR)(text)
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not {defaults.LEGAL_ZIPAR}") from None
+
+
 def section(command: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
     """The options that --help shows under a title of their own."""
     for group in command._action_groups:
@@ -243,6 +251,13 @@ def add_generation(command: argparse.ArgumentParser, what: str) -> None:
         f"and takes half the work (default: {defaults.GUIDANCE})",
     )
     add_sampling(command, what, temperature=defaults.TEMPERATURE)
+    section(command, "sampling").add_argument(
+        "--zipar",
+        type=ahead,
+        metavar="S",
+        help=f"compute rows of the {what} together, each S tokens behind the one above it: fewer passes, but another "
+        f"{what}, and with a small S a rough preview; not with --parallel W (default: exact)",
+    )
 
 
 def add_sampling(command: argparse.ArgumentParser, what: str, temperature: float) -> None:
@@ -312,7 +327,14 @@ def one_or_each(values: list):
 
 
 def generation(options: argparse.Namespace) -> dict:
-    """The options of `add_generation`, as keyword arguments of `generate_sequences` and `generate_clips`."""
+    """The options of `add_generation`, as keyword arguments of `generate_sequences` and `generate_clips`.
+
+    Raises:
+        Emu3Error: --zipar and --parallel W do not go together.
+    """
+    from emu3_jax.generation.zipar import check_zipar
+
+    check_zipar(options.zipar, options.parallel)
     same = (
         "area",
         "temperature",
@@ -324,6 +346,7 @@ def generation(options: argparse.Namespace) -> dict:
         "batch_size",
         "deterministic",
         "parallel",
+        "zipar",
     )
     each = {name: one_or_each(getattr(options, name)) for name in ("negative", "guidance")}
     return {**{name: getattr(options, name) for name in same}, **each}

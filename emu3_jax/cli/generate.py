@@ -21,7 +21,15 @@ from emu3_jax.cli import common, outputs
 from emu3_jax.generation import defaults
 
 FORMATS = ("png", "jpg", "webp")  # `media.picture_files.PICTURE_FORMATS`, which would load Pillow
-_NUMBERS = {"seed": int, "top_k": int, "guidance": float, "temperature": float, "top_p": float, "passes": int}
+_NUMBERS = {
+    "seed": int,
+    "top_k": int,
+    "guidance": float,
+    "temperature": float,
+    "top_p": float,
+    "passes": int,
+    "zipar": int,
+}
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -97,6 +105,7 @@ def run(options: argparse.Namespace) -> None:
     files = [options.output / f"{row:0{max(3, len(str(count - 1)))}d}.{options.format}" for row in range(count)]
     tokens = options.output / "tokens.npz"
 
+    settings = common.generation(options)
     distributed.start()
     # All processes of a mesh compute; the first one shows and writes.
     first = distributed.first()
@@ -110,7 +119,7 @@ def run(options: argparse.Namespace) -> None:
             prompts,
             n=options.n,
             ratio=common.one_or_each(options.ratio),
-            **common.generation(options),
+            **settings,
             progress=common.progress(options),
         )
         if not first:

@@ -64,6 +64,7 @@ def run(options: argparse.Namespace) -> None:
     from emu3_jax.media.inputs import as_media
     from emu3_jax.media.live import live_frames
 
+    settings = common.generation(options)
     distributed.start()
     extend = options.extend and as_media(options.extend)
     fps = options.fps
@@ -88,7 +89,7 @@ def run(options: argparse.Namespace) -> None:
             window=options.window,
             ratio=options.ratio,
             on_frames=on_frames,
-            **common.generation(options),
+            **settings,
             progress=common.progress(options),
         )
         if not first:

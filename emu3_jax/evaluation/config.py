@@ -7,6 +7,7 @@ from emu3_jax.data.config import MAX_SEED, check_path
 from emu3_jax.fields import check_field, is_number, is_whole
 from emu3_jax.generation import defaults
 from emu3_jax.generation.parallel import is_window
+from emu3_jax.generation.zipar import check_zipar, is_zipar
 from emu3_jax.models.quantization import KINDS
 
 _MAX_BATCH = 2**12  # the last batch is padded to full size, so a huge batch would waste memory
@@ -82,6 +83,8 @@ class EvaluateConfig:
         top_p: probability mass of the most likely tokens to sample from, above 0 and at most 1.
         seed: seed of the choice of cases, and of the first generated picture. Picture i uses seed + i.
         parallel: number of tokens that a pass of the decoder checks per row, from 2 to 128, or "off" or "auto".
+        zipar: number of tokens that a row of a picture or frame is ahead of the next one, or None for exact decoding;
+            see `generation.zipar`.
         rows: number of cases per figure that the page shows.
         judge: settings for training the judge.
     """
@@ -104,6 +107,7 @@ class EvaluateConfig:
     top_p: float = 1.0
     seed: int = 0
     parallel: int | str = defaults.PARALLEL
+    zipar: int | None = None
     rows: int = 24
     judge: JudgeConfig = dataclasses.field(default_factory=JudgeConfig)
 
@@ -140,11 +144,13 @@ class EvaluateConfig:
         check_field(self, "top_p", is_number(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1")
         check_field(self, "seed", is_whole(self.seed, 0) and self.seed < 2**31, "a whole number from 0 to 2**31 - 1")
         check_field(self, "parallel", is_window(self.parallel), defaults.LEGAL_PARALLEL)
+        check_field(self, "zipar", is_zipar(self.zipar), f"None, or {defaults.LEGAL_ZIPAR}")
+        check_zipar(self.zipar, self.parallel)
         check_field(self, "rows", is_whole(self.rows, 0), "a whole number >= 0")
         check_field(self, "judge", isinstance(self.judge, JudgeConfig), "a JudgeConfig")
 
     @property
     def sampling(self) -> dict[str, Any]:
         """The sampling options, as keyword arguments of the methods of `Emu3`."""
-        names = ("temperature", "top_k", "top_p", "seed", "batch_size", "parallel")
+        names = ("temperature", "top_k", "top_p", "seed", "batch_size", "parallel", "zipar")
         return {name: getattr(self, name) for name in names}

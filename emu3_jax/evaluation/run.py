@@ -45,6 +45,8 @@ def evaluate(
     figures: dict[str, Any] = {"model": model.name, "data": str(config.data), "seed": config.seed}
     if quantize is not None:
         figures["quantize"] = quantize
+    if config.zipar is not None:
+        figures["zipar"] = config.zipar
     sections, skipped = [], {}
     options = {"skipped": skipped, "progress": progress}
     for name, measure in {

@@ -14,3 +14,5 @@ MAX_PICTURES = 1_000_000  # most pictures of one call; each needs a few kilobyte
 PARALLEL = "auto"  # tokens of a pass of the decoder
 MOST_PARALLEL = 128
 LEGAL_PARALLEL = f"auto, off, or a whole number from 2 to {MOST_PARALLEL}"
+MOST_ZIPAR = 100_000  # far more than the columns of any picture, which give the exact picture
+LEGAL_ZIPAR = f"a whole number from 1 to {MOST_ZIPAR}: the tokens that a row of the picture is ahead of the next row"

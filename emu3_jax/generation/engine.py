@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from emu3_jax.config import DecoderConfig
-from emu3_jax.generation import lookup, parallel, sampling
+from emu3_jax.generation import lookup, parallel, sampling, zipar
 from emu3_jax.generation.schedule import SAMPLED_FREE, SAMPLED_VISUAL
-from emu3_jax.models.cache import KVCache
+from emu3_jax.generation.zipar import Order
+from emu3_jax.models.cache import KVCache, Placement
 from emu3_jax.models.capability import target_platform
 from emu3_jax.models.decoder import Decoder, visual_head_params
 
@@ -156,6 +157,53 @@ def decode(
         return state, left - 1, paused
 
     return _replicated(jax.lax.while_loop(proceed, take, (state, passes, jnp.zeros((), bool)))[0])
+
+
+@functools.partial(_Program, static_argnames=("config", "variant"), donate_argnames=("state",))
+def decode_rows(
+    params: Any,
+    state: DecodeState,
+    plan: Plan,
+    order: Order,
+    first: jax.Array,
+    passes: jax.Array,
+    *,
+    config: DecoderConfig,
+    variant: Variant,
+) -> DecodeState:
+    """Takes the passes `first` .. `first + passes - 1` (int32 scalars) of an order of `zipar`.
+
+    `state.step` is the number of first steps whose tokens are known; later tokens may be known too. The lengths of the
+    cache stay those of the prompts. The cache must have room for what the passes feed.
+    """
+    forward, cache = _forward(params, config, variant), state.cache
+    prompt = cache.length.max()  # all rows of a session have the same
+    rows, steps = order.fed.shape
+
+    def doubled(array: jax.Array) -> jax.Array:
+        return jnp.concatenate([array, array]) if variant.guided else array
+
+    # The pass that feeds each slot of the cache: prompts before all passes, and slots that hold nothing never.
+    slot = jnp.arange(cache.slots, dtype=jnp.int32)[None]
+    fed = jnp.take(jnp.asarray(order.fed), jnp.clip(slot[0] - prompt, 0, steps - 1), axis=1)
+    fed = jnp.where((slot >= prompt) & (slot < prompt + steps), fed, zipar.NEVER)
+    fed = jnp.where((slot < prompt) & (slot >= cache.start[:, None]), 0, doubled(fed))
+
+    def take(index: jax.Array, state: DecodeState) -> DecodeState:
+        at = jnp.take(jnp.asarray(order.steps), index - 1, axis=1)  # [B, N]
+        tokens = doubled(jnp.take_along_axis(state.tokens, at, axis=1, mode="clip"))
+        slots = prompt + doubled(at)
+        visible = (fed[:, None] <= index) & (slot[:, None] <= slots[..., None])
+        logits, cache = forward(tokens, state.cache.replace(placement=Placement(slots, visible)))
+        each = jax.vmap(lambda logits, step: choose(logits[:, None], step, plan, config, variant)[:, 0], 1, 1)
+        return state.replace(
+            cache=cache.replace(length=state.cache.length, placement=None),
+            tokens=state.tokens.at[jnp.arange(rows)[:, None], at + 1].set(each(logits, at + 1), mode="drop"),
+            step=jnp.take(jnp.asarray(order.certain), index, axis=1),
+            passes=state.passes + (index <= order.passes),
+        )
+
+    return _replicated(jax.lax.fori_loop(first, first + passes, take, state))
 
 
 @functools.partial(jax.jit, donate_argnames=("state",))

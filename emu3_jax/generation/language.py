@@ -17,6 +17,7 @@ from emu3_jax.generation.rows import Sampling
 from emu3_jax.generation.sampling import RowSettings
 from emu3_jax.generation.schedule import TokenClass, grid_length, grid_schedule, text_schedule
 from emu3_jax.generation.session import DecodeSession, Row
+from emu3_jax.generation.zipar import check_zipar
 from emu3_jax.models.quantization import narrows_cache
 from emu3_jax.printable import shown
 from emu3_jax.progress import Progress
@@ -74,12 +75,14 @@ class Batching:
         deterministic: compute a row always with the same program, whatever the other rows are. Rows with different
             programs are not batched together, and every batch is padded to `batch_size` rows.
         parallel: "auto", "off", or the number of tokens of a pass per row; see `parallel.choose_window`.
+        zipar: number of tokens that a row of the grid is ahead of the next one, or None; see `zipar`. Not for answers.
     """
 
     batch_size: int = defaults.BATCH_SIZE
     progress: bool | None = None
     deterministic: bool = False
     parallel: int | str = defaults.PARALLEL
+    zipar: int | None = None
 
     def __post_init__(self) -> None:
         if not is_count(self.batch_size) or self.batch_size > _MOST_AT_ONCE:
@@ -87,6 +90,7 @@ class Batching:
                 f"batch_size is {shown(self.batch_size)}: it must be a whole number from 1 to {_MOST_AT_ONCE}"
             )
         check_window(self.parallel)
+        check_zipar(self.zipar, self.parallel)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,6 +279,7 @@ def _run_batches(
                 narrow_cache=language.narrow_cache,
                 least_rows=batching.batch_size if batching.deterministic else 1,
                 parallel=batching.parallel,
+                zipar=batching.zipar,
             )
             bar.update(before + length - bar.done)
             for index, ids, passes in zip(batch, made.ids, made.passes.tolist(), strict=True):
@@ -291,7 +296,7 @@ def _batches(language: Language, rows: Sequence[Row], settings: RowSettings, bat
             one = settings.take(np.asarray([index]))
             alone = DecodeSession(
                 language.params, language.config, [row], one, mesh=language.mesh, narrow_cache=language.narrow_cache,
-                least_rows=batching.batch_size, parallel=batching.parallel,
+                least_rows=batching.batch_size, parallel=batching.parallel, zipar=batching.zipar,
             )  # fmt: skip
             shapes = alone.shapes
         groups.setdefault(shapes, []).append(index)

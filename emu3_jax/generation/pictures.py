@@ -68,6 +68,8 @@ def stream_pictures(
             "size": f"{image.width}x{image.height}",
         }
         about |= {"ratio": ratios[row // n], **describe(settings, row), "passes": str(grid.passes)}
+        if batching.zipar is not None:
+            about["zipar"] = str(batching.zipar)
         about |= {"model": name, "software": "emu3-jax"}
         image.info = about
         yield row, Generation(grid.ids, grid.prompt_length, grid.codes, image)

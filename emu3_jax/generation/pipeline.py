@@ -139,6 +139,7 @@ class Emu3:
         batch_size: int = defaults.BATCH_SIZE,
         deterministic: bool = False,
         parallel: int | str = defaults.PARALLEL,
+        zipar: int | None = None,
         progress: bool | None = None,
     ) -> list[Image.Image]:
         """Generates pictures for the prompts (upstream `image_generation.py`).
@@ -168,6 +169,9 @@ class Emu3:
                 and the versions of JAX and XLA.
             parallel: number of tokens, 2 to 128, that a pass of the decoder checks per row. "off" decodes one token per
                 pass, and so does "auto" so far. In float32 the result is that of "off", up to rounding.
+            zipar: number of tokens that a row of the picture is ahead of the next row. Rows are then computed
+                together, in fewer passes. This changes the picture; small numbers give rough previews. None, or the
+                number of columns and more, gives the exact picture. Not together with a number as `parallel`.
             progress: True shows a progress bar on a terminal and lines in a log, None shows only the bar, False
                 nothing.
 
@@ -181,7 +185,7 @@ class Emu3:
         generations = self.stream_sequences(
             prompts, n=n, ratio=ratio, area=area, negative=negative, guidance=guidance, temperature=temperature,
             top_k=top_k, top_p=top_p, seed=seed, greedy=greedy, allow_special=allow_special, batch_size=batch_size,
-            deterministic=deterministic, parallel=parallel, progress=progress,
+            deterministic=deterministic, parallel=parallel, zipar=zipar, progress=progress,
         )  # fmt: skip
         images = {row: generation.image for row, generation in generations}
         return [images[row] for row in range(len(images))]
@@ -204,6 +208,7 @@ class Emu3:
         batch_size: int = defaults.BATCH_SIZE,
         deterministic: bool = False,
         parallel: int | str = defaults.PARALLEL,
+        zipar: int | None = None,
         progress: bool | None = None,
     ) -> list[Generation]:
         """Generates pictures as `generate` does, and returns them with their tokens.
@@ -233,6 +238,9 @@ class Emu3:
                 and the versions of JAX and XLA.
             parallel: number of tokens, 2 to 128, that a pass of the decoder checks per row. "off" decodes one token per
                 pass, and so does "auto" so far. In float32 the result is that of "off", up to rounding.
+            zipar: number of tokens that a row of the picture is ahead of the next row. Rows are then computed
+                together, in fewer passes. This changes the picture; small numbers give rough previews. None, or the
+                number of columns and more, gives the exact picture. Not together with a number as `parallel`.
             progress: True shows a progress bar on a terminal and lines in a log, None shows only the bar, False
                 nothing.
 
@@ -245,7 +253,7 @@ class Emu3:
         generations = self.stream_sequences(
             prompts, n=n, ratio=ratio, area=area, negative=negative, guidance=guidance, temperature=temperature,
             top_k=top_k, top_p=top_p, seed=seed, greedy=greedy, allow_special=allow_special, batch_size=batch_size,
-            deterministic=deterministic, parallel=parallel, progress=progress,
+            deterministic=deterministic, parallel=parallel, zipar=zipar, progress=progress,
         )  # fmt: skip
         made = dict(generations)
         return [made[row] for row in range(len(made))]
@@ -268,6 +276,7 @@ class Emu3:
         batch_size: int = defaults.BATCH_SIZE,
         deterministic: bool = False,
         parallel: int | str = defaults.PARALLEL,
+        zipar: int | None = None,
         progress: bool | None = None,
     ) -> Iterator[tuple[int, Generation]]:
         """Generates pictures as `generate_sequences` does, but yields the pictures of each batch when it is done.
@@ -300,6 +309,9 @@ class Emu3:
                 and the versions of JAX and XLA.
             parallel: number of tokens, 2 to 128, that a pass of the decoder checks per row. "off" decodes one token per
                 pass, and so does "auto" so far. In float32 the result is that of "off", up to rounding.
+            zipar: number of tokens that a row of the picture is ahead of the next row. Rows are then computed
+                together, in fewer passes. This changes the picture; small numbers give rough previews. None, or the
+                number of columns and more, gives the exact picture. Not together with a number as `parallel`.
             progress: True shows a progress bar on a terminal and lines in a log, None shows only the bar, False
                 nothing.
 
@@ -313,7 +325,7 @@ class Emu3:
         return stream_pictures(
             self.language, self.vision, prompts, Sampling(0.0 if greedy else temperature, top_k, top_p, guidance, seed),
             n=n, ratio=ratio, area=area, negative=negative, allow_special=allow_special, name=self.name,
-            batching=Batching(batch_size, progress, deterministic, parallel),
+            batching=Batching(batch_size, progress, deterministic, parallel, zipar),
         )  # fmt: skip
 
     def generate_clips(
@@ -338,6 +350,7 @@ class Emu3:
         batch_size: int = defaults.BATCH_SIZE,
         deterministic: bool = False,
         parallel: int | str = defaults.PARALLEL,
+        zipar: int | None = None,
         progress: bool | None = None,
     ) -> list[Clip]:
         """Generates one clip per prompt, frame after frame, in the format of `data.sequences.NextFrame`.
@@ -379,6 +392,9 @@ class Emu3:
                 and the versions of JAX and XLA.
             parallel: number of tokens, 2 to 128, that a pass of the decoder checks per row. "off" decodes one token per
                 pass, and so does "auto" so far. In float32 the result is that of "off", up to rounding.
+            zipar: number of tokens that a row of a frame is ahead of the next row. Rows are then computed
+                together, in fewer passes. This changes the clip; small numbers give rough previews. None, or the
+                number of columns and more, gives the exact clip. Not together with a number as `parallel`.
             progress: True shows a progress bar on a terminal and lines in a log, None shows only the bar, False
                 nothing.
 
@@ -388,7 +404,7 @@ class Emu3:
         return generate_clips(
             self.language, self.vision, prompts, Sampling(0.0 if greedy else temperature, top_k, top_p, guidance, seed),
             frames=frames, fps=fps, extend=extend, window=window, ratio=ratio, area=area, negative=negative,
-            batching=Batching(batch_size, progress, deterministic, parallel), allow_special=allow_special,
+            batching=Batching(batch_size, progress, deterministic, parallel, zipar), allow_special=allow_special,
             on_frames=on_frames,
         )  # fmt: skip
 

@@ -19,11 +19,13 @@ from jax.sharding import PartitionSpec as P
 from emu3_jax.config import DecoderConfig
 from emu3_jax.errors import Emu3Error, RowError
 from emu3_jax.generation import engine
+from emu3_jax.generation import zipar as wavefront
 from emu3_jax.generation.defaults import MOST_PARALLEL
 from emu3_jax.generation.parallel import check_window, choose_window
 from emu3_jax.generation.sampling import RowSettings
 from emu3_jax.generation.schedule import TokenClass, forced_ids, sampled_steps, stack_schedules
 from emu3_jax.generation.shapes import Shapes, bucket, fill_rows
+from emu3_jax.generation.zipar import check_zipar
 from emu3_jax.models.attention import choose_kernels
 from emu3_jax.models.cache import KVCache
 from emu3_jax.sharding.rules import batch_shards, cache_shardings, use_mesh
@@ -117,6 +119,7 @@ class DecodeSession:
         kernels: str = "auto",
         least_rows: int = 1,
         parallel: int | str = "off",
+        zipar: int | None = None,
         replaceable: bool = False,
         settled_per_pass: float | None = None,
     ):
@@ -132,14 +135,18 @@ class DecodeSession:
             kernels: implementation of attention in decoding, from `attention.KERNELS`.
             least_rows: smallest number of rows to compile for. Copies of the last row fill the rest.
             parallel: "auto", "off" or the number of tokens W of a pass per row; see `parallel.choose_window`.
+            zipar: the number of tokens that a row of the grid is ahead of the next one, or None; see `zipar`. W is then
+                the largest number of tokens of a pass, and attention is XLA's.
             replaceable: whether `replace` will be used. All options of the programs are then on.
             settled_per_pass: see `engine.Variant`.
 
         Raises:
-            Emu3Error: a prompt and its schedule do not fit into the model's positions, or `parallel` is not legal.
+            Emu3Error: a prompt and its schedule do not fit into the model's positions, or `parallel` or `zipar` is not
+                legal.
         """
         check_positions(config, ((max(len(row.prompt), len(row.negative or ())), len(row.schedule)) for row in rows))
         check_window(parallel)
+        check_zipar(zipar, parallel)
         self._params, self._config, self._mesh = params, config, mesh
         guided = any(row.negative is not None for row in rows)
         filled = (*rows, *[rows[-1]] * (fill_rows(max(len(rows), least_rows), mesh, guided) - len(rows)))
@@ -152,10 +159,14 @@ class DecodeSession:
         free = bool((schedule == TokenClass.FREE).any())
         visual = bool((schedule == TokenClass.VISUAL).any())
         candidates = config.vocab_size if free else config.tokens.visual_count
+        self._order = None
         with use_mesh(mesh):
             several = choose_kernels(kernels, config.head_dim, config.dtype, window=MOST_PARALLEL)
             computed = len(filled) * (2 if guided else 1) // batch_shards(mesh)
             window = choose_window(parallel, computed, several, visual)
+        if zipar is not None:
+            self._order = wavefront.order([row.schedule for row in filled], steps, int(zipar))
+            window, kernels = self._order.steps.shape[2], "xla"
         variant = engine.Variant(
             visual_only=not free and not replaceable,
             mixed=(free and visual) or replaceable,
@@ -175,6 +186,7 @@ class DecodeSession:
         self.state: engine.DecodeState | None = None
         # What the host knows of the rows.
         self._step, self._done = np.ones(len(filled), np.int32), np.zeros(len(filled), bool)
+        self._passes = 0  # of the order that were asked for
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -236,6 +248,8 @@ class DecodeSession:
         state, variant = self._started(), self.shapes.variant
         if self._done.all():
             return None
+        if self._order is not None:
+            return self._advance_rows(self._order, passes or WIDE_PASSES_PER_CALL)
         if passes is None:
             passes = PASSES_PER_CALL if variant.window == 1 else WIDE_PASSES_PER_CALL
         slots = self.shapes.slots(self.shapes.width + int(self._step[~self._done].max()) - 1 + variant.window)
@@ -245,6 +259,23 @@ class DecodeSession:
             self.state = engine.decode(
                 self._params, state, self.plan, np.int32(passes), config=self._config, variant=variant
             )
+        return self._snapshot()
+
+    def _advance_rows(self, order: wavefront.Order, passes: int) -> Snapshot | None:
+        """`advance` for an order of `zipar`. The passes do not depend on what is computed, so the host knows them."""
+        first = self._passes + 1
+        passes = min(passes, int(order.passes.max()) - self._passes)
+        if passes < 1:
+            return None
+        self._passes += passes
+        state, slots = self._started(), self.shapes.slots(self.shapes.width + int(order.reach[self._passes]))
+        with use_mesh(self._mesh):
+            if slots > state.cache.slots:
+                state = state.replace(cache=state.cache.grow(slots))
+            self.state = engine.decode_rows(
+                self._params, state, self.plan, order, np.int32(first), np.int32(passes),
+                config=self._config, variant=self.shapes.variant,
+            )  # fmt: skip
         return self._snapshot()
 
     def read(self, snapshot: Snapshot) -> Reading:
@@ -289,7 +320,7 @@ class DecodeSession:
             Emu3Error: the row does not fit into the model's positions or into the session.
         """
         state, shapes = self._started(), self.shapes
-        if shapes.variant.lockstep:
+        if shapes.variant.lockstep or self._order is not None:
             raise RuntimeError("the session is not replaceable")
         longest = max(len(row.prompt), len(row.negative or ()))
         check_positions(self._config, [(longest, len(row.schedule))])
@@ -422,6 +453,7 @@ def run(
     kernels: str = "auto",
     least_rows: int = 1,
     parallel: int | str = "off",
+    zipar: int | None = None,
     settled_per_pass: float | None = None,
 ) -> Made:
     """Generates one sequence per row with a `DecodeSession`.
@@ -439,14 +471,16 @@ def run(
         kernels: implementation of attention in decoding, from `attention.KERNELS`.
         least_rows: see `DecodeSession`.
         parallel: see `DecodeSession`.
+        zipar: see `DecodeSession`.
         settled_per_pass: see `DecodeSession`.
 
     Raises:
-        Emu3Error: a prompt and its schedule do not fit into the model's positions, or `parallel` is not legal.
+        Emu3Error: a prompt and its schedule do not fit into the model's positions, or `parallel` or `zipar` is not
+            legal.
     """
     session = DecodeSession(
         params, config, rows, settings, mesh=mesh, narrow_cache=narrow_cache, kernels=kernels, least_rows=least_rows,
-        parallel=parallel, settled_per_pass=settled_per_pass,
+        parallel=parallel, zipar=zipar, settled_per_pass=settled_per_pass,
     )  # fmt: skip
     latest = session.start()
     while True:

@@ -349,6 +349,19 @@ def cached_attention(
     return _over_query_blocks(block, q_bskgh, None, first_query)
 
 
+def placed_attention(
+    q_bskgh: jax.Array,
+    k_bkth: jax.Array,
+    v_bkth: jax.Array,
+    k_scales_bkt: jax.Array | None,
+    v_scales_bkt: jax.Array | None,
+    *,
+    visible: jax.Array,
+) -> jax.Array:
+    """As `cached_attention`, for queries of which bool [B, S, T] `visible` says which slots they see."""
+    return _masked_attention(q_bskgh, k_bkth, v_bkth, visible, k_scales_bkt=k_scales_bkt, v_scales_bkt=v_scales_bkt)
+
+
 def _over_query_blocks(
     block: Callable[..., jax.Array],
     q_bskgh: jax.Array,

@@ -1,6 +1,7 @@
 """The KV cache: a pytree that the decoder takes and returns, and that the decode loop donates."""
 
 import functools
+from collections.abc import Callable
 from typing import ClassVar
 
 import flax.linen as nn
@@ -12,6 +13,19 @@ from jax.typing import DTypeLike
 
 from emu3_jax.config import DecoderConfig
 from emu3_jax.models.quantization import narrow_rows
+
+
+class Placement(flax.struct.PyTreeNode):
+    """Where the next N tokens of each row go, if not to the next N slots.
+
+    Attributes:
+        slots: int32 [B, N], the slot of each token. It gives the token its position, too. Writes to slots from T on
+            are dropped.
+        visible: bool [B, N, T], whether a token sees the key in a slot, the keys of the N tokens among them.
+    """
+
+    slots: jax.Array
+    visible: jax.Array
 
 
 class KVCache(flax.struct.PyTreeNode):
@@ -30,6 +44,7 @@ class KVCache(flax.struct.PyTreeNode):
         start: int32 [B], first slot of each row.
         length: int32 [B], the slot after the last token of each row.
         lockstep: whether all rows have the same length. Then a write is one in-place slice.
+        placement: where the next tokens go, or None for the slots from `length` on. Attention is then XLA's.
     """
 
     AXES: ClassVar = ("batch", "kv_heads", "cache_slots", "head_dim")  # logical axes of one layer's array
@@ -41,6 +56,7 @@ class KVCache(flax.struct.PyTreeNode):
     start: jax.Array
     length: jax.Array
     lockstep: bool = flax.struct.field(pytree_node=False, default=True)
+    placement: Placement | None = None
 
     @classmethod
     def create(cls, config: DecoderConfig, start: jax.Array, slots: int, narrow: bool = False) -> "KVCache":
@@ -84,7 +100,10 @@ class KVCache(flax.struct.PyTreeNode):
         return self.replace(**{name: replaced(name) for name in _PER_SLOT})
 
     def write(self, layer: int, keys: jax.Array, values: jax.Array) -> "KVCache":
-        """Writes new keys and values [B, K, S, H] to the slots from `length` on. It does not change `length`."""
+        """Writes new keys and values [B, K, S, H] to the slots from `length` on, or to those of the placement.
+
+        It does not change `length`.
+        """
         key_scales = value_scales = None
         if self.narrow:
             (keys, key_scales), (values, value_scales) = narrow_rows(keys), narrow_rows(values)
@@ -92,6 +111,8 @@ class KVCache(flax.struct.PyTreeNode):
         def written(old: jax.Array | None, new: jax.Array | None) -> jax.Array | None:
             if old is None:
                 return None
+            if self.placement is not None:
+                return _written_to_slots(old, new.astype(old.dtype), self.placement.slots)
             if self.lockstep:
                 return _place(_written(old, new.astype(old.dtype), self.length[0]))
             return _written_per_row(old, new.astype(old.dtype), self.length)
@@ -101,6 +122,8 @@ class KVCache(flax.struct.PyTreeNode):
 
     def positions(self, count: int) -> jax.Array:
         """Positions of the next `count` tokens, int32 [B, count], counted from each row's start."""
+        if self.placement is not None:
+            return self.placement.slots - self.start[:, None]
         return (self.length - self.start)[:, None] + jnp.arange(count, dtype=jnp.int32)[None]
 
 
@@ -118,9 +141,24 @@ def _written_per_row(old: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Ar
     def local(old: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
         return jax.vmap(lambda old, new, slot: _written(old[None], new[None], slot)[0])(old, new, slots)
 
+    return _on_each_device(local, old, new, slots)
+
+
+def _written_to_slots(old: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
+    """As `_written`, with a slot per row and token, int32 [B, N]. Tokens beyond the last slot are dropped."""
+
+    def local(old: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
+        return jax.vmap(lambda old, new, at: old.at[:, at].set(new, mode="drop"))(old, new, slots)
+
+    return _on_each_device(local, old, new, slots)
+
+
+def _on_each_device(local: Callable[..., jax.Array], old: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
+    """`local(old, new, slots)`. On a mesh, each device computes it for its own rows and heads."""
     if jax.sharding.get_abstract_mesh().empty:
         return local(old, new, slots)
-    spec, rows = (nn.logical_to_mesh_axes(axes) for axes in (KVCache.AXES[: old.ndim], KVCache.AXES[:1]))
+    batch = (KVCache.AXES[0], *(None,) * (slots.ndim - 1))
+    spec, rows = (nn.logical_to_mesh_axes(axes) for axes in (KVCache.AXES[: old.ndim], batch))
     return jax.shard_map(local, in_specs=(spec, spec, rows), out_specs=spec, check_vma=False)(old, new, slots)
 
 

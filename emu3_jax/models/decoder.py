@@ -18,7 +18,13 @@ import numpy as np
 
 from emu3_jax.config import DecoderConfig
 from emu3_jax.models.adapters import PROJECTION, Adapter, project, weight_dtype
-from emu3_jax.models.attention import cached_attention, choose_kernels, matmul_precision, self_attention
+from emu3_jax.models.attention import (
+    cached_attention,
+    choose_kernels,
+    matmul_precision,
+    placed_attention,
+    self_attention,
+)
 from emu3_jax.models.attention_kernels import ATTENTION
 from emu3_jax.models.cache import KVCache
 from emu3_jax.models.capability import target_platform
@@ -163,6 +169,8 @@ def _attend_cache(
         from emu3_jax.models.window_kernels_tpu import attend_window
 
         return attend_window(queries, kept, *where, interpret=interpret), cache
+    if cache.placement is not None:
+        return placed_attention(queries, *kept, visible=cache.placement.visible), cache
     return cached_attention(queries, *kept, first_query=cache.length, start=cache.start), cache
 
 
@@ -341,7 +349,8 @@ class Decoder(nn.Module):
 
         Args:
             tokens_bs: int32 [B, S]. Without a cache: whole sequences, from position 0 on. With a cache: the tokens of
-                the next S slots. Slots before a row's `cache.start` are padding, and their results are meaningless.
+                the next S slots, or those of `cache.placement`. Slots before a row's `cache.start` are padding, and
+                their results are meaningless.
             cache: keys and values of the previous tokens, or None to use no cache.
             last_only: compute only the logits of the last token (S becomes 1).
 
