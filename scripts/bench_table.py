@@ -20,6 +20,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "fp8": (*DECODE, "--quantize", "fp8", "--logits"),
     "parallel": (*DECODE, "--rows", "1", "8", "--parallel", "off", "8", "16", "32", "64"),
     "parallel-int8": (*DECODE, "--parallel", "off", "16", "32", "--quantize", "int8"),
+    "emu35-int8": (*DECODE, "--preset", "emu35-34b", "--parallel", "off", "16", "--quantize", "int8"),
     "vision": ("vision", "--size", "720", "--fast"),
     "two": (*DECODE, "--mesh", "tensor=2"),
 }
@@ -33,12 +34,13 @@ Figures = list[dict[str, Any]]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    everywhere = [part for part in PARTS if part != "two"]
+    everywhere = [part for part in PARTS if part not in ("two", "emu35-int8")]
     parser.add_argument(
         "parts",
         nargs="*",
         metavar="PART",
-        help=f"parts to run: {', '.join(PARTS)} (default: all except `two`, which needs two GPUs)",
+        help=f"parts to run: {', '.join(PARTS)} (default: all except `two`, which needs two GPUs, and "
+        "`emu35-int8`, the 34 B shapes)",
     )
     chosen = parser.parse_args().parts or everywhere
     for part in chosen:

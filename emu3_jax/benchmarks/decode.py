@@ -24,7 +24,7 @@ from emu3_jax.checkpoints.bundle import Bundle
 from emu3_jax.checkpoints.embedded import embedded_bundle
 from emu3_jax.checkpoints.layouts import decoder_params
 from emu3_jax.compilation import enable_persistent_cache
-from emu3_jax.config import DecoderConfig, VisionConfig
+from emu3_jax.config import EMU35_34B, DecoderConfig, VisionTokenizerConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.generation import engine, session
 from emu3_jax.generation.defaults import GUIDANCE, TOP_K
@@ -45,6 +45,7 @@ from emu3_jax.sharding.rules import decoder_shardings, use_mesh
 
 PRESETS = {
     "8b": DecoderConfig(),
+    "emu35-34b": EMU35_34B,
     "small": DecoderConfig(hidden_size=256, intermediate_size=512, num_layers=2, num_heads=4, num_kv_heads=2),
 }
 PROMPT_TOKENS = 64
@@ -109,6 +110,8 @@ def run(
         raise Emu3Error(
             "--logits compares a preset's logits with and without --quantize: add --quantize, leave out --model"
         )
+    if compare and model is None and PRESETS[preset].family != "emu3":
+        raise Emu3Error(f"--compare {compare}: transformers has no class for Emu3.5; leave it out")
     failure = None
     if compare:
         peer.require()
@@ -146,7 +149,7 @@ class _Subject:
     about: dict[str, Any]
     config: DecoderConfig
     params: Any
-    vision_config: VisionConfig
+    vision_config: VisionTokenizerConfig
     loaded: Emu3 | None
     mesh: Mesh | None
     narrow_cache: bool
@@ -161,7 +164,7 @@ def _subject(
         config, loaded, about = PRESETS[preset], None, {"preset": preset}
         config = dataclasses.replace(config, dtype=decoder_dtype(dtype, config.dtype, quantize) or config.dtype)
         params = random_params(config, quantize, mesh)
-        vision_config = VISION_PRESETS[{"8b": "270m"}.get(preset, preset)]
+        vision_config = VISION_PRESETS[{"8b": "270m", "emu35-34b": "455m"}.get(preset, preset)]
         about |= {} if mesh is None else {"mesh": dict(mesh.shape)}
     else:
         loaded = load(None if model == "embedded" else model, quantize=quantize, dtype=dtype)
@@ -338,7 +341,7 @@ def _sampler_seconds(config: DecoderConfig, decoding: DecodeSession, count: int)
 
 
 def _pixel_seconds(
-    tokens: np.ndarray, schedule: np.ndarray, side: int, config: DecoderConfig, vision: VisionConfig
+    tokens: np.ndarray, schedule: np.ndarray, side: int, config: DecoderConfig, vision: VisionTokenizerConfig
 ) -> float:
     """Seconds to decode the tokens of all pictures to pixels, by a compiled vision tokenizer with random weights."""
     params = traverse_util.unflatten_dict(jax.tree.map(jnp.asarray, random_weights(vision)))

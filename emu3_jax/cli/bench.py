@@ -40,7 +40,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def _add_decode(command: argparse.ArgumentParser) -> None:
-    _add_preset(command, ("8b", "small"))
+    _add_preset(command, ("8b", "emu35-34b", "small"))
     _add_model(command)
     common.add_dtype(command)
     common.add_quantize(command)
