@@ -10,6 +10,8 @@ from PIL import Image
 
 from emu3_jax.cli.main import main
 
+pytestmark = pytest.mark.slow
+
 RUN = golden_json("emu35/generate.json")["runs"]["story"]
 
 

@@ -1,16 +1,23 @@
 """Rows that write text and pictures in turn: the golden sequences of Emu3.5, alone, together and on a mesh."""
 
+import jax
 import numpy as np
 import pytest
+import tiny
 from conftest import golden_json, golden_npz
 from emu35 import write_decoder
 
 import emu3_jax
 from emu3_jax.checkpoints.convert import convert
+from emu3_jax.errors import Emu3Error
 from emu3_jax.generation import interleaving
 from emu3_jax.generation.grammar import Grammar, Picture, split
 from emu3_jax.generation.interleaving import InterleavedRow
 from emu3_jax.generation.sampling import RowSettings
+from emu3_jax.sharding.mesh import make_mesh
+from emu3_jax.sharding.rules import decoder_shardings
+
+pytestmark = pytest.mark.slow
 
 RUNS = golden_json("emu35/generate.json")["runs"]
 
@@ -105,3 +112,61 @@ def test_documents_of_golden_runs(whole, golden, run):
         if f"{run}/picture{index}" in golden:
             difference = np.abs(np.asarray(picture, int) - golden[f"{run}/picture{index}"].astype(int))
             assert difference.max() <= 1
+
+
+# ------------------------------------------------------------------------------------------------ small models
+
+
+TINY = Grammar(tiny.CONFIG.tokens, tuple(range(1, 11)), 11, most_digits=1)
+
+
+def tiny_rows(contexts):
+    """Rows of unequal prompts, sizes and lengths."""
+    prompts = ([17, 1, 2], [17, 3], [17, 4, 5, 6, 7, 8], [17])
+    sizes = ((2, 2), None, None, (1, 3))
+    return [
+        InterleavedRow(ids, [17, 9] if contexts > 1 else None, [17] if contexts > 2 else None, size, 40 + index)
+        for index, (ids, size) in enumerate(zip(prompts, sizes, strict=True))
+    ]
+
+
+def tiny_run(rows, places, contexts, **options):
+    text = tiny.settings(4, temperature=8.0, top_k=22, seed=np.arange(4) + 104)
+    visual = tiny.settings(4, temperature=1.3, top_k=6, top_p=0.95, guidance=2.0)
+    scales = np.linspace(1.0, 2.0, 4)[places] if contexts > 2 else None
+    columns = (text.take(np.asarray(places)), visual.take(np.asarray(places)), scales)
+    return interleaving.run(tiny.params(), tiny.CONFIG, TINY, [rows[place] for place in places], *columns, **options)
+
+
+@pytest.mark.parametrize("contexts", [1, 2, 3])
+def test_rows_are_what_they_are_alone(contexts):
+    rows = tiny_rows(contexts)
+    together = tiny_run(rows, [0, 1, 2, 3], contexts)
+    for place, expected in enumerate(together[:2]):
+        (found,) = tiny_run(rows, [place], contexts)
+        np.testing.assert_array_equal(found, expected)
+    pieces = [split(ids.tolist(), TINY, strict=False) for ids in together]
+    assert sum(isinstance(piece, Picture) and piece.whole for row in pieces[:2] for piece in row)
+    assert all(len(ids) == 40 + row or ids[-1] == tiny.CONFIG.tokens.eos for row, ids in enumerate(together))
+
+
+@pytest.mark.parametrize("options", [{"mesh": "data=2,tensor=2"}, {"mesh": "fsdp=4"}], ids=lambda o: o["mesh"])
+def test_rows_on_a_mesh_are_equal(options):
+    rows = tiny_rows(2)
+    mesh = make_mesh(options["mesh"])
+    params = jax.device_put(tiny.params(), decoder_shardings(tiny.CONFIG, mesh))
+    settings = tiny.settings(4, temperature=1.3, top_k=12, guidance=2.0)
+    found = interleaving.run(params, tiny.CONFIG, TINY, rows, settings, settings, mesh=mesh)
+    expected = interleaving.run(tiny.params(), tiny.CONFIG, TINY, rows, settings, settings)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_what_cannot_share_a_batch_or_the_positions():
+    settings = tiny.settings(2)
+    rows = [InterleavedRow([17], steps=4), InterleavedRow([17], [17], steps=4)]
+    with pytest.raises(Emu3Error, match="rows with and without guidance cannot share a batch"):
+        interleaving.run(tiny.params(), tiny.CONFIG, TINY, rows, settings, settings)
+    rows = [InterleavedRow([17], steps=4), InterleavedRow([17], steps=10**6)]
+    with pytest.raises(Emu3Error, match="row 1: the prompt and 1000000 new tokens take 1000001 positions"):
+        interleaving.run(tiny.params(), tiny.CONFIG, TINY, rows, settings, settings)
