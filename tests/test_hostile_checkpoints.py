@@ -7,6 +7,7 @@ import pathlib
 
 import numpy as np
 import pytest
+from conftest import golden_json
 from hostile import damaged, damaged_json, examples, gives_or_refuses
 from hypothesis import given
 from hypothesis import strategies as st
@@ -36,6 +37,7 @@ LAYOUTS = {
     "lm_head.weight": TRANSFORMERS_5["text_config"],
     "encoder.down.0": UPSTREAM_VISION,
     "encoder.down_block.0": VQ,
+    "quant_conv.weight": golden_json("emu35/hf_configs.json")["vq_flat"],
     "text_model.x": TRANSFORMERS_4,
     "model.text_model.x": {
         **TRANSFORMERS_5,

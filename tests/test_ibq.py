@@ -4,22 +4,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from conftest import GOLDEN, golden_json, golden_npz
-from emu35_vision import CONFIG, weights
+from emu35 import weights
+from emu35_vision import CONFIG
 from flax import linen as nn
 from flax import traverse_util
+from PIL import Image
 
+from emu3_jax.benchmarks.vision import run as bench_vision
 from emu3_jax.checkpoints import layouts
 from emu3_jax.checkpoints.layouts import vision_counters, vision_params
 from emu3_jax.config import AreaConfig, IbqConfig, ImageConfig, VisionConfig, vision_tokenizer_from_dict
+from emu3_jax.data.sources.folder import Folder
+from emu3_jax.data.sources.records import SourceRecords
+from emu3_jax.data.sources.tables import Columns
 from emu3_jax.errors import Emu3Error
 from emu3_jax.generation.codec import Vision, decode, encode, encode_end
+from emu3_jax.generation.language import Language
+from emu3_jax.generation.pipeline import Emu3
 from emu3_jax.media.clips import Clip
 from emu3_jax.media.images import load_image, normalise, postprocess, preprocess, resize
 from emu3_jax.models import quantizer, vision_stages
 from emu3_jax.models.ibq import IbqTokenizer
 from emu3_jax.models.quantizer import codes_of_largest_product
 from emu3_jax.models.vision import check_codes, make_decoder, make_encoder, vision_module
+from emu3_jax.training.vision_config import PixelConfig, VisionTrainConfig
 
 TINY = IbqConfig(
     codebook_size=64, embed_dim=8, latent_channels=4, resolution=32, base_channels=32, channel_multipliers=(1, 1),
@@ -30,7 +40,7 @@ TOLERANCE = 1e-4  # of latents and pixels; codes are equal
 
 @pytest.fixture(scope="module")
 def params():
-    state = weights()
+    state = weights("vq")
     flat = {p.path: p.pack([state[w.name] for w in p.weights]) for p in vision_params(CONFIG)}
     return jax.device_put(traverse_util.unflatten_dict(flat))
 
@@ -214,6 +224,28 @@ def test_illegal_areas(area):
         Vision(VisionConfig(), ImageConfig(), {}).with_area(area)
 
 
+def test_what_is_not_supported():
+    """Training of this tokenizer, and a comparison with a class that transformers lacks."""
+    with pytest.raises(Emu3Error, match=r"field vision is .*Emu3\.5's vision tokenizer cannot be trained here"):
+        VisionTrainConfig("run", TINY, PixelConfig(manifests=("a.jsonl",), size=16), steps=10)
+    with pytest.raises(Emu3Error, match=r"transformers has no class for Emu3\.5's vision"):
+        next(bench_vision(preset="455m", compare="transformers"))
+
+
+def test_preparing_data_resizes_once(monkeypatch, tmp_path):
+    """The area of `prepare` is that of the picture preprocessing. Emu3's resizes a second time."""
+    asked = []
+    monkeypatch.setattr(
+        Emu3, "tokenize", lambda self, media, **given: asked.append((media[0].size, given)) or [np.zeros((1, 1), int)]
+    )
+    Image.new("RGB", (40, 20)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a text")
+    for vision in (Vision(TINY, AreaConfig(), {}), Vision(VisionConfig(), ImageConfig(), {})):
+        records = SourceRecords(Folder(tmp_path, Columns()), Emu3("model", vision=vision), 3200)
+        assert records[0].text == "a text"
+    assert asked == [((40, 20), {"area": 3200}), ((80, 40), {})]
+
+
 def test_clips_are_refused():
     """Emu3.5's tokenizer knows pictures alone: one line, wherever a clip reaches it."""
     vision = Vision(TINY, AreaConfig(), {})
@@ -222,6 +254,7 @@ def test_clips_are_refused():
         lambda: encode(vision, Clip(clip)),
         lambda: decode(vision, np.zeros((1, 2, 2), np.int32)),
         lambda: encode_end(vision, clip, 1),
+        lambda: Emu3("model", Language(tiny.CONFIG, {}, None, None), vision).generate_clips("a", frames=4),
     ):
         with pytest.raises(Emu3Error, match=r"Emu3\.5 knows pictures alone"):
             act()

@@ -9,6 +9,7 @@ import emu35_vision
 import numpy as np
 import pytest
 from conftest import GOLDEN, golden_json, golden_npz
+from emu35 import weights, write_decoder
 from hostile import damaged, damaged_json, examples, gives_or_refuses
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,7 +34,7 @@ PICTURES = ("photo", "alpha", "gray", "tall", "large")
 @pytest.fixture(scope="module")
 def published(tmp_path_factory) -> pathlib.Path:
     """`model.safetensors` and `config.json`; not to be changed."""
-    return emu35_vision.write_safetensors(tmp_path_factory.mktemp("published") / "vq")
+    return emu35_vision.write_vision(tmp_path_factory.mktemp("published") / "vq")
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +82,22 @@ def test_there_and_back(published, bundle, tmp_path):
     assert json.loads((bundle / "vision" / "config.json").read_text())["vision"]["kind"] == "ibq"
     export(made, tmp_path / "back", "upstream", progress=False)
     assert sorted(os.listdir(tmp_path / "back")) == ["config.json", "model.safetensors"]
-    assert_same_bits(load_file(tmp_path / "back" / "model.safetensors"), emu35_vision.weights())
+    assert_same_bits(load_file(tmp_path / "back" / "model.safetensors"), weights("vq"))
     assert (
         json.loads((tmp_path / "back" / "config.json").read_text()) == golden_json("emu35/hf_configs.json")["vq_flat"]
     )
+
+
+@pytest.mark.slow
+def test_beside_a_decoder(published, vocabulary, tmp_path):
+    """Both parts of Emu3.5 in one bundle, and back."""
+    decoder = write_decoder(tmp_path / "lm", vocabulary)
+    made = convert([decoder, published], tmp_path / "bundle", progress=False)
+    assert made.decoder_config.tokens.visual_count == made.vision_config.codebook_size == 131072
+    assert not [finding for finding in doctor(tmp_path / "bundle", progress=False) if finding.level != "ok"]
+    export(made, tmp_path / "back", "upstream", progress=False)
+    for directory, part in {"language_model": "lm", "vision_tokenizer": "vq"}.items():
+        assert_same_bits(load_file(tmp_path / "back" / directory / "model.safetensors"), weights(part))
 
 
 @pytest.mark.oracle
@@ -93,7 +106,7 @@ def test_ckpt_and_yaml(bundle, tmp_path, nested):
     """`model.ckpt` and `config.yaml`, with and without "state_dict"."""
     import torch
 
-    state = {name: torch.from_numpy(array) for name, array in emu35_vision.weights().items()}
+    state = {name: torch.from_numpy(array) for name, array in weights("vq").items()}
     source = tmp_path / "vq"
     source.mkdir()
     torch.save({"state_dict": state, "global_step": 7} if nested else state, source / "model.ckpt")
@@ -102,7 +115,7 @@ def test_ckpt_and_yaml(bundle, tmp_path, nested):
     made = convert([source], tmp_path / "made", progress=False)
     assert made.vision_config == Bundle.open(bundle).vision_config
     export(made, tmp_path / "back", "upstream", progress=False)
-    assert_same_bits(load_file(tmp_path / "back" / "model.safetensors"), emu35_vision.weights())
+    assert_same_bits(load_file(tmp_path / "back" / "model.safetensors"), weights("vq"))
 
 
 def test_both_forms_of_the_config_are_one(tmp_path):
