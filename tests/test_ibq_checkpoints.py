@@ -185,6 +185,13 @@ def test_tiles(bundle):
     assert picture.size == (16 * whole.shape[1], 16 * whole.shape[0])
 
 
+def test_on_a_mesh(bundle):
+    """Spread over two devices, its codes are the golden ones."""
+    model = emu3_jax.load(bundle, mesh="fsdp=2", vision=bundle)
+    (codes,) = model.tokenize([GOLDEN / "emu35" / "photo.png"], area=2304)
+    np.testing.assert_array_equal(codes, golden_npz("emu35/images.npz")["photo/codes"])
+
+
 def test_what_it_cannot_do(bundle, golden_bundle, error_of):
     photo, clip = GOLDEN / "emu35" / "photo.png", pathlib.Path("scripts/assets/emoji/star-moves-down.webp")
     clip = pathlib.Path(__file__).parents[1] / clip
