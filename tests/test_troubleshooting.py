@@ -16,7 +16,10 @@ GAP = "..."
 MAKERS = {"Finding": 1, "Emu3Error": 0, "__init__": 0}  # the argument that is the line
 START = ("checkpoints.doctor", "cli.doctor")
 # `doctor` reads local directories, and computes nothing: what it imports of these has no line for it.
-APART = ("storage", "models", "media", "sharding", "compilation", "progress", "errors", "printable", "training")
+APART = (
+    "storage", "models", "media", "sharding", "compilation", "progress", "errors", "printable", "training",
+    "generation",
+)  # fmt: skip
 TELLERS = {"image_gaps"}  # they return a line
 OTHERS = {"encode", "decode"}  # methods of texts, for which the tokenizer has functions of the same names
 
