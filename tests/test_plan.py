@@ -16,6 +16,7 @@ from emu3_jax.generation.config import GenerateConfig
 from emu3_jax.generation.schedule import clip_schedule
 from emu3_jax.sharding import plan
 from emu3_jax.sharding.collectives import Collective, collectives
+from emu3_jax.sharding.mesh import make_mesh
 from emu3_jax.training import plan as training_plan
 from emu3_jax.training.config import load_config
 
@@ -179,6 +180,11 @@ def test_what_xla_says_about_memory():
         ("train", ["v5e:3x3"], "topology 'v5e:3x3' is not legal"),
         ("train", ["v5e:2x2", "--hbm-limit", "17"], "the most is 15.75 GiB"),
         ("train", ["v5e:2x2", "--set", "mesh=fsdp=3"], "does not divide the 4"),
+        (
+            "generate",
+            ["v5e:4x4", "--set", "mesh=fsdp=2,tensor=8"],
+            "each axis size must be a product of some of its sides",
+        ),
         ("train", ["v5e:2x4", "--set", "mesh=tensor=8"], "weight params/layers/attention/out has size 2"),
         (
             "train",
@@ -197,6 +203,14 @@ def test_bad_input(small, capsys, config, arguments, message):
     assert main(["plan", str(small / f"{config}.py"), "--topology", *arguments]) == 2
     shown = capsys.readouterr()
     assert message in shown.err and shown.err.count("\n") == 1 and not shown.out
+
+
+@libtpu
+def test_a_mesh_that_does_not_fit_the_sides_of_a_slice():
+    with pytest.raises(
+        Emu3Error, match="mesh fsdp=2,tensor=8 does not fit this slice of 16 chips: each axis size must"
+    ):
+        make_mesh("fsdp=2,tensor=8", plan.tpu_slice("v6e:4x4").devices)
 
 
 def test_without_libtpu(small, capsys, monkeypatch):

@@ -24,7 +24,8 @@ def make_mesh(sizes: str | Mapping[str, int], devices: Sequence[jax.Device] | No
 
     Raises:
         Emu3Error: an axis is unknown, a size is not legal, the product of the sizes does not divide the number of
-            devices, or a mesh over several hosts does not use all devices.
+            devices, a mesh over several hosts does not use all devices, or the sizes do not fit the sides of a TPU
+            slice.
     """
     parsed = {**dict.fromkeys(AXES, 1), **_parse(sizes)}
     devices = list(jax.devices() if devices is None else devices)
@@ -47,7 +48,13 @@ def make_mesh(sizes: str | Mapping[str, int], devices: Sequence[jax.Device] | No
         )
     # Auto: the compiler inserts collectives as the model's sharding constraints require.
     types = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(tuple(parsed.values()), AXES, axis_types=types, devices=devices[:count])
+    try:
+        return jax.make_mesh(tuple(parsed.values()), AXES, axis_types=types, devices=devices[:count])
+    except NotImplementedError as error:
+        raise Emu3Error(
+            f"mesh {described} does not fit this slice of {len(devices)} chips: each axis size must be a product of "
+            "some of its sides, for example 4 or 16 on v6e:4x4"
+        ) from error
 
 
 def _parse(sizes: str | Mapping[str, int]) -> dict[str, int]:
