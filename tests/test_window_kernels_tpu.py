@@ -192,7 +192,7 @@ def test_xla_writes_the_scores():
         return cached_attention(q, *layer, first_query=length, start=start)
 
     program = compiled(plain, "v5p:1x1x1", "data=1", 16, "bfloat16")
-    assert (2, 8, 4 * 16, SLOTS) in arrays_of_slots(program.as_text())
+    assert (2, 8, 4, 16, SLOTS) in arrays_of_slots(program.as_text())
     assert program.memory_analysis().temp_size_in_bytes >= 2 * 8 * 4 * 16 * SLOTS * 4
 
 

@@ -405,34 +405,27 @@ def _masked_attention(
     """`cached_attention` with all scores at once. `visible`, bool [B or 1, S, T], says which keys a query sees."""
     dtype = q_bskgh.dtype
     precision = matmul_precision(dtype)
-    b, s, k, g, h = q_bskgh.shape
-    # The S * G queries of a KV head as one axis: its products are plain matrix products. With two axes around the batch
-    # axes, XLA for CPUs transposes the scores, which takes a tenth of a pass of 16 tokens.
-    q_bkqh = jnp.moveaxis(q_bskgh, 1, 2).reshape(b, k, s * g, h)
     scores = jnp.einsum(
-        "bkqh,bkth->bkqt", q_bkqh, k_bkth.astype(dtype), precision=precision, preferred_element_type=jnp.float32
+        "bskgh,bkth->bkgst", q_bskgh, k_bkth.astype(dtype), precision=precision, preferred_element_type=jnp.float32
     )
     if k_scales_bkt is not None:
-        scores = scores * k_scales_bkt[:, :, None]
-    scores = jnp.where(jnp.repeat(visible, g, axis=1)[:, None], scores * h**-0.5, MASKED)
+        scores = scores * k_scales_bkt[:, :, None, None]
+    scores = jnp.where(visible[:, None, None], scores * q_bskgh.shape[-1] ** -0.5, MASKED)
     weights = jax.nn.softmax(scores, axis=-1)
-
-    def mixed(weights: jax.Array, dtype_out: DTypeLike) -> jax.Array:
-        return jnp.einsum(
-            "bkqt,bkth->bkqh", weights.astype(dtype), v_bkth.astype(dtype), precision=precision,
-            preferred_element_type=dtype_out,
-        )  # fmt: skip
-
     if v_scales_bkt is not None and dtype == jnp.float16:
         # Weights of a long cache times scales of small values are subnormal in float16: 4% off at 8,000 keys.
         largest = jnp.maximum(jnp.max(v_scales_bkt, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
-        weights = weights * (v_scales_bkt / largest)[:, :, None]
-        out_bkqh = (mixed(weights, jnp.float32) * largest[..., None]).astype(dtype)
-    else:
-        if v_scales_bkt is not None:
-            weights = weights * v_scales_bkt[:, :, None]
-        out_bkqh = mixed(weights, dtype)
-    return jnp.moveaxis(out_bkqh.reshape(b, k, s, g, h), 2, 1)
+        weights = weights * (v_scales_bkt / largest)[:, :, None, None]
+        mixed = jnp.einsum(
+            "bkgst,bkth->bskgh", weights.astype(dtype), v_bkth.astype(dtype), preferred_element_type=jnp.float32
+        )
+        return (mixed * largest[:, None, :, :, None]).astype(dtype)
+    if v_scales_bkt is not None:
+        weights = weights * v_scales_bkt[:, :, None, None]
+    return jnp.einsum(
+        "bkgst,bkth->bskgh", weights.astype(dtype), v_bkth.astype(dtype), precision=precision,
+        preferred_element_type=dtype,
+    )  # fmt: skip
 
 
 def matmul_precision(dtype: DTypeLike) -> lax.Precision | None:
