@@ -35,9 +35,9 @@ def write_decoder(directory: pathlib.Path, vocabulary: pathlib.Path, steer: bool
 
 def write_checkpoints(root: pathlib.Path, vocabulary: pathlib.Path, steer: bool = False) -> list[pathlib.Path]:
     """Writes decoder and vision tokenizer in two directories, as Emu3.5 publishes them."""
-    from emu35_vision import write_safetensors
+    from emu35_vision import write_vision
 
-    return [write_decoder(root / "lm", vocabulary, steer), write_safetensors(root / "vq")]
+    return [write_decoder(root / "lm", vocabulary, steer), write_vision(root / "vq")]
 
 
 def vision_of_emu35():
