@@ -12,7 +12,7 @@ from emu3_jax.config import IbqConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.models.quantizer import DotProductQuantizer
 from emu3_jax.models.vision_layers import GroupNorm, Numerics, conv1x1, conv3x3
-from emu3_jax.models.vision_stages import Middle, Stage, over_frames
+from emu3_jax.models.vision_stages import Middle, down_stages, over_frames, up_stages
 
 
 class IbqEncoder(nn.Module):
@@ -23,18 +23,8 @@ class IbqEncoder(nn.Module):
 
     def setup(self) -> None:
         c, numerics = self.config, self.numerics
-        last = len(c.channel_multipliers) - 1
         self.conv_in = conv3x3(numerics, c.base_channels)
-        self.down = [
-            Stage(
-                numerics,
-                c.base_channels * multiplier,
-                c.num_res_blocks,
-                attention=i in c.attention_stages,
-                resample="downsample" if i < last else None,
-            )
-            for i, multiplier in enumerate(c.channel_multipliers)
-        ]
+        self.down = down_stages(c, numerics)
         self.mid = Middle(numerics)
         self.norm_out = GroupNorm()
         self.conv_out = conv3x3(numerics, c.latent_channels)
@@ -56,16 +46,7 @@ class IbqDecoder(nn.Module):
         c, numerics = self.config, self.numerics
         self.conv_in = conv3x3(numerics, c.base_channels * c.channel_multipliers[-1])
         self.mid = Middle(numerics)
-        self.up = [
-            Stage(
-                numerics,
-                c.base_channels * multiplier,
-                c.num_res_blocks + 1,
-                attention=i in c.attention_stages,
-                resample="upsample" if i > 0 else None,
-            )
-            for i, multiplier in enumerate(c.channel_multipliers)
-        ]
+        self.up = up_stages(c, numerics)
         self.norm_out = GroupNorm()
         self.conv_out = conv3x3(numerics, c.out_channels)
 

@@ -3,6 +3,8 @@
 Axes: P positions, N blocks of the codebook, K codes, C embedding width.
 """
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -51,10 +53,9 @@ def nearest_codes(latents: jax.Array, codebook: jax.Array) -> jax.Array:
     Returns:
         int32 [...].
     """
-    shape, width = latents.shape[:-1], latents.shape[-1]
     # The last block is padded with rows at infinity, which are never nearest.
     filled = jnp.pad(codebook, ((0, -len(codebook) % CODE_BLOCK), (0, 0)), constant_values=jnp.inf)
-    blocks_nkc = filled.reshape(-1, CODE_BLOCK, width)
+    blocks_nkc = filled.reshape(-1, CODE_BLOCK, latents.shape[-1])
 
     def search(latents_pc: jax.Array) -> jax.Array:
         nearest_pn = _squared_distance(latents_pc[:, None, None], blocks_nkc[None]).min(-1)
@@ -62,11 +63,7 @@ def nearest_codes(latents: jax.Array, codebook: jax.Array) -> jax.Array:
         code_p = _squared_distance(latents_pc[:, None], blocks_nkc[block_p]).argmin(-1)
         return (block_p * CODE_BLOCK + code_p).astype(jnp.int32)
 
-    flat = latents.reshape(-1, width)
-    count = len(flat)
-    flat = jnp.pad(flat, ((0, -count % POSITION_BLOCK), (0, 0)))
-    codes = jax.lax.map(search, flat.reshape(-1, POSITION_BLOCK, width))
-    return codes.reshape(-1)[:count].reshape(shape)
+    return _in_groups(search, latents, POSITION_BLOCK)
 
 
 class DotProductQuantizer(Quantizer):
@@ -93,7 +90,6 @@ def codes_of_largest_product(latents: jax.Array, codebook: jax.Array) -> jax.Arr
     Returns:
         int32 [...].
     """
-    shape, width = latents.shape[:-1], latents.shape[-1]
 
     def search(latents_pc: jax.Array) -> jax.Array:
         scores_pk = jnp.einsum("pc,kc->pk", latents_pc, codebook, precision=jax.lax.Precision.HIGHEST)
@@ -104,11 +100,16 @@ def codes_of_largest_product(latents: jax.Array, codebook: jax.Array) -> jax.Arr
         best_pk = jnp.take_along_axis(blocks_pnk, block_p[:, None, None], axis=1)[:, 0]
         return (block_p * CODE_BLOCK + best_pk.argmax(-1)).astype(jnp.int32)
 
-    flat = latents.reshape(-1, width)
+    return _in_groups(search, latents, PRODUCT_BLOCK)
+
+
+def _in_groups(search: Callable[[jax.Array], jax.Array], latents: jax.Array, size: int) -> jax.Array:
+    """`search` of latents [..., C], int32 [...], for groups of `size` latents, one after the other."""
+    flat = latents.reshape(-1, latents.shape[-1])
     count = len(flat)
-    flat = jnp.pad(flat, ((0, -count % PRODUCT_BLOCK), (0, 0)))
-    codes = jax.lax.map(search, flat.reshape(-1, PRODUCT_BLOCK, width))
-    return codes.reshape(-1)[:count].reshape(shape)
+    flat = jnp.pad(flat, ((0, -count % size), (0, 0)))
+    codes = jax.lax.map(search, flat.reshape(-1, size, flat.shape[1]))
+    return codes.reshape(-1)[:count].reshape(latents.shape[:-1])
 
 
 def _squared_distance(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -31,7 +31,7 @@ from emu3_jax.models.vision_layers import (
     TemporalUpsample,
     conv3x3,
 )
-from emu3_jax.models.vision_stages import Middle, Stage, over_frames
+from emu3_jax.models.vision_stages import Middle, down_stages, over_frames, up_stages
 
 
 class VisionEncoder(nn.Module):
@@ -42,18 +42,8 @@ class VisionEncoder(nn.Module):
 
     def setup(self) -> None:
         c, numerics = self.config, self.numerics
-        last = len(c.channel_multipliers) - 1
         self.conv_in = conv3x3(numerics, c.base_channels)
-        self.down = [
-            Stage(
-                numerics,
-                c.base_channels * multiplier,
-                c.num_res_blocks,
-                attention=i in c.attention_stages,
-                resample="downsample" if i < last else None,
-            )
-            for i, multiplier in enumerate(c.channel_multipliers)
-        ]
+        self.down = down_stages(c, numerics)
         self.mid = Middle(numerics)
         self.norm_out = GroupNorm()
         self.conv_out = conv3x3(numerics, c.latent_channels)
@@ -102,16 +92,7 @@ class VisionDecoder(nn.Module):
         self.time_conv = [TemporalUpsample(numerics) for _ in range(_doublings(c.temporal_factor))]
         self.conv_in = conv3x3(numerics, c.base_channels * c.channel_multipliers[-1])
         self.mid = Middle(numerics)
-        self.up = [
-            Stage(
-                numerics,
-                c.base_channels * multiplier,
-                c.num_res_blocks + 1,
-                attention=i in c.attention_stages,
-                resample="upsample" if i > 0 else None,
-            )
-            for i, multiplier in enumerate(c.channel_multipliers)
-        ]
+        self.up = up_stages(c, numerics)
         self.norm_out = SpatialNorm(numerics)
         self.conv_out = conv3x3(numerics, c.out_channels)
 

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from emu3_jax.config import VisionTokenizerConfig
 from emu3_jax.models.vision_layers import AttentionBlock, Downsample, Numerics, ResnetBlock, Upsample
 
 # The spatial network processes frames in groups of up to this many pixels. Small frames together fill the device, and a
@@ -37,6 +38,35 @@ class Stage(nn.Module):
         elif self.resample == "upsample":
             x = Upsample(numerics, name="upsample")(x)
         return x
+
+
+def down_stages(config: VisionTokenizerConfig, numerics: Numerics) -> list[Stage]:
+    """The stages of an encoder, from the highest resolution on."""
+    last = len(config.channel_multipliers) - 1
+    return [
+        Stage(
+            numerics,
+            config.base_channels * multiplier,
+            config.num_res_blocks,
+            attention=i in config.attention_stages,
+            resample="downsample" if i < last else None,
+        )
+        for i, multiplier in enumerate(config.channel_multipliers)
+    ]
+
+
+def up_stages(config: VisionTokenizerConfig, numerics: Numerics) -> list[Stage]:
+    """The stages of a decoder, from the highest resolution on, which is the last one to run."""
+    return [
+        Stage(
+            numerics,
+            config.base_channels * multiplier,
+            config.num_res_blocks + 1,
+            attention=i in config.attention_stages,
+            resample="upsample" if i > 0 else None,
+        )
+        for i, multiplier in enumerate(config.channel_multipliers)
+    ]
 
 
 class Middle(nn.Module):
