@@ -18,6 +18,7 @@ from emu3_jax.models.attention import choose_kernels
 from emu3_jax.models.cache import KVCache
 from emu3_jax.models.decoder import Decoder, rope, rotations
 from emu3_jax.models.quantization import narrow_rows
+from emu3_jax.models.window_writes_hopper import prepare_window
 from emu3_jax.sharding.mesh import make_mesh
 from emu3_jax.sharding.rules import use_mesh
 
@@ -81,7 +82,7 @@ def test_preparing_a_window(window, narrow, capsys):
     qkv = jax.random.normal(jax.random.key(1), (2, window, 1, 6, 128), jnp.bfloat16)
     length = int32(300, 5)
     rotated = rotations(length[:, None] + jnp.arange(window, dtype=jnp.int32)[None], 128, 1e4)
-    found, kept = hopper.prepare_window(qkv, rotated, cache, length, interpret=RACES)
+    found, kept = prepare_window(qkv, rotated, cache, length, interpret=RACES)
     roped = rope(qkv[:, :, :, :5], rotated)
     new = [jnp.swapaxes(x, 1, 2) for x in (roped[:, :, :, 4], qkv[:, :, :, 5])]
     (keys, key_scales), (values, value_scales) = map(narrow_rows, new)

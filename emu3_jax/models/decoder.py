@@ -114,7 +114,9 @@ class Attention(nn.Module):
             queries, keys, values = _roped(qkv, rotations_bsr)
             mixed = self_attention(queries, keys, values, segments_bs, self.implementation)
         else:
-            kernels = choose_kernels(self.kernels, h, x_bsd.dtype, window=x_bsd.shape[1], slots=cache.slots)
+            kernels = "xla"  # the only one that knows placements
+            if cache.placement is None:
+                kernels = choose_kernels(self.kernels, h, x_bsd.dtype, window=x_bsd.shape[1], slots=cache.slots)
             mixed, cache = _attend_cache(qkv, rotations_bsr, cache, layer, kernels)
         # One contracted axis: with three axes, XLA may reorder them and transpose the weight in every step.
         mixed = mixed.reshape(*x_bsd.shape[:2], c.num_heads * h)
@@ -155,8 +157,9 @@ def _attend_cache(
         return mixed, cache.with_layer(layer, *kept)
     if name == "pallas-hopper":
         from emu3_jax.models import window_kernels_hopper as hopper
+        from emu3_jax.models.window_writes_hopper import CHUNK
 
-        if qkv_bskph.shape[1] % hopper.CHUNK == 0:
+        if qkv_bskph.shape[1] % CHUNK == 0:
             arguments = (qkv_bskph, rotations_bsr, cache.layer(layer), *where)
             mixed, kept = hopper.attend_projected(*arguments, interpret=interpret)
             return mixed, cache.with_layer(layer, *kept)

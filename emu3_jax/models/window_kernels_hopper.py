@@ -1,12 +1,9 @@
-"""Pallas (Mosaic GPU) kernels for NVIDIA Hopper: attention of a window of W tokens per row over the KV cache.
+"""A Pallas (Mosaic GPU) kernel for NVIDIA Hopper: attention of a window of W tokens per row over the KV cache.
 
 `attend_window` reads the used part of the cache. The blocks of a row's slots are dealt to several programs, so that
 even a small batch fills the GPU ("flash-decoding"); XLA then combines the programs' partial results. In a program, one
 warpgroup copies blocks of keys and values to shared memory, and the others compute. A compute warpgroup takes 64
 queries: tokens of the window times the query heads of a KV head.
-
-`prepare_window` applies RoPE and writes the window's keys and values to the cache, in one launch. XLA needs 3 launches
-for this, and 6 for an int8 cache.
 
 A tiled copy addresses memory in tiles of 8 rows, (slot // 8, slot % 8). A block that starts at another slot would
 silently read zeros, which Pallas' interpreter does not show. So blocks start at a multiple of 8.
@@ -27,17 +24,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from emu3_jax.models.window_writes_hopper import Cache, Rotations, interpreter, laid, loaded, prepare_window
+
 WIDTH = 128  # head width that the kernels are made for
-CHUNK = 8  # tokens of one program of `prepare_window`
 _TILE = 64  # queries of one warpgroup: the rows of Hopper's matrix instruction
 _MULTIPROCESSORS = 132  # of an H100
 _LOWEST = -1e30  # maximum of a part without visible slots; finite, so that no difference of two is NaN
 _LOG2E = math.log2(math.e)
 _SHARED_BYTES = 221 * 1024  # shared memory of a program on Hopper (227 KiB), less barriers and scratch
-_ROUNDING = 12582912.0  # 1.5 * 2^23: adding and subtracting it rounds a float32 to the nearest integer, ties to even
-
-Cache = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]
-Rotations = tuple[jax.Array, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +97,7 @@ def attend_projected(
     Returns:
         bfloat16 [B, W, K, G, 128]; and the cache with the tokens' keys and values, updated in place if donated.
     """
-    local = functools.partial(_attend_projected, sizes=sizes or Sizes(), interpret=_interpreter(interpret))
+    local = functools.partial(_attend_projected, sizes=sizes or Sizes(), interpret=interpreter(interpret))
     arguments = (qkv_bwkph, rotations, cache, length, start)
     if jax.sharding.get_abstract_mesh().empty:
         return local(*arguments)
@@ -159,7 +153,7 @@ def attend_window(
     Returns:
         bfloat16 [B, W, K, G, 128].
     """
-    local = functools.partial(_attend_window, sizes=sizes or Sizes(), interpret=_interpreter(interpret))
+    local = functools.partial(_attend_window, sizes=sizes or Sizes(), interpret=interpreter(interpret))
     arguments = (q_bwkgh, cache, length, start)
     if jax.sharding.get_abstract_mesh().empty:
         return local(*arguments)
@@ -240,8 +234,8 @@ def _attend_window(
                 if not narrow:
                     return ring, None
                 wide = wides[which].at[group]
-                wide[...] = _loaded(ring, _block_layout(), interpret).astype(dtype)
-                scales = _loaded(rings[2 + which].at[stage], plgpu.Layout.WGMMA.reduce(0), interpret)
+                wide[...] = loaded(ring, _block_layout(), interpret).astype(dtype)
+                scales = loaded(rings[2 + which].at[stage], plgpu.Layout.WGMMA.reduce(0), interpret)
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(free.at[stage])
                 return wide, scales
@@ -298,9 +292,9 @@ def _attend_window(
                     plgpu.barrier_arrive(v_free.at[stage])
                 return total, new, mass
 
-            total = _laid(jnp.full((_TILE, width), 0, jnp.float32), plgpu.Layout.WGMMA, interpret)
+            total = laid(jnp.full((_TILE, width), 0, jnp.float32), plgpu.Layout.WGMMA, interpret)
             top, mass = (
-                _laid(jnp.full((_TILE,), x, jnp.float32), plgpu.Layout.WGMMA.reduce(1), interpret)
+                laid(jnp.full((_TILE,), x, jnp.float32), plgpu.Layout.WGMMA.reduce(1), interpret)
                 for x in (_LOWEST, 0.0)
             )
             # All queries see all slots of the blocks between the row's first one and the window.
@@ -388,115 +382,10 @@ def _combined(out: jax.Array, peak: jax.Array, shape: tuple[int, ...]) -> jax.Ar
     return jnp.transpose(mixed.reshape(b, heads, groups, window, width), (0, 3, 1, 2, 4)).astype(out.dtype)
 
 
-@functools.partial(jax.jit, static_argnames="interpret")
-def prepare_window(
-    qkv_bwkph: jax.Array, rotations: Rotations, cache: Cache, length: jax.Array, *, interpret: Any = False
-) -> tuple[jax.Array, Cache]:
-    """Applies RoPE to a window's queries and keys, and writes its keys and values to the cache.
-
-    Args:
-        qkv_bwkph: bfloat16 [B, W, K, G + 2, 128], as for `attend_projected`; W a multiple of 8.
-        rotations: cosines and sines of the tokens' positions, float32 [B, W, 64] each.
-        cache: as for `attend_projected`. Updated in place if the caller donates it.
-        length: int32 [B], the first slot of the window.
-        interpret: run the kernels in Pallas' interpreter of GPU kernels, for tests; True or its parameters.
-
-    Returns:
-        Queries, bfloat16 [B, W, K, G, 128], and the cache.
-    """
-    interpret = _interpreter(interpret)
-    b, w, heads, parts, width = qkv_bwkph.shape
-    groups, half, dtype = parts - 2, width // 2, qkv_bwkph.dtype
-    kept = [array for array in cache if array is not None]
-    narrow = len(kept) == 4
-    # A thread has 4 numbers of a half row, a warp 2 rows.
-    layout = plgpu.Layout.TILED(
-        plgpu.Tiling(((8, half), (2, half), (4,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
-    )
-
-    def body(*refs: Any) -> None:
-        caches, (qkv_ref, cos_ref, sin_ref, length_ref, q_ref) = refs[: len(kept)], refs[len(kept) :]
-        row, head, chunk = lax.axis_index("row"), lax.axis_index("head"), lax.axis_index("chunk")
-        first = chunk * CHUNK
-        tokens, slots = pl.ds(first, CHUNK), pl.ds(length_ref[row] + first, CHUNK)
-        low, high = pl.ds(0, half), pl.ds(half, half)
-        cos, sin = (_loaded(ref.at[row, tokens], layout, interpret) for ref in (cos_ref, sin_ref))
-
-        def halves(part: int) -> list[jax.Array]:
-            refs = (qkv_ref.at[row, tokens, head, part, at] for at in (low, high))
-            return [_loaded(ref, layout, interpret).astype(jnp.float32) for ref in refs]
-
-        def rotated(part: int) -> list[jax.Array]:
-            a, b = halves(part)
-            return [(a * cos - b * sin).astype(dtype), (b * cos + a * sin).astype(dtype)]
-
-        for group in range(groups):
-            for at, x in zip((low, high), rotated(group), strict=True):
-                _store(q_ref.at[row, head, group, tokens, at], x)
-        for which, new in enumerate((rotated(groups), halves(groups + 1))):
-            if not narrow:
-                for at, x in zip((low, high), new, strict=True):
-                    _store(caches[which].at[row, head, slots, at], x.astype(dtype))
-                continue
-            # The int8 codes of `quantization.narrow_rows`.
-            wide = [x.astype(jnp.float32) for x in new]
-            scale = jnp.maximum(*(jnp.abs(x).max(axis=1) for x in wide)) / 127.0
-            unit = jnp.where(scale == 0.0, 1.0, scale)
-            for at, x in zip((low, high), wide, strict=True):
-                x = x / _laid(lax.broadcast_in_dim(unit, x.shape, [0]), layout, interpret) + _ROUNDING
-                x = lax.optimization_barrier(x) if interpret else x  # XLA would drop the sum and the difference
-                codes = jnp.clip(x - _ROUNDING, -127.0, 127.0).astype(jnp.int8)
-                _store(caches[which].at[row, head, slots, at], codes)
-            _store(caches[2 + which].at[row, head, slots], scale)
-
-    refs = [jax.new_ref(array, memory_space=plgpu.GMEM) for array in kept]
-    mesh = plgpu.Mesh(
-        grid=(w // CHUNK, heads, b), grid_names=("chunk", "head", "row"), num_threads=1, thread_name="group"
-    )
-    kernel = pl.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct((b, heads, groups, w, width), dtype),
-        mesh=mesh,
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-        interpret=interpret,
-    )
-    q = kernel(*refs, qkv_bwkph, *rotations, length)
-    new = [jax.freeze(ref) for ref in refs]
-    keys, values, *scales = (*new, *(None for _ in cache[len(new) :]))
-    return jnp.transpose(q, (0, 3, 1, 2, 4)), (keys, values, *scales)
-
-
-def _interpreter(interpret: Any) -> Any:
-    """Parameters of Pallas' interpreter, or False."""
-    if interpret is not True:
-        return interpret
-    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # public since JAX 0.11 only
-
-    return InterpretGPUParams()
-
-
 def _block_layout() -> Any:
     """Where the threads of a warpgroup hold a block of codes: 8 numbers of a row each, 2 rows of 128 per warp."""
     tiling = plgpu.Tiling(((8, WIDTH), (2, WIDTH), (8,)))
     return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
-
-
-def _laid(x: jax.Array, layout: Any, interpret: Any) -> jax.Array:
-    return x if interpret else plgpu.layout_cast(x, layout)
-
-
-def _loaded(ref: Any, layout: Any, interpret: Any) -> jax.Array:
-    if interpret:
-        return ref[...]
-    index = ((),) if jax.__version_info__ < (0, 11) else ()  # JAX 0.10 demands an index
-    return plgpu.load(ref, *index, layout=layout, optimized=False)
-
-
-def _store(ref: Any, x: jax.Array) -> None:
-    if hasattr(plgpu, "store"):  # JAX 0.12 wants to be told that half a line of memory may be written
-        plgpu.store(ref, x, optimized=False)
-    else:
-        ref[...] = x
 
 
 def _tiled(shape: tuple[int, ...], dtype: Any) -> Any:
