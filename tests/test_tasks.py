@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 from conftest import golden_json
 
+from emu3_jax.cli import interleave
 from emu3_jax.config import SpecialTokens
 from emu3_jax.errors import Emu3Error
 from emu3_jax.text.tasks import TASKS, task_prompts
@@ -57,6 +58,10 @@ def test_settings_are_the_reference_configs(name):
     )
     assert task.top_k == sampling["image_top_k"]
     assert (sampling["image_top_p"], sampling["image_temperature"]) == (1.0, 1.0)
+
+
+def test_the_command_offers_all_tasks():
+    assert tuple(TASKS) == interleave.TASKS
 
 
 def test_control_tokens_in_a_question_are_refused(tokenizer):

@@ -23,7 +23,7 @@ from emu3_jax.text.prompts import understanding_prompt
 from emu3_jax.text.tasks import ANSWER_ENDS, PLANS, TASKS, Prompts, Task, task_prompts
 from emu3_jax.text.tokenizer import Tokenizer
 
-_MOST_SIDE = 9999  # rows or columns of visual tokens; sizes have at most four digits
+_MOST_SIDE = 10**grammar.MOST_DIGITS - 1  # rows or columns of visual tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +163,7 @@ def stream_documents(
     with Progress(writing.progress, sum(row.steps for row in rows), "tokens", name="interleave") as bar:
         for batch in batches:
             places = np.asarray(batch)
-            reading = [_Reading(language, vision, rule, rows[index]) for index in batch]
+            reading = {index: _Reading(language, vision, rule, rows[index]) for index in batch}
             before, expected = bar.done, sum(rows[index].steps for index in batch)
             for found, done in interleaving.stream(
                 language.params, config, rule, [rows[index] for index in batch],
@@ -171,12 +171,14 @@ def stream_documents(
                 mesh=language.mesh, narrow_cache=language.narrow_cache,
             ):  # fmt: skip
                 bar.update(before + sum(map(len, found)) - bar.done)
-                for index, ids, ended, reader in zip(batch, found, done, reading, strict=True):
-                    for piece in reader.read(ids, bool(ended)):
+                for index, ids, ended in zip(batch, found, done, strict=True):
+                    if index not in reading:
+                        continue
+                    for piece in reading[index].read(ids, bool(ended)):
                         yield index, piece
-                    if ended and reader.document is not None:
-                        yield index, reader.document
-                        reader.document = None
+                    if (document := reading[index].document) is not None:
+                        yield index, document
+                        del reading[index]
             bar.update(before + expected - bar.done)
 
 
@@ -268,20 +270,20 @@ def _scale(writing: Writing, task: Task | None) -> float:
 def _settings(writing: Writing, task: Task | None, count: int) -> tuple[RowSettings, RowSettings]:
     """The settings of text and of visual tokens."""
 
-    def told(name: str, default: float) -> float:
+    def told(name: str, default: Any) -> Any:
         value = getattr(writing, name)
         return value if value is not None else getattr(task, name, default)
 
     text = Sampling(
         temperature=told("text_temperature", defaults.TEMPERATURE),
-        top_k=int(told("text_top_k", 2**31 - 1)),
+        top_k=told("text_top_k", 2**31 - 1),
         top_p=told("text_top_p", 1.0),
         guidance=1.0,
         seed=writing.seed,
     )
     visual = Sampling(
         temperature=writing.temperature,
-        top_k=int(told("top_k", defaults.TOP_K)),
+        top_k=told("top_k", defaults.TOP_K),
         top_p=writing.top_p,
         guidance=_scale(writing, task),
         seed=writing.seed,
@@ -296,21 +298,22 @@ class _Reading:
         self.document: Document | None = None
         self._language, self._vision, self._rule, self._row = language, vision, rule, row
         self._pieces: list[Piece] = []
+        self._read = 0  # number of ids that are read
 
     def read(self, ids: np.ndarray, done: bool) -> Iterator[Piece]:
-        """Yields the pieces that have become complete."""
-        if self.document is not None or (done and self._pieces is None):
-            return
-        tokens = self._language.config.tokens
-        ended = bool(len(ids) and ids[-1] == tokens.eos)
-        parts = grammar.split(ids[:-1].tolist() if ended else ids.tolist(), self._rule, strict=False)
-        pieces = [piece for part in parts for piece in self._of(part)]
-        # The last piece may still grow.
-        complete = pieces if done else pieces[:-1]
-        for piece in complete[len(self._pieces) :]:
-            piece = self._decoded(piece)
-            self._pieces.append(piece)
-            yield piece
+        """Yields the pieces that have become complete, given the ids so far. Ids that were read are not read again."""
+        ended = bool(len(ids) and ids[-1] == self._language.config.tokens.eos)
+        fresh = ids[self._read : len(ids) - ended].tolist()
+        parts = grammar.split(fresh, self._rule, strict=False)
+        self._read += len(fresh)
+        if parts and not done and not (isinstance(parts[-1], grammar.Picture) and parts[-1].whole):
+            growing = parts.pop()  # it is read again once there is more of it
+            boi = self._rule.tokens.boi
+            self._read -= len(growing) if isinstance(growing, list) else fresh[::-1].index(boi) + 1
+        for part in parts:
+            for piece in map(self._decoded, self._of(part)):
+                self._pieces.append(piece)
+                yield piece
         if done:
             prompt = self._row.prompt
             whole = np.concatenate([np.asarray(prompt, np.int32), ids.astype(np.int32)])

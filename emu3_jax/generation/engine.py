@@ -71,7 +71,7 @@ class Variant:
     settled_per_pass: float | None = None
 
 
-class _Program:
+class Program:
     """A jitted function that is compiled without `xla_allow_excess_precision` on CPUs.
 
     With this option XLA may keep bfloat16 values in float32 inside a fusion, and on CPUs the number of rows decides
@@ -99,7 +99,7 @@ class _Program:
         return self.jitted.lower(*arguments, **static)
 
 
-@functools.partial(_Program, static_argnames=("config", "variant", "slots"))
+@functools.partial(Program, static_argnames=("config", "variant", "slots"))
 def prefill(
     params: Any,
     prompts: jax.Array,
@@ -118,7 +118,7 @@ def prefill(
     token = choose(logits, first, plan, config, variant)[:, 0]
     ended = (plan.forced[:, 0] == SAMPLED_FREE) & (token == config.tokens.eos)
     tokens = parallel.first_guesses(plan.forced, token).at[:, 0].set(token)
-    return _replicated(
+    return replicated(
         DecodeState(
             cache=cache.replace(lockstep=variant.lockstep),
             tokens=_with_looked_up(tokens, first + 1, plan, variant),
@@ -129,7 +129,7 @@ def prefill(
     )
 
 
-@functools.partial(_Program, static_argnames=("config", "variant"), donate_argnames=("state",))
+@functools.partial(Program, static_argnames=("config", "variant"), donate_argnames=("state",))
 def decode(
     params: Any, state: DecodeState, plan: Plan, passes: jax.Array, *, config: DecoderConfig, variant: Variant
 ) -> DecodeState:
@@ -156,10 +156,10 @@ def decode(
         state, paused = _settle(state, cache, fed, computed, plan, config, variant)
         return state, left - 1, paused
 
-    return _replicated(jax.lax.while_loop(proceed, take, (state, passes, jnp.zeros((), bool)))[0])
+    return replicated(jax.lax.while_loop(proceed, take, (state, passes, jnp.zeros((), bool)))[0])
 
 
-@functools.partial(_Program, static_argnames=("config", "variant"), donate_argnames=("state",))
+@functools.partial(Program, static_argnames=("config", "variant"), donate_argnames=("state",))
 def decode_rows(
     params: Any,
     state: DecodeState,
@@ -203,7 +203,7 @@ def decode_rows(
             passes=state.passes + (index <= order.passes),
         )
 
-    return _replicated(jax.lax.fori_loop(first, first + passes, take, state))
+    return replicated(jax.lax.fori_loop(first, first + passes, take, state))
 
 
 @functools.partial(jax.jit, donate_argnames=("state",))
@@ -222,7 +222,7 @@ def insert(state: DecodeState, one: DecodeState, row: jax.Array) -> DecodeState:
 
     rest, given = state.replace(cache=None), one.replace(cache=None)
     cache = jax.tree.map(per_computed_row, state.cache, one.cache)
-    return _replicated(jax.tree.map(per_row, rest, given).replace(cache=cache))
+    return replicated(jax.tree.map(per_row, rest, given).replace(cache=cache))
 
 
 def _forward(params: Any, config: DecoderConfig, variant: Variant) -> Callable:
@@ -327,11 +327,11 @@ def _active(state: DecodeState, plan: Plan) -> jax.Array:
     return (state.step < plan.goal) & ~state.ended
 
 
-def _replicated(state: DecodeState) -> DecodeState:
-    """Replicates all but the cache on a mesh, because every host reads it and the next call expects it."""
+def replicated(state: Any) -> Any:
+    """Replicates all but the field `cache` on a mesh, because every host reads it and the next call expects it."""
 
-    def replicated(leaf: jax.Array) -> jax.Array:
+    def whole(leaf: jax.Array) -> jax.Array:
         return nn.with_logical_constraint(leaf, (None,) * leaf.ndim)
 
-    cache = state.cache.replace(length=replicated(state.cache.length))
-    return jax.tree.map(replicated, state.replace(cache=None)).replace(cache=cache)
+    cache = state.cache.replace(length=whole(state.cache.length))
+    return jax.tree.map(whole, state.replace(cache=None)).replace(cache=cache)

@@ -26,7 +26,7 @@ from emu3_jax.generation.schedule import SAMPLED_FREE, SAMPLED_VISUAL
 FIRST_DIGIT, DIGIT, DIGIT_OR_END = -3, -4, -5
 
 TEXT, SIZE, PICTURE = 0, 1, 2  # modes
-_MOST_DIGITS = 4  # of a side that is known beforehand
+MOST_DIGITS = 4  # of a side that is known beforehand
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,14 +158,14 @@ def advance(state: GrammarState, token: jax.Array, grammar: Grammar) -> GrammarS
 
 def _digit_count(number: Array) -> jax.Array:
     """The number of decimal digits, at least 1."""
-    powers = jnp.asarray([10**power for power in range(1, _MOST_DIGITS)], jnp.int32)
+    powers = jnp.asarray([10**power for power in range(1, MOST_DIGITS)], jnp.int32)
     return 1 + (number[:, None] >= powers[None]).sum(axis=1, dtype=jnp.int32)
 
 
 def _digit(number: Array, place: Array) -> jax.Array:
     """The decimal digit at a place, counted from the first one."""
-    power = jnp.clip(_digit_count(number) - 1 - place, 0, _MOST_DIGITS - 1)
-    return jnp.asarray(number) // jnp.asarray([10**p for p in range(_MOST_DIGITS)], jnp.int32)[power] % 10
+    power = jnp.clip(_digit_count(number) - 1 - place, 0, MOST_DIGITS - 1)
+    return jnp.asarray(number) // jnp.asarray([10**p for p in range(MOST_DIGITS)], jnp.int32)[power] % 10
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -228,7 +228,7 @@ def _read_picture(ids: Sequence[int], grammar: Grammar, offset: int) -> tuple[Pi
     side, position = 0, 1
     while position < len(ids) and ids[position] != special.img:
         token = int(ids[position])
-        if token in grammar.digits and len(sides[side]) < _MOST_DIGITS:
+        if token in grammar.digits and len(sides[side]) < MOST_DIGITS:
             sides[side] += str(grammar.digits.index(token))
         elif token == grammar.times and side == 0 and sides[0]:
             side = 1

@@ -21,14 +21,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from emu3_jax.config import DecoderConfig
-from emu3_jax.errors import Emu3Error, RowError
+from emu3_jax.errors import Emu3Error
 from emu3_jax.generation import grammar as rules
 from emu3_jax.generation import sampling
-from emu3_jax.generation.engine import _Program
+from emu3_jax.generation.engine import Program, replicated
 from emu3_jax.generation.grammar import Grammar, GrammarState
 from emu3_jax.generation.sampling import RowSettings
 from emu3_jax.generation.schedule import SAMPLED_FREE, SAMPLED_VISUAL
-from emu3_jax.generation.shapes import bucket, cache_slots, fill_rows
+from emu3_jax.generation.session import check_positions
+from emu3_jax.generation.shapes import align_right, bucket, cache_slots, fill_rows
 from emu3_jax.models.attention import choose_kernels
 from emu3_jax.models.cache import KVCache
 from emu3_jax.models.decoder import Decoder
@@ -104,7 +105,7 @@ class Options:
     narrow_cache: bool = False
 
 
-@functools.partial(_Program, static_argnames=("config", "options", "slots", "steps"))
+@functools.partial(Program, static_argnames=("config", "options", "slots", "steps"))
 def prefill(
     params: Any,
     prompts: jax.Array,
@@ -131,10 +132,10 @@ def prefill(
         inside=none > 0,
         grammar=jax.tree.map(jnp.asarray, grammar),
     )
-    return _replicated(_take(state, logits[:, 0], plan, options))
+    return replicated(_take(state, logits[:, 0], plan, options))
 
 
-@functools.partial(_Program, static_argnames=("config", "options"), donate_argnames=("state",))
+@functools.partial(Program, static_argnames=("config", "options"), donate_argnames=("state",))
 def decode(
     params: Any, state: State, plan: Plan, steps: jax.Array, *, config: DecoderConfig, options: Options
 ) -> State:
@@ -160,7 +161,7 @@ def decode(
         state = state.replace(cache=cache.replace(length=before + appended))
         return _take(state, logits[:, 0], plan, options), left - 1
 
-    return _replicated(jax.lax.while_loop(proceed, take, (state, steps))[0])
+    return replicated(jax.lax.while_loop(proceed, take, (state, steps))[0])
 
 
 def _take(state: State, logits: jax.Array, plan: Plan, options: Options) -> State:
@@ -243,16 +244,6 @@ def _active(state: State, plan: Plan) -> jax.Array:
     return (state.step < plan.goal) & ~state.ended
 
 
-def _replicated(state: State) -> State:
-    """Replicates all but the cache on a mesh, because every host reads it and the next call expects it."""
-
-    def replicated(leaf: jax.Array) -> jax.Array:
-        return nn.with_logical_constraint(leaf, (None,) * leaf.ndim)
-
-    cache = state.cache.replace(length=replicated(state.cache.length))
-    return jax.tree.map(replicated, state.replace(cache=None)).replace(cache=cache)
-
-
 # ------------------------------------------------------------------------------------------------ the session
 
 
@@ -303,14 +294,7 @@ def stream(
     contexts = len(rows[0].contexts)
     if any(len(row.contexts) != contexts for row in rows):
         raise Emu3Error("rows with and without guidance cannot share a batch: give them separately")
-    for index, row in enumerate(rows):
-        longest = max(map(len, row.contexts)) + row.steps
-        if longest > config.max_positions:
-            raise RowError(
-                index,
-                f"the prompt and {row.steps} new tokens take {longest} positions, and the model has "
-                f"{config.max_positions}: shorten the prompt or lower the number of new tokens",
-            )
+    check_positions(config, ((max(map(len, row.contexts)), row.steps) for row in rows))
     filled = [*rows, *[rows[-1]] * (fill_rows(len(rows), mesh, contexts > 1) - len(rows))]
     places = np.minimum(np.arange(len(filled)), len(rows) - 1)
     text, visual = text.take(places), visual.take(places)
@@ -320,10 +304,7 @@ def stream(
     plan = Plan(goal, text, visual, scales[places])
     prompts = [row.contexts[index] for index in range(contexts) for row in filled]
     width, steps = bucket(max(map(len, prompts))), bucket(int(goal.max()))
-    aligned = np.full((len(prompts), width), config.tokens.pad, np.int32)
-    start = np.asarray([width - len(ids) for ids in prompts], np.int32)
-    for padded, first, ids in zip(aligned, start, prompts, strict=True):
-        padded[first:] = ids
+    aligned, start = align_right(prompts, width, config.tokens.pad)
     state_of_rows = GrammarState.of([row.size for row in filled])
     with use_mesh(mesh):
         chosen = choose_kernels(kernels, config.head_dim, config.dtype)
@@ -338,17 +319,22 @@ def stream(
             params, aligned, start, plan, state_of_rows,
             config=config, options=options, slots=slots(STEPS_PER_CALL + 1), steps=steps,
         )  # fmt: skip
+    calls = 0
     while True:
-        taken, ended, tokens = map(np.asarray, (state.step, state.ended, state.tokens))
-        done = ended | (taken >= goal)
-        yield [ids[:count] for ids, count in zip(tokens, taken, strict=True)][: len(rows)], done[: len(rows)]
-        if done.all():
-            return
-        needed = slots(int(taken[~done].max()) + STEPS_PER_CALL)
+        # Copies, because the next call donates the state's memory. That call is queued before the host reads them, so
+        # that the device never waits.
+        snapshot = tuple(map(jnp.copy, (state.step, state.ended, state.tokens)))
+        calls += 1
+        needed = slots(min(1 + STEPS_PER_CALL * calls, int(goal.max())))
         with use_mesh(mesh):
             if needed > state.cache.slots:
                 state = state.replace(cache=state.cache.grow(needed))
             state = decode(params, state, plan, np.int32(STEPS_PER_CALL), config=config, options=options)
+        taken, ended, tokens = map(np.asarray, snapshot)
+        done = ended | (taken >= goal)
+        yield [ids[:count] for ids, count in zip(tokens, taken, strict=True)][: len(rows)], done[: len(rows)]
+        if done.all():
+            return
 
 
 def run(*arguments: Any, **options: Any) -> list[np.ndarray]:

@@ -24,7 +24,7 @@ from emu3_jax.generation.defaults import MOST_PARALLEL
 from emu3_jax.generation.parallel import check_window, choose_window
 from emu3_jax.generation.sampling import RowSettings
 from emu3_jax.generation.schedule import TokenClass, forced_ids, sampled_steps, stack_schedules
-from emu3_jax.generation.shapes import Shapes, bucket, fill_rows
+from emu3_jax.generation.shapes import Shapes, align_right, bucket, fill_rows
 from emu3_jax.generation.zipar import check_zipar
 from emu3_jax.models.attention import choose_kernels
 from emu3_jax.models.cache import KVCache
@@ -203,12 +203,7 @@ class DecodeSession:
         prompts = [row.prompt for row in rows]
         if self.shapes.variant.guided:
             prompts += [row.prompt if row.negative is None else row.negative for row in rows]
-        width = self.shapes.width
-        aligned = np.full((len(prompts), width), self._config.tokens.pad, np.int32)
-        start = np.asarray([width - len(ids) for ids in prompts], np.int32)
-        for padded, first, ids in zip(aligned, start, prompts, strict=True):
-            padded[first:] = ids
-        return aligned, start
+        return align_right(prompts, self.shapes.width, self._config.tokens.pad)
 
     def _plan(self, schedule: np.ndarray, settings: RowSettings, prompts: np.ndarray) -> engine.Plan:
         """The plan of rows with these token classes [B, T] and prompts [R, P]."""

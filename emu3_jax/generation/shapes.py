@@ -5,8 +5,9 @@ B rows; T steps of the longest schedule.
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 from jax.sharding import Mesh
 
 from emu3_jax.generation import engine
@@ -39,6 +40,15 @@ def cache_slots(needed: int, final: int, kernels: str) -> int:
         return final
     step = max(CACHE_GROWTH, (1 << (int(needed) - 1).bit_length()) // 8)
     return min(-(-needed // step) * step, final)
+
+
+def align_right(prompts: Sequence[Sequence[int]], width: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
+    """The prompts, aligned to the right and filled up with `pad`, int32 [R, width], and the first slot of each, [R]."""
+    aligned = np.full((len(prompts), width), pad, np.int32)
+    start = np.asarray([width - len(ids) for ids in prompts], np.int32)
+    for padded, first, ids in zip(aligned, start, prompts, strict=True):
+        padded[first:] = ids
+    return aligned, start
 
 
 def fill_rows(count: int, mesh: Mesh | None, guided: bool) -> int:

@@ -90,8 +90,8 @@ def train(
 def _decoder(config: TrainConfig, bundle: Bundle) -> DecoderConfig:
     """The config of the decoder to train. If weights come from the bundle, all but `FREE_FIELDS` must equal its own."""
     wanted = config.model.decoder
-    family = bundle.decoder_config.family if wanted is None and bundle.has("decoder") else wanted and wanted.family
-    if family == "emu3.5":
+    known = bundle.decoder_config if wanted is None and bundle.has("decoder") else wanted
+    if known is not None and known.family != "emu3":
         raise Emu3Error("the decoder is of Emu3.5, whose sequences training does not make yet: train one of Emu3")
     if config.model.random and wanted is not None:
         return wanted
