@@ -159,7 +159,7 @@ def advance(state: GrammarState, token: jax.Array, grammar: Grammar) -> GrammarS
 def _digit_count(number: Array) -> jax.Array:
     """The number of decimal digits, at least 1."""
     powers = jnp.asarray([10**power for power in range(1, MOST_DIGITS)], jnp.int32)
-    return 1 + (number[:, None] >= powers[None]).sum(axis=1, dtype=jnp.int32)
+    return 1 + jnp.sum(number[:, None] >= powers[None], axis=1, dtype=jnp.int32)
 
 
 def _digit(number: Array, place: Array) -> jax.Array:
