@@ -15,10 +15,15 @@ from PIL import Image
 
 from emu3_jax import Clip, Emu3Error
 from emu3_jax.data.manifest import Manifest, resize_to_area
-from emu3_jax.data.records import Record, Turn
+from emu3_jax.data.records import Part, Record, Turn
 from emu3_jax.data.sources.opening import ManifestSource
 from emu3_jax.data.sources.records import SourceRecords
 
+STORY = [
+    {"role": "user", "text": "a story"},
+    {"role": "assistant", "text": "A dog."},
+    {"role": "assistant", "image": "a.png"},
+]
 TALK = [{"role": "user", "text": "Was?"}, {"role": "assistant", "text": "Ein Hund."}]
 
 
@@ -47,6 +52,34 @@ def test_records_survive_their_bytes(name, text, codes, turns):
     else:
         assert record.codes.dtype == np.int32
         np.testing.assert_array_equal(record.codes, codes)
+
+
+pictures = hnp.arrays(np.int32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=4), elements=st.integers(0, 2**17))
+
+
+@given(st.lists(texts | pictures, min_size=1, max_size=5), st.booleans())
+def test_documents_survive_their_bytes(contents, roles):
+    def part(content, role) -> Part:
+        return Part(role, content) if isinstance(content, str) else Part(role, codes=content)
+
+    document = [part(content, "assistant" if roles else None) for content in contents]
+    if roles:
+        document.insert(0, Part("user", "question"))
+    again = Record.from_bytes(Record("name", "", document=tuple(document)).to_bytes()).document
+    assert [(one.role, one.text, one.codes is None) for one in again] == [
+        (one.role, one.text, one.codes is None) for one in document
+    ]
+    for one, other in zip(again, document, strict=True):
+        if other.codes is not None:
+            assert one.codes.dtype == np.int32
+            np.testing.assert_array_equal(one.codes, other.codes)
+
+
+def test_damaged_documents():
+    whole = Record("n", "", document=(Part(None, codes=np.zeros((2, 2), np.int32)),)).to_bytes()
+    for data in (whole[:-1], whole + b"0", whole.replace(b"[2, 2]", b"[2, 2, 1]"), whole.replace(b"null", b'"user"')):
+        with pytest.raises(Emu3Error, match=r"the record is damaged|from user to user"):
+            Record.from_bytes(data)
 
 
 def test_a_code_takes_two_bytes_where_it_fits():
@@ -106,6 +139,17 @@ def test_entries(manifest, tmp_path):
         ({"conversation": TALK[::-1]}, "turn 0 has role 'assistant': it must be 'user'"),
         ({"conversation": [{"role": "user"}]}, "turn 0 is"),
         ({"conversation": [{"role": "user", "text": 1}]}, "conversation turn 0 is 1"),
+        ({"document": []}, "document is []: it must be a list of"),
+        ({"document": STORY, "text": "A"}, "has both document and text"),
+        ({"document": [{"text": "A", "image": "a.png"}]}, "document part 0 is"),
+        ({"document": [{"text": "A", "colour": 1}]}, "document part 0 is"),
+        ({"document": ["A"]}, "document part 0 is 'A'"),
+        ({"document": [{"text": ""}]}, "document part 0 is an empty text"),
+        ({"document": [{"text": "A"}, {"image": " "}]}, "document part 1 is ' ', an empty path"),
+        ({"document": STORY[:1]}, "the document goes from user to user"),
+        ({"document": STORY[1:]}, "the document goes from assistant to assistant"),
+        ({"document": [*STORY, {"text": "B"}]}, "document part 3 has role None"),
+        ({"document": [{"text": "A"}] * 10_001}, "the document has 10,001 parts"),
     ],
 )
 def test_bad_lines_are_named(tmp_path, line, reason):
@@ -151,6 +195,27 @@ def test_manifests_that_are_none(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n\n")
     with pytest.raises(Emu3Error, match="has no lines"):
         Manifest(tmp_path / "empty.jsonl")
+
+
+def test_documents_of_a_manifest(manifest, tmp_path, golden_model):
+    Image.open(GOLDEN / "palette.png").convert("RGB").save(tmp_path / "a.png")
+    lines = manifest(
+        {"document": STORY, "name": "dog"}, {"document": [{"image": "a.png", "role": None}, {"text": "B"}]}
+    )
+    assert [(part.role, part.text, part.image) for part in lines[0].document] == [
+        ("user", "a story", None), ("assistant", "A dog.", None), ("assistant", "", tmp_path / "a.png"),
+    ]  # fmt: skip
+    records = SourceRecords(ManifestSource(lines), golden_model, area=None)
+    first, second = records[0], records[1]
+    assert (first.name, second.name) == ("dog", "line 2")
+    assert [part.role for part in second.document] == [None, None]
+    (codes,) = golden_model.tokenize([tmp_path / "a.png"])
+    for part in (first.document[2], second.document[0]):
+        np.testing.assert_array_equal(part.codes, codes)
+    assert len({records.identity(0), records.identity(1)}) == 2
+    missing = SourceRecords(ManifestSource(manifest({"document": [{"image": "b.png"}]})), golden_model, area=None)
+    with pytest.raises(Emu3Error, match=r"m.jsonl line 1: .*b.png does not exist"):
+        missing.check(0)
 
 
 @pytest.mark.parametrize("size", [(150, 100), (61, 187), (7, 9)])

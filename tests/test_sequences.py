@@ -9,9 +9,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emu3_jax import Emu3Error, SpecialTokens
-from emu3_jax.data.records import Record, Turn
-from emu3_jax.data.sequences import ImageToText, NextFrame, TextOnly, TextToImage, TokenSequence, padded_row
-from emu3_jax.text.prompts import CHAT, STAGE1, PromptTemplates, clip_ids, generation_prompt, understanding_prompt
+from emu3_jax.data.records import Part, Record, Turn
+from emu3_jax.data.sequences import (
+    ImageToText,
+    Interleaved,
+    NextFrame,
+    TextOnly,
+    TextToImage,
+    TokenSequence,
+    padded_row,
+)
+from emu3_jax.text.prompts import (
+    CHAT,
+    STAGE1,
+    PromptTemplates,
+    clip_ids,
+    generation_prompt,
+    image_ids,
+    next_turn_prompt,
+    understanding_prompt,
+)
 from emu3_jax.text.tokenizer import Tokenizer
 
 SPECIAL = SpecialTokens()
@@ -200,3 +217,67 @@ def test_records_of_another_kind(tokenizer, task, record, reason):
 def test_bad_settings(make, reason):
     with pytest.raises(Emu3Error, match=reason):
         make()
+
+
+CODES = [np.full((2, 2), code, np.int32) for code in range(3)]
+STORY = (
+    Part("user", codes=CODES[0]), Part("user", "a dog"), Part("user", "that barks"),
+    Part("assistant", "A dog."), Part("assistant", codes=CODES[1]), Part("assistant", "It barks."),
+    Part("user", "again"), Part("assistant", codes=CODES[2]),
+)  # fmt: skip
+
+
+def test_documents_begin_as_interleave_does(tokenizer):
+    media = [image_ids(tokenizer, SPECIAL, codes) for codes in CODES]
+    text = [tokenizer.encode(text) for text in ("A dog.", "It barks.")]
+    prompts = (
+        understanding_prompt(tokenizer, SPECIAL, CHAT, "a dog\nthat barks", [CODES[0]]),
+        next_turn_prompt(tokenizer, SPECIAL, CHAT, "again"),
+    )
+    answers = ([*text[0], *media[1], *text[1], SPECIAL.eos], [*media[2], SPECIAL.eos])
+    record = Record("story", "", document=STORY)
+    sequence = Interleaved().sequence(record, tokenizer, CHAT)
+    assert sequence.tokens.tolist() == [*prompts[0], *answers[0], *prompts[1], *answers[1]]
+    assert targets(sequence) == [*answers[0], *answers[1]]
+    visual = [SPECIAL.visual_start + 1] * 4 + [SPECIAL.visual_start + 2] * 4
+    assert targets(Interleaved(loss="vision").sequence(record, tokenizer, CHAT)) == visual
+    written = [token for token in targets(sequence) if token < SPECIAL.visual_start]
+    assert targets(Interleaved(loss="text").sequence(record, tokenizer, CHAT)) == written
+    assert Interleaved(loss="all").sequence(record, tokenizer, CHAT).loss_mask.all()
+    for loss in ("answers", "vision", "all"):
+        dropped = Interleaved(loss=loss).sequence(record, tokenizer, CHAT, drop_prompt=True)
+        empty = understanding_prompt(tokenizer, SPECIAL, CHAT, "", [CODES[0]])
+        again = next_turn_prompt(tokenizer, SPECIAL, CHAT, "")
+        assert dropped.tokens.tolist() == [*empty, *media[1], SPECIAL.eos, *again, *media[2], SPECIAL.eos]
+        assert targets(dropped) == visual
+
+
+def test_documents_without_roles(tokenizer):
+    record = Record("page", "", document=(Part(None, "A dog."), Part(None, codes=CODES[1]), Part(None, "It barks.")))
+    media = image_ids(tokenizer, SPECIAL, CODES[1])
+    sequence = Interleaved().sequence(record, tokenizer, CHAT)
+    written = [*tokenizer.encode("A dog."), *media, *tokenizer.encode("It barks."), SPECIAL.eos]
+    assert sequence.tokens.tolist() == [SPECIAL.bos, *written] and targets(sequence) == written
+    dropped = Interleaved().sequence(record, tokenizer, CHAT, drop_prompt=True)
+    assert dropped.tokens.tolist() == [SPECIAL.bos, *media, SPECIAL.eos]
+
+
+@pytest.mark.parametrize(
+    ("task", "record", "reason"),
+    [
+        (TextToImage(), Record("a", "", document=STORY), "is a document, but text to image needs a picture"),
+        (ImageToText(), Record("a", "", document=STORY), "is a document: train on it with Interleaved"),
+        (TextOnly(), Record("a", "", document=STORY), "has no text"),
+        (Interleaved(), Record("a", "text"), "is no document"),
+    ],
+)
+def test_documents_need_their_own_task(tokenizer, task, record, reason):
+    with pytest.raises(Emu3Error, match=reason):
+        task.sequence(record, tokenizer, CHAT)
+
+
+def test_losses_of_documents():
+    with pytest.raises(Emu3Error, match="loss is 'picture': it must be one of answers, vision, text, all"):
+        Interleaved(loss="picture")
+    with pytest.raises(Emu3Error, match="loss is 'answers': it must be one of vision, text, all"):
+        TextToImage(loss="answers")

@@ -1,9 +1,10 @@
 """Reads the JSONL manifest, the native input of `prepare`. Each line is an object with these fields:
 
     {"image": PATH or "clip": PATH, "text": ..., "conversation": [{"role": ..., "text": ...}, ...], "name": ...}
+    {"document": [{"text": ...} or {"image": PATH}, ...], "name": ...}
 
-Paths are relative to the manifest. A line without image and clip is plain text. Every line needs text or conversation.
-A field with value null counts as absent.
+Paths are relative to the manifest. A line without image and clip is plain text. Every line needs text, conversation or
+document. The parts of a document may have roles, see `records.check_roles`. A field with value null counts as absent.
 """
 
 import array
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from emu3_jax.data.records import Turn, check_conversation, check_text
+from emu3_jax.data.records import Turn, check_conversation, check_roles, check_text
 from emu3_jax.errors import Emu3Error
 from emu3_jax.foreign import limit, local_path, parse_json, plain_file, reading
 from emu3_jax.media.clips import Clip
@@ -24,18 +25,30 @@ from emu3_jax.printable import shown
 
 MAX_LINE = 16 << 20  # bytes of a line; a whole book has a few million
 _MAX_AREA = 1 << 26  # pixels; such a picture takes 200 MB in each thread
-_FIELDS = ("image", "clip", "text", "conversation", "name")
+_FIELDS = ("image", "clip", "text", "conversation", "document", "name")
+_PART_FIELDS = ("role", "text", "image")
+_MOST_PARTS = 10_000  # of a document; each picture of it takes dozens of positions at least
+
+
+@dataclasses.dataclass(frozen=True)
+class EntryPart:
+    """A part of a document: a text, or with `image` a picture. `role` is None in a document without roles."""
+
+    role: str | None
+    text: str
+    image: Path | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A checked line of a manifest. At most one of `image` and `clip` is set."""
+    """A checked line of a manifest. At most one of `image`, `clip` and `document` is set."""
 
     name: str
     text: str
     image: Path | None
     clip: Path | None
     conversation: tuple[Turn, ...]
+    document: tuple[EntryPart, ...]
 
 
 class Manifest:
@@ -100,22 +113,54 @@ class Manifest:
                 f"unknown field {shown(unknown[0])}: legal fields are {', '.join(_FIELDS)}; rename or remove it"
             )
         data = {field: value for field, value in data.items() if value is not None}
+        if "document" in data:
+            return self._document(data, number)
         if "image" in data and "clip" in data:
             raise Emu3Error("has both image and clip: split it into two lines")
         paths = {field: check_text(field, data[field]) for field in ("image", "clip") if field in data}
-        for field, path in paths.items():
-            if not path.strip():
-                raise Emu3Error(f"{field} is {shown(path)}, an empty path: name a file, or leave {field} out")
-            local_path(path)
+        files = {field: self._file(field, path) for field, path in paths.items()}
         conversation = check_conversation(data["conversation"]) if "conversation" in data else ()
         text = check_text("text", data.get("text", ""))
         if not text and not conversation and "text" not in data:
-            raise Emu3Error("has neither text nor conversation: add one")
+            raise Emu3Error("has neither text nor conversation nor document: add one")
         if not text and not paths and not conversation:
             raise Emu3Error("has neither image nor clip, and its text is empty: remove the line")
         name = check_text("name", data.get("name", next(iter(paths.values()), f"line {number}")))
-        files = {field: local_path(self.path.parent / path) for field, path in paths.items()}
-        return Entry(name, text, files.get("image"), files.get("clip"), conversation)
+        return Entry(name, text, files.get("image"), files.get("clip"), conversation, ())
+
+    def _document(self, data: dict[str, Any], number: int) -> Entry:
+        others = sorted(set(data) - {"document", "name"})
+        if others:
+            raise Emu3Error(f"has both document and {others[0]}: put all texts and pictures into the document")
+        legal = 'a list of {"text": ...} and {"image": ...}, each with a "role" or all without'
+        values = data["document"]
+        if not isinstance(values, list) or not values:
+            raise Emu3Error(f"document is {shown(values)}: it must be {legal}")
+        if len(values) > _MOST_PARTS:
+            raise Emu3Error(f"the document has {len(values):,} parts, the limit is {_MOST_PARTS:,}: divide it")
+        parts = []
+        for place, value in enumerate(values):
+            if isinstance(value, dict):
+                value = {field: entry for field, entry in value.items() if entry is not None}
+            if not isinstance(value, dict) or set(value) - set(_PART_FIELDS) or ("text" in value) == ("image" in value):
+                raise Emu3Error(f"document part {place} is {shown(value)}: the document must be {legal}")
+            text = check_text(f"document part {place}", value.get("text", ""))
+            if "text" in value and not text:
+                raise Emu3Error(f"document part {place} is an empty text: remove the part")
+            image = None
+            if "image" in value:
+                image = self._file(f"document part {place}", check_text(f"document part {place}", value["image"]))
+            parts.append(EntryPart(value.get("role"), text, image))
+        check_roles([part.role for part in parts])
+        name = check_text("name", data.get("name", f"line {number}"))
+        return Entry(name, "", None, None, (), tuple(parts))
+
+    def _file(self, field: str, path: str) -> Path:
+        """The file that `field` names."""
+        if not path.strip():
+            raise Emu3Error(f"{field} is {shown(path)}, an empty path: name a file, or leave {field} out")
+        local_path(path)
+        return local_path(self.path.parent / path)
 
 
 def check_area(area: int | None) -> None:

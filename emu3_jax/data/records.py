@@ -1,4 +1,4 @@
-"""Prepared records: the codes of a picture or clip with its texts, and their form as bytes in a shard.
+"""Prepared records: the codes of pictures or a clip with their texts, and their form as bytes in a shard.
 
 Records hold codes because encoding is expensive. They hold plain text instead of token ids, for two reasons. Byte pairs
 can merge across the boundary between a text and the template around it, so ids of the text alone would be wrong. And
@@ -7,6 +7,7 @@ templates, prompt dropout and loss can still be chosen for each training run.
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,31 +32,58 @@ class Turn:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+    """A part of a document: a text, or a picture.
+
+    Attributes:
+        role: "user" or "assistant", or None in a document without roles.
+        text: the text; empty for a picture.
+        codes: int32 [h, w] for a picture, None for a text.
+    """
+
+    role: str | None
+    text: str = ""
+    codes: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Record:
     """A training example before a template is applied.
 
     Attributes:
         name: name of the record in error messages.
-        text: caption or document; may be empty if there is a conversation.
-        codes: int32 [h, w] for a picture, [t, h, w] for a clip, None for plain text.
+        text: caption or plain text; may be empty if there is a conversation or document.
+        codes: int32 [h, w] for a picture, [t, h, w] for a clip, None for plain text and documents.
         conversation: alternating turns of user and assistant; may be empty.
+        document: texts and pictures in order; may be empty. See `check_roles`.
     """
 
     name: str
     text: str
     codes: np.ndarray | None = None
     conversation: tuple[Turn, ...] = ()
+    document: tuple[Part, ...] = ()
 
     def to_bytes(self) -> bytes:
-        """Serialises the record: a line of JSON, then the codes as little-endian words of 2 bytes, or 4 if needed."""
+        """Serialises the record: a line of JSON, then all codes as little-endian words of 2 bytes, or 4 if needed."""
         header: dict[str, Any] = {"name": self.name, "text": self.text}
+        body = b""
+
+        def stored(codes: np.ndarray) -> dict[str, Any]:
+            nonlocal body
+            words = codes.astype("<u2" if codes.max() < 2**16 else "<u4")
+            body += words.tobytes()
+            return {"dtype": words.dtype.str, "shape": list(words.shape)}
+
         if self.conversation:
             header["conversation"] = [dataclasses.asdict(turn) for turn in self.conversation]
-        body = b""
         if self.codes is not None:
-            words = self.codes.astype("<u2" if self.codes.max() < 2**16 else "<u4")
-            header["codes"] = {"dtype": words.dtype.str, "shape": list(words.shape)}
-            body = words.tobytes()
+            header["codes"] = stored(self.codes)
+        if self.document:
+            header["document"] = [
+                {"role": part.role} | ({"text": part.text} if part.codes is None else {"codes": stored(part.codes)})
+                for part in self.document
+            ]
         return json.dumps(header, ensure_ascii=False).encode() + b"\n" + body
 
     @classmethod
@@ -65,25 +93,46 @@ class Record:
             limit("the record", "bytes", len(data), _MAX_BYTES)
             line, _, body = data.partition(b"\n")
             header = json.loads(line)
-            codes = header.get("codes")
-            if codes is not None:
-                codes = _codes(body, codes["dtype"], codes["shape"])
+            stored = _Body(body)
             turns = tuple(
                 Turn(check_text("role", turn["role"]), check_text("text", turn["text"]))
                 for turn in header.get("conversation", ())
             )
-            return cls(check_text("name", header["name"]), check_text("text", header["text"]), codes, turns)
+            codes = stored.codes(header["codes"], (2, 3)) if "codes" in header else None
+            document = tuple(
+                Part(part["role"], codes=stored.codes(part["codes"], (2,)))
+                if "codes" in part
+                else Part(part["role"], check_text("text", part["text"]))
+                for part in header.get("document", ())
+            )
+            stored.end()
+            check_roles([part.role for part in document])
+            return cls(check_text("name", header["name"]), check_text("text", header["text"]), codes, turns, document)
 
 
-def _codes(body: bytes, dtype: Any, shape: Any) -> np.ndarray:
-    """Decodes the bytes after a record's header to int32 [h, w] or [t, h, w]."""
-    sides = isinstance(shape, list) and len(shape) in (2, 3) and all(is_whole(side, 1) for side in shape)
-    if dtype not in ("<u2", "<u4") or not sides:
-        raise Emu3Error(f"the record is damaged (codes of type {shown(dtype)}, shape {shown(shape)}); {_AGAIN}")
-    codes = np.frombuffer(body, dtype).reshape(shape)
-    if codes.max() >= 2**31:
-        raise Emu3Error(f"the record is damaged (a code is {codes.max()}); {_AGAIN}")
-    return codes.astype(np.int32)
+class _Body:
+    """The bytes after a record's header. They are read from the start to the end."""
+
+    def __init__(self, data: bytes):
+        self._data, self._place = data, 0
+
+    def codes(self, header: Any, axes: Sequence[int]) -> np.ndarray:
+        """Reads the next codes, int32. Their header names their type and shape, which may have so many axes."""
+        dtype, shape = header["dtype"], header["shape"]
+        sides = isinstance(shape, list) and len(shape) in axes and all(is_whole(side, 1) for side in shape)
+        if dtype not in ("<u2", "<u4") or not sides:
+            raise Emu3Error(f"the record is damaged (codes of type {shown(dtype)}, shape {shown(shape)}); {_AGAIN}")
+        count = math.prod(shape)
+        codes = np.frombuffer(self._data, dtype, count, self._place).reshape(shape)
+        if codes.max() >= 2**31:
+            raise Emu3Error(f"the record is damaged (a code is {codes.max()}); {_AGAIN}")
+        self._place += codes.nbytes
+        return codes.astype(np.int32)
+
+    def end(self) -> None:
+        """Raises an `Emu3Error` if bytes are left."""
+        if self._place != len(self._data):
+            raise Emu3Error(f"the record is damaged ({len(self._data) - self._place} bytes too many); {_AGAIN}")
 
 
 def check_text(field: str, value: Any) -> str:
@@ -95,6 +144,21 @@ def check_text(field: str, value: Any) -> str:
     except UnicodeEncodeError as error:
         raise Emu3Error(f"{field} has an unpaired surrogate at character {error.start}: write valid Unicode") from error
     return value
+
+
+def check_roles(roles: Sequence[Any]) -> None:
+    """Raises an `Emu3Error` unless a document's parts may have these roles.
+
+    Either no part has a role; or the user begins, both take turns of one part or more, and the assistant ends.
+    """
+    legal = '"user" and "assistant" in turns, beginning with the user and ending with the assistant; or none'
+    if all(role is None for role in roles):
+        return
+    for number, role in enumerate(roles):
+        if role not in ROLES:
+            raise Emu3Error(f"document part {number} has role {shown(role)}: the roles must be {legal}")
+    if roles[0] != "user" or roles[-1] != "assistant":
+        raise Emu3Error(f"the document goes from {roles[0]} to {roles[-1]}: the roles must be {legal}")
 
 
 def check_conversation(value: Any) -> tuple[Turn, ...]:

@@ -6,9 +6,11 @@ tokens. The loss of a task selects the targets:
     "vision"  visual tokens, without the EOL, EOF and EOI between them, as in the reference
     "text"    captions, documents with their EOS, and in conversations the answers with their EOS
     "all"     every token
+    "answers" of documents: all that the model writes by itself, texts and pictures, with EOS
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import ClassVar, Protocol
 
@@ -21,6 +23,7 @@ from emu3_jax.text.prompts import PromptTemplates, clip_ids, image_ids, next_tur
 from emu3_jax.text.tokenizer import Tokenizer
 
 LOSSES = ("vision", "text", "all")
+DOCUMENT_LOSSES = ("answers", *LOSSES)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -126,6 +129,8 @@ class ImageToText:
     def sequence(
         self, record: Record, tokenizer: Tokenizer, templates: PromptTemplates, drop_prompt: bool = False
     ) -> TokenSequence:
+        if record.document:
+            raise Emu3Error("is a document: train on it with Interleaved")
         special = tokenizer.special
         turns = record.conversation or (Turn("user", self.question), Turn("assistant", record.text))
         pieces = []
@@ -159,7 +164,62 @@ class TextOnly:
         return _assemble(pieces, special, self.loss)
 
 
-TASKS = (TextToImage, NextFrame, ImageToText, TextOnly)
+@dataclasses.dataclass(frozen=True)
+class Interleaved:
+    """Documents of texts and pictures in any order, each ended by EOS. `Emu3.interleave` continues them.
+
+    In a document with roles, the parts of each user's turn fill the model's chat template, as in `Emu3.interleave`:
+    pictures first, then the texts, joined by line breaks. What the assistant writes follows in its order, then EOS. A
+    document without roles is BOS, its parts, EOS. The losses "text" and "vision" select from what the assistant writes;
+    in a document without roles that is everything after BOS.
+
+    Attributes:
+        loss: one of `DOCUMENT_LOSSES`.
+        prompt_dropout: share of sequences without any text, for guidance of visual tokens: the unconditional prompt of
+            `Emu3.interleave` has the pictures alone. Such a sequence has visual targets only. Without effect if the
+            loss selects no visual tokens.
+    """
+
+    loss: str = "answers"
+    prompt_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_loss(self.loss, DOCUMENT_LOSSES)
+        _check_dropout(self.prompt_dropout)
+
+    def sequence(
+        self, record: Record, tokenizer: Tokenizer, templates: PromptTemplates, drop_prompt: bool = False
+    ) -> TokenSequence:
+        if not record.document:
+            raise Emu3Error("is no document: prepare such records separately, or choose another task")
+        drop = drop_prompt and self.loss != "text"
+        special = tokenizer.special
+        pieces: list[tuple[list[int], bool]] = []
+        turns = [(role, list(parts)) for role, parts in itertools.groupby(record.document, lambda part: part.role)]
+        if turns[0][0] is None:
+            pieces.append(([special.bos], False))
+        for role, parts in turns:
+            if role == "user":
+                prompt = next_turn_prompt if pieces else understanding_prompt
+                codes = [part.codes for part in parts if part.codes is not None]
+                text = "" if drop else "\n".join(part.text for part in parts if part.codes is None)
+                pieces.append((prompt(tokenizer, special, templates, text, codes), False))
+                continue
+            for part in parts:
+                if part.codes is not None:
+                    pieces.append((image_ids(tokenizer, special, part.codes), True))
+                elif not drop:
+                    pieces.append((tokenizer.encode(part.text), True))
+            pieces.append(([special.eos], True))
+        wanted = "vision" if drop else self.loss
+        whole = _assemble(pieces, special, "all" if wanted == "all" else "text")
+        if wanted in ("answers", "all"):
+            return whole
+        visual = (whole.tokens >= special.visual_start) & (whole.tokens < special.visual_end)
+        return TokenSequence(whole.tokens, whole.loss_mask & (visual if wanted == "vision" else ~visual))
+
+
+TASKS = (TextToImage, NextFrame, ImageToText, TextOnly, Interleaved)
 
 
 def padded_row(
@@ -209,14 +269,16 @@ def _assemble(pieces: Sequence[tuple[list[int], bool]], special: SpecialTokens, 
 
 def _codes(record: Record, axes: int, needed: str) -> np.ndarray:
     if record.codes is None or record.codes.ndim != axes:
-        kind = "plain text" if record.codes is None else {2: "a picture", 3: "a clip"}[record.codes.ndim]
+        kind = "a document" if record.document else "plain text"
+        if record.codes is not None:
+            kind = {2: "a picture", 3: "a clip"}[record.codes.ndim]
         raise Emu3Error(f"is {kind}, but {needed}: prepare such records separately, or choose another task")
     return record.codes
 
 
-def _check_loss(loss: str) -> None:
-    if loss not in LOSSES:
-        raise Emu3Error(f"loss is {loss!r}: it must be one of {', '.join(LOSSES)}")
+def _check_loss(loss: str, legal: Sequence[str] = LOSSES) -> None:
+    if loss not in legal:
+        raise Emu3Error(f"loss is {loss!r}: it must be one of {', '.join(legal)}")
 
 
 def _check_dropout(share: float) -> None:

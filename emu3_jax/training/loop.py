@@ -22,7 +22,7 @@ from emu3_jax.config import FREE_FIELDS, DecoderConfig, other_field
 from emu3_jax.data.config import Source
 from emu3_jax.data.encoder import bundle_codebook
 from emu3_jax.data.pipeline import evaluation_batches, open_prepared, training_batches
-from emu3_jax.data.sequences import ImageToText, NextFrame, TextOnly, TextToImage
+from emu3_jax.data.sequences import ImageToText, Interleaved, NextFrame, TextOnly, TextToImage
 from emu3_jax.errors import Emu3Error
 from emu3_jax.files import new_file, require_outside
 from emu3_jax.generation.codec import Vision
@@ -233,6 +233,8 @@ class _DecoderJob:
                 return f"emu3-jax video {self._prompt(source)} {options} -o out/clips"
             case TextToImage():
                 return f"emu3-jax generate {self._prompt(source)} {options} -o out/pictures"
+            case Interleaved():
+                return f"emu3-jax interleave {self._prompt(source)} {options} -o out/documents"
         if self.product == "adapter":
             return f"emu3-jax merge {bundle} --adapter {written} -o out/merged"
         return f"emu3-jax doctor {written}"
@@ -244,7 +246,8 @@ class _DecoderJob:
             text = samples.prompts[0]
         else:
             with contextlib.suppress(Emu3Error):  # the run is over: a damaged record must not make it fail now
-                text = open_prepared(source, self._tokenizer, self._codebook)[0].text
+                record = open_prepared(source, self._tokenizer, self._codebook)[0]
+                text = next((part.text for part in record.document if part.text), record.text)
         short = 0 < len(text) <= _EXAMPLE and text.isprintable() and not text.startswith("-")
         return shlex.quote(text) if short else "PROMPT"
 

@@ -35,8 +35,17 @@ class Medium(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
+class ExamplePart:
+    """A part of a document: a text, or with `medium` a picture. See `records.Part`."""
+
+    role: str | None
+    text: str
+    medium: Medium | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Example:
-    """A record before its picture is encoded.
+    """A record before its pictures are encoded.
 
     Attributes:
         where: file and line of the example; begins error messages.
@@ -44,6 +53,7 @@ class Example:
         text: the caption.
         medium: the picture or clip; None for plain text.
         conversation: turns; may be empty.
+        document: texts and pictures in order; may be empty.
     """
 
     where: str
@@ -51,14 +61,27 @@ class Example:
     text: str
     medium: Medium | None
     conversation: tuple[Turn, ...] = ()
+    document: tuple[ExamplePart, ...] = ()
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All texts."""
+        return (self.text, *(turn.text for turn in self.conversation), *(part.text for part in self.document))
+
+    @property
+    def media(self) -> tuple[Medium, ...]:
+        """All pictures and clips."""
+        media = (self.medium, *(part.medium for part in self.document))
+        return tuple(medium for medium in media if medium is not None)
 
     def identity(self) -> bytes:
-        """A hash of the picture's contents, or of the text if there is no picture.
+        """A hash of the picture's contents, or of the text if there is no picture. Of a document, a hash of all parts.
 
         All captions of one picture have the same hash, also if copies of the picture have different names.
         """
-        parts = (self.text, *(turn.text for turn in self.conversation))
-        content = self.medium.ends() if self.medium is not None else "\0".join(parts).encode()
+        content = self.medium.ends() if self.medium is not None else "\0".join(self.texts).encode()
+        if self.document:
+            content += b"".join(hashlib.sha256(medium.ends()).digest() for medium in self.media)
         return hashlib.sha256(content).digest()
 
 

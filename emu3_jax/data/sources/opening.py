@@ -8,7 +8,7 @@ from pathlib import Path
 from emu3_jax.data.manifest import MAX_LINE, Manifest
 from emu3_jax.data.sources.captions import NAMES, TABLES
 from emu3_jax.data.sources.conversations import Conversations
-from emu3_jax.data.sources.examples import Example, MediaFile, Source, picture_suffixes
+from emu3_jax.data.sources.examples import Example, ExamplePart, MediaFile, Source, picture_suffixes
 from emu3_jax.data.sources.folder import Folder
 from emu3_jax.data.sources.tables import FILE_COLUMNS, Columns
 from emu3_jax.data.sources.tars import Tars
@@ -145,4 +145,8 @@ class ManifestSource:
         file = entry.image or entry.clip
         medium = None if file is None else MediaFile(file, clip=entry.clip is not None)
         where = f"{self._manifest.path} line {self._manifest.line(index)}"
-        return Example(where, entry.name, entry.text, medium, entry.conversation)
+        document = tuple(
+            ExamplePart(part.role, part.text, None if part.image is None else MediaFile(part.image))
+            for part in entry.document
+        )
+        return Example(where, entry.name, entry.text, medium, entry.conversation, document)

@@ -8,7 +8,7 @@ import numpy as np
 
 from emu3_jax.config import AreaConfig
 from emu3_jax.data.manifest import check_area, resize_to_area
-from emu3_jax.data.records import Record
+from emu3_jax.data.records import Part, Record
 from emu3_jax.data.sources.examples import Example, Medium, Source, where_once
 from emu3_jax.data.sources.recent import Recent
 from emu3_jax.errors import Emu3Error
@@ -55,24 +55,28 @@ class SourceRecords:
         """Makes record `index`. Raises an `Emu3Error` that names the example if that fails."""
         example = self._example(index)
         try:
-            codes = None if example.medium is None else self._codes[example.medium]
+            codes = self._codes_of(example.medium)
+            document = tuple(Part(part.role, part.text, self._codes_of(part.medium)) for part in example.document)
         except Emu3Error as error:
             raise Emu3Error(where_once(example.where, error)) from error
-        return Record(example.name, example.text, codes, example.conversation)
+        return Record(example.name, example.text, codes, example.conversation, document)
 
     def _example(self, index: int) -> Example:
         example = self._source[index]
         try:
-            if example.medium is not None:
-                example.medium.check()
+            for medium in example.media:
+                medium.check()
             if self._tokenizer is not None:
-                for text in (example.text, *(turn.text for turn in example.conversation)):
+                for text in example.texts:
                     self._tokenizer.encode(text)
         except SpecialTokenError as error:
             raise Emu3Error(f"{example.where}: the text contains the special token {error.token}: remove it") from error
         except Emu3Error as error:
             raise Emu3Error(where_once(example.where, error)) from error
         return example
+
+    def _codes_of(self, medium: Medium | None) -> np.ndarray | None:
+        return None if medium is None else self._codes[medium]
 
     def _encode(self, medium: Medium) -> np.ndarray:
         """Encodes a picture or clip to codes."""
