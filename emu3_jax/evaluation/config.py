@@ -11,7 +11,7 @@ from emu3_jax.generation.zipar import check_zipar, is_zipar
 from emu3_jax.models.quantization import KINDS
 
 _MAX_BATCH = 2**12  # the last batch is padded to full size, so a huge batch would waste memory
-FIGURES = ("reconstruction", "text_to_image", "image_to_text", "procedural", "motion")
+FIGURES = ("reconstruction", "text_to_image", "image_to_text", "procedural", "motion", "stories")
 # Groups of emoji whose labels describe what the picture shows. The embedded model was trained on these.
 GROUPS = (
     "smileys & emotion", "animals & nature", "food & drink", "travel & places", "activities", "objects",
@@ -69,7 +69,8 @@ class EvaluateConfig:
         adapter: directory of a LoRA adapter to merge into the model, or None.
         quantize: quantisation of the decoder's weights and KV cache, as in `emu3_jax.load`, or None.
         data: directory with items.jsonl, written by scripts/build_emoji.py.
-        figures: names of the figures to measure, from `FIGURES`.
+        figures: names of the figures to measure, from `FIGURES`. "stories" needs no data, and a model that was trained
+            on configs/stories.py.
         groups: groups of emoji to generate, describe and judge. The figure "reconstruction" uses all groups.
         cases: largest number of cases per figure, chosen by `seed`, or None for all.
         codebook_cases: largest number of pictures, and of clips, over which codebook use is counted, or None for all.
@@ -94,7 +95,7 @@ class EvaluateConfig:
     adapter: str | None = None
     quantize: str | None = None
     data: str = "out/emoji"
-    figures: tuple[str, ...] = FIGURES
+    figures: tuple[str, ...] = FIGURES[:-1]
     groups: tuple[str, ...] = GROUPS
     cases: int | None = None
     codebook_cases: int | None = None
@@ -148,6 +149,11 @@ class EvaluateConfig:
         check_zipar(self.zipar, self.parallel)
         check_field(self, "rows", is_whole(self.rows, 0), "a whole number >= 0")
         check_field(self, "judge", isinstance(self.judge, JudgeConfig), "a JudgeConfig")
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether a figure needs `data`."""
+        return any(figure != "stories" for figure in self.figures)
 
     @property
     def sampling(self) -> dict[str, Any]:

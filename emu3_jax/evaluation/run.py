@@ -7,7 +7,7 @@ from typing import Any
 
 from emu3_jax import storage
 from emu3_jax.errors import Emu3Error
-from emu3_jax.evaluation import control, image_to_text, motion, reconstruction, text_to_image
+from emu3_jax.evaluation import control, image_to_text, motion, reconstruction, stories, text_to_image
 from emu3_jax.evaluation.config import EvaluateConfig
 from emu3_jax.evaluation.items import Data
 from emu3_jax.evaluation.page import render
@@ -55,6 +55,7 @@ def evaluate(
         "image_to_text": lambda: image_to_text.measure(model, data, config, **options),
         "procedural": lambda: control.measure(model, data, config, reconstruct, **options),
         "motion": lambda: motion.measure(model, data, config, reconstruct, **options),
+        "stories": lambda: stories.measure(model, config, progress=progress),
     }.items():
         if name not in config.figures:
             skipped[name] = "not in the config's figures"

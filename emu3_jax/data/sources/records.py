@@ -15,7 +15,8 @@ from emu3_jax.errors import Emu3Error
 from emu3_jax.generation.pipeline import Emu3
 from emu3_jax.text.tokenizer import SpecialTokenError, Tokenizer
 
-_RECENT = 64  # pictures whose codes stay in memory; more than the usual number of threads
+_RECENT = 64  # pictures whose codes stay in memory in any case; more than the usual number of threads
+_ROOM = 64 << 20  # bytes of codes that stay in memory: many documents may share a few thousand small pictures
 _ENCODING = 2  # one picture on the device and one in transfer; more would need memory without being faster
 
 
@@ -36,7 +37,8 @@ class SourceRecords:
         check_area(area)
         self._source, self._model, self._area, self._tokenizer = source, model, area, tokenizer
         self._device = threading.Semaphore(_ENCODING)
-        self._codes = Recent(self._encode, _RECENT)  # examples near each other often share a picture
+        # Examples near each other often share a picture.
+        self._codes = Recent(self._encode, _RECENT, _ROOM, lambda codes: codes.nbytes)
         settings = f"{source.digest} {area} {model.vision.config} {model.vision.image}"
         self.digest = hashlib.sha256(settings.encode()).hexdigest()
 
