@@ -11,7 +11,8 @@ from emu3_jax.generation.zipar import check_zipar, is_zipar
 from emu3_jax.models.quantization import KINDS
 
 _MAX_BATCH = 2**12  # the last batch is padded to full size, so a huge batch would waste memory
-FIGURES = ("reconstruction", "text_to_image", "image_to_text", "procedural", "motion", "stories")
+FIGURES = ("reconstruction", "text_to_image", "image_to_text", "procedural", "motion")
+FURTHER_FIGURES = ("stories",)  # need no data, but a model that was trained for them
 # Groups of emoji whose labels describe what the picture shows. The embedded model was trained on these.
 GROUPS = (
     "smileys & emotion", "animals & nature", "food & drink", "travel & places", "activities", "objects",
@@ -69,8 +70,7 @@ class EvaluateConfig:
         adapter: directory of a LoRA adapter to merge into the model, or None.
         quantize: quantisation of the decoder's weights and KV cache, as in `emu3_jax.load`, or None.
         data: directory with items.jsonl, written by scripts/build_emoji.py.
-        figures: names of the figures to measure, from `FIGURES`. "stories" needs no data, and a model that was trained
-            on configs/stories.py.
+        figures: names of the figures to measure, from `FIGURES` and `FURTHER_FIGURES`.
         groups: groups of emoji to generate, describe and judge. The figure "reconstruction" uses all groups.
         cases: largest number of cases per figure, chosen by `seed`, or None for all.
         codebook_cases: largest number of pictures, and of clips, over which codebook use is counted, or None for all.
@@ -95,7 +95,7 @@ class EvaluateConfig:
     adapter: str | None = None
     quantize: str | None = None
     data: str = "out/emoji"
-    figures: tuple[str, ...] = FIGURES[:-1]
+    figures: tuple[str, ...] = FIGURES
     groups: tuple[str, ...] = GROUPS
     cases: int | None = None
     codebook_cases: int | None = None
@@ -126,8 +126,9 @@ class EvaluateConfig:
         check_field(self, "quantize", self.quantize in kinds, f"None or one of {', '.join(KINDS)}")
         check_path(self, "data", "a directory")
         check_field(self, "data", self.data, "a directory")
-        ok = isinstance(self.figures, tuple) and self.figures and all(figure in FIGURES for figure in self.figures)
-        check_field(self, "figures", ok, f"a tuple of {', '.join(FIGURES)}")
+        known = (*FIGURES, *FURTHER_FIGURES)
+        ok = isinstance(self.figures, tuple) and self.figures and all(figure in known for figure in self.figures)
+        check_field(self, "figures", ok, f"a tuple of {', '.join(known)}")
         ok = isinstance(self.groups, tuple) and self.groups and all(isinstance(g, str) for g in self.groups)
         check_field(self, "groups", ok, "a tuple of at least one group's name")
         for field in ("cases", "codebook_cases"):
@@ -153,7 +154,7 @@ class EvaluateConfig:
     @property
     def needs_data(self) -> bool:
         """Whether a figure needs `data`."""
-        return any(figure != "stories" for figure in self.figures)
+        return any(figure in FIGURES for figure in self.figures)
 
     @property
     def sampling(self) -> dict[str, Any]:
