@@ -18,8 +18,11 @@ from emu3_jax.generation.grammar import (
     GrammarState,
     Picture,
     advance,
+    known,
     legal,
+    skip,
     split,
+    upcoming,
 )
 from emu3_jax.generation.schedule import SAMPLED_FREE, SAMPLED_VISUAL
 
@@ -111,6 +114,26 @@ def test_sequences_written_by_hand_are_walks(grammar, data):
         assert token in choices(answer, grammar, int(state.side[0])), (token, answer)
         state = step(state, jnp.asarray([token], jnp.int32), grammar)
     assert [piece.size for piece in split(ids, grammar) if isinstance(piece, Picture)] == [size] * len(pictures)
+
+
+@pytest.mark.parametrize("grammar", [EMU3, EMU35], ids=["emu3", "emu3.5"])
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (4, 1)])
+def test_a_picture_is_known_to_its_end(grammar, size):
+    """From IMG on, the answers of all places together are those of the walk, and `skip` leads to each place."""
+    state = jax.tree.map(jnp.asarray, GrammarState.of([size]))
+    ids = picture(*size, grammar, lambda: TOKENS.visual_start)
+    answers, start, rest = [], None, len(ids) - ids.index(TOKENS.img) - 1
+    for token in ids:
+        assert start is not None or known(state, grammar)[0] == 1
+        if start is not None:
+            assert known(state, grammar)[0] == rest - len(answers)
+            answers.append(int(legal(state, grammar)[0]))
+        state = advance(state, jnp.asarray([token]), grammar)
+        if token == TOKENS.img:
+            start = state
+    assert upcoming(start, grammar, rest).tolist() == [answers]
+    last = advance(skip(start, jnp.asarray([rest - 1])), jnp.asarray([TOKENS.eoi]), grammar)
+    assert int(last.mode[0]) == int(state.mode[0]) and int(last.mode[0]) == 0
 
 
 @pytest.mark.parametrize("run", list(golden_json("emu35/generate.json")["runs"]))

@@ -80,12 +80,24 @@ def test_golden_rows_together(model, golden):
     grammar = grammar_of(model)
     rows = [row_of(run, golden, grammar) for run in runs]
     calls = list(interleaving.stream(model.params, model.config, grammar, rows, *settings_of(runs)))
-    found, done = calls[-1]
-    calls = [[len(ids) for ids in ids_of_rows] for ids_of_rows, _ in calls]
+    found, done = calls[-1].ids, calls[-1].done
+    calls = [[len(ids) for ids in made.ids] for made in calls]
     assert done.all() and len(calls) > 2
     for run, ids in zip(runs, found, strict=True):
         np.testing.assert_array_equal(ids, golden[f"{run}/generated"], err_msg=run)
     assert calls == sorted(calls) and calls[-1] == [len(ids) for ids in found]
+
+
+def test_golden_rows_with_parallel_windows(model, golden):
+    """A story whose pictures' size the model chooses, and a picture after two given ones."""
+    runs = ["story", "edit_two_images"]
+    for run, ids in zip(runs, written(model, golden, runs, parallel=5), strict=True):
+        np.testing.assert_array_equal(ids, golden[f"{run}/generated"], err_msg=run)
+
+
+def test_two_scales_of_guidance_with_parallel_windows(model, golden):
+    (found,) = written(model, golden, ["dual"], parallel=8)
+    np.testing.assert_array_equal(found, golden["dual/generated"])
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +162,39 @@ def test_rows_are_what_they_are_alone(contexts):
     assert all(len(ids) == 40 + row or ids[-1] == tiny.CONFIG.tokens.eos for row, ids in enumerate(together))
 
 
+@pytest.mark.parametrize(
+    ("contexts", "window", "narrow_cache"), [(1, 5, False), (2, 2, False), (2, 16, False), (2, 5, True), (3, 5, False)]
+)
+def test_windows_change_nothing(contexts, window, narrow_cache):
+    """Sampled rows in all modes at once, which end at different times; some at their last step within a window."""
+    rows = tiny_rows(contexts)
+    expected = tiny_run(rows, [0, 1, 2, 3], contexts, narrow_cache=narrow_cache)
+    found = tiny_run(rows, [0, 1, 2, 3], contexts, narrow_cache=narrow_cache, parallel=window)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_windows_save_passes():
+    """Ends of lines, EOF and EOI are guesses that are always right; greedy codes that repeat are right, too."""
+    rows = [InterleavedRow([17, 1, 2], size=(4, 1), steps=60)]
+    settings = tiny.settings(1, temperature=8.0, seed=104), tiny.settings(1, temperature=0.0)
+    made = {}
+    for window in ("off", 8):
+        *_, made[window] = interleaving.stream(tiny.params(), tiny.CONFIG, TINY, rows, *settings, parallel=window)
+    np.testing.assert_array_equal(made[8].ids[0], made["off"].ids[0])
+    pieces = split(made[8].ids[0].tolist(), TINY, strict=False)
+    pictures = [piece for piece in pieces if isinstance(piece, Picture) and piece.whole]
+    assert pictures and made["off"].passes[0] == len(made["off"].ids[0])
+    # Of the ten tokens after IMG of a picture of 4*1, at most four need a pass of their own, and one more begins.
+    assert made[8].passes[0] <= made["off"].passes[0] - 5 * len(pictures)
+
+
+def test_a_window_that_is_none():
+    rows, settings = [InterleavedRow([17], steps=4)], tiny.settings(1)
+    with pytest.raises(Emu3Error, match="parallel is 1: it must be auto, off, or a whole number from 2 to 128"):
+        interleaving.run(tiny.params(), tiny.CONFIG, TINY, rows, settings, settings, parallel=1)
+
+
 @pytest.mark.parametrize("options", [{"mesh": "data=2,tensor=2"}, {"mesh": "fsdp=4"}], ids=lambda o: o["mesh"])
 def test_rows_on_a_mesh_are_equal(options):
     rows = tiny_rows(2)
@@ -158,8 +203,10 @@ def test_rows_on_a_mesh_are_equal(options):
     settings = tiny.settings(4, temperature=1.3, top_k=12, guidance=2.0)
     found = interleaving.run(params, tiny.CONFIG, TINY, rows, settings, settings, mesh=mesh)
     expected = interleaving.run(tiny.params(), tiny.CONFIG, TINY, rows, settings, settings)
-    for one, other in zip(found, expected, strict=True):
+    windows = interleaving.run(params, tiny.CONFIG, TINY, rows, settings, settings, mesh=mesh, parallel=4)
+    for one, other, wide in zip(found, expected, windows, strict=True):
         np.testing.assert_array_equal(one, other)
+        np.testing.assert_array_equal(wide, other)
 
 
 def test_what_cannot_share_a_batch_or_the_positions():

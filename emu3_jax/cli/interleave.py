@@ -63,6 +63,15 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="documents computed at once (default: %(default)s)",
     )
     command.add_argument(
+        "--parallel",
+        type=common.parallel,
+        default=defaults.PARALLEL,
+        metavar="W",
+        help="tokens that a pass of the decoder checks at once within pictures (2 to 128), or off; auto chooses on "
+        "NVIDIA GPUs from Ampere on, and is off elsewhere; in float32 the result stays the same, up to rounding "
+        "(default: %(default)s)",
+    )
+    command.add_argument(
         "--plans", action="store_true", help="also write what the model plans before an answer or a picture"
     )
     command.add_argument(
@@ -105,7 +114,8 @@ def run(options: argparse.Namespace) -> None:
     written = outputs.Outputs([*pages, tokens] if options.save_tokens else pages, no_clobber=options.no_clobber)
     model = common.load_model(options)
     settings: dict[str, typing.Any] = {"text_temperature": 0.0, "temperature": 0.0} if options.greedy else {}
-    told = ("task", "size", "guidance", "image_guidance", "max_new_tokens", "seed", "batch_size", "allow_special")
+    told = ("task", "size", "guidance", "image_guidance", "max_new_tokens", "seed", "batch_size", "parallel",
+            "allow_special")  # fmt: skip
     settings |= {name: getattr(options, name) for name in told}
     lines: dict[int, list[str]] = {row: [] for row in range(len(pages))}
     pieces: dict[int, list[dict[str, typing.Any]]] = {row: [] for row in range(len(pages))}

@@ -14,6 +14,7 @@ from emu3_jax.generation.codec import Vision, decode_picture, encode
 from emu3_jax.generation.grammar import Grammar
 from emu3_jax.generation.interleaving import InterleavedRow
 from emu3_jax.generation.language import Language
+from emu3_jax.generation.parallel import check_window
 from emu3_jax.generation.rows import Sampling
 from emu3_jax.generation.sampling import RowSettings
 from emu3_jax.media.inputs import Media
@@ -90,6 +91,8 @@ class Writing:
         batch_size: number of rows to compute at once.
         allow_special: whether control tokens in texts take effect.
         progress: see `language.Batching`.
+        parallel: number of tokens that a pass of the decoder checks per row within pictures, from 2 to 128, or "off" or
+            "auto".
     """
 
     task: str | None = None
@@ -107,6 +110,7 @@ class Writing:
     batch_size: int = defaults.BATCH_SIZE
     allow_special: bool = False
     progress: bool | None = None
+    parallel: int | str = defaults.PARALLEL
 
     def __post_init__(self) -> None:
         if self.task is not None and self.task not in TASKS:
@@ -119,6 +123,7 @@ class Writing:
         scale = self.image_guidance
         if scale is not None and not (is_number(scale) and 0 <= scale <= 1e9):
             raise Emu3Error(f"image_guidance is {shown(scale)}: it must be a number from 0 to 1e9")
+        check_window(self.parallel)
         for name in ("max_new_tokens", "batch_size"):
             value = getattr(self, name)
             if not (is_count(value) or (value is None and name == "max_new_tokens")):
@@ -165,13 +170,13 @@ def stream_documents(
             places = np.asarray(batch)
             reading = {index: _Reading(language, vision, rule, rows[index]) for index in batch}
             before, expected = bar.done, sum(rows[index].steps for index in batch)
-            for found, done in interleaving.stream(
+            for made in interleaving.stream(
                 language.params, config, rule, [rows[index] for index in batch],
                 text_settings.take(places), visual_settings.take(places), scales[places],
-                mesh=language.mesh, narrow_cache=language.narrow_cache,
+                mesh=language.mesh, narrow_cache=language.narrow_cache, parallel=writing.parallel,
             ):  # fmt: skip
-                bar.update(before + sum(map(len, found)) - bar.done)
-                for index, ids, ended in zip(batch, found, done, strict=True):
+                bar.update(before + sum(map(len, made.ids)) - bar.done)
+                for index, ids, ended in zip(batch, made.ids, made.done, strict=True):
                     if index not in reading:
                         continue
                     for piece in reading[index].read(ids, bool(ended)):

@@ -127,6 +127,27 @@ def legal(state: GrammarState, grammar: Grammar) -> jax.Array:
     return jnp.select([state.mode == mode for mode in (TEXT, SIZE, PICTURE)], modes)
 
 
+def upcoming(state: GrammarState, grammar: Grammar, count: int) -> jax.Array:
+    """What is legal for the next `count` tokens, int32 [B, count], see `legal`.
+
+    Within a picture each place is known. Elsewhere only the first column means something, and in a picture nothing
+    after its EOI does.
+    """
+    ahead = jnp.arange(count, dtype=jnp.int32)
+    return jax.vmap(lambda places: legal(state.replace(at=state.at + places), grammar), out_axes=1)(ahead)
+
+
+def known(state: GrammarState, grammar: Grammar) -> jax.Array:
+    """For how many next tokens, at least 1, `upcoming` means something: to EOI in a picture, else 1; int32 [B]."""
+    lines = state.rows * (state.columns + 1) - (not grammar.last_line_end)
+    return jnp.where(state.mode == PICTURE, lines + grammar.frame_end + 1 - state.at, 1)
+
+
+def skip(state: GrammarState, count: jax.Array) -> GrammarState:
+    """The state after `count` tokens (int32 [B]) within a picture, without its EOI. Elsewhere `count` must be 0."""
+    return state.replace(at=state.at + count)
+
+
 def advance(state: GrammarState, token: jax.Array, grammar: Grammar) -> GrammarState:
     """The state after a token (int32 [B]) that `legal` allows."""
     special = grammar.tokens

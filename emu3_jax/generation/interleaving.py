@@ -5,7 +5,11 @@ prompt lacks the text. A third one, whose prompt lacks the pictures too, guides 
 pictures are appended to all contexts, tokens of text to the conditional one alone. All contexts of all rows are rows of
 one batch, and each has its own length in the cache.
 
-B rows; N contexts per row; R = N * B computed rows, context by context; P slots of the prompts; T most new tokens.
+A pass computes W tokens of each row that is within a picture, as `parallel` describes. While no row is within one,
+passes compute one token per row.
+
+B rows; N contexts per row; R = N * B computed rows, context by context; P slots of the prompts; T most new tokens; W
+tokens of a pass.
 """
 
 import dataclasses
@@ -23,19 +27,21 @@ from jax.sharding import Mesh
 from emu3_jax.config import DecoderConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.generation import grammar as rules
-from emu3_jax.generation import sampling
+from emu3_jax.generation import parallel, sampling
+from emu3_jax.generation.defaults import MOST_PARALLEL
 from emu3_jax.generation.engine import Program, replicated
 from emu3_jax.generation.grammar import Grammar, GrammarState
+from emu3_jax.generation.parallel import check_window, choose_window
 from emu3_jax.generation.sampling import RowSettings
 from emu3_jax.generation.schedule import SAMPLED_FREE, SAMPLED_VISUAL
 from emu3_jax.generation.session import check_positions
-from emu3_jax.generation.shapes import align_right, bucket, cache_slots, fill_rows
+from emu3_jax.generation.shapes import align_right, bucket, cache_slots, fill_rows, spare_slots
 from emu3_jax.models.attention import choose_kernels
 from emu3_jax.models.cache import KVCache
 from emu3_jax.models.decoder import Decoder
-from emu3_jax.sharding.rules import use_mesh
+from emu3_jax.sharding.rules import batch_shards, use_mesh
 
-STEPS_PER_CALL = 32  # the host reads the rows after this many steps
+PASSES_PER_CALL = 32  # the host reads the rows after this many passes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +68,21 @@ class InterleavedRow:
         return [ids for ids in (self.prompt, self.unconditional, self.empty) if ids is not None]
 
 
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What rows have written.
+
+    Attributes:
+        ids: the ids of each row so far, int32.
+        done: bool [B], whether a row is done.
+        passes: int32 [B], passes of the decoder that each row took part in, with prefill.
+    """
+
+    ids: list[np.ndarray]
+    done: np.ndarray
+    passes: np.ndarray
+
+
 class Plan(flax.struct.PyTreeNode):
     """The inputs of the loop that do not change while it runs."""
 
@@ -75,8 +96,9 @@ class State(flax.struct.PyTreeNode):
     """The state that the loop carries. Each row advances on its own."""
 
     cache: KVCache
-    tokens: jax.Array  # int32 [B, T]
+    tokens: jax.Array  # int32 [B, T + 2W - 2]: the tokens so far, then guesses
     step: jax.Array  # int32 [B]: number of tokens so far
+    passes: jax.Array  # int32 [B]: passes that the row took part in, with prefill
     ended: jax.Array  # bool [B]: rows that have emitted EOS
     inside: jax.Array  # bool [B]: whether the last token belongs to a picture, from BOI to EOI
     grammar: GrammarState
@@ -94,6 +116,7 @@ class Options:
         use_top_k: whether `top_k` has an effect on any row.
         use_top_p: whether `top_p` has an effect on any row.
         narrow_cache: whether keys and values are stored as int8.
+        window: W.
     """
 
     grammar: Grammar
@@ -103,6 +126,7 @@ class Options:
     use_top_p: bool = True
     kernels: str = "xla"
     narrow_cache: bool = False
+    window: int = 1
 
 
 @functools.partial(Program, static_argnames=("config", "options", "slots", "steps"))
@@ -126,116 +150,162 @@ def prefill(
     none = jnp.zeros(count, jnp.int32)
     state = State(
         cache=cache.replace(lockstep=False),
-        tokens=jnp.full((count, steps), config.tokens.pad, jnp.int32),
+        tokens=jnp.full((count, steps + 2 * options.window - 2), config.tokens.pad, jnp.int32),
         step=none,
+        passes=none,
         ended=none > 0,
         inside=none > 0,
         grammar=jax.tree.map(jnp.asarray, grammar),
     )
-    return replicated(_take(state, logits[:, 0], plan, options))
+    return replicated(_settle(state, None, choose(logits, state, plan, options), plan, options))
 
 
 @functools.partial(Program, static_argnames=("config", "options"), donate_argnames=("state",))
 def decode(
-    params: Any, state: State, plan: Plan, steps: jax.Array, *, config: DecoderConfig, options: Options
+    params: Any, state: State, plan: Plan, passes: jax.Array, *, config: DecoderConfig, options: Options
 ) -> State:
-    """Takes up to `steps` (int32 scalar) further steps, fewer if all rows end or the cache has no room."""
+    """Takes up to `passes` (int32 scalar) passes, fewer if all rows end or the cache has no room for another pass."""
     forward: Callable = Decoder(config, kernels=options.kernels).apply
 
-    def proceed(carry: tuple[State, jax.Array]) -> jax.Array:
+    def proceed(carry: tuple[State, jax.Array], width: int) -> jax.Array:
         state, left = carry
-        return (left > 0) & _active(state, plan).any() & (state.cache.length.max() < state.cache.slots)
+        room = state.cache.length.max() + width <= state.cache.slots
+        return (left > 0) & _active(state, plan).any() & room
 
-    def take(carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
+    def take(carry: tuple[State, jax.Array], width: int) -> tuple[State, jax.Array]:
         state, left = carry
         count, cache = plan.goal.shape[0], state.cache
-        fed = jnp.take_along_axis(state.tokens, state.step[:, None] - 1, axis=1)
+        fed = parallel.window(state.tokens, state.step - 1, width)
+        if width > 1:  # what is forced is a guess that is always right
+            forced = rules.upcoming(state.grammar, options.grammar, width - 1)
+            fed = fed.at[:, 1:].set(jnp.where(forced >= 0, forced, fed[:, 1:]))
         if options.contexts > 2:
             # The context without text and pictures restarts at each picture.
             restarts = state.inside & (fed[:, 0] == config.tokens.boi)
             own = jnp.where(restarts, options.width, cache.length[2 * count :])
             cache = cache.replace(length=cache.length.at[2 * count :].set(own))
-        before, active = cache.length, _active(state, plan)
+        before, inside, step = cache.length, state.inside, state.step
         logits, cache = forward({"params": params}, jnp.tile(fed, (options.contexts, 1)), cache)
-        appended = jnp.concatenate([active, *[active & state.inside] * (options.contexts - 1)])
-        state = state.replace(cache=cache.replace(length=before + appended))
-        return _take(state, logits[:, 0], plan, options), left - 1
+        computed = choose(logits, state, plan, options)
+        state = _settle(state, fed, computed, plan, options)
+        settled = state.step - step
+        # The tokens that were fed up to the last certain one. Of text, only the first context has them.
+        appended = jnp.concatenate([settled, *[settled * inside] * (options.contexts - 1)])
+        return state.replace(cache=cache.replace(length=before + appended)), left - 1
 
-    return replicated(jax.lax.while_loop(proceed, take, (state, steps))[0])
+    def loop(carry: tuple[State, jax.Array], width: int, wanted: Callable) -> tuple[State, jax.Array]:
+        return jax.lax.while_loop(
+            lambda carry: proceed(carry, width) & wanted(carry[0]), functools.partial(take, width=width), carry
+        )
+
+    def drawing(state: State) -> jax.Array:
+        return (_active(state, plan) & (state.grammar.mode == rules.PICTURE)).any()
+
+    def both(carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
+        return loop(loop(carry, 1, lambda state: ~drawing(state)), options.window, drawing)
+
+    carry = (state, passes)
+    if options.window == 1:
+        carry = loop(carry, 1, lambda _: True)
+    else:
+        carry = jax.lax.while_loop(functools.partial(proceed, width=options.window), both, carry)
+    return replicated(carry[0])
 
 
-def _take(state: State, logits: jax.Array, plan: Plan, options: Options) -> State:
-    """The state after a step with these logits [R, V]."""
-    active = _active(state, plan)
-    token = choose(logits, state, plan, options)
-    grammar = rules.advance(state.grammar, token, options.grammar)
-    inside = (grammar.mode != rules.TEXT) | (state.grammar.mode == rules.PICTURE)
-    ends = (state.grammar.mode == rules.TEXT) & (token == options.grammar.tokens.eos)
+def _settle(state: State, fed: jax.Array | None, computed: jax.Array, plan: Plan, options: Options) -> State:
+    """The state after a pass, but for its cache.
+
+    Args:
+        state: the state before the pass.
+        fed: int32 [B, W], the last certain token and the guesses that were fed, or None for a prompt.
+        computed: int32 [B, W], the token of the step after each of them.
+        plan: inputs of the loop.
+        options: options of the programs.
+    """
+    active, grammar, width = _active(state, plan), options.grammar, computed.shape[1]
+    settled = jnp.ones_like(state.step)
+    if fed is not None and width > 1:
+        # A pass ends with a picture at the latest, because its contexts differ in what they get after it.
+        settled = jnp.minimum(parallel.count_settled(fed, computed), rules.known(state.grammar, grammar))
+    settled = jnp.where(active, jnp.minimum(settled, plan.goal - state.step), 0)
+    last = jnp.take_along_axis(computed, jnp.maximum(settled - 1, 0)[:, None], axis=1)[:, 0]
+    text = state.grammar.mode == rules.TEXT
+    new = rules.advance(rules.skip(state.grammar, jnp.maximum(settled - 1, 0)), last, grammar)
+    inside = (new.mode != rules.TEXT) | (state.grammar.mode == rules.PICTURE)
 
     def kept(new: jax.Array, old: jax.Array) -> jax.Array:
         return jnp.where(active, new, old)
 
-    written = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new[None], (at,)))
+    forced = rules.upcoming(state.grammar, grammar, 2 * width - 1)
+    guesses = parallel.next_guesses(jnp.where(computed < 0, last[:, None], computed), forced)
+    old = parallel.window(state.tokens, state.step, 2 * width - 1)
+    tokens = parallel.with_window(state.tokens, jnp.where(active[:, None], guesses, old), state.step)
     return state.replace(
-        tokens=jnp.where(active[:, None], written(state.tokens, token, state.step), state.tokens),
-        step=state.step + active,
-        ended=state.ended | (active & ends),
+        tokens=tokens,
+        step=state.step + settled,
+        passes=state.passes + active,
+        ended=state.ended | (active & text & (last == grammar.tokens.eos)),
         inside=kept(inside, state.inside),
-        grammar=jax.tree.map(kept, grammar, state.grammar),
+        grammar=jax.tree.map(kept, new, state.grammar),
     )
 
 
 def choose(logits: jax.Array, state: State, plan: Plan, options: Options) -> jax.Array:
-    """The next token of each row, int32 [B], from the logits of all contexts, float32 [R, V].
+    """The tokens of the steps from step[b] on, int32 [B, W], from the logits of all contexts, float32 [R, W, V].
 
-    Text and visual tokens are drawn among their own ids, with their own settings. So masks come before top-k and top-p.
+    Outside of pictures only the first column is chosen; what is not chosen is negative. Text and visual tokens are
+    drawn among their own ids, with their own settings. So masks come before top-k and top-p.
     """
-    special, count = options.grammar.tokens, plan.goal.shape[0]
-    answers = rules.legal(state.grammar, options.grammar)
-    contexts = logits.reshape(options.contexts, count, -1)
+    special, count, width = options.grammar.tokens, plan.goal.shape[0], logits.shape[1]
+    answers = rules.upcoming(state.grammar, options.grammar, width)
+    first = answers[:, 0]
+    contexts = logits.reshape(options.contexts, count, width, -1)
     active = _active(state, plan)
-
-    def draw(logits: jax.Array, settings: RowSettings) -> jax.Array:
-        filters = {"use_top_k": options.use_top_k, "use_top_p": options.use_top_p}
-        return sampling.sample(logits, state.step, settings, **filters)
+    filters = {"use_top_k": options.use_top_k, "use_top_p": options.use_top_p}
 
     def text() -> jax.Array:
-        return draw(contexts[0, :, : special.visual_start], plan.text)
+        scores = contexts[0, :, 0, : special.visual_start]
+        return sampling.sample(scores, state.step, plan.text, **filters)[:, None]
 
     def visual() -> jax.Array:
-        parts = contexts[:, :, special.visual_start : special.visual_end]
-        return draw(_guided(parts, plan), plan.visual) + special.visual_start
+        parts = contexts[..., special.visual_start : special.visual_end].reshape(options.contexts, count * width, -1)
+        steps = (state.step[:, None] + jnp.arange(width, dtype=jnp.int32)[None]).reshape(-1)
+        settings, scale = jax.tree.map(lambda column: jnp.repeat(column, width), (plan.visual, plan.image_guidance))
+        drawn = sampling.sample(_guided(parts, settings.guidance, scale), steps, settings, **filters)
+        return drawn.reshape(count, width) + special.visual_start
 
     def size() -> jax.Array:
         digits, times, end = options.grammar.digits, options.grammar.times, special.img
         ids = jnp.asarray([*digits, times, end], jnp.int32)
-        first = answers == rules.FIRST_DIGIT
-        can_end, side = answers == rules.DIGIT_OR_END, state.grammar.side
+        can_end, side = first == rules.DIGIT_OR_END, state.grammar.side
         allowed = jnp.ones((count, len(digits) + 2), bool)
-        allowed = allowed.at[:, 0].set(~first)
+        allowed = allowed.at[:, 0].set(first != rules.FIRST_DIGIT)
         allowed = allowed.at[:, -2].set(can_end & (side == 0)).at[:, -1].set(can_end & (side == 1))
-        scores = jnp.where(allowed, contexts[0][:, ids], -jnp.inf)
-        chosen = sampling.sample(scores, state.step, plan.text, use_top_k=False, use_top_p=False)
-        return ids[chosen]
+        scores = jnp.where(allowed, contexts[0, :, 0][:, ids], -jnp.inf)
+        return ids[sampling.sample(scores, state.step, plan.text, use_top_k=False, use_top_p=False)][:, None]
 
     # A kind of token that no row needs is not drawn.
-    token = answers
-    kinds = ((answers == SAMPLED_FREE, text), (answers == SAMPLED_VISUAL, visual), (answers <= rules.FIRST_DIGIT, size))
-    for wanted, drawn in kinds:
-        chosen = jax.lax.cond((wanted & active).any(), drawn, lambda: jnp.zeros(count, jnp.int32))
-        token = jnp.where(wanted, chosen, token)
-    return nn.with_logical_constraint(token, (None,))
+    token, alone = answers, (jnp.arange(width) == 0)[None]
+    kinds = (
+        ((answers == SAMPLED_FREE) & alone, text, 1),
+        (answers == SAMPLED_VISUAL, visual, width),
+        ((answers <= rules.FIRST_DIGIT) & alone, size, 1),
+    )
+    for wanted, drawn, columns in kinds:
+        nothing = functools.partial(jnp.zeros, (count, columns), jnp.int32)
+        token = jnp.where(wanted, jax.lax.cond((wanted & active[:, None]).any(), drawn, nothing), token)
+    return nn.with_logical_constraint(token, (None, None))
 
 
-def _guided(parts: jax.Array, plan: Plan) -> jax.Array:
+def _guided(parts: jax.Array, guidance: jax.Array, image_guidance: jax.Array) -> jax.Array:
     """Guidance of visual logits [N, B, visual ids]: a + s (u - a) + g (c - u) of the log-probabilities, without the
     contexts a and u that a session does not have."""
     if len(parts) == 1:
         return parts[0]
     if len(parts) == 2:
-        return sampling.guide(parts[0], parts[1], plan.visual.guidance)
+        return sampling.guide(parts[0], parts[1], guidance)
     conditional, unconditional, empty = jax.nn.log_softmax(parts, axis=-1)
-    pictures, scale = plan.image_guidance[:, None], plan.visual.guidance[:, None]
+    pictures, scale = image_guidance[:, None], guidance[:, None]
     return empty + pictures * (unconditional - empty) + scale * (conditional - unconditional)
 
 
@@ -268,7 +338,8 @@ def stream(
     mesh: Mesh | None = None,
     narrow_cache: bool = False,
     kernels: str = "auto",
-) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
+    parallel: int | str = "off",
+) -> Iterator[Reading]:
     """Lets rows write text and pictures until EOS or their number of steps.
 
     Args:
@@ -282,15 +353,16 @@ def stream(
         mesh: mesh over which `params` are spread, or None.
         narrow_cache: store keys and values as int8.
         kernels: implementation of attention in decoding, from `attention.KERNELS`.
+        parallel: "auto", "off" or the number of tokens W of a pass per row; see `parallel.choose_window`.
 
     Yields:
-        After prefill and after each call of the device: the ids of each row so far, int32, and bool [B], whether each
-        row is done.
+        What the rows have after prefill and after each call of the device.
 
     Raises:
         RowError: a row's prompt and steps do not fit into the model's positions.
-        Emu3Error: rows have unequal numbers of contexts.
+        Emu3Error: rows have unequal numbers of contexts, or `parallel` is not legal.
     """
+    check_window(parallel)
     contexts = len(rows[0].contexts)
     if any(len(row.contexts) != contexts for row in rows):
         raise Emu3Error("rows with and without guidance cannot share a batch: give them separately")
@@ -307,37 +379,40 @@ def stream(
     aligned, start = align_right(prompts, width, config.tokens.pad)
     state_of_rows = GrammarState.of([row.size for row in filled])
     with use_mesh(mesh):
-        chosen = choose_kernels(kernels, config.head_dim, config.dtype)
-    options = Options(grammar, contexts, width, *_filters(config, text, visual), chosen, narrow_cache)
+        several = choose_kernels(kernels, config.head_dim, config.dtype, window=MOST_PARALLEL)
+        window = choose_window(parallel, len(prompts) // batch_shards(mesh), several)
+        chosen = choose_kernels(kernels, config.head_dim, config.dtype, window=window)
+    options = Options(grammar, contexts, width, *_filters(config, text, visual), chosen, narrow_cache, window)
 
     def slots(used: int) -> int:
-        return cache_slots(width + used, width + steps, chosen)
+        # Guesses of the last passes are written after the last step.
+        return cache_slots(width + used + window - 1, width + steps + spare_slots(window), chosen)
 
     # The mesh is set around calls of the device alone: between two of them the caller's code runs.
     with use_mesh(mesh):
         state = prefill(
             params, aligned, start, plan, state_of_rows,
-            config=config, options=options, slots=slots(STEPS_PER_CALL + 1), steps=steps,
+            config=config, options=options, slots=slots(PASSES_PER_CALL + 1), steps=steps,
         )  # fmt: skip
-    calls = 0
+    longest = 1  # steps that a row has taken at least, as far as the host knows
     while True:
         # Copies, because the next call donates the state's memory. That call is queued before the host reads them, so
-        # that the device never waits.
-        snapshot = tuple(map(jnp.copy, (state.step, state.ended, state.tokens)))
-        calls += 1
-        needed = slots(min(1 + STEPS_PER_CALL * calls, int(goal.max())))
+        # that the device never waits. If its passes settle more tokens than the cache has room for, it ends early.
+        snapshot = tuple(map(jnp.copy, (state.step, state.passes, state.ended, state.tokens)))
+        needed = slots(min(longest + 2 * PASSES_PER_CALL, int(goal.max())))
         with use_mesh(mesh):
             if needed > state.cache.slots:
                 state = state.replace(cache=state.cache.grow(needed))
-            state = decode(params, state, plan, np.int32(STEPS_PER_CALL), config=config, options=options)
-        taken, ended, tokens = map(np.asarray, snapshot)
-        done = ended | (taken >= goal)
-        yield [ids[:count] for ids, count in zip(tokens, taken, strict=True)][: len(rows)], done[: len(rows)]
+            state = decode(params, state, plan, np.int32(PASSES_PER_CALL), config=config, options=options)
+        taken, passes, ended, tokens = map(np.asarray, snapshot)
+        longest, done = int(taken.max()), ended | (taken >= goal)
+        found = [ids[:count] for ids, count in zip(tokens, taken, strict=True)]
+        yield Reading(found[: len(rows)], done[: len(rows)], passes[: len(rows)])
         if done.all():
             return
 
 
 def run(*arguments: Any, **options: Any) -> list[np.ndarray]:
     """The ids of each row at the end; see `stream`."""
-    *_, (found, _) = stream(*arguments, **options)
-    return found
+    *_, last = stream(*arguments, **options)
+    return last.ids

@@ -534,6 +534,7 @@ class Emu3:
         top_p: float = defaults.TOP_P,
         seed: int = defaults.SEED,
         batch_size: int = defaults.BATCH_SIZE,
+        parallel: int | str = defaults.PARALLEL,
         allow_special: bool = False,
         on_piece: OnPiece | None = None,
         progress: bool | None = None,
@@ -561,6 +562,8 @@ class Emu3:
             top_p: total probability of the likeliest visual tokens to sample from.
             seed: seed of the first document; each next one adds 1.
             batch_size: number of documents to compute at once.
+            parallel: number of tokens that a pass of the decoder checks per row within pictures, from 2 to 128, or
+                "off" or "auto"; see `generate`.
             allow_special: whether control tokens in texts take effect. By default they are refused.
             on_piece: called with a row's number and a text or picture (`Piece`) as soon as it is complete.
             progress: True shows a progress bar on a terminal and lines in a log, None only the bar, False nothing.
@@ -578,7 +581,7 @@ class Emu3:
             raise Emu3Error(f"{len(each)} lists of images for {len(prompts)} texts: give one list for each text")
         writing = Writing(
             task, size, guidance, image_guidance, max_new_tokens, text_temperature, text_top_k, text_top_p, temperature,
-            top_k, top_p, seed, batch_size, allow_special, progress,
+            top_k, top_p, seed, batch_size, allow_special, progress, parallel,
         )  # fmt: skip
         found: dict[int, Document] = {}
         for row, item in stream_documents(self.language, lambda: self.vision, prompts, each, writing):

@@ -42,6 +42,11 @@ def cache_slots(needed: int, final: int, kernels: str) -> int:
     return min(-(-needed // step) * step, final)
 
 
+def spare_slots(window: int) -> int:
+    """The number of slots after the last step, for guesses of the last passes of `window` tokens."""
+    return bucket(window - 1) if window > 1 else 0
+
+
 def align_right(prompts: Sequence[Sequence[int]], width: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
     """The prompts, aligned to the right and filled up with `pad`, int32 [R, width], and the first slot of each, [R]."""
     aligned = np.full((len(prompts), width), pad, np.int32)
@@ -87,7 +92,7 @@ class Shapes:
     @property
     def spare(self) -> int:
         """Number of slots after the last step. Guesses of the last passes are written there."""
-        return bucket(self.variant.window - 1) if self.variant.window > 1 else 0
+        return spare_slots(self.variant.window)
 
     @property
     def first_slots(self) -> int:
