@@ -6,7 +6,9 @@ import typing
 if typing.TYPE_CHECKING:  # what `_PUBLIC` loads, for editors and type checkers
     from emu3_jax.checkpoints.convert import convert as convert
     from emu3_jax.checkpoints.export import export as export
+    from emu3_jax.config import AreaConfig as AreaConfig
     from emu3_jax.config import DecoderConfig as DecoderConfig
+    from emu3_jax.config import IbqConfig as IbqConfig
     from emu3_jax.config import ImageConfig as ImageConfig
     from emu3_jax.config import SpecialTokens as SpecialTokens
     from emu3_jax.config import VisionConfig as VisionConfig
@@ -15,6 +17,7 @@ if typing.TYPE_CHECKING:  # what `_PUBLIC` loads, for editors and type checkers
     from emu3_jax.generation.documents import Piece as Piece
     from emu3_jax.generation.pictures import Generation as Generation
     from emu3_jax.generation.pipeline import Emu3 as Emu3
+    from emu3_jax.generation.turns import Turns as Turns
     from emu3_jax.loading import load as load
     from emu3_jax.media.clips import Clip as Clip
     from emu3_jax.models.adapters import Adapter as Adapter
@@ -27,16 +30,19 @@ __version__ = "0.1.0"
 # Loaded on first use, so that `emu3-jax --help` need not wait for JAX.
 _PUBLIC = {
     "Adapter": "emu3_jax.models.adapters",
+    "AreaConfig": "emu3_jax.config",
     "Clip": "emu3_jax.media.clips",
     "DecoderConfig": "emu3_jax.config",
     "Document": "emu3_jax.generation.documents",
     "Emu3": "emu3_jax.generation.pipeline",
     "Emu3Error": "emu3_jax.errors",
     "Generation": "emu3_jax.generation.pictures",
+    "IbqConfig": "emu3_jax.config",
     "ImageConfig": "emu3_jax.config",
     "Piece": "emu3_jax.generation.documents",
     "SpecialTokens": "emu3_jax.config",
     "TrainConfig": "emu3_jax.training.config",
+    "Turns": "emu3_jax.generation.turns",
     "VisionConfig": "emu3_jax.config",
     "convert": "emu3_jax.checkpoints.convert",
     "export": "emu3_jax.checkpoints.export",

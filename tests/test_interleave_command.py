@@ -1,6 +1,7 @@
 """`emu3-jax interleave`: its files and lines, and what it refuses."""
 
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -53,6 +54,28 @@ def test_a_story(bundle, tmp_path, capsys):
         with Image.open(out / f"000_{index}.png") as picture:
             difference = np.abs(np.asarray(picture, int) - golden[f"story/picture{index}"].astype(int))
         assert difference.max() <= 1
+
+
+def test_turns_of_a_conversation(bundle, tmp_path, capsys):
+    """The golden story, and a second turn: on one page, as Markdown and HTML."""
+    out, prompt = tmp_path / "out", "How to cook <b>dumplings</b>"
+    options = ["--task", "story", "--greedy", "--max-new-tokens", "120", "--size", "2*3", "--dtype", "float32"]
+    arguments = [prompt, "Another one\nplease", *options, "--together", "--html", "--save-tokens", "--json"]
+    capsys.readouterr()
+    assert main(["interleave", *arguments, "--model", str(bundle), "-o", str(out)]) == 0
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert first["file"] == second["file"] == str(out / "000.md") and first["prompt"] == prompt
+    page, html = (out / "000.md").read_text(), (out / "000.html").read_text()
+    assert page.startswith(f"> {prompt}\n\n") and "\n\n> Another one\n> please\n\n" in page
+    assert "How to cook &lt;b&gt;dumplings&lt;/b&gt;" in html and "<b>" not in html and "<script" not in html
+    shown = [piece["picture"] for about in (first, second) for piece in about["pieces"] if "picture" in piece]
+    assert shown and shown == [str(out / f"000_{number}.png") for number in range(len(shown))]
+    for name in shown:
+        assert pathlib.Path(name).is_file() and f'src="{pathlib.Path(name).name}"' in html
+    with np.load(out / "tokens.npz") as ids:
+        shared = len(ids["0"]) - first["tokens"]
+        assert ids["1"][:shared].tolist() == ids["0"][:shared].tolist()  # the second goes on from the first
+        assert len(ids["1"]) - second["tokens"] > shared
 
 
 def test_a_picture_that_is_cut_off(bundle, tmp_path, capsys):

@@ -14,6 +14,7 @@ import typing
 
 from emu3_jax.cli import common, outputs
 from emu3_jax.generation import defaults
+from emu3_jax.printable import printable
 
 TASKS = ("t2i", "x2i", "story", "howto", "explore")  # `text.tasks.TASKS`, which would load the tokenizer
 
@@ -72,8 +73,14 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "(default: %(default)s)",
     )
     command.add_argument(
+        "--together",
+        action="store_true",
+        help="take the TEXTs as the turns of one conversation, on one page; --image is for the first turn",
+    )
+    command.add_argument(
         "--plans", action="store_true", help="also write what the model plans before an answer or a picture"
     )
+    command.add_argument("--html", action="store_true", help="also write each page as HTML")
     command.add_argument(
         "--save-tokens", action="store_true", help="also write DIR/tokens.npz: the ids of document i under the name i"
     )
@@ -102,56 +109,67 @@ def _size(text: str) -> "tuple[int, int] | None":
 
 def run(options: argparse.Namespace) -> None:
     from emu3_jax.cli.output import json_line
+    from emu3_jax.cli.pages import Page
     from emu3_jax.files import files_into
-    from emu3_jax.generation.documents import Piece
+    from emu3_jax.generation.documents import Document, Piece
     from emu3_jax.media.codes import save_codes
-    from emu3_jax.media.picture_files import save_picture
-    from emu3_jax.printable import printable
 
-    width = max(3, len(str(len(options.texts) - 1)))
-    pages = [options.output / f"{row:0{width}d}.md" for row in range(len(options.texts))]
+    count = 1 if options.together else len(options.texts)
+    width = max(3, len(str(count - 1)))
+    pages = [Page(f"{row:0{width}d}", options.output, spoken=options.together) for row in range(count)]
+    names = [f"{row:0{width}d}.md" for row in range(count)]
+    files = [options.output / name for name in names]
+    if options.html:
+        files += [file.with_suffix(".html") for file in files]
     tokens = options.output / "tokens.npz"
-    written = outputs.Outputs([*pages, tokens] if options.save_tokens else pages, no_clobber=options.no_clobber)
+    written = outputs.Outputs([*files, tokens] if options.save_tokens else files, no_clobber=options.no_clobber)
     model = common.load_model(options)
     settings: dict[str, typing.Any] = {"text_temperature": 0.0, "temperature": 0.0} if options.greedy else {}
-    told = ("task", "size", "guidance", "image_guidance", "max_new_tokens", "seed", "batch_size", "parallel",
-            "allow_special")  # fmt: skip
-    settings |= {name: getattr(options, name) for name in told}
-    lines: dict[int, list[str]] = {row: [] for row in range(len(pages))}
-    pieces: dict[int, list[dict[str, typing.Any]]] = {row: [] for row in range(len(pages))}
+    told = ("task", "size", "guidance", "image_guidance", "max_new_tokens", "seed", "parallel", "allow_special")
+    settings |= {name: getattr(options, name) for name in told} | {"progress": common.progress(options)}
 
     def show(row: int, piece: Piece) -> None:
-        """Writes a picture, and shows the piece if there is one document only."""
+        """Writes a picture, and shows the piece if there is one page only."""
         if piece.kind == "plan" and not options.plans:
             return
-        shown = piece.text.strip()
-        if piece.kind != "picture":
-            lines[row].append(shown)
-            pieces[row].append({piece.kind: piece.text})
-        elif piece.picture is None:  # not even its first row of tokens is complete
-            pieces[row].append({"picture": None, "whole": False})
-        else:
-            name = f"{pages[row].stem}_{sum('picture' in found for found in pieces[row])}.png"
-            save_picture(piece.picture, directory / name, {"prompt": options.texts[row]})
-            lines[row].append(f"![]({name})" + ("" if piece.whole else "\n\n(cut off: the document was too long)"))
-            shown = str(options.output / name)
-            pieces[row].append({"picture": shown, "whole": piece.whole})
+        shown = pages[row].add(piece, directory)
         if shown and len(pages) == 1 and not options.json:
-            print(printable(shown, keep="\n"), flush=True)
+            print(shown, flush=True)
+
+    def talk() -> list[Document]:
+        """All texts as turns of one conversation."""
+        conversation = model.interleave_turns(**settings)
+        for number, text in enumerate(options.texts):
+            pages[0].ask(text)
+            if not options.json:
+                print(printable(f"> {text}"), flush=True)
+            conversation.send(text, options.image if number == 0 else (), on_piece=lambda piece: show(0, piece))
+        return [document for _, document in conversation.turns]
+
+    def write() -> list[Document]:
+        """One document per text."""
+        for page, text in zip(pages, options.texts, strict=True):
+            page.ask(text)
+        return model.interleave(options.texts, options.image, on_piece=show, batch_size=options.batch_size, **settings)
 
     with files_into(options.output, replace=not options.no_clobber) as directory:
-        documents = model.interleave(
-            options.texts, options.image, on_piece=show, progress=common.progress(options), **settings
-        )
-        for row, page in enumerate(pages):
-            (directory / page.name).write_text("\n\n".join(lines[row]) + "\n")
+        documents = talk() if options.together else write()
+        for page, name in zip(pages, names, strict=True):
+            (directory / name).write_text(page.markdown(), "utf-8")
+            if options.html:
+                (directory / name).with_suffix(".html").write_text(page.html(), "utf-8")
         if options.save_tokens:
             save_codes(directory / tokens.name, {str(row): document.ids for row, document in enumerate(documents)})
         written.look()
     written.report()
-    for row, page in enumerate(pages):
+    answers = [(file, answer) for file, page in zip(files, pages, strict=False) for answer in page.answers]
+    if not options.json:
+        for file in files:
+            print(file, flush=True)
+        return
+    for (file, answer), text, document in zip(answers, options.texts, documents, strict=True):
         about = {
-            "file": str(page), "prompt": options.texts[row], "pieces": pieces[row], "ended": documents[row].ended,
-            "tokens": len(documents[row].ids) - documents[row].prompt_length,
+            "file": str(file), "prompt": text, "pieces": answer, "ended": document.ended,
+            "tokens": len(document.ids) - document.prompt_length,
         }  # fmt: skip
-        print(json_line(about) if options.json else page, flush=True)
+        print(json_line(about), flush=True)

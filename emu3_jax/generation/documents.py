@@ -1,4 +1,7 @@
-"""Documents: texts and pictures in turn, which a model writes from a text and pictures; see `Emu3.interleave`."""
+"""Documents: texts and pictures in turn, which a model writes from a text and pictures; see `Emu3.interleave`.
+
+`turns` makes conversations of them.
+"""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +16,7 @@ from emu3_jax.generation import defaults, grammar, interleaving
 from emu3_jax.generation.codec import Vision, decode_picture, encode
 from emu3_jax.generation.grammar import Grammar
 from emu3_jax.generation.interleaving import InterleavedRow
+from emu3_jax.generation.kept import Kept
 from emu3_jax.generation.language import Language
 from emu3_jax.generation.parallel import check_window
 from emu3_jax.generation.rows import Sampling
@@ -20,7 +24,7 @@ from emu3_jax.generation.sampling import RowSettings
 from emu3_jax.media.inputs import Media
 from emu3_jax.printable import shown
 from emu3_jax.progress import Progress
-from emu3_jax.text.prompts import understanding_prompt
+from emu3_jax.text.prompts import next_turn_prompt, understanding_prompt
 from emu3_jax.text.tasks import ANSWER_ENDS, PLANS, TASKS, Prompts, Task, task_prompts
 from emu3_jax.text.tokenizer import Tokenizer
 
@@ -152,14 +156,28 @@ def stream_documents(
     Raises:
         Emu3Error: bad input. The message says what is wrong and what to do.
     """
-    config = language.config
-    task = _task(config.family, writing.task)
+    task = task_of(language, writing)
     rule = grammar_of(language)
     rows = []
     for index, (text, shown_images) in enumerate(zip(texts, images, strict=True)):
-        codes = [_codes(vision(), item, task) for item in shown_images]
-        prompts = _prompts(language, rule, task, text, codes, writing.allow_special)
-        rows.append(_row(index, prompts, codes, writing, task, config.max_positions, rule))
+        codes = [encoded(vision(), item, task) for item in shown_images]
+        prompts = prompts_of(language, rule, task, text, codes, writing.allow_special)
+        sizes = [(item.shape[0], item.shape[1]) for item in codes]
+        rows.append(row_of(index, prompts, sizes, writing, task, language.config.max_positions, rule))
+    yield from stream_rows(language, vision, rule, task, rows, writing)
+
+
+def stream_rows(
+    language: Language,
+    vision: Callable[[], Vision],
+    rule: Grammar,
+    task: Task | None,
+    rows: Sequence[InterleavedRow],
+    writing: Writing,
+    kept: Kept | None = None,
+) -> Iterator[tuple[int, Piece | Document]]:
+    """As `stream_documents`, for rows with prompts of ids. `kept`: see `interleaving.stream`; for one batch only."""
+    config = language.config
     text_settings, visual_settings = _settings(writing, task, len(rows))
     scales = np.full(len(rows), 1.0 if writing.image_guidance is None else writing.image_guidance)
     batches = [
@@ -173,7 +191,7 @@ def stream_documents(
             for made in interleaving.stream(
                 language.params, config, rule, [rows[index] for index in batch],
                 text_settings.take(places), visual_settings.take(places), scales[places],
-                mesh=language.mesh, narrow_cache=language.narrow_cache, parallel=writing.parallel,
+                mesh=language.mesh, narrow_cache=language.narrow_cache, parallel=writing.parallel, kept=kept,
             ):  # fmt: skip
                 bar.update(before + sum(map(len, made.ids)) - bar.done)
                 for index, ids, ended in zip(batch, made.ids, made.done, strict=True):
@@ -199,8 +217,10 @@ def grammar_of(language: Language) -> Grammar:
     return Grammar.of(language.config, tuple(single.values()), times)
 
 
-def _task(family: str, name: str | None) -> Task | None:
-    if family == "emu3.5":
+def task_of(language: Language, writing: Writing) -> Task | None:
+    """The task of documents: models of Emu3.5 need one, others have none. Raises `Emu3Error` if that does not fit."""
+    name = writing.task
+    if language.config.family == "emu3.5":
         if name is None:
             raise Emu3Error(f"a model of Emu3.5 needs a task: give one of {', '.join(TASKS)}")
         return TASKS[name]
@@ -209,51 +229,77 @@ def _task(family: str, name: str | None) -> Task | None:
     return None
 
 
-def _codes(vision: Vision, item: Media, task: Task | None) -> np.ndarray:
+def encoded(vision: Vision, item: Media, task: Task | None) -> np.ndarray:
+    """The codes of a picture to show, int32 [h, w]."""
     return encode(vision, item) if task is None else encode(vision, item, area=task.area)
 
 
-def _prompts(
-    language: Language, rule: Grammar, task: Task | None, text: str, codes: Sequence[np.ndarray], allow_special: bool
+def prompts_of(
+    language: Language,
+    rule: Grammar,
+    task: Task | None,
+    text: str,
+    codes: Sequence[np.ndarray],
+    allow_special: bool,
+    later: bool = False,
 ) -> Prompts:
+    """The prompts of a text with pictures: of a first turn, or those that a later turn appends to the conversation."""
     tokenizer = language.tokenizer
     if task is not None:
         pictures = [i for picture in codes for i in grammar.picture_ids(picture, rule)]
-        return task_prompts(tokenizer, task, text, pictures, allow_special=allow_special)
+        return task_prompts(tokenizer, task, text, pictures, allow_special=allow_special, later=later)
 
     def prompt(text: str, codes: Sequence[np.ndarray]) -> list[int]:
-        return understanding_prompt(
+        make = next_turn_prompt if later else understanding_prompt
+        return make(
             tokenizer, language.config.tokens, language.templates, text, list(codes), allow_special=allow_special
         )
 
     return Prompts(prompt(text, codes), prompt("", codes), prompt("", ()))
 
 
-def _row(
+def row_of(
     index: int,
     prompts: Prompts,
-    codes: Sequence[np.ndarray],
+    sizes: Sequence[tuple[int, int]],
     writing: Writing,
     task: Task | None,
     positions: int,
     rule: Grammar,
+    later: bool = False,
 ) -> InterleavedRow:
+    """The row of a request.
+
+    Args:
+        index: number of the row, for errors.
+        prompts: its whole prompts.
+        sizes: rows and columns of the pictures in the prompts.
+        writing: settings.
+        task: the task, or None.
+        positions: number of the model's positions.
+        rule: the model's grammar.
+        later: whether the prompts are those of a later turn.
+
+    Raises:
+        RowError: the prompts do not fit into the positions, or the settings do not fit the prompts.
+    """
     guided = _scale(writing, task) != 1.0 or writing.image_guidance is not None
     both = guided and writing.image_guidance is not None
-    if both and not codes:
+    if both and not sizes:
         raise RowError(index, "image_guidance guides towards given pictures, and there is none: leave it out")
     contexts = [prompts.conditional, *([prompts.unconditional] if guided else []), *([prompts.empty] if both else [])]
     room = positions - max(map(len, contexts))
     if room < 1:
+        what, remedy = ("conversation", "begin a new one") if later else ("prompt", "shorten it")
         raise RowError(
             index,
-            f"the prompt takes {positions - room} tokens, but the model has {positions} positions: shorten it, or show "
+            f"the {what} takes {positions - room} tokens, but the model has {positions} positions: {remedy}, or show "
             "fewer or smaller pictures",
         )
-    # As the reference does: without a size, pictures get the size of the last one that is shown.
+    # As the reference does: without a size, pictures get the size of the last one in the prompt.
     size = writing.size
-    if size is None and codes and rule.same_size:
-        size = (codes[-1].shape[0], codes[-1].shape[1])
+    if size is None and sizes and rule.same_size:
+        size = sizes[-1]
     if size is not None and rule.picture_length(*size) > room:
         raise RowError(
             index, f"a picture of {size[0]}*{size[1]} takes {rule.picture_length(*size)} tokens, but the prompt leaves "

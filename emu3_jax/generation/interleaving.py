@@ -31,6 +31,7 @@ from emu3_jax.generation import parallel, sampling
 from emu3_jax.generation.defaults import MOST_PARALLEL
 from emu3_jax.generation.engine import Program, replicated
 from emu3_jax.generation.grammar import Grammar, GrammarState
+from emu3_jax.generation.kept import Kept, roomy_slots
 from emu3_jax.generation.parallel import check_window, choose_window
 from emu3_jax.generation.sampling import RowSettings
 from emu3_jax.generation.schedule import SAMPLED_FREE, SAMPLED_VISUAL
@@ -143,14 +144,50 @@ def prefill(
     steps: int,
 ) -> State:
     """Runs the prompts (int32 [R, P], aligned to the right; row r starts at slot start[r]) and takes the first step."""
-    count = plan.goal.shape[0]
     cache = KVCache.create(config, start, slots, options.narrow_cache)
     forward: Callable = Decoder(config, kernels="xla").apply
     logits, cache = forward({"params": params}, prompts, cache, last_only=True)
-    none = jnp.zeros(count, jnp.int32)
+    return _begun(cache, logits, plan, grammar, config, options, steps)
+
+
+@functools.partial(Program, static_argnames=("config", "options", "steps"), donate_argnames=("cache",))
+def resume(
+    params: Any,
+    cache: KVCache,
+    tokens: jax.Array,
+    counts: jax.Array,
+    plan: Plan,
+    grammar: GrammarState,
+    *,
+    config: DecoderConfig,
+    options: Options,
+    steps: int,
+) -> State:
+    """As `prefill`, with a cache of earlier turns: runs what it lacks of the prompts, and takes the first step.
+
+    Row r has counts[r] tokens (int32 [R], at least 1) of int32 [R, S], aligned to the left. The padding after them
+    goes to slots of the cache that later tokens overwrite before a query sees them.
+    """
+    before = cache.length
+    forward: Callable = Decoder(config, kernels="xla").apply
+    logits, cache = forward({"params": params}, tokens, cache, last_only=counts - 1)
+    return _begun(cache.replace(length=before + counts), logits, plan, grammar, config, options, steps)
+
+
+def _begun(
+    cache: KVCache,
+    logits: jax.Array,
+    plan: Plan,
+    grammar: GrammarState,
+    config: DecoderConfig,
+    options: Options,
+    steps: int,
+) -> State:
+    """The state after the first step, with the logits [R, 1, V] of the prompts' last tokens."""
+    none = jnp.zeros(plan.goal.shape, jnp.int32)
     state = State(
         cache=cache.replace(lockstep=False),
-        tokens=jnp.full((count, steps + 2 * options.window - 2), config.tokens.pad, jnp.int32),
+        tokens=jnp.full((len(none), steps + 2 * options.window - 2), config.tokens.pad, jnp.int32),
         step=none,
         passes=none,
         ended=none > 0,
@@ -339,6 +376,7 @@ def stream(
     narrow_cache: bool = False,
     kernels: str = "auto",
     parallel: int | str = "off",
+    kept: Kept | None = None,
 ) -> Iterator[Reading]:
     """Lets rows write text and pictures until EOS or their number of steps.
 
@@ -354,6 +392,8 @@ def stream(
         narrow_cache: store keys and values as int8.
         kernels: implementation of attention in decoding, from `attention.KERNELS`.
         parallel: "auto", "off" or the number of tokens W of a pass per row; see `parallel.choose_window`.
+        kept: the cache of earlier turns of the same number of rows, with the same weights. Only what it lacks of the
+            prompts is computed. At the end it has the cache of this turn. New rows begin with an empty `Kept()`.
 
     Yields:
         What the rows have after prefill and after each call of the device.
@@ -372,11 +412,14 @@ def stream(
     text, visual = text.take(places), visual.take(places)
     scales = np.ones(len(rows), np.float32) if image_guidance is None else np.asarray(image_guidance, np.float32)
     goal = np.asarray([row.steps for row in filled], np.int32)
-    goal[len(rows) :] = 1  # what fills the batch up need not be written
+    if kept is None:
+        goal[len(rows) :] = 1  # what fills the batch up need not be written
     plan = Plan(goal, text, visual, scales[places])
     prompts = [row.contexts[index] for index in range(contexts) for row in filled]
-    width, steps = bucket(max(map(len, prompts))), bucket(int(goal.max()))
-    aligned, start = align_right(prompts, width, config.tokens.pad)
+    steps = bucket(int(goal.max()))
+    tail = None if kept is None else kept.take(prompts, config.tokens.pad)
+    width = bucket(max(map(len, prompts))) if tail is None else tail.width
+    end = width if tail is None else tail.end  # the slot after all prompts
     state_of_rows = GrammarState.of([row.size for row in filled])
     with use_mesh(mesh):
         several = choose_kernels(kernels, config.head_dim, config.dtype, window=MOST_PARALLEL)
@@ -386,14 +429,23 @@ def stream(
 
     def slots(used: int) -> int:
         # Guesses of the last passes are written after the last step.
-        return cache_slots(width + used + window - 1, width + steps + spare_slots(window), chosen)
+        final = end + steps + spare_slots(window)
+        return cache_slots(end + used + window - 1, final if kept is None else roomy_slots(final), chosen)
 
     # The mesh is set around calls of the device alone: between two of them the caller's code runs.
     with use_mesh(mesh):
-        state = prefill(
-            params, aligned, start, plan, state_of_rows,
-            config=config, options=options, slots=slots(PASSES_PER_CALL + 1), steps=steps,
-        )  # fmt: skip
+        if tail is None:
+            aligned, start = align_right(prompts, width, config.tokens.pad)
+            state = prefill(
+                params, aligned, start, plan, state_of_rows,
+                config=config, options=options, slots=slots(PASSES_PER_CALL + 1), steps=steps,
+            )  # fmt: skip
+        else:
+            start = tail.start
+            state = resume(
+                params, tail.roomy(slots(PASSES_PER_CALL + 1)), tail.tokens, tail.counts, plan, state_of_rows,
+                config=config, options=options, steps=steps,
+            )  # fmt: skip
     longest = 1  # steps that a row has taken at least, as far as the host knows
     while True:
         # Copies, because the next call donates the state's memory. That call is queued before the host reads them, so
@@ -407,9 +459,31 @@ def stream(
         taken, passes, ended, tokens = map(np.asarray, snapshot)
         longest, done = int(taken.max()), ended | (taken >= goal)
         found = [ids[:count] for ids, count in zip(tokens, taken, strict=True)]
+        if done.all() and kept is not None:
+            kept.put(state.cache, start, width, _held(prompts, found, grammar, contexts))
         yield Reading(found[: len(rows)], done[: len(rows)], passes[: len(rows)])
         if done.all():
             return
+
+
+def _held(
+    prompts: Sequence[Sequence[int]], written: Sequence[np.ndarray], grammar: Grammar, contexts: int
+) -> list[Sequence[int]]:
+    """The ids of each computed row: its prompt, and what was appended to it."""
+    pictures = [ids[inside_pictures(ids, grammar)] for ids in written]
+    appended = [written, pictures, [()] * len(written)][:contexts]  # the third context restarts at each picture
+    flat = [ids for context in appended for ids in context]
+    return [[*prompt, *map(int, ids)] for prompt, ids in zip(prompts, flat, strict=True)]
+
+
+def inside_pictures(ids: np.ndarray, grammar: Grammar) -> np.ndarray:
+    """Which ids that a row wrote belong to pictures, from BOI to EOI: bool [n]."""
+    found, inside = np.zeros(len(ids), bool), False
+    for place, token in enumerate(ids.tolist()):
+        inside = inside or token == grammar.tokens.boi
+        found[place] = inside
+        inside = inside and token != grammar.tokens.eoi
+    return found
 
 
 def run(*arguments: Any, **options: Any) -> list[np.ndarray]:

@@ -18,6 +18,7 @@ from emu3_jax.generation.documents import Document, OnPiece, Writing, stream_doc
 from emu3_jax.generation.language import Batching, Language
 from emu3_jax.generation.pictures import Generation, stream_pictures
 from emu3_jax.generation.rows import Sampling, prompt_list
+from emu3_jax.generation.turns import Turns
 from emu3_jax.media.clips import Clip
 from emu3_jax.media.inputs import Media
 
@@ -590,3 +591,52 @@ class Emu3:
             elif on_piece is not None:
                 on_piece(row, item)
         return [found[row] for row in range(len(found))]
+
+    def interleave_turns(
+        self,
+        *,
+        task: str | None = None,
+        size: tuple[int, int] | None = None,
+        guidance: float | None = None,
+        image_guidance: float | None = None,
+        max_new_tokens: int | None = None,
+        text_temperature: float | None = None,
+        text_top_k: int | None = None,
+        text_top_p: float | None = None,
+        temperature: float = defaults.TEMPERATURE,
+        top_k: int | None = None,
+        top_p: float = defaults.TOP_P,
+        seed: int = defaults.SEED,
+        parallel: int | str = defaults.PARALLEL,
+        allow_special: bool = False,
+        progress: bool | None = None,
+    ) -> Turns:
+        """Starts a conversation whose answers are texts and pictures in turn; see `Turns.send`.
+
+        Later turns compute only what is new. `interleave` describes the arguments in full.
+
+        Args:
+            task: task of a model of Emu3.5, the same for all turns.
+            size: rows and columns of visual tokens of all pictures, or None.
+            guidance: classifier-free guidance scale of visual tokens.
+            image_guidance: scale of guidance towards the pictures that the first turn shows, or None.
+            max_new_tokens: largest number of new tokens of an answer.
+            text_temperature: temperature of text and of sizes.
+            text_top_k: number of likeliest text tokens to sample from.
+            text_top_p: total probability of the likeliest text tokens to sample from.
+            temperature: temperature of visual tokens.
+            top_k: number of likeliest visual tokens to sample from.
+            top_p: total probability of the likeliest visual tokens to sample from.
+            seed: seed of the first turn; each next one adds 1.
+            parallel: number of tokens that a pass of the decoder checks within pictures.
+            allow_special: whether control tokens in texts take effect.
+            progress: True shows a progress bar on a terminal and lines in a log, None only the bar, False nothing.
+
+        Raises:
+            Emu3Error: bad input. The message says what is wrong and what to do.
+        """
+        writing = Writing(
+            task, size, guidance, image_guidance, max_new_tokens, text_temperature, text_top_k, text_top_p, temperature,
+            top_k, top_p, seed, 1, allow_special, progress, parallel,
+        )  # fmt: skip
+        return Turns(self.language, lambda: self.vision, writing)

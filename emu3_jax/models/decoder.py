@@ -346,7 +346,7 @@ class Decoder(nn.Module):
         self.head = Embedding(c, "kernel", rows, self.adapter)
 
     def __call__(
-        self, tokens_bs: jax.Array, cache: KVCache | None = None, *, last_only: bool = False
+        self, tokens_bs: jax.Array, cache: KVCache | None = None, *, last_only: bool | jax.Array = False
     ) -> tuple[jax.Array, KVCache | None]:
         """Logits of the next token, after each token of `tokens_bs`.
 
@@ -355,7 +355,8 @@ class Decoder(nn.Module):
                 the next S slots, or those of `cache.placement`. Slots before a row's `cache.start` are padding, and
                 their results are meaningless.
             cache: keys and values of the previous tokens, or None to use no cache.
-            last_only: compute only the logits of the last token (S becomes 1).
+            last_only: compute only the logits of the last token (S becomes 1). With a cache, int32 [B] names another
+                token of each row: the last one of rows that have padding after it.
 
         Returns:
             Logits, float32 [B, S, V]; and the cache with S more slots filled, or None.
@@ -368,8 +369,9 @@ class Decoder(nn.Module):
             for index, block in enumerate(self.layers):
                 x_bsd, cache = block(x_bsd, rotations_bsr, None, cache, index)
             cache = cache.replace(length=cache.length + tokens_bs.shape[1])
-            hidden = self.norm(x_bsd[:, -1:] if last_only else x_bsd)
-        return self.head.logits(hidden[:, -1:] if last_only else hidden), cache
+            hidden = self.norm(x_bsd if last_only is False else _last(x_bsd, last_only))
+            return self.head.logits(hidden), cache
+        return self.head.logits(hidden if last_only is False else _last(hidden, last_only)), cache
 
     def hidden(
         self, tokens_bs: jax.Array, positions_bs: jax.Array | None = None, segments_bs: jax.Array | None = None
@@ -398,6 +400,13 @@ class Decoder(nn.Module):
 
     def _rotations(self, positions_bs: jax.Array) -> Rotations:
         return rotations(positions_bs, self.config.head_dim, self.config.rope_theta)
+
+
+def _last(x_bsd: jax.Array, index: bool | jax.Array) -> jax.Array:
+    """The last token of each row, or the token with this index (int32 [B]): [B, 1, D]."""
+    if isinstance(index, bool):
+        return x_bsd[:, -1:]
+    return jnp.take_along_axis(x_bsd, index[:, None, None], axis=1)
 
 
 def visual_head_params(params: Params, config: DecoderConfig) -> Params:

@@ -3,6 +3,8 @@
 A prompt is BOS, "You are a helpful assistant for ... task. USER: ... ASSISTANT: " and BSS ("answer begins"). Given
 pictures stand after the question, in `x2i` before it. For guidance, the unconditional prompt has the pictures but
 neither the question nor the task's name; the empty prompt has no pictures either.
+
+The reference has single turns only. Ours repeat the prompt from USER on, after the answer and its EOS.
 """
 
 import dataclasses
@@ -71,7 +73,13 @@ class Prompts:
 
 
 def task_prompts(
-    tokenizer: Tokenizer, task: Task, question: str, pictures: Sequence[int] = (), *, allow_special: bool = False
+    tokenizer: Tokenizer,
+    task: Task,
+    question: str,
+    pictures: Sequence[int] = (),
+    *,
+    allow_special: bool = False,
+    later: bool = False,
 ) -> Prompts:
     """Makes the prompts of a task.
 
@@ -81,22 +89,25 @@ def task_prompts(
         question: the user's text.
         pictures: ids of all given pictures, each from BOI to EOI.
         allow_special: whether control tokens in the question take effect.
+        later: whether to make the prompts of a later turn, without BOS and what stands before USER.
 
     Raises:
         SpecialTokenError: the question contains a special token and `allow_special` is false.
     """
     begins = tokenizer.special_ids[ANSWER_BEGINS]
     head = f"You are a helpful assistant for {task.name} task.{task.more} USER: "
+    head, unconditional = (text[text.index("USER") if later else 0 :] for text in (head, _UNCONDITIONAL))
+    bos = [] if later else [tokenizer.special.bos]
     before, after = (head, question + _END) if task.pictures_first else (head + question, _END)
 
     def whole(before: str, pictures: Sequence[int], after: str) -> list[int]:
         # Text is encoded in one piece where no picture interrupts it, because byte pairs merge.
         parts = [before, after] if pictures else [before + after]
         first, *rest = (tokenizer.encode(part, allow_special=allow_special) for part in parts)
-        return [tokenizer.special.bos, *first, *pictures, *(rest[0] if rest else []), begins]
+        return [*bos, *first, *pictures, *(rest[0] if rest else []), begins]
 
     return Prompts(
         conditional=whole(before, pictures, after),
-        unconditional=whole(_UNCONDITIONAL, pictures, _END),
-        empty=whole(_UNCONDITIONAL, (), _END),
+        unconditional=whole(unconditional, pictures, _END),
+        empty=whole(unconditional, (), _END),
     )

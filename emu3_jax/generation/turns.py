@@ -1,0 +1,126 @@
+"""Conversations of texts and pictures in turn, on both sides; see `Emu3.interleave_turns`."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from emu3_jax.errors import Emu3Error, RowError
+from emu3_jax.generation import grammar
+from emu3_jax.generation.codec import Vision
+from emu3_jax.generation.documents import (
+    Document,
+    Piece,
+    Writing,
+    encoded,
+    grammar_of,
+    prompts_of,
+    row_of,
+    stream_rows,
+    task_of,
+)
+from emu3_jax.generation.interleaving import InterleavedRow, inside_pictures
+from emu3_jax.generation.kept import Kept
+from emu3_jax.generation.language import Language
+from emu3_jax.generation.rows import prompt_list
+from emu3_jax.media.inputs import Media
+from emu3_jax.text.tasks import Prompts
+
+
+class Turns:
+    """A conversation with a model that writes texts and pictures in turn; made by `Emu3.interleave_turns`.
+
+    Later turns compute only what is new, because the keys and values of earlier turns are kept. The result is that of
+    the whole conversation as one prompt, up to rounding.
+
+    The unconditional prompt of guidance continues too. It has the frames of all turns and all pictures, shown and
+    written, but no other text. The third context of `image_guidance` has neither: it stays that of the first turn.
+
+    Attributes:
+        turns: the texts so far, each with the document that the model wrote.
+    """
+
+    def __init__(self, language: Language, vision: Callable[[], Vision], writing: Writing):
+        """`vision` is called when a picture is read or written.
+
+        Raises:
+            Emu3Error: the settings do not fit the model.
+        """
+        self.turns: list[tuple[str, Document]] = []
+        self._language, self._vision, self._writing = language, vision, writing
+        self._task, self._rule = task_of(language, writing), grammar_of(language)
+        self._kept = Kept()
+        self._so_far: Prompts | None = None
+        self._sizes: list[tuple[int, int]] = []  # of all pictures so far
+
+    def send(
+        self, text: str, images: Sequence[Media] = (), *, on_piece: Callable[[Piece], Any] | None = None
+    ) -> Document:
+        """Sends a text, with pictures if there are any, and returns what the model writes.
+
+        The seed of a turn is that of the conversation plus the number of turns before it.
+
+        Args:
+            text: the text.
+            images: pictures to show with it.
+            on_piece: called with a text or picture of the answer as soon as it is complete.
+
+        Returns:
+            The answer. Its `ids` begin with the whole conversation so far.
+
+        Raises:
+            Emu3Error: bad input, or the conversation no longer fits into the model's positions. The conversation does
+                not change then, nor if `on_piece` raises an error.
+        """
+        (text,) = prompt_list([text])
+        codes = [encoded(self._vision(), item, self._task) for item in images]
+        sizes = [*self._sizes, *((item.shape[0], item.shape[1]) for item in codes)]
+        so_far, writing = self._so_far, self._writing
+        prompts = prompts_of(
+            self._language, self._rule, self._task, text, codes, writing.allow_special, later=so_far is not None
+        )
+        if so_far is not None:
+            prompts = Prompts(
+                [*so_far.conditional, *prompts.conditional], [*so_far.unconditional, *prompts.unconditional],
+                so_far.empty,
+            )  # fmt: skip
+        writing = dataclasses.replace(writing, seed=(writing.seed + len(self.turns)) % 2**32)
+        try:
+            row = row_of(
+                0, prompts, sizes, writing, self._task, self._language.config.max_positions, self._rule,
+                later=so_far is not None,
+            )  # fmt: skip
+        except RowError as error:
+            raise Emu3Error(error.reason) from error
+        document = self._written(row, writing, on_piece)
+        self._sizes = [
+            *sizes, *((len(p.codes), p.codes.shape[1]) for p in document.pieces if p.codes is not None and p.whole)
+        ]  # fmt: skip
+        self._so_far = self._after(prompts, document)
+        self.turns.append((text, document))
+        return document
+
+    def _written(self, row: InterleavedRow, writing: Writing, on_piece: Callable[[Piece], Any] | None) -> Document:
+        for _, item in stream_rows(
+            self._language, self._vision, self._rule, self._task, [row], writing, kept=self._kept
+        ):
+            if isinstance(item, Document):
+                document = item
+            elif on_piece is not None:
+                on_piece(item)
+        return document
+
+    def _after(self, prompts: Prompts, document: Document) -> Prompts:
+        """The contexts after a turn: with the answer and EOS. A picture that was cut off is left out."""
+        eos = self._language.config.tokens.eos
+        ids = document.ids[document.prompt_length :]
+        if document.ended:
+            ids = ids[:-1]
+        parts = grammar.split(ids.tolist(), self._rule, strict=False)
+        inside = inside_pictures(ids, self._rule)
+        if parts and isinstance(parts[-1], grammar.Picture) and not parts[-1].whole:
+            opened = len(ids) - 1 - ids[::-1].tolist().index(self._rule.tokens.boi)
+            ids, inside = ids[:opened], inside[:opened]
+        return Prompts(
+            [*prompts.conditional, *ids.tolist(), eos], [*prompts.unconditional, *ids[inside].tolist(), eos],
+            prompts.empty,
+        )  # fmt: skip

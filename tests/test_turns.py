@@ -1,0 +1,184 @@
+"""Conversations of texts and pictures in turn: what a kept cache gives is what the whole prompt gives."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+import emu3_jax
+from emu3_jax.generation import interleaving
+from emu3_jax.generation.grammar import Grammar, Picture, split
+from emu3_jax.generation.interleaving import InterleavedRow
+from emu3_jax.generation.kept import Kept
+from emu3_jax.models.decoder import Decoder
+from emu3_jax.sharding.mesh import make_mesh
+from emu3_jax.sharding.rules import decoder_shardings
+from emu3_jax.text.prompts import next_turn_prompt
+
+pytestmark = pytest.mark.slow
+
+TINY = Grammar(tiny.CONFIG.tokens, tuple(range(1, 11)), 11, most_digits=1)
+LATER = [18, 3, 4, 5]  # EOS and a new question
+
+
+@pytest.fixture
+def fed(monkeypatch):
+    """The number of tokens of each new part that was computed after a kept cache."""
+    found = []
+    resume = interleaving.resume
+
+    def counted(*arguments, **options):
+        found.append(np.asarray(arguments[3]).tolist())
+        return resume(*arguments, **options)
+
+    monkeypatch.setattr(interleaving, "resume", counted)
+    return found
+
+
+def first_rows(contexts, count=2):
+    prompts = ([17, 1, 2], [17, 4, 5, 6, 7, 8], [17, 3])[:count]
+    return [
+        InterleavedRow(ids, [17, 9] if contexts > 1 else None, [17] if contexts > 2 else None, (2, 2), 40 + 7 * index)
+        for index, ids in enumerate(prompts)
+    ]
+
+
+def later_rows(rows, written):
+    """The rows of a second turn: pictures that were cut off are left out."""
+    found = []
+    for row, ids in zip(rows, written, strict=True):
+        pieces = split(ids.tolist(), TINY, strict=False)
+        if isinstance(pieces[-1], Picture) and not pieces[-1].whole:
+            ids = ids[: len(ids) - 1 - ids[::-1].tolist().index(TINY.tokens.boi)]
+        pictures = ids[interleaving.inside_pictures(ids, TINY)].tolist()
+        found.append(
+            dataclasses.replace(
+                row,
+                prompt=[*row.prompt, *ids.tolist(), *LATER],
+                unconditional=None if row.unconditional is None else [*row.unconditional, *pictures, *LATER[:2]],
+                steps=30,
+            )
+        )
+    return found
+
+
+def tiny_run(rows, params=None, **options):
+    count = len(rows)
+    text = tiny.settings(count, temperature=8.0, top_k=22, seed=np.arange(count) + 104)
+    visual = tiny.settings(count, temperature=1.3, top_k=6, top_p=0.95, guidance=2.0)
+    scales = None if rows[0].empty is None else [1.5] * count
+    params = tiny.params() if params is None else params
+    return interleaving.run(params, tiny.CONFIG, TINY, rows, text, visual, scales, **options)
+
+
+def assert_turns_are_equal(rows, fed, **options):
+    """Three turns with a kept cache, against whole prompts."""
+    kept = Kept()
+    for turn in range(3):
+        expected = tiny_run(rows, **options)
+        found = tiny_run(rows, kept=kept, **options)
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(one, other)
+        assert len(fed) == turn  # the first turn has nothing to go on from
+        rows = later_rows(rows, found)
+    return rows
+
+
+def test_turns_with_a_kept_cache_are_those_of_whole_prompts(fed):
+    rows = assert_turns_are_equal(first_rows(contexts=3), fed)
+    whole = [len(row.prompt) for row in rows]
+    assert all(count < 16 for turn in fed for count in turn) and min(whole) > 60
+
+
+def test_a_narrow_cache_that_grows(fed, monkeypatch):
+    sizes = []
+    for module in ("kept", "shapes"):
+        monkeypatch.setattr(f"emu3_jax.generation.{module}.CACHE_GROWTH", 64)
+    put = Kept.put
+
+    def noted(kept, cache, *rest):
+        sizes.append(cache.slots)
+        put(kept, cache, *rest)
+
+    monkeypatch.setattr(Kept, "put", noted)
+    assert_turns_are_equal(first_rows(2), fed, narrow_cache=True)
+    assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
+
+
+def test_turns_on_a_mesh(fed):
+    """Rows that fill the batch up are computed in no later turn from their beginning."""
+    mesh = make_mesh("data=2,tensor=2")
+    params = jax.device_put(tiny.params(), decoder_shardings(tiny.CONFIG, mesh))
+    kept, rows = Kept(), first_rows(2, count=1)
+    for _ in range(2):
+        expected = tiny_run(rows)
+        found = tiny_run(rows, params, kept=kept, mesh=mesh)
+        np.testing.assert_array_equal(found[0], expected[0])
+        rows = later_rows(rows, found)
+    assert len(fed) == 1 and max(fed[0]) < 16
+
+
+def test_other_prompts_and_an_interrupted_turn(fed):
+    kept = Kept()
+    rows = first_rows(2)
+    tiny_run(rows, kept=kept)
+    other = [dataclasses.replace(row, prompt=[17, 1, 2, 7, 7], unconditional=[17, 8], steps=9) for row in rows]
+    for one, expected in zip(tiny_run(other, kept=kept), tiny_run(other), strict=True):
+        np.testing.assert_array_equal(one, expected)
+    assert fed == [[2, 4, 1, 1]]  # what their prompts have in common with those of the first turn is kept
+    assert kept.take([[1]] * 3, 16) is None  # another number of rows
+    tiny_run(rows, kept=kept)
+    text = tiny.settings(2)
+    turn = interleaving.stream(tiny.params(), tiny.CONFIG, TINY, rows, text, text, kept=kept)
+    next(turn)
+    turn.close()
+    assert kept.take([[1]] * 4, 16) is None
+
+
+def test_logits_after_a_kept_cache():
+    """Of rows with unequal numbers of kept and of new tokens."""
+    from emu3_jax.generation.shapes import align_right
+    from emu3_jax.models.cache import KVCache
+
+    prompts = np.random.default_rng(3).integers(0, 16, (2, 40)).tolist()
+    prompts[1] = prompts[1][:31]
+    whole, start = align_right(prompts, 40, 16)
+    expected, _ = tiny.forward(tiny.params(), whole, KVCache.create(tiny.CONFIG, start, 40), last_only=True)
+    first, start = align_right([prompts[0][:20], prompts[1][:29]], 32, 16)
+    _, cache = tiny.forward(tiny.params(), first, KVCache.create(tiny.CONFIG, start, 64))
+    kept = Kept()
+    kept.put(cache.replace(lockstep=False), start, 32, [prompts[0][:20], [*prompts[1][:29], 5]])
+    tail = kept.take(prompts, 16)
+    assert tail.counts.tolist() == [20, 2]
+    found, _ = Decoder(tiny.CONFIG).apply(
+        {"params": tiny.params()}, tail.tokens, tail.roomy(0), last_only=tail.counts - 1
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+
+
+def test_a_conversation_of_a_whole_model(tiny_bundle, fed):
+    """`Turns.send` gives what the whole conversation gives as one prompt, and computes only what is new."""
+    model = emu3_jax.load(tiny_bundle, dtype="float32")
+    options = {"max_new_tokens": 20, "guidance": 2.0, "seed": 5}
+    turns, pieces = model.interleave_turns(**options), []
+    first = turns.send("a dog", on_piece=pieces.append)
+    second = turns.send("again")
+    assert [text for text, _ in turns.turns] == ["a dog", "again"] and len(fed) == 1
+    assert [piece.kind for piece in pieces] == [piece.kind for piece in first.pieces]
+    language = model.language
+    (alone,) = model.interleave("a dog", **options)
+    np.testing.assert_array_equal(first.ids, alone.ids)
+    answer = first.ids[first.prompt_length :].tolist()
+    said = answer[:-1] if first.ended else answer
+    question = next_turn_prompt(language.tokenizer, language.config.tokens, language.templates, "again")
+    expected = [*first.ids[: first.prompt_length].tolist(), *said, language.config.tokens.eos, *question]
+    assert second.ids[: second.prompt_length].tolist()[-len(question) :] == question
+    if not any(piece.kind == "picture" and not piece.whole for piece in first.pieces):
+        assert second.ids[: second.prompt_length].tolist() == expected
+    with pytest.raises(emu3_jax.Emu3Error, match="a text or a list of texts"):
+        turns.send(None)
+    with pytest.raises(emu3_jax.Emu3Error, match=r"the conversation takes .* positions: begin a new one"):
+        turns.send("word " * 300)
+    assert len(turns.turns) == 2
