@@ -14,6 +14,7 @@ if typing.TYPE_CHECKING:  # what `_PUBLIC` loads, for editors and type checkers
     from emu3_jax.config import VisionConfig as VisionConfig
     from emu3_jax.errors import Emu3Error as Emu3Error
     from emu3_jax.generation.documents import Document as Document
+    from emu3_jax.generation.documents import Growing as Growing
     from emu3_jax.generation.documents import Piece as Piece
     from emu3_jax.generation.pictures import Generation as Generation
     from emu3_jax.generation.pipeline import Emu3 as Emu3
@@ -38,6 +39,7 @@ _PUBLIC = {
     "Emu3Error": "emu3_jax.errors",
     "Generation": "emu3_jax.generation.pictures",
     "IbqConfig": "emu3_jax.config",
+    "Growing": "emu3_jax.generation.documents",
     "ImageConfig": "emu3_jax.config",
     "Piece": "emu3_jax.generation.documents",
     "SpecialTokens": "emu3_jax.config",

@@ -9,6 +9,7 @@ from conftest import golden_json, golden_npz
 from emu35 import write_checkpoints
 from PIL import Image
 
+import emu3_jax
 from emu3_jax.cli.main import main
 
 pytestmark = pytest.mark.slow
@@ -134,3 +135,32 @@ def test_models_of_emu3_have_no_tasks(tiny_bundle, tmp_path, capsys):
     assert "this model is of Emu3, which has no tasks: leave it out" in capsys.readouterr().err
     assert main(["interleave", "a story", "another", "--max-new-tokens", "12", *out]) == 0
     assert sorted(path.name for path in (tmp_path / "out").glob("*.md")) == ["000.md", "001.md"]
+
+
+def test_pictures_grow_row_by_row(bundle, tmp_path, capsys):
+    """Each time with more rows. Rows that are shown are those of the picture, and its last file is the picture."""
+    arguments = ["How to cook dumplings", "--task", "story", "--greedy", "--size", "6*7", "--max-new-tokens", "128"]
+    capsys.readouterr()
+    command = ["interleave", *arguments, "--model", str(bundle), "-o", str(tmp_path / "out"), "--dtype", "float32"]
+    assert main([*command, "--json", "--live", str(tmp_path / "live")]) == 0
+    *grown, about = map(json.loads, capsys.readouterr().out.splitlines())
+    files = [line["growing"] for line in grown]
+    assert files == sorted(files) and set(files) == {str(tmp_path / "live" / "000" / f"000{i}.png") for i in range(2)}
+    first = [line["rows"] for line in grown if line["growing"] == files[0]]
+    assert first == sorted(set(first)) and first[0] > 0 and first[-1] < 6 and all(line["of"] == 6 for line in grown)
+    pictures = [piece["picture"] for piece in about["pieces"] if "picture" in piece]
+    with Image.open(pictures[0]) as whole, Image.open(files[0]) as last:
+        np.testing.assert_array_equal(np.asarray(whole), np.asarray(last))
+    capsys.readouterr()
+    assert main([*command, "--live", str(tmp_path / "live")]) == 2
+    assert "live is not empty" in capsys.readouterr().err
+    model = emu3_jax.load(bundle, dtype="float32")
+    seen = []
+    (document,) = model.interleave(
+        "How to cook dumplings", task="story", size=(6, 7), max_new_tokens=70, temperature=0.0, text_temperature=0.0,
+        on_rows=lambda row, piece: seen.append((row, piece)),
+    )  # fmt: skip
+    codes = [piece.codes for piece in document.pieces if piece.codes is not None]
+    assert seen and all(row == 0 and piece.picture.height == 16 * len(piece.codes) for row, piece in seen)
+    for _, piece in seen:
+        np.testing.assert_array_equal(piece.codes, codes[piece.number][: len(piece.codes)])

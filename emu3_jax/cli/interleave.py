@@ -80,6 +80,13 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--plans", action="store_true", help="also write what the model plans before an answer or a picture"
     )
+    command.add_argument(
+        "--live",
+        type=common.path,
+        metavar="FRAMES",
+        help="also write each picture while it grows as FRAMES/000/0000.png and so on, with its finished rows; with "
+        "--json, print a line each time: growing, rows, of",
+    )
     command.add_argument("--html", action="store_true", help="also write each page as HTML")
     command.add_argument(
         "--save-tokens", action="store_true", help="also write DIR/tokens.npz: the ids of document i under the name i"
@@ -108,11 +115,16 @@ def _size(text: str) -> "tuple[int, int] | None":
 
 
 def run(options: argparse.Namespace) -> None:
+    import contextlib
+
+    import numpy as np
+
     from emu3_jax.cli.output import json_line
     from emu3_jax.cli.pages import Page
     from emu3_jax.files import files_into
-    from emu3_jax.generation.documents import Document, Piece
+    from emu3_jax.generation.documents import Document, Growing, Piece
     from emu3_jax.media.codes import save_codes
+    from emu3_jax.media.live import live_frames
 
     count = 1 if options.together else len(options.texts)
     width = max(3, len(str(count - 1)))
@@ -132,9 +144,20 @@ def run(options: argparse.Namespace) -> None:
         """Writes a picture, and shows the piece if there is one page only."""
         if piece.kind == "plan" and not options.plans:
             return
+        if live is not None and piece.picture is not None:
+            live(row, pages[row].pictures, np.asarray(piece.picture)[None])
         shown = pages[row].add(piece, directory)
         if shown and len(pages) == 1 and not options.json:
             print(shown, flush=True)
+
+    def grow(row: int, piece: Growing) -> None:
+        """Writes the finished rows of a picture that is being written."""
+        assert live is not None
+        number = pages[row].pictures
+        live(row, number, np.asarray(piece.picture)[None])
+        if options.json:
+            file = options.live / f"{row:03d}" / f"{number:04d}.png"
+            print(json_line({"growing": str(file), "rows": len(piece.codes), "of": piece.size[0]}), flush=True)
 
     def talk() -> list[Document]:
         """All texts as turns of one conversation."""
@@ -143,16 +166,25 @@ def run(options: argparse.Namespace) -> None:
             pages[0].ask(text)
             if not options.json:
                 print(printable(f"> {text}"), flush=True)
-            conversation.send(text, options.image if number == 0 else (), on_piece=lambda piece: show(0, piece))
+            conversation.send(
+                text, options.image if number == 0 else (), on_piece=lambda piece: show(0, piece),
+                on_rows=options.live and (lambda piece: grow(0, piece)),
+            )  # fmt: skip
         return [document for _, document in conversation.turns]
 
     def write() -> list[Document]:
         """One document per text."""
         for page, text in zip(pages, options.texts, strict=True):
             page.ask(text)
-        return model.interleave(options.texts, options.image, on_piece=show, batch_size=options.batch_size, **settings)
+        return model.interleave(
+            options.texts, options.image, on_piece=show, on_rows=grow if options.live else None,
+            batch_size=options.batch_size, **settings,
+        )  # fmt: skip
 
-    with files_into(options.output, replace=not options.no_clobber) as directory:
+    with (
+        files_into(options.output, replace=not options.no_clobber) as directory,
+        live_frames(options.live) if options.live else contextlib.nullcontext() as live,
+    ):
         documents = talk() if options.together else write()
         for page, name in zip(pages, names, strict=True):
             (directory / name).write_text(page.markdown(), "utf-8")

@@ -22,6 +22,7 @@ class Page:
 
     Attributes:
         answers: per request, the pieces of the answer as JSON values.
+        pictures: number of pictures so far.
         spoken: whether the page shows the requests, as conversations do.
     """
 
@@ -36,7 +37,7 @@ class Page:
         self.answers: list[list[dict[str, typing.Any]]] = []
         self.spoken = spoken
         self._stem, self._output = stem, output
-        self._pictures = 0
+        self.pictures = 0
         self._markdown: list[str] = []
         self._html: list[str] = []
 
@@ -62,8 +63,8 @@ class Page:
         if piece.picture is None:  # not even its first row of tokens is complete
             answer.append({"picture": None, "whole": False})
             return ""
-        name = f"{self._stem}_{self._pictures}.png"
-        self._pictures += 1
+        name = f"{self._stem}_{self.pictures}.png"
+        self.pictures += 1
         save_picture(piece.picture, directory / name, {"prompt": self._prompt})
         note = "" if piece.whole else _CUT_OFF
         self._markdown.append(f"![]({name})" + (f"\n\n{note}" if note else ""))

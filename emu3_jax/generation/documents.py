@@ -50,7 +50,25 @@ class Piece:
     whole: bool = True
 
 
+@dataclasses.dataclass(frozen=True)
+class Growing:
+    """A picture that is being written.
+
+    Attributes:
+        number: which picture of its document it is, from 0 on.
+        size: rows and columns of visual tokens of the whole picture.
+        codes: int32 [h, w], the rows of codes that are finished.
+        picture: these rows, decoded. Later rows may still change their pixels, most of all near the lower edge.
+    """
+
+    number: int
+    size: tuple[int, int]
+    codes: np.ndarray
+    picture: Image.Image
+
+
 OnPiece = Callable[[int, Piece], Any]
+OnRows = Callable[[int, Growing], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +158,8 @@ def stream_documents(
     texts: Sequence[str],
     images: Sequence[Sequence[Media]],
     writing: Writing,
-) -> Iterator[tuple[int, Piece | Document]]:
+    growing: bool = False,
+) -> Iterator[tuple[int, Piece | Growing | Document]]:
     """Writes one document per text.
 
     Args:
@@ -149,9 +168,11 @@ def stream_documents(
         texts: the prompts.
         images: pictures to show with each prompt.
         writing: settings.
+        growing: whether to yield pictures that are being written, too. Each time, one is decoded.
 
     Yields:
-        (row, piece) when a piece of a row is complete, in order within a row; and (row, document) when the row is.
+        (row, piece) when a piece of a row is complete, in order within a row; (row, document) when the row is; and with
+        `growing` (row, growing picture) when more rows of its visual tokens are finished.
 
     Raises:
         Emu3Error: bad input. The message says what is wrong and what to do.
@@ -164,7 +185,7 @@ def stream_documents(
         prompts = prompts_of(language, rule, task, text, codes, writing.allow_special)
         sizes = [(item.shape[0], item.shape[1]) for item in codes]
         rows.append(row_of(index, prompts, sizes, writing, task, language.config.max_positions, rule))
-    yield from stream_rows(language, vision, rule, task, rows, writing)
+    yield from stream_rows(language, vision, rule, task, rows, writing, growing=growing)
 
 
 def stream_rows(
@@ -175,7 +196,8 @@ def stream_rows(
     rows: Sequence[InterleavedRow],
     writing: Writing,
     kept: Kept | None = None,
-) -> Iterator[tuple[int, Piece | Document]]:
+    growing: bool = False,
+) -> Iterator[tuple[int, Piece | Growing | Document]]:
     """As `stream_documents`, for rows with prompts of ids. `kept`: see `interleaving.stream`; for one batch only."""
     config = language.config
     text_settings, visual_settings = _settings(writing, task, len(rows))
@@ -186,7 +208,7 @@ def stream_rows(
     with Progress(writing.progress, sum(row.steps for row in rows), "tokens", name="interleave") as bar:
         for batch in batches:
             places = np.asarray(batch)
-            reading = {index: _Reading(language, vision, rule, rows[index]) for index in batch}
+            reading = {index: _Reading(language, vision, rule, rows[index], growing) for index in batch}
             before, expected = bar.done, sum(rows[index].steps for index in batch)
             for made in interleaving.stream(
                 language.params, config, rule, [rows[index] for index in batch],
@@ -289,8 +311,8 @@ def row_of(
         raise RowError(index, "image_guidance guides towards given pictures, and there is none: leave it out")
     contexts = [prompts.conditional, *([prompts.unconditional] if guided else []), *([prompts.empty] if both else [])]
     room = positions - max(map(len, contexts))
+    what, remedy = ("conversation", "begin a new one") if later else ("prompt", "shorten it")
     if room < 1:
-        what, remedy = ("conversation", "begin a new one") if later else ("prompt", "shorten it")
         raise RowError(
             index,
             f"the {what} takes {positions - room} tokens, but the model has {positions} positions: {remedy}, or show "
@@ -302,7 +324,7 @@ def row_of(
         size = sizes[-1]
     if size is not None and rule.picture_length(*size) > room:
         raise RowError(
-            index, f"a picture of {size[0]}*{size[1]} takes {rule.picture_length(*size)} tokens, but the prompt leaves "
+            index, f"a picture of {size[0]}*{size[1]} takes {rule.picture_length(*size)} tokens, but the {what} leaves "
             f"{room} positions: choose a smaller size"
         )  # fmt: skip
     most = writing.max_new_tokens or min(defaults.MAX_NEW_TOKENS if task is None else task.steps, room)
@@ -345,18 +367,22 @@ def _settings(writing: Writing, task: Task | None, count: int) -> tuple[RowSetti
 class _Reading:
     """Turns the growing ids of a row into pieces. `document` is there once the row is done."""
 
-    def __init__(self, language: Language, vision: Callable[[], Vision], rule: Grammar, row: InterleavedRow):
+    def __init__(
+        self, language: Language, vision: Callable[[], Vision], rule: Grammar, row: InterleavedRow, growing: bool
+    ):
         self.document: Document | None = None
+        self._growing, self._shown = growing, 0  # number of rows of a growing picture that were shown
         self._language, self._vision, self._rule, self._row = language, vision, rule, row
         self._pieces: list[Piece] = []
         self._read = 0  # number of ids that are read
 
-    def read(self, ids: np.ndarray, done: bool) -> Iterator[Piece]:
-        """Yields the pieces that have become complete, given the ids so far. Ids that were read are not read again."""
+    def read(self, ids: np.ndarray, done: bool) -> Iterator[Piece | Growing]:
+        """Yields what is new, given the ids so far. Ids of pieces that are complete are not read again."""
         ended = bool(len(ids) and ids[-1] == self._language.config.tokens.eos)
         fresh = ids[self._read : len(ids) - ended].tolist()
         parts = grammar.split(fresh, self._rule, strict=False)
         self._read += len(fresh)
+        growing: list[int] | grammar.Picture = []
         if parts and not done and not (isinstance(parts[-1], grammar.Picture) and parts[-1].whole):
             growing = parts.pop()  # it is read again once there is more of it
             boi = self._rule.tokens.boi
@@ -364,7 +390,10 @@ class _Reading:
         for part in parts:
             for piece in map(self._decoded, self._of(part)):
                 self._pieces.append(piece)
+                self._shown = 0
                 yield piece
+        if self._growing and isinstance(growing, grammar.Picture) and growing.size is not None:
+            yield from self._finished_rows(growing.codes, growing.size)
         if done:
             prompt = self._row.prompt
             whole = np.concatenate([np.asarray(prompt, np.int32), ids.astype(np.int32)])
@@ -378,6 +407,19 @@ class _Reading:
                 yield Piece("picture", codes=part.codes[: full * columns].reshape(full, columns), whole=part.whole)
             return
         yield from _texts(part, self._language.tokenizer)
+
+    def _finished_rows(self, codes: np.ndarray, size: tuple[int, int]) -> Iterator[Growing]:
+        """The picture so far, if rows of it have been finished since the last time."""
+        count = len(codes) // size[1]
+        if count <= self._shown:
+            return
+        self._shown = count
+        codes = codes[: count * size[1]].reshape(count, size[1])
+        # Decoded at its whole size, so that all its parts share one program. The last row stands for those to come.
+        picture = decode_picture(self._vision(), np.pad(codes, ((0, size[0] - count), (0, 0)), mode="edge"))
+        height = picture.height * count // size[0]
+        number = sum(piece.kind == "picture" for piece in self._pieces)
+        yield Growing(number, size, codes, picture.crop((0, 0, picture.width, height)))
 
     def _decoded(self, piece: Piece) -> Piece:
         if piece.codes is None or not len(piece.codes):

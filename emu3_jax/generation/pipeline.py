@@ -14,7 +14,7 @@ from emu3_jax.generation import defaults
 from emu3_jax.generation.clips import OnFrames, generate_clips
 from emu3_jax.generation.codec import Vision, decode, encode
 from emu3_jax.generation.conversation import Asking, Conversation, Showing, answer_questions
-from emu3_jax.generation.documents import Document, OnPiece, Writing, stream_documents
+from emu3_jax.generation.documents import Document, Growing, OnPiece, OnRows, Writing, stream_documents
 from emu3_jax.generation.language import Batching, Language
 from emu3_jax.generation.pictures import Generation, stream_pictures
 from emu3_jax.generation.rows import Sampling, prompt_list
@@ -538,6 +538,7 @@ class Emu3:
         parallel: int | str = defaults.PARALLEL,
         allow_special: bool = False,
         on_piece: OnPiece | None = None,
+        on_rows: OnRows | None = None,
         progress: bool | None = None,
     ) -> list[Document]:
         """Writes texts and pictures in turn: one document per text.
@@ -567,6 +568,8 @@ class Emu3:
                 "off" or "auto"; see `generate`.
             allow_special: whether control tokens in texts take effect. By default they are refused.
             on_piece: called with a row's number and a text or picture (`Piece`) as soon as it is complete.
+            on_rows: called with a row's number and a picture that is being written (`Growing`) when it has more
+                finished rows. Each time, the picture is decoded.
             progress: True shows a progress bar on a terminal and lines in a log, None only the bar, False nothing.
 
         Returns:
@@ -585,9 +588,13 @@ class Emu3:
             top_k, top_p, seed, batch_size, allow_special, progress, parallel,
         )  # fmt: skip
         found: dict[int, Document] = {}
-        for row, item in stream_documents(self.language, lambda: self.vision, prompts, each, writing):
+        growing = on_rows is not None
+        for row, item in stream_documents(self.language, lambda: self.vision, prompts, each, writing, growing):
             if isinstance(item, Document):
                 found[row] = item
+            elif isinstance(item, Growing):
+                if on_rows is not None:
+                    on_rows(row, item)
             elif on_piece is not None:
                 on_piece(row, item)
         return [found[row] for row in range(len(found))]

@@ -9,6 +9,7 @@ from emu3_jax.generation import grammar
 from emu3_jax.generation.codec import Vision
 from emu3_jax.generation.documents import (
     Document,
+    Growing,
     Piece,
     Writing,
     encoded,
@@ -53,7 +54,12 @@ class Turns:
         self._sizes: list[tuple[int, int]] = []  # of all pictures so far
 
     def send(
-        self, text: str, images: Sequence[Media] = (), *, on_piece: Callable[[Piece], Any] | None = None
+        self,
+        text: str,
+        images: Media | Sequence[Media] = (),
+        *,
+        on_piece: Callable[[Piece], Any] | None = None,
+        on_rows: Callable[[Growing], Any] | None = None,
     ) -> Document:
         """Sends a text, with pictures if there are any, and returns what the model writes.
 
@@ -61,18 +67,21 @@ class Turns:
 
         Args:
             text: the text.
-            images: pictures to show with it.
+            images: a picture to show with it, or several.
             on_piece: called with a text or picture of the answer as soon as it is complete.
+            on_rows: called with a picture that is being written (`Growing`) when it has more finished rows. Each time,
+                the picture is decoded.
 
         Returns:
             The answer. Its `ids` begin with the whole conversation so far.
 
         Raises:
             Emu3Error: bad input, or the conversation no longer fits into the model's positions. The conversation does
-                not change then, nor if `on_piece` raises an error.
+                not change then, nor if a callback raises an error.
         """
         (text,) = prompt_list([text])
-        codes = [encoded(self._vision(), item, self._task) for item in images]
+        items: list[Any] = list(images) if isinstance(images, list | tuple) else [images]
+        codes = [encoded(self._vision(), item, self._task) for item in items]
         sizes = [*self._sizes, *((item.shape[0], item.shape[1]) for item in codes)]
         so_far, writing = self._so_far, self._writing
         prompts = prompts_of(
@@ -91,7 +100,7 @@ class Turns:
             )  # fmt: skip
         except RowError as error:
             raise Emu3Error(error.reason) from error
-        document = self._written(row, writing, on_piece)
+        document = self._written(row, writing, on_piece, on_rows)
         self._sizes = [
             *sizes, *((len(p.codes), p.codes.shape[1]) for p in document.pieces if p.codes is not None and p.whole)
         ]  # fmt: skip
@@ -99,12 +108,21 @@ class Turns:
         self.turns.append((text, document))
         return document
 
-    def _written(self, row: InterleavedRow, writing: Writing, on_piece: Callable[[Piece], Any] | None) -> Document:
+    def _written(
+        self,
+        row: InterleavedRow,
+        writing: Writing,
+        on_piece: Callable[[Piece], Any] | None,
+        on_rows: Callable[[Growing], Any] | None,
+    ) -> Document:
         for _, item in stream_rows(
-            self._language, self._vision, self._rule, self._task, [row], writing, kept=self._kept
+            self._language, self._vision, self._rule, self._task, [row], writing, self._kept, on_rows is not None
         ):
             if isinstance(item, Document):
                 document = item
+            elif isinstance(item, Growing):
+                if on_rows is not None:
+                    on_rows(item)
             elif on_piece is not None:
                 on_piece(item)
         return document
