@@ -11,6 +11,8 @@ from PIL import Image
 
 import emu3_jax
 from emu3_jax.cli.main import main
+from emu3_jax.media.clips import Clip, save_clip
+from emu3_jax.text.prompts import next_turn_prompt, understanding_prompt
 
 pytestmark = pytest.mark.slow
 
@@ -100,10 +102,16 @@ def test_a_picture_that_is_cut_off(bundle, tmp_path, capsys):
         (["a <|image start|> story", "--task", "story"], "contains the special token <|image start|>"),
         (["a story", "--task", "story", "--image", "nowhere.png"], "cannot read nowhere.png"),
         (["a story", "--task", "story", "--guidance", "nan"], "guidance is nan"),
+        (["a story", "--task", "story", "--image", "clip.webp"], "clip.webp: a clip: the vision tokenizer of Emu3.5"),
+        (["a story", "--task", "story", "--frames", "0"], "frames is 0"),
     ],
 )
 def test_what_is_refused(bundle, tmp_path, capsys, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
+    if "clip.webp" in arguments:
+        save_clip(
+            np.arange(4, dtype=np.uint8).repeat(32 * 32 * 3).reshape(4, 32, 32, 3) * 60, tmp_path / "clip.webp", 8
+        )
     capsys.readouterr()
     try:
         code = main(["interleave", *arguments, "--model", str(bundle), "-o", str(tmp_path / "out")])
@@ -164,3 +172,22 @@ def test_pictures_grow_row_by_row(bundle, tmp_path, capsys):
     assert seen and all(row == 0 and piece.picture.height == 16 * len(piece.codes) for row, piece in seen)
     for _, piece in seen:
         np.testing.assert_array_equal(piece.codes, codes[piece.number][: len(piece.codes)])
+
+
+def test_clips_in_prompts_of_emu3(golden_model):
+    """A clip as one of few frames, and its frames as pictures: in documents, and in a later turn of a conversation."""
+    clip = Clip(np.arange(6, dtype=np.uint8).repeat(32 * 32 * 3).reshape(6, 32, 32, 3) * 40)
+    language = golden_model.language
+    options = {"max_new_tokens": 2, "guidance": 1.0, "temperature": 0.0, "text_temperature": 0.0}
+    parts = (language.tokenizer, language.config.tokens, language.templates)
+    (document,) = golden_model.interleave("What moves", clip, clips_as="clip", frames=4, **options)
+    codes = golden_model.tokenize([Clip(clip.frames[[0, 1, 3, 4]])])
+    assert document.ids[: document.prompt_length].tolist() == understanding_prompt(*parts, "What moves", codes)
+    turns = golden_model.interleave_turns(clips_as="images", frames=2, **options)
+    turns.send("What is this")
+    second = turns.send("And here", [clip])
+    codes = golden_model.tokenize([clip.frames[0], clip.frames[3]])
+    expected = next_turn_prompt(*parts, "And here", codes)
+    assert second.ids[: second.prompt_length].tolist()[-len(expected) :] == expected
+    with pytest.raises(emu3_jax.Emu3Error, match="clips_as is 'video'"):
+        golden_model.interleave("What moves", clip, clips_as="video")

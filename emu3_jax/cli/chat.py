@@ -26,24 +26,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     common.add_model(command)
     common.add_adapter(command)
-    command.add_argument(
-        "--clips-as",
-        choices=("auto", "clip", "images"),
-        default="auto",
-        help="show a clip as a clip, or its frames as pictures (default: as the model was trained)",
-    )
-    command.add_argument(
-        "--frames",
-        type=int,
-        metavar="N",
-        help="frames to show per clip (default: the training length, or 8 when shown as pictures)",
-    )
-    command.add_argument(
-        "--fps",
-        type=float,
-        metavar="X",
-        help="frames per second to show of a clip (default: spread --frames over all of it)",
-    )
+    common.add_showing(command)
     command.add_argument(
         "--max-new-tokens",
         type=int,

@@ -117,6 +117,28 @@ def add_model(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_showing(command: argparse.ArgumentParser) -> None:
+    """`--clips-as`, `--frames` and `--fps`: how a clip is shown in a prompt."""
+    command.add_argument(
+        "--clips-as",
+        choices=("auto", "clip", "images"),
+        default="auto",
+        help="show a clip as a clip, or its frames as pictures (default: as the model was trained)",
+    )
+    command.add_argument(
+        "--frames",
+        type=int,
+        metavar="N",
+        help="frames to show per clip (default: the training length, or 8 when shown as pictures)",
+    )
+    command.add_argument(
+        "--fps",
+        type=float,
+        metavar="X",
+        help="frames per second to show of a clip (default: spread --frames over all of it)",
+    )
+
+
 def add_adapter(command: argparse.ArgumentParser) -> None:
     """`--adapter`, beside `--model`."""
     section(command, "model").add_argument(

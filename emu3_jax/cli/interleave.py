@@ -25,8 +25,14 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "-o", "--output", type=common.place, required=True, metavar="DIR", help="directory to write to"
     )
     command.add_argument(
-        "--image", nargs="+", default=[], type=common.path_text, metavar="FILE", help="pictures to show with every TEXT"
+        "--image",
+        nargs="+",
+        default=[],
+        type=common.path_text,
+        metavar="FILE",
+        help="pictures to show with every TEXT, and clips if the model is of Emu3",
     )
+    common.add_showing(command)
     command.add_argument("--task", choices=TASKS, help="task of a model of Emu3.5, which needs one")
     command.add_argument(
         "--size",
@@ -137,7 +143,10 @@ def run(options: argparse.Namespace) -> None:
     written = outputs.Outputs([*files, tokens] if options.save_tokens else files, no_clobber=options.no_clobber)
     model = common.load_model(options)
     settings: dict[str, typing.Any] = {"text_temperature": 0.0, "temperature": 0.0} if options.greedy else {}
-    told = ("task", "size", "guidance", "image_guidance", "max_new_tokens", "seed", "parallel", "allow_special")
+    told = (
+        "task", "size", "guidance", "image_guidance", "max_new_tokens", "seed", "parallel", "allow_special",
+        "clips_as", "frames", "fps",
+    )  # fmt: skip
     settings |= {name: getattr(options, name) for name in told} | {"progress": common.progress(options)}
 
     def show(row: int, piece: Piece) -> None:

@@ -14,6 +14,7 @@ from emu3_jax.errors import Emu3Error, RowError
 from emu3_jax.fields import is_count, is_number
 from emu3_jax.generation import defaults, grammar, interleaving
 from emu3_jax.generation.codec import Vision, decode_picture, encode
+from emu3_jax.generation.conversation import Showing
 from emu3_jax.generation.grammar import Grammar
 from emu3_jax.generation.interleaving import InterleavedRow
 from emu3_jax.generation.kept import Kept
@@ -115,6 +116,7 @@ class Writing:
         progress: see `language.Batching`.
         parallel: number of tokens that a pass of the decoder checks per row within pictures, from 2 to 128, or "off" or
             "auto".
+        showing: how clips are shown in a prompt.
     """
 
     task: str | None = None
@@ -133,6 +135,7 @@ class Writing:
     allow_special: bool = False
     progress: bool | None = None
     parallel: int | str = defaults.PARALLEL
+    showing: Showing = dataclasses.field(default_factory=Showing)
 
     def __post_init__(self) -> None:
         if self.task is not None and self.task not in TASKS:
@@ -166,7 +169,7 @@ def stream_documents(
         language: the decoder and its tokenizer.
         vision: called when a picture is read or written, so documents of text alone need no vision tokenizer.
         texts: the prompts.
-        images: pictures to show with each prompt.
+        images: pictures and clips to show with each prompt.
         writing: settings.
         growing: whether to yield pictures that are being written, too. Each time, one is decoded.
 
@@ -181,10 +184,9 @@ def stream_documents(
     rule = grammar_of(language)
     rows = []
     for index, (text, shown_images) in enumerate(zip(texts, images, strict=True)):
-        codes = [encoded(vision(), item, task) for item in shown_images]
+        codes = [part for item in shown_images for part in encoded(language, vision(), item, task, writing.showing)]
         prompts = prompts_of(language, rule, task, text, codes, writing.allow_special)
-        sizes = [(item.shape[0], item.shape[1]) for item in codes]
-        rows.append(row_of(index, prompts, sizes, writing, task, language.config.max_positions, rule))
+        rows.append(row_of(index, prompts, sizes_of(codes), writing, task, language.config.max_positions, rule))
     yield from stream_rows(language, vision, rule, task, rows, writing, growing=growing)
 
 
@@ -251,9 +253,20 @@ def task_of(language: Language, writing: Writing) -> Task | None:
     return None
 
 
-def encoded(vision: Vision, item: Media, task: Task | None) -> np.ndarray:
-    """The codes of a picture to show, int32 [h, w]."""
-    return encode(vision, item) if task is None else encode(vision, item, area=task.area)
+def encoded(language: Language, vision: Vision, item: Media, task: Task | None, showing: Showing) -> list[np.ndarray]:
+    """The codes of a picture or clip to show: int32 [h, w] of pictures, int32 [t, h, w] of a clip.
+
+    Raises:
+        Emu3Error: it cannot be read or shown. Prompts of a task have no place for clips.
+    """
+    if task is not None:
+        return [encode(vision, item, area=task.area)]
+    return showing.codes(vision, item, language.config.clip_frames)
+
+
+def sizes_of(codes: Sequence[np.ndarray]) -> list[tuple[int, int]]:
+    """Rows and columns of the codes of pictures and clips."""
+    return [(item.shape[-2], item.shape[-1]) for item in codes]
 
 
 def prompts_of(

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from emu3_jax.errors import Emu3Error
-from emu3_jax.generation import defaults
+from emu3_jax.generation import defaults, turns
 from emu3_jax.generation.clips import OnFrames, generate_clips
 from emu3_jax.generation.codec import Vision, decode, encode
 from emu3_jax.generation.conversation import Asking, Conversation, Showing, answer_questions
@@ -18,7 +18,6 @@ from emu3_jax.generation.documents import Document, Growing, OnPiece, OnRows, Wr
 from emu3_jax.generation.language import Batching, Language
 from emu3_jax.generation.pictures import Generation, stream_pictures
 from emu3_jax.generation.rows import Sampling, prompt_list
-from emu3_jax.generation.turns import Turns
 from emu3_jax.media.clips import Clip
 from emu3_jax.media.inputs import Media
 
@@ -517,10 +516,12 @@ class Emu3:
         )
         return Conversation(self.language, lambda: self.vision, asking)
 
+    interleave_turns = turns.interleave_turns
+
     def interleave(
         self,
         texts: str | Sequence[str],
-        images: Sequence[Media] | Sequence[Sequence[Media]] = (),
+        images: Media | Sequence[Media] | Sequence[Sequence[Media]] = (),
         *,
         task: str | None = None,
         size: tuple[int, int] | None = None,
@@ -536,6 +537,9 @@ class Emu3:
         seed: int = defaults.SEED,
         batch_size: int = defaults.BATCH_SIZE,
         parallel: int | str = defaults.PARALLEL,
+        clips_as: str = "auto",
+        frames: int | None = None,
+        fps: float | None = None,
         allow_special: bool = False,
         on_piece: OnPiece | None = None,
         on_rows: OnRows | None = None,
@@ -548,7 +552,8 @@ class Emu3:
 
         Args:
             texts: prompts.
-            images: pictures to show with every prompt, or one list of pictures per prompt.
+            images: pictures and clips to show with every prompt, or one list of them per prompt. Models of Emu3.5 know
+                no clips.
             task: "t2i", "x2i", "story", "howto" or "explore": decides on the prompt of a model of Emu3.5, which needs
                 one, and on its settings. None below stands for the task's value.
             size: rows and columns of visual tokens of all pictures. None: the size of the last of `images`, or else
@@ -566,6 +571,9 @@ class Emu3:
             batch_size: number of documents to compute at once.
             parallel: number of tokens that a pass of the decoder checks per row within pictures, from 2 to 128, or
                 "off" or "auto"; see `generate`.
+            clips_as: "clip", "images" or "auto": how a clip is shown, see `chat`.
+            frames: number of frames to show per clip, see `chat`.
+            fps: frames to show per second of a clip, see `chat`.
             allow_special: whether control tokens in texts take effect. By default they are refused.
             on_piece: called with a row's number and a text or picture (`Piece`) as soon as it is complete.
             on_rows: called with a row's number and a picture that is being written (`Growing`) when it has more
@@ -579,13 +587,13 @@ class Emu3:
             Emu3Error: bad input. The message says what is wrong and what to do.
         """
         prompts = prompt_list(texts)
-        given: list[Any] = list(images)
+        given: list[Any] = list(images) if isinstance(images, list | tuple) else [images]
         each = given if given and isinstance(given[0], list | tuple) else [given] * len(prompts)
         if len(each) != len(prompts):
             raise Emu3Error(f"{len(each)} lists of images for {len(prompts)} texts: give one list for each text")
         writing = Writing(
             task, size, guidance, image_guidance, max_new_tokens, text_temperature, text_top_k, text_top_p, temperature,
-            top_k, top_p, seed, batch_size, allow_special, progress, parallel,
+            top_k, top_p, seed, batch_size, allow_special, progress, parallel, Showing(clips_as, frames, fps),
         )  # fmt: skip
         found: dict[int, Document] = {}
         growing = on_rows is not None
@@ -598,52 +606,3 @@ class Emu3:
             elif on_piece is not None:
                 on_piece(row, item)
         return [found[row] for row in range(len(found))]
-
-    def interleave_turns(
-        self,
-        *,
-        task: str | None = None,
-        size: tuple[int, int] | None = None,
-        guidance: float | None = None,
-        image_guidance: float | None = None,
-        max_new_tokens: int | None = None,
-        text_temperature: float | None = None,
-        text_top_k: int | None = None,
-        text_top_p: float | None = None,
-        temperature: float = defaults.TEMPERATURE,
-        top_k: int | None = None,
-        top_p: float = defaults.TOP_P,
-        seed: int = defaults.SEED,
-        parallel: int | str = defaults.PARALLEL,
-        allow_special: bool = False,
-        progress: bool | None = None,
-    ) -> Turns:
-        """Starts a conversation whose answers are texts and pictures in turn; see `Turns.send`.
-
-        Later turns compute only what is new. `interleave` describes the arguments in full.
-
-        Args:
-            task: task of a model of Emu3.5, the same for all turns.
-            size: rows and columns of visual tokens of all pictures, or None.
-            guidance: classifier-free guidance scale of visual tokens.
-            image_guidance: scale of guidance towards the pictures that the first turn shows, or None.
-            max_new_tokens: largest number of new tokens of an answer.
-            text_temperature: temperature of text and of sizes.
-            text_top_k: number of likeliest text tokens to sample from.
-            text_top_p: total probability of the likeliest text tokens to sample from.
-            temperature: temperature of visual tokens.
-            top_k: number of likeliest visual tokens to sample from.
-            top_p: total probability of the likeliest visual tokens to sample from.
-            seed: seed of the first turn; each next one adds 1.
-            parallel: number of tokens that a pass of the decoder checks within pictures.
-            allow_special: whether control tokens in texts take effect.
-            progress: True shows a progress bar on a terminal and lines in a log, None only the bar, False nothing.
-
-        Raises:
-            Emu3Error: bad input. The message says what is wrong and what to do.
-        """
-        writing = Writing(
-            task, size, guidance, image_guidance, max_new_tokens, text_temperature, text_top_k, text_top_p, temperature,
-            top_k, top_p, seed, 1, allow_special, progress, parallel,
-        )  # fmt: skip
-        return Turns(self.language, lambda: self.vision, writing)

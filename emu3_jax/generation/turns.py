@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from emu3_jax.errors import Emu3Error, RowError
-from emu3_jax.generation import grammar
+from emu3_jax.generation import defaults, grammar
 from emu3_jax.generation.codec import Vision
+from emu3_jax.generation.conversation import Showing
 from emu3_jax.generation.documents import (
     Document,
     Growing,
@@ -16,6 +17,7 @@ from emu3_jax.generation.documents import (
     grammar_of,
     prompts_of,
     row_of,
+    sizes_of,
     stream_rows,
     task_of,
 )
@@ -67,7 +69,7 @@ class Turns:
 
         Args:
             text: the text.
-            images: a picture to show with it, or several.
+            images: a picture or clip to show with it, or several. Models of Emu3.5 know no clips.
             on_piece: called with a text or picture of the answer as soon as it is complete.
             on_rows: called with a picture that is being written (`Growing`) when it has more finished rows. Each time,
                 the picture is decoded.
@@ -81,9 +83,13 @@ class Turns:
         """
         (text,) = prompt_list([text])
         items: list[Any] = list(images) if isinstance(images, list | tuple) else [images]
-        codes = [encoded(self._vision(), item, self._task) for item in items]
-        sizes = [*self._sizes, *((item.shape[0], item.shape[1]) for item in codes)]
         so_far, writing = self._so_far, self._writing
+        codes = [
+            part
+            for item in items
+            for part in encoded(self._language, self._vision(), item, self._task, writing.showing)
+        ]
+        sizes = [*self._sizes, *sizes_of(codes)]
         prompts = prompts_of(
             self._language, self._rule, self._task, text, codes, writing.allow_special, later=so_far is not None
         )
@@ -102,7 +108,7 @@ class Turns:
             raise Emu3Error(error.reason) from error
         document = self._written(row, writing, on_piece, on_rows)
         self._sizes = [
-            *sizes, *((len(p.codes), p.codes.shape[1]) for p in document.pieces if p.codes is not None and p.whole)
+            *sizes, *sizes_of([p.codes for p in document.pieces if p.codes is not None and p.whole])
         ]  # fmt: skip
         self._so_far = self._after(prompts, document)
         self.turns.append((text, document))
@@ -142,3 +148,71 @@ class Turns:
             [*prompts.conditional, *ids.tolist(), eos], [*prompts.unconditional, *ids[inside].tolist(), eos],
             prompts.empty,
         )  # fmt: skip
+
+
+class Model(Protocol):
+    """What a conversation needs of a model."""
+
+    @property
+    def language(self) -> Language:
+        """The decoder."""
+
+    @property
+    def vision(self) -> Vision:
+        """The vision tokenizer."""
+
+
+def interleave_turns(
+    self: Model,
+    *,
+    task: str | None = None,
+    size: tuple[int, int] | None = None,
+    guidance: float | None = None,
+    image_guidance: float | None = None,
+    max_new_tokens: int | None = None,
+    text_temperature: float | None = None,
+    text_top_k: int | None = None,
+    text_top_p: float | None = None,
+    temperature: float = defaults.TEMPERATURE,
+    top_k: int | None = None,
+    top_p: float = defaults.TOP_P,
+    seed: int = defaults.SEED,
+    parallel: int | str = defaults.PARALLEL,
+    clips_as: str = "auto",
+    frames: int | None = None,
+    fps: float | None = None,
+    allow_special: bool = False,
+    progress: bool | None = None,
+) -> Turns:
+    """Starts a conversation whose answers are texts and pictures in turn; see `Turns.send`.
+
+    Later turns compute only what is new. `interleave` describes the arguments in full.
+
+    Args:
+        task: task of a model of Emu3.5, the same for all turns.
+        size: rows and columns of visual tokens of all pictures, or None.
+        guidance: classifier-free guidance scale of visual tokens.
+        image_guidance: scale of guidance towards the pictures that the first turn shows, or None.
+        max_new_tokens: largest number of new tokens of an answer.
+        text_temperature: temperature of text and of sizes.
+        text_top_k: number of likeliest text tokens to sample from.
+        text_top_p: total probability of the likeliest text tokens to sample from.
+        temperature: temperature of visual tokens.
+        top_k: number of likeliest visual tokens to sample from.
+        top_p: total probability of the likeliest visual tokens to sample from.
+        seed: seed of the first turn; each next one adds 1.
+        parallel: number of tokens that a pass of the decoder checks within pictures.
+        clips_as: "clip", "images" or "auto": how a clip is shown, see `chat`.
+        frames: number of frames to show per clip, see `chat`.
+        fps: frames to show per second of a clip, see `chat`.
+        allow_special: whether control tokens in texts take effect.
+        progress: True shows a progress bar on a terminal and lines in a log, None only the bar, False nothing.
+
+    Raises:
+        Emu3Error: bad input. The message says what is wrong and what to do.
+    """
+    writing = Writing(
+        task, size, guidance, image_guidance, max_new_tokens, text_temperature, text_top_k, text_top_p, temperature,
+        top_k, top_p, seed, 1, allow_special, progress, parallel, Showing(clips_as, frames, fps),
+    )  # fmt: skip
+    return Turns(self.language, lambda: self.vision, writing)
