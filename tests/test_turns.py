@@ -6,12 +6,14 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from conftest import GOLDEN
 
 import emu3_jax
-from emu3_jax.generation import interleaving
+from emu3_jax.generation import engine, interleaving, session
 from emu3_jax.generation.grammar import Grammar, Picture, split
 from emu3_jax.generation.interleaving import InterleavedRow
 from emu3_jax.generation.kept import Kept
+from emu3_jax.generation.schedule import text_schedule
 from emu3_jax.models.decoder import Decoder
 from emu3_jax.sharding.mesh import make_mesh
 from emu3_jax.sharding.rules import decoder_shardings
@@ -34,6 +36,20 @@ def fed(monkeypatch):
         return resume(*arguments, **options)
 
     monkeypatch.setattr(interleaving, "resume", counted)
+    return found
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """As `fed`, of sessions."""
+    found = []
+    resume = engine.resume
+
+    def counted(*arguments, **options):
+        found.append(np.asarray(arguments[3]).tolist())
+        return resume(*arguments, **options)
+
+    monkeypatch.setattr(engine, "resume", counted)
     return found
 
 
@@ -94,8 +110,7 @@ def test_turns_with_a_kept_cache_are_those_of_whole_prompts(fed):
 
 def test_a_narrow_cache_that_grows(fed, monkeypatch):
     sizes = []
-    for module in ("kept", "shapes"):
-        monkeypatch.setattr(f"emu3_jax.generation.{module}.CACHE_GROWTH", 64)
+    monkeypatch.setattr("emu3_jax.generation.shapes.CACHE_GROWTH", 64)
     put = Kept.put
 
     def noted(kept, cache, *rest):
@@ -135,6 +150,46 @@ def test_other_prompts_and_an_interrupted_turn(fed):
     next(turn)
     turn.close()
     assert kept.take([[1]] * 4, 16) is None
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"parallel": 4}, {"narrow_cache": True}, {"guided": True}, {"mesh": "data=2,tensor=2"}],
+    ids=["plain", "windows", "narrow", "guided", "mesh"],
+)  # fmt: skip
+def test_sessions_with_a_kept_cache(asked, options):
+    """Three turns of questions and answers, against whole prompts."""
+    options = dict(options)
+    guided, params = options.pop("guided", False), tiny.params()
+    if "mesh" in options:
+        options["mesh"] = make_mesh(options["mesh"])
+        params = jax.device_put(params, decoder_shardings(tiny.CONFIG, options["mesh"]))
+    settings = tiny.settings(1, temperature=2.0, guidance=1.5 if guided else 1.0)
+    kept, prompt, negative = Kept(), [17, 1, 2, 3], [17] if guided else None
+    for turn in range(3):
+        row = session.Row(prompt, text_schedule(9), negative)
+        narrow = options.get("narrow_cache", False)
+        whole = session.run(tiny.params(), tiny.CONFIG, [row], settings, narrow_cache=narrow)
+        made = session.run(params, tiny.CONFIG, [row], settings, kept=kept, **options)
+        np.testing.assert_array_equal(made.ids, whole.ids)
+        assert len(asked) == turn
+        written = made.ids[0][made.ids[0] != tiny.CONFIG.tokens.pad].tolist()
+        prompt = [*prompt, *written, 4, 5, 6]
+        negative = [*negative, *written, 4] if guided else None
+    assert all(count < 16 for turn in asked for count in turn)
+
+
+def test_a_conversation_keeps_its_cache(golden_model, asked):
+    """The answers are those of whole prompts, of which later turns compute only the new part."""
+    talk = golden_model.converse(max_new_tokens=5)
+    answers = [talk.ask("What is this", GOLDEN / "photo.png"), talk.ask("And why"), talk.ask("Is it")]
+    assert len(asked) == 2 and all(count < 40 for turn in asked for count in turn)
+    alone = golden_model.converse(max_new_tokens=5)
+    for question, expected, shown in zip(
+        ("What is this", "And why", "Is it"), answers, (True, False, False), strict=True
+    ):
+        alone._kept = Kept()
+        assert alone.ask(question, GOLDEN / "photo.png" if shown else ()) == expected
+    assert len(asked) == 2
 
 
 def test_logits_after_a_kept_cache():

@@ -9,6 +9,7 @@ import numpy as np
 from emu3_jax.errors import Emu3Error
 from emu3_jax.generation import defaults
 from emu3_jax.generation.codec import Vision, encode
+from emu3_jax.generation.kept import Kept
 from emu3_jax.generation.language import Batching, Language, answer
 from emu3_jax.generation.rows import Sampling, texts_per_row
 from emu3_jax.media.clips import Clip, resample
@@ -83,9 +84,11 @@ class Asking:
     max_new_tokens: int = defaults.MAX_NEW_TOKENS
     allow_special: bool = False
 
-    def answer(self, language: Language, inputs: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    def answer(self, language: Language, inputs: Sequence[Sequence[int]], kept: Kept | None = None) -> list[np.ndarray]:
         """The ids of each row's answer; see `language.answer`."""
-        return answer(language, inputs, self.sampling, max_new_tokens=self.max_new_tokens, batching=self.batching)
+        return answer(
+            language, inputs, self.sampling, max_new_tokens=self.max_new_tokens, batching=self.batching, kept=kept
+        )
 
 
 def _codes(
@@ -128,6 +131,8 @@ def answer_questions(
 class Conversation:
     """A conversation with a model; made by `Emu3.converse`.
 
+    Later turns compute only what is new, because the keys and values of earlier turns are kept.
+
     Attributes:
         turns: the questions and answers so far.
     """
@@ -137,6 +142,7 @@ class Conversation:
         self.turns: list[tuple[str, str]] = []
         self._language, self._vision, self._asking = language, vision, asking
         self._ids: list[int] = []
+        self._kept = Kept()
 
     def ask(self, text: str, media: Media | Sequence[Media] = ()) -> str:
         """Answers a question about everything shown so far.
@@ -159,7 +165,7 @@ class Conversation:
             language.tokenizer, language.config.tokens, language.templates, text, codes,
             allow_special=asking.allow_special,
         )  # fmt: skip
-        (generated,) = asking.answer(language, [[*self._ids, *turn]])
+        (generated,) = asking.answer(language, [[*self._ids, *turn]], self._kept)
         eos = language.config.tokens.eos
         ids = generated.tolist()
         ids = ids[: ids.index(eos)] if eos in ids else ids

@@ -114,6 +114,32 @@ def prefill(
     forward = _forward(params, config, dataclasses.replace(variant, kernels="xla"))
     cache = KVCache.create(config, start, slots, variant.narrow_cache)
     logits, cache = forward(prompts, cache, last_only=True)
+    return _begun(cache, logits, plan, config, variant)
+
+
+@functools.partial(Program, static_argnames=("config", "variant"), donate_argnames=("cache",))
+def resume(
+    params: Any,
+    cache: KVCache,
+    tokens: jax.Array,
+    counts: jax.Array,
+    plan: Plan,
+    *,
+    config: DecoderConfig,
+    variant: Variant,
+) -> DecodeState:
+    """As `prefill`, with the cache of earlier turns: runs what it lacks of the prompts, and takes step 0.
+
+    Row r has counts[r] tokens (int32 [R], at least 1) of int32 [R, S], aligned to the left. The padding after them
+    goes to slots of the cache that later tokens overwrite before a query sees them.
+    """
+    forward, before = _forward(params, config, dataclasses.replace(variant, kernels="xla")), cache.length
+    logits, cache = forward(tokens, cache, last_only=counts - 1)
+    return _begun(cache.replace(length=before + counts), logits, plan, config, variant)
+
+
+def _begun(cache: KVCache, logits: jax.Array, plan: Plan, config: DecoderConfig, variant: Variant) -> DecodeState:
+    """The state after step 0, with the logits [R, 1, V] of the prompts' last tokens."""
     first = jnp.zeros(plan.goal.shape, jnp.int32)
     token = choose(logits, first, plan, config, variant)[:, 0]
     ended = (plan.forced[:, 0] == SAMPLED_FREE) & (token == config.tokens.eos)

@@ -31,12 +31,12 @@ from emu3_jax.generation import parallel, sampling
 from emu3_jax.generation.defaults import MOST_PARALLEL
 from emu3_jax.generation.engine import Program, replicated
 from emu3_jax.generation.grammar import Grammar, GrammarState
-from emu3_jax.generation.kept import Kept, roomy_slots
+from emu3_jax.generation.kept import Kept
 from emu3_jax.generation.parallel import check_window, choose_window
 from emu3_jax.generation.sampling import RowSettings
 from emu3_jax.generation.schedule import SAMPLED_FREE, SAMPLED_VISUAL
 from emu3_jax.generation.session import check_positions
-from emu3_jax.generation.shapes import align_right, bucket, cache_slots, fill_rows, spare_slots
+from emu3_jax.generation.shapes import align_right, bucket, cache_slots, fill_rows, roomy_slots, spare_slots
 from emu3_jax.models.attention import choose_kernels
 from emu3_jax.models.cache import KVCache
 from emu3_jax.models.decoder import Decoder

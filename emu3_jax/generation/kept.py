@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from emu3_jax.generation.shapes import CACHE_GROWTH, bucket
+from emu3_jax.generation.shapes import bucket, roomy_slots
 from emu3_jax.models.cache import KVCache
 
 
@@ -31,6 +31,12 @@ class Tail:
     counts: np.ndarray
     width: int
     end: int
+
+    @property
+    def lockstep(self) -> bool:
+        """Whether all rows have the same length after their missing ids."""
+        length = np.asarray(self.cache.length) + self.counts
+        return bool((length == length[0]).all())
 
     def roomy(self, slots: int) -> KVCache:
         """The cache, with at least `slots` slots and room for `tokens`."""
@@ -87,9 +93,5 @@ class Kept:
             tokens[row, : counts[row]] = prompt[keep[row] :]
         length = (start + keep).astype(np.int32)
         end = int(length.max()) + tokens.shape[1]
-        return Tail(cache.replace(length=length), start, tokens, counts, self._width, end)
-
-
-def roomy_slots(needed: int) -> int:
-    """Rounds a number of slots up, so that a cache seldom grows between turns: each size needs its own programs."""
-    return -(-needed // CACHE_GROWTH) * CACHE_GROWTH
+        cache = cache.replace(length=length, lockstep=bool((length == length[0]).all()))
+        return Tail(cache, start, tokens, counts, self._width, end)

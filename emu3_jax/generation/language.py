@@ -12,6 +12,7 @@ from emu3_jax.config import DecoderConfig
 from emu3_jax.errors import Emu3Error, RowError
 from emu3_jax.fields import is_count
 from emu3_jax.generation import defaults, session
+from emu3_jax.generation.kept import Kept
 from emu3_jax.generation.parallel import check_window
 from emu3_jax.generation.rows import Sampling
 from emu3_jax.generation.sampling import RowSettings
@@ -214,6 +215,7 @@ def answer(
     *,
     max_new_tokens: int,
     batching: Batching,
+    kept: Kept | None = None,
 ) -> list[np.ndarray]:
     """Generates answers.
 
@@ -223,6 +225,7 @@ def answer(
         sampling: sampling settings. Guidance is not used.
         max_new_tokens: largest number of tokens of an answer. Answers also end at the model's last position.
         batching: batching of rows.
+        kept: see `session.DecodeSession`; for one batch only.
 
     Returns:
         The ids of each row's answer.
@@ -244,7 +247,8 @@ def answer(
                 "shorten the question, or use fewer or smaller pictures, or fewer frames of a clip",
             )
         rows.append(Row(ids, text_schedule(min(max_new_tokens, room))))
-    made = {index: ids for index, ids, _ in _run_batches(language, rows, sampling.settings(len(rows)), batching)}
+    settings = sampling.settings(len(rows))
+    made = {index: ids for index, ids, _ in _run_batches(language, rows, settings, batching, kept=kept)}
     return [made[index] for index in range(len(rows))]
 
 
@@ -254,6 +258,7 @@ def _run_batches(
     settings: RowSettings,
     batching: Batching,
     on_tokens: OnTokens | None = None,
+    kept: Kept | None = None,
 ) -> Iterator[tuple[int, np.ndarray, int]]:
     """Runs batch by batch, and yields (index, generated ids, passes) of each row.
 
@@ -280,6 +285,7 @@ def _run_batches(
                 least_rows=batching.batch_size if batching.deterministic else 1,
                 parallel=batching.parallel,
                 zipar=batching.zipar,
+                kept=kept,
             )
             bar.update(before + length - bar.done)
             for index, ids, passes in zip(batch, made.ids, made.passes.tolist(), strict=True):

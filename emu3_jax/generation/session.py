@@ -21,6 +21,7 @@ from emu3_jax.errors import Emu3Error, RowError
 from emu3_jax.generation import engine
 from emu3_jax.generation import zipar as wavefront
 from emu3_jax.generation.defaults import MOST_PARALLEL
+from emu3_jax.generation.kept import Kept
 from emu3_jax.generation.parallel import check_window, choose_window
 from emu3_jax.generation.sampling import RowSettings
 from emu3_jax.generation.schedule import TokenClass, forced_ids, sampled_steps, stack_schedules
@@ -122,6 +123,7 @@ class DecodeSession:
         zipar: int | None = None,
         replaceable: bool = False,
         settled_per_pass: float | None = None,
+        kept: Kept | None = None,
     ):
         """Prepares a session. Nothing is computed yet.
 
@@ -139,6 +141,8 @@ class DecodeSession:
                 the largest number of tokens of a pass, and attention is XLA's.
             replaceable: whether `replace` will be used. All options of the programs are then on.
             settled_per_pass: see `engine.Variant`.
+            kept: the cache of earlier turns of the same number of rows, with the same weights, or an empty `Kept()`.
+                Only what it lacks of the prompts is computed. `keep` gives it the cache of this session.
 
         Raises:
             Emu3Error: a prompt and its schedule do not fit into the model's positions, or `parallel` or `zipar` is not
@@ -152,8 +156,10 @@ class DecodeSession:
         filled = (*rows, *[rows[-1]] * (fill_rows(max(len(rows), least_rows), mesh, guided) - len(rows)))
         self._count, self._filled = len(rows), filled
         settings = settings.take(np.minimum(np.arange(len(filled)), len(rows) - 1))
-        prompts = [ids for row in filled for ids in (row.prompt, *([row.negative or ()] if guided else ()))]
+        prompts = _prompts(filled, guided)
         width = bucket(max(map(len, prompts)))
+        self._kept, self._prompt_slots = kept, width
+        self._tail = None if kept is None else kept.take(prompts, config.tokens.pad)
         steps = bucket(max(len(row.schedule) for row in filled))
         schedule = stack_schedules([row.schedule for row in filled], steps)
         free = bool((schedule == TokenClass.FREE).any())
@@ -174,13 +180,14 @@ class DecodeSession:
             use_top_k=bool((np.asarray(settings.top_k) < candidates).any()) or replaceable,
             use_top_p=bool((np.asarray(settings.top_p) < 1).any()) or replaceable,
             window=window,
-            lockstep=window == 1 and not replaceable,
+            lockstep=window == 1 and not replaceable and (self._tail is None or self._tail.lockstep),
             narrow_cache=narrow_cache,
             kernels=choose_kernels(kernels, config.head_dim, config.dtype, window=window),
             settled_per_pass=settled_per_pass,
         )
-        self.shapes = Shapes(len(filled), width, steps, variant)
-        self._prompts, self._start = self._aligned(filled)
+        end = width if self._tail is None else self._tail.end
+        self.shapes = Shapes(len(filled), end, steps, variant, kept is not None)
+        self._prompts, self._start = align_right(prompts, width, config.tokens.pad)
         # Host arrays, because arrays on one device cannot be combined with weights that are spread over processes.
         self.plan = self._plan(schedule, settings, self._prompts)
         self.state: engine.DecodeState | None = None
@@ -200,16 +207,14 @@ class DecodeSession:
 
     def _aligned(self, rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
         """The prompts, aligned to the right, int32 [R, P], and the first slot of each, int32 [R]."""
-        prompts = [row.prompt for row in rows]
-        if self.shapes.variant.guided:
-            prompts += [row.prompt if row.negative is None else row.negative for row in rows]
-        return align_right(prompts, self.shapes.width, self._config.tokens.pad)
+        prompts = _prompts(rows, self.shapes.variant.guided)
+        return align_right(prompts, self._prompt_slots, self._config.tokens.pad)
 
     def _plan(self, schedule: np.ndarray, settings: RowSettings, prompts: np.ndarray) -> engine.Plan:
         """The plan of rows with these token classes [B, T] and prompts [R, P]."""
         variant = self.shapes.variant
         padded = np.pad(schedule, ((0, 0), (0, 2 * variant.window - 1)), constant_values=TokenClass.PAD)
-        looked_up = self.shapes.width if variant.window > 1 and not variant.visual_only else 0
+        looked_up = self._prompt_slots if variant.window > 1 and not variant.visual_only else 0
         return engine.Plan(
             forced=forced_ids(padded, self._config.tokens),
             goal=sampled_steps(schedule),
@@ -221,12 +226,33 @@ class DecodeSession:
 
     def start(self) -> Snapshot:
         """Runs the prompts and takes the first step of each row."""
+        slots, tail, variant = self.shapes.first_slots, self._tail, self.shapes.variant
         with use_mesh(self._mesh):
-            self.state = engine.prefill(
-                self._params, self._prompts, self._start, self.plan,
-                config=self._config, variant=self.shapes.variant, slots=self.shapes.first_slots,
-            )  # fmt: skip
+            if tail is None:
+                self.state = engine.prefill(
+                    self._params, self._prompts, self._start, self.plan,
+                    config=self._config, variant=variant, slots=slots,
+                )  # fmt: skip
+            else:
+                self._tail = None  # the program overwrites its cache
+                self._start, self._prompt_slots = tail.start, tail.width
+                self.state = engine.resume(
+                    self._params, tail.roomy(slots), tail.tokens, tail.counts, self.plan,
+                    config=self._config, variant=variant,
+                )  # fmt: skip
         return self._snapshot()
+
+    def keep(self) -> None:
+        """Gives the cache to `kept`, for the next turn. Afterwards this session cannot go on."""
+        if self._kept is None:
+            return
+        state, self.state = self._started(), None
+        tokens, step = np.asarray(state.tokens), np.asarray(state.step)
+        written = [ids[:count].tolist() for ids, count in zip(tokens, step, strict=True)]
+        guided = self.shapes.variant.guided
+        prompts = _prompts(self._filled, guided)
+        ids = [[*prompt, *made] for prompt, made in zip(prompts, written * (1 + guided), strict=True)]
+        self._kept.put(state.cache, self._start, self._prompt_slots, ids)
 
     def advance(self, passes: int | None = None) -> Snapshot | None:
         """Asks the device for more passes, without waiting for them.
@@ -418,6 +444,12 @@ class DecodeSession:
         return jax.tree.map(lambda leaf: _abstract(leaf, place), tree)
 
 
+def _prompts(rows: Sequence[Row], guided: bool) -> list[Sequence[int]]:
+    """The prompts of all computed rows: the conditional ones, then with guidance the unconditional ones."""
+    prompts = [row.prompt for row in rows]
+    return prompts + [row.prompt if row.negative is None else row.negative for row in rows] if guided else prompts
+
+
 def _abstract(leaf: Any, place: NamedSharding | None) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
@@ -450,6 +482,7 @@ def run(
     parallel: int | str = "off",
     zipar: int | None = None,
     settled_per_pass: float | None = None,
+    kept: Kept | None = None,
 ) -> Made:
     """Generates one sequence per row with a `DecodeSession`.
 
@@ -468,6 +501,7 @@ def run(
         parallel: see `DecodeSession`.
         zipar: see `DecodeSession`.
         settled_per_pass: see `DecodeSession`.
+        kept: see `DecodeSession`. At the end it has the cache of this call.
 
     Raises:
         Emu3Error: a prompt and its schedule do not fit into the model's positions, or `parallel` or `zipar` is not
@@ -475,7 +509,7 @@ def run(
     """
     session = DecodeSession(
         params, config, rows, settings, mesh=mesh, narrow_cache=narrow_cache, kernels=kernels, least_rows=least_rows,
-        parallel=parallel, zipar=zipar, settled_per_pass=settled_per_pass,
+        parallel=parallel, zipar=zipar, settled_per_pass=settled_per_pass, kept=kept,
     )  # fmt: skip
     latest = session.start()
     while True:
@@ -486,6 +520,7 @@ def run(
         if on_tokens is not None:
             on_tokens(reading.tokens)
         if following is None or reading.done.all():
+            session.keep()
             return Made(session.results(reading), reading.passes)
         latest = following
 

@@ -47,6 +47,11 @@ def spare_slots(window: int) -> int:
     return bucket(window - 1) if window > 1 else 0
 
 
+def roomy_slots(needed: int) -> int:
+    """Rounds a number of slots up, so that a cache seldom grows between turns: each size needs its own programs."""
+    return -(-needed // CACHE_GROWTH) * CACHE_GROWTH
+
+
 def align_right(prompts: Sequence[Sequence[int]], width: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
     """The prompts, aligned to the right and filled up with `pad`, int32 [R, width], and the first slot of each, [R]."""
     aligned = np.full((len(prompts), width), pad, np.int32)
@@ -73,12 +78,15 @@ class Shapes:
         width: number of slots of the prompts.
         steps: T, padded.
         variant: see `engine.Variant`.
+        kept: whether a later turn goes on from the cache. Its size is then a multiple of `CACHE_GROWTH`, so that few
+            turns need programs of their own.
     """
 
     rows: int
     width: int
     steps: int
     variant: engine.Variant
+    kept: bool = False
 
     @property
     def computed_rows(self) -> int:
@@ -87,7 +95,8 @@ class Shapes:
 
     def slots(self, needed: int) -> int:
         """The size of the cache in slots while `needed` slots are in use."""
-        return cache_slots(needed, self.width + self.steps + self.spare, self.variant.kernels)
+        final = self.width + self.steps + self.spare
+        return cache_slots(needed, roomy_slots(final) if self.kept else final, self.variant.kernels)
 
     @property
     def spare(self) -> int:
