@@ -7,10 +7,15 @@ import numpy as np
 import pytest
 import tiny
 from conftest import GOLDEN
+from emu35 import vision_of_emu35, write_decoder
+from PIL import Image
 
 import emu3_jax
+from emu3_jax.checkpoints.convert import convert
+from emu3_jax.errors import Emu3Error
 from emu3_jax.generation import engine, interleaving, session
-from emu3_jax.generation.grammar import Grammar, Picture, split
+from emu3_jax.generation.documents import grammar_of
+from emu3_jax.generation.grammar import Grammar, Picture, picture_ids, split
 from emu3_jax.generation.interleaving import InterleavedRow
 from emu3_jax.generation.kept import Kept
 from emu3_jax.generation.schedule import text_schedule
@@ -108,7 +113,7 @@ def test_turns_with_a_kept_cache_are_those_of_whole_prompts(fed):
     assert all(count < 16 for turn in fed for count in turn) and min(whole) > 60
 
 
-def test_a_narrow_cache_that_grows(fed, monkeypatch):
+def test_a_narrow_cache_that_grows_and_passes_of_several_tokens(fed, monkeypatch):
     sizes = []
     monkeypatch.setattr("emu3_jax.generation.shapes.CACHE_GROWTH", 64)
     put = Kept.put
@@ -118,7 +123,7 @@ def test_a_narrow_cache_that_grows(fed, monkeypatch):
         put(kept, cache, *rest)
 
     monkeypatch.setattr(Kept, "put", noted)
-    assert_turns_are_equal(first_rows(2), fed, narrow_cache=True)
+    assert_turns_are_equal(first_rows(2), fed, narrow_cache=True, parallel=4)
     assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
 
 
@@ -232,8 +237,88 @@ def test_a_conversation_of_a_whole_model(tiny_bundle, fed):
     assert second.ids[: second.prompt_length].tolist()[-len(question) :] == question
     if not any(piece.kind == "picture" and not piece.whole for piece in first.pieces):
         assert second.ids[: second.prompt_length].tolist() == expected
-    with pytest.raises(emu3_jax.Emu3Error, match="a text or a list of texts"):
+    with pytest.raises(emu3_jax.Emu3Error, match="text is None: it must be one text"):
         turns.send(None)
     with pytest.raises(emu3_jax.Emu3Error, match=r"the conversation takes .* positions: begin a new one"):
         turns.send("word " * 300)
     assert len(turns.turns) == 2
+
+
+# ------------------------------------------------------------------------------------------------ Emu3.5
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, vocabulary):
+    """The golden model of Emu3.5, which writes a text, a picture and a text."""
+    root = tmp_path_factory.mktemp("emu35")
+    convert([write_decoder(root / "lm", vocabulary, steer=True)], root / "bundle", progress=False)
+    return emu3_jax.Emu3("emu35", emu3_jax.load(root / "bundle", dtype="float32").language, vision_of_emu35())
+
+
+GREEDY = {"task": "story", "temperature": 0.0, "text_temperature": 0.0, "guidance": 2.0, "size": (2, 3)}
+
+
+def test_a_conversation_is_what_its_whole_prompts_give(model, fed):
+    chat = model.interleave_turns(**GREEDY, max_new_tokens=18)
+    heard = []
+    first = chat.send("How to cook dumplings", on_piece=heard.append)
+    assert heard == first.pieces and [piece.kind for piece in heard] == ["text", "picture", "text"]
+    second = chat.send("Now with soup", Image.new("RGB", (40, 30)))
+    language = model.language
+    rule, tokenizer = grammar_of(language), language.tokenizer
+    begins = tokenizer.special_ids["<|extra_100|>"]
+    shown = picture_ids(model.tokenize([Image.new("RGB", (40, 30))], area=720 * 720)[0], rule)
+    question = [*tokenizer.encode("USER: Now with soup"), *shown, *tokenizer.encode(" ASSISTANT: "), begins]
+    prompt = second.ids[: second.prompt_length].tolist()
+    assert prompt == [*first.ids.tolist(), tokenizer.special.eos, *question]
+    answer = first.ids[first.prompt_length :]
+    empty = tokenizer.encode("You are a helpful assistant. USER:  ASSISTANT: ")
+    drawn = answer[interleaving.inside_pictures(answer, rule)].tolist()
+    unconditional = [
+        tokenizer.special.bos, *empty, begins, *drawn, tokenizer.special.eos,
+        *tokenizer.encode("USER: "), *shown, *tokenizer.encode(" ASSISTANT: "), begins,
+    ]  # fmt: skip
+    assert max(fed[0]) == len(question) + 2  # the last token and EOS
+    row = InterleavedRow(prompt, unconditional, size=(2, 3), steps=18)
+    greedy = tiny.settings(1, temperature=0.0, guidance=2.0, seed=1)
+    (expected,) = interleaving.run(language.params, language.config, rule, [row], greedy, greedy)
+    np.testing.assert_array_equal(second.ids[second.prompt_length :], expected)
+    assert [text for text, _ in chat.turns] == ["How to cook dumplings", "Now with soup"]
+
+
+def test_a_picture_that_was_cut_off_is_no_part_of_later_turns(model):
+    chat = model.interleave_turns(**GREEDY, max_new_tokens=16)
+    first = chat.send("How to cook dumplings")
+    assert not first.pieces[-1].whole
+    second = chat.send("Again")
+    eos, boi = (getattr(model.language.config.tokens, name) for name in ("eos", "boi"))
+    opened = first.ids.tolist().index(boi)
+    prompt = second.ids[: second.prompt_length].tolist()
+    assert prompt[: opened + 1] == [*first.ids[:opened].tolist(), eos] and boi not in prompt
+
+
+def test_what_a_conversation_refuses(model):
+    with pytest.raises(Emu3Error, match=r"a model of Emu3\.5 needs a task"):
+        model.interleave_turns()
+    with pytest.raises(Emu3Error, match="size is 7"):
+        model.interleave_turns(task="story", size=7)
+    chat = model.interleave_turns(**GREEDY, max_new_tokens=6)
+    first = chat.send("How to cook dumplings")
+
+    def stop(piece):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        chat.send("Once more", on_piece=stop)
+    for text, image, reason in (
+        (["a", "b"], (), "text is .* it must be one text"),
+        ("a <|image start|>", (), "special token"),
+        ("a", "nowhere.png", "cannot read nowhere.png"),
+        ("word " * 5000, (), "the conversation takes .* begin a new one"),
+    ):
+        with pytest.raises(Emu3Error, match=reason) as caught:
+            chat.send(text, image)
+        assert len(str(caught.value)) <= 300 and not str(caught.value).startswith("row")
+    assert [document for _, document in chat.turns] == [first]
+    same = first.prompt_length + 4  # then a picture begins, which is cut off
+    assert chat.send("Once more").ids[:same].tolist() == first.ids[:same].tolist()

@@ -24,8 +24,8 @@ from emu3_jax.generation.documents import (
 from emu3_jax.generation.interleaving import InterleavedRow, inside_pictures
 from emu3_jax.generation.kept import Kept
 from emu3_jax.generation.language import Language
-from emu3_jax.generation.rows import prompt_list
 from emu3_jax.media.inputs import Media
+from emu3_jax.printable import shown
 from emu3_jax.text.tasks import Prompts
 
 
@@ -81,7 +81,8 @@ class Turns:
             Emu3Error: bad input, or the conversation no longer fits into the model's positions. The conversation does
                 not change then, nor if a callback raises an error.
         """
-        (text,) = prompt_list([text])
+        if not isinstance(text, str):
+            raise Emu3Error(f"text is {shown(text)}: it must be one text, such as 'make it green'")
         items: list[Any] = list(images) if isinstance(images, list | tuple) else [images]
         so_far, writing = self._so_far, self._writing
         codes = [
