@@ -258,7 +258,14 @@ def model(tmp_path_factory, vocabulary):
 GREEDY = {"task": "story", "temperature": 0.0, "text_temperature": 0.0, "guidance": 2.0, "size": (2, 3)}
 
 
-def test_a_conversation_is_what_its_whole_prompts_give(model, fed):
+def test_a_conversation_is_what_its_whole_prompts_give(model, fed, monkeypatch):
+    stream, rows = interleaving.stream, []
+
+    def noted(*arguments, **options):
+        rows.extend(arguments[3])
+        return stream(*arguments, **options)
+
+    monkeypatch.setattr(interleaving, "stream", noted)
     chat = model.interleave_turns(**GREEDY, max_new_tokens=18)
     heard = []
     first = chat.send("How to cook dumplings", on_piece=heard.append)
@@ -280,6 +287,7 @@ def test_a_conversation_is_what_its_whole_prompts_give(model, fed):
     ]  # fmt: skip
     assert max(fed[0]) == len(question) + 2  # the last token and EOS
     row = InterleavedRow(prompt, unconditional, size=(2, 3), steps=18)
+    assert len(rows) == 2 and rows[1] == row
     greedy = tiny.settings(1, temperature=0.0, guidance=2.0, seed=1)
     (expected,) = interleaving.run(language.params, language.config, rule, [row], greedy, greedy)
     np.testing.assert_array_equal(second.ids[second.prompt_length :], expected)
