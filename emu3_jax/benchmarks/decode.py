@@ -15,6 +15,7 @@ from flax import traverse_util
 from jax.sharding import Mesh
 
 from emu3_jax.benchmarks import TOKENS_PER_PASS, peer
+from emu3_jax.benchmarks.automaton import Interleaved
 from emu3_jax.benchmarks.kernels import gpu_kernels
 from emu3_jax.benchmarks.machine import describe_machine
 from emu3_jax.benchmarks.random_weights import normal
@@ -69,6 +70,7 @@ def run(
     logits: bool = False,
     parallel: tuple[int | str, ...] = ("off",),
     tokens_per_pass: tuple[float, ...] = TOKENS_PER_PASS,
+    automaton: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Times the decode loop.
 
@@ -95,6 +97,8 @@ def run(
         parallel: each "off", "auto" or a number of tokens W of a pass per row; see `generation.parallel`.
         tokens_per_pass: numbers of tokens that passes of W tokens settle on average, for the seconds of a picture. With
             `whole` and a preset, passes settle the first of them, whatever was guessed.
+        automaton: whether to also time the loop of `interleave` within pictures, at the last cache length, and its
+            automaton alone. That loop computes the logits of all ids, not of visual ids alone.
 
     Yields:
         The peer's figures if `compare` is given; then the machine and its bandwidths; then figures for each batch size
@@ -133,7 +137,9 @@ def run(
         yield {"bench": "decode", **subject.about, **describe_machine(), **measured}
         config = subject.config
         side = round(math.sqrt(config.image_area if area is None else area) / subject.vision_config.spatial_factor)
-        options: dict[str, Any] = {"steps": steps, "whole": whole, "profile": profile, "rates": tokens_per_pass}
+        options: dict[str, Any] = {
+            "steps": steps, "whole": whole, "profile": profile, "rates": tokens_per_pass, "automaton": automaton,
+        }  # fmt: skip
         for count, window in itertools.product(rows, parallel):
             yield from _measure(subject, count, side, copy=measured["copy_gb_per_s"], parallel=window, **options)
         if logits:
@@ -190,6 +196,7 @@ def _measure(
     copy: float,
     parallel: int | str,
     rates: tuple[float, ...],
+    automaton: bool,
 ) -> Iterator[dict[str, Any]]:
     """Yields figures for a batch of `count` pictures of `side` x `side` tokens.
 
@@ -262,6 +269,7 @@ def _measure(
         "first_calls_s": round(compile_s, 1),
         **_memory(),
     }
+    variant = decoding.shapes.variant
     del decoding
     if whole:
         options["settled_per_pass"] = rate if subject.loaded is None else None
@@ -290,6 +298,20 @@ def _measure(
             summary["prompt_to_pixels_s"] = round(time.perf_counter() - began, 2)
         summary |= _memory()
     yield summary
+    if automaton:  # at the end, because the peak memory above is without it
+        interleaved = Interleaved(
+            params, config, count, side, prompt=PROMPT_TOKENS, slots=slots, window=window, mesh=subject.mesh,
+            narrow_cache=subject.narrow_cache, kernels=variant.kernels,
+        )  # fmt: skip
+        looped, alone = min(interleaved.timed(middle, passes) for _ in range(4)), interleaved.automaton()
+        yield {
+            **about,
+            "cache_slots": slots,
+            f"static_ms_per_{step}": round(best * 1e3, 3),
+            f"interleaved_ms_per_{step}": round(looped * 1e3, 3),
+            "automaton_ms": round(alone * 1e3, 4),
+            "automaton_share": round(alone / looped, 6),
+        }
 
 
 def _slot_bytes(decoding: DecodeSession) -> int:

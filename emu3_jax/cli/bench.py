@@ -89,6 +89,11 @@ def _add_decode(command: argparse.ArgumentParser) -> None:
         "--logits", action="store_true", help="also say how much --quantize changes the logits of random weights"
     )
     command.add_argument(
+        "--automaton",
+        action="store_true",
+        help="also time the loop of interleave within pictures, whose head computes all ids, and its automaton alone",
+    )
+    command.add_argument(
         "--mesh",
         metavar="AXIS=N[,...]",
         help="spread a preset over several devices, for example tensor=2 (default: one device)",
