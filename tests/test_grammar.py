@@ -20,6 +20,8 @@ from emu3_jax.generation.grammar import (
     advance,
     known,
     legal,
+    legal_in_size,
+    may_open,
     skip,
     split,
     upcoming,
@@ -180,3 +182,54 @@ def test_a_picture_that_is_cut_off():
     assert (piece.size, piece.codes.tolist(), piece.whole) == ((2, 2), [0, 1, 2], False)
     (piece,) = split([24, 2, 10], EMU3)
     assert (piece.size, piece.whole) == (None, False)
+
+
+def sizes_that_fit(grammar, room, limit):
+    """Every text of a size whose whole picture takes at most `room` tokens, counted on pictures written by hand."""
+    sides = range(10, 100) if grammar is EMU35 else range(1, 1000)
+    line_ends = 0 if grammar is EMU3 else -1
+    return {
+        f"{rows}*{columns}!"
+        for rows in sides[: limit[0]]
+        for columns in sides[: min(limit[1], room // rows)]
+        if rows <= limit[0]
+        and columns <= limit[1]
+        and 3 + len(f"{rows}*{columns}") + rows * (columns + 1) + line_ends + (grammar is EMU3) <= room
+    }
+
+
+@pytest.mark.parametrize("grammar", [EMU3, EMU35], ids=["emu3", "emu3.5"])
+@given(data=st.data())
+@settings(max_examples=40)
+def test_free_sizes_end_within_the_tokens_that_are_left(grammar, data):
+    """Each token of a size is legal exactly if a size that fits begins so, and a BOI if any size fits."""
+    least = 10 if grammar is EMU35 else 1
+    before = data.draw(st.integers(0, 3))
+    room = data.draw(st.one_of(st.integers(1, 2000), st.sampled_from([10, 11, 116, 117, 118, 130])))
+    limit = data.draw(st.one_of(st.none(), st.tuples(*[st.integers(least, 130)] * 2)))
+    state = jax.tree.map(jnp.asarray, GrammarState.of([None], [before + room], [limit]))
+    for _ in range(before):
+        state = step(state, jnp.asarray([11]), grammar)
+    fitting = sizes_that_fit(grammar, room, limit or (999, 999))
+    assert bool(may_open(state, grammar)[0]) == bool(fitting)
+    if not fitting:
+        return
+    state, text = step(state, jnp.asarray([TOKENS.boi]), grammar), ""
+    ids = {**{str(digit): digit for digit in range(10)}, "*": grammar.times, "!": TOKENS.img}
+    while not text.endswith("!"):
+        expected = {size[len(text)] for size in fitting if size.startswith(text)}
+        answer = int(ask(state, grammar)[0])
+        if answer >= 0:
+            found = {answer}
+        else:
+            mask = np.asarray(legal_in_size(state, grammar))[0]
+            found = {
+                i for i, allowed in zip([*grammar.digits, grammar.times, TOKENS.img], mask, strict=True) if allowed
+            }
+        assert found == {ids[character] for character in expected}, (text, room, limit)
+        text += data.draw(st.sampled_from(sorted(expected)))
+        state = step(state, jnp.asarray([ids[text[-1]]]), grammar)
+    rows, columns = map(int, text[:-1].split("*"))
+    whole = picture(rows, columns, grammar, lambda: TOKENS.visual_start)
+    assert len(whole) == grammar.picture_length(rows, columns) <= room
+    assert int(state.left[0]) == room - len(text) - 1

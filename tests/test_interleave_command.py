@@ -83,13 +83,34 @@ def test_turns_of_a_conversation(bundle, tmp_path, capsys):
 
 def test_a_picture_that_is_cut_off(bundle, tmp_path, capsys):
     arguments = ["How to cook dumplings", "--task", "story", "--greedy", "--max-new-tokens", "80", "--dtype", "float32"]
+    command = ["interleave", *arguments, "--model", str(bundle), "-o"]
     capsys.readouterr()
-    assert main(["interleave", *arguments, "--model", str(bundle), "-o", str(tmp_path / "out")]) == 0
+    assert main([*command, str(tmp_path / "out"), "--size", "20*11"]) == 0
     assert capsys.readouterr().out.splitlines()[0] == "Once upon a time"
     page = (tmp_path / "out" / "000.md").read_text()
     assert page.endswith("![](000_0.png)\n\n(cut off: the document was too long)\n")
     with Image.open(tmp_path / "out" / "000_0.png") as picture:
         assert picture.width == 176 and 0 < picture.height < 320  # its finished rows
+    # A picture whose size the model chooses is not begun, because the smallest has 117 tokens.
+    assert main([*command, str(tmp_path / "free")]) == 0
+    assert [path.name for path in (tmp_path / "free").iterdir()] == ["000.md"]
+
+
+def test_the_largest_size(bundle, tmp_path):
+    """The golden story has pictures of 20*11. Limits of size and tokens change them."""
+    arguments = ["How to cook dumplings", "--task", "story", "--greedy", "--dtype", "float32", "--model", str(bundle)]
+    for name, options in {"limit": ["--max-size", "13*15"], "tokens": []}.items():
+        command = ["interleave", *arguments, "--max-new-tokens", "170", *options, "-o", str(tmp_path / name)]
+        assert main(command) == 0
+        assert "cut off" not in (tmp_path / name / "000.md").read_text().split("000_1")[0]
+    sizes = {}
+    for name in ("limit", "tokens"):
+        with Image.open(tmp_path / name / "000_0.png") as picture:
+            sizes[name] = picture.size
+    # The first digit of rows must be 1 in both: 20 is more than 13, and 20 rows of 10 take more than 170 tokens.
+    assert sizes["limit"] == (176, 176)
+    columns, rows = (side // 16 for side in sizes["tokens"])
+    assert 10 <= rows < 20 and columns >= 10 and 8 + rows * (columns + 1) - 1 < 170
 
 
 @pytest.mark.parametrize(
@@ -98,6 +119,9 @@ def test_a_picture_that_is_cut_off(bundle, tmp_path, capsys):
         (["a story"], "a model of Emu3.5 needs a task: give one of t2i, x2i, story, howto, explore"),
         (["a story", "--task", "story", "--size", "400*400"], "a picture of 400*400 takes"),
         (["a story", "--task", "story", "--size", "0*4"], "'0*4' is no size: give H*W in visual tokens"),
+        (["a story", "--task", "story", "--max-size", "9*20"], "max_size is 9*20: the sides that this model chooses"),
+        (["a story", "--task", "story", "--max-size", "auto"], "'auto' is no size: give H*W in visual tokens"),
+        (["a story", "--task", "story", "--max-size", "20*20", "--size", "4*4"], "leave one of them out"),
         (["a story", "--task", "story", "--image-guidance", "2"], "guides towards given pictures, and there is none"),
         (["a <|image start|> story", "--task", "story"], "contains the special token <|image start|>"),
         (["a story", "--task", "story", "--image", "nowhere.png"], "cannot read nowhere.png"),

@@ -43,6 +43,13 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "model's choice (default: %(default)s)",
     )
     command.add_argument(
+        "--max-size",
+        type=_sides,
+        metavar="H*W",
+        help="largest rows and columns of visual tokens that the model may choose (default: all whose picture ends "
+        "within --max-new-tokens)",
+    )
+    command.add_argument(
         "--guidance", type=float, metavar="G", help="guidance scale of pictures (default: the task's, or 3)"
     )
     command.add_argument(
@@ -112,11 +119,15 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def _size(text: str) -> "tuple[int, int] | None":
     """The type of `--size`."""
-    if text == "auto":
-        return None
+    return None if text == "auto" else _sides(text, " or auto")
+
+
+def _sides(text: str, other: str = "") -> tuple[int, int]:
+    """The type of `--max-size`."""
     match = re.fullmatch(r"([1-9][0-9]{0,3})[*x]([1-9][0-9]{0,3})", text)
     if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size: give H*W in visual tokens, such as 64*64, or auto")
+        also = f",{other}" if other else ""
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: give H*W in visual tokens, such as 64*64{also}")
     return int(match[1]), int(match[2])
 
 
@@ -144,7 +155,7 @@ def run(options: argparse.Namespace) -> None:
     model = common.load_model(options)
     settings: dict[str, typing.Any] = {"text_temperature": 0.0, "temperature": 0.0} if options.greedy else {}
     told = (
-        "task", "size", "guidance", "image_guidance", "max_new_tokens", "seed", "parallel", "allow_special",
+        "task", "size", "max_size", "guidance", "image_guidance", "max_new_tokens", "seed", "parallel", "allow_special",
         "clips_as", "frames", "fps",
     )  # fmt: skip
     settings |= {name: getattr(options, name) for name in told} | {"progress": common.progress(options)}

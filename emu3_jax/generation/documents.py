@@ -117,6 +117,8 @@ class Writing:
         parallel: number of tokens that a pass of the decoder checks per row within pictures, from 2 to 128, or "off" or
             "auto".
         showing: how clips are shown in a prompt.
+        max_size: largest rows and columns of visual tokens that the model may choose, or None for no limit but the
+            tokens that are left.
     """
 
     task: str | None = None
@@ -136,15 +138,20 @@ class Writing:
     progress: bool | None = None
     parallel: int | str = defaults.PARALLEL
     showing: Showing = dataclasses.field(default_factory=Showing)
+    max_size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.task is not None and self.task not in TASKS:
             raise Emu3Error(f"task is {shown(self.task)}: it must be one of {', '.join(TASKS)}")
-        sides = self.size if isinstance(self.size, tuple | list) else ()
-        if self.size is not None and not (
-            len(sides) == 2 and all(is_count(side) and side <= _MOST_SIDE for side in sides)
-        ):
-            raise Emu3Error(f"size is {shown(self.size)}: it must be (rows, columns), both from 1 to {_MOST_SIDE}")
+        for name in ("size", "max_size"):
+            value = getattr(self, name)
+            sides = value if isinstance(value, tuple | list) else ()
+            if value is not None and not (
+                len(sides) == 2 and all(is_count(side) and side <= _MOST_SIDE for side in sides)
+            ):
+                raise Emu3Error(f"{name} is {shown(value)}: it must be (rows, columns), both from 1 to {_MOST_SIDE}")
+        if self.size is not None and self.max_size is not None:
+            raise Emu3Error("size and max_size: max_size limits sizes that the model chooses; leave one of them out")
         scale = self.image_guidance
         if scale is not None and not (is_number(scale) and 0 <= scale <= 1e9):
             raise Emu3Error(f"image_guidance is {shown(scale)}: it must be a number from 0 to 1e9")
@@ -335,6 +342,18 @@ def row_of(
     size = writing.size
     if size is None and sizes and rule.same_size:
         size = sizes[-1]
+    most_size = writing.max_size
+    if most_size is not None and min(most_size) < rule.least_side:
+        raise Emu3Error(
+            f"max_size is {most_size[0]}*{most_size[1]}: the sides that this model chooses have at least "
+            f"{rule.least_side} visual tokens; raise it, or give a size"
+        )
+    if most_size is not None and size is not None and (size[0] > most_size[0] or size[1] > most_size[1]):
+        raise RowError(
+            index,
+            f"pictures take the size of the last given picture, {size[0]}*{size[1]}, which is more than max_size "
+            f"{most_size[0]}*{most_size[1]}: give size, or leave max_size out",
+        )
     if size is not None and rule.picture_length(*size) > room:
         raise RowError(
             index, f"a picture of {size[0]}*{size[1]} takes {rule.picture_length(*size)} tokens, but the {what} leaves "
@@ -343,7 +362,7 @@ def row_of(
     most = writing.max_new_tokens or min(defaults.MAX_NEW_TOKENS if task is None else task.steps, room)
     return InterleavedRow(
         prompts.conditional, prompts.unconditional if guided else None, prompts.empty if both else None, size,
-        min(most, room),
+        min(most, room), most_size,
     )  # fmt: skip
 
 

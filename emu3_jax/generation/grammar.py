@@ -8,7 +8,8 @@ B rows.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
@@ -27,6 +28,7 @@ FIRST_DIGIT, DIGIT, DIGIT_OR_END = -3, -4, -5
 
 TEXT, SIZE, PICTURE = 0, 1, 2  # modes
 MOST_DIGITS = 4  # of a side that is known beforehand
+_NO_LIMIT = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +66,22 @@ class Grammar:
     def picture_length(self, rows: int, columns: int) -> int:
         """The number of tokens of a picture from BOI to EOI."""
         head = 2 + len(f"{rows}*{columns}")
-        return head + rows * (columns + 1) - (not self.last_line_end) + self.frame_end + 1
+        return head + rows * (columns + 1) + self._ends
+
+    @property
+    def least_side(self) -> int:
+        """The smallest side that the model can choose."""
+        return 10 ** (self.least_digits - 1)
+
+    @property
+    def most_side(self) -> int:
+        """The largest side that the model can choose."""
+        return 10**self.most_digits - 1
+
+    @property
+    def _ends(self) -> int:
+        """The number of tokens after a picture's IMG, without rows * (columns + 1) of them."""
+        return self.frame_end + 1 - (not self.last_line_end)
 
 
 class GrammarState(flax.struct.PyTreeNode):
@@ -79,6 +96,9 @@ class GrammarState(flax.struct.PyTreeNode):
         columns: likewise, columns.
         known_rows: rows of every further picture, or 0 if the model chooses.
         known_columns: likewise, columns.
+        left: number of tokens that the row may still write. A size that the model chooses lets the picture end there.
+        most_rows: largest number of rows of visual tokens that the model may choose.
+        most_columns: likewise, columns.
     """
 
     mode: Array
@@ -89,17 +109,37 @@ class GrammarState(flax.struct.PyTreeNode):
     columns: Array
     known_rows: Array
     known_columns: Array
+    left: Array
+    most_rows: Array
+    most_columns: Array
 
     @classmethod
-    def of(cls, sizes: Sequence[tuple[int, int] | None]) -> "GrammarState":
-        """Rows in text, in the host's memory. A size (rows, columns) is that of the row's pictures; None leaves it."""
+    def of(
+        cls,
+        sizes: Sequence[tuple[int, int] | None],
+        steps: Sequence[int] | None = None,
+        limits: Sequence[tuple[int, int] | None] | None = None,
+    ) -> "GrammarState":
+        """Rows in text, in the host's memory.
+
+        Args:
+            sizes: rows and columns of all pictures of each row, or None if the model chooses.
+            steps: largest number of tokens of each row, or None for no limit.
+            limits: largest rows and columns that the model may choose, for each row; None for no limit.
+        """
         known = np.asarray([size or (0, 0) for size in sizes], np.int32).reshape(-1, 2)
         none = np.zeros(len(sizes), np.int32)
-        return cls(none, none, none, none, none, none, known[:, 0], known[:, 1])
+        left = none + _NO_LIMIT if steps is None else np.asarray(steps, np.int32)
+        most = [limit or (_NO_LIMIT, _NO_LIMIT) for limit in limits or [None] * len(sizes)]
+        rows, columns = np.asarray(most, np.int32).reshape(-1, 2).T
+        return cls(none, none, none, none, none, none, known[:, 0], known[:, 1], left, rows, columns)
 
 
 def legal(state: GrammarState, grammar: Grammar) -> jax.Array:
-    """The next id of each row where only one is legal, else what may be sampled (a negative number), int32 [B]."""
+    """The next id of each row where only one is legal, else what may be sampled (a negative number), int32 [B].
+
+    `may_open` and `legal_in_size` say which ids of text and of a size are legal.
+    """
     special = grammar.tokens
     digits = jnp.asarray(grammar.digits, jnp.int32)
     # A size that is known: the text "rows*columns", then IMG.
@@ -113,7 +153,8 @@ def legal(state: GrammarState, grammar: Grammar) -> jax.Array:
     end = jnp.where(state.side == 0, grammar.times, special.img)
     chosen = jnp.where(state.count < grammar.least_digits, DIGIT, DIGIT_OR_END)
     chosen = jnp.where(state.count == 0, FIRST_DIGIT, chosen)
-    chosen = jnp.where(state.count == grammar.most_digits, end, chosen)
+    largest, _ = _digit_bounds(state, grammar)
+    chosen = jnp.where((state.count >= grammar.least_digits) & (largest < 0), end, chosen)
     size = jnp.where(state.known_rows > 0, known, chosen)
     # Visual tokens.
     line = state.columns + 1
@@ -125,6 +166,55 @@ def legal(state: GrammarState, grammar: Grammar) -> jax.Array:
         picture = jnp.where(after == index, token, picture)
     modes = (jnp.full_like(state.mode, SAMPLED_FREE), size, picture)
     return jnp.select([state.mode == mode for mode in (TEXT, SIZE, PICTURE)], modes)
+
+
+def may_open(state: GrammarState, grammar: Grammar) -> jax.Array:
+    """Whether BOI is legal in the text of each row, bool [B].
+
+    Where the model chooses sizes, it is not if even the smallest picture does not fit into the tokens that are left. A
+    picture of a known size may begin at any time, and be cut off.
+    """
+    return jnp.asarray(state.known_rows > 0) | (_most_rows(state, state.left - 1, grammar) >= grammar.least_side)
+
+
+def legal_in_size(state: GrammarState, grammar: Grammar) -> jax.Array:
+    """Which ids are legal in a size that the model chooses: bool [B, 12], for the digits, "*" and IMG."""
+    largest, smallest = _digit_bounds(state, grammar)
+    digit = jnp.arange(len(grammar.digits), dtype=jnp.int32)[None]
+    fits = (digit >= smallest[:, None]) & (digit <= largest[:, None])
+    ends = state.count >= grammar.least_digits
+    return jnp.concatenate([fits, (ends & (state.side == 0))[:, None], (ends & (state.side == 1))[:, None]], axis=1)
+
+
+def _digit_bounds(state: GrammarState, grammar: Grammar) -> tuple[jax.Array, jax.Array]:
+    """The largest and the smallest digit that may follow in a size. If none may, the largest is negative."""
+    room = state.left + state.at  # tokens that may follow the picture's BOI
+    # The largest side that fits. The number of its digits takes tokens too: each number of digits is tried.
+    rest = room - 2 - _digit_count(state.rows) - grammar._ends
+    columns = _largest(state.most_columns, lambda digits: (rest - digits) // jnp.maximum(state.rows, 1) - 1, grammar)
+    limit = jnp.where(state.side == 0, _most_rows(state, room, grammar), columns)
+    value = jnp.where(state.side == 0, state.rows, state.columns)
+    # With this digit, the smallest number that the digits can become must not exceed the limit.
+    zeros = jnp.clip(grammar.least_digits - 1 - state.count, 0, MOST_DIGITS - 1)
+    powers = jnp.asarray([10**power for power in range(MOST_DIGITS)], jnp.int32)
+    largest = jnp.minimum(limit // powers[zeros] - 10 * value, len(grammar.digits) - 1)
+    return jnp.where(state.count < grammar.most_digits, largest, -1), (state.count == 0).astype(jnp.int32)
+
+
+def _most_rows(state: GrammarState, room: Array, grammar: Grammar) -> jax.Array:
+    """The most rows of visual tokens so that a picture of the fewest columns takes at most `room` tokens after BOI."""
+    columns = grammar.least_side
+    rest = room - 2 - grammar.least_digits - grammar._ends
+    return _largest(state.most_rows, lambda digits: (rest - digits) // (columns + 1), grammar)
+
+
+def _largest(most: Array, fits: Callable[[int], Array], grammar: Grammar) -> jax.Array:
+    """The largest side up to `most`, given the largest one that fits with a number of digits."""
+    found = [
+        jnp.minimum(jnp.minimum(jnp.asarray(most), 10**digits - 1), fits(digits))
+        for digits in range(grammar.least_digits, grammar.most_digits + 1)
+    ]
+    return functools.reduce(jnp.maximum, found)
 
 
 def upcoming(state: GrammarState, grammar: Grammar, count: int) -> jax.Array:
@@ -145,7 +235,7 @@ def known(state: GrammarState, grammar: Grammar) -> jax.Array:
 
 def skip(state: GrammarState, count: jax.Array) -> GrammarState:
     """The state after `count` tokens (int32 [B]) within a picture, without its EOI. Elsewhere `count` must be 0."""
-    return state.replace(at=state.at + count)
+    return state.replace(at=state.at + count, left=state.left - count)
 
 
 def advance(state: GrammarState, token: jax.Array, grammar: Grammar) -> GrammarState:
@@ -174,6 +264,9 @@ def advance(state: GrammarState, token: jax.Array, grammar: Grammar) -> GrammarS
         columns=columns,
         known_rows=jnp.where(keep, rows, state.known_rows),
         known_columns=jnp.where(keep, columns, state.known_columns),
+        left=state.left - 1,
+        most_rows=state.most_rows,
+        most_columns=state.most_columns,
     )
 
 

@@ -54,7 +54,8 @@ class InterleavedRow:
         unconditional: ids of the prompt without the text, or None for a row without guidance.
         empty: ids of the prompt without text and pictures, for guidance with two scales; else None.
         size: rows and columns of visual tokens of all pictures, or None if the model chooses.
-        steps: largest number of new tokens.
+        steps: largest number of new tokens. A size that the model chooses lets the picture end within them.
+        max_size: largest rows and columns that the model may choose, or None for all that the grammar allows.
     """
 
     prompt: Sequence[int]
@@ -62,6 +63,7 @@ class InterleavedRow:
     empty: Sequence[int] | None = None
     size: tuple[int, int] | None = None
     steps: int = 1024
+    max_size: tuple[int, int] | None = None
 
     @property
     def contexts(self) -> list[Sequence[int]]:
@@ -295,13 +297,14 @@ def choose(logits: jax.Array, state: State, plan: Plan, options: Options) -> jax
     """
     special, count, width = options.grammar.tokens, plan.goal.shape[0], logits.shape[1]
     answers = rules.upcoming(state.grammar, options.grammar, width)
-    first = answers[:, 0]
     contexts = logits.reshape(options.contexts, count, width, -1)
     active = _active(state, plan)
     filters = {"use_top_k": options.use_top_k, "use_top_p": options.use_top_p}
 
     def text() -> jax.Array:
         scores = contexts[0, :, 0, : special.visual_start]
+        opening = jnp.where(rules.may_open(state.grammar, options.grammar), scores[:, special.boi], -jnp.inf)
+        scores = scores.at[:, special.boi].set(opening)
         return sampling.sample(scores, state.step, plan.text, **filters)[:, None]
 
     def visual() -> jax.Array:
@@ -314,10 +317,7 @@ def choose(logits: jax.Array, state: State, plan: Plan, options: Options) -> jax
     def size() -> jax.Array:
         digits, times, end = options.grammar.digits, options.grammar.times, special.img
         ids = jnp.asarray([*digits, times, end], jnp.int32)
-        can_end, side = first == rules.DIGIT_OR_END, state.grammar.side
-        allowed = jnp.ones((count, len(digits) + 2), bool)
-        allowed = allowed.at[:, 0].set(first != rules.FIRST_DIGIT)
-        allowed = allowed.at[:, -2].set(can_end & (side == 0)).at[:, -1].set(can_end & (side == 1))
+        allowed = rules.legal_in_size(state.grammar, options.grammar)
         scores = jnp.where(allowed, contexts[0, :, 0][:, ids], -jnp.inf)
         return ids[sampling.sample(scores, state.step, plan.text, use_top_k=False, use_top_p=False)][:, None]
 
@@ -420,7 +420,9 @@ def stream(
     tail = None if kept is None else kept.take(prompts, config.tokens.pad)
     width = bucket(max(map(len, prompts))) if tail is None else tail.width
     end = width if tail is None else tail.end  # the slot after all prompts
-    state_of_rows = GrammarState.of([row.size for row in filled])
+    state_of_rows = GrammarState.of(
+        [row.size for row in filled], [row.steps for row in filled], [row.max_size for row in filled]
+    )
     with use_mesh(mesh):
         several = choose_kernels(kernels, config.head_dim, config.dtype, window=MOST_PARALLEL)
         window = choose_window(parallel, len(prompts) // batch_shards(mesh), several)

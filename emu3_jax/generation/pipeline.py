@@ -525,6 +525,7 @@ class Emu3:
         *,
         task: str | None = None,
         size: tuple[int, int] | None = None,
+        max_size: tuple[int, int] | None = None,
         guidance: float | None = None,
         image_guidance: float | None = None,
         max_new_tokens: int | None = None,
@@ -558,6 +559,8 @@ class Emu3:
                 one, and on its settings. None below stands for the task's value.
             size: rows and columns of visual tokens of all pictures. None: the size of the last of `images`, or else
                 the model chooses.
+            max_size: largest rows and columns that the model may choose. None: all whose picture ends within
+                `max_new_tokens`.
             guidance: classifier-free guidance scale of visual tokens; 1 means no guidance. Without a task, None is 3.
             image_guidance: scale of guidance towards the given pictures, or None for guidance with one scale.
             max_new_tokens: largest number of new tokens of a document. Without a task, None is 1,024.
@@ -594,6 +597,7 @@ class Emu3:
         writing = Writing(
             task, size, guidance, image_guidance, max_new_tokens, text_temperature, text_top_k, text_top_p, temperature,
             top_k, top_p, seed, batch_size, allow_special, progress, parallel, Showing(clips_as, frames, fps),
+            max_size,
         )  # fmt: skip
         found: dict[int, Document] = {}
         growing = on_rows is not None

@@ -168,6 +168,7 @@ def interleave_turns(
     *,
     task: str | None = None,
     size: tuple[int, int] | None = None,
+    max_size: tuple[int, int] | None = None,
     guidance: float | None = None,
     image_guidance: float | None = None,
     max_new_tokens: int | None = None,
@@ -192,6 +193,7 @@ def interleave_turns(
     Args:
         task: task of a model of Emu3.5, the same for all turns.
         size: rows and columns of visual tokens of all pictures, or None.
+        max_size: largest rows and columns that the model may choose, or None.
         guidance: classifier-free guidance scale of visual tokens.
         image_guidance: scale of guidance towards the pictures that the first turn shows, or None.
         max_new_tokens: largest number of new tokens of an answer.
@@ -215,5 +217,6 @@ def interleave_turns(
     writing = Writing(
         task, size, guidance, image_guidance, max_new_tokens, text_temperature, text_top_k, text_top_p, temperature,
         top_k, top_p, seed, 1, allow_special, progress, parallel, Showing(clips_as, frames, fps),
+        max_size,
     )  # fmt: skip
     return Turns(self.language, lambda: self.vision, writing)
