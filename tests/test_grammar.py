@@ -121,21 +121,30 @@ def test_sequences_written_by_hand_are_walks(grammar, data):
 @pytest.mark.parametrize("grammar", [EMU3, EMU35], ids=["emu3", "emu3.5"])
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (4, 1)])
 def test_a_picture_is_known_to_its_end(grammar, size):
-    """From IMG on, the answers of all places together are those of the walk, and `skip` leads to each place."""
-    state = jax.tree.map(jnp.asarray, GrammarState.of([size]))
+    """Answers of many places together are those of the walk, and `skip` leads from place to place: to IMG, to EOI."""
     ids = picture(*size, grammar, lambda: TOKENS.visual_start)
-    answers, start, rest = [], None, len(ids) - ids.index(TOKENS.img) - 1
-    for token in ids:
-        assert start is not None or known(state, grammar)[0] == 1
-        if start is not None:
-            assert known(state, grammar)[0] == rest - len(answers)
+    start = advance(jax.tree.map(jnp.asarray, GrammarState.of([size])), jnp.asarray([TOKENS.boi]), grammar)
+    for first, last in ((1, ids.index(TOKENS.img)), (ids.index(TOKENS.img) + 1, len(ids) - 1)):
+        state, answers, count = start, [], last + 1 - first
+        for place in range(first, last + 1):
+            assert known(state, grammar)[0] == last + 1 - place
             answers.append(int(legal(state, grammar)[0]))
-        state = advance(state, jnp.asarray([token]), grammar)
-        if token == TOKENS.img:
-            start = state
-    assert upcoming(start, grammar, rest).tolist() == [answers]
-    last = advance(skip(start, jnp.asarray([rest - 1])), jnp.asarray([TOKENS.eoi]), grammar)
-    assert int(last.mode[0]) == int(state.mode[0]) and int(last.mode[0]) == 0
+            state = advance(state, jnp.asarray([ids[place]]), grammar)
+        assert upcoming(start, grammar, count).tolist() == [answers]
+        for skipped in range(count):
+            there = advance(skip(start, jnp.asarray([skipped])), jnp.asarray([ids[first + skipped]]), grammar)
+            rest = upcoming(there, grammar, count - skipped - 1).tolist()[0] if skipped + 1 < count else []
+            assert rest == answers[skipped + 1 :]
+        fields = ("mode", "at", "rows", "columns", "known_rows", "known_columns", "left")
+        assert [int(getattr(there, name)[0]) for name in fields] == [int(getattr(state, name)[0]) for name in fields]
+        start = there
+    assert int(state.mode[0]) == 0
+
+
+@pytest.mark.parametrize("grammar", [EMU3, EMU35], ids=["emu3", "emu3.5"])
+def test_a_size_that_the_model_chooses_is_not_known(grammar):
+    state = advance(jax.tree.map(jnp.asarray, GrammarState.of([None])), jnp.asarray([TOKENS.boi]), grammar)
+    assert known(state, grammar).tolist() == [1]
 
 
 @pytest.mark.parametrize("run", list(golden_json("emu35/generate.json")["runs"]))

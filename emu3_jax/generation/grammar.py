@@ -220,21 +220,30 @@ def _largest(most: Array, fits: Callable[[int], Array], grammar: Grammar) -> jax
 def upcoming(state: GrammarState, grammar: Grammar, count: int) -> jax.Array:
     """What is legal for the next `count` tokens, int32 [B, count], see `legal`.
 
-    Within a picture each place is known. Elsewhere only the first column means something, and in a picture nothing
-    after its EOI does.
+    It means something for the next tokens that `known` counts.
     """
     ahead = jnp.arange(count, dtype=jnp.int32)
     return jax.vmap(lambda places: legal(state.replace(at=state.at + places), grammar), out_axes=1)(ahead)
 
 
 def known(state: GrammarState, grammar: Grammar) -> jax.Array:
-    """For how many next tokens, at least 1, `upcoming` means something: to EOI in a picture, else 1; int32 [B]."""
+    """For how many next tokens, at least 1, `upcoming` means something: int32 [B].
+
+    To EOI in a picture, to IMG in a size that is known, else 1.
+    """
     lines = state.rows * (state.columns + 1) - (not grammar.last_line_end)
-    return jnp.where(state.mode == PICTURE, lines + grammar.frame_end + 1 - state.at, 1)
+    digits = _digit_count(state.known_rows) + _digit_count(state.known_columns)
+    size = jnp.where(in_known_size(state), digits + 2 - state.at, 1)
+    return jnp.where(state.mode == PICTURE, lines + grammar.frame_end + 1 - state.at, size)
+
+
+def in_known_size(state: GrammarState) -> jax.Array:
+    """Which rows are in the size of a picture that is known beforehand, between BOI and IMG: bool [B]."""
+    return (state.mode == SIZE) & (state.known_rows > 0)
 
 
 def skip(state: GrammarState, count: jax.Array) -> GrammarState:
-    """The state after `count` tokens (int32 [B]) within a picture, without its EOI. Elsewhere `count` must be 0."""
+    """The state after `count` tokens (int32 [B]), fewer than `known` counts."""
     return state.replace(at=state.at + count, left=state.left - count)
 
 
@@ -253,7 +262,10 @@ def advance(state: GrammarState, token: jax.Array, grammar: Grammar) -> GrammarS
         value = jnp.where(opens, 0, value)
         return jnp.where(reads & (state.side == which), value * 10 + digit, value)
 
-    rows, columns = side(state.rows, 0), side(state.columns, 1)
+    # A size that is known need not have been read.
+    given = starts & (state.known_rows > 0)
+    rows = jnp.where(given, state.known_rows, side(state.rows, 0))
+    columns = jnp.where(given, state.known_columns, side(state.columns, 1))
     keep = starts & grammar.same_size
     return GrammarState(
         mode=jnp.where(opens, SIZE, jnp.where(starts, PICTURE, jnp.where(ends, TEXT, state.mode))),

@@ -5,8 +5,8 @@ prompt lacks the text. A third one, whose prompt lacks the pictures too, guides 
 pictures are appended to all contexts, tokens of text to the conditional one alone. All contexts of all rows are rows of
 one batch, and each has its own length in the cache.
 
-A pass computes W tokens of each row that is within a picture, as `parallel` describes. While no row is within one,
-passes compute one token per row.
+A pass computes W tokens of each row that is within a picture or writes a size that is known, as `parallel` describes.
+While no row is there, passes compute one token per row.
 
 B rows; N contexts per row; R = N * B computed rows, context by context; P slots of the prompts; T most new tokens; W
 tokens of a pass.
@@ -238,7 +238,8 @@ def decode(
         )
 
     def drawing(state: State) -> jax.Array:
-        return (_active(state, plan) & (state.grammar.mode == rules.PICTURE)).any()
+        several = (state.grammar.mode == rules.PICTURE) | rules.in_known_size(state.grammar)
+        return (_active(state, plan) & several).any()
 
     def both(carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
         return loop(loop(carry, 1, lambda state: ~drawing(state)), options.window, drawing)
@@ -264,7 +265,8 @@ def _settle(state: State, fed: jax.Array | None, computed: jax.Array, plan: Plan
     active, grammar, width = _active(state, plan), options.grammar, computed.shape[1]
     settled = jnp.ones_like(state.step)
     if fed is not None and width > 1:
-        # A pass ends with a picture at the latest, because its contexts differ in what they get after it.
+        # A pass ends with a picture at the latest, because its contexts differ in what they get after it. The size of
+        # a picture and the picture do not share a pass.
         settled = jnp.minimum(parallel.count_settled(fed, computed), rules.known(state.grammar, grammar))
     settled = jnp.where(active, jnp.minimum(settled, plan.goal - state.step), 0)
     last = jnp.take_along_axis(computed, jnp.maximum(settled - 1, 0)[:, None], axis=1)[:, 0]
