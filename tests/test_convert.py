@@ -26,6 +26,7 @@ from emu3_jax.checkpoints import parts
 from emu3_jax.checkpoints.bundle import Bundle
 from emu3_jax.checkpoints.convert import convert
 from emu3_jax.checkpoints.export import export
+from emu3_jax.checkpoints.hub import fetch
 from emu3_jax.checkpoints.tensors import Tensor
 from emu3_jax.config import ImageConfig
 from emu3_jax.errors import Emu3Error
@@ -251,6 +252,30 @@ def test_a_hub_id_is_downloaded(source, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     convert(["BAAI/Emu3-Gen"], tmp_path / "out")
     assert asked == [("BAAI/Emu3-Gen", True, False)]
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (["config.json", "model.safetensors", "model.ckpt", "config.yaml", "run.py"],
+         ["config.json", "config.yaml", "model.safetensors"]),
+        (["config.json", "pytorch_model.bin", "emu3.tiktoken"], ["config.json", "emu3.tiktoken", "pytorch_model.bin"]),
+        (["config.yaml", "model.ckpt", "README.md", "last.ckpt"], ["config.yaml", "model.ckpt"]),
+        (["config.json"], ["config.json"]),
+    ],
+)  # fmt: skip
+def test_one_form_of_the_weights_is_downloaded(tmp_path, monkeypatch, files, expected):
+    """Emu3.5's vision tokenizer is published as safetensors, and as model.ckpt with config.yaml."""
+
+    def snapshot_download(repo, allow_patterns, ignore_patterns, tqdm_class):
+        kept = filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        for name in kept:
+            (tmp_path / name).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert fetch("BAAI/Emu3.5-VisionTokenizer") == tmp_path
+    assert sorted(path.name for path in tmp_path.iterdir()) == expected
 
 
 class Tracked(np.ndarray):

@@ -8,13 +8,14 @@ import shutil
 
 import numpy as np
 import pytest
+from emu35 import vision_of_emu35
 from PIL import Image
 from tiny_bundle import SIDE
 
 import emu3_jax
 from emu3_jax import Emu3Error
 from emu3_jax.cli.main import main
-from emu3_jax.evaluation import control, metrics, motion
+from emu3_jax.evaluation import control, metrics, motion, reconstruction
 from emu3_jax.evaluation.config import GROUPS, EvaluateConfig, JudgeConfig
 from emu3_jax.evaluation.image_to_text import parse
 from emu3_jax.evaluation.items import Data, choose
@@ -22,6 +23,7 @@ from emu3_jax.evaluation.judge import get_judge, train
 from emu3_jax.evaluation.page import Cell, Curve, Row, Section, render
 from emu3_jax.evaluation.procedural import Motion, Still, rasterise_clip, rasterise_still
 from emu3_jax.evaluation.reconstruction import Reconstructor
+from emu3_jax.generation.codec import decode, encode
 from emu3_jax.media.clips import Clip, save_clip
 
 pytestmark = pytest.mark.compiled_quickly
@@ -473,3 +475,30 @@ def test_pictures_that_the_model_would_resize(tiny_bundle):
     reconstruct = Reconstructor(emu3_jax.load(tiny_bundle).vision, 4, progress=False)
     with pytest.raises(Emu3Error, match="resizes pictures of 20x20 pixels"):
         reconstruct.encode(pictures(1, 20))
+
+
+def test_reconstruction_with_the_vision_tokenizer_of_emu35(data, tmp_path):
+    """Pictures keep their own area; clips are skipped, with the reason."""
+    vision = vision_of_emu35()
+    shutil.copytree(data, tmp_path / "data")
+    for file in (tmp_path / "data").glob("*.webp"):
+        with Image.open(file) as picture:
+            if not getattr(picture, "is_animated", False):
+                picture.resize((32, 48)).save(file, lossless=True)
+    items, skipped = Data(tmp_path / "data"), {}
+    config = EvaluateConfig(directory=str(tmp_path), data=str(tmp_path / "data"), batch_size=4, rows=1)
+    reconstruct = Reconstructor(vision, 4, progress=False)
+    figures, sections = reconstruction.measure(items, config, reconstruct, skipped=skipped, progress=False)
+    stills = items.pixels(items.where("picture")[:3])
+    assert stills.shape == (3, 48, 32, 3)
+    expected = [encode(vision, picture, area=48 * 32) for picture in stills]
+    np.testing.assert_array_equal(reconstruct.encode(stills), expected)
+    pictures_of = [np.asarray(decode(vision, codes)) for codes in expected]
+    assert np.abs(reconstruct(stills).astype(int) - np.stack(pictures_of)).max() <= 1
+    assert list(figures) == ["pictures", "codebook"] and figures["codebook"]["codes"] == 131072
+    assert skipped == {"reconstruction.clips": "the vision tokenizer of Emu3.5 knows pictures alone"}
+    assert len(sections) == 1
+    with pytest.raises(Emu3Error, match="resizes pictures of 24x24 pixels"):
+        reconstruct.encode(pictures(1, 24))
+    with pytest.raises(Emu3Error, match="knows pictures alone"):
+        reconstruct.encode(pictures(8, 32)[None])

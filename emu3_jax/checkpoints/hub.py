@@ -49,10 +49,13 @@ def fetch(source: str, progress: bool | None = None) -> Path:
     # `*` matches path separators too. Without `ignore_patterns`, a file name could lead out of the hub's cache.
     settings = {"ignore_patterns": ["*/*", "*\\*"], "tqdm_class": download_bars(progress, source)}
     download = functools.partial(huggingface_hub.snapshot_download, source, **settings)
+    beside = ["*.json", "config.yaml", "*.tiktoken", "*.txt"]
     try:
-        directory = Path(download(allow_patterns=["*.json", "*.safetensors", "*.tiktoken", "*.txt"]))
-        if not any(directory.glob("*.safetensors")):
-            directory = Path(download(allow_patterns=["*.json", "*.bin", "*.tiktoken", "*.txt"]))
+        # A repository may hold the same weights in several forms: the first one is enough.
+        for weights in ("*.safetensors", "*.bin", "model.ckpt"):
+            directory = Path(download(allow_patterns=[*beside, weights]))
+            if any(directory.glob(weights)):
+                break
     except Exception as error:  # the hub's library, its network libraries and the disk raise many classes
         reason = one_line(str(error).strip().split("\n", 1)[0] or type(error).__name__)[:120]
         raise Emu3Error(

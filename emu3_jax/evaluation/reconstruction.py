@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from PIL import Image
 
+from emu3_jax.config import AreaConfig, VisionConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.evaluation import metrics
 from emu3_jax.evaluation.config import EvaluateConfig
@@ -36,11 +37,14 @@ class Reconstructor:
             int32 [N, h, w] for pictures, [N, t, h, w] for clips.
 
         Raises:
-            Emu3Error: the model would resize pictures of this size, so pixels could not be compared.
+            Emu3Error: the model would resize pictures of this size, so pixels could not be compared; or these are
+                clips, and the vision tokenizer knows pictures alone.
         """
         vision, encode = self.vision, make_encoder(self.vision.config)
+        if isinstance(vision.image, AreaConfig):  # Emu3.5's takes pictures of any area: here, of their own
+            vision = vision.with_area(pixels.shape[-3] * pixels.shape[-2])
         if pixels.ndim == 5:
-            missing = -pixels.shape[1] % vision.config.temporal_factor
+            missing = -pixels.shape[1] % vision.clips().temporal_factor
             pixels = np.concatenate([pixels, np.repeat(pixels[:, -1:], missing, axis=1)], axis=1)
 
         def codes(rows):
@@ -113,6 +117,9 @@ def measure(
     figures, sections = {}, []
     total = np.zeros(reconstruct.vision.config.codebook_size, np.int64)
     for kind, name in (("picture", "pictures"), ("clip", "clips")):
+        if kind == "clip" and not isinstance(reconstruct.vision.config, VisionConfig):
+            skipped[f"reconstruction.{name}"] = "the vision tokenizer of Emu3.5 knows pictures alone"
+            continue
         held_out = choose(data.where(kind, "concept"), config.cases, config.seed, f"reconstruction.{name}")
         if not held_out:
             skipped[f"reconstruction.{name}"] = f"the data has no {name} of held-out concepts"
