@@ -65,7 +65,8 @@ def load(
         The model.
 
     Raises:
-        Emu3Error: if a bundle or the adapter is absent or damaged, the adapter is of another model, `verify` finds no
+        Emu3Error: if a bundle or the adapter is absent or damaged, the adapter or the vision tokenizer is of another
+            model, `verify` finds no
             checksums or other ones, the mesh does not fit the devices or the model, or `quantize` is none of these, or
             another kind than that of a quantised bundle.
     """
@@ -93,7 +94,15 @@ def load(
             params, name = load_merged(bundle, saved, shardings, dtype, quantize), f"{name} + {saved.name}"
         templates = prompt_templates(bundle.template, config.clip_layout)
         language = Language(config, params, bundle.tokenizer(), templates, mesh, bundle.quantize or quantize)
-    return Emu3(name, language, _load_vision(bundle, vision, mesh, fast_pixels, verify))
+    tokenizer = _load_vision(bundle, vision, mesh, fast_pixels, verify)
+    if language is not None and tokenizer is not None:
+        ids, codes = language.config.tokens.visual_count, tokenizer.config.codebook_size
+        if ids != codes:
+            raise Emu3Error(
+                f"{bundle.path}: the decoder has {ids} visual ids, but the vision tokenizer has {codes} codes: use the "
+                "parts of one and the same model"
+            )
+    return Emu3(name, language, tokenizer)
 
 
 def _check_is_path(argument: str, value: object) -> None:

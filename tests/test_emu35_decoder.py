@@ -13,6 +13,7 @@ from tiny import forward
 
 import emu3_jax
 from emu3_jax.checkpoints.convert import convert
+from emu3_jax.checkpoints.doctor import doctor
 from emu3_jax.checkpoints.export import export
 from emu3_jax.checkpoints.layouts import decoder_params
 from emu3_jax.checkpoints.tensors import read_safetensors_header
@@ -66,6 +67,17 @@ def test_what_the_files_say(model):
     config = model.config
     assert (config.family, config.qk_norm, config.head_dim) == ("emu3.5", True, 16)
     assert (config.tokens.visual_start, config.tokens.visual_end) == (151854, 282926)
+
+
+def test_doctor_knows_the_family(checkpoint, tmp_path):
+    """The tasks of Emu3.5 have areas of their own, so its config.json needs no `image_area`."""
+    for file in checkpoint.iterdir():
+        if file.name != "config.json":
+            (tmp_path / file.name).symlink_to(file)
+    config = json.loads((checkpoint / "config.json").read_text())
+    del config["image_area"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert {finding.level for finding in doctor(tmp_path, progress=False)} == {"ok"}
 
 
 @pytest.mark.parametrize("name", ["lm_34b", "lm_u0_4b"])

@@ -124,6 +124,13 @@ def test_the_largest_size(bundle, tmp_path):
         (["a story", "--task", "story", "--max-size", "20*20", "--size", "4*4"], "leave one of them out"),
         (["a story", "--task", "story", "--image-guidance", "2"], "guides towards given pictures, and there is none"),
         (["a <|image start|> story", "--task", "story"], "contains the special token <|image start|>"),
+        (
+            ["a <|image start|>1*<|image start|> story", "--task", "story", "--allow-special"],
+            "control tokens form no whole picture: id 5 of the sequence is 151852",
+        ),
+        (["a <|image end|> story", "--task", "story", "--allow-special"], "but no BOI opened one; correct or remove"),
+        (["a <|visual token 000003|>", "--task", "story", "--allow-special"], "control tokens form no whole picture"),
+        (["a <|image start|>1*1<|image token|>", "--task", "story", "--allow-special"], "but does not end it"),
         (["a story", "--task", "story", "--image", "nowhere.png"], "cannot read nowhere.png"),
         (["a story", "--task", "story", "--guidance", "nan"], "guidance is nan"),
         (["a story", "--task", "story", "--image", "clip.webp"], "clip.webp: a clip: the vision tokenizer of Emu3.5"),
@@ -157,6 +164,19 @@ def test_commands_for_emu3_refuse_models_of_emu35(bundle, tmp_path, capsys, monk
     assert main([*arguments, "--model", str(bundle), *output]) == 2
     captured = capsys.readouterr().err
     assert captured.count("\n") == 1 and ("interleave" in captured or "pictures alone" in captured)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("other", ["tokenizer", "vision"])
+def test_parts_of_another_family(bundle, tiny_bundle, tmp_path, capsys, other):
+    for part in ("decoder", "tokenizer", "vision"):
+        (tmp_path / "mixed" / part).parent.mkdir(exist_ok=True)
+        (tmp_path / "mixed" / part).symlink_to((tiny_bundle if part == other else bundle) / part)
+    capsys.readouterr()
+    out = ["-o", str(tmp_path / "out"), "--model", str(tmp_path / "mixed")]
+    assert main(["interleave", "a story", "--task", "story", "--max-new-tokens", "4", *out]) == 2
+    captured = capsys.readouterr().err
+    assert captured.count("\n") == 1 and "one and the same model" in captured
     assert not (tmp_path / "out").exists()
 
 

@@ -110,9 +110,10 @@ def _plan(sources: Sequence[Published], dtype: str | None, quantize: str | None)
     for source in sources:
         for part in source.layout.parts:
             if part in owners:
+                what = "vision tokenizer" if part == "vision" else part
                 raise Emu3Error(
-                    f"{source.path} and {owners[part].path} both hold a {part}: convert them to two bundles, one "
-                    f"{part} each"
+                    f"{source.path} and {owners[part].path} both hold a {what}: convert them to two bundles, one "
+                    f"{what} each"
                 )
             owners[part] = source
     vision = owners["vision"].vision_config() if "vision" in owners else None

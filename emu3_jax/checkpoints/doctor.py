@@ -161,7 +161,7 @@ def _published(path: Path) -> _Patient:
         codes = vision.codebook_size if vision else None
         patient.decoder = _attempt(findings, lambda: source.decoder_config(codes))
     if patient.decoder:
-        findings += _config_gaps(source)
+        findings += _config_gaps(source, patient.decoder.family)
         patient.tokenizer = functools.partial(source.tokenizer, patient.decoder.tokens)
     complete = all(c is not None for c in ([vision] * ("vision" in parts) + [patient.decoder] * ("decoder" in parts)))
     if complete:
@@ -177,14 +177,14 @@ def _published(path: Path) -> _Patient:
     return patient
 
 
-def _config_gaps(source: Published) -> Iterator[Finding]:
+def _config_gaps(source: Published, family: str) -> Iterator[Finding]:
     """Checks fields whose defaults would be used without notice."""
     text = {**source.config, **(source.config.get("text_config") or {})}
     rope = text.get("rope_parameters") or {}
     if "rope_theta" not in text and "rope_theta" not in rope:
         what = f"config.json has no rope_theta: the published {DecoderConfig.rope_theta:.0f} is assumed"
         yield Finding(WARN, what, "add rope_theta if the model was trained with another base")
-    if "image_area" not in text:
+    if "image_area" not in text and family == "emu3":  # the tasks of Emu3.5 have areas of their own
         what = f"config.json has no image_area: pictures default to {DecoderConfig.image_area} pixels, as Emu3-Gen's do"
         yield Finding(WARN, what, "pass --area 262144 for Stage1, which was trained on 512x512")
 

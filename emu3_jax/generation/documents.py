@@ -287,6 +287,8 @@ def prompts_of(
 ) -> Prompts:
     """The prompts of a text with pictures: of a first turn, or those that a later turn appends to the conversation."""
     tokenizer = language.tokenizer
+    if allow_special:
+        _check_pictures(tokenizer.encode(text, allow_special=True), rule)
     if task is not None:
         pictures = [i for picture in codes for i in grammar.picture_ids(picture, rule)]
         return task_prompts(tokenizer, task, text, pictures, allow_special=allow_special, later=later)
@@ -298,6 +300,16 @@ def prompts_of(
         )
 
     return Prompts(prompt(text, codes), prompt("", codes), prompt("", ()))
+
+
+def _check_pictures(ids: Sequence[int], rule: Grammar) -> None:
+    """Raises `Emu3Error` if the control tokens of a text form anything but whole pictures."""
+    try:
+        pieces = grammar.split(ids, rule)
+    except Emu3Error as error:
+        raise Emu3Error(f"the text's control tokens form no whole picture: {error}; correct or remove them") from error
+    if pieces and isinstance(pieces[-1], grammar.Picture) and not pieces[-1].whole:
+        raise Emu3Error("the text opens a picture with <|image start|> but does not end it: complete or remove it")
 
 
 def row_of(
