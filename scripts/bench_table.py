@@ -12,6 +12,7 @@ import sys
 from typing import Any
 
 DECODE = ("decode", "--steps", "64")
+EMU35 = (*DECODE, "--preset", "emu35-34b", "--automaton")
 PARTS: dict[str, tuple[str, ...]] = {
     "exact": (*DECODE, "--rows", "1", "4", "8", "16", "--compare", "transformers"),
     "again": (*DECODE, "--rows", "1"),
@@ -20,7 +21,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "fp8": (*DECODE, "--quantize", "fp8", "--logits"),
     "parallel": (*DECODE, "--rows", "1", "8", "--parallel", "off", "8", "16", "32", "64"),
     "parallel-int8": (*DECODE, "--parallel", "off", "16", "32", "--quantize", "int8"),
-    "emu35-int8": (*DECODE, "--preset", "emu35-34b", "--parallel", "off", "16", "--quantize", "int8"),
+    "emu35-int8": (*EMU35, "--parallel", "off", "16", "--quantize", "int8"),
     "vision": ("vision", "--size", "720", "--fast"),
     "two": (*DECODE, "--mesh", "tensor=2"),
 }
@@ -125,6 +126,13 @@ def rows(results: dict[str, Figures]):
             )
     for part, figures in results.items():
         for line in figures:
+            if "automaton_share" in line:
+                window = line.get("parallel", 1)
+                yield (
+                    f"{part}, {line['pictures']} at once, W = {window}, automaton of interleave",
+                    "1% of a pass",
+                    f"{line['automaton_share']:.2%}, {line['automaton_ms']} ms",
+                )
             if "ms_per_pass_average" not in line:
                 continue
             times = (

@@ -244,3 +244,15 @@ def test_the_table_of_decoding(scripts, monkeypatch, capsys):
     assert table["sampler, share of a step"].endswith("% |")
     monkeypatch.setattr(sys, "argv", ["bench_table.py", "broken"])
     assert bench_table.main() == 1
+
+
+def test_the_table_of_the_automaton(scripts):
+    import bench_table
+
+    assert "--automaton" in bench_table.PARTS["emu35-int8"]
+    figures = [{"pictures": 1, "automaton_share": 0.0002, "automaton_ms": 0.002}]
+    figures.append({**figures[0], "parallel": 16, "automaton_share": 0.0213})
+    assert list(bench_table.rows({"emu35-int8": figures})) == [
+        ("emu35-int8, 1 at once, W = 1, automaton of interleave", "1% of a pass", "0.02%, 0.002 ms"),
+        ("emu35-int8, 1 at once, W = 16, automaton of interleave", "1% of a pass", "2.13%, 0.002 ms"),
+    ]
