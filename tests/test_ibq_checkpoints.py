@@ -283,3 +283,13 @@ def test_hostile_configs(tmp_path_factory, data):
     found = gives_or_refuses(lambda: read_yaml_object(file))
     if found is not None:
         gives_or_refuses(lambda: ibq_from_published(found))
+
+
+def test_parts_of_two_families(published, vocabulary, golden_checkpoint, tmp_path):
+    """Each decoder with the other family's vision tokenizer."""
+    ours = write_decoder(tmp_path / "lm", vocabulary)
+    with pytest.raises(Emu3Error, match=r"lm is a decoder of Emu3\.5, which has 131072 visual ids, but the vision"):
+        convert([ours, golden_checkpoint / "vq"], tmp_path / "out", progress=False)
+    with pytest.raises(Emu3Error, match=r"is a decoder of Emu3, but .* is the vision tokenizer of Emu3\.5"):
+        convert([golden_checkpoint / "lm", published], tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()

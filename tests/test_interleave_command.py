@@ -167,6 +167,26 @@ def test_commands_for_emu3_refuse_models_of_emu35(bundle, tmp_path, capsys, monk
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"text_top_k": 0}, "text_top_k is 0"),
+        ({"text_temperature": -1.0}, "text_temperature is -1.0"),
+        ({"top_p": 2.0}, "^top_p is 2.0"),
+        ({"images": [7]}, "7 is no picture or clip: give a path"),
+        ({"images": {"a": 1}}, "is no picture or clip: give a path"),
+        ({"images": [b"photo.png"]}, "is no picture or clip: give a path"),
+        ({"max_size": (20,)}, r"max_size is \(20,\): it must be \(rows, columns\)"),
+        ({"max_size": (5, 5)}, "max_size is 5.5: the sides that this model chooses have at least 10"),
+        ({"max_size": (20, 20), "images": [np.zeros((64, 64, 3), np.uint8)]}, "which is more than max_size 20.20"),
+    ],
+)
+def test_what_python_refuses(bundle, arguments, message):
+    model = emu3_jax.load(bundle)
+    with pytest.raises(emu3_jax.Emu3Error, match=message):
+        model.interleave("a story", task="story", max_new_tokens=4, **({"images": ()} | arguments))
+
+
 @pytest.mark.parametrize("other", ["tokenizer", "vision"])
 def test_parts_of_another_family(bundle, tiny_bundle, tmp_path, capsys, other):
     for part in ("decoder", "tokenizer", "vision"):

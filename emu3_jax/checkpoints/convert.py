@@ -19,7 +19,7 @@ from emu3_jax.checkpoints.parts import LazyArray, write_config, write_part
 from emu3_jax.checkpoints.published import Published
 from emu3_jax.checkpoints.quantized import quantised_arrays
 from emu3_jax.checkpoints.tensors import Tensor
-from emu3_jax.config import DecoderConfig, VisionTokenizerConfig
+from emu3_jax.config import DecoderConfig, IbqConfig, VisionTokenizerConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.files import new_directory, require_outside
 from emu3_jax.models.quantization import check_kind, is_quantised
@@ -117,10 +117,9 @@ def _plan(sources: Sequence[Published], dtype: str | None, quantize: str | None)
                 )
             owners[part] = source
     vision = owners["vision"].vision_config() if "vision" in owners else None
-    codebook_size = vision.codebook_size if vision else None
     if quantize is not None and "decoder" not in owners:
         raise Emu3Error("--quantize needs a decoder, but no SRC holds one: leave it out, or add a decoder as a SRC")
-    decoder = owners["decoder"].decoder_config(codebook_size) if "decoder" in owners else None
+    decoder = _decoder_config(owners, vision) if "decoder" in owners else None
     _check_weights(sources, owners, decoder, vision)
     plan = _Plan()
     if decoder is not None:
@@ -128,6 +127,19 @@ def _plan(sources: Sequence[Published], dtype: str | None, quantize: str | None)
     if vision is not None:
         _plan_vision(plan, owners["vision"], vision)
     return plan
+
+
+def _decoder_config(owners: Mapping[str, Published], vision: VisionTokenizerConfig | None) -> DecoderConfig:
+    source = owners["decoder"]
+    try:
+        return source.decoder_config(vision.codebook_size if vision else None)
+    except Emu3Error as error:
+        if isinstance(vision, IbqConfig) and source.family == "emu3":
+            raise Emu3Error(
+                f"{source.path} is a decoder of Emu3, but {owners['vision'].path} is the vision tokenizer of Emu3.5: "
+                "give the two of one model"
+            ) from error
+        raise
 
 
 def _check_weights(

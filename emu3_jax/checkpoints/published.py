@@ -86,15 +86,25 @@ class Published:
 
     def decoder_config(self, codebook_size: int | None = None) -> DecoderConfig:
         """Give the `codebook_size` of the vision tokenizer for upstream's decoder directory, which does not hold it."""
-        with read_from(self.path / "config.json"):
-            family = family_of(self.config, any(t.name.endswith(".self_attn.q_norm.weight") for t in self.tensors))
-        if family == "emu3.5" and codebook_size is None:
+        family = self.family
+        if family == "emu3.5":
+            if codebook_size not in (None, EMU35_CODES):
+                raise Emu3Error(
+                    f"{self.path} is a decoder of Emu3.5, which has {EMU35_CODES} visual ids, but the vision tokenizer "
+                    f"has {codebook_size} codes: give the two of one model"
+                )
             codebook_size = EMU35_CODES
         told = None
         if self._vocabulary is not None:
             told = tokens_of_vocabulary(self._vocabulary, codebook_size)
         with read_from(self.path / "config.json"):
             return decoder_from_published(self.config, codebook_size, told, family)
+
+    @property
+    def family(self) -> str:
+        """The family of the decoder, "emu3" or "emu3.5"."""
+        with read_from(self.path / "config.json"):
+            return family_of(self.config, any(t.name.endswith(".self_attn.q_norm.weight") for t in self.tensors))
 
     @property
     def _vocabulary(self) -> Path | None:

@@ -391,13 +391,6 @@ def _settings(writing: Writing, task: Task | None, count: int) -> tuple[RowSetti
         value = getattr(writing, name)
         return value if value is not None else getattr(task, name, default)
 
-    text = Sampling(
-        temperature=told("text_temperature", defaults.TEMPERATURE),
-        top_k=told("text_top_k", 2**31 - 1),
-        top_p=told("text_top_p", 1.0),
-        guidance=1.0,
-        seed=writing.seed,
-    )
     visual = Sampling(
         temperature=writing.temperature,
         top_k=told("top_k", defaults.TOP_K),
@@ -405,6 +398,16 @@ def _settings(writing: Writing, task: Task | None, count: int) -> tuple[RowSetti
         guidance=_scale(writing, task),
         seed=writing.seed,
     )
+    try:
+        text = Sampling(
+            temperature=told("text_temperature", defaults.TEMPERATURE),
+            top_k=told("text_top_k", 2**31 - 1),
+            top_p=told("text_top_p", 1.0),
+            guidance=1.0,
+            seed=writing.seed,
+        )
+    except Emu3Error as error:
+        raise Emu3Error(f"text_{error}") from error  # it begins with the argument's name
     return text.settings(count), visual.settings(count)
 
 

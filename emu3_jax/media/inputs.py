@@ -10,6 +10,7 @@ from emu3_jax.errors import Emu3Error
 from emu3_jax.media.clips import Clip, load_clip, resample
 from emu3_jax.media.frames import FrameReader, check_resampling, is_animated, open_clip
 from emu3_jax.media.images import load_image, to_rgb
+from emu3_jax.printable import shown
 
 Media = str | os.PathLike | Image.Image | np.ndarray | Clip
 
@@ -25,7 +26,7 @@ def as_media(item: Media) -> Image.Image | Clip:
         A picture in RGB, or a clip.
 
     Raises:
-        Emu3Error: the file cannot be read, or the array has another shape or dtype.
+        Emu3Error: the file cannot be read, the array has another shape or dtype, or the item is none of these.
     """
     if isinstance(item, Clip):
         return item
@@ -35,8 +36,15 @@ def as_media(item: Media) -> Image.Image | Clip:
         if item.dtype != np.uint8 or item.ndim not in (3, 4) or item.shape[-1] != 3:
             raise Emu3Error(f"array of {item.dtype} {item.shape}: give uint8 [H, W, 3] or [T, H, W, 3]")
         return Image.fromarray(item) if item.ndim == 3 else Clip(item)
-    path = pathlib.Path(item)
+    path = pathlib.Path(_checked(item))
     return load_clip(path) if is_animated(path) else load_image(path)
+
+
+def _checked(item: object) -> str | os.PathLike:
+    """Returns a path. Raises `Emu3Error` for anything else."""
+    if not isinstance(item, str | os.PathLike) or not isinstance(os.fspath(item), str):
+        raise Emu3Error(f"{shown(item)} is no picture or clip: give a path, a PIL image, a uint8 array or a Clip")
+    return item
 
 
 def open_media(item: Media, *, fps: float | None = None, frames: int | None = None) -> Image.Image | FrameReader:
