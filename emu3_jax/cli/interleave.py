@@ -33,7 +33,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="pictures to show with every TEXT, and clips if the model is of Emu3",
     )
     common.add_showing(command)
-    command.add_argument("--task", choices=TASKS, help="task of a model of Emu3.5, which needs one")
+    command.add_argument(
+        "--task",
+        choices=TASKS,
+        help="what a model of Emu3.5 shall write (it needs one): a picture, a picture from pictures, a story, a guide, "
+        "or a walk through a scene",
+    )
     command.add_argument(
         "--size",
         type=_size,
@@ -46,8 +51,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--max-size",
         type=_sides,
         metavar="H*W",
-        help="largest rows and columns of visual tokens that the model may choose (default: all whose picture ends "
-        "within --max-new-tokens)",
+        help="largest rows and columns of visual tokens that the model may choose (default: what fits into "
+        "--max-new-tokens)",
     )
     command.add_argument(
         "--guidance", type=float, metavar="G", help="guidance scale of pictures (default: the task's, or 3)"

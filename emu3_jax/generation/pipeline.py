@@ -559,7 +559,7 @@ class Emu3:
                 one, and on its settings. None below stands for the task's value.
             size: rows and columns of visual tokens of all pictures. None: the size of the last of `images`, or else
                 the model chooses.
-            max_size: largest rows and columns that the model may choose. None: all whose picture ends within
+            max_size: largest rows and columns that the model may choose. None: what fits into
                 `max_new_tokens`.
             guidance: classifier-free guidance scale of visual tokens; 1 means no guidance. Without a task, None is 3.
             image_guidance: scale of guidance towards the given pictures, or None for guidance with one scale.
