@@ -33,6 +33,8 @@ EMU3 = Grammar(TOKENS, tuple(range(10)), 10)
 EMU35 = Grammar(TOKENS, tuple(range(10)), 10, 2, 2, last_line_end=False, frame_end=False, same_size=True)
 step = jax.jit(lambda state, token, grammar: advance(state, token, grammar), static_argnums=2)
 ask = jax.jit(legal, static_argnums=1)
+ask_many = jax.jit(upcoming, static_argnums=(1, 2))
+known_of = jax.jit(known, static_argnums=1)
 
 
 def choices(answer, grammar, state_side):
@@ -123,18 +125,17 @@ def test_sequences_written_by_hand_are_walks(grammar, data):
 def test_a_picture_is_known_to_its_end(grammar, size):
     """Answers of many places together are those of the walk, and `skip` leads from place to place: to IMG, to EOI."""
     ids = picture(*size, grammar, lambda: TOKENS.visual_start)
-    start = advance(jax.tree.map(jnp.asarray, GrammarState.of([size])), jnp.asarray([TOKENS.boi]), grammar)
+    start = step(jax.tree.map(jnp.asarray, GrammarState.of([size])), jnp.asarray([TOKENS.boi]), grammar)
     for first, last in ((1, ids.index(TOKENS.img)), (ids.index(TOKENS.img) + 1, len(ids) - 1)):
         state, answers, count = start, [], last + 1 - first
         for place in range(first, last + 1):
-            assert known(state, grammar)[0] == last + 1 - place
-            answers.append(int(legal(state, grammar)[0]))
-            state = advance(state, jnp.asarray([ids[place]]), grammar)
-        assert upcoming(start, grammar, count).tolist() == [answers]
+            assert known_of(state, grammar)[0] == last + 1 - place
+            answers.append(int(ask(state, grammar)[0]))
+            state = step(state, jnp.asarray([ids[place]]), grammar)
+        assert ask_many(start, grammar, 16)[0, :count].tolist() == answers
         for skipped in range(count):
-            there = advance(skip(start, jnp.asarray([skipped])), jnp.asarray([ids[first + skipped]]), grammar)
-            rest = upcoming(there, grammar, count - skipped - 1).tolist()[0] if skipped + 1 < count else []
-            assert rest == answers[skipped + 1 :]
+            there = step(skip(start, jnp.asarray([skipped])), jnp.asarray([ids[first + skipped]]), grammar)
+            assert ask_many(there, grammar, 16)[0, : count - skipped - 1].tolist() == answers[skipped + 1 :]
         fields = ("mode", "at", "rows", "columns", "known_rows", "known_columns", "left")
         assert [int(getattr(there, name)[0]) for name in fields] == [int(getattr(state, name)[0]) for name in fields]
         start = there
