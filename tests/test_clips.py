@@ -367,7 +367,11 @@ def test_videos_need_pyav(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("options, message", [({"fps": 0}, "fps is 0"), ({"frames": 0}, "frames is 0")])
+@pytest.mark.parametrize("options, message", [
+    ({"fps": 0}, "fps is 0"),
+    ({"fps": "8"}, "fps is '8': it must be a finite number > 0"),
+    ({"frames": 0}, "frames is 0"),
+])  # fmt: skip
 def test_rates_and_numbers_that_are_none(tmp_path, options, message):
     with pytest.raises(Emu3Error, match=message):
         load_clip(tmp_path, **options)

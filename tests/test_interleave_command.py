@@ -11,6 +11,8 @@ from PIL import Image
 
 import emu3_jax
 from emu3_jax.cli.main import main
+from emu3_jax.errors import Emu3Error
+from emu3_jax.generation.documents import Writing
 from emu3_jax.media.clips import Clip, save_clip
 from emu3_jax.text.prompts import next_turn_prompt, understanding_prompt
 
@@ -255,3 +257,8 @@ def test_clips_in_prompts_of_emu3(golden_model):
     assert second.ids[: second.prompt_length].tolist()[-len(expected) :] == expected
     with pytest.raises(emu3_jax.Emu3Error, match="clips_as is 'video'"):
         golden_model.interleave("What moves", clip, clips_as="video")
+
+
+def test_a_task_that_is_no_text():
+    with pytest.raises(Emu3Error, match=r"task is \['story'\]: it must be one of t2i"):
+        Writing(task=["story"])

@@ -141,7 +141,7 @@ class Writing:
     max_size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        if self.task is not None and self.task not in TASKS:
+        if self.task is not None and not (isinstance(self.task, str) and self.task in TASKS):
             raise Emu3Error(f"task is {shown(self.task)}: it must be one of {', '.join(TASKS)}")
         for name in ("size", "max_size"):
             value = getattr(self, name)

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import numbers
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -120,8 +121,8 @@ def shown_frames(total: int, own: float, fps: float | None, frames: int | None) 
 
 def check_fps(fps: float | None) -> None:
     """Raises an `Emu3Error` unless `fps` is None or a legal number of frames per second."""
-    if fps is not None and not (math.isfinite(fps) and fps > 0):
-        raise Emu3Error(f"fps is {fps}: it must be a finite number > 0")
+    if fps is not None and not (isinstance(fps, numbers.Real) and math.isfinite(fps) and fps > 0):
+        raise Emu3Error(f"fps is {shown(fps)}: it must be a finite number > 0")
     if fps is not None and not _MIN_FPS <= fps <= _MAX_FPS:
         raise Emu3Error(f"fps is {fps:g}: it must be {_MIN_FPS:g} to {_MAX_FPS:g} frames per second")
 
