@@ -13,10 +13,10 @@ if typing.TYPE_CHECKING:  # what `_PUBLIC` loads, for editors and type checkers
     from emu3_jax.config import SpecialTokens as SpecialTokens
     from emu3_jax.config import VisionConfig as VisionConfig
     from emu3_jax.errors import Emu3Error as Emu3Error
-    from emu3_jax.generation.documents import Document as Document
-    from emu3_jax.generation.documents import Growing as Growing
-    from emu3_jax.generation.documents import Piece as Piece
     from emu3_jax.generation.pictures import Generation as Generation
+    from emu3_jax.generation.pieces import Document as Document
+    from emu3_jax.generation.pieces import Growing as Growing
+    from emu3_jax.generation.pieces import Piece as Piece
     from emu3_jax.generation.pipeline import Emu3 as Emu3
     from emu3_jax.generation.turns import Turns as Turns
     from emu3_jax.loading import load as load
@@ -34,14 +34,14 @@ _PUBLIC = {
     "AreaConfig": "emu3_jax.config",
     "Clip": "emu3_jax.media.clips",
     "DecoderConfig": "emu3_jax.config",
-    "Document": "emu3_jax.generation.documents",
+    "Document": "emu3_jax.generation.pieces",
     "Emu3": "emu3_jax.generation.pipeline",
     "Emu3Error": "emu3_jax.errors",
     "Generation": "emu3_jax.generation.pictures",
     "IbqConfig": "emu3_jax.config",
-    "Growing": "emu3_jax.generation.documents",
+    "Growing": "emu3_jax.generation.pieces",
     "ImageConfig": "emu3_jax.config",
-    "Piece": "emu3_jax.generation.documents",
+    "Piece": "emu3_jax.generation.pieces",
     "SpecialTokens": "emu3_jax.config",
     "TrainConfig": "emu3_jax.training.config",
     "Turns": "emu3_jax.generation.turns",

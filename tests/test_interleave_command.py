@@ -1,5 +1,6 @@
 """`emu3-jax interleave`: its files and lines, and what it refuses."""
 
+import itertools
 import json
 import pathlib
 
@@ -11,7 +12,9 @@ from PIL import Image
 
 import emu3_jax
 from emu3_jax.cli.main import main
+from emu3_jax.cli.pages import Terminal
 from emu3_jax.errors import Emu3Error
+from emu3_jax.generation import interleaving
 from emu3_jax.generation.documents import Writing
 from emu3_jax.media.clips import Clip, save_clip
 from emu3_jax.text.prompts import next_turn_prompt, understanding_prompt
@@ -238,6 +241,37 @@ def test_pictures_grow_row_by_row(bundle, tmp_path, capsys):
     assert seen and all(row == 0 and piece.picture.height == 16 * len(piece.codes) for row, piece in seen)
     for _, piece in seen:
         np.testing.assert_array_equal(piece.codes, codes[piece.number][: len(piece.codes)])
+
+
+def test_texts_grow(tiny_bundle, monkeypatch):
+    """Each time more of the text is there; the last time, at most what came with the end is missing."""
+    monkeypatch.setattr(interleaving, "PASSES_PER_CALL", 3)
+    model = emu3_jax.load(tiny_bundle, dtype="float32")
+    options = {"max_new_tokens": 16, "guidance": 1.0, "text_temperature": 0.0}
+    seen, events = [], []
+    (document,) = model.interleave(
+        "a dog", **options, on_text=lambda row, text: seen.append((row, text)),
+        on_piece=lambda row, piece: events.append((len(seen), piece)),
+    )  # fmt: skip
+    first, (piece, *_) = events[0][0], document.pieces
+    assert piece.kind == "text" and first > 1 and events[0][1] == piece
+    texts = [text for _, text in seen[:first]]
+    assert {row for row, _ in seen} == {0} and len(set(texts)) > 1
+    assert all(later.startswith(text) for text, later in itertools.pairwise([*texts, piece.text]))
+    turns, again = model.interleave_turns(**options), []
+    turns.send("a dog", on_text=again.append)
+    assert again == [text for _, text in seen]
+
+
+def test_a_terminal_shows_each_text_once(capsys):
+    terminal = Terminal()
+    for text in (" Once", " Once upon ", " Once upon a\x1b"):
+        terminal.grow(text)
+    terminal.end("Once upon a\\x1b time")
+    terminal.end("out/000_0.png")
+    terminal.grow("Then")
+    terminal.end("it changed")
+    assert capsys.readouterr().out == "Once upon a\\x1b time\nout/000_0.png\nThen\nit changed\n"
 
 
 def test_clips_in_prompts_of_emu3(golden_model):

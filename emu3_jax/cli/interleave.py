@@ -142,9 +142,9 @@ def run(options: argparse.Namespace) -> None:
     import numpy as np
 
     from emu3_jax.cli.output import json_line
-    from emu3_jax.cli.pages import Page
+    from emu3_jax.cli.pages import Page, Terminal
     from emu3_jax.files import files_into
-    from emu3_jax.generation.documents import Document, Growing, Piece
+    from emu3_jax.generation.pieces import Document, Growing, Piece
     from emu3_jax.media.codes import save_codes
     from emu3_jax.media.live import live_frames
 
@@ -165,6 +165,8 @@ def run(options: argparse.Namespace) -> None:
     )  # fmt: skip
     settings |= {name: getattr(options, name) for name in told} | {"progress": common.progress(options)}
 
+    terminal = Terminal() if len(pages) == 1 and not options.json else None
+
     def show(row: int, piece: Piece) -> None:
         """Writes a picture, and shows the piece if there is one page only."""
         if piece.kind == "plan" and not options.plans:
@@ -172,8 +174,8 @@ def run(options: argparse.Namespace) -> None:
         if live is not None and piece.picture is not None:
             live(row, pages[row].pictures, np.asarray(piece.picture)[None])
         shown = pages[row].add(piece, directory)
-        if shown and len(pages) == 1 and not options.json:
-            print(shown, flush=True)
+        if shown and terminal is not None:
+            terminal.end(shown)
 
     def grow(row: int, piece: Growing) -> None:
         """Writes the finished rows of a picture that is being written."""
@@ -193,7 +195,7 @@ def run(options: argparse.Namespace) -> None:
                 print(printable(f"> {text}"), flush=True)
             conversation.send(
                 text, options.image if number == 0 else (), on_piece=lambda piece: show(0, piece),
-                on_rows=options.live and (lambda piece: grow(0, piece)),
+                on_rows=options.live and (lambda piece: grow(0, piece)), on_text=terminal and terminal.grow,
             )  # fmt: skip
         return [document for _, document in conversation.turns]
 
@@ -203,7 +205,7 @@ def run(options: argparse.Namespace) -> None:
             page.ask(text)
         return model.interleave(
             options.texts, options.image, on_piece=show, on_rows=grow if options.live else None,
-            batch_size=options.batch_size, **settings,
+            on_text=terminal and (lambda _, text: terminal.grow(text)), batch_size=options.batch_size, **settings,
         )  # fmt: skip
 
     with (

@@ -7,7 +7,7 @@ import typing
 from emu3_jax.printable import printable
 
 if typing.TYPE_CHECKING:
-    from emu3_jax.generation.documents import Piece
+    from emu3_jax.generation.pieces import Piece
 
 _CUT_OFF = "(cut off: the document was too long)"
 _STYLE = (
@@ -83,3 +83,25 @@ class Page:
         return (
             f'<!doctype html>\n<html lang=""><head>{head}</head><body>\n' + "\n".join(self._html) + "\n</body></html>\n"
         )
+
+
+class Terminal:
+    """Shows a document on standard output while it is written."""
+
+    def __init__(self) -> None:
+        self._shown = ""  # of the present text
+
+    def grow(self, text: str) -> None:
+        """Shows what is new of a text that is being written, given the text so far."""
+        text = printable(text.strip(), keep="\n")
+        if text.startswith(self._shown):
+            print(text[len(self._shown) :], end="", flush=True)
+            self._shown = text
+
+    def end(self, shown: str) -> None:
+        """Shows a piece, or what is missing of it, and ends the line."""
+        known = self._shown if shown.startswith(self._shown) else ""
+        if self._shown and not known:
+            print(flush=True)
+        print(shown[len(known) :], flush=True)
+        self._shown = ""

@@ -14,9 +14,10 @@ from emu3_jax.generation import defaults, turns
 from emu3_jax.generation.clips import OnFrames, generate_clips
 from emu3_jax.generation.codec import Vision, decode, encode
 from emu3_jax.generation.conversation import Asking, Conversation, Showing, answer_questions
-from emu3_jax.generation.documents import Document, Growing, OnPiece, OnRows, Writing, stream_documents
+from emu3_jax.generation.documents import OnPiece, OnRows, OnText, Writing, stream_documents
 from emu3_jax.generation.language import Batching, Language
 from emu3_jax.generation.pictures import Generation, stream_pictures
+from emu3_jax.generation.pieces import Document, Growing
 from emu3_jax.generation.rows import Sampling, prompt_list
 from emu3_jax.media.clips import Clip
 from emu3_jax.media.inputs import Media
@@ -544,6 +545,7 @@ class Emu3:
         allow_special: bool = False,
         on_piece: OnPiece | None = None,
         on_rows: OnRows | None = None,
+        on_text: OnText | None = None,
         progress: bool | None = None,
     ) -> list[Document]:
         """Writes texts and pictures in turn: one document per text.
@@ -581,6 +583,7 @@ class Emu3:
             on_piece: called with a row's number and a text or picture (`Piece`) as soon as it is complete.
             on_rows: called with a row's number and a picture that is being written (`Growing`) when it has more
                 finished rows. Each time, the picture is decoded.
+            on_text: called with a row's number and a text that is being written, as far as it is written.
             progress: True shows a progress bar on a terminal and lines in a log, None only the bar, False nothing.
 
         Returns:
@@ -607,6 +610,9 @@ class Emu3:
             elif isinstance(item, Growing):
                 if on_rows is not None:
                     on_rows(row, item)
+            elif isinstance(item, str):
+                if on_text is not None:
+                    on_text(row, item)
             elif on_piece is not None:
                 on_piece(row, item)
         return [found[row] for row in range(len(found))]

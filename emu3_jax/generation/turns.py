@@ -9,9 +9,6 @@ from emu3_jax.generation import defaults, grammar
 from emu3_jax.generation.codec import Vision
 from emu3_jax.generation.conversation import Showing
 from emu3_jax.generation.documents import (
-    Document,
-    Growing,
-    Piece,
     Writing,
     encoded,
     grammar_of,
@@ -24,6 +21,7 @@ from emu3_jax.generation.documents import (
 from emu3_jax.generation.interleaving import InterleavedRow, inside_pictures
 from emu3_jax.generation.kept import Kept
 from emu3_jax.generation.language import Language
+from emu3_jax.generation.pieces import Document, Growing, Piece
 from emu3_jax.media.inputs import Media
 from emu3_jax.printable import shown
 from emu3_jax.text.tasks import Prompts
@@ -62,6 +60,7 @@ class Turns:
         *,
         on_piece: Callable[[Piece], Any] | None = None,
         on_rows: Callable[[Growing], Any] | None = None,
+        on_text: Callable[[str], Any] | None = None,
     ) -> Document:
         """Sends a text, with pictures if there are any, and returns what the model writes.
 
@@ -73,6 +72,7 @@ class Turns:
             on_piece: called with a text or picture of the answer as soon as it is complete.
             on_rows: called with a picture that is being written (`Growing`) when it has more finished rows. Each time,
                 the picture is decoded.
+            on_text: called with a text that is being written, as far as it is written.
 
         Returns:
             The answer. Its `ids` begin with the whole conversation so far.
@@ -107,7 +107,7 @@ class Turns:
             )  # fmt: skip
         except RowError as error:
             raise Emu3Error(error.reason) from error
-        document = self._written(row, writing, on_piece, on_rows)
+        document = self._written(row, writing, on_piece, on_rows, on_text)
         self._sizes = [
             *sizes, *sizes_of([p.codes for p in document.pieces if p.codes is not None and p.whole])
         ]  # fmt: skip
@@ -121,6 +121,7 @@ class Turns:
         writing: Writing,
         on_piece: Callable[[Piece], Any] | None,
         on_rows: Callable[[Growing], Any] | None,
+        on_text: Callable[[str], Any] | None,
     ) -> Document:
         for _, item in stream_rows(
             self._language, self._vision, self._rule, self._task, [row], writing, self._kept, on_rows is not None
@@ -130,6 +131,9 @@ class Turns:
             elif isinstance(item, Growing):
                 if on_rows is not None:
                     on_rows(item)
+            elif isinstance(item, str):
+                if on_text is not None:
+                    on_text(item)
             elif on_piece is not None:
                 on_piece(item)
         return document
