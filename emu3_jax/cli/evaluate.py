@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
     directory = storage.place(config.directory)
     files = [directory / evaluation.FIGURES_FILE, directory / evaluation.PAGE_FILE]
     written = outputs.Outputs(files, no_clobber=options.no_clobber)
-    data = Data(config.data, needed=config.needs_data)
+    data = Data(config.data if config.needs_data else None)
     model = emu3_jax.load(config.model, adapter=config.adapter, quantize=config.quantize, verify=options.verify)
     figures, page = evaluation.evaluate(model, data, config, common.progress(options))
     written.look()

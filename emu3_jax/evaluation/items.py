@@ -58,10 +58,10 @@ class Item:
 class Data:
     """A directory of items. Pictures and clips are read on first use and then kept in memory."""
 
-    def __init__(self, directory: str | Path, *, needed: bool = True):
-        """Reads `items.jsonl`, or nothing unless `needed`. Raises `Emu3Error` if it is missing or malformed."""
-        self.directory = local_path(directory)
-        self.items = _read(self.directory / ITEMS) if needed else []
+    def __init__(self, directory: str | Path | None):
+        """Reads `items.jsonl`. None has no items. Raises `Emu3Error` if the file is missing or a line is malformed."""
+        self.directory = local_path(directory or ".")
+        self.items = [] if directory is None else _read(self.directory / ITEMS)
         self._held: dict[str, np.ndarray] = {}
 
     def where(self, kind: str, split: str | None = None, groups: Sequence[str] | None = None) -> list[Item]:
