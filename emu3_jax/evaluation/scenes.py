@@ -23,6 +23,15 @@ UNSEEN = (
     ("pink", "square"), ("orange", "circle"), ("brown", "star"),
 )  # fmt: skip
 
+# A change in a story, and as a request.
+_WORDS = {
+    "position": ("It moves to the {}.", "Move it to the {}"),
+    "colour": ("It turns {}.", "Make it {}"),
+    "shape": ("It becomes a {}.", "Make it a {}"),
+    "background": ("The background turns {}.", "Make the background {}"),
+}
+_SIZES = {"large": ("It grows.", "Make it larger"), "small": ("It shrinks.", "Make it smaller")}
+
 
 @dataclasses.dataclass(frozen=True)
 class Change:
@@ -34,30 +43,17 @@ class Change:
     @property
     def sentence(self) -> str:
         """The change in a story, for example "It turns blue."."""
-        match self.field:
-            case "position":
-                return f"It moves to the {self.value}."
-            case "colour":
-                return f"It turns {self.value}."
-            case "shape":
-                return f"It becomes a {self.value}."
-            case "size":
-                return {"large": "It grows.", "small": "It shrinks."}[self.value]
-        return f"The background turns {self.value}."
+        return self._words[0]
 
     @property
     def request(self) -> str:
         """The change as a request, without a full stop, for example "Make it blue"."""
-        match self.field:
-            case "position":
-                return f"Move it to the {self.value}"
-            case "colour":
-                return f"Make it {self.value}"
-            case "shape":
-                return f"Make it a {self.value}"
-            case "size":
-                return {"large": "Make it larger", "small": "Make it smaller"}[self.value]
-        return f"Make the background {self.value}"
+        return self._words[1]
+
+    @property
+    def _words(self) -> list[str]:
+        words = _SIZES[self.value] if self.field == "size" else _WORDS[self.field]
+        return [text.format(self.value) for text in words]
 
     def of(self, scene: Still) -> Still:
         """The scene after the change."""
