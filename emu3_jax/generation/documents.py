@@ -19,7 +19,7 @@ from emu3_jax.generation.interleaving import InterleavedRow
 from emu3_jax.generation.kept import Kept
 from emu3_jax.generation.language import Language
 from emu3_jax.generation.parallel import check_window
-from emu3_jax.generation.pieces import Document, Growing, Piece, Reading
+from emu3_jax.generation.pieces import Document, Growing, Piece, Reader
 from emu3_jax.generation.rows import Sampling
 from emu3_jax.generation.sampling import RowSettings
 from emu3_jax.media.inputs import Media
@@ -122,8 +122,9 @@ def stream_documents(
         growing: whether to yield pictures that are being written, too. Each time, one is decoded.
 
     Yields:
-        (row, piece) when a piece of a row is complete, in order within a row; (row, document) when the row is; and with
-        `growing` (row, growing picture) when more rows of its visual tokens are finished.
+        (row, piece) when a piece of a row is complete, in order within a row; (row, text so far) while a text grows;
+        with `growing`, (row, growing picture) when more rows of its visual tokens are finished; and (row, document)
+        when the row is complete.
 
     Raises:
         Emu3Error: bad input. The message says what is wrong and what to do.
@@ -158,7 +159,7 @@ def stream_rows(
     with Progress(writing.progress, sum(row.steps for row in rows), "tokens", name="interleave") as bar:
         for batch in batches:
             places = np.asarray(batch)
-            reading = {index: Reading(language, vision, rule, rows[index], growing) for index in batch}
+            reading = {index: Reader(language, vision, rule, rows[index], growing) for index in batch}
             before, expected = bar.done, sum(rows[index].steps for index in batch)
             for made in interleaving.stream(
                 language.params, config, rule, [rows[index] for index in batch],

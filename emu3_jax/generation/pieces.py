@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -73,7 +74,7 @@ class Document:
         return [piece.picture for piece in self.pieces if piece.picture is not None]
 
 
-class Reading:
+class Reader:
     """Turns the growing ids of a row into pieces. `document` is there once the row is done."""
 
     def __init__(
@@ -164,3 +165,16 @@ def _texts(ids: Sequence[int], tokenizer: Tokenizer) -> Iterator[Piece]:
             continue
         run.append(token)
     yield from piece()
+
+
+def deliver(
+    item: Piece | Growing | str,
+    on_piece: Callable[..., Any] | None,
+    on_rows: Callable[..., Any] | None,
+    on_text: Callable[..., Any] | None,
+    *row: int,
+) -> None:
+    """Calls the callback, if there is one, that an item of `Reader.read` is for: with `row`, if given, and the item."""
+    callback = on_rows if isinstance(item, Growing) else on_text if isinstance(item, str) else on_piece
+    if callback is not None:
+        callback(*row, item)

@@ -17,7 +17,7 @@ from emu3_jax.generation.conversation import Asking, Conversation, Showing, answ
 from emu3_jax.generation.documents import OnPiece, OnRows, OnText, Writing, stream_documents
 from emu3_jax.generation.language import Batching, Language
 from emu3_jax.generation.pictures import Generation, stream_pictures
-from emu3_jax.generation.pieces import Document, Growing
+from emu3_jax.generation.pieces import Document, deliver
 from emu3_jax.generation.rows import Sampling, prompt_list
 from emu3_jax.media.clips import Clip
 from emu3_jax.media.inputs import Media
@@ -607,12 +607,6 @@ class Emu3:
         for row, item in stream_documents(self.language, lambda: self.vision, prompts, each, writing, growing):
             if isinstance(item, Document):
                 found[row] = item
-            elif isinstance(item, Growing):
-                if on_rows is not None:
-                    on_rows(row, item)
-            elif isinstance(item, str):
-                if on_text is not None:
-                    on_text(row, item)
-            elif on_piece is not None:
-                on_piece(row, item)
+            else:
+                deliver(item, on_piece, on_rows, on_text, row)
         return [found[row] for row in range(len(found))]

@@ -21,7 +21,7 @@ from emu3_jax.generation.documents import (
 from emu3_jax.generation.interleaving import InterleavedRow, inside_pictures
 from emu3_jax.generation.kept import Kept
 from emu3_jax.generation.language import Language
-from emu3_jax.generation.pieces import Document, Growing, Piece
+from emu3_jax.generation.pieces import Document, Growing, Piece, deliver
 from emu3_jax.media.inputs import Media
 from emu3_jax.printable import shown
 from emu3_jax.text.tasks import Prompts
@@ -128,14 +128,8 @@ class Turns:
         ):
             if isinstance(item, Document):
                 document = item
-            elif isinstance(item, Growing):
-                if on_rows is not None:
-                    on_rows(item)
-            elif isinstance(item, str):
-                if on_text is not None:
-                    on_text(item)
-            elif on_piece is not None:
-                on_piece(item)
+            else:
+                deliver(item, on_piece, on_rows, on_text)
         return document
 
     def _after(self, prompts: Prompts, document: Document) -> Prompts:
