@@ -114,7 +114,7 @@ def prefill(
     forward = _forward(params, config, dataclasses.replace(variant, kernels="xla"))
     cache = KVCache.create(config, start, slots, variant.narrow_cache)
     logits, cache = forward(prompts, cache, last_only=True)
-    return _begun(cache, logits, plan, config, variant)
+    return _begun(logits, cache, plan, config, variant)
 
 
 @functools.partial(Program, static_argnames=("config", "variant"), donate_argnames=("cache",))
@@ -130,15 +130,31 @@ def resume(
 ) -> DecodeState:
     """As `prefill`, with the cache of earlier turns: runs what it lacks of the prompts, and takes step 0.
 
-    Row r has counts[r] tokens (int32 [R], at least 1) of int32 [R, S], aligned to the left. The padding after them
-    goes to slots of the cache that later tokens overwrite before a query sees them.
+    Takes `tokens` and `counts` as `append`.
     """
-    forward, before = _forward(params, config, dataclasses.replace(variant, kernels="xla")), cache.length
+    forward = _forward(params, config, dataclasses.replace(variant, kernels="xla"))
+    return _begun(*append(forward, cache, tokens, counts), plan, config, variant)
+
+
+def append(forward: Callable, cache: KVCache, tokens: jax.Array, counts: jax.Array) -> tuple[jax.Array, KVCache]:
+    """Runs further tokens after those of a cache, as many per row as it lacks.
+
+    Args:
+        forward: the decoder with its parameters.
+        cache: the cache.
+        tokens: int32 [R, S], aligned to the left. The padding after a row's tokens goes to slots that later tokens
+            overwrite before a query sees them.
+        counts: int32 [R], the number of tokens of each row, at least 1.
+
+    Returns:
+        Logits after each row's last token, float32 [R, 1, V]; and the cache.
+    """
+    before = cache.length
     logits, cache = forward(tokens, cache, last_only=counts - 1)
-    return _begun(cache.replace(length=before + counts), logits, plan, config, variant)
+    return logits, cache.replace(length=before + counts)
 
 
-def _begun(cache: KVCache, logits: jax.Array, plan: Plan, config: DecoderConfig, variant: Variant) -> DecodeState:
+def _begun(logits: jax.Array, cache: KVCache, plan: Plan, config: DecoderConfig, variant: Variant) -> DecodeState:
     """The state after step 0, with the logits [R, 1, V] of the prompts' last tokens."""
     first = jnp.zeros(plan.goal.shape, jnp.int32)
     token = choose(logits, first, plan, config, variant)[:, 0]

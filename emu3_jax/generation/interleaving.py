@@ -29,7 +29,7 @@ from emu3_jax.errors import Emu3Error
 from emu3_jax.generation import grammar as rules
 from emu3_jax.generation import parallel, sampling
 from emu3_jax.generation.defaults import MOST_PARALLEL
-from emu3_jax.generation.engine import Program, replicated
+from emu3_jax.generation.engine import Program, append, replicated
 from emu3_jax.generation.grammar import Grammar, GrammarState
 from emu3_jax.generation.kept import Kept
 from emu3_jax.generation.parallel import check_window, choose_window
@@ -167,13 +167,11 @@ def resume(
 ) -> State:
     """As `prefill`, with a cache of earlier turns: runs what it lacks of the prompts, and takes the first step.
 
-    Row r has counts[r] tokens (int32 [R], at least 1) of int32 [R, S], aligned to the left. The padding after them
-    goes to slots of the cache that later tokens overwrite before a query sees them.
+    Takes `tokens` and `counts` as `engine.append`.
     """
-    before = cache.length
-    forward: Callable = Decoder(config, kernels="xla").apply
-    logits, cache = forward({"params": params}, tokens, cache, last_only=counts - 1)
-    return _begun(cache.replace(length=before + counts), logits, plan, grammar, config, options, steps)
+    forward = functools.partial(Decoder(config, kernels="xla").apply, {"params": params})
+    logits, cache = append(forward, cache, tokens, counts)
+    return _begun(cache, logits, plan, grammar, config, options, steps)
 
 
 def _begun(
@@ -196,7 +194,8 @@ def _begun(
         inside=none > 0,
         grammar=jax.tree.map(jnp.asarray, grammar),
     )
-    return replicated(_settle(state, None, choose(logits, state, plan, options), plan, options))
+    answers = rules.upcoming(state.grammar, options.grammar, 1)
+    return replicated(_settle(state, None, choose(logits, answers, state, plan, options), answers, plan, options))
 
 
 @functools.partial(Program, static_argnames=("config", "options"), donate_argnames=("state",))
@@ -215,9 +214,9 @@ def decode(
         state, left = carry
         count, cache = plan.goal.shape[0], state.cache
         fed = parallel.window(state.tokens, state.step - 1, width)
-        if width > 1:  # what is forced is a guess that is always right
-            forced = rules.upcoming(state.grammar, options.grammar, width - 1)
-            fed = fed.at[:, 1:].set(jnp.where(forced >= 0, forced, fed[:, 1:]))
+        answers = rules.upcoming(state.grammar, options.grammar, 2 * width - 1)
+        forced = answers[:, : width - 1]  # guesses that are always right
+        fed = fed.at[:, 1:].set(jnp.where(forced >= 0, forced, fed[:, 1:]))
         if options.contexts > 2:
             # The context without text and pictures restarts at each picture.
             restarts = state.inside & (fed[:, 0] == config.tokens.boi)
@@ -225,8 +224,8 @@ def decode(
             cache = cache.replace(length=cache.length.at[2 * count :].set(own))
         before, inside, step = cache.length, state.inside, state.step
         logits, cache = forward({"params": params}, jnp.tile(fed, (options.contexts, 1)), cache)
-        computed = choose(logits, state, plan, options)
-        state = _settle(state, fed, computed, plan, options)
+        computed = choose(logits, answers[:, :width], state, plan, options)
+        state = _settle(state, fed, computed, answers, plan, options)
         settled = state.step - step
         # The tokens that were fed up to the last certain one. Of text, only the first context has them.
         appended = jnp.concatenate([settled, *[settled * inside] * (options.contexts - 1)])
@@ -252,19 +251,22 @@ def decode(
     return replicated(carry[0])
 
 
-def _settle(state: State, fed: jax.Array | None, computed: jax.Array, plan: Plan, options: Options) -> State:
+def _settle(
+    state: State, fed: jax.Array | None, computed: jax.Array, answers: jax.Array, plan: Plan, options: Options
+) -> State:
     """The state after a pass, but for its cache.
 
     Args:
         state: the state before the pass.
         fed: int32 [B, W], the last certain token and the guesses that were fed, or None for a prompt.
         computed: int32 [B, W], the token of the step after each of them.
+        answers: int32 [B, 2W - 1], what is legal, from `grammar.upcoming`.
         plan: inputs of the loop.
         options: options of the programs.
     """
     active, grammar, width = _active(state, plan), options.grammar, computed.shape[1]
     settled = jnp.ones_like(state.step)
-    if fed is not None and width > 1:
+    if fed is not None:
         # A pass ends with a picture at the latest, because its contexts differ in what they get after it. The size of
         # a picture and the picture do not share a pass.
         settled = jnp.minimum(parallel.count_settled(fed, computed), rules.known(state.grammar, grammar))
@@ -277,8 +279,7 @@ def _settle(state: State, fed: jax.Array | None, computed: jax.Array, plan: Plan
     def kept(new: jax.Array, old: jax.Array) -> jax.Array:
         return jnp.where(active, new, old)
 
-    forced = rules.upcoming(state.grammar, grammar, 2 * width - 1)
-    guesses = parallel.next_guesses(jnp.where(computed < 0, last[:, None], computed), forced)
+    guesses = parallel.next_guesses(jnp.where(computed < 0, last[:, None], computed), answers)
     old = parallel.window(state.tokens, state.step, 2 * width - 1)
     tokens = parallel.with_window(state.tokens, jnp.where(active[:, None], guesses, old), state.step)
     return state.replace(
@@ -291,14 +292,14 @@ def _settle(state: State, fed: jax.Array | None, computed: jax.Array, plan: Plan
     )
 
 
-def choose(logits: jax.Array, state: State, plan: Plan, options: Options) -> jax.Array:
-    """The tokens of the steps from step[b] on, int32 [B, W], from the logits of all contexts, float32 [R, W, V].
+def choose(logits: jax.Array, answers: jax.Array, state: State, plan: Plan, options: Options) -> jax.Array:
+    """The tokens of the steps from step[b] on, int32 [B, W].
 
+    It takes the logits of all contexts, float32 [R, W, V], and what is legal, int32 [B, W], from `grammar.upcoming`.
     Outside of pictures only the first column is chosen; what is not chosen is negative. Text and visual tokens are
     drawn among their own ids, with their own settings. So masks come before top-k and top-p.
     """
     special, count, width = options.grammar.tokens, plan.goal.shape[0], logits.shape[1]
-    answers = rules.upcoming(state.grammar, options.grammar, width)
     contexts = logits.reshape(options.contexts, count, width, -1)
     active = _active(state, plan)
     filters = {"use_top_k": options.use_top_k, "use_top_p": options.use_top_p}
