@@ -1,0 +1,180 @@
+"""What the parts of the server tell each other: jobs, what becomes of them, and the interface of the batcher.
+
+The HTTP side knows nothing of arrays of tokens, and the batcher nothing of HTTP. Both know this module.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from emu3_jax.errors import Emu3Error
+from emu3_jax.generation import defaults
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """What all jobs have. Illegal values are refused by `Jobs.submit`.
+
+    Attributes:
+        prompt: the prompt, or the question.
+        temperature, top_k, top_p: see `generation.rows.Sampling`.
+        seed: seed of the row.
+        client: who asks. Rows are shared evenly among clients.
+    """
+
+    prompt: str
+    temperature: float = defaults.TEMPERATURE
+    top_k: int = defaults.TOP_K
+    top_p: float = defaults.TOP_P
+    seed: int = defaults.SEED
+    client: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PictureJob(Job):
+    """A picture; see `Emu3.generate` for the fields."""
+
+    negative: str = ""
+    guidance: float = defaults.GUIDANCE
+    ratio: str = "1:1"
+    area: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClipJob(Job):
+    """A clip; see `Emu3.generate_clips` for the fields."""
+
+    negative: str = ""
+    guidance: float = defaults.GUIDANCE
+    ratio: str = "1:1"
+    area: int | None = None
+    frames: int = defaults.FRAMES
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AnswerJob(Job):
+    """An answer to a question about pictures; see `Emu3.chat` for the fields.
+
+    Attributes:
+        pictures: the pictures, of any size. Without any, the question is answered as plain text.
+        history: earlier turns, (question, answer) each, oldest first. The pictures belong to the first turn.
+    """
+
+    pictures: tuple[Image.Image, ...] = ()
+    history: tuple[tuple[str, str], ...] = ()
+    max_new_tokens: int = defaults.MAX_NEW_TOKENS
+
+
+@dataclasses.dataclass(frozen=True)
+class Started:
+    """The job has left the queue and has a row. `waited` is the time in the queue, in seconds."""
+
+    waited: float
+
+
+@dataclasses.dataclass(frozen=True)
+class PictureRows:
+    """More of a picture: its first rows are there.
+
+    Attributes:
+        pixels: the rows so far, uint8 [height, width, 3].
+        size: (width, height) of the whole picture, in pixels.
+    """
+
+    pixels: np.ndarray
+    size: tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipFrames:
+    """New frames of a clip: uint8 [N, height, width, 3], and the index of the first."""
+
+    first: int
+    frames: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswerText:
+    """New text of an answer."""
+
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """The job is done; nothing follows.
+
+    Attributes:
+        picture: the picture, with the metadata of `Emu3.generate` in `info`; None unless the job is a `PictureJob`.
+        clip: all frames, uint8 [N, height, width, 3]; None unless the job is a `ClipJob`.
+        text: the whole answer; None unless the job is an `AnswerJob`.
+        ended: whether an answer ended by itself. If not, `max_new_tokens` cut it off.
+        prompt_tokens: number of tokens of the prompt.
+        tokens: number of tokens made.
+        passes: passes of the decoder that the row took part in.
+    """
+
+    picture: Image.Image | None = None
+    clip: np.ndarray | None = None
+    text: str | None = None
+    ended: bool = True
+    prompt_tokens: int = 0
+    tokens: int = 0
+    passes: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Failed:
+    """The server could not do the job, by no fault of the request; nothing follows. `message` is for the client."""
+
+    message: str
+
+
+Event = Started | PictureRows | ClipFrames | AnswerText | Finished | Failed
+
+
+class Busy(Exception):
+    """The queue is full. `retry_after` is when to try again, in whole seconds."""
+
+    def __init__(self, retry_after: int):
+        super().__init__(f"the queue is full: try again in {retry_after} seconds")
+        self.retry_after = retry_after
+
+
+class TooLarge(Emu3Error):
+    """The job can never run here, because it needs more tokens or memory than the server has."""
+
+
+class Ticket(Protocol):
+    """A job that was taken."""
+
+    def events(self) -> Iterator[Event]:
+        """Yields what becomes of the job, and waits for it. The last event is `Finished` or `Failed`.
+
+        One thread may read, another than those that submit. After `cancel`, the events end without a last one.
+        """
+
+    def cancel(self) -> None:
+        """Gives up the job. Its row or its place in the queue is free soon. Does nothing after the last event."""
+
+
+class Jobs(Protocol):
+    """Does jobs: several at a time, in one batch. All methods may be called from any thread."""
+
+    def submit(self, job: Job) -> Ticket:
+        """Takes a job.
+
+        Raises:
+            Emu3Error: a field is illegal. The message is one line for the client.
+            TooLarge: the job does not fit, however long it waits.
+            Busy: the queue is full.
+        """
+
+    def figures(self) -> Mapping[str, Any]:
+        """Counters and levels for `/metrics`: names without prefix and unit suffix as Prometheus wants them."""
+
+    def close(self, finish: bool) -> None:
+        """Takes no more jobs. With `finish`, waits until all are done; otherwise the others fail."""
