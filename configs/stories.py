@@ -22,7 +22,7 @@ def config() -> TrainConfig:
     task = Interleaved(prompt_dropout=0.1)
     return TrainConfig(
         directory="out/stories_run",
-        model=ModelConfig(str(embedded_bundle()), remat="none", dropout=0.1, noise=1.0),
+        model=ModelConfig(str(embedded_bundle()), remat="none", dropout=0.1, noise=1.0, noise_in="targets"),
         # A row holds two stories (at most 992 tokens each) or three edits (at most 661 each).
         data=DataConfig(
             (

@@ -4,8 +4,9 @@
     emu3-jax prepare out/stories/SET.jsonl --keep-size -o out/stories_tokens/SET    # for each SET
     emu3-jax train configs/stories.py
 
-The directory gets the pictures, 1,440 in all, and a manifest for each SET: stories_train, edits_train, stories_heldout
-and edits_heldout. The training sets have no subject of `evaluation.scenes.UNSEEN`, the held-out sets have them.
+The directory gets the pictures, 1,440 scenes in 16 drawings each, and a manifest for each SET: stories_train,
+edits_train, stories_heldout and edits_heldout. The training sets have no subject of `evaluation.scenes.UNSEEN`, the
+held-out sets have them.
 """
 
 import argparse
@@ -19,12 +20,15 @@ from PIL import Image
 
 from emu3_jax.errors import Emu3Error
 from emu3_jax.evaluation import scenes
-from emu3_jax.evaluation.procedural import Still, all_stills, rasterise_still
+from emu3_jax.evaluation.procedural import Still, Variation, all_stills, rasterise_still
 from emu3_jax.files import new_directory
 from emu3_jax.progress import each
 
 SIDE = 32
 HELD_OUT = 256  # documents of each held-out set
+# Drawings that differ a little: shifted, scaled, tinted. With exact drawings alone, a model learns the 1,440 pictures
+# by heart, and reads a given picture of a new subject as one that it knows.
+VARIATIONS = 15
 Line = dict[str, object]
 
 
@@ -45,8 +49,12 @@ def write(target: pathlib.Path, stories: int, edits: int, seed: int = 0) -> path
     """
     with new_directory(target, 0) as temporary:
         (temporary / "pictures").mkdir()
-        for scene in each(list(all_stills()), None, "pictures", name="stories"):
-            Image.fromarray(rasterise_still(scene, SIDE)).save(temporary / _file(scene))
+        rng = np.random.default_rng([seed, 4])
+        variations = [Variation(), *(Variation.draw(rng) for _ in range(VARIATIONS))]
+        drawings = [(scene, number) for number in range(len(variations)) for scene in all_stills()]
+        for scene, number in each(drawings, None, "pictures", name="stories"):
+            pixels = rasterise_still(scene, SIDE, variations[number])
+            Image.fromarray(pixels).save(temporary / _file(scene, number))
         sets = {
             "stories_train": _stories(stories, [seed, 0], unseen=False),
             "edits_train": _edits(edits, [seed, 1], unseen=False),
@@ -59,18 +67,25 @@ def write(target: pathlib.Path, stories: int, edits: int, seed: int = 0) -> path
     return target
 
 
-def _file(scene: Still) -> str:
-    return f"pictures/{scene.colour}-{scene.shape}-{scene.size}-{scene.background}-{scene.position}.png"
+def _file(scene: Still, variation: int) -> str:
+    shown = f"{scene.colour}-{scene.shape}-{scene.size}-{scene.background}-{scene.position}"
+    return f"pictures/{shown}-{variation}.png"
+
+
+def _variation(rng: np.random.Generator, unseen: bool) -> int:
+    """The number of a document's variation. Held-out documents and a quarter of the others are drawn exactly."""
+    return 0 if unseen or rng.random() < 0.25 else 1 + int(rng.integers(VARIATIONS))
 
 
 def _stories(count: int, seed: list[int], *, unseen: bool) -> Iterator[list[Line]]:
     rng = np.random.default_rng(seed)
     for number in range(count):
         story = scenes.draw_story(rng, unseen=unseen, free=number % 2 == 0)
+        variation = _variation(rng, unseen)
         document: list[Line] = [{"role": "user", "text": story.prompt}]
         for sentence, scene in zip(story.sentences, story.scenes, strict=True):
             document.append({"role": "assistant", "text": sentence})
-            document.append({"role": "assistant", "image": _file(scene)})
+            document.append({"role": "assistant", "image": _file(scene, variation)})
         yield document
 
 
@@ -78,10 +93,11 @@ def _edits(count: int, seed: list[int], *, unseen: bool) -> Iterator[list[Line]]
     rng = np.random.default_rng(seed)
     for _ in range(count):
         edit = scenes.draw_edit(rng, unseen=unseen)
+        variation = _variation(rng, unseen)
         yield [
-            {"role": "user", "image": _file(edit.before)},
+            {"role": "user", "image": _file(edit.before, variation)},
             {"role": "user", "text": edit.change.request},
-            {"role": "assistant", "image": _file(edit.after)},
+            {"role": "assistant", "image": _file(edit.after, variation)},
         ]
 
 

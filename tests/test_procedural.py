@@ -32,6 +32,15 @@ def test_every_still_reads_back():
         assert procedural.read_still(pixels) == still
 
 
+def test_variations_read_as_the_exact_drawing():
+    rng = np.random.default_rng(0)
+    stills = list(all_stills())
+    for number in range(40):
+        variation = procedural.Variation.draw(rng)
+        for still in stills[number::40]:
+            assert procedural.read_still(rasterise_still(still, 32, variation)) == still, variation
+
+
 def test_every_clip_reads_back():
     clips = list(all_clips())
     assert len(set(clips)) == 8 * 6 * 2 * 3 * 6

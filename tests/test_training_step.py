@@ -152,13 +152,18 @@ def test_noise_is_for_visual_tokens():
     noisy = Trainer(config, tiny.CONFIG, make_mesh("fsdp=1"))._noisy
     rng, special = np.random.default_rng(0), tiny.CONFIG.tokens
     tokens = rng.integers(0, special.visual_end, (400, 200)).astype(np.int32)
-    found = np.asarray(noisy(tokens, jax.random.key(0)))
+    targets = rng.random(tokens.shape) < 0.5
+    found = np.asarray(noisy(tokens, targets, jax.random.key(0)))
     visual = (tokens >= special.visual_start) & (tokens < special.visual_end)
     np.testing.assert_array_equal(found[~visual], tokens[~visual])
     assert ((found >= special.visual_start) & (found < special.visual_end))[visual].all()
     changed = np.sum((found != tokens) & visual, axis=1) / visual.sum(axis=1)
     kept = 1 - 1 / special.visual_count  # a random token may be the same
     assert abs(changed.mean() - kept / 3) < 0.04 and changed.max() > 0.9 * kept and np.median(changed) < 0.3
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, noise_in="targets"))
+    noisy = Trainer(config, tiny.CONFIG, make_mesh("fsdp=1"))._noisy
+    in_targets = np.asarray(noisy(tokens, targets, jax.random.key(0)))
+    np.testing.assert_array_equal(in_targets, np.where(targets, found, tokens))
 
 
 def test_metrics(plain):

@@ -9,7 +9,7 @@ generated pictures. It returns None for what it cannot recognise. It needs only 
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -91,10 +91,36 @@ def all_clips() -> Iterator[Motion]:
     return itertools.starmap(Motion, itertools.product(COLOURS, SHAPES, SIZES, BACKGROUNDS, MOTIONS))
 
 
-def rasterise_still(still: Still, side: int) -> np.ndarray:
+@dataclasses.dataclass(frozen=True)
+class Variation:
+    """How a drawing differs from the exact one, so little that `read_still` reads the same.
+
+    Attributes:
+        shift: (right, down), as shares of the side.
+        scale: factor of the radius.
+        tint, ground_tint: added to the RGB of the shape and of the background.
+    """
+
+    shift: tuple[float, float] = (0.0, 0.0)
+    scale: float = 1.0
+    tint: tuple[int, int, int] = (0, 0, 0)
+    ground_tint: tuple[int, int, int] = (0, 0, 0)
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator) -> "Variation":
+        """Draws a variation."""
+        right, down = rng.uniform(-0.02, 0.02, 2)
+        tints = rng.integers(-18, 19, 3), rng.integers(-12, 13, 3)
+        tint, ground = (tuple(map(int, values)) for values in tints)
+        return cls((float(right), float(down)), float(rng.uniform(0.92, 1.1)), tint, ground)
+
+
+def rasterise_still(still: Still, side: int, variation: Variation = Variation()) -> np.ndarray:
     """Rasterises a still to uint8 [side, side, 3]."""
     radius = SIZES[still.size]
-    return _paint(still, _mask(still.shape, side, *_place(POSITIONS[still.position], radius), radius))
+    x, y = np.add(_place(POSITIONS[still.position], radius), variation.shift)
+    mask = _mask(still.shape, side, float(x), float(y), radius * variation.scale)
+    return _paint(still, mask, variation.tint, variation.ground_tint)
 
 
 def rasterise_clip(clip: Motion, side: int) -> np.ndarray:
@@ -284,8 +310,11 @@ def _place(direction: tuple[int, int], radius: float) -> tuple[float, float]:
     return 0.5 + reach * direction[0], 0.5 + reach * direction[1]
 
 
-def _paint(scene: Still | Motion, mask: np.ndarray) -> np.ndarray:
-    ground, colour = np.array(BACKGROUNDS[scene.background]), np.array(COLOURS[scene.colour])
+def _paint(
+    scene: Still | Motion, mask: np.ndarray, tint: Sequence[int] = (0,), ground_tint: Sequence[int] = (0,)
+) -> np.ndarray:
+    colour = np.clip(np.add(COLOURS[scene.colour], tint), 0, 255)
+    ground = np.clip(np.add(BACKGROUNDS[scene.background], ground_tint), 0, 255)
     return np.rint(ground + mask[..., None] * (colour - ground)).astype(np.uint8)
 
 

@@ -90,6 +90,8 @@ class ModelConfig:
             rows get little noise. Noise makes earlier visual tokens less predictive, so the model must use the
             prompt. Without noise the model learns the prompt late or never: once the beginning of a picture is
             known, the prompt's few bits hardly change the loss.
+        noise_in: which visual tokens get noise: "all", or "targets", those that the model learns to write. Use
+            "targets" where the prompt holds pictures that the answer must keep, as in edits.
     """
 
     bundle: str
@@ -100,6 +102,7 @@ class ModelConfig:
     attention: str = "auto"
     dropout: float = 0.0
     noise: float = 0.0
+    noise_in: str = "all"
 
     def __post_init__(self) -> None:
         check_path(self, "bundle", "a bundle's directory", remote=True)
@@ -112,6 +115,7 @@ class ModelConfig:
         ok = is_number(self.dropout) and 0 <= self.dropout < 1
         check_field(self, "dropout", ok, "a number from 0 to below 1")
         check_field(self, "noise", is_number(self.noise) and 0 <= self.noise <= 1, "a number from 0 to 1")
+        check_field(self, "noise_in", self.noise_in in ("all", "targets"), "all or targets")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -152,14 +152,14 @@ class Trainer:
         keys = None
         if key is not None:
             noise_key, dropout_key = jax.random.split(key)
-            tokens, keys = self._noisy(tokens, noise_key), {"dropout": dropout_key}
+            tokens, keys = self._noisy(tokens, batch["loss_mask"], noise_key), {"dropout": dropout_key}
         hidden: Any = model.apply({"params": params}, tokens, positions, segments, method="hidden", rngs=keys)
         special = self.decoder.tokens
         visual = (special.visual_start, special.visual_end)
         head, weight = params["head"]["kernel"], self._config.vision_weight
         return chunked_cross_entropy(hidden, head, labels, mask, visual, vision_weight=weight)
 
-    def _noisy(self, tokens_bs: jax.Array, key: jax.Array) -> jax.Array:
+    def _noisy(self, tokens_bs: jax.Array, targets_bs: jax.Array, key: jax.Array) -> jax.Array:
         """Replaces a random share of each row's visual tokens by random visual tokens (see `ModelConfig.noise`)."""
         most, special = self._config.model.noise, self.decoder.tokens
         if not most:
@@ -167,6 +167,8 @@ class Trainer:
         share_key, chance_key, token_key = jax.random.split(key, 3)
         share = most * jnp.square(jax.random.uniform(share_key, (tokens_bs.shape[0], 1)))
         visual = (tokens_bs >= special.visual_start) & (tokens_bs < special.visual_end)
+        if self._config.model.noise_in == "targets":
+            visual &= targets_bs.astype(bool)
         chosen = visual & (jax.random.uniform(chance_key, tokens_bs.shape) < share)
         random = jax.random.randint(token_key, tokens_bs.shape, special.visual_start, special.visual_end, jnp.int32)
         return jnp.where(chosen, random, tokens_bs)
