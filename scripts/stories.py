@@ -4,12 +4,13 @@
     emu3-jax prepare out/stories/SET.jsonl --keep-size -o out/stories_tokens/SET    # for each SET
     emu3-jax train configs/stories.py
 
-The directory gets the pictures, 1,440 scenes in 16 drawings each, and a manifest for each SET: stories_train,
-edits_train, stories_heldout and edits_heldout. The training sets have no subject of `evaluation.scenes.UNSEEN`, the
-held-out sets have them.
+The directory gets pictures, and a manifest for each SET: stories_train, edits_train, stories_heldout and edits_heldout.
+The training sets have no subject of `evaluation.scenes.UNSEEN`, the held-out sets have them.
 """
 
 import argparse
+import dataclasses
+import itertools
 import json
 import pathlib
 import sys
@@ -20,16 +21,81 @@ from PIL import Image
 
 from emu3_jax.errors import Emu3Error
 from emu3_jax.evaluation import scenes
-from emu3_jax.evaluation.procedural import Still, Variation, all_stills, rasterise_still
+from emu3_jax.evaluation.procedural import BACKGROUNDS, COLOURS, Still, Variation, rasterise_still
 from emu3_jax.files import new_directory
 from emu3_jax.progress import each
 
 SIDE = 32
 HELD_OUT = 256  # documents of each held-out set
-# Drawings that differ a little: shifted, scaled, tinted. With exact drawings alone, a model learns the 1,440 pictures
-# by heart, and reads a given picture of a new subject as one that it knows.
+# With exact drawings alone, a model learns the 1,440 pictures by heart, and reads a given picture of a new subject as
+# one that it knows. So most drawings are shifted, scaled and tinted a little, and the subjects of many edits have
+# colours without name: what is not to change must be copied.
 VARIATIONS = 15
+PAINTS = 64
 Line = dict[str, object]
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """A picture. `paint` is the number of the paint of its subject, or None for the scene's colour."""
+
+    scene: Still
+    variation: int
+    paint: int | None = None
+
+    @property
+    def file(self) -> str:
+        """The picture's file, in the output directory."""
+        scene = self.scene
+        colour = scene.colour if self.paint is None else f"paint{self.paint}"
+        shown = f"{colour}-{scene.shape}-{scene.size}-{scene.background}-{scene.position}"
+        return f"pictures/{shown}-{self.variation}.png"
+
+
+class Studio:
+    """Draws documents, and then the pictures that they need."""
+
+    def __init__(self, seed: int):
+        rng = np.random.default_rng([seed, 4])
+        self._variations = [Variation(), *(Variation.draw(rng) for _ in range(VARIATIONS))]
+        self._paints = list(itertools.islice(_paints(rng), PAINTS))
+        self._needed: dict[str, Drawing] = {}
+
+    def stories(self, count: int, rng: np.random.Generator, *, unseen: bool) -> Iterator[list[Line]]:
+        """Yields stories. Half of them are free (see `scenes.Story`)."""
+        for number in range(count):
+            story = scenes.draw_story(rng, unseen=unseen, free=number % 2 == 0)
+            variation = _variation(rng, unseen)
+            document: list[Line] = [{"role": "user", "text": story.prompt}]
+            for sentence, scene in zip(story.sentences, story.scenes, strict=True):
+                document.append({"role": "assistant", "text": sentence})
+                document.append({"role": "assistant", "image": self._need(Drawing(scene, variation))})
+            yield document
+
+    def edits(self, count: int, rng: np.random.Generator, *, unseen: bool) -> Iterator[list[Line]]:
+        """Yields edits. In half of the seen ones the given subject has a colour without name."""
+        for _ in range(count):
+            edit = scenes.draw_edit(rng, unseen=unseen)
+            variation = _variation(rng, unseen)
+            paint = None if unseen or rng.random() < 0.5 else int(rng.integers(PAINTS))
+            kept = None if edit.change.field == "colour" else paint
+            yield [
+                {"role": "user", "image": self._need(Drawing(edit.before, variation, paint))},
+                {"role": "user", "text": edit.change.request},
+                {"role": "assistant", "image": self._need(Drawing(edit.after, variation, kept))},
+            ]
+
+    def draw(self, target: pathlib.Path) -> None:
+        """Writes the pictures of the documents that were drawn."""
+        for drawing in each(list(self._needed.values()), None, "pictures", name="stories"):
+            variation = self._variations[drawing.variation]
+            if drawing.paint is not None:
+                variation = dataclasses.replace(variation, tint=self._paints[drawing.paint] - _colour(drawing.scene))
+            Image.fromarray(rasterise_still(drawing.scene, SIDE, variation)).save(target / drawing.file)
+
+    def _need(self, drawing: Drawing) -> str:
+        self._needed[drawing.file] = drawing
+        return drawing.file
 
 
 def write(target: pathlib.Path, stories: int, edits: int, seed: int = 0) -> pathlib.Path:
@@ -49,27 +115,18 @@ def write(target: pathlib.Path, stories: int, edits: int, seed: int = 0) -> path
     """
     with new_directory(target, 0) as temporary:
         (temporary / "pictures").mkdir()
-        rng = np.random.default_rng([seed, 4])
-        variations = [Variation(), *(Variation.draw(rng) for _ in range(VARIATIONS))]
-        drawings = [(scene, number) for number in range(len(variations)) for scene in all_stills()]
-        for scene, number in each(drawings, None, "pictures", name="stories"):
-            pixels = rasterise_still(scene, SIDE, variations[number])
-            Image.fromarray(pixels).save(temporary / _file(scene, number))
+        studio = Studio(seed)
         sets = {
-            "stories_train": _stories(stories, [seed, 0], unseen=False),
-            "edits_train": _edits(edits, [seed, 1], unseen=False),
-            "stories_heldout": _stories(HELD_OUT, [seed, 2], unseen=True),
-            "edits_heldout": _edits(HELD_OUT, [seed, 3], unseen=True),
+            "stories_train": studio.stories(stories, np.random.default_rng([seed, 0]), unseen=False),
+            "edits_train": studio.edits(edits, np.random.default_rng([seed, 1]), unseen=False),
+            "stories_heldout": studio.stories(HELD_OUT, np.random.default_rng([seed, 2]), unseen=True),
+            "edits_heldout": studio.edits(HELD_OUT, np.random.default_rng([seed, 3]), unseen=True),
         }
         for name, documents in sets.items():
             lines = ({"document": document, "name": f"{name} {i}"} for i, document in enumerate(documents))
             (temporary / f"{name}.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        studio.draw(temporary)
     return target
-
-
-def _file(scene: Still, variation: int) -> str:
-    shown = f"{scene.colour}-{scene.shape}-{scene.size}-{scene.background}-{scene.position}"
-    return f"pictures/{shown}-{variation}.png"
 
 
 def _variation(rng: np.random.Generator, unseen: bool) -> int:
@@ -77,35 +134,24 @@ def _variation(rng: np.random.Generator, unseen: bool) -> int:
     return 0 if unseen or rng.random() < 0.25 else 1 + int(rng.integers(VARIATIONS))
 
 
-def _stories(count: int, seed: list[int], *, unseen: bool) -> Iterator[list[Line]]:
-    rng = np.random.default_rng(seed)
-    for number in range(count):
-        story = scenes.draw_story(rng, unseen=unseen, free=number % 2 == 0)
-        variation = _variation(rng, unseen)
-        document: list[Line] = [{"role": "user", "text": story.prompt}]
-        for sentence, scene in zip(story.sentences, story.scenes, strict=True):
-            document.append({"role": "assistant", "text": sentence})
-            document.append({"role": "assistant", "image": _file(scene, variation)})
-        yield document
+def _paints(rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Yields RGB colours, int [3], that are neither a named colour nor a background."""
+    named = np.array([*COLOURS.values(), *BACKGROUNDS.values()])
+    while True:
+        paint = rng.integers(0, 256, 3)
+        if np.linalg.norm(named - paint, axis=1).min() > 60:
+            yield paint
 
 
-def _edits(count: int, seed: list[int], *, unseen: bool) -> Iterator[list[Line]]:
-    rng = np.random.default_rng(seed)
-    for _ in range(count):
-        edit = scenes.draw_edit(rng, unseen=unseen)
-        variation = _variation(rng, unseen)
-        yield [
-            {"role": "user", "image": _file(edit.before, variation)},
-            {"role": "user", "text": edit.change.request},
-            {"role": "assistant", "image": _file(edit.after, variation)},
-        ]
+def _colour(scene: Still) -> np.ndarray:
+    return np.array(COLOURS[scene.colour])
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=pathlib.Path, metavar="DIR", help="new directory")
     parser.add_argument("--stories", type=int, default=40_000, metavar="N", help="stories to train on (%(default)s)")
-    parser.add_argument("--edits", type=int, default=20_000, metavar="N", help="edits to train on (%(default)s)")
+    parser.add_argument("--edits", type=int, default=40_000, metavar="N", help="edits to train on (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of all draws (%(default)s)")
     options = parser.parse_args()
     try:
