@@ -169,7 +169,8 @@ class Emu3:
                 to `batch_size` rows, which takes time. Results still depend on `batch_size`, `parallel`, the device,
                 and the versions of JAX and XLA.
             parallel: number of tokens, 2 to 128, that a pass of the decoder checks per row. "off" decodes one token per
-                pass, and so does "auto" so far. In float32 the result is that of "off", up to rounding.
+                pass. "auto" chooses a number on NVIDIA GPUs from Ampere on, and is "off" elsewhere. In float32 the
+                result is that of "off", up to rounding.
             zipar: number of tokens that a row of the picture is ahead of the next row. Rows are then computed
                 together, in fewer passes. This changes the picture; small numbers give rough previews. None, or the
                 number of columns and more, gives the exact picture. Not together with a number as `parallel`.
@@ -238,7 +239,8 @@ class Emu3:
                 to `batch_size` rows, which takes time. Results still depend on `batch_size`, `parallel`, the device,
                 and the versions of JAX and XLA.
             parallel: number of tokens, 2 to 128, that a pass of the decoder checks per row. "off" decodes one token per
-                pass, and so does "auto" so far. In float32 the result is that of "off", up to rounding.
+                pass. "auto" chooses a number on NVIDIA GPUs from Ampere on, and is "off" elsewhere. In float32 the
+                result is that of "off", up to rounding.
             zipar: number of tokens that a row of the picture is ahead of the next row. Rows are then computed
                 together, in fewer passes. This changes the picture; small numbers give rough previews. None, or the
                 number of columns and more, gives the exact picture. Not together with a number as `parallel`.
@@ -309,7 +311,8 @@ class Emu3:
                 to `batch_size` rows, which takes time. Results still depend on `batch_size`, `parallel`, the device,
                 and the versions of JAX and XLA.
             parallel: number of tokens, 2 to 128, that a pass of the decoder checks per row. "off" decodes one token per
-                pass, and so does "auto" so far. In float32 the result is that of "off", up to rounding.
+                pass. "auto" chooses a number on NVIDIA GPUs from Ampere on, and is "off" elsewhere. In float32 the
+                result is that of "off", up to rounding.
             zipar: number of tokens that a row of the picture is ahead of the next row. Rows are then computed
                 together, in fewer passes. This changes the picture; small numbers give rough previews. None, or the
                 number of columns and more, gives the exact picture. Not together with a number as `parallel`.
@@ -392,7 +395,8 @@ class Emu3:
                 to `batch_size` rows, which takes time. Results still depend on `batch_size`, `parallel`, the device,
                 and the versions of JAX and XLA.
             parallel: number of tokens, 2 to 128, that a pass of the decoder checks per row. "off" decodes one token per
-                pass, and so does "auto" so far. In float32 the result is that of "off", up to rounding.
+                pass. "auto" chooses a number on NVIDIA GPUs from Ampere on, and is "off" elsewhere. In float32 the
+                result is that of "off", up to rounding.
             zipar: number of tokens that a row of a frame is ahead of the next row. Rows are then computed
                 together, in fewer passes. This changes the clip; small numbers give rough previews. None, or the
                 number of columns and more, gives the exact clip. Not together with a number as `parallel`.
@@ -450,7 +454,8 @@ class Emu3:
                 to `batch_size` rows, which takes time. Results still depend on `batch_size`, `parallel`, the device,
                 and the versions of JAX and XLA.
             parallel: number of tokens, 2 to 128, that a pass of the decoder checks per row. "off" decodes one token per
-                pass, and so does "auto" so far. In float32 the result is that of "off", up to rounding.
+                pass. "auto" chooses a number on NVIDIA GPUs from Ampere on, and is "off" elsewhere. In float32 the
+                result is that of "off", up to rounding.
             progress: True shows a progress bar on a terminal and lines in a log, None shows only the bar, False
                 nothing.
 
