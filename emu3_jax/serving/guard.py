@@ -1,0 +1,176 @@
+"""What stands before every endpoint: the host, the key, the origin, bounded bodies, timeouts, headers of security."""
+
+import asyncio
+import hashlib
+import hmac
+import json
+import logging
+import urllib.parse
+from collections import Counter
+from collections.abc import Collection
+from typing import Any
+
+from emu3_jax.printable import shown
+from emu3_jax.serving.limits import Limits
+from emu3_jax.serving.refusals import Refused
+
+_log = logging.getLogger("emu3_jax")
+FAULT = Refused(500, "the server failed: see its log", code="internal_error")
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+_HEADERS = {
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+    "cross-origin-opener-policy": "same-origin",
+    "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
+    "cache-control": "no-store",
+}
+
+
+class Guard:
+    """An ASGI application around another one, which gets whole bodies and requests that may be made."""
+
+    def __init__(
+        self,
+        app: Any,
+        limits: Limits,
+        *,
+        key: str | None = None,
+        hosts: Collection[str] | None = None,
+        answered: Counter[int] | None = None,
+    ):
+        """Makes the application.
+
+        Args:
+            app: the application behind it.
+            limits: limits of bodies and times.
+            key: what clients of `/v1` and `/metrics` must send, or None.
+            hosts: legal names in the header `Host`, or None for all.
+            answered: counts the answers by their status.
+        """
+        self._app, self._limits, self._hosts = app, limits, hosts
+        self._key = None if key is None else _digest(key.encode())
+        self._answered = Counter() if answered is None else answered
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":  # websockets
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        started = False
+
+        async def guarded(message: Any) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                self._answered[message["status"]] += 1
+                headers = list(message.get("headers", []))
+                given = {name.lower() for name, _ in headers}
+                extra = [(n.encode(), v.encode()) for n, v in _HEADERS.items() if n.encode() not in given]
+                message = {**message, "headers": headers + extra}
+            async with asyncio.timeout(self._limits.send_seconds):  # else a client that reads nothing stays for ever
+                await send(message)
+
+        try:
+            self._check(scope)
+            body = await self._body(scope, receive)
+            await self._app(scope, _replay(body, receive), guarded)
+        except Refused as refused:
+            if not started:
+                await answer(guarded, refused)
+        except TimeoutError:
+            if not started:
+                raise
+            return  # the client takes no bytes any more; the server closes the connection
+        except _Left:
+            return
+        except Exception:
+            _log.exception("a request failed")
+            if not started:
+                await answer(guarded, FAULT)
+
+    def _check(self, scope: Any) -> None:
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        host = headers.get(b"host", b"").decode("latin-1").lower()
+        if self._hosts is not None and _name(host) not in self._hosts:
+            raise Refused(
+                403, f"Host {shown(host)} is not this server: use http://localhost", code="wrong_host"
+            )  # a web site whose name points to this machine would pass for one of the server's own pages
+        path = scope["path"]
+        if self._key is not None and (path == "/metrics" or path.startswith("/v1")):
+            word, _, given = headers.get(b"authorization", b"").partition(b" ")
+            if word.lower() != b"bearer" or not hmac.compare_digest(_digest(given.strip()), self._key):
+                raise Refused(
+                    401, "the API key is missing or wrong: send the header Authorization: Bearer KEY",
+                    code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"},
+                )  # fmt: skip
+        origin = headers.get(b"origin", b"").decode("latin-1").lower()
+        if self._key is None and origin and urllib.parse.urlsplit(origin).netloc != host:
+            raise Refused(403, f"pages of {shown(origin)} may not use this server", code="wrong_origin")
+
+    async def _body(self, scope: Any, receive: Any) -> bytes:
+        most = self._limits.body_bytes
+        too_long = Refused(413, f"the body has more than {most:,} bytes: send less", code="too_large",
+                           headers={"Connection": "close"})  # fmt: skip
+        parts, length = [], 0
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        if not declared.isdigit() or len(declared) > 18 or int(declared) > most:
+            raise too_long
+        try:
+            async with asyncio.timeout(self._limits.body_seconds):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise _Left
+                    length += len(message.get("body", b""))
+                    if length > most:
+                        raise too_long
+                    parts.append(message.get("body", b""))
+                    if not message.get("more_body", False):
+                        return b"".join(parts)
+        except TimeoutError as error:
+            seconds = self._limits.body_seconds
+            raise Refused(408, f"the body did not arrive within {seconds:g} seconds: send it again", code="timeout",
+                          headers={"Connection": "close"}) from error  # fmt: skip
+
+
+class _Left(Exception):
+    """The client has left."""
+
+
+def _replay(body: bytes, receive: Any) -> Any:
+    """A `receive` that gives the whole body first."""
+    given = False
+
+    async def replay() -> Any:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
+
+
+def _name(host: str) -> str:
+    """The name in a `Host` header, without the port."""
+    if host.startswith("["):
+        return host.partition("]")[0] + "]"
+    return host.partition(":")[0]
+
+
+def _digest(key: bytes) -> bytes:
+    """Digests have one length, so comparing them takes one time."""
+    return hashlib.sha256(key).digest()
+
+
+async def answer(send: Any, refused: Refused) -> None:
+    """Sends a refusal."""
+    body = json.dumps(refused.body()).encode()
+    headers = {**refused.headers, "Content-Type": "application/json", "Content-Length": str(len(body))}
+    pairs = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": refused.status, "headers": pairs})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,36 @@
+"""The limits of requests: bytes, seconds, characters, pictures and pixels."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a client may send. The defaults suit a lab that shares one machine.
+
+    Attributes:
+        body_bytes: bytes of a body.
+        body_seconds: time in which a whole body must arrive.
+        send_seconds: time in which a client must take each part of an answer.
+        json_values: values in a body. A value of two bytes can take 100 bytes in memory.
+        text: characters of all prompts of a request together.
+        messages: messages of a chat.
+        pictures: pictures of a chat.
+        picture_pixels: pixels of an uploaded picture, checked before it is decoded.
+        n: pictures or answers per request.
+        partial_images: partial pictures per picture.
+        max_new_tokens: tokens of an answer.
+        decoders: pictures that are decoded at the same time.
+    """
+
+    body_bytes: int = 32 << 20
+    body_seconds: float = 60.0
+    send_seconds: float = 60.0
+    json_values: int = 200_000
+    text: int = 32_000
+    messages: int = 64
+    pictures: int = 8
+    picture_pixels: int = 50_000_000
+    n: int = 10
+    partial_images: int = 100
+    max_new_tokens: int = 16_384
+    decoders: int = 2

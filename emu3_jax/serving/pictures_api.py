@@ -1,0 +1,163 @@
+"""`POST /v1/images/generations`."""
+
+import asyncio
+import dataclasses
+import re
+import secrets
+import time
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from emu3_jax.generation import defaults
+from emu3_jax.printable import shown
+from emu3_jax.serving.fields import Fields, check_model
+from emu3_jax.serving.following import check, following
+from emu3_jax.serving.jobs import Finished, Jobs, PictureJob, PictureRows
+from emu3_jax.serving.limits import Limits
+from emu3_jax.serving.pixels import FORMATS, encode_picture, partial_picture
+from emu3_jax.serving.refusals import bad
+from emu3_jax.serving.streams import event
+
+
+@dataclasses.dataclass(frozen=True)
+class PictureRequest:
+    """A request for pictures: one job per picture, and how to encode them."""
+
+    jobs: tuple[PictureJob, ...]
+    form: str
+    compression: int
+    stream: bool
+    partial_images: int
+
+
+def read_ratio(fields: Fields) -> str:
+    """The ratio of `size` (WxH in pixels) or of the extension `ratio`; 1:1 by default.
+
+    Only the ratio of `size` counts: a model draws well only at the area that it was trained for. The answer has the
+    size that was drawn.
+    """
+    ratio, size = fields.raw("ratio"), fields.raw("size")
+    if ratio is not None:
+        if not isinstance(ratio, str):
+            raise bad("ratio", f"ratio is {shown(ratio)}: give a text such as 16:9")
+        return ratio
+    if size in (None, "auto"):
+        return "1:1"
+    match = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", size) if isinstance(size, str) else None
+    if match is None:
+        raise bad("size", f"size is {shown(size)}: it must be auto, or WIDTHxHEIGHT such as 1024x1024")
+    return f"{match[1]}:{match[2]}"
+
+
+def read_sampling(fields: Fields, n: int, temperature: float) -> tuple[dict[str, Any], list[int]]:
+    """The settings of sampling, and the seeds of `n` rows. Without `seed`, a random one."""
+    settings = {
+        "temperature": fields.number("temperature", temperature),
+        "top_k": fields.whole("top_k", defaults.TOP_K, 1, 2**31 - 1),
+        "top_p": fields.number("top_p", defaults.TOP_P),
+    }
+    seed = fields.whole("seed", secrets.randbelow(2**32 - n), 0, 2**32 - n)
+    return settings, [seed + index for index in range(n)]
+
+
+def read_request(fields: Fields, limits: Limits, model: str, client: str) -> PictureRequest:
+    """Reads the fields.
+
+    Raises:
+        Refused: a field is wrong or unknown.
+    """
+    check_model(fields, model)
+    n = fields.whole("n", 1, 1, limits.n)
+    settings, seeds = read_sampling(fields, n, defaults.TEMPERATURE)
+    area = fields.raw("area")
+    job = PictureJob(
+        prompt=fields.text("prompt"),
+        negative=fields.text("negative_prompt", ""),
+        guidance=fields.number("guidance_scale", defaults.GUIDANCE),
+        ratio=read_ratio(fields),
+        area=None if area is None else fields.whole("area", 0, 1, 1 << 22),
+        client=client,
+        **settings,
+    )
+    request = PictureRequest(
+        jobs=tuple(dataclasses.replace(job, seed=seed) for seed in seeds),
+        form=fields.choice("output_format", FORMATS, "png"),
+        compression=fields.whole("output_compression", 100, 0, 100),
+        stream=fields.flag("stream"),
+        partial_images=fields.whole("partial_images", 0, 0, limits.partial_images),
+    )
+    fields.only(
+        quality=("auto",), response_format=("b64_json",), background=("auto", "opaque"), moderation=("auto", "low"),
+    )  # fmt: skip
+    fields.ignore("user", "safety_identifier")
+    fields.close()
+    return request
+
+
+def _about(result: Finished) -> dict[str, str]:
+    assert result.picture is not None
+    return {str(key): str(value) for key, value in result.picture.info.items()}
+
+
+def _encoded(request: PictureRequest, result: Finished) -> dict[str, Any]:
+    assert result.picture is not None
+    about = _about(result)
+    data = encode_picture(result.picture, request.form, request.compression, about)
+    return {"b64_json": data, "metadata": about}
+
+
+def _usage(results: list[Finished]) -> dict[str, Any]:
+    given, made = sum(r.prompt_tokens for r in results), sum(r.tokens for r in results)
+    return {
+        "input_tokens": given,
+        "input_tokens_details": {"text_tokens": given, "image_tokens": 0},
+        "output_tokens": made,
+        "total_tokens": given + made,
+    }
+
+
+def _size(result: Finished) -> str:
+    assert result.picture is not None
+    return f"{result.picture.width}x{result.picture.height}"
+
+
+async def answer_pictures(jobs: Jobs, request: PictureRequest) -> dict[str, Any]:
+    """All pictures in one answer."""
+    async with following(jobs, request.jobs) as followed:
+        results = await followed.results()
+    data = [await asyncio.to_thread(_encoded, request, result) for result in results]
+    return {
+        "created": int(time.time()),
+        "data": data,
+        "output_format": request.form,
+        "background": "opaque",
+        "size": _size(results[0]),
+        "ratio": request.jobs[0].ratio,
+        "usage": _usage(results),
+    }
+
+
+async def stream_pictures(jobs: Jobs, request: PictureRequest) -> AsyncGenerator[bytes, None]:
+    """Events with partial pictures, and one event per whole picture. `index` tells the pictures of a request apart."""
+    sent = [0] * len(request.jobs)
+    base = {"created_at": int(time.time()), "background": "opaque", "output_format": request.form, "quality": "auto"}
+    async with following(jobs, request.jobs) as followed:
+        async for index, found in followed.events():
+            check(found)
+            if isinstance(found, PictureRows):
+                # With k partial pictures, the first one has 1 of k + 1 parts of the rows, and so on.
+                due = len(found.pixels) * (request.partial_images + 1) // found.size[1]
+                if not sent[index] < min(due, request.partial_images):
+                    continue
+                image = partial_picture(found.pixels, found.size)
+                data = await asyncio.to_thread(encode_picture, image, request.form, request.compression)
+                about = {"partial_image_index": sent[index], "index": index, "rows": len(found.pixels)}
+                size = {"size": f"{found.size[0]}x{found.size[1]}"}
+                name = "image_generation.partial_image"
+                yield event({"type": name, "b64_json": data, **base, **about, **size}, name)
+                sent[index] += 1
+            elif isinstance(found, Finished):
+                encoded = await asyncio.to_thread(_encoded, request, found)
+                whole = {"index": index, "ratio": request.jobs[index].ratio, "usage": _usage([found])}
+                name = "image_generation.completed"
+                yield event({"type": name, **encoded, **base, **whole, "size": _size(found)}, name)

@@ -1,0 +1,177 @@
+"""Stand-ins for the parts of a server: `Jobs` that draw grey pictures by themselves, and clients in process."""
+
+import asyncio
+import contextlib
+import json
+import threading
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from emu3_jax.errors import Emu3Error
+from emu3_jax.serving.jobs import AnswerJob, AnswerText, Busy, Failed, Finished, PictureRows, Started
+
+SIDE = 16
+MOST = 40  # jobs in a queue
+
+
+class FakeTicket:
+    def __init__(self, jobs, job):
+        self.jobs, self.job, self._stop, self._over = jobs, job, threading.Event(), False
+
+    def events(self):
+        try:
+            yield Started(0.0)
+            if self.job.prompt == "fail":
+                yield Failed("the device failed")
+                return
+            for step in range(4):
+                if self.job.prompt == "wait" and step == 2:
+                    self.jobs.release.wait(30)
+                if self.jobs.closed or self._stop.is_set():
+                    return
+                if isinstance(self.job, AnswerJob):
+                    yield AnswerText("abcd"[step])
+                else:
+                    yield PictureRows(np.full((4 * (step + 1), SIDE, 3), step, np.uint8), (SIDE, SIDE))
+                if self.job.prompt == "for ever":
+                    while not self._stop.wait(0.002):
+                        yield PictureRows(np.full((8, SIDE, 3), step, np.uint8), (SIDE, SIDE))
+                    return
+            if isinstance(self.job, AnswerJob):
+                yield Finished(text="abcd", ended=self.job.max_new_tokens > 4, prompt_tokens=3, tokens=4, passes=4)
+                return
+            picture = Image.new("RGB", (SIDE, SIDE), "gray")
+            picture.info = {"prompt": self.job.prompt, "seed": str(self.job.seed), "guidance": str(self.job.guidance)}
+            yield Finished(picture=picture, prompt_tokens=5, tokens=6, passes=6)
+        finally:
+            self._end()
+
+    def cancel(self):
+        self._stop.set()
+        self._end()
+
+    def _end(self):
+        with self.jobs.lock:
+            if not self._over:
+                self._over = True
+                self.jobs.open -= 1
+
+
+class FakeJobs:
+    """Counts tickets that are neither finished nor cancelled in `open`; keeps all jobs in `jobs`."""
+
+    def __init__(self):
+        self.lock, self.open, self.jobs, self.closed = threading.Lock(), 0, [], []
+        self.release = threading.Event()  # lets jobs with the prompt "wait" finish
+
+    def submit(self, job):
+        if not 0 <= job.temperature <= 1e9:
+            raise Emu3Error(f"temperature is {job.temperature}: it must be 0, or a number from 1e-9 to 1e9")
+        if "<|" in job.prompt:
+            raise Emu3Error("the prompt has the control token '<|image start|>': remove it")
+        with self.lock:
+            if self.open >= MOST or job.prompt == "busy":
+                raise Busy(7)
+            self.open += 1
+            self.jobs.append(job)
+        return FakeTicket(self, job)
+
+    def figures(self):
+        return {"rows_in_use": self.open, "jobs_total": len(self.jobs), "kind": "fake"}
+
+    def close(self, finish):
+        if not finish:
+            self.closed.append(finish)
+
+
+class FakeModel:
+    name = "tiny"
+
+    def tokenize(self, media):
+        return [np.arange(4, dtype=np.int32).reshape(2, 2) for _ in media]
+
+    def detokenize(self, codes):
+        return [Image.new("RGB", (SIDE, SIDE), "red") for _ in codes]
+
+
+class Answer:
+    def __init__(self, status, headers, body):
+        self.status, self.headers, self.body = status, headers, body
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def refusal(self) -> dict:
+        """The error object, after a look at its shape."""
+        assert 400 <= self.status < 500, (self.status, self.body)
+        assert self.headers["content-type"] == "application/json"
+        found = self.json
+        assert found.keys() == {"error"} and found["error"].keys() == {"message", "type", "param", "code"}
+        line = found["error"]["message"]
+        assert 0 < len(line) <= 300 and "\n" not in line and "Traceback" not in line and "/work" not in line
+        return found["error"]
+
+    @property
+    def events(self) -> list:
+        parts = [part for part in self.body.decode().split("\n\n") if part and not part.startswith(":")]
+        return [part.rpartition("data: ")[2] for part in parts]
+
+
+async def ask(app, method, path, body=b"", headers=None, *, leave_after=None):
+    """One request to an ASGI application. `leave_after`: the client leaves after this number of parts."""
+    if not isinstance(body, bytes | list):
+        body = json.dumps(body).encode()
+    given = {"host": "localhost:8000", "content-type": "application/json", **(headers or {})}
+    pairs = [(k.encode("latin-1"), v.encode("latin-1")) for k, v in given.items()]
+    scope = {
+        "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "method": method,
+        "scheme": "http", "path": path.partition("?")[0], "raw_path": path.encode(), "root_path": "",
+        "query_string": path.partition("?")[2].encode(), "headers": pairs, "client": ("127.0.0.1", 5),
+        "server": ("127.0.0.1", 8000),
+    }  # fmt: skip
+    pieces = list(body) if isinstance(body, list) else [body]
+    left = asyncio.Event()
+    parts, start = [], {}
+
+    async def receive():
+        if pieces:
+            piece = pieces.pop(0)
+            return {"type": "http.request", "body": piece, "more_body": bool(pieces)}
+        await left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        if message["type"] == "http.response.start":
+            start.update(message)
+        else:
+            parts.append(message.get("body", b""))
+        if leave_after is not None and len(parts) >= leave_after:
+            left.set()
+
+    await app(scope, receive, send)
+    found = {k.decode().lower(): v.decode() for k, v in start.get("headers", [])}
+    return Answer(start.get("status"), found, b"".join(parts))
+
+
+@contextlib.contextmanager
+def served(app, jobs, *, grace=5.0):
+    """A server on a free port of loopback, in a thread. Yields its URL."""
+    from emu3_jax.serving.server import address, bind, make_server
+
+    ready = threading.Event()
+    server = make_server(app, jobs, grace=grace, ready=ready.set)
+    bound = bind("127.0.0.1", 0)
+    url = address(bound)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+    thread.start()
+    try:
+        assert ready.wait(30)
+        yield url
+    finally:
+        server.should_exit = True
+        thread.join()
+        bound.close()

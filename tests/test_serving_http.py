@@ -1,0 +1,342 @@
+"""The endpoint over jobs that draw nothing: OpenAI's client, wrong requests by the thousand, clients that leave."""
+
+import asyncio
+import base64
+import io
+import json
+import random
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.parse
+
+import numpy as np
+import openai
+import pytest
+from PIL import Image
+from serving_stand_ins import SIDE, FakeJobs, FakeModel, ask, served
+
+from emu3_jax.serving.app import make_app
+from emu3_jax.serving.guard import LOOPBACK
+from emu3_jax.serving.limits import Limits
+
+KEY = "a key of nobody".replace(" ", "-")
+PICTURES, CHAT = "/v1/images/generations", "/v1/chat/completions"
+
+
+def data_url(side=8, form="PNG") -> str:
+    file = io.BytesIO()
+    Image.new("RGB", (side, side), "red").save(file, form)
+    return f"data:image/{form.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def picture(encoded: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(encoded)))
+
+
+def question(text="what?", url=None):
+    shown = [{"type": "image_url", "image_url": {"url": url or data_url()}}]
+    return [{"role": "user", "content": [*shown, {"type": "text", "text": text}]}]
+
+
+@pytest.fixture
+def jobs():
+    found = FakeJobs()
+    yield found
+    found.release.set()
+
+
+@pytest.fixture
+def app(jobs):
+    return make_app(jobs, FakeModel(), hosts=LOOPBACK)
+
+
+@pytest.fixture
+def client(jobs):
+    with (
+        served(make_app(jobs, FakeModel(), key=KEY, hosts=LOOPBACK), jobs) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=30) as found,
+    ):
+        yield found
+
+
+def run(work):
+    return asyncio.run(work)
+
+
+# ------------------------------------------------------------------------------------------------ OpenAI's client
+
+
+def test_the_client_draws(client, jobs):
+    found = client.images.generate(
+        prompt="a red heart", n=2, size="1792x1024", output_format="webp", quality="auto", model="tiny",
+        extra_body={"negative_prompt": "blue", "guidance_scale": 2, "seed": 7, "top_k": 5, "temperature": 0.5},
+    )  # fmt: skip
+    assert [picture(one.b64_json).format for one in found.data] == ["WEBP"] * 2
+    assert (found.size, found.output_format, found.usage.total_tokens) == (f"{SIDE}x{SIDE}", "webp", 22)
+    assert [job.seed for job in jobs.jobs] == [7, 8] and [one.metadata["seed"] for one in found.data] == ["7", "8"]
+    job = jobs.jobs[0]
+    assert (job.negative, job.guidance, job.top_k, job.temperature, job.ratio) == ("blue", 2.0, 5, 0.5, "1792:1024")
+    png = picture(client.images.generate(prompt="a").data[0].b64_json)
+    assert png.format == "PNG" and png.info["prompt"] == "a"
+
+
+def test_the_client_streams_a_picture(client, jobs):
+    events = list(client.images.generate(prompt="a", stream=True, partial_images=3))
+    kinds = ["image_generation.partial_image"] * 3 + ["image_generation.completed"]
+    assert [event.type for event in events] == kinds
+    assert [event.partial_image_index for event in events[:3]] == [0, 1, 2]
+    assert all(picture(event.b64_json).size == (SIDE, SIDE) for event in events)
+    assert events[-1].usage.total_tokens == 11 and jobs.open == 0
+
+
+def test_the_client_asks(client, jobs):
+    found = client.chat.completions.create(model="tiny", messages=question("what is it?"))
+    assert (found.choices[0].message.content, found.choices[0].finish_reason) == ("abcd", "stop")
+    assert found.usage.total_tokens == 7 and jobs.jobs[0].pictures[0].size == (8, 8)
+    messages = [
+        {"role": "system", "content": "be brief"}, *question("first"), {"role": "assistant", "content": "one"},
+        {"role": "user", "content": "second"},
+    ]  # fmt: skip
+    found = client.chat.completions.create(model="tiny", messages=messages, max_tokens=4)
+    assert found.choices[0].finish_reason == "length"
+    assert (jobs.jobs[1].prompt, jobs.jobs[1].history) == ("second", (("be brief\nfirst", "one"),))
+
+
+def test_the_client_streams_an_answer(client):
+    stream = client.chat.completions.create(
+        model="tiny", messages=question(), stream=True, stream_options={"include_usage": True}
+    )
+    chunks = list(stream)
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == "abcd"
+    assert chunks[0].choices[0].delta.role == "assistant" and chunks[-2].choices[0].finish_reason == "stop"
+    assert chunks[-1].usage.total_tokens == 7
+
+
+def test_the_client_lists_models_and_reads_errors(client):
+    assert [model.id for model in client.models.list()] == ["tiny"] and client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError) as unknown:
+        client.images.generate(prompt="a", model="gpt-image-2")
+    assert (unknown.value.param, unknown.value.code) == ("model", "model_not_found")
+    with pytest.raises(openai.RateLimitError) as busy:
+        client.images.generate(prompt="busy")
+    assert busy.value.response.headers["retry-after"] == "7"
+    for options in ({"quality": "hd"}, {"response_format": "url"}):
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.images.generate(prompt="a", **options)
+        assert refused.value.param in options
+    with pytest.raises(openai.BadRequestError, match="cannot edit"):
+        client.images.edit(image=b"x", prompt="a")
+    with pytest.raises(openai.InternalServerError, match="the device failed"):
+        client.images.generate(prompt="fail")
+    with pytest.raises(openai.APIError, match="the device failed"):
+        list(client.chat.completions.create(model="tiny", stream=True, messages=[{"role": "user", "content": "fail"}]))
+    with client.with_options(api_key="wrong") as other, pytest.raises(openai.AuthenticationError):
+        other.models.list()
+
+
+# ------------------------------------------------------------------------------------------------ who may ask
+
+
+def test_key_host_and_origin(jobs):
+    async def look():
+        app = make_app(jobs, FakeModel(), key=KEY, hosts=LOOPBACK)
+        for path in ("/v1/models", "/metrics", "/v1", "/v1/nothing"):
+            for headers in (
+                {},
+                {"authorization": KEY},
+                {"authorization": f"Bearer {KEY}x"},
+                {"authorization": "Bearer"},
+            ):
+                found = await ask(app, "GET", path, headers=headers)
+                assert found.status == 401 and found.refusal["code"] == "invalid_api_key"
+        assert (await ask(app, "GET", "/health")).json == {"status": "ok"}
+        found = await ask(app, "GET", "/metrics", headers={"authorization": f"Bearer {KEY}"})
+        assert "# TYPE emu3_jax_jobs_total counter\nemu3_jax_jobs_total 0\n" in found.body.decode()
+        assert 'emu3_jax_http_answers_total{status="200"} 1' in found.body.decode()
+        assert found.headers["x-content-type-options"] == "nosniff"
+        open_ = make_app(jobs, FakeModel(), hosts=LOOPBACK)
+        for host in ("evil.example", "localhost.evil.example", "", "127.0.0.1.evil.example:8000", "[::2]"):
+            assert (await ask(open_, "GET", "/health", headers={"host": host})).status == 403
+        for host in ("LOCALHOST", "127.0.0.1:1", "[::1]:8000"):
+            assert (await ask(open_, "GET", "/health", headers={"host": host})).status == 200
+        found = await ask(open_, "POST", PICTURES, {"prompt": "a"}, {"origin": "http://evil.example"})
+        assert found.status == 403 and jobs.jobs == []
+        found = await ask(open_, "POST", PICTURES, {"prompt": "a"}, {"origin": "http://localhost:8000"})
+        assert found.status == 200 and "access-control-allow-origin" not in found.headers
+        assert (await ask(open_, "POST", PICTURES, {"prompt": "a"}, {"content-type": "text/plain"})).status == 415
+
+    run(look())
+
+
+# ------------------------------------------------------------------------------------------------ wrong requests
+
+
+def wrong_bodies(draw: random.Random):
+    """Bodies that no endpoint accepts."""
+    odd = [
+        None, True, -1, 1.5, 10**400, "", "x" * 40_000, [], [[]], {}, {"a": {}}, "\ud800", "\0", "<|image start|>",
+        1e308, "data:image/png;base64,AAAA", "http://169.254.169.254/", "file:///etc/passwd", "../../etc/passwd",
+    ]  # fmt: skip
+    raw = [
+        b"", b"null", b"[]", b"{", b"\xff\xfe", b'{"prompt":NaN}', b'{"prompt":"a","seed":Infinity}', b"[" * 100_000,
+        b'{"a":' * 50_000, b'{"prompt":"a","seed":' + b"9" * 5000 + b"}", b"[" + b"0," * 300_000 + b"0]",
+        b'{"prompt": "a", "top_p": 1e999}', b"--x\r\nContent-Disposition: form-data\r\n\r\n",
+    ]  # fmt: skip
+    for path, fields in (
+        (PICTURES, ("prompt", "n", "size", "quality", "response_format", "output_format", "output_compression",
+                    "stream", "partial_images", "negative_prompt", "guidance_scale", "seed", "top_k", "temperature",
+                    "ratio", "area", "model", "style", "backgroun")),
+        (CHAT, ("messages", "n", "max_tokens", "stream", "stream_options", "temperature", "tools", "logprobs", "model",
+                "frequency_penalty", "stop", "nonsense")),
+        ("/v1/reconstructions", ("image", "prompt")),
+    ):  # fmt: skip
+        for body in raw:
+            yield path, body
+        for _ in range(1000):
+            body = {name: draw.choice(odd) for name in draw.sample(fields, min(len(fields), draw.randint(1, 3)))}
+            body["no such field"] = draw.choice([value for value in odd if value is not None])
+            if draw.random() < 0.5:
+                body |= {"prompt": "a"} if path == PICTURES else {"messages": question()}
+            yield path, json.dumps(body).encode()
+    parts = [{"type": "image_url", "image_url": value} for value in odd] + [{"type": t} for t in odd if t != ""]
+    for _ in range(1000):
+        content = draw.choice([[draw.choice(parts)], *[value for value in odd if not isinstance(value, str)]])
+        messages = [{"role": draw.choice(["user", "tool", None, "assistant"]), "content": content}]
+        yield CHAT, json.dumps({"messages": messages * draw.randint(1, 70)}).encode()
+
+
+def test_thousands_of_wrong_requests(app, jobs):
+    """Each gets a 4xx in OpenAI's shape, and a request that is under way goes on."""
+
+    async def attack():
+        flying = asyncio.ensure_future(ask(app, "POST", PICTURES, {"prompt": "wait", "stream": True}))
+        while not jobs.open:
+            await asyncio.sleep(0.01)
+        count = 0
+        for path, body in wrong_bodies(random.Random(0)):
+            found = await ask(app, "POST", path, body)
+            assert found.refusal["type"] in ("invalid_request_error", "not_found_error"), (path, body[:200])
+            count += 1
+        for method, path in (("GET", PICTURES), ("PUT", "/v1/models"), ("GET", "/../etc/passwd"), ("POST", "/\0"),
+                             ("GET", "/v1/models/" + "x" * 9000), ("DELETE", "/v1/videos/%00")):  # fmt: skip
+            assert (await ask(app, method, path)).refusal
+        assert jobs.open == 1 and len(jobs.jobs) == 1
+        jobs.release.set()
+        assert json.loads((await flying).events[-1])["type"] == "image_generation.completed"
+        return count
+
+    assert run(attack()) > 4000 and jobs.open == 0
+
+
+def test_large_pictures_and_bodies(jobs):
+    async def look():
+        app = make_app(jobs, FakeModel(), Limits(body_bytes=1 << 20, body_seconds=0.2, picture_pixels=10_000))
+        found = await ask(app, "POST", CHAT, {"messages": question(url=data_url(101))})
+        assert found.status == 400 and "101x101 pixels; the limit is 10,000" in found.refusal["message"]
+        assert (await ask(app, "POST", CHAT, {"messages": question(url=data_url()[:-60])})).refusal
+        found = await ask(app, "POST", PICTURES, b"{}", {"content-length": str(1 << 30)})
+        assert (found.status, found.headers["connection"]) == (413, "close")
+        found = await ask(app, "POST", PICTURES, [b" " * 65536] * 17)  # without a length
+        assert found.status == 413
+        for length in ("-1", "x", "9" * 50):
+            assert (await ask(app, "POST", PICTURES, b"{}", {"content-length": length})).status == 413
+
+        async def endless():
+            await asyncio.sleep(10)
+
+        scope = {"type": "http", "method": "POST", "path": PICTURES, "headers": [], "client": None}
+        sent = []
+
+        async def send(message):
+            sent.append(message)
+
+        await app(scope, endless, send)
+        assert sent[0]["status"] == 408
+
+    run(look())
+    assert jobs.jobs == []
+
+
+def test_a_picture_as_codes_and_back(app):
+    found = run(ask(app, "POST", "/v1/reconstructions", {"image": data_url(form="JPEG")})).json
+    assert found["codes"] == [[0, 1], [2, 3]] and picture(found["b64_json"]).size == (SIDE, SIDE)
+
+
+# ------------------------------------------------------------------------------------------------ clients that leave
+
+
+def test_a_client_that_leaves_cancels(app, jobs):
+    async def leave():
+        for number in range(100):
+            body = {"prompt": "for ever", "stream": bool(number % 2), "partial_images": 3, "n": 1 + number % 3}
+            if number % 2:
+                await ask(app, "POST", PICTURES, body, leave_after=1)
+            else:
+                with pytest.raises(TimeoutError):  # a handler that is cancelled, as by a server that stops
+                    await asyncio.wait_for(ask(app, "POST", PICTURES, body), 0.01)
+        for _ in range(500):
+            if not jobs.open:
+                return
+            await asyncio.sleep(0.01)
+
+    run(leave())
+    assert (len(jobs.jobs), jobs.open) == (sum(1 + number % 3 for number in range(100)), 0)
+
+
+KILLED = """
+import sys, urllib.request, json
+body = json.dumps({"prompt": "for ever", "stream": True, "partial_images": 3}).encode()
+request = urllib.request.Request(sys.argv[1], body, {"Content-Type": "application/json"})
+with urllib.request.urlopen(request) as answer:
+    answer.readline()
+    print("streams", flush=True)
+    while answer.readline():
+        pass
+"""
+
+
+def test_killed_clients_leave_no_job(app, jobs):
+    with served(app, jobs) as url:
+        for _ in range(4):
+            command = [sys.executable, "-S", "-c", KILLED, url + PICTURES]
+            started = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(5)]
+            for process in started:
+                assert process.stdout.readline() == b"streams\n"
+            assert jobs.open == 5
+            for process in started:
+                process.kill()
+                process.wait()
+                process.stdout.close()
+            for _ in range(500):
+                if not jobs.open:
+                    break
+                time.sleep(0.01)
+            assert jobs.open == 0
+
+
+def test_the_server_finishes_what_it_began(app, jobs):
+    with served(app, jobs, grace=30) as url:
+        place = urllib.parse.urlsplit(url)
+        body = json.dumps({"prompt": "wait"}).encode()
+        head = f"POST {PICTURES} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        asking = socket.create_connection((place.hostname, place.port), timeout=30)
+        asking.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        with socket.create_connection((place.hostname, place.port), timeout=30) as garbage:
+            garbage.sendall(b"\x16\x03\x01 no HTTP\r\n\r\n")
+            assert b"HTTP/1.1 400" in garbage.recv(1000)
+        while not jobs.open:
+            time.sleep(0.01)
+        threading.Timer(0.5, jobs.release.set).start()  # after the server was told to end
+    with asking:
+        assert asking.recv(20).startswith(b"HTTP/1.1 200")
+    assert jobs.closed == [False]
+
+
+def test_rows_become_a_whole_picture():
+    from emu3_jax.serving.pixels import partial_picture
+
+    image = np.asarray(partial_picture(np.full((2, 4, 3), 9, np.uint8), (4, 6)))
+    assert image.shape == (6, 4, 3) and (image[:2] == 9).all() and (image[2:] == 118).all()
