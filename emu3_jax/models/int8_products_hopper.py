@@ -51,6 +51,7 @@ class Sizes:
     parts: int = 0
     cluster: int = 1
     residents: int = 1
+    rows_first: bool = True
 
     def resolve(self, tokens: int, outputs: int, inputs: int) -> "Sizes":
         """The same sizes with zeros replaced by good ones for these shapes."""
@@ -146,7 +147,12 @@ def partial_products(
                     for other in range(1, splits):
                         total += loaded(sum_smem.at[other - 1, row_group, which], plgpu.Layout.WGMMA, interpret)
                     at = pl.ds(tile * rows + here + which * _TILE, _TILE)
-                    _store(out_ref.at[part, at], total)
+                    if not sizes.rows_first:
+                        _store(out_ref.at[part, at], total)
+                    elif interpret:
+                        out_ref[part, :, at] = total.T
+                    else:
+                        _store(_transposed(out_ref.at[part, :, at]), plgpu.layout_cast(total, _single()))
 
         @pl.when(group == groups * splits)
         def _copy() -> None:
@@ -168,7 +174,7 @@ def partial_products(
 
     call = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((parts, n, m), jnp.float32),
+        out_type=jax.ShapeDtypeStruct((parts, m, n) if sizes.rows_first else (parts, n, m), jnp.float32),
         scratch_types=(
             _tiled((stages, rows, block), jnp.int8),
             _tiled((stages, m, block), dtype),
@@ -194,7 +200,15 @@ def products(
 ) -> jax.Array:
     parts = partial_products(x_mk, codes_nk, sizes=sizes, interpret=interpret)
     total = functools.reduce(jnp.add, [parts[part] for part in range(parts.shape[0])])
+    if sizes is None or sizes.rows_first:
+        return (total * scales_n[None]).astype(x_mk.dtype)
     return (total * scales_n[:, None]).T.astype(x_mk.dtype)
+
+
+def _single() -> Any:
+    """The layout of the matrix unit's results, but in single numbers, so that they can be stored transposed."""
+    tiling = plgpu.Tiling(((64, 8), (16, 8), (8, 8), (2,), (1,)))
+    return plgpu.Layout.TILED(tiling, warp_dims=(-8,), lane_dims=(-4, -3), vector_dim=-1)
 
 
 def _tiled(shape: tuple[int, ...], dtype: Any) -> Any:
