@@ -39,6 +39,7 @@ from emu3_jax.models.adapters import MATRICES
 from emu3_jax.models.attention import choose_kernels
 from emu3_jax.models.cache import KVCache
 from emu3_jax.models.decoder import Decoder, visual_head_params
+from emu3_jax.models.products import choose_products
 from emu3_jax.models.quantization import codes_and_scales, narrows_cache
 from emu3_jax.models.vision import make_decoder
 from emu3_jax.sharding.mesh import make_mesh
@@ -225,6 +226,10 @@ def _measure(
     decoding.start()
     jax.block_until_ready(decoding.state)
     compile_s = time.perf_counter() - began
+    if window > 1 and (codes := params["layers_0"]["mlp"].get("down_codes")) is not None:
+        decoded_rows = decoding.state.cache.length.shape[0]
+        product = (decoded_rows, window, config.intermediate_size, config.hidden_size, config.dtype, codes.dtype)
+        about["products"] = choose_products(decoding.shapes.variant.kernels, *product)
     weight_bytes, slot_bytes = step_weight_bytes(params, config), _slot_bytes(decoding)
     devices = 1 if subject.mesh is None else subject.mesh.size
     seconds = 0.0

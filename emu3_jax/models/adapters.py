@@ -23,6 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from emu3_jax.errors import Emu3Error
 from emu3_jax.fields import check_counts, check_field, check_positive_number
 from emu3_jax.models.attention import matmul_precision
+from emu3_jax.models.products import multiply
 
 Shape = tuple[int, ...]
 
@@ -124,6 +125,7 @@ def project(
     name: str,
     shape: Shape,
     axes: tuple[str | None, ...],
+    kernels: str = "xla",
 ) -> jax.Array:
     """Declares the matrix `name` and its adapter in `module`, and multiplies `x_bsi` with them.
 
@@ -137,6 +139,7 @@ def project(
         name: name of the matrix, from `MATRICES`.
         shape: shape of the matrix, input axes first.
         axes: logical axes of the matrix.
+        kernels: implementation of the product with codes, see `products.choose_products`.
 
     Returns:
         [B, S, out...] in the dtype of `x_bsi`.
@@ -154,10 +157,7 @@ def project(
     random = nn.initializers.normal(fan_in**-0.5)
     if module.has_variable("params", f"{name}_codes"):  # see `models.quantization`
         codes, scales = (module.get_variable("params", f"{name}_{leaf}") for leaf in ("codes", "scales"))
-        w = codes.reshape(*outputs, fan_in).astype(x_bsi.dtype)
-        contracted = (((2,), (len(outputs),)), ((), ()))
-        y = jax.lax.dot_general(x_bsi, w, contracted, precision=precision, preferred_element_type=jnp.float32)
-        return (y * scales[None, None]).astype(x_bsi.dtype)
+        return multiply(x_bsi, codes, scales, kernels).astype(x_bsi.dtype)
     if adapter is None or not adapter.quantised:
         y = product(x_bsi, declare(name, random, shape, axes, weight_dtype(adapter)))
         if adapter is None:

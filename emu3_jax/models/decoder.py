@@ -9,6 +9,7 @@ the matrices), "kv_heads" (K), "heads_per_kv" (G, or G + 2 in the fused projecti
 Logical axes have an effect only on a mesh.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -28,6 +29,7 @@ from emu3_jax.models.attention import (
 from emu3_jax.models.attention_kernels import ATTENTION
 from emu3_jax.models.cache import KVCache
 from emu3_jax.models.capability import target_platform
+from emu3_jax.models.products import multiply
 
 Params = dict[str, Any]  # nested dicts of arrays
 Rotations = tuple[jax.Array, jax.Array]  # cosines and sines; see `rotations`
@@ -105,7 +107,8 @@ class Attention(nn.Module):
         d, k, h = c.hidden_size, c.num_kv_heads, c.head_dim
         g = c.num_heads // k
         axes = ("embed", "kv_heads", "heads_per_kv", "head_dim")
-        qkv = project(self, adapter, "bsd,dkph->bskph", x_bsd, name="qkv", shape=(d, k, g + 2, h), axes=axes)
+        product = functools.partial(project, self, adapter, kernels=self.kernels)
+        qkv = product("bsd,dkph->bskph", x_bsd, name="qkv", shape=(d, k, g + 2, h), axes=axes)
         if c.qk_norm:
             q_norm, k_norm = (RMSNorm(c.rms_norm_eps, adapter, "head_dim", name=name) for name in ("q_norm", "k_norm"))
             queries, key = q_norm(qkv[:, :, :, :g]), k_norm(qkv[:, :, :, g : g + 1])
@@ -121,7 +124,7 @@ class Attention(nn.Module):
         # One contracted axis: with three axes, XLA may reorder them and transpose the weight in every step.
         mixed = mixed.reshape(*x_bsd.shape[:2], c.num_heads * h)
         axes = ("kv_heads", "heads_per_kv", "head_dim", "embed")
-        return project(self, adapter, "bsn,nd->bsd", mixed, name="out", shape=(k, g, h, d), axes=axes), cache
+        return product("bsn,nd->bsd", mixed, name="out", shape=(k, g, h, d), axes=axes), cache
 
 
 def _roped(qkv_bskph: jax.Array, rotations_bsr: Rotations) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -182,14 +185,16 @@ class MLP(nn.Module):
 
     config: DecoderConfig
     adapter: Adapter | None = None
+    kernels: str = "auto"
 
     @nn.compact
     def __call__(self, x_bsd: jax.Array) -> jax.Array:
         d, f = self.config.hidden_size, self.config.intermediate_size
-        adapter, axes = self.adapter, ("embed", None, "mlp")
-        gate_up = project(self, adapter, "bsd,dcf->bscf", x_bsd, name="gate_up", shape=(d, 2, f), axes=axes)
+        product = functools.partial(project, self, self.adapter, kernels=self.kernels)
+        axes = ("embed", None, "mlp")
+        gate_up = product("bsd,dcf->bscf", x_bsd, name="gate_up", shape=(d, 2, f), axes=axes)
         hidden = _finite(jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1])
-        return project(self, adapter, "bsf,fd->bsd", hidden, name="down", shape=(f, d), axes=("mlp", "embed"))
+        return product("bsf,fd->bsd", hidden, name="down", shape=(f, d), axes=("mlp", "embed"))
 
 
 class Block(nn.Module):
@@ -219,7 +224,7 @@ class Block(nn.Module):
         mixed, cache = attention(normed, rotations_bsr, segments_bs, cache, layer)
         dropped = nn.Dropout(self.dropout, deterministic=False)
         x_bsd = _residual(x_bsd + dropped(mixed), cache)
-        mlp = MLP(self.config, adapter, name="mlp")
+        mlp = MLP(self.config, adapter, self.kernels, name="mlp")
         mixed = mlp(RMSNorm(epsilon, adapter, name="mlp_norm")(x_bsd))
         return _residual(x_bsd + dropped(mixed), cache), cache
 
@@ -248,6 +253,7 @@ class Embedding(nn.Module):
     weight_name: str
     rows: int
     adapter: Adapter | None = None
+    kernels: str = "auto"
 
     def setup(self) -> None:
         width = self.config.hidden_size
@@ -270,11 +276,11 @@ class Embedding(nn.Module):
         return x_bsd
 
     def logits(self, x_bsd: jax.Array) -> jax.Array:
-        table = self.table.astype(x_bsd.dtype)
-        precision = matmul_precision(x_bsd.dtype)
-        logits = jnp.einsum("bsd,vd->bsv", x_bsd, table, precision=precision, preferred_element_type=jnp.float32)
         if self.scales is not None:
-            logits = logits * self.scales[None, None]
+            logits = multiply(x_bsd, self.table, self.scales, self.kernels)
+        else:
+            table, precision = self.table.astype(x_bsd.dtype), matmul_precision(x_bsd.dtype)
+            logits = jnp.einsum("bsd,vd->bsv", x_bsd, table, precision=precision, preferred_element_type=jnp.float32)
         # Logits are not split along the vocabulary: the table is split by width, so it would be moved in every step.
         return nn.with_logical_constraint(logits, ("batch", None, None))
 
@@ -306,7 +312,8 @@ class Decoder(nn.Module):
             products with weights, and attention if a fused kernel computes it).
         attention: implementation of attention for whole sequences, see `attention.self_attention`.
         adapter: low-rank adapters beside frozen matrices. `training.lora` makes their parameters.
-        kernels: implementation of attention over the cache, see `attention.choose_kernels`.
+        kernels: implementation of attention over the cache, see `attention.choose_kernels`, and of products with
+            codes, see `products.choose_products`.
         dropout: dropout rate of the embeddings and of the outputs of each attention and MLP. Needs a key "dropout".
     """
 
@@ -343,7 +350,7 @@ class Decoder(nn.Module):
         self.embed_dropout = nn.Dropout(self.dropout, deterministic=False)
         self.norm = RMSNorm(c.rms_norm_eps, self.adapter)
         rows = c.tokens.visual_count if self.visual_head else c.vocab_size
-        self.head = Embedding(c, "kernel", rows, self.adapter)
+        self.head = Embedding(c, "kernel", rows, self.adapter, self.kernels)
 
     def __call__(
         self, tokens_bs: jax.Array, cache: KVCache | None = None, *, last_only: bool | jax.Array = False

@@ -12,6 +12,7 @@ M tokens, N outputs, K inputs, P parts.
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -25,6 +26,8 @@ from emu3_jax.models.window_writes_hopper import interpreter, laid, loaded
 MOST_TOKENS = 128
 _TILE = 64  # outputs of one matrix instruction
 _BLOCK = 128  # bytes of a row of shared memory that a copy can swizzle
+_TOKENS = 32  # the numbers of tokens that the kernel takes are multiples of this
+_MULTIPROCESSORS = 132  # of an H100 and of an H200
 _SHARED_BYTES = 221 * 1024  # shared memory of a multiprocessor on Hopper (228 KiB), less barriers
 
 
@@ -35,43 +38,47 @@ class Sizes:
     Attributes:
         groups: number of warpgroups of a program that take different outputs.
         splits: number of warpgroups of a program that share a sum: they take different blocks.
-        tiles: number of tiles of 64 outputs of a warpgroup.
         block: number of inputs of a block, a multiple of 128.
         stages: number of blocks that shared memory holds.
         parts: number of programs that share a sum.
-        cluster: number of neighbouring programs that copy the tokens together, for each other.
-        residents: number of programs that a multiprocessor holds at once.
     """
 
-    groups: int = 4
-    splits: int = 1
-    tiles: int = 1
+    groups: int = 0
+    splits: int = 0
     block: int = 128
     stages: int = 0
     parts: int = 0
-    cluster: int = 1
-    residents: int = 1
-    rows_first: bool = True
 
     def resolve(self, tokens: int, outputs: int, inputs: int) -> "Sizes":
         """The same sizes with zeros replaced by good ones for these shapes."""
-        rows = self.groups * self.tiles * _TILE
-        steps = inputs // self.block
-        programs = outputs // rows
-        # As many programs as fit at once.
-        parts = self.parts or max(1, min(steps, self.residents * 132 // programs))
-        budget = _SHARED_BYTES // self.residents - (self.splits - 1) * rows * tokens * 4
+        # Of more tokens, the results of four groups do not fit in the registers.
+        options = [self.groups] if self.groups else [4, 2] if tokens <= 2 * _TOKENS else [2]
+        sizes = min((self._placed(groups, outputs, inputs) for groups in options), key=lambda option: option[0])[1]
+        rows = sizes.groups * _TILE
+        # Two warpgroups of a program hide each other's waiting.
+        splits = self.splits or (2 if sizes.groups == 2 and tokens <= _TOKENS else 1)
+        budget = _SHARED_BYTES - (splits - 1) * rows * tokens * 4
         stages = self.stages or min(8, budget // (self.block * (rows + 2 * tokens)))
         # A warpgroup counts the phases of the barriers that it waits for, so a stage must always serve the same one.
-        stages = max(1, stages // self.splits) * self.splits
-        return dataclasses.replace(self, parts=parts, stages=stages)
+        return dataclasses.replace(sizes, splits=splits, stages=max(1, stages // splits) * splits)
+
+    def _placed(self, groups: int, outputs: int, inputs: int) -> tuple[tuple[float, ...], "Sizes"]:
+        """These sizes with a number of groups, and how bad it is: idle multiprocessors, rounds of programs, parts."""
+        rows = groups * _TILE
+        programs, rest = divmod(outputs, rows)
+        if rest:
+            return (math.inf,), self
+        parts = self.parts or max(1, min(inputs // self.block, _MULTIPROCESSORS // programs))
+        rounds = -(-programs * parts // _MULTIPROCESSORS)
+        sizes = dataclasses.replace(self, groups=groups, parts=parts)
+        return (1 - programs * parts / (rounds * _MULTIPROCESSORS), rounds, parts), sizes
 
 
 @functools.partial(jax.jit, static_argnames=("sizes", "interpret"))
 def partial_products(
     x_mk: jax.Array, codes_nk: jax.Array, *, sizes: Sizes | None = None, interpret: Any = False
 ) -> jax.Array:
-    """Parts of the products of tokens with codes: their sum is codes x^T.
+    """Parts of the products of tokens with codes: their sum is x codes^T.
 
     Args:
         x_mk: bfloat16 [M, K] with M a multiple of 32, at most `MOST_TOKENS`.
@@ -80,79 +87,66 @@ def partial_products(
         interpret: run the kernel in Pallas' interpreter of GPU kernels, for tests; True or its parameters.
 
     Returns:
-        float32 [P, N, M].
+        float32 [P, M, N].
     """
     interpret = interpreter(interpret)
     (m, k), n = x_mk.shape, codes_nk.shape[0]
     sizes = (sizes or Sizes()).resolve(m, n, k)
-    groups, tiles, block, stages, parts = sizes.groups, sizes.tiles, sizes.block, sizes.stages, sizes.parts
-    cluster, splits = sizes.cluster, sizes.splits
-    rows = groups * tiles * _TILE
+    groups, splits, block, stages, parts = sizes.groups, sizes.splits, sizes.block, sizes.stages, sizes.parts
+    rows = groups * _TILE
     steps = k // block
     dtype = x_mk.dtype
     fewest, rest = divmod(steps, parts)
-    together: dict[str, Any] = {"collective_axes": "neighbour"} if cluster > 1 else {}
-    free = {"num_arrivals": groups, "num_barriers": stages}
 
     def kernel(x_ref: Any, codes_ref: Any, out_ref: Any, *scratch: Any) -> None:
         codes_smem, x_smem, sum_smem, ready, free, summed = scratch
         part, tile, group = lax.axis_index("part"), lax.axis_index("tile"), lax.axis_index("group")
-        if cluster > 1:
-            tile = tile * cluster + lax.axis_index("neighbour")
         first = part * fewest + jnp.minimum(part, rest)
         count = fewest + jnp.where(part < rest, 1, 0)
 
         @pl.when(group < groups * splits)
         def _compute() -> None:
             row_group, split = lax.rem(group, jnp.int32(groups)), lax.div(group, jnp.int32(groups))
-            here = row_group * (tiles * _TILE)
+            here = pl.ds(row_group * _TILE, _TILE)
 
-            def add(index: jax.Array, totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            def add(index: jax.Array, total: jax.Array) -> jax.Array:
                 stage = lax.rem(index * splits + split, jnp.int32(stages))
                 plgpu.barrier_wait(ready.at[stage])
-                new = []
-                for which, total in enumerate(totals):
-                    at = pl.ds(here + which * _TILE, _TILE)
-                    codes = loaded(codes_smem.at[stage, at], plgpu.Layout.WGMMA_UPCAST_2X, interpret)
-                    codes = laid(codes, plgpu.Layout.WGMMA, interpret).astype(dtype)
-                    tokens = x_smem.at[stage]
-                    if interpret:
-                        wide = (z.astype(jnp.float32) for z in (codes, tokens[...].T))
-                        new.append(total + jnp.dot(*wide, precision=lax.Precision.HIGHEST))
-                        continue
-                    tokens = _transposed(tokens)
-                    new.append(pl.run_state(lambda acc: plgpu.wgmma(acc, codes, tokens))(plgpu.ACC.init(total)))
-                if interpret:
-                    plgpu.commit_smem()
+                codes = loaded(codes_smem.at[stage, here], plgpu.Layout.WGMMA_UPCAST_2X, interpret)
+                codes = laid(codes, plgpu.Layout.WGMMA, interpret).astype(dtype)
+                tokens = x_smem.at[stage]
+                if interpret:  # the interpreter has no matrix instruction with an operand in registers
+                    wide = (array.astype(jnp.float32) for array in (codes, tokens[...].T))
+                    total += jnp.dot(*wide, precision=lax.Precision.HIGHEST)
+                    plgpu.commit_smem()  # orders this read before the next copy; the matrix instruction needs none
+                else:
+                    multiplied = pl.run_state(lambda acc: plgpu.wgmma(acc, codes, _transposed(tokens)))
+                    total = multiplied(plgpu.ACC.init(total))
                 plgpu.barrier_arrive(free.at[stage])
-                return tuple(new)
+                return total
 
-            zero = laid(jnp.full((_TILE, m), 0, jnp.float32), plgpu.Layout.WGMMA, interpret)
+            total = laid(jnp.full((_TILE, m), 0, jnp.float32), plgpu.Layout.WGMMA, interpret)
             share = lax.div(jnp.maximum(count - split, 0) + (splits - 1), jnp.int32(splits))
-            totals = lax.fori_loop(0, share, add, (zero,) * tiles)
+            total = lax.fori_loop(0, share, add, total)
 
             for other in range(1, splits):
 
                 @pl.when(split == other)
                 def _give(other: int = other) -> None:
-                    for which, total in enumerate(totals):
-                        sum_smem.at[other - 1, row_group, which][...] = total
+                    sum_smem.at[other - 1, row_group][...] = total
                     plgpu.barrier_arrive(summed.at[(other - 1) * groups + row_group])
 
             @pl.when(split == 0)
             def _finish() -> None:
+                whole = total
                 for other in range(1, splits):
                     plgpu.barrier_wait(summed.at[(other - 1) * groups + row_group])
-                for which, total in enumerate(totals):
-                    for other in range(1, splits):
-                        total += loaded(sum_smem.at[other - 1, row_group, which], plgpu.Layout.WGMMA, interpret)
-                    at = pl.ds(tile * rows + here + which * _TILE, _TILE)
-                    if not sizes.rows_first:
-                        _store(out_ref.at[part, at], total)
-                    elif interpret:
-                        out_ref[part, :, at] = total.T
-                    else:
-                        _store(_transposed(out_ref.at[part, :, at]), plgpu.layout_cast(total, _single()))
+                    whole += loaded(sum_smem.at[other - 1, row_group], plgpu.Layout.WGMMA, interpret)
+                at = pl.ds(tile * rows + row_group * _TILE, _TILE)
+                if interpret:
+                    out_ref[part, :, at] = whole.T
+                else:
+                    _store(_transposed(out_ref.at[part, :, at]), plgpu.layout_cast(whole, _single()))
 
         @pl.when(group == groups * splits)
         def _copy() -> None:
@@ -164,7 +158,7 @@ def partial_products(
                     columns = pl.ds((first + step) * block, block)
                     here = pl.ds(tile * rows, rows)
                     plgpu.copy_gmem_to_smem(codes_ref.at[here, columns], codes_smem.at[stage], ready.at[stage])
-                    plgpu.copy_gmem_to_smem(x_ref.at[:, columns], x_smem.at[stage], ready.at[stage], **together)
+                    plgpu.copy_gmem_to_smem(x_ref.at[:, columns], x_smem.at[stage], ready.at[stage])
 
             lax.fori_loop(0, jnp.minimum(count, stages), functools.partial(copy, fill=True, wait=False), None)
             lax.fori_loop(stages, count, functools.partial(copy, fill=True, wait=True), None)
@@ -174,18 +168,17 @@ def partial_products(
 
     call = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((parts, m, n) if sizes.rows_first else (parts, n, m), jnp.float32),
+        out_type=jax.ShapeDtypeStruct((parts, m, n), jnp.float32),
         scratch_types=(
             _tiled((stages, rows, block), jnp.int8),
             _tiled((stages, m, block), dtype),
-            _tiled((splits - 1, groups, tiles, _TILE, m), jnp.float32) if splits > 1 else (),
+            _tiled((splits - 1, groups, _TILE, m), jnp.float32) if splits > 1 else (),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-            plgpu.ClusterBarrier(collective_axes=("neighbour",), **free) if cluster > 1 else plgpu.Barrier(**free),
+            plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
             plgpu.Barrier(num_barriers=(splits - 1) * groups) if splits > 1 else (),
         ),
-        grid=(parts, n // rows // cluster),
+        grid=(parts, n // rows),
         grid_names=("part", "tile"),
-        **({"cluster": (cluster,), "cluster_names": ("neighbour",)} if cluster > 1 else {}),
         num_threads=groups * splits + 1,
         thread_name="group",
         # `Lane` is the semantics that all supported versions of JAX have.
@@ -198,11 +191,24 @@ def partial_products(
 def products(
     x_mk: jax.Array, codes_nk: jax.Array, scales_n: jax.Array, *, sizes: Sizes | None = None, interpret: Any = False
 ) -> jax.Array:
-    parts = partial_products(x_mk, codes_nk, sizes=sizes, interpret=interpret)
+    """Products of tokens with int8 codes and their scales.
+
+    Args:
+        x_mk: bfloat16 [M, K], M at most `MOST_TOKENS`, K a multiple of 128.
+        codes_nk: int8 [N, K], N a multiple of 128.
+        scales_n: float32 [N].
+        sizes: sizes of the kernel, for tests and measurements.
+        interpret: run the kernel in Pallas' interpreter of GPU kernels, for tests; True or its parameters.
+
+    Returns:
+        float32 [M, N].
+    """
+    m = x_mk.shape[0]
+    padded = jnp.pad(x_mk, ((0, -m % _TOKENS), (0, 0)))
+    parts = partial_products(padded, codes_nk, sizes=sizes, interpret=interpret)
+    # Separate sums, because XLA fuses them into one kernel; it makes several kernels of reductions.
     total = functools.reduce(jnp.add, [parts[part] for part in range(parts.shape[0])])
-    if sizes is None or sizes.rows_first:
-        return (total * scales_n[None]).astype(x_mk.dtype)
-    return (total * scales_n[:, None]).T.astype(x_mk.dtype)
+    return total[:m] * scales_n[None]
 
 
 def _single() -> Any:
