@@ -92,6 +92,11 @@ def encode(
     return np.asarray(_step(vision, "encode", tile=tile)(pixels[None]))[0]
 
 
+def encode_resized(vision: Vision, pixels: np.ndarray) -> np.ndarray:
+    """Encodes uint8 pixels [H, W, 3] of a picture that is already resized, see `images.resize`, to codes [h, w]."""
+    return np.asarray(_step(vision, "encode")(normalise(pixels, vision.image)[None]))[0]
+
+
 def encode_end(vision: Vision, frames: np.ndarray, count: int) -> np.ndarray:
     """Encodes the last frames of uint8 [T, H, W, 3] to codes [count, h, w], as a clip of its own, without resizing.
 
@@ -132,9 +137,14 @@ def decode_picture(vision: Vision, codes: np.ndarray, *, tile: int | None = None
 
     For `tile` see `Emu3.detokenize`.
     """
+    return decoding_picture(vision, codes, tile=tile)()
+
+
+def decoding_picture(vision: Vision, codes: np.ndarray, *, tile: int | None = None) -> Callable[[], Image.Image]:
+    """As `decode_picture`, but only asks the device for the pixels. The function returned waits for the picture."""
     check_codes(codes, vision.config)
     pixels = _step(vision, "decode", tile=tile)(codes[None])
-    return Image.fromarray(postprocess(np.asarray(pixels)[0], vision.image))
+    return lambda: Image.fromarray(postprocess(np.asarray(pixels)[0], vision.image))
 
 
 def _check_size(codes: np.ndarray, config: VisionTokenizerConfig, tile: int | None) -> None:

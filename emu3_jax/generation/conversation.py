@@ -128,6 +128,26 @@ def answer_questions(
     return [language.tokenizer.decode(ids.tolist(), skip_special=True) for ids in answers]
 
 
+def dialogue_prompt(
+    language: Language, history: Sequence[tuple[str, str]], text: str, codes: Sequence[np.ndarray]
+) -> list[int]:
+    """The ids of a question after earlier turns, as `Conversation` builds them. Control tokens in texts are refused.
+
+    Args:
+        language: the decoder.
+        history: earlier turns, (question, answer) each, oldest first.
+        text: the question.
+        codes: codes [h, w] of pictures, which belong to the first turn.
+    """
+    tokens, prompt = language.config.tokens, understanding_prompt
+    ids: list[int] = []
+    for question, answered in history:
+        ids += prompt(language.tokenizer, tokens, language.templates, question, [] if ids else codes)
+        ids += [*language.tokenizer.encode(answered), tokens.eos]
+        prompt = next_turn_prompt
+    return ids + prompt(language.tokenizer, tokens, language.templates, text, [] if ids else codes)
+
+
 class Conversation:
     """A conversation with a model; made by `Emu3.converse`.
 

@@ -168,6 +168,25 @@ def stream_grids(
     Raises:
         Emu3Error: a prompt has control tokens without `allow_special`, or a row exceeds the model's positions.
     """
+    rows = grid_rows(language, grids, allow_special)
+    plain = settings.guidance == 1.0
+    if plain.all() or batching.deterministic:
+        rows = [dataclasses.replace(row, negative=None) if one else row for row, one in zip(rows, plain, strict=True)]
+    for index, ids, passes in _run_batches(language, rows, settings, batching, on_tokens):
+        grid, row = grids[index], rows[index]
+        codes = visual_codes(language, row, ids)
+        if grid.given is not None:
+            codes = np.concatenate([grid.given.ravel(), codes])
+        full = np.concatenate([np.asarray(row.prompt, np.int32), ids])
+        yield index, GeneratedGrid(full, len(row.prompt), codes.reshape(grid.size), passes)
+
+
+def grid_rows(language: Language, grids: Sequence[Grid], allow_special: bool = False) -> list[Row]:
+    """The rows of a session that generate pictures or clips, with their unconditional prompts.
+
+    Raises:
+        Emu3Error: a prompt has control tokens without `allow_special`, or a row exceeds the model's positions.
+    """
     language.require_emu3()
     special, layout = language.config.tokens, language.config.clip_layout
 
@@ -192,20 +211,16 @@ def stream_grids(
         for grid, count in zip(grids, given, strict=True)
     ]
     session.check_positions(language.config, zip((max(map(len, pair)) for pair in prompts), lengths, strict=True))
-    rows = [
+    return [
         Row(prompt, schedule(grid.size, count), negative)
         for (prompt, negative), grid, count in zip(prompts, grids, given, strict=True)
     ]
-    plain = settings.guidance == 1.0
-    if plain.all() or batching.deterministic:
-        rows = [dataclasses.replace(row, negative=None) if one else row for row, one in zip(rows, plain, strict=True)]
-    for index, ids, passes in _run_batches(language, rows, settings, batching, on_tokens):
-        grid, row = grids[index], rows[index]
-        codes = (ids[row.schedule == TokenClass.VISUAL] - special.visual_start).astype(np.int32)
-        if grid.given is not None:
-            codes = np.concatenate([grid.given.ravel(), codes])
-        full = np.concatenate([np.asarray(row.prompt, np.int32), ids])
-        yield index, GeneratedGrid(full, len(row.prompt), codes.reshape(grid.size), passes)
+
+
+def visual_codes(language: Language, row: Row, ids: np.ndarray) -> np.ndarray:
+    """The codes, int32 [N], among the ids that a row has so far, int [S]."""
+    visual = ids[row.schedule[: len(ids)] == TokenClass.VISUAL]
+    return (visual - language.config.tokens.visual_start).astype(np.int32)
 
 
 def answer(
@@ -233,6 +248,14 @@ def answer(
     Raises:
         Emu3Error: a prompt leaves no position for an answer, or `max_new_tokens` is not legal.
     """
+    rows = answer_rows(language, inputs, max_new_tokens)
+    settings = sampling.settings(len(rows))
+    made = {index: ids for index, ids, _ in _run_batches(language, rows, settings, batching, kept=kept)}
+    return [made[index] for index in range(len(rows))]
+
+
+def answer_rows(language: Language, inputs: Sequence[Sequence[int]], max_new_tokens: int) -> list[Row]:
+    """The rows of a session that generate answers. Arguments and errors: `answer`."""
     language.require_emu3()
     if not is_count(max_new_tokens):
         raise Emu3Error(f"max_new_tokens is {shown(max_new_tokens)}: it must be a whole number >= 1")
@@ -247,9 +270,7 @@ def answer(
                 "shorten the question, or use fewer or smaller pictures, or fewer frames of a clip",
             )
         rows.append(Row(ids, text_schedule(min(max_new_tokens, room))))
-    settings = sampling.settings(len(rows))
-    made = {index: ids for index, ids, _ in _run_batches(language, rows, settings, batching, kept=kept)}
-    return [made[index] for index in range(len(rows))]
+    return rows
 
 
 def _run_batches(

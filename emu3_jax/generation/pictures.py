@@ -1,7 +1,7 @@
 """Generates pictures from prompts: the decoder generates codes, the vision tokenizer decodes them to pixels."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,14 +62,23 @@ def stream_pictures(
     grids = repeat([Grid(*row) for row in zip(prompts, negatives, sizes, strict=True)], n)
     for row, grid in stream_grids(language, grids, settings, batching=batching, allow_special=allow_special):
         image = decode_picture(vision, grid.codes)
-        about: dict[Any, Any] = {
-            "prompt": grids[row].prompt,
-            "negative": grids[row].negative,
-            "size": f"{image.width}x{image.height}",
-        }
-        about |= {"ratio": ratios[row // n], **describe(settings, row), "passes": str(grid.passes)}
+        drawn = describe(settings, row) | {"passes": str(grid.passes)}
         if batching.zipar is not None:
-            about["zipar"] = str(batching.zipar)
-        about |= {"model": name, "software": "emu3-jax"}
-        image.info = about
+            drawn["zipar"] = str(batching.zipar)
+        image.info = metadata(image, grids[row], ratios[row // n], drawn, name)
         yield row, Generation(grid.ids, grid.prompt_length, grid.codes, image)
+
+
+def metadata(image: Image.Image, grid: Grid, ratio: str, drawn: Mapping[str, str], name: str) -> dict[Any, Any]:
+    """What a generated picture says of itself in `info`.
+
+    Args:
+        image: the picture.
+        grid: its request.
+        ratio: its ratio, as it was asked for.
+        drawn: settings of sampling and number of passes, as texts.
+        name: the model's name.
+    """
+    size = f"{image.width}x{image.height}"
+    about = {"prompt": grid.prompt, "negative": grid.negative, "size": size, "ratio": ratio}
+    return {**about, **drawn, "model": name, "software": "emu3-jax"}

@@ -25,7 +25,7 @@ from emu3_jax.generation.kept import Kept
 from emu3_jax.generation.parallel import check_window, choose_window
 from emu3_jax.generation.sampling import RowSettings
 from emu3_jax.generation.schedule import TokenClass, forced_ids, sampled_steps, stack_schedules
-from emu3_jax.generation.shapes import Shapes, align_right, bucket, fill_rows
+from emu3_jax.generation.shapes import Shapes, align_right, bucket, fill_rows, spare_slots
 from emu3_jax.generation.zipar import check_zipar
 from emu3_jax.models.attention import choose_kernels
 from emu3_jax.models.cache import KVCache
@@ -122,6 +122,7 @@ class DecodeSession:
         parallel: int | str = "off",
         zipar: int | None = None,
         replaceable: bool = False,
+        slots: int | None = None,
         settled_per_pass: float | None = None,
         kept: Kept | None = None,
     ):
@@ -140,6 +141,8 @@ class DecodeSession:
             zipar: the number of tokens that a row of the grid is ahead of the next one, or None; see `zipar`. W is then
                 the largest number of tokens of a pass, and attention is XLA's.
             replaceable: whether `replace` will be used. All options of the programs are then on.
+            slots: only with `replaceable`: the size of the cache, apart from slots for guesses. It then never grows. A
+                new row may have a prompt and a schedule of any lengths that fit into it together, see `replace`.
             settled_per_pass: see `engine.Variant`.
             kept: the cache of earlier turns of the same number of rows, with the same weights, or an empty `Kept()`.
                 Only what it lacks of the prompts is computed. `keep` gives it the cache of this session.
@@ -160,7 +163,7 @@ class DecodeSession:
         width = bucket(max(map(len, prompts)))
         self._kept, self._prompt_slots = kept, width
         self._tail = None if kept is None else kept.take(prompts, config.tokens.pad)
-        steps = bucket(max(len(row.schedule) for row in filled))
+        steps = bucket(max(len(row.schedule) for row in filled)) if slots is None else slots - width
         schedule = stack_schedules([row.schedule for row in filled], steps)
         free = bool((schedule == TokenClass.FREE).any())
         visual = bool((schedule == TokenClass.VISUAL).any())
@@ -186,7 +189,8 @@ class DecodeSession:
             settled_per_pass=settled_per_pass,
         )
         end = width if self._tail is None else self._tail.end
-        self.shapes = Shapes(len(filled), end, steps, variant, kept is not None)
+        fixed = None if slots is None else slots + spare_slots(window)
+        self.shapes = Shapes(len(filled), end, steps, variant, kept is not None, fixed)
         self._prompts, self._start = align_right(prompts, width, config.tokens.pad)
         # Host arrays, because arrays on one device cannot be combined with weights that are spread over processes.
         self.plan = self._plan(schedule, settings, self._prompts)
@@ -204,11 +208,6 @@ class DecodeSession:
     def steps(self) -> int:
         """See the class's attributes."""
         return int(self.plan.goal.max())
-
-    def _aligned(self, rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
-        """The prompts, aligned to the right, int32 [R, P], and the first slot of each, int32 [R]."""
-        prompts = _prompts(rows, self.shapes.variant.guided)
-        return align_right(prompts, self._prompt_slots, self._config.tokens.pad)
 
     def _plan(self, schedule: np.ndarray, settings: RowSettings, prompts: np.ndarray) -> engine.Plan:
         """The plan of rows with these token classes [B, T] and prompts [R, P]."""
@@ -329,13 +328,14 @@ class DecodeSession:
             row[: len(ids)] = ids
         return tokens
 
-    def replace(self, index: int, row: Row, settings: RowSettings) -> None:
+    def replace(self, index: int, row: Row, settings: RowSettings, *, width: int | None = None) -> None:
         """Starts a new row in the place of an old one, while the other rows are where they are.
 
         Args:
             index: index of the old row.
             row: the new row. It must fit the lengths that the session is compiled for.
             settings: sampling settings of the new row, with one entry.
+            width: only in a session with `slots`: number of slots for the prompt. Each width has its own program.
 
         Raises:
             Emu3Error: the row does not fit into the model's positions or into the session.
@@ -345,17 +345,22 @@ class DecodeSession:
             raise RuntimeError("the session is not replaceable")
         longest = max(len(row.prompt), len(row.negative or ()))
         check_positions(self._config, [(longest, len(row.schedule))])
-        if longest > shapes.width or len(row.schedule) > shapes.steps:
+        width = width or shapes.width
+        room = shapes.steps if shapes.fixed is None else min(shapes.steps, shapes.fixed - shapes.spare - width)
+        if longest > width or len(row.schedule) > room:
             raise Emu3Error(
                 f"a prompt of {longest} tokens and {len(row.schedule)} tokens to generate do not fit into a session of "
-                f"{shapes.width} and {shapes.steps}"
+                f"{width} and {room}"
             )
         if row.negative is not None and not shapes.variant.guided:
             raise Emu3Error("a row with a negative prompt does not fit into a session without guidance")
         count = fill_rows(1, self._mesh, shapes.variant.guided)
-        prompts, start = self._aligned([row] * count)
+        alike = _prompts([row] * count, shapes.variant.guided)
+        prompts, start = align_right(alike, width, self._config.tokens.pad)
+        known = self._prompt_slots  # the end of the prompt, in which guesses are looked up
+        looked_up, _ = align_right([ids[-known:] for ids in alike], known, self._config.tokens.pad)
         schedule = stack_schedules([row.schedule], shapes.steps)
-        one = self._plan(np.repeat(schedule, count, axis=0), settings.take(np.zeros(count, int)), prompts)
+        one = self._plan(np.repeat(schedule, count, axis=0), settings.take(np.zeros(count, int)), looked_up)
         with use_mesh(self._mesh):
             new = engine.prefill(
                 self._params, prompts, start, one,

@@ -80,6 +80,7 @@ class Shapes:
         variant: see `engine.Variant`.
         kept: whether a later turn goes on from the cache. Its size is then a multiple of `CACHE_GROWTH`, so that few
             turns need programs of their own.
+        fixed: size of the cache in slots, if it never grows.
     """
 
     rows: int
@@ -87,6 +88,7 @@ class Shapes:
     steps: int
     variant: engine.Variant
     kept: bool = False
+    fixed: int | None = None
 
     @property
     def computed_rows(self) -> int:
@@ -95,6 +97,8 @@ class Shapes:
 
     def slots(self, needed: int) -> int:
         """The size of the cache in slots while `needed` slots are in use."""
+        if self.fixed is not None:
+            return self.fixed
         final = self.width + self.steps + self.spare
         return cache_slots(needed, roomy_slots(final) if self.kept else final, self.variant.kernels)
 

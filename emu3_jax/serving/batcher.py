@@ -1,0 +1,289 @@
+"""The batcher: one thread owns the device, and does the jobs of all clients in the rows of decode sessions.
+
+A job joins in a free row while the others are where they are. The device is asked for a bounded number of passes at a
+time. Between two calls, rows that are done are given to the next jobs.
+"""
+
+import concurrent.futures
+import functools
+import logging
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from emu3_jax.errors import Emu3Error
+from emu3_jax.fields import is_count
+from emu3_jax.generation import defaults
+from emu3_jax.generation.codec import decode_picture
+from emu3_jax.generation.pipeline import Emu3
+from emu3_jax.media.sizes import generate_size
+from emu3_jax.printable import shown
+from emu3_jax.serving.fair_queue import FairQueue, Full
+from emu3_jax.serving.jobs import Busy, Failed, Finished, Job, TooLarge
+from emu3_jax.serving.pool import Options, Pool, pool_slots, smallest
+from emu3_jax.serving.rows import Later, make_work
+from emu3_jax.serving.tickets import QueuedTicket
+
+_log = logging.getLogger("emu3_jax")
+
+QUEUE = 64  # jobs that may wait
+PASSES = 16  # most passes of a call: a new job, an event or a cancellation waits no longer than they take
+ROWS_EVERY = 0.5  # seconds between two looks at a picture that is being generated
+BROKEN = "the server failed to compute this: try again"
+CLOSING = "the server shuts down: try again later"
+
+
+class Batcher:
+    """Implements `jobs.Jobs` over a model.
+
+    In float32 the result of a job is that of `Emu3.generate` or `Emu3.chat` with the same seed, whatever the other jobs
+    are and whenever they join.
+    """
+
+    def __init__(
+        self,
+        model: Emu3,
+        *,
+        rows: int = defaults.BATCH_SIZE,
+        queue: int = QUEUE,
+        passes: int = PASSES,
+        slots: Sequence[int] | None = None,
+        options: Options | None = None,
+        rows_every: float = ROWS_EVERY,
+    ):
+        """Starts the thread.
+
+        Args:
+            model: the model, of Emu3's family.
+            rows: number of rows of each pool.
+            queue: largest number of jobs that wait.
+            passes: largest number of passes of a call of the device.
+            slots: sizes of the caches of the pools, in slots, in rising order; see `pool.pool_slots`, the default.
+            options: options of the sessions.
+            rows_every: seconds between two `PictureRows` of a job.
+
+        Raises:
+            Emu3Error: the model is of another family, or a number is not legal.
+        """
+        for name, number in {"rows": rows, "queue": queue, "passes": passes}.items():
+            if not is_count(number):
+                raise Emu3Error(f"{name} is {shown(number)}: it must be a whole number >= 1")
+        language = model.language
+        language.require_emu3()
+        if slots is None:
+            slots = pool_slots(language.config, model.vision.config.spatial_factor)
+        self._model, self._passes, self._rows_every = model, passes, rows_every
+        self._pools: list[Pool[QueuedTicket]] = [
+            Pool(language, rows, count, options or Options()) for count in sorted(slots)
+        ]
+        self._changed = threading.Condition()
+        # Below: guarded by `_changed`.
+        self._queue: FairQueue[QueuedTicket] = FairQueue(queue)
+        self._commands: list[tuple[Callable[[], None], concurrent.futures.Future[None]]] = []
+        self._closing = self._hurried = False
+        self._seconds = 1.0  # a job's time in its row, as a running mean
+        self._counts = dict.fromkeys(
+            ("taken", "refused", "finished", "failed", "cancelled", "passes", "row_passes", "row_passes_used", "tokens",
+             "pictures"), 0,
+        )  # fmt: skip
+        # Below: of the device's thread.
+        self._later: list[tuple[QueuedTicket, Later]] = []
+        self._thread = threading.Thread(target=self._run, name="emu3-jax-batcher", daemon=True)
+        self._thread.start()
+
+    # ------------------------------------------------------------------------------------------------ any thread
+
+    def submit(self, job: Job) -> QueuedTicket:
+        """See `jobs.Jobs`."""
+        work = make_work(self._model, job)
+        if smallest(self._pools, work.prompt, work.steps) is None:
+            raise TooLarge(
+                f"a prompt of {work.prompt} tokens and {work.steps} tokens to generate exceed the server's "
+                f"{self._pools[-1].slots}: shorten the prompt, or ask for a smaller picture or answer"
+            )
+        ticket = QueuedTicket(job, work, self._cancelled)
+        with self._changed:
+            try:
+                if self._closing:
+                    raise Full
+                self._queue.put(job.client, ticket)
+            except Full:
+                self._counts["refused"] += 1
+                raise Busy(self._retry_after()) from None
+            self._counts["taken"] += 1
+            self._changed.notify_all()
+        return ticket
+
+    def figures(self) -> Mapping[str, Any]:
+        """See `jobs.Jobs`. Counters end with `_total`; the others are levels.
+
+        `row_passes_used_total / row_passes_total` is the share of the computed rows that jobs had.
+        """
+        with self._changed:
+            used, rows = sum(len(pool.used) for pool in self._pools), sum(pool.rows for pool in self._pools)
+            counts = {f"{name}_total": count for name, count in self._counts.items()}
+            for name in ("taken", "refused", "finished", "failed", "cancelled"):
+                counts[f"jobs_{name}_total"] = counts.pop(f"{name}_total")
+            return {**counts, "queue_length": len(self._queue), "rows": rows, "rows_used": used}
+
+    def close(self, finish: bool) -> None:
+        """See `jobs.Jobs`."""
+        with self._changed:
+            self._closing = True
+            self._hurried = self._hurried or not finish
+            self._changed.notify_all()
+        self._thread.join()
+
+    def warm_up(self, sizes: Sequence[tuple[str, int | None]] = (("1:1", None),)) -> None:
+        """Compiles what jobs need, and waits for it. Later jobs compile nothing, apart from what is named here.
+
+        Each further size of a generated picture needs a program of its own that decodes it, and each size of a picture
+        to answer about one that encodes it.
+
+        Args:
+            sizes: (ratio, area) of pictures that will be asked for; None is the model's area.
+        """
+        config, factor = self._model.language.config, self._model.vision.config.spatial_factor
+        grids = [generate_size(ratio, area or config.image_area, factor) for ratio, area in sizes]
+
+        def compile_all() -> None:
+            for pool in self._pools:
+                pool.warm_up()
+            for grid in grids:
+                decode_picture(self._model.vision, np.zeros(grid, np.int32))
+
+        done: concurrent.futures.Future[None] = concurrent.futures.Future()
+        with self._changed:
+            if self._closing:
+                raise RuntimeError("the batcher is closed")
+            self._commands.append((compile_all, done))
+            self._changed.notify_all()
+        done.result()
+
+    def _cancelled(self, ticket: QueuedTicket) -> None:
+        with self._changed:
+            self._counts["cancelled"] += 1
+            self._queue.remove(ticket.job.client, ticket)
+
+    def _retry_after(self) -> int:
+        rows = sum(pool.rows for pool in self._pools)
+        return max(1, math.ceil(self._seconds * len(self._queue) / rows))
+
+    # ------------------------------------------------------------------------------------------------ the device's
+
+    def _run(self) -> None:
+        while self._wait():
+            for pool in self._pools:
+                try:
+                    self._step(pool)
+                except Exception:  # whatever it is, the server goes on
+                    _log.exception("the device failed; the jobs in its rows are given up")
+                    for ticket in pool.forget():
+                        self._fail(ticket, BROKEN)
+            self._deliver()
+
+    def _wait(self) -> bool:
+        """Waits for something to do, and runs commands. Returns False when all is done after `close`."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._commands or self._closing or len(self._queue) or self._busy())
+            commands, self._commands = self._commands, []
+            left = self._queue.clear() if self._hurried else []
+            if self._hurried:
+                left += [ticket for pool in self._pools for ticket in pool.forget()]
+            more = bool(len(self._queue)) or self._busy() or not self._closing
+        for ticket in left:
+            self._fail(ticket, CLOSING)
+        for command, done in commands:
+            try:
+                command()
+                done.set_result(None)
+            except Exception as error:  # the caller of `warm_up` gets it
+                done.set_exception(error)
+        return more
+
+    def _busy(self) -> bool:
+        return any(pool.used for pool in self._pools)
+
+    def _step(self, pool: Pool[QueuedTicket]) -> None:
+        """Gives free rows to jobs, and takes some passes."""
+        for index in pool.used:
+            owner = pool.owners[index]
+            if owner is not None and owner.cancelled:
+                pool.owners[index] = None  # its row goes on until a job needs it, and nobody reads it
+        self._admit(pool)
+        if not pool.used:
+            return
+        pool.advance(self._passes)
+        self._deliver()  # while the device goes on
+        reading, passes = pool.read()
+        self._count(passes)
+        for index in pool.used:
+            ticket, ids, done = pool.owners[index], reading.tokens[index], bool(reading.done[index])
+            if ticket is None:
+                continue
+            if done:
+                pool.owners[index] = None
+            try:
+                if done:
+                    events = ticket.work.finish(ids, bool(reading.ended[index]), int(reading.passes[index]))
+                else:
+                    events = ticket.work.more(ids, functools.partial(ticket.wants_rows, self._rows_every))
+            except Emu3Error as error:
+                pool.owners[index] = None
+                self._fail(ticket, str(error))
+                continue
+            self._later += [(ticket, event) for event in events]
+
+    def _admit(self, pool: Pool[QueuedTicket]) -> None:
+        for index in pool.free():
+            with self._changed:
+                ticket = self._queue.take(lambda one: smallest(self._pools, one.work.prompt, one.work.steps) is pool)
+            if ticket is None:
+                return
+            try:
+                row = ticket.work.row()
+            except Exception:  # a picture of this job, but not the session
+                _log.exception("a job cannot begin")
+                self._fail(ticket, BROKEN)
+                continue
+            pool.begin(index, ticket, row, ticket.work.settings)
+            ticket.begin()
+
+    def _deliver(self) -> None:
+        """Waits for the events that the device was asked for, and tells them."""
+        later, self._later = self._later, []
+        for ticket, event in later:
+            if ticket.cancelled:
+                continue
+            try:
+                told = event()
+            except Exception:
+                _log.exception("a picture cannot be decoded")
+                self._fail(ticket, BROKEN)
+                continue
+            if isinstance(told, Finished):
+                self._finished(ticket, told)
+            ticket.tell(told)
+
+    def _finished(self, ticket: QueuedTicket, told: Finished) -> None:
+        with self._changed:
+            self._seconds += (ticket.seconds - self._seconds) / 8
+            self._counts["finished"] += 1
+            self._counts["tokens"] += told.tokens
+            self._counts["pictures"] += told.picture is not None
+
+    def _fail(self, ticket: QueuedTicket, message: str) -> None:
+        if not ticket.cancelled:
+            with self._changed:
+                self._counts["failed"] += 1
+            ticket.tell(Failed(message))
+
+    def _count(self, passes: list[int]) -> None:
+        """Counts the passes of a call, given the number of passes of each row, with 0 for rows that are free."""
+        with self._changed:
+            self._counts["passes"] += max(passes)
+            self._counts["row_passes"] += max(passes) * len(passes)
+            self._counts["row_passes_used"] += sum(passes)

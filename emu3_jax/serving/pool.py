@@ -1,0 +1,168 @@
+"""A decode session whose rows are reused: its shapes, its rows in use, and the programs that it needs."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from emu3_jax.config import DecoderConfig
+from emu3_jax.errors import Emu3Error
+from emu3_jax.generation import defaults
+from emu3_jax.generation.language import Language
+from emu3_jax.generation.rows import Sampling
+from emu3_jax.generation.sampling import RowSettings
+from emu3_jax.generation.schedule import TokenClass, grid_length
+from emu3_jax.generation.session import DecodeSession, Reading, Row, Snapshot
+from emu3_jax.generation.shapes import bucket
+from emu3_jax.media.sizes import MAX_ELONGATION, generate_size
+
+Owner = TypeVar("Owner")
+
+_LEAST_WIDTH = 64
+_LAST_DOUBLED = 1024
+_SHORT_PROMPT = 128  # tokens of a prompt that a pool of pictures has room for, beside the longest picture
+
+
+def widths(slots: int) -> list[int]:
+    """The numbers of slots that prompts are padded to, in a cache of `slots` slots: each needs its own program.
+
+    They double up to 1,024, and then rise by 1,024, so that the padding of a row takes less than 1,024 slots.
+    """
+    found, width = [], _LEAST_WIDTH
+    while width < slots:
+        found.append(width)
+        width += min(width, _LAST_DOUBLED)
+    return found
+
+
+def pool_slots(config: DecoderConfig, factor: int) -> list[int]:
+    """The sizes of the caches of a server's pools, in slots: one for pictures, and one for all that the model can do.
+
+    If the model's positions are few more than a picture needs, there is only one pool.
+
+    Args:
+        config: config of the decoder.
+        factor: pixels per code along each side.
+    """
+    longest = 0
+    for ratio in (f"1:{MAX_ELONGATION}", "1:2", "1:1", f"{MAX_ELONGATION}:1"):
+        with contextlib.suppress(Emu3Error):  # the area is too small for this ratio
+            longest = max(longest, grid_length(generate_size(ratio, config.image_area, factor), "lines"))
+    most = config.max_positions
+    whole = bucket(most + min([_LEAST_WIDTH, *widths(most)][-1], _LAST_DOUBLED))  # with the most padding of a prompt
+    pictures = bucket(_SHORT_PROMPT + longest)
+    return [pictures, whole] if pictures < 3 * whole // 4 else [whole]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of all sessions of a server; see `DecodeSession`."""
+
+    parallel: int | str = "off"
+    kernels: str = "auto"
+
+
+class Pool(Generic[Owner]):
+    """A session of a fixed number of rows. Each row in use has an owner. All methods belong to the device's thread.
+
+    Attributes:
+        rows: number of rows.
+        slots: size of the cache in slots.
+        owners: the owner of each row, or None for a row that is free.
+    """
+
+    def __init__(self, language: Language, rows: int, slots: int, options: Options):
+        self.rows, self.slots = rows, slots
+        self.owners: list[Owner | None] = [None] * rows
+        self._language, self._options = language, options
+        self._session: DecodeSession | None = None
+        self._snapshot: Snapshot | None = None
+        self._passes = np.ones(rows, np.int32)  # those of each row, as the host last knew
+
+    def width(self, prompt: int, steps: int) -> int | None:
+        """The number of slots that a prompt of `prompt` tokens gets, or None if it and `steps` tokens do not fit."""
+        for width in widths(self.slots):
+            if width >= prompt and width + steps <= self.slots:
+                return width
+        return None
+
+    def fits(self, prompt: int, steps: int) -> bool:
+        """Whether a row of a prompt of `prompt` tokens and `steps` further tokens fits into this pool."""
+        return self.width(prompt, steps) is not None
+
+    @property
+    def used(self) -> list[int]:
+        """The rows in use."""
+        return [index for index, owner in enumerate(self.owners) if owner is not None]
+
+    def free(self) -> Iterator[int]:
+        """Yields the rows that are free."""
+        return (index for index, owner in enumerate(self.owners) if owner is None)
+
+    def begin(self, index: int, owner: Owner, row: Row, settings: RowSettings) -> None:
+        """Gives a row to an owner, and runs its prompt."""
+        width = self.width(max(len(row.prompt), len(row.negative or ())), len(row.schedule))
+        session = self._started()
+        self.owners[index] = owner  # from now on, an error is the owner's too
+        session.replace(index, row, settings, width=width)
+        self._passes = np.where(np.arange(self.rows) == index, 1, self._passes)
+
+    def advance(self, passes: int) -> None:
+        """Asks the device for up to `passes` passes. `read` then waits for them."""
+        self._snapshot = self._started().advance(passes)
+
+    def read(self) -> tuple[Reading, list[int]]:
+        """Waits for what `advance` asked for.
+
+        Returns:
+            What the rows have, and the number of passes that each took part in since the last time; 0 for free rows.
+        """
+        if self._snapshot is None:
+            raise RuntimeError("all rows are done, but some have owners")
+        reading, before, used = self._started().read(self._snapshot), self._passes, self.used
+        self._passes = reading.passes
+        return reading, [int(reading.passes[row] - before[row]) if row in used else 0 for row in range(self.rows)]
+
+    def forget(self) -> list[Owner]:
+        """Gives up the session, after an error. Returns the owners of its rows. A new session starts when needed."""
+        owners = [owner for owner in self.owners if owner is not None]
+        self.owners, self._session, self._snapshot = [None] * self.rows, None, None
+        return owners
+
+    def warm_up(self) -> None:
+        """Compiles all programs of the session, by using them."""
+        session, tokens = self._started(), self._language.config.tokens
+        settings = _plain()
+        for width in widths(self.slots):
+            row = Row([tokens.bos], np.full(2, TokenClass.VISUAL, np.int8))
+            session.replace(0, row, settings, width=width)
+            for _ in range(2):  # the state that a program returns may differ in layout from the one before
+                if (snapshot := session.advance(1)) is not None:
+                    session.read(snapshot)
+
+    def _started(self) -> DecodeSession:
+        if self._session is None:
+            self._session = self._new()
+            self._session.read(self._session.start())
+        return self._session
+
+    def _new(self) -> DecodeSession:
+        """A session of rows that are done from the start."""
+        language, bos = self._language, self._language.config.tokens.bos
+        idle = Row([bos], np.asarray([TokenClass.VISUAL], np.int8), [bos])
+        return DecodeSession(
+            language.params, language.config, [idle] * self.rows, _plain(self.rows), mesh=language.mesh,
+            narrow_cache=language.narrow_cache, parallel=self._options.parallel, kernels=self._options.kernels,
+            replaceable=True, slots=self.slots,
+        )  # fmt: skip
+
+
+def _plain(count: int = 1) -> RowSettings:
+    return Sampling(defaults.TEMPERATURE, defaults.TOP_K, defaults.TOP_P, 1.0, defaults.SEED).settings(count)
+
+
+def smallest(pools: Sequence[Pool[Owner]], prompt: int, steps: int) -> Pool[Owner] | None:
+    """The pool of the smallest cache that a row fits into, or None."""
+    return next((pool for pool in pools if pool.fits(prompt, steps)), None)
