@@ -10,7 +10,17 @@ import numpy as np
 from PIL import Image
 
 from emu3_jax.errors import Emu3Error
-from emu3_jax.serving.jobs import AnswerJob, AnswerText, Busy, Failed, Finished, PictureRows, Started
+from emu3_jax.serving.jobs import (
+    AnswerJob,
+    AnswerText,
+    Busy,
+    ClipFrames,
+    ClipJob,
+    Failed,
+    Finished,
+    PictureRows,
+    Started,
+)
 
 SIDE = 16
 MOST = 40  # jobs in a queue
@@ -31,7 +41,9 @@ class FakeTicket:
                     self.jobs.release.wait(30)
                 if self.jobs.closed or self._stop.is_set():
                     return
-                if isinstance(self.job, AnswerJob):
+                if isinstance(self.job, ClipJob):
+                    yield ClipFrames(step, np.full((1, SIDE, SIDE, 3), step, np.uint8))
+                elif isinstance(self.job, AnswerJob):
                     yield AnswerText("abcd"[step])
                 else:
                     yield PictureRows(np.full((4 * (step + 1), SIDE, 3), step, np.uint8), (SIDE, SIDE))
@@ -41,6 +53,9 @@ class FakeTicket:
                     return
             if isinstance(self.job, AnswerJob):
                 yield Finished(text="abcd", ended=self.job.max_new_tokens > 4, prompt_tokens=3, tokens=4, passes=4)
+                return
+            if isinstance(self.job, ClipJob):
+                yield Finished(clip=np.zeros((self.job.frames, SIDE, SIDE, 3), np.uint8), tokens=6)
                 return
             picture = Image.new("RGB", (SIDE, SIDE), "gray")
             picture.info = {"prompt": self.job.prompt, "seed": str(self.job.seed), "guidance": str(self.job.guidance)}

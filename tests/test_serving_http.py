@@ -115,6 +115,33 @@ def test_the_client_streams_an_answer(client):
     assert chunks[-1].usage.total_tokens == 7
 
 
+@pytest.mark.filterwarnings("ignore:The Sora API")  # the client says so of OpenAI's own service
+def test_the_client_makes_a_video(client, jobs):
+    video = client.videos.create_and_poll(prompt="a", model="tiny", seconds="2", size="1280x720", poll_interval_ms=20)
+    assert (video.status, video.progress, video.seconds, video.size) == ("completed", 100, "2", f"{SIDE}x{SIDE}")
+    assert (jobs.jobs[0].frames, jobs.jobs[0].ratio) == (16, "1280:720")
+    assert client.videos.download_content(video.id).content[4:8] == b"ftyp"
+    waiting = client.videos.create(prompt="wait")
+    with pytest.raises(openai.ConflictError):
+        client.videos.download_content(waiting.id)
+    assert [one.id for one in client.videos.list()] == [waiting.id, video.id]
+    assert client.videos.delete(waiting.id).deleted and jobs.open == 0
+    with pytest.raises(openai.NotFoundError):
+        client.videos.retrieve(waiting.id)
+    for wrong in ({"seconds": "x"}, {"prompt": "<|image start|>"}, {"size": "big"}, {"input_reference": b"x"}):
+        with pytest.raises(openai.BadRequestError):
+            client.videos.create(**{"prompt": "a", **wrong})
+    assert len(list(client.videos.list())) == 1
+
+
+def test_a_clip_without_the_extra_video_is_webp(monkeypatch):
+    from emu3_jax.serving import videos_api
+
+    monkeypatch.setattr(videos_api.importlib.util, "find_spec", lambda name: None)
+    data, kind = videos_api.encode_clip(np.arange(2, dtype=np.uint8).repeat(768).reshape(2, 16, 16, 3))
+    assert kind == "image/webp" and Image.open(io.BytesIO(data)).n_frames == 2
+
+
 def test_the_client_lists_models_and_reads_errors(client):
     assert [model.id for model in client.models.list()] == ["tiny"] and client.models.retrieve("tiny").id == "tiny"
     with pytest.raises(openai.NotFoundError) as unknown:
@@ -192,6 +219,7 @@ def wrong_bodies(draw: random.Random):
         (CHAT, ("messages", "n", "max_tokens", "stream", "stream_options", "temperature", "tools", "logprobs", "model",
                 "frequency_penalty", "stop", "nonsense")),
         ("/v1/reconstructions", ("image", "prompt")),
+        ("/v1/videos", ("prompt", "seconds", "size", "frames", "area", "input_reference", "model")),
     ):  # fmt: skip
         for body in raw:
             yield path, body
@@ -201,6 +229,11 @@ def wrong_bodies(draw: random.Random):
             if draw.random() < 0.5:
                 body |= {"prompt": "a"} if path == PICTURES else {"messages": question()}
             yield path, json.dumps(body).encode()
+    for _ in range(300):
+        body = bytearray(b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\na\r\n--x--\r\n')
+        for _ in range(draw.randint(1, 30)):
+            body[draw.randrange(len(body))] = draw.randrange(256)
+        yield "/v1/videos", bytes(body[: draw.randrange(len(body))])
     parts = [{"type": "image_url", "image_url": value} for value in odd] + [{"type": t} for t in odd if t != ""]
     for _ in range(1000):
         content = draw.choice([[draw.choice(parts)], *[value for value in odd if not isinstance(value, str)]])
@@ -217,7 +250,10 @@ def test_thousands_of_wrong_requests(app, jobs):
             await asyncio.sleep(0.01)
         count = 0
         for path, body in wrong_bodies(random.Random(0)):
-            found = await ask(app, "POST", path, body)
+            form = path == "/v1/videos" and not body.startswith(b"{")
+            found = await ask(
+                app, "POST", path, body, {"content-type": "multipart/form-data; boundary=x"} if form else {}
+            )
             assert found.refusal["type"] in ("invalid_request_error", "not_found_error"), (path, body[:200])
             count += 1
         for method, path in (("GET", PICTURES), ("PUT", "/v1/models"), ("GET", "/../etc/passwd"), ("POST", "/\0"),

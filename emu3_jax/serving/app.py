@@ -17,7 +17,7 @@ from starlette.routing import Route
 
 from emu3_jax.generation.pipeline import Emu3
 from emu3_jax.printable import shown
-from emu3_jax.serving import chat_api, pictures_api
+from emu3_jax.serving import chat_api, page, pictures_api, videos_api
 from emu3_jax.serving.fields import Fields, parse_object
 from emu3_jax.serving.following import until_left
 from emu3_jax.serving.guard import FAULT, Guard
@@ -58,6 +58,12 @@ def make_app(
         Route("/v1/images/edits", api.edits, methods=["POST"]),
         Route("/v1/chat/completions", api.chat, methods=["POST"]),
         Route("/v1/reconstructions", api.reconstruct, methods=["POST"]),
+        Route("/v1/videos", api.make_video, methods=["POST"]),
+        Route("/v1/videos", api.videos.list),
+        Route("/v1/videos/{id}", api.videos.one),
+        Route("/v1/videos/{id}", api.videos.delete, methods=["DELETE"]),
+        Route("/v1/videos/{id}/content", api.videos.content),
+        *page.routes(),
     ]
     handlers: Mapping[Any, Any] = {HTTPException: _no_route, Refused: _refused, Exception: _failed}
     return Guard(Starlette(routes=routes, exception_handlers=handlers), limits, key=key, hosts=hosts,
@@ -67,7 +73,9 @@ def make_app(
 async def _no_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path, method = shown(request.url.path), shown(request.method)
-    if error.status_code == 405:
+    if error.status_code == 400:  # a form that cannot be parsed
+        refused = Refused(400, f"the body cannot be read: {shown(error.detail)}", code="invalid_body")
+    elif error.status_code == 405:
         refused = Refused(405, f"{path} does not take {method}", code="method_not_allowed", headers=error.headers)
     else:
         refused = Refused(404, f"there is nothing at {path}: see the documentation of emu3-jax serve", code="not_found")
@@ -96,6 +104,7 @@ class _Api:
         self._slots = asyncio.Semaphore(limits.decoders)
         self._vision = asyncio.Semaphore(1)
         self._waiting = 0
+        self.videos = videos_api.Videos(jobs)
         self._started = int(time.time())
         self.answered: Counter[int] = Counter()
 
@@ -136,6 +145,14 @@ class _Api:
         if asked.stream:
             return EventStream(pictures_api.stream_pictures(self._jobs, asked))
         return await _unless_left(request, pictures_api.answer_pictures(self._jobs, asked))
+
+    async def make_video(self, request: Request) -> Response:
+        if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+            fields = Fields(await videos_api.read_form(request), self._limits)
+        else:
+            fields = await self._fields(request)
+        job = videos_api.read_request(fields, self._model.name, _client(request))
+        return JSONResponse(await self.videos.create(job, self._model.name))
 
     async def edits(self, request: Request) -> Response:
         raise bad(None, "this model cannot edit pictures: it draws from text alone", "unsupported_model")
