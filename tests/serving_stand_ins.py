@@ -21,6 +21,7 @@ from emu3_jax.serving.jobs import (
     PictureRows,
     Started,
 )
+from emu3_jax.text.tokenizer import SpecialTokenError
 
 SIDE = 16
 MOST = 40  # jobs in a queue
@@ -84,8 +85,8 @@ class FakeJobs:
     def submit(self, job):
         if not 0 <= job.temperature <= 1e9:
             raise Emu3Error(f"temperature is {job.temperature}: it must be 0, or a number from 1e-9 to 1e9")
-        if "<|" in job.prompt:
-            raise Emu3Error("the prompt has the control token '<|image start|>': remove it")
+        if "<|image start|>" in job.prompt + getattr(job, "negative", ""):
+            raise SpecialTokenError("<|image start|>")
         with self.lock:
             if self.open >= MOST or job.prompt == "busy":
                 raise Busy(7)

@@ -18,9 +18,12 @@ import pytest
 from PIL import Image
 from serving_stand_ins import SIDE, FakeJobs, FakeModel, ask, served
 
+from emu3_jax.media.sizes import generate_size
+from emu3_jax.serving import server
 from emu3_jax.serving.app import make_app
-from emu3_jax.serving.guard import LOOPBACK
+from emu3_jax.serving.guard import LOOPBACK, Guard
 from emu3_jax.serving.limits import Limits
+from emu3_jax.serving.streams import EventStream
 
 KEY = "a key of nobody".replace(" ", "-")
 PICTURES, CHAT = "/v1/images/generations", "/v1/chat/completions"
@@ -78,7 +81,8 @@ def test_the_client_draws(client, jobs):
     assert (found.size, found.output_format, found.usage.total_tokens) == (f"{SIDE}x{SIDE}", "webp", 22)
     assert [job.seed for job in jobs.jobs] == [7, 8] and [one.metadata["seed"] for one in found.data] == ["7", "8"]
     job = jobs.jobs[0]
-    assert (job.negative, job.guidance, job.top_k, job.temperature, job.ratio) == ("blue", 2.0, 5, 0.5, "1792:1024")
+    assert (job.negative, job.guidance, job.top_k, job.temperature, job.ratio) == ("blue", 2.0, 5, 0.5, "7:4")
+    assert found.ratio == "7:4"
     png = picture(client.images.generate(prompt="a").data[0].b64_json)
     assert png.format == "PNG" and png.info["prompt"] == "a"
 
@@ -119,7 +123,7 @@ def test_the_client_streams_an_answer(client):
 def test_the_client_makes_a_video(client, jobs):
     video = client.videos.create_and_poll(prompt="a", model="tiny", seconds="2", size="1280x720", poll_interval_ms=20)
     assert (video.status, video.progress, video.seconds, video.size) == ("completed", 100, "2", f"{SIDE}x{SIDE}")
-    assert (jobs.jobs[0].frames, jobs.jobs[0].ratio) == (16, "1280:720")
+    assert (jobs.jobs[0].frames, jobs.jobs[0].ratio) == (16, "16:9")
     assert client.videos.download_content(video.id).content[4:8] == b"ftyp"
     waiting = client.videos.create(prompt="wait")
     with pytest.raises(openai.ConflictError):
@@ -156,6 +160,9 @@ def test_the_client_lists_models_and_reads_errors(client):
         assert refused.value.param in options
     with pytest.raises(openai.BadRequestError, match="cannot edit"):
         client.images.edit(image=b"x", prompt="a")
+    with pytest.raises(openai.BadRequestError, match="PNG is lossless") as refused:
+        client.images.generate(prompt="a", output_compression=50)
+    assert refused.value.param == "output_compression"
     with pytest.raises(openai.InternalServerError, match="the device failed"):
         client.images.generate(prompt="fail")
     with pytest.raises(openai.APIError, match="the device failed"):
@@ -225,7 +232,8 @@ def wrong_bodies(draw: random.Random):
             yield path, body
         for _ in range(1000):
             body = {name: draw.choice(odd) for name in draw.sample(fields, min(len(fields), draw.randint(1, 3)))}
-            body["no such field"] = draw.choice([value for value in odd if value is not None])
+            unknown = draw.choice(["no such field", "\ud800", "a\nb\0", "", "x" * 9000])
+            body[unknown] = draw.choice([value for value in odd if value is not None])
             if draw.random() < 0.5:
                 body |= {"prompt": "a"} if path == PICTURES else {"messages": question()}
             yield path, json.dumps(body).encode()
@@ -257,6 +265,7 @@ def test_thousands_of_wrong_requests(app, jobs):
             assert found.refusal["type"] in ("invalid_request_error", "not_found_error"), (path, body[:200])
             count += 1
         for method, path in (("GET", PICTURES), ("PUT", "/v1/models"), ("GET", "/../etc/passwd"), ("POST", "/\0"),
+                             ("POST", PICTURES + "/"), ("GET", "/health/"),
                              ("GET", "/v1/models/" + "x" * 9000), ("DELETE", "/v1/videos/%00")):  # fmt: skip
             assert (await ask(app, method, path)).refusal
         assert jobs.open == 1 and len(jobs.jobs) == 1
@@ -265,6 +274,33 @@ def test_thousands_of_wrong_requests(app, jobs):
         return count
 
     assert run(attack()) > 4000 and jobs.open == 0
+
+
+@pytest.mark.parametrize(
+    ("size", "ratio"),
+    [("1024x1024", "1:1"), ("auto", "1:1"), ("1536x1024", "3:2"), ("1000x1001", "1000:1001"), ("99999x1", "5:1"),
+     ("100x900", "1:5")],
+)  # fmt: skip
+def test_sizes_become_legal_ratios(app, jobs, size, ratio):
+    assert run(ask(app, "POST", PICTURES, {"prompt": "a", "size": size})).json["ratio"] == ratio
+    assert jobs.jobs[0].ratio == ratio and generate_size(ratio, 720 * 720)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body", "param", "code"),
+    [
+        (PICTURES, {"prompt": "a <|image start|>"}, "prompt", "control_token"),
+        (PICTURES, {"prompt": "a", "negative_prompt": "<|image start|>", "n": 2}, "negative_prompt", "control_token"),
+        (CHAT, {"messages": question("<|image start|>")}, "messages", "control_token"),
+        (PICTURES, {"prompt": "a", "temperature": 1e10}, "temperature", "invalid_value"),
+        (CHAT, {"messages": question(), "temperature": -1}, "temperature", "invalid_value"),
+    ],
+)
+def test_what_jobs_refuse_names_the_field(app, jobs, path, body, param, code, stream):
+    refusal = run(ask(app, "POST", path, {**body, "stream": stream})).refusal
+    assert (refusal["param"], refusal["code"]) == (param, code) and refusal["message"].startswith(param)
+    assert "--" not in refusal["message"] and jobs.open == 0  # no remedy of the command line
 
 
 def test_large_pictures_and_bodies(jobs):
@@ -351,6 +387,39 @@ def test_killed_clients_leave_no_job(app, jobs):
                     break
                 time.sleep(0.01)
             assert jobs.open == 0
+
+
+def test_clients_that_neither_read_nor_write_are_dropped(app, jobs, monkeypatch):
+    """A client that takes no bytes, and one that sends half a head on a connection that was in use."""
+    monkeypatch.setattr(server, "_UNREAD_SECONDS", 0.2)
+    monkeypatch.setattr(server, "_HEAD_SECONDS", 0.2)
+    lost, ended = threading.Event(), server._Protocol.connection_lost
+
+    def connection_lost(protocol, error):
+        ended(protocol, error)
+        lost.set()
+
+    async def flood():
+        while True:
+            yield b"x" * (1 << 20)
+
+    async def flooded(scope, receive, send):
+        await EventStream(flood())(scope, receive, send)
+
+    monkeypatch.setattr(server._Protocol, "connection_lost", connection_lost)
+    with served(Guard(flooded, Limits()), jobs) as url:
+        place = urllib.parse.urlsplit(url)
+        with socket.create_connection((place.hostname, place.port), timeout=30) as deaf:
+            deaf.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert lost.wait(30)
+    with served(app, jobs) as url:
+        place = urllib.parse.urlsplit(url)
+        with socket.create_connection((place.hostname, place.port), timeout=30) as slow:
+            slow.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert slow.recv(20).startswith(b"HTTP/1.1 200")
+            slow.sendall(b"GET /heal")
+            while slow.recv(1000):
+                pass
 
 
 def test_the_server_finishes_what_it_began(app, jobs):

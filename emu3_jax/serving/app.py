@@ -66,8 +66,9 @@ def make_app(
         *page.routes(),
     ]
     handlers: Mapping[Any, Any] = {HTTPException: _no_route, Refused: _refused, Exception: _failed}
-    return Guard(Starlette(routes=routes, exception_handlers=handlers), limits, key=key, hosts=hosts,
-                 answered=api.answered)  # fmt: skip
+    app = Starlette(routes=routes, exception_handlers=handlers)
+    app.router.redirect_slashes = False  # it would redirect to a URL made of the client's own Host header
+    return Guard(app, limits, key=key, hosts=hosts, answered=api.answered)
 
 
 async def _no_route(request: Request, error: Exception) -> Response:

@@ -7,7 +7,7 @@ import typing
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from emu3_jax.printable import shown
+from emu3_jax.printable import printable, shown
 from emu3_jax.serving.limits import Limits
 from emu3_jax.serving.refusals import Refused, bad
 
@@ -135,7 +135,8 @@ class Fields:
             if name not in self._known:
                 near = difflib.get_close_matches(name[:100], self._known, n=1)
                 hint = f": did you mean {near[0]}?" if near else ": remove it"
-                raise bad(name[:100], f"unknown field {shown(name)}{hint}", "unknown_parameter")
+                # The name may be any text, also one that UTF-8 cannot encode.
+                raise bad(printable(name[:100]), f"unknown field {shown(name)}{hint}", "unknown_parameter")
 
 
 def check_model(fields: Fields, name: str) -> None:

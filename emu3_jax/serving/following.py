@@ -3,11 +3,12 @@
 import asyncio
 import contextlib
 import threading
+import unicodedata
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
-from emu3_jax.serving.jobs import Event, Failed, Finished, Job, Jobs, PictureRows, Ticket
+from emu3_jax.serving.jobs import AnswerJob, Event, Failed, Finished, Job, Jobs, PictureRows, Ticket
 from emu3_jax.serving.refusals import Refused, refusing
 
 Result = TypeVar("Result")
@@ -102,7 +103,7 @@ async def following(jobs: Jobs, asked: Sequence[Job]) -> AsyncIterator[Followed]
     # It may encode pictures, which takes time. It goes on to its end if the client leaves meanwhile.
     submitted = asyncio.ensure_future(asyncio.to_thread(submit))
     try:
-        with refusing():
+        with refusing(text=lambda token: _field_with(token, asked)):
             await asyncio.shield(submitted)
     except asyncio.CancelledError:
         later = asyncio.ensure_future(_cancel_later(tickets, submitted))
@@ -118,6 +119,13 @@ async def following(jobs: Jobs, asked: Sequence[Job]) -> AsyncIterator[Followed]
         yield followed
     finally:
         followed.cancel()
+
+
+def _field_with(token: str, asked: Sequence[Job]) -> str:
+    """The request's field whose text contains a control token."""
+    if isinstance(asked[0], AnswerJob):
+        return "messages"
+    return "prompt" if token in unicodedata.normalize("NFC", asked[0].prompt) else "negative_prompt"
 
 
 async def _cancel_later(tickets: Sequence[Ticket], submitted: Awaitable[None]) -> None:

@@ -82,9 +82,10 @@ class Guard:
             if not started:
                 await answer(guarded, refused)
         except TimeoutError:
-            if not started:
-                raise
-            return  # the client takes no bytes any more; the server closes the connection
+            if started:
+                return  # the client takes no bytes any more; the server closes the connection
+            _log.exception("a request failed")
+            await answer(guarded, FAULT)
         except _Left:
             return
         except Exception:

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import math
 import re
 import secrets
 import time
@@ -9,6 +10,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from emu3_jax.generation import defaults
+from emu3_jax.media.sizes import MAX_ELONGATION
 from emu3_jax.printable import shown
 from emu3_jax.serving.fields import Fields, check_model
 from emu3_jax.serving.following import check, following
@@ -33,8 +35,8 @@ class PictureRequest:
 def read_ratio(fields: Fields) -> str:
     """The ratio of `size` (WxH in pixels) or of the extension `ratio`; 1:1 by default.
 
-    Only the ratio of `size` counts: a model draws well only at the area that it was trained for. The answer has the
-    size that was drawn.
+    Only the ratio of `size` counts: a model draws well only at the area that it was trained for. A size that is more
+    elongated than is legal becomes the nearest legal ratio. The answer has the ratio and the size that were drawn.
     """
     ratio, size = fields.raw("ratio"), fields.raw("size")
     if ratio is not None:
@@ -46,7 +48,10 @@ def read_ratio(fields: Fields) -> str:
     match = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", size) if isinstance(size, str) else None
     if match is None:
         raise bad("size", f"size is {shown(size)}: it must be auto, or WIDTHxHEIGHT such as 1024x1024")
-    return f"{match[1]}:{match[2]}"
+    width, height = int(match[1]), int(match[2])
+    width, height = min(width, MAX_ELONGATION * height), min(height, MAX_ELONGATION * width)
+    common = math.gcd(width, height)
+    return f"{width // common}:{height // common}"
 
 
 def read_sampling(fields: Fields, n: int, temperature: float) -> tuple[dict[str, Any], list[int]]:
@@ -86,6 +91,9 @@ def read_request(fields: Fields, limits: Limits, model: str, client: str) -> Pic
         stream=fields.flag("stream"),
         partial_images=fields.whole("partial_images", 0, 0, limits.partial_images),
     )
+    if request.form == "png" and request.compression != 100:
+        raise bad("output_compression", f"output_compression is {request.compression}, but PNG is lossless: give "
+                  "output_format jpeg or webp, or leave it out", "unsupported_value")  # fmt: skip
     fields.only(
         quality=("auto",), response_format=("b64_json",), background=("auto", "opaque"), moderation=("auto", "low"),
     )  # fmt: skip

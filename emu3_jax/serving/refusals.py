@@ -1,12 +1,13 @@
 """What a request is refused with: a status, one line, and the fields of OpenAI's error objects."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from emu3_jax.errors import Emu3Error
 from emu3_jax.printable import one_line
 from emu3_jax.serving.jobs import Busy, TooLarge
+from emu3_jax.text.tokenizer import SpecialTokenError
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -46,15 +47,36 @@ def bad(param: str | None, message: str, code: str = "invalid_value") -> Refused
     return Refused(400, message, param=param, code=code)
 
 
+_FIELDS = {  # a job's field, with which a message begins, and the request's name for it
+    "guidance": "guidance_scale",
+    "negative": "negative_prompt",
+    "max_new_tokens": "max_completion_tokens",
+    **{name: name for name in ("prompt", "temperature", "top_k", "top_p", "seed", "ratio", "area")},
+}
+
+
+def _field(message: str) -> str | None:
+    return _FIELDS.get(message.partition(" ")[0])
+
+
 @contextlib.contextmanager
-def refusing(param: str | None = None) -> Iterator[None]:
-    """Turns what `Jobs.submit` and the readers of pictures raise into a refusal."""
+def refusing(param: str | None = None, text: Callable[[str], str | None] = lambda token: None) -> Iterator[None]:
+    """Turns what `Jobs.submit` and the readers of pictures raise into a refusal.
+
+    Args:
+        param: the field of the request that is read. Without it, the error's own words say which field is wrong.
+        text: returns the field whose text contains a control token.
+    """
     try:
         yield
     except Busy as busy:
         wait = str(busy.retry_after)
         raise Refused(429, str(busy), code="queue_full", headers={"Retry-After": wait}) from busy
     except TooLarge as error:
-        raise bad(param, str(error), "too_large") from error
+        raise bad(param or _field(str(error)), str(error), "too_large") from error
+    except SpecialTokenError as error:  # its own words name arguments of Python and of the command line
+        name = text(error.token) or param
+        message = f"{name or 'the text'} contains the control token {error.token}: remove it"
+        raise bad(name, message, "control_token") from error
     except Emu3Error as error:
-        raise bad(param, str(error)) from error
+        raise bad(param or _field(str(error)), str(error)) from error

@@ -18,6 +18,7 @@ from emu3_jax.serving.jobs import Jobs
 from emu3_jax.serving.refusals import Refused
 
 _HEAD_SECONDS = 20.0  # in which the head of a request must arrive
+_UNREAD_SECONDS = 60.0  # after which a connection is dropped whose client takes no bytes
 _MOST_CONNECTIONS = 512
 _LEAST_KEY = 8  # characters
 
@@ -84,22 +85,42 @@ def address(bound: socket.socket) -> str:
 
 
 class _Protocol(H11Protocol):
-    """Uvicorn's protocol, with a time limit for the head of the first request, and errors in JSON."""
+    """Uvicorn's protocol, with time limits for heads of requests and for unread answers, and errors in JSON."""
+
+    _head: asyncio.TimerHandle | None = None  # while a head is awaited
+    _unread: asyncio.TimerHandle | None = None  # while the client takes no bytes
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         if len(self.connections) > _MOST_CONNECTIONS:
             transport.close()
             return
-        self._head = self.loop.call_later(_HEAD_SECONDS, self._late)
+        self._head = self.loop.call_later(_HEAD_SECONDS, transport.close)
 
-    def _late(self) -> None:
-        if self.cycle is None:  # no head yet
-            self.transport.close()
+    def data_received(self, data: bytes) -> None:
+        # Uvicorn's own limit, for silent connections between requests, ends with the first byte of a head.
+        if self._head is None and self._awaits_head():
+            self._head = self.loop.call_later(_HEAD_SECONDS, self.transport.close)
+        super().data_received(data)
+        if not self._awaits_head():
+            _cancel(self._head)
+            self._head = None
+
+    def _awaits_head(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    def pause_writing(self) -> None:
+        # `close` would wait for ever until the client has taken the rest.
+        self._unread = self.loop.call_later(_UNREAD_SECONDS, self.transport.abort)
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        _cancel(self._unread)
+        super().resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if head := getattr(self, "_head", None):
-            head.cancel()
+        _cancel(self._head)
+        _cancel(self._unread)
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
@@ -107,6 +128,11 @@ class _Protocol(H11Protocol):
         head = f"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
         self.transport.write(f"{head}connection: close\r\n\r\n".encode() + body)
         self.transport.close()
+
+
+def _cancel(timer: asyncio.TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()
 
 
 class _Server(uvicorn.Server):
