@@ -29,6 +29,7 @@ COMMANDS = {
     "chat": "answer questions about pictures and clips",
     "video": "generate clips from prompts, or continue a clip",
     "interleave": "write texts and pictures in turn",
+    "serve": "serve a model: a page, and an endpoint for OpenAI's clients",
     "tokenize": "encode pictures and clips to codes",
     "detokenize": "decode codes to pictures and clips",
     "convert": "convert PyTorch checkpoints to a bundle",

@@ -1,0 +1,93 @@
+"""Serve a model to many clients at once: a page for browsers, and an endpoint in the shape of OpenAI's API.
+
+Only this machine can reach the server, unless --host names another interface. Then it wants an API key. Ctrl-C and
+SIGTERM end it: requests under way get --grace seconds to finish.
+
+examples:
+  emu3-jax serve
+  emu3-jax serve --host 0.0.0.0 --port 8080 --rows 16
+"""
+
+import argparse
+import os
+
+from emu3_jax.cli import common
+from emu3_jax.generation import defaults
+
+KEY = "EMU3_JAX_API_KEY"
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    common.add_model(command)
+    common.add_adapter(command)
+    common.add_fast_pixels(command)
+    command.add_argument(
+        "--rows",
+        type=common.whole(1, 4096),
+        default=defaults.BATCH_SIZE,
+        metavar="N",
+        help="pictures and answers computed at once; more take more memory (default: %(default)s)",
+    )
+    command.add_argument(
+        "--queue",
+        type=common.whole(1, 100_000),
+        default=64,
+        metavar="N",
+        help="requests that may wait; more are told to come again later (default: %(default)s)",
+    )
+    command.add_argument(
+        "--host", default="127.0.0.1", metavar="H", help="address of the interface to serve at (default: %(default)s)"
+    )
+    command.add_argument(
+        "--port",
+        type=common.whole(0, 65535),
+        default=8000,
+        metavar="N",
+        help="port to serve at; 0 takes a free one (default: %(default)s)",
+    )
+    command.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help=f"key that clients must send (default: the environment variable {KEY}, which no process list shows)",
+    )
+    command.add_argument(
+        "--insecure", action="store_true", help="allow another interface than loopback without a key: everybody may ask"
+    )
+    command.add_argument(
+        "--grace",
+        type=common.whole(1, 86_400),
+        default=60,
+        metavar="SECONDS",
+        help="time that requests get to finish after Ctrl-C or SIGTERM (default: %(default)s)",
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    from emu3_jax.errors import Emu3Error
+
+    try:
+        import python_multipart  # noqa: F401  # Starlette imports it when a form comes
+
+        from emu3_jax.serving.app import make_app
+        from emu3_jax.serving.batcher import Batcher
+        from emu3_jax.serving.guard import LOOPBACK
+        from emu3_jax.serving.server import address, bind, check_key, make_server
+    except ModuleNotFoundError as error:
+        raise Emu3Error(f"serve needs {error.name}, which is not installed: pip install 'emu3-jax[serve]'") from error
+
+    key = options.api_key or os.environ.get(KEY) or None
+    loopback = check_key(key, options.host, options.insecure)
+    with bind(options.host, options.port) as bound:  # before the model is loaded, which takes long
+        model = common.load_model(options)
+        jobs = Batcher(model, rows=options.rows, queue=options.queue)
+        try:
+            jobs.warm_up()
+            hosts = (*LOOPBACK, options.host.lower()) if loopback else None
+            app = make_app(jobs, model, key=key, hosts=hosts)
+
+            def ready() -> None:
+                print(f"{address(bound)} serves {model.name}, {options.rows} rows", flush=True)
+
+            make_server(app, jobs, grace=options.grace, ready=ready).run(sockets=[bound])
+        finally:
+            jobs.close(finish=False)
