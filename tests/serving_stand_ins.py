@@ -85,6 +85,10 @@ class FakeJobs:
     def submit(self, job):
         if not 0 <= job.temperature <= 1e9:
             raise Emu3Error(f"temperature is {job.temperature}: it must be 0, or a number from 1e-9 to 1e9")
+        if getattr(job, "guidance", 0) < 0:
+            raise Emu3Error(f"guidance is {job.guidance}: it must be a number from 0 to 1e9")
+        if any(min(picture.size) < 2 for picture in getattr(job, "pictures", ())):
+            raise Emu3Error("a picture of 1x1 pixels is too small: each side must have at least 2 pixels; enlarge it")
         if "<|image start|>" in job.prompt + getattr(job, "negative", ""):
             raise SpecialTokenError("<|image start|>")
         with self.lock:

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import http.client
 import io
 import json
 import random
@@ -16,7 +17,7 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
-from serving_stand_ins import SIDE, FakeJobs, FakeModel, ask, served
+from serving_stand_ins import SIDE, Answer, FakeJobs, FakeModel, ask, served
 
 from emu3_jax.media.sizes import generate_size
 from emu3_jax.serving import server
@@ -294,6 +295,7 @@ def test_sizes_become_legal_ratios(app, jobs, size, ratio):
         (PICTURES, {"prompt": "a", "negative_prompt": "<|image start|>", "n": 2}, "negative_prompt", "control_token"),
         (CHAT, {"messages": question("<|image start|>")}, "messages", "control_token"),
         (PICTURES, {"prompt": "a", "temperature": 1e10}, "temperature", "invalid_value"),
+        (PICTURES, {"prompt": "a", "guidance_scale": -1}, "guidance_scale", "invalid_value"),
         (CHAT, {"messages": question(), "temperature": -1}, "temperature", "invalid_value"),
     ],
 )
@@ -301,6 +303,46 @@ def test_what_jobs_refuse_names_the_field(app, jobs, path, body, param, code, st
     refusal = run(ask(app, "POST", path, {**body, "stream": stream})).refusal
     assert (refusal["param"], refusal["code"]) == (param, code) and refusal["message"].startswith(param)
     assert "--" not in refusal["message"] and jobs.open == 0  # no remedy of the command line
+
+
+def test_a_picture_that_jobs_refuse_is_in_the_messages(app, jobs):
+    refusal = run(ask(app, "POST", CHAT, {"messages": question(url=data_url(1))})).refusal
+    assert refusal["param"] == "messages" and "too small" in refusal["message"]
+
+
+POST = f"POST {PICTURES} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n".encode()
+RAW = {
+    b"\x16\x03\x01 no HTTP\r\n\r\n": 400,
+    b"GET /health HTTP/1.1\r\n\r\n": 400,
+    b"GET /health HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n": 400,
+    b"GET /health HTTP/1.1\r\nHost: \xff\r\n\r\n": 403,
+    b"GET http://evil.example/health HTTP/1.1\r\nHost: localhost\r\n\r\n": 404,
+    b"GET /\xff HTTP/1.1\r\nHost: localhost\r\n\r\n": 400,
+    b"GET /%00%ff%ed%a0%80 HTTP/1.1\r\nHost: localhost\r\n\r\n": 404,
+    b"GET /v1/models/%ed%a0%80%0d%0a HTTP/1.1\r\nHost: localhost\r\n\r\n": 404,
+    b"CONNECT evil.example:443 HTTP/1.1\r\nHost: localhost\r\n\r\n": 404,
+    b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\n\r\n": 404,
+    b"A" * 5000 + b" /health HTTP/1.1\r\nHost: localhost\r\n\r\n": 405,
+    POST + b"Content-Length: -5\r\n\r\n": 400,
+    POST + b"Content-Length: 99999999999999\r\n\r\n": 413,
+    POST + b"Content-Length: 999999999\r\nExpect: 100-continue\r\n\r\n": 413,
+    POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n": 400,
+    POST + b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n": 400,
+}
+
+
+def test_requests_that_no_library_sends(app, jobs):
+    """Each gets a whole answer in the shape of errors, and none disturbs the next."""
+    with served(app, jobs) as url:
+        place = urllib.parse.urlsplit(url)
+        for sent, status in RAW.items():
+            with socket.create_connection((place.hostname, place.port), timeout=30) as asking:
+                asking.sendall(sent)
+                found = http.client.HTTPResponse(asking)
+                found.begin()
+                answer = Answer(found.status, {k.lower(): v for k, v in found.headers.items()}, found.read())
+                assert answer.refusal and answer.status == status, sent[:80]
+    assert jobs.jobs == []
 
 
 def test_large_pictures_and_bodies(jobs):

@@ -103,7 +103,8 @@ async def following(jobs: Jobs, asked: Sequence[Job]) -> AsyncIterator[Followed]
     # It may encode pictures, which takes time. It goes on to its end if the client leaves meanwhile.
     submitted = asyncio.ensure_future(asyncio.to_thread(submit))
     try:
-        with refusing(text=lambda token: _field_with(token, asked)):
+        otherwise = "messages" if isinstance(asked[0], AnswerJob) else None
+        with refusing(text=lambda token: _field_with(token, asked), otherwise=otherwise):
             await asyncio.shield(submitted)
     except asyncio.CancelledError:
         later = asyncio.ensure_future(_cancel_later(tickets, submitted))

@@ -55,17 +55,27 @@ _FIELDS = {  # a job's field, with which a message begins, and the request's nam
 }
 
 
-def _field(message: str) -> str | None:
-    return _FIELDS.get(message.partition(" ")[0])
+def _refusal(error: Emu3Error, param: str | None, otherwise: str | None, code: str) -> Refused:
+    """See `refusing`."""
+    word, _, rest = str(error).partition(" ")
+    if param is None and word in _FIELDS:
+        return bad(_FIELDS[word], f"{_FIELDS[word]} {rest}", code)
+    return bad(param or otherwise, str(error), code)
 
 
 @contextlib.contextmanager
-def refusing(param: str | None = None, text: Callable[[str], str | None] = lambda token: None) -> Iterator[None]:
+def refusing(
+    param: str | None = None,
+    *,
+    text: Callable[[str], str | None] = lambda token: None,
+    otherwise: str | None = None,
+) -> Iterator[None]:
     """Turns what `Jobs.submit` and the readers of pictures raise into a refusal.
 
     Args:
         param: the field of the request that is read. Without it, the error's own words say which field is wrong.
         text: returns the field whose text contains a control token.
+        otherwise: the field to name if the words do not say which is wrong.
     """
     try:
         yield
@@ -73,10 +83,10 @@ def refusing(param: str | None = None, text: Callable[[str], str | None] = lambd
         wait = str(busy.retry_after)
         raise Refused(429, str(busy), code="queue_full", headers={"Retry-After": wait}) from busy
     except TooLarge as error:
-        raise bad(param or _field(str(error)), str(error), "too_large") from error
+        raise _refusal(error, param, otherwise, "too_large") from error
     except SpecialTokenError as error:  # its own words name arguments of Python and of the command line
         name = text(error.token) or param
         message = f"{name or 'the text'} contains the control token {error.token}: remove it"
         raise bad(name, message, "control_token") from error
     except Emu3Error as error:
-        raise bad(param or _field(str(error)), str(error)) from error
+        raise _refusal(error, param, otherwise, "invalid_value") from error
