@@ -24,7 +24,7 @@ from emu3_jax.serving.jobs import (
     Started,
     TooLarge,
 )
-from emu3_jax.serving.pool import Pool, pool_slots, widths
+from emu3_jax.serving.pool import Pool, pool_slots, rows_that_fit, widths
 
 pytestmark = pytest.mark.compiled_quickly
 
@@ -368,3 +368,14 @@ def test_widths_and_slots(model):
 def test_numbers_that_are_not_legal(model):
     with pytest.raises(Emu3Error, match="rows is 0: it must be a whole number >= 1"):
         Batcher(model, rows=0)
+
+
+def test_a_budget_of_memory_limits_the_rows(model, batcher):
+    # Two layers of keys and values of two heads of 8 float32 numbers each, for guidance twice; and two numbers a row.
+    row = [2 * (2 * 2 * 2 * 8 * 4 * slots + 8) for slots in (192, 384)]
+    for rows in (1, 3):
+        need = rows * sum(row) + row[1]
+        assert rows_that_fit(model.language, [192, 384], need) == rows
+        assert batcher(rows=8, slots=[192, 384], memory=need).figures()["rows"] == 2 * rows
+    with pytest.raises(Emu3Error, match=r"one row takes .* bytes for keys and values, but the server may take 1,000"):
+        Batcher(model, memory=1000)

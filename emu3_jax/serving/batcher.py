@@ -23,7 +23,7 @@ from emu3_jax.media.sizes import generate_size
 from emu3_jax.printable import shown
 from emu3_jax.serving.fair_queue import FairQueue, Full
 from emu3_jax.serving.jobs import Busy, Failed, Finished, Job, TooLarge
-from emu3_jax.serving.pool import Options, Pool, pool_slots, smallest
+from emu3_jax.serving.pool import Options, Pool, pool_slots, rows_that_fit, smallest
 from emu3_jax.serving.rows import Later, make_work
 from emu3_jax.serving.tickets import QueuedTicket
 
@@ -50,6 +50,7 @@ class Batcher:
         rows: int = defaults.BATCH_SIZE,
         queue: int = QUEUE,
         passes: int = PASSES,
+        memory: int | None = None,
         slots: Sequence[int] | None = None,
         options: Options | None = None,
         rows_every: float = ROWS_EVERY,
@@ -58,15 +59,16 @@ class Batcher:
 
         Args:
             model: the model, of Emu3's family.
-            rows: number of rows of each pool.
+            rows: largest number of rows of each pool.
             queue: largest number of jobs that wait.
             passes: largest number of passes of a call of the device.
+            memory: largest number of bytes of all caches together, or None. It may make the rows fewer.
             slots: sizes of the caches of the pools, in slots, in rising order; see `pool.pool_slots`, the default.
             options: options of the sessions.
             rows_every: seconds between two `PictureRows` of a job.
 
         Raises:
-            Emu3Error: the model is of another family, or a number is not legal.
+            Emu3Error: the model is of another family, a number is not legal, or no row fits into `memory`.
         """
         for name, number in {"rows": rows, "queue": queue, "passes": passes}.items():
             if not is_count(number):
@@ -75,6 +77,8 @@ class Batcher:
         language.require_emu3()
         if slots is None:
             slots = pool_slots(language.config, model.vision.config.spatial_factor)
+        if memory is not None:
+            rows = min(rows, rows_that_fit(language, slots, memory))
         self._model, self._passes, self._rows_every = model, passes, rows_every
         self._pools: list[Pool[QueuedTicket]] = [
             Pool(language, rows, count, options or Options()) for count in sorted(slots)

@@ -5,6 +5,8 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Generic, TypeVar
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from emu3_jax.config import DecoderConfig
@@ -17,6 +19,7 @@ from emu3_jax.generation.schedule import TokenClass, grid_length
 from emu3_jax.generation.session import DecodeSession, Reading, Row, Snapshot
 from emu3_jax.generation.shapes import bucket
 from emu3_jax.media.sizes import MAX_ELONGATION, generate_size
+from emu3_jax.models.cache import KVCache
 
 Owner = TypeVar("Owner")
 
@@ -54,6 +57,36 @@ def pool_slots(config: DecoderConfig, factor: int) -> list[int]:
     whole = bucket(most + min([_LEAST_WIDTH, *widths(most)][-1], _LAST_DOUBLED))  # with the most padding of a prompt
     pictures = bucket(_SHORT_PROMPT + longest)
     return [pictures, whole] if pictures < 3 * whole // 4 else [whole]
+
+
+def rows_that_fit(language: Language, slots: Sequence[int], memory: int) -> int:
+    """The number of rows of each pool such that all caches fit into a budget.
+
+    Args:
+        language: the decoder.
+        slots: sizes of the pools' caches, in slots.
+        memory: bytes for caches, on all devices together.
+
+    Raises:
+        Emu3Error: not even one row fits.
+    """
+
+    def row_bytes(slots: int) -> int:
+        """Every row is computed twice, for guidance."""
+        cache = jax.eval_shape(
+            lambda: KVCache.create(language.config, jnp.zeros((2,), jnp.int32), slots, language.narrow_cache)
+        )
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+
+    # While a row joins, its prompt has a cache of its own.
+    each, joining = sum(map(row_bytes, slots)), max(map(row_bytes, slots))
+    rows = (memory - joining) // each
+    if rows < 1:
+        raise Emu3Error(
+            f"one row takes {each + joining:,} bytes for keys and values, but the server may take {memory:,}: give it "
+            "more memory, or quantize the model to int8, caches too"
+        )
+    return rows
 
 
 @dataclasses.dataclass(frozen=True)
