@@ -11,6 +11,8 @@ from serving_stand_ins import FakeJobs, FakeModel, served
 from emu3_jax.serving.app import make_app
 from emu3_jax.serving.guard import LOOPBACK
 
+pytestmark = pytest.mark.slow  # the quick tier has no Selenium
+
 KEY = "key-of-the-page"
 
 
