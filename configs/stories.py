@@ -27,7 +27,7 @@ def config() -> TrainConfig:
         data=DataConfig(
             (
                 Source(f"{TOKENS}/stories_train", task, weight=2.0, parts=2),
-                Source(f"{TOKENS}/edits_train", task, weight=1.5, parts=3),
+                Source(f"{TOKENS}/edits_train", task, weight=2.0, parts=3),
             ),
             sequence_length=1984,
             packing=0,
@@ -35,7 +35,7 @@ def config() -> TrainConfig:
         ),
         batch_size=48,
         mesh="data=-1",
-        steps=3_000,
+        steps=3_600,
         optimizer=OptimizerConfig(
             learning_rate=8e-4, final_learning_rate=4e-5, warmup_steps=100, clip_norm=1.0, eps=1e-8
         ),
