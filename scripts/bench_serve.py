@@ -273,7 +273,7 @@ class Bench:
     @contextlib.contextmanager
     def batcher(self, rows: int) -> Iterator[Batcher]:
         """A batcher that has compiled all that the load needs."""
-        batcher = Batcher(self._model, rows=rows, queue=len(self._jobs), slots=[self._slots], **self._options)
+        batcher = Batcher(self._model, rows=rows, queue=6 * len(self._jobs), slots=[self._slots], **self._options)
         try:
             began = time.perf_counter()
             batcher.warm_up(self._sizes)

@@ -16,6 +16,7 @@ from emu3_jax.serving.jobs import (
     Busy,
     ClipFrames,
     ClipJob,
+    Closing,
     Failed,
     Finished,
     PictureRows,
@@ -79,10 +80,12 @@ class FakeJobs:
     """Counts tickets that are neither finished nor cancelled in `open`; keeps all jobs in `jobs`."""
 
     def __init__(self):
-        self.lock, self.open, self.jobs, self.closed = threading.Lock(), 0, [], []
+        self.lock, self.open, self.jobs, self.closed, self.ending = threading.Lock(), 0, [], [], False
         self.release = threading.Event()  # lets jobs with the prompt "wait" finish
 
     def submit(self, job):
+        if self.ending:
+            raise Closing
         if not 0 <= job.temperature <= 1e9:
             raise Emu3Error(f"temperature is {job.temperature}: it must be 0, or a number from 1e-9 to 1e9")
         if getattr(job, "guidance", 0) < 0:
@@ -99,9 +102,12 @@ class FakeJobs:
         return FakeTicket(self, job)
 
     def figures(self):
-        return {"rows_in_use": self.open, "jobs_total": len(self.jobs), "kind": "fake"}
+        kinds = {"picture": 2, "answer": 0.5}
+        return {"rows_in_use": self.open, "jobs_total": len(self.jobs), "kind": "fake", "closing": self.ending,
+                "seconds_by_kind_total": kinds}  # fmt: skip
 
     def close(self, finish):
+        self.ending = True
         if not finish:
             self.closed.append(finish)
 

@@ -17,6 +17,7 @@ from emu3_jax.serving.jobs import (
     AnswerJob,
     AnswerText,
     Busy,
+    Closing,
     Failed,
     Finished,
     PictureJob,
@@ -108,7 +109,12 @@ def test_rows_are_used_again_and_counted(model, shared):
     for seed, ticket in enumerate(tickets):
         assert_alone(model, {"prompt": "a", "seed": seed}, result(ticket))
     after = shared.figures()
-    grown = {name: after[name] - before[name] for name in after if name.endswith("_total")}
+    whole = [name for name in after if name.endswith("_total") and not name.endswith("by_kind_total")]
+    grown = {name: after[name] - before[name] for name in whole}
+    name = "jobs_finished_by_kind_total"
+    assert after[name]["picture"] - before[name].get("picture", 0) == 5
+    assert grown["device_seconds_total"] > 0
+    assert sum(after["device_seconds_by_kind_total"].values()) == pytest.approx(after["device_seconds_total"], abs=0.01)
     assert grown["jobs_taken_total"] == grown["jobs_finished_total"] == grown["pictures_total"] == 5
     assert grown["tokens_total"] == 5 * (3 * 4 + 3)
     assert grown["row_passes_total"] == 2 * grown["passes_total"]
@@ -183,15 +189,36 @@ def test_jobs_that_never_fit(shared, batcher):
 
 
 def test_clients_take_turns():
-    queue = FairQueue(6)
+    queue = FairQueue(7)
     for client, item in ("a1", "a2", "a3", "b1", "c1", "b2"):
         queue.put(client, client + item)
-    with pytest.raises(Full):
-        queue.put("d", "d1")
+    with pytest.raises(Full, match="3 of your requests wait"):
+        queue.put("a", "a4")
+    queue.put("d", "d1")
+    with pytest.raises(Full, match="the queue is full"):
+        queue.put("e", "e1")
+    assert queue.remove("d", "d1")
     assert queue.take(lambda item: item == "b1") == "b1"
     assert queue.remove("c", "c1") and not queue.remove("c", "c1")
     assert [queue.take(lambda item: True) for _ in range(4)] == ["a1", "b2", "a2", "a3"]
     assert queue.take(lambda item: True) is None and len(queue) == 0
+
+
+def test_one_client_leaves_room_for_others():
+    """Each of nine clients asks for as much as it can get; a caller without a name has no share."""
+    queue, counts = FairQueue(64), []
+    for client in "abcdefghi":
+        counts.append(0)
+        with pytest.raises(Full, match=f"{32 >> len(counts) - 1 or 1} of your requests wait|the queue is full"):
+            for _ in range(65):
+                queue.put(client, client)
+                counts[-1] += 1
+    assert counts == [32, 16, 8, 4, 2, 1, 1, 0, 0] and len(queue) == 64
+    unnamed = FairQueue(5)
+    for number in range(5):
+        unnamed.put("", number)
+    with pytest.raises(Full, match="the queue is full"):
+        unnamed.put("", 5)
 
 
 class Gate:
@@ -246,8 +273,10 @@ def test_closing(batcher, monkeypatch):
     for thread in closing:
         thread.join()
     assert [type(list(ticket.events())[-1]) for ticket in tickets] == [Finished, Finished, Failed, Failed]
-    with pytest.raises(Busy):
-        finishing.submit(PictureJob(prompt="a"))
+    for one in (finishing, hurried):
+        with pytest.raises(Closing, match="the server shuts down: try again in 5 seconds"):
+            one.submit(PictureJob(prompt="a"))
+        assert one.figures()["closing"] is True
 
 
 def test_after_a_failure_of_the_device_the_server_goes_on(model, batcher, monkeypatch, caplog):

@@ -2,10 +2,13 @@
 
 import asyncio
 import base64
+import gc
 import http.client
 import io
 import json
+import pathlib
 import random
+import resource
 import socket
 import subprocess
 import sys
@@ -191,6 +194,8 @@ def test_key_host_and_origin(jobs):
         found = await ask(app, "GET", "/metrics", headers={"authorization": f"Bearer {KEY}"})
         assert "# TYPE emu3_jax_jobs_total counter\nemu3_jax_jobs_total 0\n" in found.body.decode()
         assert 'emu3_jax_http_answers_total{status="200"} 1' in found.body.decode()
+        label = "# TYPE emu3_jax_seconds_by_kind_total counter\nemu3_jax_seconds_by_kind_total"
+        assert f'{label}{{kind="answer"}} 0.5\n' in found.body.decode() and "closing" not in found.body.decode()
         assert found.headers["x-content-type-options"] == "nosniff"
         open_ = make_app(jobs, FakeModel(), hosts=LOOPBACK)
         for host in ("evil.example", "localhost.evil.example", "", "127.0.0.1.evil.example:8000", "[::2]"):
@@ -231,7 +236,7 @@ def wrong_bodies(draw: random.Random):
     ):  # fmt: skip
         for body in raw:
             yield path, body
-        for _ in range(1000):
+        for _ in range(2200):
             body = {name: draw.choice(odd) for name in draw.sample(fields, min(len(fields), draw.randint(1, 3)))}
             unknown = draw.choice(["no such field", "\ud800", "a\nb\0", "", "x" * 9000])
             body[unknown] = draw.choice([value for value in odd if value is not None])
@@ -250,31 +255,64 @@ def wrong_bodies(draw: random.Random):
         yield CHAT, json.dumps({"messages": messages * draw.randint(1, 70)}).encode()
 
 
-def test_thousands_of_wrong_requests(app, jobs):
-    """Each gets a 4xx in OpenAI's shape, and a request that is under way goes on."""
+def resident() -> int:
+    """Bytes of this process in memory."""
+    gc.collect()
+    return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
-    async def attack():
-        flying = asyncio.ensure_future(ask(app, "POST", PICTURES, {"prompt": "wait", "stream": True}))
+
+def test_ten_thousand_wrong_requests(app, jobs):
+    """Each gets a 4xx in OpenAI's shape, a request that is under way goes on, and no body stays in memory."""
+    pad = b" " * 20_000  # legal after a JSON object; 7,500 bodies that stay would take 150 MB
+    with served(app, jobs) as url:
+        place = urllib.parse.urlsplit(url)
+        flying = http.client.HTTPConnection(place.hostname, place.port, timeout=60)
+        head = {"Content-Type": "application/json"}
+        flying.request("POST", PICTURES, json.dumps({"prompt": "wait", "stream": True}), head)
         while not jobs.open:
-            await asyncio.sleep(0.01)
-        count = 0
-        for path, body in wrong_bodies(random.Random(0)):
+            time.sleep(0.01)
+        sender = http.client.HTTPConnection(place.hostname, place.port, timeout=60)
+        warm = count = 0
+        for count, (path, body) in enumerate(wrong_bodies(random.Random(0)), 1):
             form = path == "/v1/videos" and not body.startswith(b"{")
-            found = await ask(
-                app, "POST", path, body, {"content-type": "multipart/form-data; boundary=x"} if form else {}
-            )
-            assert found.refusal["type"] in ("invalid_request_error", "not_found_error"), (path, body[:200])
-            count += 1
-        for method, path in (("GET", PICTURES), ("PUT", "/v1/models"), ("GET", "/../etc/passwd"), ("POST", "/\0"),
-                             ("POST", PICTURES + "/"), ("GET", "/health/"),
-                             ("GET", "/v1/models/" + "x" * 9000), ("DELETE", "/v1/videos/%00")):  # fmt: skip
-            assert (await ask(app, method, path)).refusal
+            kind = "multipart/form-data; boundary=x" if form else "application/json"
+            sender.request("POST", path, body if form else body + pad, {"Content-Type": kind})
+            found = sender.getresponse()
+            answer = Answer(found.status, {k.lower(): v for k, v in found.headers.items()}, found.read())
+            assert answer.refusal["type"] in ("invalid_request_error", "not_found_error"), (path, body[:200])
+            if count == 2500:
+                warm = resident()
+        grown = resident() - warm
+        sender.close()
+        assert count > 10_000 and grown < 48 << 20
         assert jobs.open == 1 and len(jobs.jobs) == 1
         jobs.release.set()
-        assert json.loads((await flying).events[-1])["type"] == "image_generation.completed"
-        return count
+        assert b"image_generation.completed" in flying.getresponse().read()
+        flying.close()
+    assert jobs.open == 0
 
-    assert run(attack()) > 4000 and jobs.open == 0
+
+def test_wrong_methods_and_paths(app, jobs):
+    for method, path in (("GET", PICTURES), ("PUT", "/v1/models"), ("GET", "/../etc/passwd"), ("POST", "/\0"),
+                         ("POST", PICTURES + "/"), ("GET", "/health/"),
+                         ("GET", "/v1/models/" + "x" * 9000), ("DELETE", "/v1/videos/%00")):  # fmt: skip
+        assert run(ask(app, method, path)).refusal
+    assert jobs.jobs == []
+
+
+@pytest.mark.parametrize("text", ["", " \n\t"])
+def test_empty_prompts_are_refused(app, jobs, text):
+    empty = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": text}]
+    for path, body, param in (
+        (PICTURES, {"prompt": text}, "prompt"),
+        ("/v1/videos", {"prompt": text}, "prompt"),
+        (CHAT, {"messages": [{"role": "user", "content": text}]}, "messages"),
+        (CHAT, {"messages": empty}, "messages"),
+    ):
+        refusal = run(ask(app, "POST", path, body)).refusal
+        assert refusal["param"] == param and "is empty" in refusal["message"]
+    assert jobs.jobs == []
+    assert run(ask(app, "POST", CHAT, {"messages": question("")})).status == 200  # a picture alone is a question
 
 
 @pytest.mark.parametrize(
@@ -374,6 +412,63 @@ def test_large_pictures_and_bodies(jobs):
     assert jobs.jobs == []
 
 
+def test_large_bodies_at_the_same_time(jobs):
+    """What all clients send together is bounded. A small request gets through, and so does the next large one."""
+    limits = Limits(body_bytes=1 << 20, held_bytes=3 << 20, body_seconds=30)
+    app = make_app(jobs, FakeModel(), limits)
+    go, sent = asyncio.Event(), [b" " * (1 << 18)] * 4
+
+    async def slow(scope_sent):
+        scope = {
+            "type": "http", "method": "POST", "path": PICTURES, "headers": [(b"content-type", b"application/json")],
+            "client": None, "query_string": b"",
+        }  # fmt: skip
+        parts = list(sent)
+
+        async def receive():
+            if len(parts) == 1:
+                await go.wait()
+            if not parts:
+                return {"type": "http.disconnect"}
+            return {"type": "http.request", "body": parts.pop(0), "more_body": bool(parts)}
+
+        async def send(message):
+            scope_sent.append(message)
+
+        await app(scope, receive, send)
+
+    async def look():
+        answers = [[] for _ in range(20)]
+        clients = [asyncio.ensure_future(slow(answer)) for answer in answers]
+        await asyncio.sleep(0.1)
+        assert app._bodies.held == 3 << 20
+        assert (await ask(app, "POST", PICTURES, {"prompt": "a"})).status == 200
+        found = await ask(app, "POST", PICTURES, sent)
+        assert found.status == 503 and found.json["error"]["code"] == "overloaded"
+        assert (found.headers["retry-after"], found.headers["connection"]) == ("5", "close")
+        go.set()
+        await asyncio.gather(*clients)
+        statuses = [answer[0]["status"] for answer in answers]
+        assert set(statuses) == {400, 503} and statuses.count(503) >= 16  # 400: white space is no JSON
+        assert app._bodies.held == 0
+        assert (await ask(app, "POST", PICTURES, sent)).status == 400
+
+    run(look())
+
+
+def test_an_answer_that_takes_too_long(jobs):
+    app = make_app(jobs, FakeModel(), Limits(answer_seconds=0.2))
+    found = run(ask(app, "POST", PICTURES, {"prompt": "wait"}))
+    assert found.status == 504 and found.json["error"]["message"].startswith("the answer took more than 0.2 seconds: ")
+    found = run(ask(app, "POST", PICTURES, {"prompt": "for ever", "stream": True, "partial_images": 3}))
+    assert found.status == 200 and json.loads(found.events[-1])["error"]["code"] == "timeout"
+    for _ in range(500):
+        if not jobs.open:
+            break
+        time.sleep(0.01)
+    assert jobs.open == 0
+
+
 def test_a_picture_as_codes_and_back(app):
     found = run(ask(app, "POST", "/v1/reconstructions", {"image": data_url(form="JPEG")})).json
     assert found["codes"] == [[0, 1], [2, 3]] and picture(found["b64_json"]).size == (SIDE, SIDE)
@@ -401,21 +496,25 @@ def test_a_client_that_leaves_cancels(app, jobs):
 
 
 KILLED = """
-import sys, urllib.request, json
-body = json.dumps({"prompt": "for ever", "stream": True, "partial_images": 3}).encode()
-request = urllib.request.Request(sys.argv[1], body, {"Content-Type": "application/json"})
-with urllib.request.urlopen(request) as answer:
-    answer.readline()
+import socket, sys
+body = b'{"prompt": "for ever", "stream": true, "partial_images": 3}'
+head = "POST /v1/images/generations HTTP/1.1\\r\\nHost: localhost\\r\\nContent-Type: application/json\\r\\n"
+with socket.create_connection(("127.0.0.1", int(sys.argv[1]))) as asking:
+    asking.sendall(f"{head}Content-Length: {len(body)}\\r\\n\\r\\n".encode() + body)
+    found = b""
+    while b"partial_image" not in found:
+        found += asking.recv(65536)
     print("streams", flush=True)
-    while answer.readline():
+    while asking.recv(65536):
         pass
 """
 
 
 def test_killed_clients_leave_no_job(app, jobs):
+    """A hundred clients, killed in mid-stream."""
     with served(app, jobs) as url:
-        for _ in range(4):
-            command = [sys.executable, "-S", "-c", KILLED, url + PICTURES]
+        for _ in range(20):
+            command = [sys.executable, "-I", "-S", "-c", KILLED, str(urllib.parse.urlsplit(url).port)]
             started = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(5)]
             for process in started:
                 assert process.stdout.readline() == b"streams\n"
@@ -429,6 +528,7 @@ def test_killed_clients_leave_no_job(app, jobs):
                     break
                 time.sleep(0.01)
             assert jobs.open == 0
+        assert len(jobs.jobs) == 100
 
 
 def test_clients_that_neither_read_nor_write_are_dropped(app, jobs, monkeypatch):
@@ -449,7 +549,7 @@ def test_clients_that_neither_read_nor_write_are_dropped(app, jobs, monkeypatch)
         await EventStream(flood())(scope, receive, send)
 
     monkeypatch.setattr(server._Protocol, "connection_lost", connection_lost)
-    with served(Guard(flooded, Limits()), jobs) as url:
+    with served(Guard(flooded, Limits()), FakeJobs()) as url:
         place = urllib.parse.urlsplit(url)
         with socket.create_connection((place.hostname, place.port), timeout=30) as deaf:
             deaf.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -480,6 +580,36 @@ def test_the_server_finishes_what_it_began(app, jobs):
     with asking:
         assert asking.recv(20).startswith(b"HTTP/1.1 200")
     assert jobs.closed == [False]
+
+
+def test_while_jobs_finish_the_server_says_that_it_ends():
+    """Connections are taken until the last job is done: `/health` and new jobs get 503."""
+    done = threading.Event()
+
+    class Finishing(FakeJobs):
+        def close(self, finish):
+            super().close(finish)
+            assert done.wait(30)
+
+    jobs, found = Finishing(), []
+
+    def look(url):
+        place = urllib.parse.urlsplit(url)
+        while not jobs.ending:
+            time.sleep(0.01)
+        for method, path, body in (("GET", "/health", b""), ("POST", PICTURES, b'{"prompt": "a"}')):
+            asking = http.client.HTTPConnection(place.hostname, place.port, timeout=30)
+            asking.request(method, path, body, {"Content-Type": "application/json"})
+            answer = asking.getresponse()
+            found.append((answer.status, answer.headers["retry-after"], json.load(answer)["error"]["code"]))
+            asking.close()
+        done.set()
+
+    with served(make_app(jobs, FakeModel(), hosts=LOOPBACK), jobs, grace=30) as url:
+        looking = threading.Thread(target=look, args=(url,))
+        looking.start()
+    looking.join()
+    assert found == [(503, "5", "shutting_down")] * 2
 
 
 def test_rows_become_a_whole_picture():

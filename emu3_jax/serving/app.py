@@ -24,7 +24,7 @@ from emu3_jax.serving.guard import FAULT, Guard
 from emu3_jax.serving.jobs import Jobs
 from emu3_jax.serving.limits import Limits
 from emu3_jax.serving.pixels import encode_picture, read_picture
-from emu3_jax.serving.refusals import Refused, bad, refusing
+from emu3_jax.serving.refusals import Refused, bad, refusing, shutting_down
 from emu3_jax.serving.streams import EventStream
 
 _MOST_WAITING = 8  # reconstructions in line, with their pictures in memory
@@ -120,6 +120,8 @@ class _Api:
         return Fields(await asyncio.to_thread(parse_object, body, self._limits), self._limits)
 
     async def health(self, request: Request) -> Response:
+        if self._jobs.figures().get("closing"):
+            raise shutting_down()
         return JSONResponse({"status": "ok"})
 
     async def metrics(self, request: Request) -> Response:
@@ -204,14 +206,20 @@ async def _unless_left(request: Request, work: Any) -> Response:
 def metrics_text(figures: Mapping[str, Any], answered: Mapping[int, int]) -> str:
     """Figures in the text format of Prometheus. It is a few lines, so no library is needed.
 
-    Names that end in `_total` are counters, others gauges. What is no number is left out.
+    Names that end in `_total` are counters, others gauges. A mapping has a number for each kind of job, with
+    the label `kind`. What is no number is left out.
     """
     lines = []
     for name, value in sorted(figures.items()):
-        if not re.fullmatch(r"[a-z_][a-z0-9_]*", name) or isinstance(value, bool) or not isinstance(value, int | float):
+        if not re.fullmatch(r"[a-z_][a-z0-9_]*", name) or isinstance(value, bool):
+            continue
+        if not isinstance(value, int | float | Mapping):
             continue
         lines += [f"# TYPE emu3_jax_{name} {'counter' if name.endswith('_total') else 'gauge'}"]
-        lines += [f"emu3_jax_{name} {json.dumps(value)}"]
+        labelled = {"": value}
+        if isinstance(value, Mapping):
+            labelled = {f'{{kind="{kind}"}}': number for kind, number in sorted(value.items())}
+        lines += [f"emu3_jax_{name}{label} {json.dumps(number)}" for label, number in labelled.items()]
     lines += [
         "# HELP emu3_jax_http_answers_total Answers, by HTTP status.",
         "# TYPE emu3_jax_http_answers_total counter",

@@ -9,6 +9,8 @@ import functools
 import logging
 import math
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,7 +24,7 @@ from emu3_jax.generation.pipeline import Emu3
 from emu3_jax.media.sizes import generate_size
 from emu3_jax.printable import shown
 from emu3_jax.serving.fair_queue import FairQueue, Full
-from emu3_jax.serving.jobs import Busy, Failed, Finished, Job, TooLarge
+from emu3_jax.serving.jobs import Busy, Closing, Failed, Finished, Job, TooLarge
 from emu3_jax.serving.pool import Options, Pool, pool_slots, rows_that_fit, smallest
 from emu3_jax.serving.rows import Later, make_work
 from emu3_jax.serving.tickets import QueuedTicket
@@ -93,6 +95,8 @@ class Batcher:
             ("taken", "refused", "finished", "failed", "cancelled", "passes", "row_passes", "row_passes_used", "tokens",
              "pictures"), 0,
         )  # fmt: skip
+        self._finished_kinds: Counter[str] = Counter()
+        self._device_seconds: Counter[str] = Counter()  # by kind; fractions of seconds
         # Below: of the device's thread.
         self._later: list[tuple[QueuedTicket, Later]] = []
         self._thread = threading.Thread(target=self._run, name="emu3-jax-batcher", daemon=True)
@@ -112,11 +116,14 @@ class Batcher:
         with self._changed:
             try:
                 if self._closing:
-                    raise Full
+                    raise Closing
                 self._queue.put(job.client, ticket)
-            except Full:
+            except Closing:
                 self._counts["refused"] += 1
-                raise Busy(self._retry_after()) from None
+                raise
+            except Full as full:
+                self._counts["refused"] += 1
+                raise Busy(self._retry_after(), str(full)) from None
             self._counts["taken"] += 1
             self._changed.notify_all()
         return ticket
@@ -124,14 +131,21 @@ class Batcher:
     def figures(self) -> Mapping[str, Any]:
         """See `jobs.Jobs`. Counters end with `_total`; the others are levels.
 
-        `row_passes_used_total / row_passes_total` is the share of the computed rows that jobs had.
+        `row_passes_used_total / row_passes_total` is the share of the computed rows that jobs had. The time of a call
+        of the device is shared among the rows in use, by their passes.
         """
         with self._changed:
             used, rows = sum(len(pool.used) for pool in self._pools), sum(pool.rows for pool in self._pools)
             counts = {f"{name}_total": count for name, count in self._counts.items()}
             for name in ("taken", "refused", "finished", "failed", "cancelled"):
                 counts[f"jobs_{name}_total"] = counts.pop(f"{name}_total")
-            return {**counts, "queue_length": len(self._queue), "rows": rows, "rows_used": used}
+            kinds: dict[str, Any] = {
+                "jobs_finished_by_kind_total": dict(self._finished_kinds),
+                "device_seconds_by_kind_total": {kind: round(s, 3) for kind, s in self._device_seconds.items()},
+                "device_seconds_total": round(self._device_seconds.total(), 3),
+            }
+            levels = {"queue_length": len(self._queue), "rows": rows, "rows_used": used, "closing": self._closing}
+            return {**counts, **kinds, **levels}
 
     def close(self, finish: bool) -> None:
         """See `jobs.Jobs`."""
@@ -220,10 +234,11 @@ class Batcher:
         self._admit(pool)
         if not pool.used:
             return
+        began = time.perf_counter()
         pool.advance(self._passes)
         self._deliver()  # while the device goes on
         reading, passes = pool.read()
-        self._count(passes)
+        self._count(pool, passes, time.perf_counter() - began)
         for index in pool.used:
             ticket, ids, done = pool.owners[index], reading.tokens[index], bool(reading.done[index])
             if ticket is None:
@@ -276,6 +291,7 @@ class Batcher:
         with self._changed:
             self._seconds += (ticket.seconds - self._seconds) / 8
             self._counts["finished"] += 1
+            self._finished_kinds[ticket.kind] += 1
             self._counts["tokens"] += told.tokens
             self._counts["pictures"] += told.picture is not None
 
@@ -285,9 +301,12 @@ class Batcher:
                 self._counts["failed"] += 1
             ticket.tell(Failed(message))
 
-    def _count(self, passes: list[int]) -> None:
-        """Counts the passes of a call, given the number of passes of each row, with 0 for rows that are free."""
+    def _count(self, pool: Pool[QueuedTicket], passes: list[int], seconds: float) -> None:
+        """Counts a call of the device, given the number of passes of each row, with 0 for rows that are free."""
         with self._changed:
+            for owner, own in zip(pool.owners, passes, strict=True):
+                if owner is not None and own:
+                    self._device_seconds[owner.kind] += seconds * own / sum(passes)  # type: ignore[assignment]
             self._counts["passes"] += max(passes)
             self._counts["row_passes"] += max(passes) * len(passes)
             self._counts["row_passes_used"] += sum(passes)

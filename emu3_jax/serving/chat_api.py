@@ -98,6 +98,8 @@ def _conversation(fields: Fields, limits: Limits) -> tuple[str, list[tuple[str, 
     if not spoken or spoken[0][0] or spoken[-1][0]:
         raise bad("messages", "messages must begin, after system messages, and end with a message of the user")
     texts = [text for _, text in spoken]
+    if not texts[-1].strip() and not (len(texts) == 1 and pictures):
+        raise bad("messages", "the last message is empty: ask a question")
     texts[0] = "\n".join([*before, texts[0]])  # the model's template has no place of its own for it
     return texts[-1], list(zip(texts[:-1:2], texts[1:-1:2], strict=True)), pictures
 

@@ -8,13 +8,15 @@ Item = TypeVar("Item")
 
 
 class Full(Exception):
-    """The queue has no room."""
+    """The queue has no room. The words say whether that is so for one client or for all."""
 
 
 class FairQueue(Generic[Item]):
     """Takes items of many clients in turn: each client's oldest item, one client after the other.
 
-    It is not safe for several threads.
+    A client may have fewer items than places are free, before it adds another one. So one client alone fills half of
+    the queue, and there is room for a client that comes later. The client "" stands for callers without a name, and has
+    no such limit. The queue is not safe for several threads.
     """
 
     def __init__(self, size: int):
@@ -27,8 +29,11 @@ class FairQueue(Generic[Item]):
 
     def put(self, client: str, item: Item) -> None:
         """Adds an item behind those of its client. Raises `Full` if there is no room."""
-        if len(self) >= self.size:
-            raise Full
+        free, own = self.size - len(self), len(self._waiting.get(client, ()))
+        if free <= 0:
+            raise Full("the queue is full")
+        if client and own >= free:
+            raise Full(f"{own} of your requests wait, which is your share of the queue")
         self._waiting.setdefault(client, collections.deque()).append(item)
 
     def take(self, wanted: Callable[[Item], bool]) -> Item | None:

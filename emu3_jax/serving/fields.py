@@ -62,6 +62,13 @@ class Fields:
             return default
         return self.check_text(name, value)
 
+    def filled(self, name: str) -> str:
+        """A text that must be given and has more than white space."""
+        value = self.text(name)
+        if not value.strip():
+            raise bad(name, f"{name} is empty: say what to make")
+        return value
+
     def check_text(self, name: str, value: Any) -> str:
         """Checks a text for a prompt, and counts it."""
         if not isinstance(value, str):

@@ -11,8 +11,10 @@ from collections.abc import Collection
 from typing import Any
 
 from emu3_jax.printable import shown
+from emu3_jax.serving.bodies import Bodies, Left, replay
 from emu3_jax.serving.limits import Limits
 from emu3_jax.serving.refusals import Refused
+from emu3_jax.serving.streams import event
 
 _log = logging.getLogger("emu3_jax")
 FAULT = Refused(500, "the server failed: see its log", code="internal_error")
@@ -52,6 +54,7 @@ class Guard:
         self._app, self._limits, self._hosts = app, limits, hosts
         self._key = None if key is None else _digest(key.encode())
         self._answered = Counter() if answered is None else answered
+        self._bodies = Bodies(limits)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
@@ -60,38 +63,54 @@ class Guard:
         if scope["type"] != "http":  # websockets
             await send({"type": "websocket.close", "code": 1008})
             return
-        started = False
+        started = streams = False
 
         async def guarded(message: Any) -> None:
-            nonlocal started
+            nonlocal started, streams
             if message["type"] == "http.response.start":
                 started = True
                 self._answered[message["status"]] += 1
                 headers = list(message.get("headers", []))
+                streams = any(value.startswith(b"text/event-stream") for _, value in headers)
                 given = {name.lower() for name, _ in headers}
                 extra = [(n.encode(), v.encode()) for n, v in _HEADERS.items() if n.encode() not in given]
                 message = {**message, "headers": headers + extra}
             async with asyncio.timeout(self._limits.send_seconds):  # else a client that reads nothing stays for ever
                 await send(message)
 
+        limit = asyncio.timeout(self._limits.answer_seconds)
         try:
             self._check(scope)
-            body = await self._body(scope, receive)
-            await self._app(scope, _replay(body, receive), guarded)
+            with self._bodies.claim() as claim:
+                body = await self._bodies.read(scope, receive, claim)
+                async with limit:
+                    await self._app(scope, replay(body, receive), guarded)
         except Refused as refused:
             if not started:
                 await answer(guarded, refused)
         except TimeoutError:
+            if limit.expired() and (streams or not started):
+                await self._late(guarded, started)
+                return
             if started:
                 return  # the client takes no bytes any more; the server closes the connection
             _log.exception("a request failed")
             await answer(guarded, FAULT)
-        except _Left:
+        except Left:
             return
         except Exception:
             _log.exception("a request failed")
             if not started:
                 await answer(guarded, FAULT)
+
+    async def _late(self, send: Any, started: bool) -> None:
+        """Ends an answer that takes too long: a stream gets one more event, which says so."""
+        seconds = self._limits.answer_seconds
+        refused = Refused(504, f"the answer took more than {seconds:g} seconds: ask for less, or later", code="timeout")
+        if started:
+            await send({"type": "http.response.body", "body": event(refused.body(), "error")})
+        else:
+            await answer(send, refused)
 
     def _check(self, scope: Any) -> None:
         headers = {name.lower(): value for name, value in scope["headers"]}
@@ -111,49 +130,6 @@ class Guard:
         origin = headers.get(b"origin", b"").decode("latin-1").lower()
         if self._key is None and origin and urllib.parse.urlsplit(origin).netloc != host:
             raise Refused(403, f"pages of {shown(origin)} may not use this server", code="wrong_origin")
-
-    async def _body(self, scope: Any, receive: Any) -> bytes:
-        most = self._limits.body_bytes
-        too_long = Refused(413, f"the body has more than {most:,} bytes: send less", code="too_large",
-                           headers={"Connection": "close"})  # fmt: skip
-        parts, length = [], 0
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if not declared.isdigit() or len(declared) > 18 or int(declared) > most:
-            raise too_long
-        try:
-            async with asyncio.timeout(self._limits.body_seconds):
-                while True:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise _Left
-                    length += len(message.get("body", b""))
-                    if length > most:
-                        raise too_long
-                    parts.append(message.get("body", b""))
-                    if not message.get("more_body", False):
-                        return b"".join(parts)
-        except TimeoutError as error:
-            seconds = self._limits.body_seconds
-            raise Refused(408, f"the body did not arrive within {seconds:g} seconds: send it again", code="timeout",
-                          headers={"Connection": "close"}) from error  # fmt: skip
-
-
-class _Left(Exception):
-    """The client has left."""
-
-
-def _replay(body: bytes, receive: Any) -> Any:
-    """A `receive` that gives the whole body first."""
-    given = False
-
-    async def replay() -> Any:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return replay
 
 
 def _name(host: str) -> str:

@@ -137,11 +137,18 @@ Event = Started | PictureRows | ClipFrames | AnswerText | Finished | Failed
 
 
 class Busy(Exception):
-    """The queue is full. `retry_after` is when to try again, in whole seconds."""
+    """The queue has no room for this client. `retry_after` is when to try again, in whole seconds."""
 
-    def __init__(self, retry_after: int):
-        super().__init__(f"the queue is full: try again in {retry_after} seconds")
+    def __init__(self, retry_after: int, reason: str = "the queue is full"):
+        super().__init__(f"{reason}: try again in {retry_after} seconds")
         self.retry_after = retry_after
+
+
+class Closing(Busy):
+    """The server shuts down, and takes no more jobs."""
+
+    def __init__(self) -> None:
+        super().__init__(5, "the server shuts down")
 
 
 class TooLarge(Emu3Error):
@@ -170,11 +177,15 @@ class Jobs(Protocol):
         Raises:
             Emu3Error: a field is illegal. The message is one line for the client.
             TooLarge: the job does not fit, however long it waits.
-            Busy: the queue is full.
+            Busy: the queue is full, or this client's share of it.
+            Closing: the server shuts down.
         """
 
     def figures(self) -> Mapping[str, Any]:
-        """Counters and levels for `/metrics`: names without prefix and unit suffix as Prometheus wants them."""
+        """Counters and levels for `/metrics`: names without prefix and unit suffix as Prometheus wants them.
+
+        A mapping has one number for each kind of job. `closing` says whether the server shuts down.
+        """
 
     def close(self, finish: bool) -> None:
         """Takes no more jobs. With `finish`, waits until all are done; otherwise the others fail."""

@@ -9,8 +9,11 @@ class Limits:
 
     Attributes:
         body_bytes: bytes of a body.
+        held_bytes: bytes of all bodies that are in memory at the same time. A body counts until the end of the answer,
+            unless it is small.
         body_seconds: time in which a whole body must arrive.
         send_seconds: time in which a client must take each part of an answer.
+        answer_seconds: time in which a whole answer must be there.
         json_values: values in a body. A value of two bytes can take 100 bytes in memory.
         text: characters of all prompts of a request together.
         messages: messages of a chat.
@@ -23,8 +26,10 @@ class Limits:
     """
 
     body_bytes: int = 32 << 20
+    held_bytes: int = 512 << 20
     body_seconds: float = 60.0
     send_seconds: float = 60.0
+    answer_seconds: float = 3600.0
     json_values: int = 200_000
     text: int = 32_000
     messages: int = 64

@@ -76,7 +76,7 @@ def read_request(fields: Fields, limits: Limits, model: str, client: str) -> Pic
     settings, seeds = read_sampling(fields, n, defaults.TEMPERATURE)
     area = fields.raw("area")
     job = PictureJob(
-        prompt=fields.text("prompt"),
+        prompt=fields.filled("prompt"),
         negative=fields.text("negative_prompt", ""),
         guidance=fields.number("guidance_scale", defaults.GUIDANCE),
         ratio=read_ratio(fields),

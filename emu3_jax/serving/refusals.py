@@ -6,7 +6,7 @@ from typing import Any
 
 from emu3_jax.errors import Emu3Error
 from emu3_jax.printable import one_line
-from emu3_jax.serving.jobs import Busy, TooLarge
+from emu3_jax.serving.jobs import Busy, Closing, TooLarge
 from emu3_jax.text.tokenizer import SpecialTokenError
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -47,6 +47,12 @@ def bad(param: str | None, message: str, code: str = "invalid_value") -> Refused
     return Refused(400, message, param=param, code=code)
 
 
+def shutting_down() -> Refused:
+    """What a server answers that takes no more jobs: status 503."""
+    closing = Closing()
+    return Refused(503, str(closing), code="shutting_down", headers={"Retry-After": str(closing.retry_after)})
+
+
 _FIELDS = {  # a job's field, with which a message begins, and the request's name for it
     "guidance": "guidance_scale",
     "negative": "negative_prompt",
@@ -79,6 +85,8 @@ def refusing(
     """
     try:
         yield
+    except Closing as closing:
+        raise shutting_down() from closing
     except Busy as busy:
         wait = str(busy.retry_after)
         raise Refused(429, str(busy), code="queue_full", headers={"Retry-After": wait}) from busy

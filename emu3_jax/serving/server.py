@@ -6,6 +6,7 @@ import json
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -136,7 +137,11 @@ def _cancel(timer: asyncio.TimerHandle | None) -> None:
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn's server. At its end, `Jobs` takes no more jobs and finishes the others, within a time."""
+    """Uvicorn's server. At its end, `Jobs` takes no more jobs and finishes the others, within a time.
+
+    While they finish, connections are still taken: new jobs get 503, and so does `/health`. So a proxy learns that this
+    server ends before its address is gone.
+    """
 
     def __init__(self, config: uvicorn.Config, jobs: Jobs, ready: Callable[[], None]):
         super().__init__(config)
@@ -148,7 +153,12 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         # A thread of its own: it may wait longer than the grace time.
-        threading.Thread(target=self._jobs.close, args=(True,), daemon=True).start()
+        finishing = threading.Thread(target=self._jobs.close, args=(True,), daemon=True)
+        finishing.start()
+        until = time.monotonic() + (self.config.timeout_graceful_shutdown or 1)
+        while finishing.is_alive() and not self.force_exit and time.monotonic() < until:
+            await asyncio.sleep(0.02)
+        self.config.timeout_graceful_shutdown = max(1, round(until - time.monotonic()))
         await super().shutdown(sockets)
         await asyncio.to_thread(self._jobs.close, False)
 

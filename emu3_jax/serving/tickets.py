@@ -15,11 +15,13 @@ class QueuedTicket:
     Attributes:
         job: the job.
         work: the job as a row.
+        kind: what the job makes, a word for figures: "picture", "answer".
         cancelled: whether the job was given up.
     """
 
     def __init__(self, job: Job, work: Work, on_cancel: Callable[["QueuedTicket"], None]):
         self.job, self.work, self.cancelled = job, work, False
+        self.kind = type(job).__name__.removesuffix("Job").lower()
         self._on_cancel = on_cancel
         self._changed = threading.Condition()
         self._events: collections.deque[Event] = collections.deque()

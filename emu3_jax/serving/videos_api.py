@@ -74,7 +74,7 @@ def read_request(fields: Fields, model: str, client: str) -> ClipJob:
         raise bad("seconds", f"seconds is {seconds:g}: give up to {_MOST_FRAMES / defaults.FPS:g} seconds")
     area = fields.whole("area", 0, 1, 1 << 22)
     job = ClipJob(
-        prompt=fields.text("prompt"),
+        prompt=fields.filled("prompt"),
         negative=fields.text("negative_prompt", ""),
         guidance=fields.number("guidance_scale", defaults.GUIDANCE),
         ratio=read_ratio(fields),
