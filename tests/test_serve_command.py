@@ -7,11 +7,14 @@ import signal
 import socket
 import subprocess
 import sys
+import types
 
+import jax
 import openai
 import pytest
 
 from emu3_jax.cli.main import main
+from emu3_jax.serving.memory import cache_budget
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -43,10 +46,42 @@ def test_refusals(line, monkeypatch):
     assert "serve needs uvicorn, which is not installed: pip install 'emu3-jax[serve]'" in line()
 
 
+class Device:
+    def __init__(self, stats):
+        self.memory_stats = lambda: stats
+
+
+def test_the_budget_of_caches_is_a_share_of_what_is_free(monkeypatch):
+    plain = types.SimpleNamespace(mesh=None)
+    assert cache_budget(plain) is None  # CPUs do not tell
+    devices = [Device({"bytes_limit": 1000, "bytes_in_use": used}) for used in (100, 300)]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    assert cache_budget(plain) == 540
+    assert cache_budget(types.SimpleNamespace(mesh=types.SimpleNamespace(local_devices=devices))) == 840
+    devices[1] = Device({"bytes_limit": 1000})
+    assert cache_budget(types.SimpleNamespace(mesh=types.SimpleNamespace(local_devices=devices))) is None
+
+
+@pytest.mark.parametrize(
+    "words", [("--memory", "0"), ("--memory", "x"), ("--memory", "inf"), ("--ratios", "1:1,9:1"), ("--ratios", "")]
+)
+def test_wrong_numbers_are_refused(capsys, words):
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", *words])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.count("\n") == 1 and f"argument {words[0]}: " in said
+
+
+def test_no_row_fits_into_the_memory(line, tiny_bundle):
+    said = line("--model", str(tiny_bundle), "--memory", "0.000001")
+    assert "one row takes" in said and "give it more memory" in said
+
+
 @pytest.mark.multiprocess
 def test_a_server_from_start_to_end(tiny_bundle):
     """OpenAI's client draws, streams and asks. SIGTERM ends the server, with the code that all commands have."""
     words = ["serve", "--model", str(tiny_bundle), "--dtype", "float32", "--rows", "2", "--port", "0"]
+    words += ["--ratios", "1:1,3:2", "--memory", "1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "EMU3_JAX_API_KEY": "key-of-a-test"}
     with subprocess.Popen(
         [sys.executable, "-m", "emu3_jax", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

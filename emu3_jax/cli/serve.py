@@ -12,9 +12,13 @@ import argparse
 import os
 
 from emu3_jax.cli import common
+from emu3_jax.errors import Emu3Error
 from emu3_jax.generation import defaults
+from emu3_jax.media.sizes import MAX_AREA, generate_size
+from emu3_jax.printable import shown
 
 KEY = "EMU3_JAX_API_KEY"
+USUAL_RATIOS = ("1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16")  # of the page, and of OpenAI's sizes
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -34,6 +38,21 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         default=64,
         metavar="N",
         help="requests that may wait; more are told to come again later (default: %(default)s)",
+    )
+    command.add_argument(
+        "--memory",
+        type=gibibytes,
+        metavar="GIB",
+        help="memory for the caches of all rows; there are fewer rows if they do not fit (default: 60%% of what is "
+        "free after the model is loaded, where the device tells)",
+    )
+    command.add_argument(
+        "--ratios",
+        type=ratio_list,
+        default=USUAL_RATIOS,
+        metavar="W:H,...",
+        help=f"ratios of pictures to compile at the start; others are compiled when they are first asked for (default: "
+        f"{','.join(USUAL_RATIOS)})",
     )
     command.add_argument(
         "--host", default="127.0.0.1", metavar="H", help="address of the interface to serve at (default: %(default)s)"
@@ -60,17 +79,46 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="time that requests get to finish after Ctrl-C or SIGTERM (default: %(default)s)",
     )
+    command.add_argument(
+        "--timeout",
+        type=common.whole(1, 86_400),
+        default=3600,
+        metavar="SECONDS",
+        help="time that an answer may take, with its time in the queue (default: %(default)s)",
+    )
+
+
+def gibibytes(text: str) -> int:
+    """The type of `--memory`: a number of GiB, as bytes."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number <= 1 << 20:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a number of GiB above 0, such as 40 or 7.5")
+    return int(number * 2**30)
+
+
+def ratio_list(text: str) -> tuple[str, ...]:
+    """The type of `--ratios`."""
+    ratios = tuple(text.split(","))
+    for ratio in ratios:
+        try:
+            generate_size(ratio, MAX_AREA)
+        except Emu3Error as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+    return ratios
 
 
 def run(options: argparse.Namespace) -> None:
-    from emu3_jax.errors import Emu3Error
-
     try:
         import python_multipart  # noqa: F401  # Starlette imports it when a form comes
 
         from emu3_jax.serving.app import make_app
         from emu3_jax.serving.batcher import Batcher
         from emu3_jax.serving.guard import LOOPBACK
+        from emu3_jax.serving.limits import Limits
+        from emu3_jax.serving.memory import cache_budget
         from emu3_jax.serving.server import address, bind, check_key, make_server
     except ModuleNotFoundError as error:
         raise Emu3Error(f"serve needs {error.name}, which is not installed: pip install 'emu3-jax[serve]'") from error
@@ -79,14 +127,16 @@ def run(options: argparse.Namespace) -> None:
     loopback = check_key(key, options.host, options.insecure)
     with bind(options.host, options.port) as bound:  # before the model is loaded, which takes long
         model = common.load_model(options)
-        jobs = Batcher(model, rows=options.rows, queue=options.queue)
+        memory = options.memory or cache_budget(model.language)
+        jobs = Batcher(model, rows=options.rows, queue=options.queue, memory=memory)
+        fewer = "" if jobs.rows == options.rows else f" of {options.rows}: no more fit into the memory (--memory)"
         try:
-            jobs.warm_up()
+            jobs.warm_up([(ratio, None) for ratio in options.ratios])
             hosts = (*LOOPBACK, options.host.lower()) if loopback else None
-            app = make_app(jobs, model, key=key, hosts=hosts)
+            app = make_app(jobs, model, Limits(answer_seconds=options.timeout), key=key, hosts=hosts)
 
             def ready() -> None:
-                print(f"{address(bound)} serves {model.name}, {options.rows} rows", flush=True)
+                print(f"{address(bound)} serves {model.name}, {jobs.rows} rows{fewer}", flush=True)
 
             make_server(app, jobs, grace=options.grace, ready=ready).run(sockets=[bound])
         finally:

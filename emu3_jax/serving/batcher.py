@@ -43,6 +43,9 @@ class Batcher:
 
     In float32 the result of a job is that of `Emu3.generate` or `Emu3.chat` with the same seed, whatever the other jobs
     are and whenever they join.
+
+    Attributes:
+        rows: number of rows of each pool. It is less than what was asked for if `memory` has no room for more.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class Batcher:
             slots = pool_slots(language.config, model.vision.config.spatial_factor)
         if memory is not None:
             rows = min(rows, rows_that_fit(language, slots, memory))
+        self.rows = rows
         self._model, self._passes, self._rows_every = model, passes, rows_every
         self._pools: list[Pool[QueuedTicket]] = [
             Pool(language, rows, count, options or Options()) for count in sorted(slots)
