@@ -129,6 +129,12 @@ def test_the_client_makes_a_video(client, jobs):
     assert (video.status, video.progress, video.seconds, video.size) == ("completed", 100, "2", f"{SIDE}x{SIDE}")
     assert (jobs.jobs[0].frames, jobs.jobs[0].ratio) == (16, "16:9")
     assert client.videos.download_content(video.id).content[4:8] == b"ftyp"
+    options = {"extra_body": {"fps": 4, "negative_prompt": "blue", "guidance_scale": 2, "seed": 7}}
+    red = base64.b64decode(data_url().partition(",")[2])
+    other = client.videos.create_and_poll(prompt="b", seconds="3", input_reference=red, poll_interval_ms=20, **options)
+    job = jobs.jobs[1]
+    assert (other.seconds, job.frames, job.fps, job.picture.size, job.ratio) == ("3", 12, 4.0, (8, 8), None)
+    assert (job.negative, job.guidance, job.seed) == ("blue", 2.0, 7) and client.videos.delete(other.id).deleted
     waiting = client.videos.create(prompt="wait")
     with pytest.raises(openai.ConflictError):
         client.videos.download_content(waiting.id)
@@ -136,10 +142,20 @@ def test_the_client_makes_a_video(client, jobs):
     assert client.videos.delete(waiting.id).deleted and jobs.open == 0
     with pytest.raises(openai.NotFoundError):
         client.videos.retrieve(waiting.id)
-    for wrong in ({"seconds": "x"}, {"prompt": "<|image start|>"}, {"size": "big"}, {"input_reference": b"x"}):
+    for wrong in ({"seconds": "x"}, {"prompt": "<|image start|>"}, {"size": "big"}, {"input_reference": b"x"},
+                  {"extra_body": {"fps": 0}}):  # fmt: skip
         with pytest.raises(openai.BadRequestError):
             client.videos.create(**{"prompt": "a", **wrong})
     assert len(list(client.videos.list())) == 1
+
+
+def test_a_first_frame_in_json(app, jobs):
+    for given in (data_url(), {"image_url": data_url()}):
+        assert run(ask(app, "POST", "/v1/videos", {"prompt": "a", "input_reference": given})).status == 200
+        assert jobs.jobs[-1].picture.size == (8, 8)
+    for given in ("http://localhost/x.png", {"file_id": "x"}, 3):
+        refused = run(ask(app, "POST", "/v1/videos", {"prompt": "a", "input_reference": given})).refusal
+        assert refused["param"] == "input_reference"
 
 
 def test_a_clip_without_the_extra_video_is_webp(monkeypatch):

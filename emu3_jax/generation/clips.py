@@ -12,6 +12,7 @@ from emu3_jax.generation import defaults
 from emu3_jax.generation.codec import Vision, encode_end
 from emu3_jax.generation.language import Batching, Grid, Language, generate_grids
 from emu3_jax.generation.rows import Sampling, per_row, prompt_list, texts_per_row
+from emu3_jax.generation.sampling import RowSettings
 from emu3_jax.generation.schedule import TokenClass, clip_schedule, frames_that_fit
 from emu3_jax.media.clips import Clip, check_fps, resize_frames
 from emu3_jax.media.images import postprocess
@@ -22,10 +23,14 @@ from emu3_jax.models.vision import Stream, check_codes
 from emu3_jax.printable import shown
 from emu3_jax.text.prompts import generation_prompt
 
-_MOST_BYTES = 2**34  # largest total size of the new frames of all clips, which are held in memory
+MOST_BYTES = 2**34  # largest total size of the new frames of all clips, which are held in memory
 
 # A function that gets (row, index of the first frame in its clip, frames uint8 [n, H, W, 3]).
 OnFrames = Callable[[int, int, np.ndarray], None]
+
+
+class ClipTooLarge(Emu3Error):
+    """The frames do not fit into the model's positions, or the window does not."""
 
 
 class GrowingClip:
@@ -63,6 +68,11 @@ class GrowingClip:
         """The frames so far, uint8 [T, H, W, 3]."""
         return self._frames[: self._length]
 
+    @property
+    def waiting(self) -> bool:
+        """Whether the device was asked for frames that `collect` has not fetched."""
+        return bool(self._pending)
+
     def begin(self, context: np.ndarray | None, schedule: np.ndarray) -> None:
         """Starts a pass of the decoder.
 
@@ -83,7 +93,13 @@ class GrowingClip:
         Raises:
             Emu3Error: a code is outside the codebook.
         """
-        self._collect()
+        self.collect()
+        self.send(ids)
+        if np.count_nonzero(self._visual[: len(ids)]) == self._visual.sum():  # complete: there is no further call
+            self.collect()
+
+    def send(self, ids: np.ndarray) -> None:
+        """As `take`, but only asks the device for the new frames. `collect` waits for them."""
         new = ids[self._visual[: len(ids)]] - self._visual_start
         codes = np.concatenate([self._context.ravel(), new]).astype(np.int32)
         height, width = self._context.shape[1:]
@@ -94,10 +110,9 @@ class GrowingClip:
             if self._asked >= len(self._context):
                 self._pending.append(pixels)
             self._asked += 1
-        if len(new) == self._visual.sum():  # the pass is complete, so there is no further call
-            self._collect()
 
-    def _collect(self) -> None:
+    def collect(self) -> None:
+        """Waits for the frames that the device was asked for."""
         for pixels in self._pending:
             first, room = self._length, len(self._frames) - self._length
             frames = postprocess(np.asarray(pixels)[0], self._vision.image)[:room]
@@ -138,7 +153,7 @@ def generate_clips(
     area = config.image_area if area is None else area
     size = generate_size(_common_ratio(given) if ratio is None else ratio, area, vision.config.spatial_factor)
     height, width = (side * vision.config.spatial_factor for side in size)
-    most = min(MAX_FRAMES, _MOST_BYTES // (height * width * 3 * len(prompts)))
+    most = min(MAX_FRAMES, MOST_BYTES // (height * width * 3 * len(prompts)))
     if frames > most:
         raise Emu3Error(
             f"frames is {shown(frames)}: it must be at most {most} for {len(prompts)} clips of {width}x{height} "
@@ -149,7 +164,7 @@ def generate_clips(
     nothing = np.zeros((0, height, width, 3), np.uint8)
     missing = [-(-frames // factor)] * len(prompts)
     latents = [
-        _latents_of_a_pass(
+        latents_of_a_pass(
             language, texts, size, factor=factor, window=window, missing=missing[0], extending=bool(given),
             allow_special=allow_special,
         )
@@ -171,8 +186,7 @@ def generate_clips(
         grids = []
         for row in rows:
             clip = clips[row]
-            old = min(latents[row] // 2, -(-len(clip.frames) // factor))
-            new = min(latents[row] - old, missing[row])
+            old, new = next_latents(latents[row], -(-len(clip.frames) // factor), missing[row])
             missing[row] -= new
             context = encode_end(vision, clip.frames, old) if old else None
             clip.begin(context, clip_schedule(old + new, *size, config.clip_layout, given=old))
@@ -182,9 +196,25 @@ def generate_clips(
             language, grids, settings.take(np.asarray(rows)), batching=batching, allow_special=allow_special,
             on_tokens=on_tokens,
         )  # fmt: skip
-        # Change the seeds per pass, or each pass resembles the previous one.
-        settings = settings.replace(seed=settings.seed + np.uint32(0x9E3779B9))
+        settings = next_seeds(settings)
     return [Clip(clip.frames, rate) for clip, rate in zip(clips, rates, strict=True)]
+
+
+def next_latents(latents: int, there: int, missing: int) -> tuple[int, int]:
+    """The numbers of old and of new latent frames of the next pass.
+
+    Args:
+        latents: latent frames of a pass, from `latents_of_a_pass`.
+        there: latent frames that the clip has.
+        missing: latent frames that it lacks.
+    """
+    old = min(latents // 2, there)
+    return old, min(latents - old, missing)
+
+
+def next_seeds(settings: RowSettings) -> RowSettings:
+    """The settings of the next pass: with equal seeds, each pass would resemble the previous one."""
+    return settings.replace(seed=settings.seed + np.uint32(0x9E3779B9))
 
 
 def _take(clips: Sequence[GrowingClip], batch: Sequence[int], ids: Sequence[np.ndarray]) -> None:
@@ -201,7 +231,7 @@ def _common_ratio(given: Sequence[np.ndarray]) -> str:
     return "{1}:{0}".format(*shapes.pop()) if shapes else "1:1"
 
 
-def _latents_of_a_pass(
+def latents_of_a_pass(
     language: Language,
     texts: Sequence[str],
     size: tuple[int, int],
@@ -225,7 +255,7 @@ def _latents_of_a_pass(
         allow_special: see `Emu3.generate_clips`.
 
     Raises:
-        Emu3Error: the frames do not fit into the model's positions, or the window is too small for several passes.
+        ClipTooLarge: the frames do not fit into the model's positions, or the window is too small for several passes.
     """
     config = language.config
     window = window or config.clip_frames
@@ -237,14 +267,14 @@ def _latents_of_a_pass(
     latents = min(fits, missing + missing * extending) if window is None else -(-window // factor)
     least = 1 + (extending or latents < missing > 1)  # with several passes, each needs old and new frames
     if fits < least:
-        raise Emu3Error(
+        raise ClipTooLarge(
             f"the model's {config.max_positions} positions hold the prompt and {max(fits, 0) * factor} frames of "
             f"{size[0]}x{size[1]} tokens, but {least * factor} frames are needed: choose a smaller area or a shorter "
             "prompt"
         )
     if latents < least or latents > fits:
         needed = f"{least * factor} frames or more" if latents < least else f"{fits * factor} frames or less"
-        raise Emu3Error(
+        raise ClipTooLarge(
             f"a window of {latents * factor} frames of {size[0]}x{size[1]} tokens is not possible: with this prompt "
             f"and the model's {config.max_positions} positions it must have {needed}; change the window, or choose a "
             "smaller area or a shorter prompt"

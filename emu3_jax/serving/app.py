@@ -154,7 +154,10 @@ class _Api:
             fields = Fields(await videos_api.read_form(request), self._limits)
         else:
             fields = await self._fields(request)
-        job = videos_api.read_request(fields, self._model.name, _client(request))
+        async with self._slots:
+            job = await asyncio.to_thread(
+                videos_api.read_request, fields, self._limits, self._model.name, _client(request)
+            )
         return JSONResponse(await self.videos.create(job, self._model.name))
 
     async def edits(self, request: Request) -> Response:

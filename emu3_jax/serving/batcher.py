@@ -26,8 +26,9 @@ from emu3_jax.printable import shown
 from emu3_jax.serving.fair_queue import FairQueue, Full
 from emu3_jax.serving.jobs import Busy, Closing, Failed, Finished, Job, TooLarge
 from emu3_jax.serving.pool import Options, Pool, pool_slots, rows_that_fit, smallest
-from emu3_jax.serving.rows import Later, make_work
+from emu3_jax.serving.rows import Later
 from emu3_jax.serving.tickets import QueuedTicket
+from emu3_jax.serving.works import make_work
 
 _log = logging.getLogger("emu3_jax")
 
@@ -103,6 +104,7 @@ class Batcher:
         self._device_seconds: Counter[str] = Counter()  # by kind; fractions of seconds
         # Below: of the device's thread.
         self._later: list[tuple[QueuedTicket, Later]] = []
+        self._again: list[QueuedTicket] = []  # jobs that need another row; they go before the queue
         self._thread = threading.Thread(target=self._run, name="emu3-jax-batcher", daemon=True)
         self._thread.start()
 
@@ -111,11 +113,12 @@ class Batcher:
     def submit(self, job: Job) -> QueuedTicket:
         """See `jobs.Jobs`."""
         work = make_work(self._model, job)
-        if smallest(self._pools, work.prompt, work.steps) is None:
-            raise TooLarge(
-                f"a prompt of {work.prompt} tokens and {work.steps} tokens to generate exceed the server's "
-                f"{self._pools[-1].slots}: shorten the prompt, or ask for a smaller picture or answer"
-            )
+        for prompt, steps in work.lengths:
+            if smallest(self._pools, prompt, steps) is None:
+                raise TooLarge(
+                    f"a prompt of {prompt} tokens and {steps} tokens to generate exceed the server's "
+                    f"{self._pools[-1].slots}: shorten the prompt, or ask for a smaller picture, clip or answer"
+                )
         ticket = QueuedTicket(job, work, self._cancelled)
         with self._changed:
             try:
@@ -214,7 +217,8 @@ class Batcher:
             commands, self._commands = self._commands, []
             left = self._queue.clear() if self._hurried else []
             if self._hurried:
-                left += [ticket for pool in self._pools for ticket in pool.forget()]
+                left += [ticket for pool in self._pools for ticket in pool.forget()] + self._again
+                self._again = []
             more = bool(len(self._queue)) or self._busy() or not self._closing
         for ticket in left:
             self._fail(ticket, CLOSING)
@@ -227,7 +231,7 @@ class Batcher:
         return more
 
     def _busy(self) -> bool:
-        return any(pool.used for pool in self._pools)
+        return bool(self._again) or any(pool.used for pool in self._pools)
 
     def _step(self, pool: Pool[QueuedTicket]) -> None:
         """Gives free rows to jobs, and takes some passes."""
@@ -259,11 +263,25 @@ class Batcher:
                 self._fail(ticket, str(error))
                 continue
             self._later += [(ticket, event) for event in events]
+            if done and ticket.work.again:
+                self._again.append(ticket)
+
+    def _next(self, pool: Pool[QueuedTicket]) -> QueuedTicket | None:
+        """The next job for a free row of a pool, or None."""
+
+        def wanted(ticket: QueuedTicket) -> bool:
+            return smallest(self._pools, ticket.work.prompt, ticket.work.steps) is pool
+
+        self._again = [ticket for ticket in self._again if not ticket.over]
+        for ticket in filter(wanted, self._again):
+            self._again.remove(ticket)
+            return ticket
+        with self._changed:
+            return self._queue.take(wanted)
 
     def _admit(self, pool: Pool[QueuedTicket]) -> None:
         for index in pool.free():
-            with self._changed:
-                ticket = self._queue.take(lambda one: smallest(self._pools, one.work.prompt, one.work.steps) is pool)
+            ticket = self._next(pool)
             if ticket is None:
                 return
             try:

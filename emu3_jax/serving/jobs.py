@@ -45,13 +45,21 @@ class PictureJob(Job):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClipJob(Job):
-    """A clip; see `Emu3.generate_clips` for the fields."""
+    """A clip; see `Emu3.generate_clips` for the fields.
+
+    Attributes:
+        ratio: the ratio, or None for that of `picture`, or 1:1.
+        picture: the first frame of the clip, which the new ones continue, or None.
+        fps: frames per second of the file. It changes no frame.
+    """
 
     negative: str = ""
     guidance: float = defaults.GUIDANCE
-    ratio: str = "1:1"
+    ratio: str | None = None
     area: int | None = None
     frames: int = defaults.FRAMES
+    picture: Image.Image | None = None
+    fps: float = defaults.FPS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

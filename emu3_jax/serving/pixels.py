@@ -37,6 +37,15 @@ def read_picture(url: Any, name: str, limits: Limits) -> Image.Image:
         data = base64.b64decode(url[start.end() :], validate=True)
     except (binascii.Error, ValueError) as error:
         raise bad(name, f"{name} is not base64: encode the picture's bytes in base64") from error
+    return read_upload(data, name, limits)
+
+
+def read_upload(data: bytes, name: str, limits: Limits) -> Image.Image:
+    """Reads the picture of a file. Its pixels are counted before it is decoded.
+
+    Raises:
+        Refused: it is no picture, damaged, or too large.
+    """
     with refusing(name), open_picture(pathlib.Path(name), data=data) as image:
         if image.width * image.height > limits.picture_pixels:
             most = f"{limits.picture_pixels:,}"  # `open_picture` puts the name before it

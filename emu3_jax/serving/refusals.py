@@ -57,7 +57,7 @@ _FIELDS = {  # a job's field, with which a message begins, and the request's nam
     "guidance": "guidance_scale",
     "negative": "negative_prompt",
     "max_new_tokens": "max_completion_tokens",
-    **{name: name for name in ("prompt", "temperature", "top_k", "top_p", "seed", "ratio", "area")},
+    **{name: name for name in ("prompt", "temperature", "top_k", "top_p", "seed", "ratio", "area", "frames", "fps")},
 }
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from emu3_jax.errors import Emu3Error, RowError
+from emu3_jax.errors import Emu3Error
 from emu3_jax.generation.codec import decoding_picture, encode_resized
 from emu3_jax.generation.conversation import dialogue_prompt
 from emu3_jax.generation.language import Grid, answer_rows, grid_rows, visual_codes
@@ -17,7 +17,7 @@ from emu3_jax.generation.session import Row
 from emu3_jax.media.images import resize, to_rgb
 from emu3_jax.media.sizes import generate_size
 from emu3_jax.printable import shown
-from emu3_jax.serving.jobs import AnswerJob, AnswerText, Event, Finished, Job, PictureJob, PictureRows, TooLarge
+from emu3_jax.serving.jobs import AnswerJob, AnswerText, Event, Finished, Job, PictureJob, PictureRows
 
 # Waits for the device and returns an event.
 Later = Callable[[], Event]
@@ -30,11 +30,18 @@ class Work(abc.ABC):
         settings: sampling settings, one row.
         prompt: number of tokens of the longer prompt.
         steps: number of tokens of the schedule.
+        again: whether the job needs another row, once `finish` was called for the present one.
     """
 
     settings: RowSettings
     prompt: int
     steps: int
+    again: bool = False
+
+    @property
+    def lengths(self) -> list[tuple[int, int]]:
+        """The `prompt` and `steps` of all rows that the job needs."""
+        return [(self.prompt, self.steps)]
 
     @abc.abstractmethod
     def row(self) -> Row:
@@ -49,26 +56,11 @@ class Work(abc.ABC):
 
     @abc.abstractmethod
     def finish(self, ids: np.ndarray, ended: bool, passes: int) -> list[Later]:
-        """The last events, given all sampled ids of the row. `ended` is that of `session.Reading`."""
+        """The last events of the row, given all its sampled ids. `ended` is that of `session.Reading`."""
 
 
-def make_work(model: Emu3, job: Job) -> Work:
-    """Checks a job.
-
-    Raises:
-        Emu3Error: a field is not legal. The words are those of `Emu3.generate` and `Emu3.chat`.
-        TooLarge: the job does not fit into the model's positions.
-    """
-    kinds: dict[type, Callable[..., Work]] = {PictureJob: PictureWork, AnswerJob: AnswerWork}
-    if type(job) not in kinds:
-        raise Emu3Error(f"jobs of the kind {type(job).__name__} are not served: ask for a picture or an answer")
-    try:
-        return kinds[type(job)](model, job)
-    except RowError as error:
-        raise TooLarge(error.reason) from error
-
-
-def _settings(job: Job, guidance: float) -> RowSettings:
+def settings_of(job: Job, guidance: float) -> RowSettings:
+    """The sampling settings of a job. Raises `Emu3Error` if one is not legal."""
     for name in ("temperature", "top_k", "top_p", "seed"):
         _one(name, getattr(job, name))
     return Sampling(job.temperature, job.top_k, job.top_p, _one("guidance", guidance), job.seed).settings(1)
@@ -81,7 +73,7 @@ def _one(name: str, value: float) -> float:
     return value
 
 
-def _text(name: str, value: str) -> str:
+def one_text(name: str, value: str) -> str:
     """Raises `Emu3Error` for anything but one text."""
     if not isinstance(value, str):
         raise Emu3Error(f"{name} is {shown(value)}: it must be a text")
@@ -94,12 +86,12 @@ class PictureWork(Work):
     def __init__(self, model: Emu3, job: PictureJob):
         language, self._vision = model.language, model.vision
         language.require_emu3()
-        self._language, self._name, self._ratio = language, model.name, _text("ratio", job.ratio)
+        self._language, self._name, self._ratio = language, model.name, one_text("ratio", job.ratio)
         area = language.config.image_area if job.area is None else job.area
         size = generate_size(job.ratio, area, self._vision.config.spatial_factor)
-        (prompt,), (negative,) = prompt_list(_text("prompt", job.prompt)), texts_per_row("negative", job.negative, 1)
-        self.settings = _settings(job, job.guidance)
-        self._grid = Grid(prompt, _text("negative", negative), size)
+        (prompt,), (negative,) = prompt_list(one_text("prompt", job.prompt)), texts_per_row("negative", job.negative, 1)
+        self.settings = settings_of(job, job.guidance)
+        self._grid = Grid(prompt, one_text("negative", negative), size)
         (row,) = grid_rows(language, [self._grid])
         self._row = Row(row.prompt, row.schedule, None if job.guidance == 1 else row.negative)
         self.prompt, self.steps = max(len(row.prompt), len(self._row.negative or ())), len(row.schedule)
@@ -149,11 +141,11 @@ class AnswerWork(Work):
     def __init__(self, model: Emu3, job: AnswerJob):
         self._model, self._job, self._language = model, job, model.language
         self._language.require_emu3()
-        _text("prompt", job.prompt)
+        one_text("prompt", job.prompt)
         for turn in job.history:
             for text in turn:
-                _text("history", text)
-        self.settings = _settings(job, 1.0)
+                one_text("history", text)
+        self.settings = settings_of(job, 1.0)
         self._pixels = []
         if job.pictures:
             vision = model.vision

@@ -55,9 +55,16 @@ class QueuedTicket:
     # ------------------------------------------------------------------------------------------------ for the batcher
 
     def begin(self) -> None:
-        """The job has got a row."""
+        """The job has got a row. A clip may need several: only the first one is told."""
+        if self._begun:
+            return
         self._begun = time.monotonic()
         self.tell(Started(self._begun - self._taken))
+
+    @property
+    def over(self) -> bool:
+        """Whether the job has its last event, or was given up."""
+        return self._closed
 
     @property
     def seconds(self) -> float:

@@ -11,18 +11,21 @@ import time
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from emu3_jax.files import local_directory
 from emu3_jax.generation import defaults
-from emu3_jax.media.clips import save_clip
+from emu3_jax.media.clips import check_fps, save_clip
 from emu3_jax.printable import shown
 from emu3_jax.serving.fields import Fields, check_model
 from emu3_jax.serving.following import following
 from emu3_jax.serving.jobs import ClipFrames, ClipJob, Failed, Finished, Jobs, Started
+from emu3_jax.serving.limits import Limits
 from emu3_jax.serving.pictures_api import read_ratio, read_sampling
-from emu3_jax.serving.refusals import Refused, bad
+from emu3_jax.serving.pixels import read_picture, read_upload
+from emu3_jax.serving.refusals import Refused, bad, refusing
 
 _log = logging.getLogger("emu3_jax")
 _MOST_CLIPS = 32  # clips that are kept, finished or not
@@ -55,47 +58,64 @@ class _Video:
             "id": self.id, "object": "video", "model": self.model, "status": self.status, "progress": progress,
             "created_at": self.created, "completed_at": self.done,
             "expires_at": None if self.done is None else self.done + _KEPT, "prompt": self.job.prompt,
-            "seconds": f"{self.job.frames / defaults.FPS:g}", "size": self.size or self.job.ratio, "error": error,
+            "seconds": f"{self.job.frames / self.job.fps:g}", "size": self.size or self.job.ratio or "auto",
+            "error": error, "fps": self.job.fps,
             "remixed_from_video_id": None, "frames": self.job.frames, "seed": self.job.seed,
         }  # fmt: skip
 
 
-def read_request(fields: Fields, model: str, client: str) -> ClipJob:
-    """Reads the fields of `create`. Numbers may be texts, as in a form.
+def read_request(fields: Fields, limits: Limits, model: str, client: str) -> ClipJob:
+    """Reads the fields of `create`, and decodes the picture.
 
     Raises:
-        Refused: a field is wrong or unknown.
+        Refused: a field is wrong or unknown, or the picture cannot be read.
     """
     check_model(fields, model)
     settings, (seed,) = read_sampling(fields, 1, defaults.TEMPERATURE)
+    fps = fields.number("fps", defaults.FPS)
+    with refusing("fps"):
+        check_fps(fps)
     seconds = fields.number("seconds", defaults.FRAMES / defaults.FPS)
-    frames = fields.whole("frames", 0, 1, _MOST_FRAMES) or round(seconds * defaults.FPS)
+    frames = fields.whole("frames", 0, 1, _MOST_FRAMES) or round(seconds * fps)
     if not 1 <= frames <= _MOST_FRAMES:
-        raise bad("seconds", f"seconds is {seconds:g}: give up to {_MOST_FRAMES / defaults.FPS:g} seconds")
+        raise bad("seconds", f"seconds is {seconds:g}: give up to {_MOST_FRAMES / fps:g} seconds")
+    sized = fields.raw("ratio") is not None or fields.raw("size") not in (None, "auto")
     area = fields.whole("area", 0, 1, 1 << 22)
     job = ClipJob(
         prompt=fields.filled("prompt"),
         negative=fields.text("negative_prompt", ""),
         guidance=fields.number("guidance_scale", defaults.GUIDANCE),
-        ratio=read_ratio(fields),
+        ratio=read_ratio(fields) if sized else None,
         area=area or None,
         frames=frames,
+        fps=fps,
+        picture=_first_frame(fields, limits),
         seed=seed,
         client=client,
         **settings,
     )
-    fields.only(input_reference=())
     fields.ignore("user", "safety_identifier")
     fields.close()
     return job
 
 
-def encode_clip(frames: np.ndarray) -> tuple[bytes, str]:
+def _first_frame(fields: Fields, limits: Limits) -> Image.Image | None:
+    """The picture that the clip begins with: the file of a form, or a data URL in JSON."""
+    name = "input_reference"
+    given = fields.raw(name)
+    if given is None:
+        return None
+    if isinstance(given, bytes):
+        return read_upload(given, name, limits)
+    return read_picture(given.get("image_url") if isinstance(given, dict) else given, name, limits)
+
+
+def encode_clip(frames: np.ndarray, fps: float = defaults.FPS) -> tuple[bytes, str]:
     """Encodes frames as MP4, or as animated WebP where PyAV is missing. Returns the bytes and their media type."""
     suffix, kind = (".mp4", "video/mp4") if importlib.util.find_spec("av") else (".webp", "image/webp")
     with local_directory() as directory:
         file = pathlib.Path(directory) / f"clip{suffix}"
-        save_clip(frames, file, defaults.FPS)
+        save_clip(frames, file, fps)
         return file.read_bytes(), kind
 
 
@@ -140,7 +160,7 @@ class Videos:
                     elif isinstance(event, Failed):
                         video.error = event.message
                     elif isinstance(event, Finished) and event.clip is not None:
-                        video.data, video.kind = await asyncio.to_thread(encode_clip, event.clip)
+                        video.data, video.kind = await asyncio.to_thread(encode_clip, event.clip, video.job.fps)
                         video.size = f"{event.clip.shape[2]}x{event.clip.shape[1]}"
         except Refused as refused:
             if not taken.done():
@@ -208,9 +228,11 @@ async def read_form(request: Request) -> dict[str, Any]:
     found: dict[str, Any] = {}
     async with request.form(max_files=1, max_fields=32, max_part_size=256 << 10) as form:
         for name, value in form.multi_items():
-            found[name] = value if isinstance(value, str) else "a file"
-    for name in ("seconds", "frames", "seed", "top_k", "top_p", "temperature", "guidance_scale", "area"):
-        with contextlib.suppress(ValueError, KeyError, OverflowError):
-            text = found[name]
+            found[name] = value if isinstance(value, str) else await value.read()
+    for name in ("seconds", "frames", "fps", "seed", "top_k", "top_p", "temperature", "guidance_scale", "area"):
+        text = found.get(name)
+        if not isinstance(text, str):  # absent, or a file
+            continue
+        with contextlib.suppress(ValueError, OverflowError):
             found[name] = int(text) if len(text) < 20 and text.isdecimal() else float(text[:40])
     return found
