@@ -19,9 +19,9 @@ ENTRYPOINT ["emu3-jax"]
 FROM base AS tpu
 # pyproject.toml bounds the versions.
 # hadolint ignore=DL3013
-RUN pip install ".[train,convert,video,data,heic,gcs,tpu]"
+RUN pip install ".[train,convert,video,data,heic,gcs,serve,tpu]"
 
 FROM base AS cuda
 ARG CUDA=13
 # hadolint ignore=DL3013
-RUN pip install ".[train,convert,video,data,heic,gcs,cuda${CUDA}]"
+RUN pip install ".[train,convert,video,data,heic,gcs,serve,cuda${CUDA}]"
