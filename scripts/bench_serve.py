@@ -50,7 +50,7 @@ from emu3_jax.media.sizes import generate_size
 from emu3_jax.serving.batcher import PASSES, ROWS_EVERY, Batcher
 from emu3_jax.serving.jobs import AnswerJob, Busy, Failed, Finished, Job, PictureJob, PictureRows
 from emu3_jax.serving.pool import Options
-from emu3_jax.serving.rows import make_work
+from emu3_jax.serving.works import make_work
 from emu3_jax.text.prompts import CHAT
 from emu3_jax.text.tokenizer import Tokenizer
 from emu3_jax.text.vocabulary import CONTROLS

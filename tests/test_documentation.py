@@ -157,8 +157,8 @@ def options() -> dict[str, frozenset[str]]:
 # Options of other programs that the pages name.
 FOREIGN = re.findall(
     r"\S+",
-    "--build-arg --check --count --file-share --keep-going --logdir --network --no-deps --nodes --ntasks-per-node "
-    "--gpus-per-node --port --quick --recursive --requeue --signal --tag --target --tier --wait --zone --project",
+    "--build-arg --check --count --file-share --from-literal --keep-going --logdir --network --no-deps --nodes "
+    "--ntasks-per-node --gpus-per-node --port --quick --recursive --requeue --signal --tag --target --tier --wait --zone --project",
 )
 
 

@@ -316,6 +316,12 @@ def test_wrong_methods_and_paths(app, jobs):
     assert jobs.jobs == []
 
 
+def test_servers_behind_one_address_refuse_clips(jobs):
+    app = make_app(jobs, FakeModel(), clips=False)
+    assert "several replicas make no clips" in run(ask(app, "POST", "/v1/videos", {"prompt": "a"})).refusal["message"]
+    assert jobs.jobs == []
+
+
 @pytest.mark.parametrize("text", ["", " \n\t"])
 def test_empty_prompts_are_refused(app, jobs, text):
     empty = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": text}]

@@ -37,6 +37,7 @@ def make_app(
     *,
     key: str | None = None,
     hosts: Collection[str] | None = None,
+    clips: bool = True,
 ) -> Guard:
     """The application, for an ASGI server.
 
@@ -46,9 +47,10 @@ def make_app(
         limits: limits of requests.
         key: what clients must send to use `/v1` and `/metrics`; None asks for nothing.
         hosts: legal names in the header `Host`, in lower case; None allows all.
+        clips: whether clips are made. They stay in this process, so servers behind one address cannot offer them.
     """
     limits = limits or Limits()
-    api = _Api(jobs, model, limits)
+    api = _Api(jobs, model, limits, clips)
     routes = [
         Route("/health", api.health),
         Route("/metrics", api.metrics),
@@ -100,8 +102,8 @@ def _client(request: Request) -> str:
 class _Api:
     """The endpoints."""
 
-    def __init__(self, jobs: Jobs, model: Emu3, limits: Limits):
-        self._jobs, self._model, self._limits = jobs, model, limits
+    def __init__(self, jobs: Jobs, model: Emu3, limits: Limits, clips: bool):
+        self._jobs, self._model, self._limits, self._clips = jobs, model, limits, clips
         self._slots = asyncio.Semaphore(limits.decoders)
         self._vision = asyncio.Semaphore(1)
         self._waiting = 0
@@ -150,6 +152,8 @@ class _Api:
         return await _unless_left(request, pictures_api.answer_pictures(self._jobs, asked))
 
     async def make_video(self, request: Request) -> Response:
+        if not self._clips:
+            raise bad(None, "several replicas make no clips: ask a server of one replica", "unsupported")
         if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
             fields = Fields(await videos_api.read_form(request), self._limits)
         else:

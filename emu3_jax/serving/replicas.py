@@ -88,7 +88,7 @@ class Replica:
         model = load(options.model or None, quantize=options.quantize or None, dtype=options.dtype or None)
         self._jobs = Batcher(model, rows=options.rows, queue=options.queue, memory=cache_budget(model.language))
         self._jobs.warm_up()
-        self._app = make_app(self._jobs, model, key=key)
+        self._app = make_app(self._jobs, model, key=key, clips=options.replicas == 1)
 
     def __serve_build_asgi_app__(self) -> Any:  # Ray's name
         return self._app
