@@ -1,7 +1,9 @@
 """Stand-ins for the parts of a server: `Jobs` that draw grey pictures by themselves, and clients in process."""
 
 import asyncio
+import base64
 import contextlib
+import io
 import json
 import threading
 from typing import Any
@@ -24,8 +26,25 @@ from emu3_jax.serving.jobs import (
 )
 from emu3_jax.text.tokenizer import SpecialTokenError
 
+PICTURES, CHAT = "/v1/images/generations", "/v1/chat/completions"
 SIDE = 16
 MOST = 40  # jobs in a queue
+
+
+def data_url(side=8, form="PNG") -> str:
+    """A red square."""
+    file = io.BytesIO()
+    Image.new("RGB", (side, side), "red").save(file, form)
+    return f"data:image/{form.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def picture(encoded: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(encoded)))
+
+
+def question(text="what?", url=None):
+    shown = [{"type": "image_url", "image_url": {"url": url or data_url()}}]
+    return [{"role": "user", "content": [*shown, {"type": "text", "text": text}]}]
 
 
 class FakeTicket:

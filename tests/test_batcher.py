@@ -1,7 +1,9 @@
 """The batcher: jobs that join at any time get what they would get alone; the queue, events, errors, and compilation."""
 
+import gc
 import threading
 import time
+import weakref
 
 import jax
 import numpy as np
@@ -259,6 +261,15 @@ def test_a_full_queue_cancelled_jobs_and_the_order(batcher, monkeypatch):
     figures = made.figures()
     assert (figures["jobs_cancelled_total"], figures["jobs_refused_total"]) == (2, 1)
     assert (figures["jobs_finished_total"], figures["jobs_failed_total"], figures["rows_used"]) == (3, 0, 0)
+
+
+def test_a_ticket_keeps_no_pictures(batcher):
+    made, picture = batcher(), photo()
+    kept = weakref.ref(picture)
+    ticket = made.submit(AnswerJob(prompt="What", pictures=(picture,), max_new_tokens=2))
+    del picture
+    gc.collect()
+    assert kept() is None and result(ticket).text is not None
 
 
 def test_closing(batcher, monkeypatch):

@@ -158,8 +158,8 @@ def options() -> dict[str, frozenset[str]]:
 FOREIGN = re.findall(
     r"\S+",
     "--build-arg --check --count --file-share --from-literal --keep-going --logdir --network --no-deps --nodes "
-    "--ntasks-per-node --gpus-per-node --port --quick --recursive --requeue --signal --tag --target --tier --wait --zone "
-    "--project",
+    "--ntasks-per-node --gpus-per-node --port --quick --recursive --requeue --signal --tag --target --tier --wait "
+    "--zone --project",
 )
 
 

@@ -21,7 +21,7 @@ from emu3_jax.serving.refusals import bad
 from emu3_jax.serving.streams import event
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class ChatRequest:
     """A request for answers, one job each."""
 
@@ -29,6 +29,12 @@ class ChatRequest:
     model: str
     stream: bool
     include_usage: bool
+
+    def take(self) -> tuple[AnswerJob, ...]:
+        """The jobs. The request forgets their pictures, whose pixels would fill the memory while answers are made."""
+        jobs = self.jobs
+        self.jobs = tuple(dataclasses.replace(job, pictures=()) for job in jobs)
+        return jobs
 
 
 def read_request(fields: Fields, limits: Limits, model: str, client: str) -> ChatRequest:
@@ -126,7 +132,9 @@ def _content(
                 raise bad(where, f"there are more than {limits.pictures} pictures: send fewer", "too_large")
             url = part.get("image_url")
             url = url.get("url") if isinstance(url, dict) else url
-            pictures.append(read_picture(url, f"{where}.image_url", limits))
+            left = limits.picture_pixels - sum(picture.width * picture.height for picture in pictures)
+            rest = dataclasses.replace(limits, picture_pixels=left)
+            pictures.append(read_picture(url, f"{where}.image_url", rest))
         else:
             raise bad(where, f"{where} has the type {shown(kind)}: it must be text or image_url")
     return "\n".join(texts)
@@ -152,7 +160,7 @@ def _head(request: ChatRequest, kind: str) -> dict[str, Any]:
 
 async def answer_chat(jobs: Jobs, request: ChatRequest) -> dict[str, Any]:
     """All answers at once."""
-    async with following(jobs, request.jobs) as followed:
+    async with following(jobs, request.take()) as followed:
         results = await followed.results()
     choices = [
         {
@@ -174,7 +182,7 @@ async def stream_chat(jobs: Jobs, request: ChatRequest) -> AsyncGenerator[bytes,
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
         return event({**head, "choices": [choice], **({"usage": None} if request.include_usage else {})})
 
-    async with following(jobs, request.jobs) as followed:
+    async with following(jobs, request.take()) as followed:
         for index in range(len(request.jobs)):
             yield chunk(index, {"role": "assistant", "content": ""})
         async for index, found in followed.events():

@@ -115,6 +115,7 @@ async def following(jobs: Jobs, asked: Sequence[Job]) -> AsyncIterator[Followed]
         for ticket in tickets:
             ticket.cancel()
         raise
+    asked = ()  # their pictures would stay in memory
     followed = Followed(tickets)
     try:
         yield followed

@@ -18,7 +18,7 @@ class Limits:
         text: characters of all prompts of a request together.
         messages: messages of a chat.
         pictures: pictures of a chat.
-        picture_pixels: pixels of an uploaded picture, checked before it is decoded.
+        picture_pixels: pixels of all uploaded pictures of a request, checked before they are decoded.
         n: pictures or answers per request.
         partial_images: partial pictures per picture.
         max_new_tokens: tokens of an answer.

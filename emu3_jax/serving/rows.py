@@ -1,6 +1,7 @@
 """Jobs as rows of a decode session: from fields to prompts and schedules, and from the ids of a row to events."""
 
 import abc
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -139,7 +140,8 @@ class AnswerWork(Work):
     """An answer to a question, with or without pictures."""
 
     def __init__(self, model: Emu3, job: AnswerJob):
-        self._model, self._job, self._language = model, job, model.language
+        self._model, self._language = model, model.language
+        self._job = dataclasses.replace(job, pictures=())  # only the resized pixels are kept
         self._language.require_emu3()
         one_text("prompt", job.prompt)
         for turn in job.history:

@@ -1,11 +1,12 @@
 """A job that was taken, and its events on their way from the thread of the device to the thread that reads."""
 
 import collections
+import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator
 
-from emu3_jax.serving.jobs import AnswerText, Event, Failed, Finished, Job, PictureRows, Started
+from emu3_jax.serving.jobs import AnswerJob, AnswerText, Event, Failed, Finished, Job, PictureRows, Started
 from emu3_jax.serving.rows import Work
 
 
@@ -13,14 +14,15 @@ class QueuedTicket:
     """Implements `jobs.Ticket`.
 
     Attributes:
-        job: the job.
+        job: the job, without pictures.
         work: the job as a row.
         kind: what the job makes, a word for figures: "picture", "answer".
         cancelled: whether the job was given up.
     """
 
     def __init__(self, job: Job, work: Work, on_cancel: Callable[["QueuedTicket"], None]):
-        self.job, self.work, self.cancelled = job, work, False
+        self.job = dataclasses.replace(job, pictures=()) if isinstance(job, AnswerJob) else job
+        self.work, self.cancelled = work, False
         self.kind = type(job).__name__.removesuffix("Job").lower()
         self._on_cancel = on_cancel
         self._changed = threading.Condition()
