@@ -5,7 +5,11 @@ import base64
 import contextlib
 import io
 import json
+import subprocess
+import sys
 import threading
+import time
+import urllib.parse
 from typing import Any
 
 import numpy as np
@@ -220,3 +224,40 @@ def served(app, jobs, *, grace=5.0):
         server.should_exit = True
         thread.join()
         bound.close()
+
+
+KILLED = """
+import socket, sys
+port, path, body = sys.argv[1:]
+head = f"POST {path} HTTP/1.1\\r\\nHost: localhost\\r\\nContent-Type: application/json\\r\\n"
+with socket.create_connection(("127.0.0.1", int(port))) as asking:
+    asking.sendall(f"{head}Content-Length: {len(body)}\\r\\n\\r\\n{body}".encode())
+    found = b""
+    while b"data: {" not in found:
+        found += asking.recv(65536)
+    print("streams", flush=True)
+    while asking.recv(65536):
+        pass
+"""
+
+
+def kill_in_mid_stream(url, path, body, count, streaming=lambda: None):
+    """Starts `count` clients in processes of their own, and kills them when the first event has come to all of them."""
+    port = str(urllib.parse.urlsplit(url).port)
+    command = [sys.executable, "-I", "-S", "-c", KILLED, port, path, json.dumps({**body, "stream": True})]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(count)]
+    for process in started:
+        assert process.stdout.readline() == b"streams\n"
+    streaming()
+    for process in started:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def wait_until(true, seconds=20):
+    """Waits until `true()`."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)

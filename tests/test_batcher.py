@@ -9,10 +9,12 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from serving_stand_ins import CHAT, kill_in_mid_stream, served, wait_until
 
 import emu3_jax
 from emu3_jax import Emu3Error
 from emu3_jax.serving import batcher as batching
+from emu3_jax.serving.app import make_app
 from emu3_jax.serving.batcher import Batcher
 from emu3_jax.serving.fair_queue import FairQueue, Full
 from emu3_jax.serving.jobs import (
@@ -270,6 +272,20 @@ def test_a_ticket_keeps_no_pictures(batcher):
     del picture
     gc.collect()
     assert kept() is None and result(ticket).text is not None
+
+
+def test_killed_clients_leave_no_row(model, batcher):
+    """Twenty clients of a real model are killed in mid-stream. Then all rows are free, and a picture is drawn."""
+    made = batcher(rows=3, slots=[384], passes=2)
+    body = {"messages": [{"role": "user", "content": "Why"}], "max_tokens": 250, "temperature": 1.5}
+    with served(make_app(made, model), made) as url:
+        for seed in range(5):
+            kill_in_mid_stream(url, CHAT, {**body, "seed": seed}, 4)
+            wait_until(lambda: not (made.figures()["rows_used"] or made.figures()["queue_length"]))
+        assert isinstance(result(made.submit(PictureJob(prompt="a"))), Finished)
+    figures = made.figures()
+    assert figures["jobs_taken_total"] == 21 == figures["jobs_cancelled_total"] + figures["jobs_finished_total"]
+    assert figures["jobs_cancelled_total"] > 10 and figures["jobs_failed_total"] == 0
 
 
 def test_closing(batcher, monkeypatch):

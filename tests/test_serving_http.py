@@ -6,8 +6,6 @@ import http.client
 import io
 import json
 import socket
-import subprocess
-import sys
 import threading
 import time
 import urllib.parse
@@ -16,7 +14,19 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
-from serving_stand_ins import PICTURES, SIDE, FakeJobs, FakeModel, ask, data_url, picture, question, served
+from serving_stand_ins import (
+    PICTURES,
+    SIDE,
+    FakeJobs,
+    FakeModel,
+    ask,
+    data_url,
+    kill_in_mid_stream,
+    picture,
+    question,
+    served,
+    wait_until,
+)
 
 from emu3_jax.serving import server
 from emu3_jax.serving.app import make_app
@@ -232,39 +242,16 @@ def test_a_client_that_leaves_cancels(app, jobs):
     assert (len(jobs.jobs), jobs.open) == (sum(1 + number % 3 for number in range(100)), 0)
 
 
-KILLED = """
-import socket, sys
-body = b'{"prompt": "for ever", "stream": true, "partial_images": 3}'
-head = "POST /v1/images/generations HTTP/1.1\\r\\nHost: localhost\\r\\nContent-Type: application/json\\r\\n"
-with socket.create_connection(("127.0.0.1", int(sys.argv[1]))) as asking:
-    asking.sendall(f"{head}Content-Length: {len(body)}\\r\\n\\r\\n".encode() + body)
-    found = b""
-    while b"partial_image" not in found:
-        found += asking.recv(65536)
-    print("streams", flush=True)
-    while asking.recv(65536):
-        pass
-"""
-
-
 def test_killed_clients_leave_no_job(app, jobs):
     """A hundred clients, killed in mid-stream."""
+
+    def all_stream():
+        assert jobs.open == 5
+
     with served(app, jobs) as url:
         for _ in range(20):
-            command = [sys.executable, "-I", "-S", "-c", KILLED, str(urllib.parse.urlsplit(url).port)]
-            started = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(5)]
-            for process in started:
-                assert process.stdout.readline() == b"streams\n"
-            assert jobs.open == 5
-            for process in started:
-                process.kill()
-                process.wait()
-                process.stdout.close()
-            for _ in range(500):
-                if not jobs.open:
-                    break
-                time.sleep(0.01)
-            assert jobs.open == 0
+            kill_in_mid_stream(url, PICTURES, {"prompt": "for ever", "partial_images": 3}, 5, all_stream)
+            wait_until(lambda: not jobs.open)
         assert len(jobs.jobs) == 100
 
 
