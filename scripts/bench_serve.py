@@ -47,7 +47,7 @@ from emu3_jax.generation.pipeline import Emu3
 from emu3_jax.generation.rows import Sampling
 from emu3_jax.generation.shapes import bucket
 from emu3_jax.media.sizes import generate_size
-from emu3_jax.serving.batcher import PASSES, ROWS_EVERY, Batcher
+from emu3_jax.serving.batcher import ROWS_EVERY, Batcher
 from emu3_jax.serving.jobs import AnswerJob, Busy, Failed, Finished, Job, PictureJob, PictureRows
 from emu3_jax.serving.pool import Options
 from emu3_jax.serving.works import make_work
@@ -442,7 +442,7 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"jobs a second of `poisson` (default: {SHARE} of `batched`)",
     )
     add("--sides", type=side_list, default=SIDES, metavar="A,B", help="sides beside `batched` (default: all)")
-    add("--passes", type=whole, default=PASSES, metavar="N", help="passes of a call (default: %(default)s)")
+    add("--passes", type=whole, metavar="N", help="passes of a call (default: as the server)")
     add("--parallel", default="off", metavar="W", help="tokens of a pass of a row, on all sides (default: %(default)s)")
     add("--rows-every", type=positive, default=ROWS_EVERY, metavar="S",
         help="seconds between two looks at a picture (default: %(default)s)")  # fmt: skip

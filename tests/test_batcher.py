@@ -121,7 +121,7 @@ def test_rows_are_used_again_and_counted(model, shared):
     assert sum(after["device_seconds_by_kind_total"].values()) == pytest.approx(after["device_seconds_total"], abs=0.01)
     assert grown["jobs_taken_total"] == grown["jobs_finished_total"] == grown["pictures_total"] == 5
     assert grown["tokens_total"] == 5 * (3 * 4 + 3)
-    assert grown["row_passes_total"] == 2 * grown["passes_total"]
+    assert grown["passes_total"] < grown["row_passes_total"] <= 2 * grown["passes_total"]
     # 11 steps of a picture have a sampled token after them or are one; the first of them is prefill's.
     assert grown["row_passes_used_total"] == 5 * 10
     assert (after["rows"], after["rows_used"], after["queue_length"]) == (4, 0, 0)
@@ -244,7 +244,7 @@ def test_a_full_queue_cancelled_jobs_and_the_order(batcher, monkeypatch):
     gate, order = Gate(monkeypatch), []
     made = batcher(queue=3)
     begin = Pool.begin
-    monkeypatch.setattr(Pool, "begin", lambda *a: (order.append(a[2].job.prompt), begin(*a))[1])
+    monkeypatch.setattr(Pool, "begin", lambda *a: (order.append(a[1].job.prompt), begin(*a))[1])
     running = made.submit(PictureJob(prompt="0", client="a"))
     assert gate.held.wait(60)
     waiting = [made.submit(PictureJob(prompt=name, client=name[0])) for name in ("a1", "a2", "b1")]
@@ -411,9 +411,9 @@ def test_nothing_compiles_after_warming_up(model, batcher):
 
 
 def test_widths_and_slots(model):
-    assert widths(384) == [64, 128, 256]
-    assert widths(10240) == [64, 128, 256, 512, *range(1024, 10240, 1024)]
-    assert pool_slots(model.language.config, 8) == [192, 384]
+    assert widths(384) == [32, 64, 128, 256]
+    assert widths(10240) == [32, 64, 128, 256, 512, *range(1024, 10240, 1024)]
+    assert pool_slots(model.language.config, 8) == [128, 384]
     published = emu3_jax.config.DecoderConfig()
     assert pool_slots(published, 8) == [10240]
     # All that the model can do fits.

@@ -227,6 +227,34 @@ def test_a_row_that_begins_beside_older_ones(parallel, mesh):
         np.testing.assert_array_equal(made[row][: len(schedule)], run(MIXED, [row]).ids[0])
 
 
+def test_a_session_that_is_resized_while_its_rows_go_on():
+    """The four rows of MIXED, from the last to the first: the guided row goes on alone, twice computed, then beside
+    others, and when it is done, the others go on without guidance."""
+    rows, settings = tiny.rows(MIXED["prompts"], MIXED["schedules"], MIXED["negatives"]), MIXED["settings"]
+    decoding = session.DecodeSession(tiny.params(), tiny.CONFIG, rows[:1], settings.take(slice(1)), replaceable=True,
+                                     slots=192)  # fmt: skip
+    reading = decoding.read(decoding.start())
+    decoding.read(decoding.advance(2))
+    decoding.resize([0], 3, guided=True)
+    for place, row in ((2, 3), (1, 2)):
+        decoding.replace(place, rows[row], settings.take(slice(row, row + 1)), width=64)
+    reading = decoding.read(decoding.advance(2))
+    decoding.resize([2, 0, 1], 4, guided=True)  # the rows are now 3, 0, 2 and a free one
+    reading = decoding.read(decoding.advance(3))
+    while not reading.done[1]:
+        reading = decoding.read(decoding.advance(3))
+    made = {0: decoding.results(reading)[1]}
+    decoding.resize([0, 2], 3, guided=False)
+    decoding.replace(2, rows[1], settings.take(slice(1, 2)), width=64)
+    with pytest.raises(Emu3Error, match="a session without guidance"):
+        decoding.replace(2, rows[0], settings.take(slice(1)), width=64)
+    while (snapshot := decoding.advance(5)) is not None:
+        reading = decoding.read(snapshot)
+    made |= dict(zip((3, 2, 1), decoding.results(reading), strict=True))
+    for row, schedule in enumerate(MIXED["schedules"]):
+        np.testing.assert_array_equal(made[row][: len(schedule)], run(MIXED, [row]).ids[0])
+
+
 def test_rows_that_a_session_has_no_room_for():
     rows = tiny.rows([[17]], [image_schedule(3, 4)])
     decoding = session.DecodeSession(tiny.params(), tiny.CONFIG, rows, tiny.settings(1), replaceable=True)

@@ -1,5 +1,7 @@
 """Samplers against sorting, and drawn frequencies against exact probabilities."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -136,3 +138,14 @@ def test_a_row_draws_by_its_seed_and_step_alone():
         assert draws([row], 7)[0] == everyone[row]
     assert (draws([5, 4, 3, 2, 1, 0], 7)[::-1] == everyone).all()
     assert any((draws(range(6), step) != everyone).any() for step in range(8, 12))
+
+
+@pytest.mark.parametrize("asked", [[True, False, False], [False, True, True], [False] * 3, [True] * 3])
+def test_rows_that_are_asked_for_draw_as_if_all_were(asked):
+    logits = jnp.asarray(np.random.default_rng(2).standard_normal((3, 50)), jnp.float32)
+    settings = tiny.settings(3, top_k=[50, 3, 50], top_p=[1.0, 1.0, 0.4], seed=[1, 2, 3])
+    draw = functools.partial(sampling.sample, use_top_k=True, use_top_p=True)
+    for step in range(20):
+        everyone = draw(logits, jnp.full(3, step), settings)
+        some = draw(logits, jnp.full(3, step), settings, asked=jnp.asarray(asked))
+        np.testing.assert_array_equal(np.asarray(some)[asked], np.asarray(everyone)[asked])

@@ -56,6 +56,7 @@ class Variant:
         lockstep: whether all rows are at the same step. Needs W = 1.
         narrow_cache: whether keys and values are stored as int8.
         kernels: from `attention.KERNELS`, but not "auto".
+        replaceable: whether rows that are done are kept until others take their place.
         settled_per_pass: pretend that passes settle this many tokens on average, whatever was guessed; for benchmarks.
     """
 
@@ -68,6 +69,7 @@ class Variant:
     lockstep: bool = True
     narrow_cache: bool = False
     kernels: str = "xla"
+    replaceable: bool = False
     settled_per_pass: float | None = None
 
 
@@ -181,6 +183,8 @@ def decode(
     another pass.
     """
     forward = _forward(params, config, variant)
+    if variant.replaceable:
+        state = state.replace(cache=_emptied(state.cache, _active(state, plan), variant))
 
     def proceed(carry: tuple[DecodeState, jax.Array, jax.Array]) -> jax.Array:
         state, left, paused = carry
@@ -194,7 +198,7 @@ def decode(
         fed = parallel.window(state.tokens, state.step - 1, variant.window)
         rows = jnp.concatenate([fed, fed]) if variant.guided else fed
         logits, cache = forward(rows, state.cache)
-        computed = choose(logits, state.step, plan, config, variant)
+        computed = choose(logits, state.step, plan, config, variant, _active(state, plan))
         state, paused = _settle(state, cache, fed, computed, plan, config, variant)
         return state, left - 1, paused
 
@@ -250,7 +254,10 @@ def decode_rows(
 
 @functools.partial(jax.jit, donate_argnames=("state",))
 def insert(state: DecodeState, one: DecodeState, row: jax.Array) -> DecodeState:
-    """Puts row 0 of `one` in the place of a row of `state`; both have the same shapes per row."""
+    """Puts row 0 of `one` in the place of a row of `state`; both have the same shapes per row.
+
+    If only `one` is computed twice for guidance, its unconditional rows are left out.
+    """
     count, singles = state.step.shape[0], one.step.shape[0]
 
     def per_row(old: jax.Array, new: jax.Array) -> jax.Array:
@@ -267,6 +274,13 @@ def insert(state: DecodeState, one: DecodeState, row: jax.Array) -> DecodeState:
     return replicated(jax.tree.map(per_row, rest, given).replace(cache=cache))
 
 
+@jax.jit
+def rearrange(state: DecodeState, rows: jax.Array, computed: jax.Array) -> DecodeState:
+    """The rows `rows` of `state`, whose computed rows are `computed`. Both are int32, of any length."""
+    cache = jax.tree.map(lambda leaf: jnp.take(leaf, computed, axis=0), state.cache)
+    return jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0), state.replace(cache=None)).replace(cache=cache)
+
+
 def _forward(params: Any, config: DecoderConfig, variant: Variant) -> Callable:
     """The decoder with the head that the variant needs. Call it outside the loop, so that the head is cut only once."""
     if variant.visual_only:
@@ -277,7 +291,14 @@ def _forward(params: Any, config: DecoderConfig, variant: Variant) -> Callable:
     )
 
 
-def choose(logits: jax.Array, step: jax.Array, plan: Plan, config: DecoderConfig, variant: Variant) -> jax.Array:
+def choose(
+    logits: jax.Array,
+    step: jax.Array,
+    plan: Plan,
+    config: DecoderConfig,
+    variant: Variant,
+    active: jax.Array | None = None,
+) -> jax.Array:
     """Turns logits into the tokens of the steps from step[b] on, int32 [B, W]: guidance, sampling, schedule.
 
     Args:
@@ -286,30 +307,54 @@ def choose(logits: jax.Array, step: jax.Array, plan: Plan, config: DecoderConfig
         plan: inputs of the loop.
         config: config of the decoder.
         variant: options of the programs.
+        active: bool [B], the rows whose tokens matter; by default all.
     """
     rows, (_, width, _) = plan.goal.shape[0], logits.shape
     steps = (step[:, None] + jnp.arange(width, dtype=jnp.int32)[None]).reshape(-1)
     settings = plan.settings if width == 1 else jax.tree.map(lambda column: jnp.repeat(column, width), plan.settings)
     special = config.tokens
+    forced = parallel.window(jnp.asarray(plan.forced), step, width)
 
-    def drawn(logits: jax.Array) -> jax.Array:
+    def drawn(logits: jax.Array, asked: jax.Array | None = None) -> jax.Array:
         if variant.guided:
             conditional, unconditional = (x.reshape(rows * width, -1) for x in (logits[:rows], logits[rows:]))
             logits = sampling.guide(conditional, unconditional, settings.guidance)
         else:
             logits = logits.reshape(rows * width, -1)
-        chosen = sampling.sample(logits, steps, settings, use_top_k=variant.use_top_k, use_top_p=variant.use_top_p)
+        asked = None if asked is None else asked.reshape(-1)
+        chosen = sampling.sample(
+            logits, steps, settings, use_top_k=variant.use_top_k, use_top_p=variant.use_top_p, asked=asked
+        )
         return chosen.reshape(rows, width)
 
-    forced = parallel.window(jnp.asarray(plan.forced), step, width)
     if variant.visual_only:
         chosen = drawn(logits) + special.visual_start
+    elif variant.mixed:
+        chosen = _drawn_by_class(drawn, logits, forced, config, active)
     else:
         chosen = drawn(logits)
-        if variant.mixed:  # drawn among the visual ids alone, as in a session of pictures only: with the same noise
-            visual = drawn(logits[..., special.visual_start : special.visual_end]) + special.visual_start
-            chosen = jnp.where(forced == SAMPLED_VISUAL, visual, chosen)
     return nn.with_logical_constraint(jnp.where(forced < 0, chosen, forced), (None, None))
+
+
+def _drawn_by_class(
+    drawn: Callable, logits: jax.Array, forced: jax.Array, config: DecoderConfig, active: jax.Array | None
+) -> jax.Array:
+    """Draws free steps from all ids, and visual steps from the visual ids. What no active row needs is skipped.
+
+    Visual steps are drawn as in a session of pictures only: among the visual ids alone, with the same noise.
+    """
+    start, end = config.tokens.visual_start, config.tokens.visual_end
+    free, visual = forced == SAMPLED_FREE, forced == SAMPLED_VISUAL
+    if active is not None:
+        free, visual = free & active[:, None], visual & active[:, None]
+
+    def drawn_if(asked: jax.Array, first: int, last: int) -> jax.Array:
+        def draw() -> jax.Array:
+            return drawn(logits[..., first:last], asked) + first
+
+        return jax.lax.cond(asked.any(), draw, lambda: jnp.zeros(forced.shape, jnp.int32))
+
+    return jnp.where(visual, drawn_if(visual, start, end), drawn_if(free, 0, logits.shape[-1]))
 
 
 def _settle(
@@ -362,6 +407,12 @@ def _with_looked_up(tokens: jax.Array, step: jax.Array, plan: Plan, variant: Var
     free = parallel.window(jnp.asarray(plan.forced), step, count) == SAMPLED_FREE
     kept = parallel.window(tokens, step, count)
     return parallel.with_window(tokens, jnp.where(free & found[:, None], guesses, kept), step)
+
+
+def _emptied(cache: KVCache, active: jax.Array, variant: Variant) -> KVCache:
+    """The cache with no tokens in rows that are done, so that attention reads nothing for them."""
+    rows = jnp.concatenate([active, active]) if variant.guided else active
+    return cache.replace(length=jnp.where(rows, cache.length, cache.start))
 
 
 def _active(state: DecodeState, plan: Plan) -> jax.Array:

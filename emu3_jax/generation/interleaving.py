@@ -302,7 +302,7 @@ def choose(logits: jax.Array, answers: jax.Array, state: State, plan: Plan, opti
     special, count, width = options.grammar.tokens, plan.goal.shape[0], logits.shape[1]
     contexts = logits.reshape(options.contexts, count, width, -1)
     active = _active(state, plan)
-    filters = {"use_top_k": options.use_top_k, "use_top_p": options.use_top_p}
+    filters: Any = {"use_top_k": options.use_top_k, "use_top_p": options.use_top_p}
 
     def text() -> jax.Array:
         scores = contexts[0, :, 0, : special.visual_start]

@@ -3,6 +3,7 @@
 B rows, V candidate tokens.
 """
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import flax.struct
@@ -70,7 +71,13 @@ def guide(conditional: jax.Array, unconditional: jax.Array, scale: Array) -> jax
 
 
 def sample(
-    logits: jax.Array, steps: jax.Array, settings: RowSettings, *, use_top_k: bool, use_top_p: bool
+    logits: jax.Array,
+    steps: jax.Array,
+    settings: RowSettings,
+    *,
+    use_top_k: bool,
+    use_top_p: bool,
+    asked: jax.Array | None = None,
 ) -> jax.Array:
     """Samples one candidate per row: temperature, then top-k, then top-p, in the reference's order.
 
@@ -82,6 +89,8 @@ def sample(
         settings: sampling settings of each row.
         use_top_k: whether any row's `top_k` is below V; False skips the search.
         use_top_p: whether any row's `top_p` is below 1.
+        asked: bool [B], the rows whose results matter, or None for all. With it, the program also looks at the settings
+            of these rows, and skips a search that none of them needs. The results of the others may be any.
 
     Returns:
         int32 [B].
@@ -89,12 +98,19 @@ def sample(
     greedy = settings.temperature == 0.0
     scaled = logits / jnp.where(greedy, 1.0, settings.temperature)[:, None]
     if use_top_k:
-        scaled = keep_top_k(scaled, settings.top_k)
+        scaled = _if_any(asked, settings.top_k < logits.shape[-1], keep_top_k, scaled, settings.top_k)
     if use_top_p:
-        scaled = keep_top_p(scaled, settings.top_p)
+        scaled = _if_any(asked, settings.top_p < 1, keep_top_p, scaled, settings.top_p)
     keys = jax.vmap(lambda seed, step: jax.random.fold_in(jax.random.key(seed), step))(settings.seed, steps)
     sampled = jax.vmap(jax.random.categorical)(keys, scaled)
     return jnp.where(greedy, jnp.argmax(logits, axis=-1), sampled).astype(jnp.int32)
+
+
+def _if_any(asked: jax.Array | None, effective: Array, keep: Callable, logits: jax.Array, setting: Array) -> jax.Array:
+    """`keep(logits, setting)`, skipped if it has no effect on the rows that are asked for."""
+    if asked is None:
+        return keep(logits, setting)
+    return jax.lax.cond((asked & effective).any(), keep, lambda logits, _: logits, logits, jnp.asarray(setting))
 
 
 def keep_top_k(logits: jax.Array, top_k: Array) -> jax.Array:

@@ -155,7 +155,7 @@ class DecodeSession:
         check_window(parallel)
         check_zipar(zipar, parallel)
         self._params, self._config, self._mesh = params, config, mesh
-        guided = any(row.negative is not None for row in rows)
+        guided = self._guided = any(row.negative is not None for row in rows)
         filled = (*rows, *[rows[-1]] * (fill_rows(max(len(rows), least_rows), mesh, guided) - len(rows)))
         self._count, self._filled = len(rows), filled
         settings = settings.take(np.minimum(np.arange(len(filled)), len(rows) - 1))
@@ -186,6 +186,7 @@ class DecodeSession:
             lockstep=window == 1 and not replaceable and (self._tail is None or self._tail.lockstep),
             narrow_cache=narrow_cache,
             kernels=choose_kernels(kernels, config.head_dim, config.dtype, window=window),
+            replaceable=replaceable,
             settled_per_pass=settled_per_pass,
         )
         end = width if self._tail is None else self._tail.end
@@ -307,7 +308,7 @@ class DecodeSession:
         same = np.asarray([old is new for old, new in zip(snapshot.rows, self._filled, strict=True)])
         self._step, self._done = np.where(same, step, self._step), np.where(same, done, self._done)
         rows = snapshot.rows[: self._count]
-        share = np.where(done, goal, step)[: self._count].sum() / goal[: self._count].sum()
+        share = np.where(done, goal, step)[: self._count].sum() / max(goal[: self._count].sum(), 1)
         return Reading(
             tokens=[
                 ids[: min(length, len(row.schedule))] for ids, length, row in zip(tokens, step, rows, strict=False)
@@ -354,8 +355,10 @@ class DecodeSession:
             )
         if row.negative is not None and not shapes.variant.guided:
             raise Emu3Error("a row with a negative prompt does not fit into a session without guidance")
-        count = fill_rows(1, self._mesh, shapes.variant.guided)
-        alike = _prompts([row] * count, shapes.variant.guided)
+        # After `resize` to rows without guidance, a row still begins with the program of guided ones.
+        variant = dataclasses.replace(shapes.variant, guided=self._guided)
+        count = fill_rows(1, self._mesh, variant.guided)
+        alike = _prompts([row] * count, variant.guided)
         prompts, start = align_right(alike, width, self._config.tokens.pad)
         known = self._prompt_slots  # the end of the prompt, in which guesses are looked up
         looked_up, _ = align_right([ids[-known:] for ids in alike], known, self._config.tokens.pad)
@@ -364,7 +367,7 @@ class DecodeSession:
         with use_mesh(self._mesh):
             new = engine.prefill(
                 self._params, prompts, start, one,
-                config=self._config, variant=shapes.variant, slots=state.cache.slots,
+                config=self._config, variant=variant, slots=state.cache.slots,
             )  # fmt: skip
             self.state = engine.insert(state, new, np.int32(index))
         # A copy, so that `read` can tell it from the old row, even if the same row starts again.
@@ -377,6 +380,31 @@ class DecodeSession:
 
         self.plan = jax.tree.map(changed, self.plan, one)
         self._step[index], self._done[index] = 1, False
+
+    def resize(self, kept: Sequence[int], count: int, *, guided: bool) -> None:
+        """Keeps some rows, in a new order, and gives the session another number of rows. Only with `replaceable`.
+
+        Results of earlier calls must have been read. The other rows of the new session are done, see `replace`.
+
+        Args:
+            kept: indices of the rows to keep, at most `count`.
+            count: the new number of rows.
+            guided: whether rows are computed twice for guidance. Without it, no row that is kept may need it.
+        """
+        state, shapes = self._started(), self.shapes
+        if shapes.variant.lockstep or self._order is not None or self._mesh is not None:
+            raise RuntimeError("the session cannot be resized")
+        rows = np.asarray([*kept, *[0] * (count - len(kept))], np.int32)
+        computed = np.concatenate([rows, rows + (shapes.rows if shapes.variant.guided else 0)] if guided else [rows])
+        self.state = engine.rearrange(state, rows, computed)
+        self.shapes = dataclasses.replace(
+            shapes, rows=count, variant=dataclasses.replace(shapes.variant, guided=guided)
+        )
+        self._count, self._filled = count, tuple(dataclasses.replace(self._filled[row]) for row in rows)
+        plan = jax.tree.map(lambda column: np.asarray(column)[rows], self.plan)
+        inherited = np.arange(count) < len(kept)
+        self.plan = plan.replace(goal=np.where(inherited, plan.goal, 0))
+        self._step, self._done = self._step[rows], np.where(inherited, self._done[rows], True)
 
     def place(self, step: int) -> None:
         """Pretends that each row has taken `step` steps, without computing the cache. For benchmarks."""

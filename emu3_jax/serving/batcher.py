@@ -21,6 +21,7 @@ from emu3_jax.fields import is_count
 from emu3_jax.generation import defaults
 from emu3_jax.generation.codec import decode_picture
 from emu3_jax.generation.pipeline import Emu3
+from emu3_jax.generation.session import Row
 from emu3_jax.media.sizes import generate_size
 from emu3_jax.printable import shown
 from emu3_jax.serving.fair_queue import FairQueue, Full
@@ -33,7 +34,10 @@ from emu3_jax.serving.works import make_work
 _log = logging.getLogger("emu3_jax")
 
 QUEUE = 64  # jobs that may wait
-PASSES = 16  # most passes of a call: a new job, an event or a cancellation waits no longer than they take
+# A call of the device takes about so many seconds: a new job waits so long if a row is free. If none is free, only
+# events and cancellations wait. Longer calls cost less, because each call prepares the weights.
+CALL_SECONDS, FULL_CALL_SECONDS = 0.15, 0.5
+FIRST_PASSES, MOST_PASSES = 16, 256
 ROWS_EVERY = 0.5  # seconds between two looks at a picture that is being generated
 BROKEN = "the server failed to compute this: try again"
 CLOSING = "the server shuts down: try again later"
@@ -55,7 +59,7 @@ class Batcher:
         *,
         rows: int = defaults.BATCH_SIZE,
         queue: int = QUEUE,
-        passes: int = PASSES,
+        passes: int | None = None,
         memory: int | None = None,
         slots: Sequence[int] | None = None,
         options: Options | None = None,
@@ -67,7 +71,7 @@ class Batcher:
             model: the model, of Emu3's family.
             rows: largest number of rows of each pool.
             queue: largest number of jobs that wait.
-            passes: largest number of passes of a call of the device.
+            passes: largest number of passes of a call of the device, or None: as many as take `CALL_SECONDS`.
             memory: largest number of bytes of all caches together, or None. It may make the rows fewer.
             slots: sizes of the caches of the pools, in slots, in rising order; see `pool.pool_slots`, the default.
             options: options of the sessions.
@@ -76,7 +80,7 @@ class Batcher:
         Raises:
             Emu3Error: the model is of another family, a number is not legal, or no row fits into `memory`.
         """
-        for name, number in {"rows": rows, "queue": queue, "passes": passes}.items():
+        for name, number in {"rows": rows, "queue": queue, "passes": 1 if passes is None else passes}.items():
             if not is_count(number):
                 raise Emu3Error(f"{name} is {shown(number)}: it must be a whole number >= 1")
         language = model.language
@@ -105,6 +109,7 @@ class Batcher:
         # Below: of the device's thread.
         self._later: list[tuple[QueuedTicket, Later]] = []
         self._again: list[QueuedTicket] = []  # jobs that need another row; they go before the queue
+        self._pass_seconds = CALL_SECONDS / FIRST_PASSES  # the time of a pass, as a running mean
         self._thread = threading.Thread(target=self._run, name="emu3-jax-batcher", daemon=True)
         self._thread.start()
 
@@ -243,10 +248,12 @@ class Batcher:
         if not pool.used:
             return
         began = time.perf_counter()
-        pool.advance(self._passes)
+        pool.advance(self._next_passes(pool))
         self._deliver()  # while the device goes on
         reading, passes = pool.read()
-        self._count(pool, passes, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        self._pass_seconds += (seconds / max(1, *passes) - self._pass_seconds) / 4
+        self._count(pool, passes, seconds)
         for index in pool.used:
             ticket, ids, done = pool.owners[index], reading.tokens[index], bool(reading.done[index])
             if ticket is None:
@@ -279,19 +286,33 @@ class Batcher:
         with self._changed:
             return self._queue.take(wanted)
 
+    def _next_passes(self, pool: Pool[QueuedTicket]) -> int:
+        """The number of passes of the next call."""
+        if self._passes is not None:
+            return self._passes
+        seconds = CALL_SECONDS if pool.room else FULL_CALL_SECONDS
+        return min(max(1, round(seconds / self._pass_seconds)), MOST_PASSES)
+
     def _admit(self, pool: Pool[QueuedTicket]) -> None:
-        for index in pool.free():
-            ticket = self._next(pool)
-            if ticket is None:
-                return
+        """Begins jobs in the pool's free rows."""
+        joining: list[tuple[QueuedTicket, Row]] = []
+        while len(joining) < pool.room and (ticket := self._next(pool)) is not None:
             try:
-                row = ticket.work.row()
+                joining.append((ticket, ticket.work.row()))
             except Exception:  # a picture of this job, but not the session
                 _log.exception("a job cannot begin")
                 self._fail(ticket, BROKEN)
-                continue
-            pool.begin(index, ticket, row, ticket.work.settings)
-            ticket.begin()
+        try:
+            pool.resize(len(joining), any(row.negative is not None for _, row in joining))
+            for ticket, row in joining:
+                pool.begin(ticket, row, ticket.work.settings)
+                ticket.begin()
+        except Exception:
+            owners = [owner for owner in pool.owners if owner is not None]
+            for ticket, _ in joining:
+                if ticket not in owners:
+                    self._fail(ticket, BROKEN)
+            raise
 
     def _deliver(self) -> None:
         """Waits for the events that the device was asked for, and tells them."""

@@ -2,7 +2,8 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Sequence
 from typing import Generic, TypeVar
 
 import jax
@@ -20,12 +21,13 @@ from emu3_jax.generation.session import DecodeSession, Reading, Row, Snapshot
 from emu3_jax.generation.shapes import bucket
 from emu3_jax.media.sizes import MAX_ELONGATION, generate_size
 from emu3_jax.models.cache import KVCache
+from emu3_jax.models.capability import target_platform
 
 Owner = TypeVar("Owner")
 
-_LEAST_WIDTH = 64
+_LEAST_WIDTH = 32
 _LAST_DOUBLED = 1024
-_SHORT_PROMPT = 128  # tokens of a prompt that a pool of pictures has room for, beside the longest picture
+_SHORT_PROMPT = 64  # tokens of a prompt that a pool of pictures has room for, beside the longest picture
 
 
 def widths(slots: int) -> list[int]:
@@ -97,18 +99,53 @@ class Options:
     kernels: str = "auto"
 
 
-class Pool(Generic[Owner]):
-    """A session of a fixed number of rows. Each row in use has an owner. All methods belong to the device's thread.
+@dataclasses.dataclass(frozen=True, order=True)
+class Size:
+    """A size of a session: each has its own program. The smallest one that its rows fit into is used.
 
     Attributes:
         rows: number of rows.
+        guided: whether rows are computed twice for guidance.
+    """
+
+    rows: int
+    guided: bool
+
+    def holds(self, rows: int, guided: bool) -> bool:
+        """Whether so many rows fit, of which some are or are not `guided`."""
+        return rows <= self.rows and self.guided >= guided
+
+
+def session_sizes(rows: int, language: Language) -> list[Size]:
+    """The sizes that a session of at most `rows` rows may have, the smallest first.
+
+    On CPUs the time of a pass grows with the rows that it computes, so there is a quarter of the rows, a quarter of
+    that, and so on, down to one; each with and without guidance. Elsewhere a pass takes as long as reading the weights
+    does, and there is only one size, as on a mesh.
+    """
+    if language.mesh is not None or target_platform() != "cpu":
+        return [Size(rows, guided=True)]
+    counts = {rows, 1}
+    while (fewer := min(counts - {1}, default=1) // 4) > 1:
+        counts.add(fewer)
+    return sorted(Size(count, guided) for count in counts for guided in (False, True))
+
+
+class Pool(Generic[Owner]):
+    """A session whose rows are reused. Each row in use has an owner. All methods belong to the device's thread.
+
+    Attributes:
+        rows: largest number of rows.
         slots: size of the cache in slots.
-        owners: the owner of each row, or None for a row that is free.
+        owners: the owner of each row that the session has now, or None for a row that is free.
     """
 
     def __init__(self, language: Language, rows: int, slots: int, options: Options):
         self.rows, self.slots = rows, slots
+        self._sizes = session_sizes(rows, language)
+        self._size = self._sizes[-1]
         self.owners: list[Owner | None] = [None] * rows
+        self._guided = [False] * rows  # whether the row of each owner has guidance
         self._language, self._options = language, options
         self._session: DecodeSession | None = None
         self._snapshot: Snapshot | None = None
@@ -130,17 +167,39 @@ class Pool(Generic[Owner]):
         """The rows in use."""
         return [index for index, owner in enumerate(self.owners) if owner is not None]
 
-    def free(self) -> Iterator[int]:
-        """Yields the rows that are free."""
-        return (index for index, owner in enumerate(self.owners) if owner is None)
+    @property
+    def room(self) -> int:
+        """The number of rows that jobs may still get."""
+        return self.rows - len(self.used)
 
-    def begin(self, index: int, owner: Owner, row: Row, settings: RowSettings) -> None:
-        """Gives a row to an owner, and runs its prompt."""
+    def resize(self, joining: int, guided: bool) -> None:
+        """Takes the smallest size for the rows in use and those that join. Afterwards rows have other indices.
+
+        Args:
+            joining: number of rows that `begin` will be called for.
+            guided: whether any of them has guidance.
+        """
+        used = self.used
+        if joining == 0 and not used:
+            return
+        guided = guided or any(self._guided[row] for row in used)
+        size = next(size for size in self._sizes if size.holds(len(used) + joining, guided))
+        if size == self._size:
+            return
+        self._started().resize(used, size.rows, guided=size.guided)
+        rows = [*used, *[0] * (size.rows - len(used))]
+        self._passes, self._size = self._passes[rows], size
+        self.owners = [self.owners[row] if place < len(used) else None for place, row in enumerate(rows)]
+        self._guided = [self._guided[row] for row in rows]
+
+    def begin(self, owner: Owner, row: Row, settings: RowSettings) -> None:
+        """Gives a free row to an owner, and runs its prompt. There must be one: see `resize`."""
         width = self.width(max(len(row.prompt), len(row.negative or ())), len(row.schedule))
-        session = self._started()
+        session, index = self._started(), self.owners.index(None)
         self.owners[index] = owner  # from now on, an error is the owner's too
+        self._guided[index] = row.negative is not None
         session.replace(index, row, settings, width=width)
-        self._passes = np.where(np.arange(self.rows) == index, 1, self._passes)
+        self._passes[index] = 1
 
     def advance(self, passes: int) -> None:
         """Asks the device for up to `passes` passes. `read` then waits for them."""
@@ -155,20 +214,33 @@ class Pool(Generic[Owner]):
         if self._snapshot is None:
             raise RuntimeError("all rows are done, but some have owners")
         reading, before, used = self._started().read(self._snapshot), self._passes, self.used
-        self._passes = reading.passes
-        return reading, [int(reading.passes[row] - before[row]) if row in used else 0 for row in range(self.rows)]
+        self._passes = np.array(reading.passes)
+        return reading, [int(reading.passes[row] - before[row]) if row in used else 0 for row in range(len(before))]
 
     def forget(self) -> list[Owner]:
         """Gives up the session, after an error. Returns the owners of its rows. A new session starts when needed."""
         owners = [owner for owner in self.owners if owner is not None]
-        self.owners, self._session, self._snapshot = [None] * self.rows, None, None
+        self._size = self._sizes[-1]
+        self.owners, self._guided = [None] * self.rows, [False] * self.rows
+        self._passes = np.ones(self.rows, np.int32)
+        self._session, self._snapshot = None, None
         return owners
 
     def warm_up(self) -> None:
         """Compiles all programs of the session, by using them."""
+        for size in self._sizes:
+            self._warm_up(size, widths(self.slots))
+        for old, new in itertools.permutations(self._sizes, 2):
+            for size in (old, new):
+                self._started().resize([], size.rows, guided=size.guided)
+        self.forget()
+
+    def _warm_up(self, size: Size, found: Sequence[int]) -> None:
         session, tokens = self._started(), self._language.config.tokens
+        if size != self._size:
+            session.resize([], size.rows, guided=size.guided)
         settings = _plain()
-        for width in widths(self.slots):
+        for width in found:
             row = Row([tokens.bos], np.full(2, TokenClass.VISUAL, np.int8))
             session.replace(0, row, settings, width=width)
             for _ in range(2):  # the state that a program returns may differ in layout from the one before
@@ -182,7 +254,7 @@ class Pool(Generic[Owner]):
         return self._session
 
     def _new(self) -> DecodeSession:
-        """A session of rows that are done from the start."""
+        """A session of the largest size, of rows that are done from the start."""
         language, bos = self._language, self._language.config.tokens.bos
         idle = Row([bos], np.asarray([TokenClass.VISUAL], np.int8), [bos])
         return DecodeSession(
