@@ -228,21 +228,22 @@ class Pool(Generic[Owner]):
 
     def warm_up(self) -> None:
         """Compiles all programs of the session, by using them."""
-        for size in self._sizes:
-            self._warm_up(size, widths(self.slots))
-        for old, new in itertools.permutations(self._sizes, 2):
-            for size in (old, new):
-                self._started().resize([], size.rows, guided=size.guided)
+        session = self._started()
+        self._use()  # as a new session, which was not resized
+        for size in self._sizes if len(self._sizes) > 1 else ():
+            session.resize([], size.rows, guided=size.guided)
+            self._use()
+        for sizes in itertools.permutations(self._sizes, 2):
+            for size in sizes:
+                session.resize([], size.rows, guided=size.guided)
         self.forget()
 
-    def _warm_up(self, size: Size, found: Sequence[int]) -> None:
+    def _use(self) -> None:
+        """Uses the session as it is: rows of all widths begin and go on."""
         session, tokens = self._started(), self._language.config.tokens
-        if size != self._size:
-            session.resize([], size.rows, guided=size.guided)
-        settings = _plain()
-        for width in found:
+        for width in widths(self.slots):
             row = Row([tokens.bos], np.full(2, TokenClass.VISUAL, np.int8))
-            session.replace(0, row, settings, width=width)
+            session.replace(0, row, _plain(), width=width)
             for _ in range(2):  # the state that a program returns may differ in layout from the one before
                 if (snapshot := session.advance(1)) is not None:
                     session.read(snapshot)
