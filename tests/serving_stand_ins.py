@@ -17,16 +17,20 @@ from PIL import Image
 
 from emu3_jax.errors import Emu3Error
 from emu3_jax.serving.jobs import (
+    NO_DOCUMENTS,
     AnswerJob,
     AnswerText,
     Busy,
     ClipFrames,
     ClipJob,
     Closing,
+    DocumentJob,
+    DocumentPicture,
     Failed,
     Finished,
     PictureRows,
     Started,
+    Unsupported,
 )
 from emu3_jax.text.tokenizer import SpecialTokenError
 
@@ -68,7 +72,7 @@ class FakeTicket:
                     return
                 if isinstance(self.job, ClipJob):
                     yield ClipFrames(step, np.full((1, SIDE, SIDE, 3), step, np.uint8))
-                elif isinstance(self.job, AnswerJob):
+                elif isinstance(self.job, AnswerJob | DocumentJob):
                     yield AnswerText("abcd"[step])
                 else:
                     yield PictureRows(np.full((4 * (step + 1), SIDE, 3), step, np.uint8), (SIDE, SIDE))
@@ -79,6 +83,9 @@ class FakeTicket:
             if isinstance(self.job, AnswerJob):
                 yield Finished(text="abcd", ended=self.job.max_new_tokens > 4, prompt_tokens=3, tokens=4, passes=4)
                 return
+            if isinstance(self.job, DocumentJob):
+                yield from self._document()
+                return
             if isinstance(self.job, ClipJob):
                 yield Finished(clip=np.zeros((self.job.frames, SIDE, SIDE, 3), np.uint8), tokens=6)
                 return
@@ -87,6 +94,14 @@ class FakeTicket:
             yield Finished(picture=picture, prompt_tokens=5, tokens=6, passes=6)
         finally:
             self._end()
+
+    def _document(self):
+        picture = Image.new("RGB", (SIDE, SIDE), "gray")
+        picture.info = {"prompt": self.job.prompt, "seed": str(self.job.seed)}
+        found = () if self.job.prompt == "text alone" else (picture,)
+        yield from map(DocumentPicture, found)
+        first = found[0] if found and self.job.most_pictures == 1 else None
+        yield Finished(picture=first, pictures=found, text="abcd", prompt_tokens=9, picture_tokens=4, tokens=6)
 
     def cancel(self):
         self._stop.set()
@@ -102,11 +117,14 @@ class FakeTicket:
 class FakeJobs:
     """Counts tickets that are neither finished nor cancelled in `open`; keeps all jobs in `jobs`."""
 
-    def __init__(self):
+    def __init__(self, documents=False):
+        self.documents = documents
         self.lock, self.open, self.jobs, self.closed, self.ending = threading.Lock(), 0, [], [], False
         self.release = threading.Event()  # lets jobs with the prompt "wait" finish
 
     def submit(self, job):
+        if isinstance(job, DocumentJob) and not self.documents:
+            raise Unsupported(NO_DOCUMENTS)
         if self.ending:
             raise Closing
         if not 0 <= job.temperature <= 1e9:

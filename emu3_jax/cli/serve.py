@@ -55,6 +55,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         f"{','.join(USUAL_RATIOS)})",
     )
     command.add_argument(
+        "--documents",
+        action="store_true",
+        help="the model was trained on documents (docs/stories.md): serve edits, and answers with pictures",
+    )
+    command.add_argument(
         "--host", default="127.0.0.1", metavar="H", help="address of the interface to serve at (default: %(default)s)"
     )
     command.add_argument(
@@ -128,7 +133,7 @@ def run(options: argparse.Namespace) -> None:
     with bind(options.host, options.port) as bound:  # before the model is loaded, which takes long
         model = common.load_model(options)
         memory = options.memory or cache_budget(model.language)
-        jobs = Batcher(model, rows=options.rows, queue=options.queue, memory=memory)
+        jobs = Batcher(model, rows=options.rows, queue=options.queue, memory=memory, documents=options.documents)
         fewer = "" if jobs.rows == options.rows else f" of {options.rows}: no more fit into the memory (--memory)"
         try:
             jobs.warm_up([(ratio, None) for ratio in options.ratios])

@@ -151,7 +151,7 @@ def stream_rows(
 ) -> Iterator[tuple[int, Piece | Growing | str | Document]]:
     """As `stream_documents`, for rows with prompts of ids. `kept`: see `interleaving.stream`; for one batch only."""
     config = language.config
-    text_settings, visual_settings = _settings(writing, task, len(rows))
+    text_settings, visual_settings = settings_of_rows(writing, task, len(rows))
     scales = np.full(len(rows), 1.0 if writing.image_guidance is None else writing.image_guidance)
     batches = [
         range(first, min(first + writing.batch_size, len(rows))) for first in range(0, len(rows), writing.batch_size)
@@ -326,8 +326,8 @@ def _scale(writing: Writing, task: Task | None) -> float:
     return defaults.GUIDANCE if task is None else task.guidance
 
 
-def _settings(writing: Writing, task: Task | None, count: int) -> tuple[RowSettings, RowSettings]:
-    """The settings of text and of visual tokens."""
+def settings_of_rows(writing: Writing, task: Task | None, count: int) -> tuple[RowSettings, RowSettings]:
+    """The settings of text and of visual tokens. Raises `Emu3Error` if one is not legal."""
 
     def told(name: str, default: Any) -> Any:
         value = getattr(writing, name)

@@ -380,6 +380,7 @@ def stream(
     kernels: str = "auto",
     parallel: int | str = "off",
     kept: Kept | None = None,
+    call_passes: int = PASSES_PER_CALL,
 ) -> Iterator[Reading]:
     """Lets rows write text and pictures until EOS or their number of steps.
 
@@ -397,6 +398,7 @@ def stream(
         parallel: "auto", "off" or the number of tokens W of a pass per row; see `parallel.choose_window`.
         kept: the cache of earlier turns of the same number of rows, with the same weights. Only what it lacks of the
             prompts is computed. At the end it has the cache of this turn. New rows begin with an empty `Kept()`.
+        call_passes: largest number of passes of a call of the device.
 
     Yields:
         What the rows have after prefill and after each call of the device.
@@ -443,12 +445,12 @@ def stream(
             aligned, start = align_right(prompts, width, config.tokens.pad)
             state = prefill(
                 params, aligned, start, plan, state_of_rows,
-                config=config, options=options, slots=slots(PASSES_PER_CALL + 1), steps=steps,
+                config=config, options=options, slots=slots(call_passes + 1), steps=steps,
             )  # fmt: skip
         else:
             start = tail.start
             state = resume(
-                params, tail.roomy(slots(PASSES_PER_CALL + 1)), tail.tokens, tail.counts, plan, state_of_rows,
+                params, tail.roomy(slots(call_passes + 1)), tail.tokens, tail.counts, plan, state_of_rows,
                 config=config, options=options, steps=steps,
             )  # fmt: skip
     longest = 1  # steps that a row has taken at least, as far as the host knows
@@ -456,11 +458,11 @@ def stream(
         # Copies, because the next call donates the state's memory. That call is queued before the host reads them, so
         # that the device never waits. If its passes settle more tokens than the cache has room for, it ends early.
         snapshot = tuple(map(jnp.copy, (state.step, state.passes, state.ended, state.tokens)))
-        needed = slots(min(longest + 2 * PASSES_PER_CALL, int(goal.max())))
+        needed = slots(min(longest + 2 * call_passes, int(goal.max())))
         with use_mesh(mesh):
             if needed > state.cache.slots:
                 state = state.replace(cache=state.cache.grow(needed))
-            state = decode(params, state, plan, np.int32(PASSES_PER_CALL), config=config, options=options)
+            state = decode(params, state, plan, np.int32(call_passes), config=config, options=options)
         taken, passes, ended, tokens = map(np.asarray, snapshot)
         longest, done = int(taken.max()), ended | (taken >= goal)
         found = [ids[:count] for ids, count in zip(tokens, taken, strict=True)]

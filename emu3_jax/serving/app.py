@@ -17,9 +17,10 @@ from starlette.routing import Route
 
 from emu3_jax.generation.pipeline import Emu3
 from emu3_jax.printable import shown
-from emu3_jax.serving import chat_api, page, pictures_api, videos_api
+from emu3_jax.serving import chat_api, edits_api, page, pictures_api, videos_api
 from emu3_jax.serving.fields import Fields, parse_object
 from emu3_jax.serving.following import until_left
+from emu3_jax.serving.forms import is_form, read_form
 from emu3_jax.serving.guard import FAULT, Guard
 from emu3_jax.serving.jobs import Jobs
 from emu3_jax.serving.limits import Limits
@@ -121,6 +122,12 @@ class _Api:
         body = await request.body()
         return Fields(await asyncio.to_thread(parse_object, body, self._limits), self._limits)
 
+    async def _form_or_fields(self, request: Request, files: int) -> Fields:
+        """As `_fields`, but the body may be a form, too."""
+        if is_form(request):
+            return Fields(await read_form(request, files), self._limits)
+        return await self._fields(request)
+
     async def health(self, request: Request) -> Response:
         if self._jobs.figures().get("closing"):
             raise shutting_down()
@@ -154,18 +161,22 @@ class _Api:
     async def make_video(self, request: Request) -> Response:
         if not self._clips:
             raise bad(None, "several replicas make no clips: ask a server of one replica", "unsupported")
-        if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-            fields = Fields(await videos_api.read_form(request), self._limits)
-        else:
-            fields = await self._fields(request)
+        fields = await self._form_or_fields(request, files=1)
         async with self._slots:
             job = await asyncio.to_thread(
                 videos_api.read_request, fields, self._limits, self._model.name, _client(request)
             )
         return JSONResponse(await self.videos.create(job, self._model.name))
 
-    async def edits(self, request: Request) -> Response:
-        raise bad(None, "this model cannot edit pictures: it draws from text alone", "unsupported_model")
+    async def edits(self, request: Request) -> Any:
+        fields = await self._form_or_fields(request, files=self._limits.pictures)
+        async with self._slots:
+            asked = await asyncio.to_thread(
+                edits_api.read_request, fields, self._limits, self._model.name, _client(request)
+            )
+        if asked.stream:
+            return EventStream(pictures_api.stream_pictures(self._jobs, asked))
+        return await _unless_left(request, pictures_api.answer_pictures(self._jobs, asked))
 
     async def chat(self, request: Request) -> Any:
         fields = await self._fields(request)

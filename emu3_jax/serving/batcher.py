@@ -24,10 +24,11 @@ from emu3_jax.generation.pipeline import Emu3
 from emu3_jax.generation.session import Row
 from emu3_jax.media.sizes import generate_size
 from emu3_jax.printable import shown
+from emu3_jax.serving.documents import Lane, document_bytes
 from emu3_jax.serving.fair_queue import FairQueue, Full
-from emu3_jax.serving.jobs import Busy, Closing, Failed, Finished, Job, TooLarge
+from emu3_jax.serving.jobs import Busy, Closing, Event, Failed, Finished, Job, TooLarge
 from emu3_jax.serving.pool import Options, Pool, pool_slots, rows_that_fit, smallest
-from emu3_jax.serving.rows import Later
+from emu3_jax.serving.rows import Later, Work
 from emu3_jax.serving.tickets import QueuedTicket
 from emu3_jax.serving.works import make_work
 
@@ -38,6 +39,7 @@ QUEUE = 64  # jobs that may wait
 # events and cancellations wait. Longer calls cost less, because each call prepares the weights.
 CALL_SECONDS, FULL_CALL_SECONDS = 0.15, 0.5
 FIRST_PASSES, MOST_PASSES = 16, 256
+LANE_PASSES = 16  # most passes of a document between two calls of the pools
 ROWS_EVERY = 0.5  # seconds between two looks at a picture that is being generated
 BROKEN = "the server failed to compute this: try again"
 CLOSING = "the server shuts down: try again later"
@@ -63,6 +65,7 @@ class Batcher:
         memory: int | None = None,
         slots: Sequence[int] | None = None,
         options: Options | None = None,
+        documents: bool = False,
         rows_every: float = ROWS_EVERY,
     ):
         """Starts the thread.
@@ -75,6 +78,7 @@ class Batcher:
             memory: largest number of bytes of all caches together, or None. It may make the rows fewer.
             slots: sizes of the caches of the pools, in slots, in rising order; see `pool.pool_slots`, the default.
             options: options of the sessions.
+            documents: whether the model was trained on documents. `DocumentJob` is refused otherwise.
             rows_every: seconds between two `PictureRows` of a job.
 
         Raises:
@@ -88,12 +92,14 @@ class Batcher:
         if slots is None:
             slots = pool_slots(language.config, model.vision.config.spatial_factor)
         if memory is not None:
+            memory -= document_bytes(language) if documents else 0
             rows = min(rows, rows_that_fit(language, slots, memory))
         self.rows = rows
         self._model, self._passes, self._rows_every = model, passes, rows_every
         self._pools: list[Pool[QueuedTicket]] = [
             Pool(language, rows, count, options or Options()) for count in sorted(slots)
         ]
+        self._documents, self._lane = documents, Lane(options or Options(), passes or LANE_PASSES)
         self._changed = threading.Condition()
         # Below: guarded by `_changed`.
         self._queue: FairQueue[QueuedTicket] = FairQueue(queue)
@@ -117,7 +123,7 @@ class Batcher:
 
     def submit(self, job: Job) -> QueuedTicket:
         """See `jobs.Jobs`."""
-        work = make_work(self._model, job)
+        work = make_work(self._model, job, self._documents)
         for prompt, steps in work.lengths:
             if smallest(self._pools, prompt, steps) is None:
                 raise TooLarge(
@@ -206,6 +212,7 @@ class Batcher:
 
     def _run(self) -> None:
         while self._wait():
+            self._step_lane()
             for pool in self._pools:
                 try:
                     self._step(pool)
@@ -222,7 +229,8 @@ class Batcher:
             commands, self._commands = self._commands, []
             left = self._queue.clear() if self._hurried else []
             if self._hurried:
-                left += [ticket for pool in self._pools for ticket in pool.forget()] + self._again
+                left += [ticket for pool in self._pools for ticket in pool.forget()]
+                left += self._again + self._lane.forget()
                 self._again = []
             more = bool(len(self._queue)) or self._busy() or not self._closing
         for ticket in left:
@@ -236,7 +244,7 @@ class Batcher:
         return more
 
     def _busy(self) -> bool:
-        return bool(self._again) or any(pool.used for pool in self._pools)
+        return bool(self._again) or self._lane.owner is not None or any(pool.used for pool in self._pools)
 
     def _step(self, pool: Pool[QueuedTicket]) -> None:
         """Gives free rows to jobs, and takes some passes."""
@@ -273,11 +281,36 @@ class Batcher:
             if done and ticket.work.again:
                 self._again.append(ticket)
 
+    def _step_lane(self) -> None:
+        """Takes some passes of the document that is being written, or begins the next one."""
+        if self._lane.owner is not None and self._lane.owner.over:
+            self._lane.forget()
+        ticket = self._lane.owner
+        try:
+            if ticket is None:
+                with self._changed:
+                    ticket = self._queue.take(lambda one: not isinstance(one.work, Work))
+                if ticket is None:
+                    return
+                self._lane.begin(ticket)
+                ticket.begin()
+            events, seconds = self._lane.step()
+        except Exception:  # also of pictures of this job
+            _log.exception("a document failed")
+            self._lane.forget()
+            if ticket is not None:
+                self._fail(ticket, BROKEN)
+            return
+        with self._changed:
+            self._device_seconds[ticket.kind] += seconds  # type: ignore[assignment]
+        self._later += [(ticket, functools.partial(_itself, event)) for event in events]
+
     def _next(self, pool: Pool[QueuedTicket]) -> QueuedTicket | None:
         """The next job for a free row of a pool, or None."""
 
         def wanted(ticket: QueuedTicket) -> bool:
-            return smallest(self._pools, ticket.work.prompt, ticket.work.steps) is pool
+            work = ticket.work
+            return isinstance(work, Work) and smallest(self._pools, work.prompt, work.steps) is pool
 
         self._again = [ticket for ticket in self._again if not ticket.over]
         for ticket in filter(wanted, self._again):
@@ -336,7 +369,7 @@ class Batcher:
             self._counts["finished"] += 1
             self._finished_kinds[ticket.kind] += 1
             self._counts["tokens"] += told.tokens
-            self._counts["pictures"] += told.picture is not None
+            self._counts["pictures"] += len(told.pictures) or told.picture is not None
 
     def _fail(self, ticket: QueuedTicket, message: str) -> None:
         if not ticket.cancelled:
@@ -353,3 +386,7 @@ class Batcher:
             self._counts["passes"] += max(passes)
             self._counts["row_passes"] += max(passes) * len(passes)
             self._counts["row_passes_used"] += sum(passes)
+
+
+def _itself(event: Event) -> Event:
+    return event

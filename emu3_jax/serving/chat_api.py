@@ -1,10 +1,10 @@
-"""`POST /v1/chat/completions`: questions about pictures."""
+"""`POST /v1/chat/completions`: questions about pictures, and answers of texts and pictures in turn."""
 
 import asyncio
 import dataclasses
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from PIL import Image
@@ -13,24 +13,24 @@ from emu3_jax.generation import defaults
 from emu3_jax.printable import shown
 from emu3_jax.serving.fields import Fields, check_model
 from emu3_jax.serving.following import check, following
-from emu3_jax.serving.jobs import AnswerJob, AnswerText, Finished, Jobs
+from emu3_jax.serving.jobs import AnswerJob, AnswerText, DocumentJob, DocumentPicture, Finished, Jobs
 from emu3_jax.serving.limits import Limits
-from emu3_jax.serving.pictures_api import read_sampling
-from emu3_jax.serving.pixels import read_picture
+from emu3_jax.serving.pictures_api import about_picture, read_ratio, read_sampling
+from emu3_jax.serving.pixels import encode_picture, read_picture
 from emu3_jax.serving.refusals import bad
 from emu3_jax.serving.streams import event
 
 
 @dataclasses.dataclass
 class ChatRequest:
-    """A request for answers, one job each."""
+    """A request for answers, one job each. Answers with pictures are documents."""
 
-    jobs: tuple[AnswerJob, ...]
+    jobs: tuple[AnswerJob | DocumentJob, ...]
     model: str
     stream: bool
     include_usage: bool
 
-    def take(self) -> tuple[AnswerJob, ...]:
+    def take(self) -> tuple[AnswerJob | DocumentJob, ...]:
         """The jobs. The request forgets their pictures, whose pixels would fill the memory while answers are made."""
         jobs = self.jobs
         self.jobs = tuple(dataclasses.replace(job, pictures=()) for job in jobs)
@@ -45,7 +45,8 @@ def read_request(fields: Fields, limits: Limits, model: str, client: str) -> Cha
     """
     check_model(fields, model)
     n = fields.whole("n", 1, 1, limits.n)
-    settings, seeds = read_sampling(fields, n, 0.0)
+    drawing = _wants_pictures(fields)
+    settings, seeds = read_sampling(fields, n, defaults.TEMPERATURE if drawing else 0.0)
     most = limits.max_new_tokens
     tokens = fields.whole("max_tokens", min(defaults.MAX_NEW_TOKENS, most), 1, most)
     tokens = fields.whole("max_completion_tokens", tokens, 1, most)
@@ -56,24 +57,41 @@ def read_request(fields: Fields, limits: Limits, model: str, client: str) -> Cha
     prompt, history, pictures = _conversation(fields, limits)
     fields.only(
         frequency_penalty=(0, 0.0), presence_penalty=(0, 0.0), logprobs=(False,), stop=(), tools=([],),
-        logit_bias=({},), response_format=({"type": "text"},), modalities=(["text"],),
-        tool_choice=("none", "auto"), audio=(), top_logprobs=(0,), functions=([],), prediction=(),
+        logit_bias=({},), response_format=({"type": "text"},), tool_choice=("none", "auto"), audio=(),
+        top_logprobs=(0,), functions=([],), prediction=(),
     )  # fmt: skip
     fields.ignore(
         "user", "safety_identifier", "metadata", "store", "service_tier", "parallel_tool_calls", "prompt_cache_key",
         "prompt_cache_retention", "reasoning_effort", "verbosity",
     )  # fmt: skip
-    fields.close()
-    job = AnswerJob(
-        prompt=prompt,
-        history=tuple(history),
-        pictures=tuple(pictures),
-        max_new_tokens=tokens,
-        client=client,
-        **settings,
+    common = {"prompt": prompt, "pictures": tuple(pictures), "max_new_tokens": tokens, "client": client, **settings}
+    usage = options.get("include_usage") is True
+    if not drawing:
+        fields.close()
+        job = AnswerJob(history=tuple(history), **common)
+        return ChatRequest(tuple(dataclasses.replace(job, seed=seed) for seed in seeds), model, stream, usage)
+    if history:
+        raise bad("messages", "answers with pictures have no earlier turns here: send one message of the user")
+    document = DocumentJob(
+        guidance=fields.number("guidance_scale", defaults.GUIDANCE),
+        text_temperature=fields.number("text_temperature", settings["temperature"]),
+        ratio=read_ratio(fields) if fields.raw("ratio") is not None else None,
+        **common,
     )
-    jobs = tuple(dataclasses.replace(job, seed=seed) for seed in seeds)
-    return ChatRequest(jobs, model, stream, options.get("include_usage") is True)
+    fields.close()
+    return ChatRequest(tuple(dataclasses.replace(document, seed=seed) for seed in seeds), model, stream, usage)
+
+
+def _wants_pictures(fields: Fields) -> bool:
+    """Whether `modalities` asks for pictures in the answer."""
+    name = "modalities"
+    given = fields.raw(name)
+    if given is None or given == ["text"]:
+        return False
+    if given in (["text", "image"], ["image", "text"]):
+        return True
+    raise bad(name, f'{name} is {shown(given)}: give ["text"], or ["text", "image"] for an answer with pictures',
+              "unsupported_value")  # fmt: skip
 
 
 def _conversation(fields: Fields, limits: Limits) -> tuple[str, list[tuple[str, str]], list[Image.Image]]:
@@ -158,14 +176,22 @@ def _head(request: ChatRequest, kind: str) -> dict[str, Any]:
     }
 
 
+def _images(pictures: Sequence[Image.Image]) -> dict[str, Any]:
+    """The field `images` of a message, as OpenRouter's API has it: OpenAI's has none. Without pictures, nothing."""
+    encoded = [encode_picture(picture, "png", about=about_picture(picture)) for picture in pictures]
+    urls = [f"data:image/png;base64,{data}" for data in encoded]
+    return {"images": [{"type": "image_url", "image_url": {"url": url}} for url in urls]} if urls else {}
+
+
 async def answer_chat(jobs: Jobs, request: ChatRequest) -> dict[str, Any]:
     """All answers at once."""
-    async with following(jobs, request.take()) as followed:
+    async with following(jobs, request.take(), chat=True) as followed:
         results = await followed.results()
+    images = [await asyncio.to_thread(_images, result.pictures) for result in results]
     choices = [
         {
             "index": index,
-            "message": {"role": "assistant", "content": result.text, "refusal": None},
+            "message": {"role": "assistant", "content": result.text, "refusal": None, **images[index]},
             "logprobs": None,
             "finish_reason": _reason(result),
         }
@@ -182,13 +208,15 @@ async def stream_chat(jobs: Jobs, request: ChatRequest) -> AsyncGenerator[bytes,
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
         return event({**head, "choices": [choice], **({"usage": None} if request.include_usage else {})})
 
-    async with following(jobs, request.take()) as followed:
+    async with following(jobs, request.take(), chat=True) as followed:
         for index in range(len(request.jobs)):
             yield chunk(index, {"role": "assistant", "content": ""})
         async for index, found in followed.events():
             check(found)
             if isinstance(found, AnswerText):
                 yield chunk(index, {"content": found.text})
+            elif isinstance(found, DocumentPicture) and found.whole:
+                yield chunk(index, await asyncio.to_thread(_images, [found.picture]))
             elif isinstance(found, Finished):
                 results.append(found)
                 yield chunk(index, {}, _reason(found))

@@ -1,5 +1,6 @@
 """Clips as rows of a decode session: one row after the other, until the clip has all its frames."""
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -36,17 +37,17 @@ class ClipWork(Work):
     def __init__(self, model: Emu3, job: ClipJob):
         language, self._vision = model.language, model.vision
         language.require_emu3()
-        self._language, self._job, self._factor = language, job, self._vision.clips().temporal_factor
+        self._language, self._factor = language, self._vision.clips().temporal_factor
+        self._job = dataclasses.replace(job, picture=None)  # only the resized pixels are kept
         one_text("prompt", job.prompt)
         one_text("negative", job.negative)
         if not is_count(job.frames):
             raise Emu3Error(f"frames is {shown(job.frames)}: it must be a whole number >= 1")
         check_fps(job.fps)
         self.settings = settings_of(job, job.guidance)
-        self._picture = None if job.picture is None else to_rgb(job.picture)
         ratio = job.ratio
         if ratio is None:
-            ratio = "1:1" if self._picture is None else f"{self._picture.width}:{self._picture.height}"
+            ratio = "1:1" if job.picture is None else f"{job.picture.width}:{job.picture.height}"
         area = language.config.image_area if job.area is None else job.area
         self._size = generate_size(one_text("ratio", ratio), area, self._vision.config.spatial_factor)
         self._height, self._width = (side * self._vision.config.spatial_factor for side in self._size)
@@ -56,11 +57,14 @@ class ClipWork(Work):
                 f"frames is {shown(job.frames)}: it must be at most {most} for a clip of {self._width}x{self._height} "
                 "pixels; ask for fewer frames"
             )
+        self._given = np.zeros((0, self._height, self._width, 3), np.uint8)  # the picture, as the first frame
+        if job.picture is not None:
+            self._given = resize_frames(np.asarray(to_rgb(job.picture))[None], self._height, self._width)
         # Latent frames that the clip has or that rows were begun for, and those that no row was begun for.
-        self._there, self._missing = int(self._picture is not None), -(-job.frames // self._factor)
+        self._there, self._missing = len(self._given), -(-job.frames // self._factor)
         self._latents = latents_of_a_pass(
             language, (job.prompt, job.negative), self._size, factor=self._factor, window=None, missing=self._missing,
-            extending=self._picture is not None, allow_special=False,
+            extending=job.picture is not None, allow_special=False,
         )  # fmt: skip
         self._kinds = self._plan()
         self.prompt, self.steps = self.lengths[0]
@@ -98,11 +102,8 @@ class ClipWork(Work):
         """See `Work`. The frames that the row continues are encoded."""
         clip = self._clip
         if clip is None:
-            given = np.zeros((0, self._height, self._width, 3), np.uint8)
-            if self._picture is not None:
-                given = resize_frames(np.asarray(self._picture)[None], self._height, self._width)
             special = self._language.config.tokens
-            clip = GrowingClip(self._vision, special.visual_start, given, self._job.frames, self._shown)
+            clip = GrowingClip(self._vision, special.visual_start, self._given, self._job.frames, self._shown)
             self._clip = clip
         else:
             clip.collect()

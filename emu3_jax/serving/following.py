@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
-from emu3_jax.serving.jobs import AnswerJob, Event, Failed, Finished, Job, Jobs, PictureRows, Ticket
+from emu3_jax.serving.jobs import Event, Failed, Finished, Job, Jobs, PictureRows, Ticket
 from emu3_jax.serving.refusals import Refused, refusing
 
 Result = TypeVar("Result")
@@ -88,8 +88,10 @@ def check(event: Event) -> None:
 
 
 @contextlib.asynccontextmanager
-async def following(jobs: Jobs, asked: Sequence[Job]) -> AsyncIterator[Followed]:
+async def following(jobs: Jobs, asked: Sequence[Job], *, chat: bool = False) -> AsyncIterator[Followed]:
     """Submits jobs, all or none, and cancels them when the block ends, also by a client that left.
+
+    `chat` says whether prompts and pictures come from the request's field `messages`.
 
     Raises:
         Refused: a job is illegal (400), or the queue is full (429).
@@ -103,8 +105,8 @@ async def following(jobs: Jobs, asked: Sequence[Job]) -> AsyncIterator[Followed]
     # It may encode pictures, which takes time. It goes on to its end if the client leaves meanwhile.
     submitted = asyncio.ensure_future(asyncio.to_thread(submit))
     try:
-        otherwise = "messages" if isinstance(asked[0], AnswerJob) else None
-        with refusing(text=lambda token: _field_with(token, asked), otherwise=otherwise):
+        otherwise = "messages" if chat else None
+        with refusing(text=lambda token: otherwise or _field_with(token, asked), otherwise=otherwise):
             await asyncio.shield(submitted)
     except asyncio.CancelledError:
         later = asyncio.ensure_future(_cancel_later(tickets, submitted))
@@ -125,8 +127,6 @@ async def following(jobs: Jobs, asked: Sequence[Job]) -> AsyncIterator[Followed]
 
 def _field_with(token: str, asked: Sequence[Job]) -> str:
     """The request's field whose text contains a control token."""
-    if isinstance(asked[0], AnswerJob):
-        return "messages"
     return "prompt" if token in unicodedata.normalize("NFC", asked[0].prompt) else "negative_prompt"
 
 

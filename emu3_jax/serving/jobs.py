@@ -76,6 +76,25 @@ class AnswerJob(Job):
     max_new_tokens: int = defaults.MAX_NEW_TOKENS
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DocumentJob(Job):
+    """A text with pictures in it; see `Emu3.interleave` for the fields.
+
+    Attributes:
+        pictures: the pictures that are shown with the prompt, of any size.
+        ratio: the ratio of all pictures, at the model's area, or None to let the model choose their sizes.
+        max_new_tokens: largest number of tokens. None: that of `Emu3.interleave`, or with `most_pictures` all that fit.
+        most_pictures: the document ends after so many pictures, or None to let the model end it.
+    """
+
+    pictures: tuple[Image.Image, ...] = ()
+    guidance: float = defaults.GUIDANCE
+    text_temperature: float = defaults.TEMPERATURE
+    ratio: str | None = None
+    max_new_tokens: int | None = None
+    most_pictures: int | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class Started:
     """The job has left the queue and has a row. `waited` is the time in the queue, in seconds."""
@@ -112,15 +131,25 @@ class AnswerText:
 
 
 @dataclasses.dataclass(frozen=True)
+class DocumentPicture:
+    """A picture of a document. `whole` is False if the largest number of tokens cut it off."""
+
+    picture: Image.Image
+    whole: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
 class Finished:
     """The job is done; nothing follows.
 
     Attributes:
         picture: the picture, with the metadata of `Emu3.generate` in `info`; None unless the job is a `PictureJob`.
         clip: all frames, uint8 [N, height, width, 3]; None unless the job is a `ClipJob`.
-        text: the whole answer; None unless the job is an `AnswerJob`.
+        text: the whole answer, or all texts of a document; None for pictures and clips.
+        pictures: the whole pictures of a document. With one at most, it is `picture`, too.
         ended: whether an answer ended by itself. If not, `max_new_tokens` cut it off.
         prompt_tokens: number of tokens of the prompt.
+        picture_tokens: number of visual tokens among these; 0 unless the job is a `DocumentJob`.
         tokens: number of tokens made.
         passes: passes of the decoder that the row took part in.
     """
@@ -128,8 +157,10 @@ class Finished:
     picture: Image.Image | None = None
     clip: np.ndarray | None = None
     text: str | None = None
+    pictures: tuple[Image.Image, ...] = ()
     ended: bool = True
     prompt_tokens: int = 0
+    picture_tokens: int = 0
     tokens: int = 0
     passes: int = 0
 
@@ -141,7 +172,7 @@ class Failed:
     message: str
 
 
-Event = Started | PictureRows | ClipFrames | AnswerText | Finished | Failed
+Event = Started | PictureRows | ClipFrames | AnswerText | DocumentPicture | Finished | Failed
 
 
 class Busy(Exception):
@@ -157,6 +188,16 @@ class Closing(Busy):
 
     def __init__(self) -> None:
         super().__init__(5, "the server shuts down")
+
+
+NO_DOCUMENTS = (
+    "this server makes no edits and no answers with pictures: start it with emu3-jax serve --documents and a model "
+    "that was trained on documents"
+)
+
+
+class Unsupported(Emu3Error):
+    """The server does no jobs of this kind."""
 
 
 class TooLarge(Emu3Error):

@@ -1,4 +1,4 @@
-"""`POST /v1/images/generations`."""
+"""`POST /v1/images/generations`, and the answers of edits."""
 
 import asyncio
 import dataclasses
@@ -9,27 +9,36 @@ import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
+from PIL import Image
+
 from emu3_jax.generation import defaults
 from emu3_jax.media.sizes import MAX_ELONGATION
 from emu3_jax.printable import shown
 from emu3_jax.serving.fields import Fields, check_model
 from emu3_jax.serving.following import check, following
-from emu3_jax.serving.jobs import Finished, Jobs, PictureJob, PictureRows
+from emu3_jax.serving.jobs import DocumentJob, Finished, Jobs, PictureJob, PictureRows
 from emu3_jax.serving.limits import Limits
 from emu3_jax.serving.pixels import FORMATS, encode_picture, partial_picture
-from emu3_jax.serving.refusals import bad
+from emu3_jax.serving.refusals import Refused, bad
 from emu3_jax.serving.streams import event
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class PictureRequest:
-    """A request for pictures: one job per picture, and how to encode them."""
+    """A request for pictures: one job per picture, and how to encode them. Jobs of edits are documents."""
 
-    jobs: tuple[PictureJob, ...]
+    jobs: tuple[PictureJob, ...] | tuple[DocumentJob, ...]
     form: str
     compression: int
     stream: bool
     partial_images: int
+
+    def take(self) -> tuple[PictureJob, ...] | tuple[DocumentJob, ...]:
+        """The jobs. The request forgets the pictures of edits, whose pixels would fill the memory meanwhile."""
+        jobs = self.jobs
+        if isinstance(jobs[0], DocumentJob):
+            self.jobs = tuple(dataclasses.replace(job, pictures=()) for job in jobs if isinstance(job, DocumentJob))
+        return jobs
 
 
 def read_ratio(fields: Fields) -> str:
@@ -84,41 +93,53 @@ def read_request(fields: Fields, limits: Limits, model: str, client: str) -> Pic
         client=client,
         **settings,
     )
-    request = PictureRequest(
-        jobs=tuple(dataclasses.replace(job, seed=seed) for seed in seeds),
-        form=fields.choice("output_format", FORMATS, "png"),
-        compression=fields.whole("output_compression", 100, 0, 100),
-        stream=fields.flag("stream"),
-        partial_images=fields.whole("partial_images", 0, 0, limits.partial_images),
-    )
-    if request.form == "png" and request.compression != 100:
-        raise bad("output_compression", f"output_compression is {request.compression}, but PNG is lossless: give "
+    output = read_output(fields, limits)
+    fields.close()
+    return PictureRequest(jobs=tuple(dataclasses.replace(job, seed=seed) for seed in seeds), **output)
+
+
+def read_output(fields: Fields, limits: Limits) -> dict[str, Any]:
+    """The fields of a `PictureRequest` apart from its jobs: how pictures are encoded and sent."""
+    form, compression = fields.choice("output_format", FORMATS, "png"), fields.whole("output_compression", 100, 0, 100)
+    if form == "png" and compression != 100:
+        raise bad("output_compression", f"output_compression is {compression}, but PNG is lossless: give "
                   "output_format jpeg or webp, or leave it out", "unsupported_value")  # fmt: skip
     fields.only(
         quality=("auto",), response_format=("b64_json",), background=("auto", "opaque"), moderation=("auto", "low"),
     )  # fmt: skip
     fields.ignore("user", "safety_identifier")
-    fields.close()
-    return request
+    return {
+        "form": form,
+        "compression": compression,
+        "stream": fields.flag("stream"),
+        "partial_images": fields.whole("partial_images", 0, 0, limits.partial_images),
+    }
+
+
+def about_picture(picture: Image.Image) -> dict[str, str]:
+    """How a picture was made, for its text fields."""
+    return {str(key): str(value) for key, value in picture.info.items()}
 
 
 def _about(result: Finished) -> dict[str, str]:
-    assert result.picture is not None
-    return {str(key): str(value) for key, value in result.picture.info.items()}
+    if result.picture is None:  # a document of texts alone
+        raise Refused(422, "the model wrote no picture: try again with another seed or prompt", code="no_picture")
+    return about_picture(result.picture)
 
 
 def _encoded(request: PictureRequest, result: Finished) -> dict[str, Any]:
-    assert result.picture is not None
     about = _about(result)
+    assert result.picture is not None  # `_about` would have refused
     data = encode_picture(result.picture, request.form, request.compression, about)
     return {"b64_json": data, "metadata": about}
 
 
 def _usage(results: list[Finished]) -> dict[str, Any]:
     given, made = sum(r.prompt_tokens for r in results), sum(r.tokens for r in results)
+    visual = sum(r.picture_tokens for r in results)
     return {
         "input_tokens": given,
-        "input_tokens_details": {"text_tokens": given, "image_tokens": 0},
+        "input_tokens_details": {"text_tokens": given - visual, "image_tokens": visual},
         "output_tokens": made,
         "total_tokens": given + made,
     }
@@ -131,7 +152,7 @@ def _size(result: Finished) -> str:
 
 async def answer_pictures(jobs: Jobs, request: PictureRequest) -> dict[str, Any]:
     """All pictures in one answer."""
-    async with following(jobs, request.jobs) as followed:
+    async with following(jobs, request.take()) as followed:
         results = await followed.results()
     data = [await asyncio.to_thread(_encoded, request, result) for result in results]
     return {
@@ -140,7 +161,7 @@ async def answer_pictures(jobs: Jobs, request: PictureRequest) -> dict[str, Any]
         "output_format": request.form,
         "background": "opaque",
         "size": _size(results[0]),
-        "ratio": request.jobs[0].ratio,
+        "ratio": request.jobs[0].ratio or "auto",
         "usage": _usage(results),
     }
 
@@ -148,8 +169,9 @@ async def answer_pictures(jobs: Jobs, request: PictureRequest) -> dict[str, Any]
 async def stream_pictures(jobs: Jobs, request: PictureRequest) -> AsyncGenerator[bytes, None]:
     """Events with partial pictures, and one event per whole picture. `index` tells the pictures of a request apart."""
     sent = [0] * len(request.jobs)
+    kind = "image_edit" if isinstance(request.jobs[0], DocumentJob) else "image_generation"
     base = {"created_at": int(time.time()), "background": "opaque", "output_format": request.form, "quality": "auto"}
-    async with following(jobs, request.jobs) as followed:
+    async with following(jobs, request.take()) as followed:
         async for index, found in followed.events():
             check(found)
             if isinstance(found, PictureRows):
@@ -161,11 +183,11 @@ async def stream_pictures(jobs: Jobs, request: PictureRequest) -> AsyncGenerator
                 data = await asyncio.to_thread(encode_picture, image, request.form, request.compression)
                 about = {"partial_image_index": sent[index], "index": index, "rows": len(found.pixels)}
                 size = {"size": f"{found.size[0]}x{found.size[1]}"}
-                name = "image_generation.partial_image"
+                name = f"{kind}.partial_image"
                 yield event({"type": name, "b64_json": data, **base, **about, **size}, name)
                 sent[index] += 1
             elif isinstance(found, Finished):
                 encoded = await asyncio.to_thread(_encoded, request, found)
-                whole = {"index": index, "ratio": request.jobs[index].ratio, "usage": _usage([found])}
-                name = "image_generation.completed"
+                whole = {"index": index, "ratio": request.jobs[index].ratio or "auto", "usage": _usage([found])}
+                name = f"{kind}.completed"
                 yield event({"type": name, **encoded, **base, **whole, "size": _size(found)}, name)

@@ -6,7 +6,7 @@ from typing import Any
 
 from emu3_jax.errors import Emu3Error
 from emu3_jax.printable import one_line
-from emu3_jax.serving.jobs import Busy, Closing, TooLarge
+from emu3_jax.serving.jobs import Busy, Closing, TooLarge, Unsupported
 from emu3_jax.text.tokenizer import SpecialTokenError
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -90,6 +90,8 @@ def refusing(
     except Busy as busy:
         wait = str(busy.retry_after)
         raise Refused(429, str(busy), code="queue_full", headers={"Retry-After": wait}) from busy
+    except Unsupported as error:
+        raise bad(None, str(error), "unsupported_model") from error
     except TooLarge as error:
         raise _refusal(error, param, otherwise, "too_large") from error
     except SpecialTokenError as error:  # its own words name arguments of Python and of the command line

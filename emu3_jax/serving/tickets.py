@@ -5,9 +5,20 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
-from emu3_jax.serving.jobs import AnswerJob, AnswerText, Event, Failed, Finished, Job, PictureRows, Started
-from emu3_jax.serving.rows import Work
+from emu3_jax.serving.jobs import (
+    AnswerJob,
+    AnswerText,
+    ClipJob,
+    DocumentJob,
+    Event,
+    Failed,
+    Finished,
+    Job,
+    PictureRows,
+    Started,
+)
 
 
 class QueuedTicket:
@@ -15,13 +26,17 @@ class QueuedTicket:
 
     Attributes:
         job: the job, without pictures.
-        work: the job as a row.
+        work: the job as a row, `rows.Work`; or `documents.DocumentWork`, which needs no row.
         kind: what the job makes, a word for figures: "picture", "answer".
         cancelled: whether the job was given up.
     """
 
-    def __init__(self, job: Job, work: Work, on_cancel: Callable[["QueuedTicket"], None]):
-        self.job = dataclasses.replace(job, pictures=()) if isinstance(job, AnswerJob) else job
+    def __init__(self, job: Job, work: Any, on_cancel: Callable[["QueuedTicket"], None]):
+        if isinstance(job, AnswerJob | DocumentJob):
+            job = dataclasses.replace(job, pictures=())
+        elif isinstance(job, ClipJob):
+            job = dataclasses.replace(job, picture=None)
+        self.job = job
         self.work, self.cancelled = work, False
         self.kind = type(job).__name__.removesuffix("Job").lower()
         self._on_cancel = on_cancel

@@ -151,6 +151,7 @@ class Videos:
     async def _follow(self, video: _Video, taken: asyncio.Future[None]) -> None:
         try:
             async with following(self._jobs, [video.job]) as followed:
+                video.job = dataclasses.replace(video.job, picture=None)  # it would stay in memory as long as the clip
                 taken.set_result(None)
                 async for _, event in followed.events():
                     if isinstance(event, Started):
@@ -221,18 +222,3 @@ class Videos:
             with contextlib.suppress(asyncio.CancelledError):
                 await video.task
         return JSONResponse({"id": video.id, "object": "video.deleted", "deleted": True})
-
-
-async def read_form(request: Request) -> dict[str, Any]:
-    """The fields of a form, such as OpenAI's client sends for videos. Texts that are numbers become numbers."""
-    found: dict[str, Any] = {}
-    async with request.form(max_files=1, max_fields=32, max_part_size=256 << 10) as form:
-        for name, value in form.multi_items():
-            found[name] = value if isinstance(value, str) else await value.read()
-    for name in ("seconds", "frames", "fps", "seed", "top_k", "top_p", "temperature", "guidance_scale", "area"):
-        text = found.get(name)
-        if not isinstance(text, str):  # absent, or a file
-            continue
-        with contextlib.suppress(ValueError, OverflowError):
-            found[name] = int(text) if len(text) < 20 and text.isdecimal() else float(text[:40])
-    return found
