@@ -11,6 +11,9 @@ answers about a picture. It goes to `serving.batcher.Batcher` in this process. T
 - `one row`: the batcher with one row, which is a server without batching; it gets every N-th job for N rows,
 - `generate`: `Emu3.generate` and `Emu3.chat`, in batches of as many rows, without a server.
 
+With `--load pictures` all jobs are pictures of one size with guidance, so that `generate` has the batches that suit it
+best.
+
 `batched` and `one row` are compared by tokens per second, `batched` and `generate` by jobs per second. A single request
 to an idle batcher shows the time to the first row of a picture, beside the time that `Emu3.generate` needs for it.
 `--preset 8b` has random weights of the published shapes, made on the device. All programs are compiled before a time is
@@ -62,6 +65,7 @@ PRESETS = {
 AREAS = {"8b": 256 * 256, "small": 64 * 64}  # a whole picture of 720x720 takes a minute
 RATIOS = ("1:1", "3:2", "2:3", "1:1")
 SCALES = (3.0, 5.0, 3.0, 1.0)  # of guidance; 1 is none
+LOADS = ("mixed", "pictures")
 SIDES = ("batched", "poisson", "one row", "generate")
 CLIENTS = 5
 SHARE = 0.7  # of the saturated rate, at which jobs arrive by default
@@ -105,10 +109,11 @@ def load_model(options: argparse.Namespace) -> Emu3:
 # ------------------------------------------------------------------------------------------------ the load
 
 
-def make_jobs(count: int, area: int | None, tokens: int, seed: int) -> list[Job]:
-    """The mixed load: of five jobs, three are pictures, one an answer about text, one an answer about a picture.
+def make_jobs(load: str, count: int, area: int | None, tokens: int, seed: int) -> list[Job]:
+    """The load. If it is mixed, three of five jobs are pictures, one an answer about text, one about a picture.
 
     Args:
+        load: from `LOADS`; "pictures" has pictures of the ratio 1:1 with guidance alone.
         count: number of jobs.
         area: area of the pictures in pixels, or None for the model's own.
         tokens: most tokens of an answer.
@@ -117,6 +122,12 @@ def make_jobs(count: int, area: int | None, tokens: int, seed: int) -> list[Job]
     side = round(math.sqrt(area or 64 * 64))
     photo = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side, 3), np.uint8))
     jobs: list[Job] = []
+    if load == "pictures":
+        return [
+            PictureJob(prompt=f"a red apple, number {number}", area=area, seed=seed + number,
+                       client=f"client {number % CLIENTS}")
+            for number in range(count)
+        ]  # fmt: skip
     for number in range(count):
         client, drawn = f"client {number % CLIENTS}", number // 5 * 3 + number % 5
         if number % 5 < 3:
@@ -375,7 +386,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     say(f"loading {options.model or options.preset}")
     model = load_model(options)
     area = options.area or (None if options.model or options.preset == "embedded" else AREAS[options.preset])
-    jobs = make_jobs(options.jobs or 3 * options.rows, area, options.tokens, options.seed)
+    jobs = make_jobs(options.load, options.jobs or 3 * options.rows, area, options.tokens, options.seed)
     bench = Bench(model, jobs, rows=options.rows, passes=options.passes, parallel=options.parallel,
                   rows_every=options.rows_every)  # fmt: skip
     sides: list[dict[str, Any]] = []
@@ -433,6 +444,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--quantize", choices=("none", "int8"), default="none", help="weights and caches (default: %(default)s)")
     add("--rows", type=whole, default=8, metavar="N", help="rows of the batch (default: %(default)s)")
     add("--jobs", type=whole, metavar="N", help="jobs of the load (default: three for each row)")
+    add("--load", choices=LOADS, default=LOADS[0], help="the jobs (default: %(default)s)")
     add("--area", type=whole, metavar="PIXELS", help="area of a picture (default: the model's; 256x256 for 8b)")
     add("--tokens", type=whole, default=64, metavar="N", help="most tokens of an answer (default: %(default)s)")
     add(

@@ -52,7 +52,7 @@ def test_all_sides_do_the_same_load(bench, tiny_bundle, tmp_path, capsys):
 
 
 def test_the_load_is_mixed(bench):
-    jobs = bench.make_jobs(40, 576, 9, seed=3)
+    jobs = bench.make_jobs("mixed", 40, 576, 9, seed=3)
     pictures = [job for job in jobs if isinstance(job, PictureJob)]
     answers = [job for job in jobs if isinstance(job, AnswerJob)]
     assert (len(pictures), len(answers)) == (24, 16)
