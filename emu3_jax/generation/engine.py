@@ -182,7 +182,7 @@ def decode(
     It takes fewer after a pass in which a row completes a frame or all of its steps, and when the cache has no room for
     another pass.
     """
-    forward = _forward(params, config, variant)
+    forward = _forward_of_classes(params, config, variant) if variant.mixed else _forward(params, config, variant)
     if variant.replaceable:
         state = state.replace(cache=_emptied(state.cache, _active(state, plan), variant))
 
@@ -291,8 +291,36 @@ def _forward(params: Any, config: DecoderConfig, variant: Variant) -> Callable:
     )
 
 
+def _forward_of_classes(params: Any, config: DecoderConfig, variant: Variant) -> Callable:
+    """As `_forward`, for steps of all classes. It returns `Logits`, so that a product with a head may be skipped."""
+    cut = jax.lax.optimization_barrier(visual_head_params(params, config))
+    whole: Any = functools.partial(Decoder(config, kernels=variant.kernels).apply, {"params": params})
+    visual: Any = functools.partial(
+        Decoder(config, visual_head=True, kernels=variant.kernels).apply, {"params": cut}, method=Decoder.logits
+    )
+
+    def forward(tokens: jax.Array, cache: KVCache) -> tuple[Logits, KVCache]:
+        hidden, cache = whole(tokens, cache, method=Decoder.hidden_cached)
+        return Logits(lambda: whole(hidden, method=Decoder.logits), lambda: visual(hidden)), cache
+
+    return forward
+
+
+@dataclasses.dataclass(frozen=True)
+class Logits:
+    """Logits that are computed when they are asked for, float32 [R, W, V].
+
+    Attributes:
+        whole: those of all ids.
+        visual: those of the visual ids.
+    """
+
+    whole: Callable[[], jax.Array]
+    visual: Callable[[], jax.Array]
+
+
 def choose(
-    logits: jax.Array,
+    logits: jax.Array | Logits,
     step: jax.Array,
     plan: Plan,
     config: DecoderConfig,
@@ -302,14 +330,14 @@ def choose(
     """Turns logits into the tokens of the steps from step[b] on, int32 [B, W]: guidance, sampling, schedule.
 
     Args:
-        logits: float32 [R, W, V].
+        logits: float32 [R, W, V]; or `Logits`, if the variant is mixed.
         step: int32 [B].
         plan: inputs of the loop.
         config: config of the decoder.
         variant: options of the programs.
         active: bool [B], the rows whose tokens matter; by default all.
     """
-    rows, (_, width, _) = plan.goal.shape[0], logits.shape
+    rows, width = plan.goal.shape[0], variant.window if isinstance(logits, Logits) else logits.shape[1]
     steps = (step[:, None] + jnp.arange(width, dtype=jnp.int32)[None]).reshape(-1)
     settings = plan.settings if width == 1 else jax.tree.map(lambda column: jnp.repeat(column, width), plan.settings)
     special = config.tokens
@@ -327,34 +355,34 @@ def choose(
         )
         return chosen.reshape(rows, width)
 
-    if variant.visual_only:
-        chosen = drawn(logits) + special.visual_start
-    elif variant.mixed:
+    if isinstance(logits, Logits):
         chosen = _drawn_by_class(drawn, logits, forced, config, active)
+    elif variant.mixed:
+        visual = logits[..., special.visual_start : special.visual_end]
+        chosen = _drawn_by_class(drawn, Logits(lambda: logits, lambda: visual), forced, config, active)
     else:
-        chosen = drawn(logits)
+        chosen = drawn(logits) + (special.visual_start if variant.visual_only else 0)
     return nn.with_logical_constraint(jnp.where(forced < 0, chosen, forced), (None, None))
 
 
 def _drawn_by_class(
-    drawn: Callable, logits: jax.Array, forced: jax.Array, config: DecoderConfig, active: jax.Array | None
+    drawn: Callable, logits: Logits, forced: jax.Array, config: DecoderConfig, active: jax.Array | None
 ) -> jax.Array:
     """Draws free steps from all ids, and visual steps from the visual ids. What no active row needs is skipped.
 
     Visual steps are drawn as in a session of pictures only: among the visual ids alone, with the same noise.
     """
-    start, end = config.tokens.visual_start, config.tokens.visual_end
     free, visual = forced == SAMPLED_FREE, forced == SAMPLED_VISUAL
     if active is not None:
         free, visual = free & active[:, None], visual & active[:, None]
 
-    def drawn_if(asked: jax.Array, first: int, last: int) -> jax.Array:
-        def draw() -> jax.Array:
-            return drawn(logits[..., first:last], asked) + first
+    def drawn_if(asked: jax.Array, logits: Callable[[], jax.Array], first: int) -> jax.Array:
+        return jax.lax.cond(
+            asked.any(), lambda: drawn(logits(), asked) + first, lambda: jnp.zeros(forced.shape, jnp.int32)
+        )
 
-        return jax.lax.cond(asked.any(), draw, lambda: jnp.zeros(forced.shape, jnp.int32))
-
-    return jnp.where(visual, drawn_if(visual, start, end), drawn_if(free, 0, logits.shape[-1]))
+    chosen = drawn_if(free, logits.whole, 0)
+    return jnp.where(visual, drawn_if(visual, logits.visual, config.tokens.visual_start), chosen)
 
 
 def _settle(

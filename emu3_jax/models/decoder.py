@@ -371,14 +371,24 @@ class Decoder(nn.Module):
         if cache is None:
             hidden = self.hidden(tokens_bs)
         else:
-            rotations_bsr = self._rotations(cache.positions(tokens_bs.shape[1]))
-            x_bsd = _residual(self.embed.lookup(tokens_bs), cache)
-            for index, block in enumerate(self.layers):
-                x_bsd, cache = block(x_bsd, rotations_bsr, None, cache, index)
-            cache = cache.replace(length=cache.length + tokens_bs.shape[1])
-            hidden = self.norm(x_bsd if last_only is False else _last(x_bsd, last_only))
+            hidden, cache = self.hidden_cached(tokens_bs, cache, last_only=last_only)
             return self.head.logits(hidden), cache
         return self.head.logits(hidden if last_only is False else _last(hidden, last_only)), cache
+
+    def hidden_cached(
+        self, tokens_bs: jax.Array, cache: KVCache, *, last_only: bool | jax.Array = False
+    ) -> tuple[jax.Array, KVCache]:
+        """As `__call__` with a cache, but returns the hidden states [B, S, D] that the head multiplies."""
+        rotations_bsr = self._rotations(cache.positions(tokens_bs.shape[1]))
+        x_bsd = _residual(self.embed.lookup(tokens_bs), cache)
+        for index, block in enumerate(self.layers):
+            x_bsd, cache = block(x_bsd, rotations_bsr, None, cache, index)
+        cache = cache.replace(length=cache.length + tokens_bs.shape[1])
+        return self.norm(x_bsd if last_only is False else _last(x_bsd, last_only)), cache
+
+    def logits(self, hidden_bsd: jax.Array) -> jax.Array:
+        """The product with the head: float32 [B, S, V], given what `hidden_cached` returns."""
+        return self.head.logits(hidden_bsd)
 
     def hidden(
         self, tokens_bs: jax.Array, positions_bs: jax.Array | None = None, segments_bs: jax.Array | None = None

@@ -38,7 +38,7 @@ QUEUE = 64  # jobs that may wait
 # A call of the device takes about so many seconds: a new job waits so long if a row is free. If none is free, only
 # events and cancellations wait. Longer calls cost less, because each call prepares the weights.
 CALL_SECONDS, FULL_CALL_SECONDS = 0.15, 0.5
-FIRST_PASSES, MOST_PASSES = 16, 256
+LEAST_PASSES, MOST_PASSES = 16, 256
 LANE_PASSES = 16  # most passes of a document between two calls of the pools
 ROWS_EVERY = 0.5  # seconds between two looks at a picture that is being generated
 BROKEN = "the server failed to compute this: try again"
@@ -115,7 +115,7 @@ class Batcher:
         # Below: of the device's thread.
         self._later: list[tuple[QueuedTicket, Later]] = []
         self._again: list[QueuedTicket] = []  # jobs that need another row; they go before the queue
-        self._pass_seconds = CALL_SECONDS / FIRST_PASSES  # the time of a pass, as a running mean
+        self._pass_seconds = CALL_SECONDS / LEAST_PASSES  # the time of a pass, as a running mean
         self._thread = threading.Thread(target=self._run, name="emu3-jax-batcher", daemon=True)
         self._thread.start()
 
@@ -324,7 +324,7 @@ class Batcher:
         if self._passes is not None:
             return self._passes
         seconds = CALL_SECONDS if pool.room else FULL_CALL_SECONDS
-        return min(max(1, round(seconds / self._pass_seconds)), MOST_PASSES)
+        return min(max(LEAST_PASSES, round(seconds / self._pass_seconds)), MOST_PASSES)
 
     def _admit(self, pool: Pool[QueuedTicket]) -> None:
         """Begins jobs in the pool's free rows."""
