@@ -50,7 +50,7 @@ from emu3_jax.generation.pipeline import Emu3
 from emu3_jax.generation.rows import Sampling
 from emu3_jax.generation.shapes import bucket
 from emu3_jax.media.sizes import generate_size
-from emu3_jax.serving.batcher import ROWS_EVERY, Batcher
+from emu3_jax.serving.batcher import Batcher
 from emu3_jax.serving.jobs import AnswerJob, Busy, Failed, Finished, Job, PictureJob, PictureRows
 from emu3_jax.serving.pool import Options
 from emu3_jax.serving.works import make_work
@@ -264,7 +264,16 @@ def table(sides: Sequence[dict[str, Any]], ratios: dict[str, float]) -> str:
 class Bench:
     """The sides of the comparison, over one model and one load."""
 
-    def __init__(self, model: Emu3, jobs: Sequence[Job], *, rows: int, passes: int, parallel: str, rows_every: float):
+    def __init__(
+        self,
+        model: Emu3,
+        jobs: Sequence[Job],
+        *,
+        rows: int,
+        passes: int | None,
+        parallel: str,
+        rows_every: float | None,
+    ):
         self._model, self._jobs, self._rows, self._parallel = model, jobs, rows, parallel
         self._options: dict[str, Any] = {
             "passes": passes,
@@ -279,7 +288,7 @@ class Bench:
         self._slots = bucket(width + max(work.steps for work in works))
         pictures = [job for job in jobs if isinstance(job, PictureJob)]
         self._sizes = sorted({(job.ratio, job.area) for job in pictures}, key=str)
-        self._picture = next(job for job in pictures if job.guidance != 1)
+        self._picture = dataclasses.replace(next(job for job in pictures if job.guidance != 1), partial=True)
 
     @contextlib.contextmanager
     def batcher(self, rows: int) -> Iterator[Batcher]:
@@ -387,6 +396,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     model = load_model(options)
     area = options.area or (None if options.model or options.preset == "embedded" else AREAS[options.preset])
     jobs = make_jobs(options.load, options.jobs or 3 * options.rows, area, options.tokens, options.seed)
+    if options.whole:
+        jobs = [dataclasses.replace(job, partial=False) if isinstance(job, PictureJob) else job for job in jobs]
     bench = Bench(model, jobs, rows=options.rows, passes=options.passes, parallel=options.parallel,
                   rows_every=options.rows_every)  # fmt: skip
     sides: list[dict[str, Any]] = []
@@ -412,6 +423,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         sides.append({**bench.generate(), "picture_first_p50_s": round(plain, 3)})
         ratios["jobs per second, batched / generate"] = batched["jobs_per_s"] / sides[-1]["jobs_per_s"]
     about = {"model": model.name, "quantize": options.quantize, "area": area, "parallel": options.parallel}
+    about |= {"load": options.load, "whole": options.whole}
     return {"machine": describe_machine(), **about, "sides": sides, "ratios": ratios, "first_row_s": first}
 
 
@@ -456,8 +468,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--sides", type=side_list, default=SIDES, metavar="A,B", help="sides beside `batched` (default: all)")
     add("--passes", type=whole, metavar="N", help="passes of a call (default: as the server)")
     add("--parallel", default="off", metavar="W", help="tokens of a pass of a row, on all sides (default: %(default)s)")
-    add("--rows-every", type=positive, default=ROWS_EVERY, metavar="S",
-        help="seconds between two looks at a picture (default: %(default)s)")  # fmt: skip
+    add(
+        "--rows-every",
+        type=positive,
+        metavar="S",
+        help="seconds between two looks at a picture (default: as the server)",
+    )
     add("--seed", type=int, default=0, metavar="N", help="of the load (default: %(default)s)")
     add("--json", metavar="FILE", help="also write all figures to this file")
     return parser

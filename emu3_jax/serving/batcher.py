@@ -26,7 +26,7 @@ from emu3_jax.media.sizes import generate_size
 from emu3_jax.printable import shown
 from emu3_jax.serving.documents import Lane, document_bytes
 from emu3_jax.serving.fair_queue import FairQueue, Full
-from emu3_jax.serving.jobs import Busy, Closing, Event, Failed, Finished, Job, TooLarge
+from emu3_jax.serving.jobs import Busy, Closing, Event, Failed, Finished, Job, PictureRows, TooLarge
 from emu3_jax.serving.pool import Options, Pool, pool_slots, rows_that_fit, smallest
 from emu3_jax.serving.rows import Later, Work
 from emu3_jax.serving.tickets import QueuedTicket
@@ -40,7 +40,9 @@ QUEUE = 64  # jobs that may wait
 CALL_SECONDS, FULL_CALL_SECONDS = 0.15, 0.5
 LEAST_PASSES, MOST_PASSES = 16, 256
 LANE_PASSES = 16  # most passes of a document between two calls of the pools
-ROWS_EVERY = 0.5  # seconds between two looks at a picture that is being generated
+# Looks at pictures that are being generated: least seconds between two looks at a picture, and the share of the
+# device's time that all looks together may take.
+ROWS_EVERY, LOOKS = 0.5, 0.1
 BROKEN = "the server failed to compute this: try again"
 CLOSING = "the server shuts down: try again later"
 
@@ -66,7 +68,7 @@ class Batcher:
         slots: Sequence[int] | None = None,
         options: Options | None = None,
         documents: bool = False,
-        rows_every: float = ROWS_EVERY,
+        rows_every: float | None = None,
     ):
         """Starts the thread.
 
@@ -79,7 +81,8 @@ class Batcher:
             slots: sizes of the caches of the pools, in slots, in rising order; see `pool.pool_slots`, the default.
             options: options of the sessions.
             documents: whether the model was trained on documents. `DocumentJob` is refused otherwise.
-            rows_every: seconds between two `PictureRows` of a job.
+            rows_every: seconds between two `PictureRows` of a job, or None: at least `ROWS_EVERY`, and so many that
+                they take `LOOKS` of the time at most.
 
         Raises:
             Emu3Error: the model is of another family, a number is not legal, or no row fits into `memory`.
@@ -115,6 +118,7 @@ class Batcher:
         # Below: of the device's thread.
         self._later: list[tuple[QueuedTicket, Later]] = []
         self._again: list[QueuedTicket] = []  # jobs that need another row; they go before the queue
+        self._look_seconds = 0.0  # the time of a look at a picture, as a running mean
         self._pass_seconds = CALL_SECONDS / LEAST_PASSES  # the time of a pass, as a running mean
         self._thread = threading.Thread(target=self._run, name="emu3-jax-batcher", daemon=True)
         self._thread.start()
@@ -272,7 +276,7 @@ class Batcher:
                 if done:
                     events = ticket.work.finish(ids, bool(reading.ended[index]), int(reading.passes[index]))
                 else:
-                    events = ticket.work.more(ids, functools.partial(ticket.wants_rows, self._rows_every))
+                    events = ticket.work.more(ids, functools.partial(ticket.wants_rows, self._look_interval(pool)))
             except Emu3Error as error:
                 pool.owners[index] = None
                 self._fail(ticket, str(error))
@@ -347,6 +351,12 @@ class Batcher:
                     self._fail(ticket, BROKEN)
             raise
 
+    def _look_interval(self, pool: Pool[QueuedTicket]) -> float:
+        """Seconds between two looks at a picture."""
+        if self._rows_every is not None:
+            return self._rows_every
+        return max(ROWS_EVERY, len(pool.used) * self._look_seconds / LOOKS)
+
     def _deliver(self) -> None:
         """Waits for the events that the device was asked for, and tells them."""
         later, self._later = self._later, []
@@ -354,11 +364,14 @@ class Batcher:
             if ticket.cancelled:
                 continue
             try:
+                began = time.perf_counter()
                 told = event()
             except Exception:
                 _log.exception("a picture cannot be decoded")
                 self._fail(ticket, BROKEN)
                 continue
+            if isinstance(told, PictureRows):
+                self._look_seconds += (time.perf_counter() - began - self._look_seconds) / 4
             if isinstance(told, Finished):
                 self._finished(ticket, told)
             ticket.tell(told)

@@ -35,12 +35,17 @@ class Job:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PictureJob(Job):
-    """A picture; see `Emu3.generate` for the fields."""
+    """A picture; see `Emu3.generate` for the fields.
+
+    Attributes:
+        partial: whether more of the picture may be told as it is generated, which takes some of the device's time.
+    """
 
     negative: str = ""
     guidance: float = defaults.GUIDANCE
     ratio: str = "1:1"
     area: int | None = None
+    partial: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -95,7 +95,8 @@ def read_request(fields: Fields, limits: Limits, model: str, client: str) -> Pic
     )
     output = read_output(fields, limits)
     fields.close()
-    return PictureRequest(jobs=tuple(dataclasses.replace(job, seed=seed) for seed in seeds), **output)
+    partial = output["stream"] and output["partial_images"] > 0
+    return PictureRequest(jobs=tuple(dataclasses.replace(job, seed=seed, partial=partial) for seed in seeds), **output)
 
 
 def read_output(fields: Fields, limits: Limits) -> dict[str, Any]:

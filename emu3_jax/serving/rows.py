@@ -92,6 +92,7 @@ class PictureWork(Work):
         size = generate_size(job.ratio, area, self._vision.config.spatial_factor)
         (prompt,), (negative,) = prompt_list(one_text("prompt", job.prompt)), texts_per_row("negative", job.negative, 1)
         self.settings = settings_of(job, job.guidance)
+        self._partial = job.partial
         self._grid = Grid(prompt, one_text("negative", negative), size)
         (row,) = grid_rows(language, [self._grid])
         self._row = Row(row.prompt, row.schedule, None if job.guidance == 1 else row.negative)
@@ -104,6 +105,8 @@ class PictureWork(Work):
 
     def more(self, ids: np.ndarray, wanted: Callable[[], bool]) -> list[Later]:
         """See `Work`."""
+        if not self._partial:
+            return []
         rows, columns = self._grid.size
         codes = visual_codes(self._language, self._row, ids)
         count = len(codes) // columns
