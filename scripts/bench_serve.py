@@ -474,6 +474,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="S",
         help="seconds between two looks at a picture (default: as the server)",
     )
+    add("--whole", action="store_true", help="the clients of the load do not look at pictures that are not whole")
     add("--seed", type=int, default=0, metavar="N", help="of the load (default: %(default)s)")
     add("--json", metavar="FILE", help="also write all figures to this file")
     return parser
