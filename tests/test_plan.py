@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from emu3_jax.cli.main import main
+from emu3_jax.config import EMU35_34B, DecoderConfig
 from emu3_jax.data.sequences import NextFrame
 from emu3_jax.errors import Emu3Error
 from emu3_jax.generation import plan as generation_plan
@@ -323,6 +324,21 @@ def test_collectives_of_a_scan():
         [Collective("all-gather", 1, 8 * 32 * 4), Collective("all-reduce", 5, 5 * 32 * 4)],
         True,
     )
+
+
+@libtpu
+def test_the_grammar_of_emu35_is_planned_too():
+    decoder = DecoderConfig(
+        hidden_size=64, num_layers=1, num_heads=4, num_kv_heads=2, head_width=16, intermediate_size=64, qk_norm=True,
+        vocab_size=EMU35_34B.vocab_size, max_positions=1024, image_area=128 * 128, tokens=EMU35_34B.tokens,
+        family="emu3.5",
+    )  # fmt: skip
+    slice_ = plan.tpu_slice("v5e:2x2")
+    for parallel in ("off", 4):
+        config = GenerateConfig(decoder, mesh="tensor=2,data=2", parallel=parallel)
+        *_, step, grammar = plan.compile_plan(slice_, *generation_plan.programs(config, slice_))["programs"]
+        assert step["name"].startswith("decoding step") and grammar["name"].startswith("grammar of a step")
+        assert grammar["total_bytes"] < 2**22 and grammar["xla_flops"] < step["xla_flops"] / 100
 
 
 def test_generate_config_is_validated():

@@ -104,11 +104,7 @@ class Interleaved:
         def loop(first: GrammarState) -> tuple[GrammarState, jax.Array]:
             def take(_: jax.Array, carry: tuple[GrammarState, jax.Array]) -> tuple[GrammarState, jax.Array]:
                 state, total = carry
-                # What `interleaving.decode` asks: what is legal from here on, and what follows.
-                answers = rules.upcoming(state, grammar, 2 * window - 1)
-                settled = jnp.minimum(1, rules.known(state, grammar))
-                token = jnp.where(answers[:, 0] < 0, grammar.tokens.visual_start, answers[:, 0])
-                following = rules.advance(rules.skip(state, settled - 1), token, grammar)
+                following, answers = rules.one_pass(state, grammar, window)
                 return following, total + answers.sum(axis=1)
 
             return jax.lax.fori_loop(0, LOOPED, take, (first, jnp.zeros(self._count, jnp.int32)))

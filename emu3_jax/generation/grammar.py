@@ -247,6 +247,23 @@ def skip(state: GrammarState, count: jax.Array) -> GrammarState:
     return state.replace(at=state.at + count, left=state.left - count)
 
 
+def one_pass(state: GrammarState, grammar: Grammar, window: int) -> tuple[GrammarState, jax.Array]:
+    """What a pass of `interleaving.decode` asks of the automaton alone, to measure its cost.
+
+    Args:
+        state: rows within pictures.
+        grammar: the grammar.
+        window: tokens W of a pass per row.
+
+    Returns:
+        The state after a token of each row; and what was legal, int32 [B, 2W - 1].
+    """
+    legal_ids = upcoming(state, grammar, 2 * window - 1)
+    settled = jnp.minimum(1, known(state, grammar))
+    token = jnp.where(legal_ids[:, 0] < 0, grammar.tokens.visual_start, legal_ids[:, 0])
+    return advance(skip(state, settled - 1), token, grammar), legal_ids
+
+
 def advance(state: GrammarState, token: jax.Array, grammar: Grammar) -> GrammarState:
     """The state after a token (int32 [B]) that `legal` allows."""
     special = grammar.tokens

@@ -1,15 +1,18 @@
 """The programs that generate pictures and clips. `sharding.plan` compiles them for a TPU slice."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from emu3_jax.config import DecoderConfig
 from emu3_jax.generation.config import GenerateConfig
+from emu3_jax.generation.grammar import Grammar, GrammarState
+from emu3_jax.generation.grammar import one_pass as grammar_pass
 from emu3_jax.generation.rows import Sampling
 from emu3_jax.generation.session import DecodeSession, Row
 from emu3_jax.models.decoder import Decoder
@@ -26,6 +29,8 @@ from emu3_jax.sharding.rules import decoder_shardings
 
 def programs(config: GenerateConfig, slice_: Slice) -> tuple[Mesh, list[Program]]:
     """The programs of a session: prefill, a decoding step with the largest cache, and the last growth of the cache.
+
+    For pictures of Emu3.5 also the automaton of `interleaving`, whose cost comes on top of a decoding step.
 
     Raises:
         Emu3Error: the mesh does not fit the chips or the decoder.
@@ -74,7 +79,22 @@ def programs(config: GenerateConfig, slice_: Slice) -> tuple[Mesh, list[Program]
                 beside={"weights": params, "inputs": inputs},
             )
         )
+    if config.frames is None and decoder.family == "emu3.5":  # its models decide themselves where pictures begin
+        result.append(_grammar(config, mesh, shapes.rows, window))
     return mesh, result
+
+
+def _grammar(config: GenerateConfig, mesh: Mesh, rows: int, window: int) -> Program:
+    """The automaton, which `interleaving.decode` asks in each pass beside what a decoding step computes."""
+    # Which ids the digits have makes no difference to the cost.
+    grammar = Grammar.of(config.decoder, range(1, 11), 11)
+    whole = NamedSharding(mesh, PartitionSpec())
+    state = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
+        GrammarState.of([(config.grid[0], config.grid[1])] * rows),
+    )
+    one_pass = jax.jit(functools.partial(grammar_pass, grammar=grammar, window=window))
+    return Program(f"grammar of a step of interleave, {rows} rows", lambda: one_pass.lower(state), {"inputs": state})
 
 
 def _params(config: DecoderConfig, mesh: Mesh, quantize: str | None) -> Any:

@@ -228,14 +228,19 @@ def describe(plan: dict[str, Any]) -> Iterator[str]:
         verdict = f"fits, {_gib(spare)} to spare" if program["fits"] else f"does not fit, by {_gib(max(-spare, 0))}"
         yield f"  {'total':<20} {_gib(program['total_bytes']):>12}  {verdict}"
         if program["flops"] is not None:
-            yield f"  {'FLOPs':<20} {program['flops'] / 1e12:>8.3f} T    from a formula, without recomputation"
+            yield f"  {'FLOPs':<20} {_flops(program['flops'])}    from a formula, without recomputation"
         if program.get("xla_flops", 0) > 0:
-            yield f"  {'FLOPs by XLA':<20} {program['xla_flops'] / 1e12:>8.3f} T    loop bodies counted once"
+            yield f"  {'FLOPs by XLA':<20} {_flops(program['xla_flops'])}    loop bodies counted once"
         for collective in program.get("collectives", ()):
             yield f"  {collective['kind']:<20} {memory_size(collective['bytes']):>12}  {collective['count']} times"
         if not program.get("collective_trips_known", True):
             yield "  (collectives of one step: the number of steps is not known in advance)"
     yield "fits" if plan["fits"] else "does not fit"
+
+
+def _flops(count: float) -> str:
+    """A number of FLOPs, right-aligned: in units of 10^12, small ones as they are."""
+    return f"{count / 1e12:>8.3f} T" if count >= 1e9 else f"{count:>8,.0f}  "
 
 
 def _gib(size: float) -> str:
