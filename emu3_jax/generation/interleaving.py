@@ -380,7 +380,7 @@ def stream(
     kernels: str = "auto",
     parallel: int | str = "off",
     kept: Kept | None = None,
-    call_passes: int = PASSES_PER_CALL,
+    call_passes: int | None = None,
 ) -> Iterator[Reading]:
     """Lets rows write text and pictures until EOS or their number of steps.
 
@@ -398,7 +398,7 @@ def stream(
         parallel: "auto", "off" or the number of tokens W of a pass per row; see `parallel.choose_window`.
         kept: the cache of earlier turns of the same number of rows, with the same weights. Only what it lacks of the
             prompts is computed. At the end it has the cache of this turn. New rows begin with an empty `Kept()`.
-        call_passes: largest number of passes of a call of the device.
+        call_passes: largest number of passes of a call of the device, by default `PASSES_PER_CALL`.
 
     Yields:
         What the rows have after prefill and after each call of the device.
@@ -407,6 +407,7 @@ def stream(
         RowError: a row's prompt and steps do not fit into the model's positions.
         Emu3Error: rows have unequal numbers of contexts, or `parallel` is not legal.
     """
+    call_passes = call_passes or PASSES_PER_CALL
     check_window(parallel)
     contexts = len(rows[0].contexts)
     if any(len(row.contexts) != contexts for row in rows):
