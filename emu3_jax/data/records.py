@@ -71,9 +71,9 @@ class Record:
 
         def stored(codes: np.ndarray) -> dict[str, Any]:
             nonlocal body
-            words = codes.astype("<u2" if codes.max() < 2**16 else "<u4")
-            body += words.tobytes()
-            return {"dtype": words.dtype.str, "shape": list(words.shape)}
+            described, words = stored_codes(codes)
+            body += words
+            return described
 
         if self.conversation:
             header["conversation"] = [dataclasses.asdict(turn) for turn in self.conversation]
@@ -90,17 +90,14 @@ class Record:
     def from_bytes(cls, data: bytes) -> "Record":
         """Reads bytes that `to_bytes` wrote. Raises an `Emu3Error` if they are damaged."""
         with reading("the record", _AGAIN):
-            limit("the record", "bytes", len(data), _MAX_BYTES)
-            line, _, body = data.partition(b"\n")
-            header = json.loads(line)
-            stored = _Body(body)
+            header, stored = read_header("the record", data)
             turns = tuple(
                 Turn(check_text("role", turn["role"]), check_text("text", turn["text"]))
                 for turn in header.get("conversation", ())
             )
-            codes = stored.codes(header["codes"], (2, 3)) if "codes" in header else None
+            codes = stored.read(header["codes"], (2, 3)) if "codes" in header else None
             document = tuple(
-                Part(part["role"], codes=stored.codes(part["codes"], (2,)))
+                Part(part["role"], codes=stored.read(part["codes"], (2,)))
                 if "codes" in part
                 else Part(part["role"], check_text("text", part["text"]))
                 for part in header.get("document", ())
@@ -110,13 +107,30 @@ class Record:
             return cls(check_text("name", header["name"]), check_text("text", header["text"]), codes, turns, document)
 
 
-class _Body:
-    """The bytes after a record's header. They are read from the start to the end."""
+def stored_codes(codes: np.ndarray) -> tuple[dict[str, Any], bytes]:
+    """Serialises codes or ids (>= 0) as little-endian words of 2 bytes, or 4 if needed.
+
+    Returns:
+        The type and the shape as JSON values, for `StoredCodes.read`; and the bytes.
+    """
+    words = codes.astype("<u2" if codes.max() < 2**16 else "<u4")
+    return {"dtype": words.dtype.str, "shape": list(words.shape)}, words.tobytes()
+
+
+def read_header(what: str, data: bytes) -> tuple[Any, "StoredCodes"]:
+    """Splits the bytes of a record into its header, any JSON value, and its codes. `what` names it in errors."""
+    limit(what, "bytes", len(data), _MAX_BYTES)
+    line, _, body = data.partition(b"\n")
+    return json.loads(line), StoredCodes(body)
+
+
+class StoredCodes:
+    """The codes after a record's header, from `stored_codes`. They are read from the start to the end."""
 
     def __init__(self, data: bytes):
         self._data, self._place = data, 0
 
-    def codes(self, header: Any, axes: Sequence[int]) -> np.ndarray:
+    def read(self, header: Any, axes: Sequence[int]) -> np.ndarray:
         """Reads the next codes, int32. Their header names their type and shape, which may have so many axes."""
         dtype, shape = header["dtype"], header["shape"]
         sides = isinstance(shape, list) and len(shape) in axes and all(is_whole(side, 1) for side in shape)

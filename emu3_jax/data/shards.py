@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 
@@ -32,7 +32,11 @@ except ImportError as missing:
 
 FORMAT = 1
 INDEX = "index.json"
+RECORDS, PAIRS = "records", "pairs"
+KINDS = {RECORDS: "emu3-jax prepare", PAIRS: "emu3-jax pairs"}  # what a directory may hold, and what writes it
 _AGAIN = "run the same emu3-jax prepare again"
+
+_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,11 +101,13 @@ class Index:
         job: SHA-256 of everything that determines the records: entries, sizes, codebook, number of shards.
         codebook: identity of the codebook.
         shards: the shards in order.
+        kind: what the shards hold, one of `KINDS`.
     """
 
     job: str
     codebook: Codebook
     shards: tuple[Shard, ...]
+    kind: str = RECORDS
 
     @property
     def records(self) -> int:
@@ -114,8 +120,11 @@ class Index:
         return tuple(skipped for shard in self.shards for skipped in shard.skipped)
 
     def to_json(self) -> dict[str, Any]:
+        # An index without a kind is of records: that is how versions without pairs wrote them.
+        kind = {} if self.kind == RECORDS else {"kind": self.kind}
         return {
             "format": FORMAT,
+            **kind,
             "records": self.records,
             "job": self.job,
             "codebook": dataclasses.asdict(self.codebook),
@@ -142,7 +151,10 @@ class Index:
             texts = isinstance(data["job"], str) and isinstance(codebook.sha256, str)
             if not texts or not is_whole(codebook.size, 1) or not isinstance(data["shards"], list):
                 raise Emu3Error(f"{file} is damaged (job, codebook or shards has a wrong type): {remedy}")
-            return cls(data["job"], codebook, tuple(Shard.from_json(shard, file) for shard in data["shards"]))
+            kind = data.get("kind", RECORDS)
+            if not isinstance(kind, str) or kind not in KINDS:
+                raise Emu3Error(f"{file}: kind is {shown(kind)}, but this version reads {', '.join(KINDS)}: {remedy}")
+            return cls(data["job"], codebook, tuple(Shard.from_json(shard, file) for shard in data["shards"]), kind)
 
 
 def write_json(file: Path, data: Any) -> None:
@@ -152,7 +164,13 @@ def write_json(file: Path, data: Any) -> None:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # file names may not be UTF-8
 
 
-def write_shard(file: Path, records: Iterable[Record]) -> tuple[int, int]:
+class Storable(Protocol):
+    """What a shard holds: a `Record`, or a `Pair`."""
+
+    def to_bytes(self) -> bytes: ...
+
+
+def write_shard(file: Path, records: Iterable[Storable]) -> tuple[int, int]:
     """Writes a shard, all or nothing. Equal records give equal bytes.
 
     Returns:
@@ -191,17 +209,31 @@ class _Range:
     examples_in_shard: int
 
 
-class PreparedData:
-    """Random access to the records of a directory that `prepare` wrote. Works as a data source for Grain."""
+class PreparedShards:
+    """Random access to the items of a directory of prepared data. `PreparedData` and `PreparedPairs` say of which kind.
+
+    Attributes:
+        kind: what the directory must hold, one of `KINDS`.
+        directory: the directory; a local copy if it is in a bucket.
+        index: its contents.
+    """
+
+    kind: ClassVar[str]
 
     def __init__(self, directory: Path):
         """Opens the directory. Copies a directory in a bucket to the local cache first.
 
         Raises:
-            Emu3Error: a shard is missing or truncated, or there are no records.
+            Emu3Error: the directory holds data of another kind, a shard is missing or truncated, or there are no
+                records.
         """
         self.directory = fetched(directory, lambda name: "/" not in name) if is_remote(directory) else Path(directory)
         self.index = Index.read(self.directory)
+        if self.index.kind != self.kind:
+            raise Emu3Error(
+                f"{directory} holds {self.index.kind} ({KINDS[self.index.kind]} wrote it), but {self.kind} are needed: "
+                f"give a directory that {KINDS[self.kind]} wrote, or choose the task that trains on {self.index.kind}"
+            )
         if not self.index.records:
             raise Emu3Error(
                 f"{directory} holds no records: all {len(self.index.skipped)} entries were skipped; prepare other data"
@@ -223,10 +255,10 @@ class PreparedData:
     def __len__(self) -> int:
         return self.index.records
 
-    def __getitem__(self, index: int) -> Record:
-        """Reads record `index`. Raises an `Emu3Error` that names the shard if it is damaged."""
+    def _read(self, index: int, parse: Callable[[bytes], _T]) -> _T:
+        """Reads item `index`. Raises an `Emu3Error` that names the shard if it is damaged."""
         try:
-            return Record.from_bytes(self._source[index])
+            return parse(self._source[index])
         except Exception as error:  # ArrayRecord raises errors of many kinds
             shard = int(np.searchsorted(self._ends, index, side="right"))
             file = self.directory / self._shards[shard].file
@@ -255,3 +287,13 @@ class PreparedData:
                 f"{ours.sha256[:12]}, but the model's codebook has {sha256[:12]}; prepare the data with this model "
                 "(emu3-jax prepare --model)"
             )
+
+
+class PreparedData(PreparedShards):
+    """Random access to the records of a directory that `prepare` wrote. Works as a data source for Grain."""
+
+    kind = RECORDS
+
+    def __getitem__(self, index: int) -> Record:
+        """Reads record `index`. Raises an `Emu3Error` that names the shard if it is damaged."""
+        return self._read(index, Record.from_bytes)
