@@ -45,11 +45,15 @@ def test_losses_of_pairs_are_those_of_trl(case):
     wanted = case["expected"]
     np.testing.assert_allclose(loss, wanted["loss"], rtol=1e-6)
     np.testing.assert_allclose(gradient, wanted["gradient"], rtol=2e-6, atol=1e-7)
+    margin = sums.chosen_reward - sums.rejected_reward
     found = {
-        "rewards/chosen": sums.chosen_reward, "rewards/rejected": sums.rejected_reward,
-        "rewards/accuracies": sums.right, "rewards/margins": sums.chosen_reward - sums.rejected_reward, "logps/chosen": sums.chosen,
+        "rewards/chosen": sums.chosen_reward,
+        "rewards/rejected": sums.rejected_reward,
+        "rewards/accuracies": sums.right,
+        "rewards/margins": margin,
+        "logps/chosen": sums.chosen,
         "logps/rejected": sums.rejected,
-    }  # fmt: skip
+    }
     for name, value in wanted.get("figures", {}).items():
         np.testing.assert_allclose(found[name] / sums.pairs, value, rtol=2e-6, atol=2e-7, err_msg=name)
 
