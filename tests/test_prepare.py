@@ -282,7 +282,7 @@ def test_a_disk_that_is_full_when_a_shard_is_vouched_for(tmp_path, whole, monkey
         write_json(file, data)
 
     with monkeypatch.context() as patched, pytest.raises(Emu3Error, match="No space left on device; free space"):
-        patched.setattr("emu3_jax.data.prepare.write_json", full)
+        patched.setattr("emu3_jax.data.shard_directory.write_json", full)
         prepare(Entries(), out, CODEBOOK, shards=5)
     prepare(Entries(), out, CODEBOOK, shards=5)
     assert files(out) == whole

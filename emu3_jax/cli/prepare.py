@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from emu3_jax.cli import common
 
 if TYPE_CHECKING:
-    from emu3_jax.data.prepare import Outcome
+    from emu3_jax.data.shard_directory import Outcome
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -141,7 +141,7 @@ def run(options: argparse.Namespace) -> None:
 
 def report(outcome: "Outcome", output: pathlib.Path) -> None:
     """Prints what was written."""
-    from emu3_jax.data.prepare import SKIPPED
+    from emu3_jax.data.shard_directory import SKIPPED
     from emu3_jax.errors import Emu3Error
     from emu3_jax.printable import counted, printable
 

@@ -1,9 +1,6 @@
 """Writes entries to shards and an index, in parallel and on several hosts. This is the work of `emu3-jax prepare`.
 
-A shard is written under a temporary name and renamed. Then a small JSON file beside it, the voucher, marks it as
-finished. A run that starts again keeps shards with vouchers and writes the others. Of n hosts, each writes every n-th
-shard. A host that finds all vouchers writes the index. Several hosts may write it, because its contents depend only on
-the shards. Each host locks its share, so the same command cannot run twice at the same time.
+`shard_directory` says how runs are interrupted and shared.
 """
 
 import collections
@@ -14,17 +11,17 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
-from emu3_jax import files, locks, storage
+from emu3_jax import storage
+from emu3_jax.data import shard_directory
 from emu3_jax.data.config import MAX_THREADS
 from emu3_jax.data.records import Record
-from emu3_jax.data.shards import FORMAT, INDEX, Codebook, Index, Shard, write_json, write_shard
+from emu3_jax.data.shard_directory import Outcome, ShardDirectory
+from emu3_jax.data.shards import FORMAT, Codebook, Shard
 from emu3_jax.errors import Emu3Error
-from emu3_jax.printable import shown
 from emu3_jax.progress import Progress
 
-SKIPPED = "skipped.txt"  # file in the output directory with one line for each skipped entry
 SHARD_ENTRIES = 1024  # entries in a shard by default: some 20 MB; a killed run loses at most a few minutes of work
 
 _T = TypeVar("_T")
@@ -43,19 +40,6 @@ class Entries(Protocol):
 
     def check(self, index: int) -> None:
         """Raises an `Emu3Error` if entry `index` has an error that can be found without encoding it."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """The result of a run.
-
-    Attributes:
-        index: the index; None while shards of other hosts are missing.
-        missing: number of missing shards.
-    """
-
-    index: Index | None
-    missing: int
 
 
 def prepare(
@@ -91,8 +75,6 @@ def prepare(
     """
     if on_error not in ("stop", "skip"):
         raise Emu3Error(f"on_error is {on_error!r}: it must be stop or skip")
-    if hosts < 1 or not 0 <= host < hosts:
-        raise Emu3Error(f"host is {host} of {hosts}: hosts must be at least 1, and host must be 0 to hosts - 1")
     check_workers(workers)
     count = -(-len(entries) // SHARD_ENTRIES) if shards is None else shards
     if not 1 <= count <= len(entries):
@@ -100,8 +82,8 @@ def prepare(
     job = _job(entries.digest, codebook, count)
     output = storage.place(output)
     storage.storage_place(output)  # refuses a path that ArrayRecord cannot open, before any work
-    with _held(output, host, hosts):
-        directory = _Directory(output, job, count)
+    with shard_directory.held(output, host, hosts):
+        directory = ShardDirectory(output, job, count)
         mine = range(host, count, hosts)
         bounds = [len(entries) * number // count for number in range(count + 1)]
         done = {number: shard for number in mine if (shard := directory.finished(number)) is not None}
@@ -123,27 +105,12 @@ def check_workers(workers: int) -> None:
         raise Emu3Error(f"workers is {workers}: it must be 1 to {MAX_THREADS}")
 
 
-@contextlib.contextmanager
-def _held(directory: Path, host: int, hosts: int) -> Iterator[None]:
-    """Makes the directory, and locks this host's share of it. If the block fails, removes a new directory if empty.
-
-    The lock's name contains host and hosts, so the hosts of a run do not block each other. Two runs with different
-    numbers of hosts may write the same shard. That is harmless: they use temporary names and write the same bytes.
-    """
-
-    def busy(holder: str) -> str:
-        return f"{directory} is being prepared by {holder}: wait for it, stop it, or choose another directory"
-
-    with files.shared_directory(directory), locks.locked(directory / f".lock-{host}-of-{hosts}", busy, passing=True):
-        yield
-
-
 def _job(digest: str, codebook: Codebook, shards: int) -> str:
     parts = {"format": FORMAT, "entries": digest, "codebook": dataclasses.asdict(codebook), "shards": shards}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _check(entries: Entries, directory: "_Directory", done: Iterable[Shard], indices: Iterable[int]) -> None:
+def _check(entries: Entries, directory: "ShardDirectory", done: Iterable[Shard], indices: Iterable[int]) -> None:
     """Raises the first error that can be found before the long work starts."""
     for shard in done:
         for reason in shard.skipped:
@@ -183,90 +150,3 @@ def _workers(count: int) -> Iterator[Callable[[Callable[[_T], _R], Iterable[_T]]
         yield in_order
     finally:
         executor.shutdown(cancel_futures=True)
-
-
-class _Directory:
-    """The output directory with its shards and vouchers.
-
-    Construction raises an `Emu3Error` if the directory holds data of another job.
-    """
-
-    def __init__(self, path: Path, job: str, count: int):
-        self.path, self._job, self._count = path, job, count
-        for file in (path / INDEX, *storage.matching(path, "shard-*.json")):
-            if (data := self._read(file)) is None:
-                continue
-            if not isinstance(data, dict):
-                raise Emu3Error(f"{file} is damaged ({shown(data)}): delete it and run again")
-            if data.get("job") != job:
-                raise Emu3Error(
-                    f"{path} holds data prepared from another source, or with other options or another model: "
-                    "choose another directory, or delete it first"
-                )
-
-    def _read(self, file: Path) -> Any:
-        """Reads a JSON file. Returns None if it does not exist, for example because another host is replacing it."""
-        try:
-            return storage.read_json(file, "delete it and run again")
-        except Emu3Error as error:
-            if isinstance(error.__cause__, FileNotFoundError):
-                return None
-            raise
-
-    def _shard(self, number: int) -> Path:
-        return self.path / f"shard-{number:05d}-of-{self._count:05d}.arrayrecord"
-
-    def finished(self, number: int) -> Shard | None:
-        """Returns shard `number` if it has a voucher and its file still has the right size, else None."""
-        file = self._shard(number)
-        voucher = file.with_suffix(".json")
-        data = self._read(voucher)
-        if data is None:
-            return None
-        shard = Shard.from_json(data, voucher)
-        if shard.file != file.name:
-            raise Emu3Error(f"{voucher} is damaged (it names {shown(shard.file)}): delete it and run again")
-        return shard if storage.size(file) == shard.bytes else None
-
-    def write(self, number: int, made: Iterable[Record | str], step: Callable[[], Any]) -> None:
-        """Writes shard `number`, then its voucher. Calls `step` once per entry."""
-        file, skipped = self._shard(number), []
-
-        def records() -> Iterator[Record]:
-            for item in made:
-                step()
-                if isinstance(item, str):
-                    skipped.append(item)
-                else:
-                    yield item
-
-        storage.unlink(file.with_suffix(".json"))
-        count, size = write_shard(file, records())
-        shard = Shard(file.name, count, size, tuple(skipped))
-        write_json(file.with_suffix(".json"), {"job": self._job, **dataclasses.asdict(shard)})
-
-    def merge(self, codebook: Codebook) -> Outcome:
-        """Writes the index if every shard is finished. If all entries were skipped, leaves only the list of reasons."""
-        shards = [self.finished(number) for number in range(self._count)]
-        finished = [shard for shard in shards if shard is not None]
-        if len(finished) < self._count:
-            return Outcome(None, self._count - len(finished))
-        index = Index(self._job, codebook, tuple(finished))
-        self._list_skipped(index)
-        if not index.records:
-            for shard in finished:
-                file = self.path / shard.file
-                storage.unlink(file.with_suffix(".json"))
-                storage.unlink(file)
-            return Outcome(index, 0)
-        write_json(self.path / INDEX, index.to_json())
-        return Outcome(index, 0)
-
-    def _list_skipped(self, index: Index) -> None:
-        """Writes `skipped.txt`, or removes it if no entry was skipped."""
-        file = self.path / SKIPPED
-        if not index.skipped:
-            storage.unlink(file)
-            return
-        with files.new_file(file) as temporary:
-            temporary.write_text("".join(f"{reason}\n" for reason in index.skipped), "utf-8", "backslashreplace")

@@ -125,7 +125,7 @@ def read_header(what: str, data: bytes) -> tuple[Any, "StoredCodes"]:
 
 
 class StoredCodes:
-    """The codes after a record's header, from `stored_codes`. They are read from the start to the end."""
+    """The codes and numbers after a record's header, see `stored_codes`. They are read from the start to the end."""
 
     def __init__(self, data: bytes):
         self._data, self._place = data, 0
@@ -142,6 +142,12 @@ class StoredCodes:
             raise Emu3Error(f"the record is damaged (a code is {codes.max()}); {_AGAIN}")
         self._place += codes.nbytes
         return codes.astype(np.int32)
+
+    def read_floats(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Reads the next numbers: little-endian float32 words, as an array of this shape."""
+        numbers = np.frombuffer(self._data, "<f4", math.prod(shape), self._place).reshape(shape)
+        self._place += numbers.nbytes
+        return numbers.astype(np.float32)
 
     def end(self) -> None:
         """Raises an `Emu3Error` if bytes are left."""

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -32,8 +32,9 @@ except ImportError as missing:
 
 FORMAT = 1
 INDEX = "index.json"
-RECORDS, PAIRS = "records", "pairs"
-KINDS = {RECORDS: "emu3-jax prepare", PAIRS: "emu3-jax pairs"}  # what a directory may hold, and what writes it
+RECORDS, PAIRS, SAMPLES = "records", "pairs", "samples"
+# What a directory may hold, and what writes it.
+KINDS = {RECORDS: "emu3-jax prepare", PAIRS: "emu3-jax pairs", SAMPLES: "emu3-jax sample"}
 _AGAIN = "run the same emu3-jax prepare again"
 
 _T = TypeVar("_T")
@@ -132,29 +133,31 @@ class Index:
         }
 
     @classmethod
-    def read(cls, directory: Path) -> "Index":
-        """Reads the index of `directory`. Raises an `Emu3Error` if it is absent, damaged or of another version."""
+    def read(cls, directory: Path, kind: str = RECORDS) -> "Index":
+        """Reads the index of `directory`. Raises an `Emu3Error` if it is absent, damaged or of another version.
+
+        Error lines name the command that writes directories of `kind`.
+        """
+        again = f"run the same {KINDS[kind]} again"
         file = local_path(directory) / INDEX
         if not os.path.lexists(file):
             raise Emu3Error(
-                f"{directory} has no {INDEX}: give a directory that emu3-jax prepare wrote, or, if that was "
-                f"interrupted, {_AGAIN}"
+                f"{directory} has no {INDEX}: give a directory that {KINDS[kind]} wrote, or, if that was "
+                f"interrupted, {again}"
             )
-        remedy = f"delete it and {_AGAIN}"
+        remedy = f"delete it and {again}"
         data = read_json(file, remedy)
         with reading(file, remedy):
             if data["format"] != FORMAT:
-                raise Emu3Error(
-                    f"{file}: format is {shown(data['format'])}, but this version reads {FORMAT}: prepare the data anew"
-                )
+                raise Emu3Error(f"{file}: format is {shown(data['format'])}, but this version reads {FORMAT}: {remedy}")
             codebook = Codebook(data["codebook"]["size"], data["codebook"]["sha256"])
             texts = isinstance(data["job"], str) and isinstance(codebook.sha256, str)
             if not texts or not is_whole(codebook.size, 1) or not isinstance(data["shards"], list):
                 raise Emu3Error(f"{file} is damaged (job, codebook or shards has a wrong type): {remedy}")
-            kind = data.get("kind", RECORDS)
-            if not isinstance(kind, str) or kind not in KINDS:
-                raise Emu3Error(f"{file}: kind is {shown(kind)}, but this version reads {', '.join(KINDS)}: {remedy}")
-            return cls(data["job"], codebook, tuple(Shard.from_json(shard, file) for shard in data["shards"]), kind)
+            found = data.get("kind", RECORDS)
+            if not isinstance(found, str) or found not in KINDS:
+                raise Emu3Error(f"{file}: kind is {shown(found)}, but this version reads {', '.join(KINDS)}: {remedy}")
+            return cls(data["job"], codebook, tuple(Shard.from_json(shard, file) for shard in data["shards"]), found)
 
 
 def write_json(file: Path, data: Any) -> None:
@@ -165,7 +168,7 @@ def write_json(file: Path, data: Any) -> None:
 
 
 class Storable(Protocol):
-    """What a shard holds: a `Record`, or a `Pair`."""
+    """What a shard holds: a `Record`, a `Pair` or a `DrawnSample`."""
 
     def to_bytes(self) -> bytes: ...
 
@@ -209,6 +212,23 @@ class _Range:
     examples_in_shard: int
 
 
+def read_shard(file: Path, shard: Shard, parse: Callable[[bytes], _T]) -> Iterator[_T]:
+    """Yields the items of a finished shard in order, before there is an index.
+
+    Args:
+        file: the shard's file, local.
+        shard: what its voucher says.
+        parse: makes an item of its bytes.
+
+    Raises:
+        Emu3Error: the file is damaged.
+    """
+    with reading(file, f"delete it and {_AGAIN}"):
+        source = ArrayRecordDataSource([_Range(str(storage_path(file)), 0, shard.records, shard.records)])
+        for index in range(shard.records):
+            yield parse(source[index])
+
+
 class PreparedShards:
     """Random access to the items of a directory of prepared data. `PreparedData` and `PreparedPairs` say of which kind.
 
@@ -227,12 +247,16 @@ class PreparedShards:
             Emu3Error: the directory holds data of another kind, a shard is missing or truncated, or there are no
                 records.
         """
+        self._again = f"run the same {KINDS[self.kind]} again"
         self.directory = fetched(directory, lambda name: "/" not in name) if is_remote(directory) else Path(directory)
-        self.index = Index.read(self.directory)
+        self.index = Index.read(self.directory, self.kind)
         if self.index.kind != self.kind:
+            trained = RECORDS, PAIRS
+            task = f", or choose the task that trains on {self.index.kind}"
             raise Emu3Error(
                 f"{directory} holds {self.index.kind} ({KINDS[self.index.kind]} wrote it), but {self.kind} are needed: "
-                f"give a directory that {KINDS[self.kind]} wrote, or choose the task that trains on {self.index.kind}"
+                f"give a directory that {KINDS[self.kind]} wrote"
+                + (task if self.kind in trained and self.index.kind in trained else "")
             )
         if not self.index.records:
             raise Emu3Error(
@@ -244,11 +268,11 @@ class PreparedShards:
             if size != shard.bytes:
                 raise Emu3Error(
                     f"{file} has {size} bytes, but {INDEX} says {shard.bytes}: copy the directory again, or delete "
-                    f"this shard and {_AGAIN}"
+                    f"this shard and {self._again}"
                 )
         self._shards = [shard for shard in self.index.shards if shard.records]
         ranges = [_Range(str(storage_path(self.directory / s.file)), 0, s.records, s.records) for s in self._shards]
-        with reading(self.directory, f"copy it again, or {_AGAIN}"):
+        with reading(self.directory, f"copy it again, or {self._again}"):
             self._source = ArrayRecordDataSource(ranges)
         self._ends = np.cumsum([shard.records for shard in self._shards])
 
@@ -263,7 +287,7 @@ class PreparedShards:
             shard = int(np.searchsorted(self._ends, index, side="right"))
             file = self.directory / self._shards[shard].file
             reason = str(error).split("; ", 1)[0]
-            raise Emu3Error(f"{file} is damaged ({reason}): delete it and {_AGAIN}") from error
+            raise Emu3Error(f"{file} is damaged ({reason}): delete it and {self._again}") from error
 
     def require_codebook(self, size: int, sha256: str | None = None) -> None:
         """Checks that the data were prepared with the model's vision tokenizer.
