@@ -91,6 +91,24 @@ class Judge:
     file: Path | None
     pictures: int
 
+    @classmethod
+    def load(
+        cls, file: Path, width: int, concepts: Sequence[str], shape: tuple[int, ...], pictures: int = 0
+    ) -> "Judge":
+        """Loads a trained judge from a file that `get_judge` wrote.
+
+        Args:
+            file: the file.
+            width: width of the network.
+            concepts: names of the concepts, in the order of the logits.
+            shape: [H, W, 3] of the pictures that it was trained on.
+            pictures: number of training pictures.
+
+        Raises:
+            Emu3Error: the file is damaged, or is a judge of another width or number of concepts.
+        """
+        return cls(tuple(concepts), width, _load(file, width, len(concepts), shape), file, pictures)
+
     @property
     def parameters(self) -> int:
         """The number of parameters."""
@@ -113,6 +131,14 @@ class Judge:
         index = {concept: i for i, concept in enumerate(self.concepts)}
         truth = np.array([index[concept] for concept in concepts])
         return (logits > logits[np.arange(len(truth)), truth][:, None]).sum(axis=1)
+
+    def probabilities(self, pictures: np.ndarray, concepts: Sequence[str], batch_size: int = 128) -> np.ndarray:
+        """The probability that the judge gives to each picture's true concept, float64 [N]. Arguments: `ranks`."""
+        logits = self._logits(pictures, batch_size).astype(np.float64)
+        index = {concept: i for i, concept in enumerate(self.concepts)}
+        chances = np.exp(logits - logits.max(axis=1, keepdims=True))
+        truth = np.array([index[concept] for concept in concepts])
+        return chances[np.arange(len(truth)), truth] / chances.sum(axis=1)
 
     def verdicts(self, pictures: np.ndarray, batch_size: int = 128) -> list[str]:
         """The likeliest concept of each picture, for uint8 [N, H, W, 3]."""
@@ -160,9 +186,9 @@ def get_judge(
     digest = hashlib.sha256(f"{_FORMAT} {config} {tokenizer} {pictures.shape} {list(concepts)}".encode())
     digest.update(np.ascontiguousarray(pictures))
     file = Path(directory) / f"judge-{digest.hexdigest()[:16]}.npz"
-    judge = Judge(names, config.width, None, file, len(pictures))
     if file.exists():
-        return dataclasses.replace(judge, params=_load(file, config.width, len(names), pictures.shape[1:]))
+        return Judge.load(file, config.width, names, pictures.shape[1:], len(pictures))
+    judge = Judge(names, config.width, None, file, len(pictures))
     params = train(config, pictures, reconstruct(), np.searchsorted(names, concepts), len(names), progress=progress)
     try:
         with new_file(file) as temporary, temporary.open("wb") as stream:

@@ -1,0 +1,135 @@
+"""A worker process that computes rewards: `python -m emu3_jax.preference.reward_worker`, which `rewards` starts.
+
+It reads requests from its standard input and writes answers to its standard output, each as a frame: the lengths of a
+JSON header and of a body, the header, the body. The first request says which reward to load. Nothing is pickled.
+
+It ends at once when its input ends, also while a reward is computed. So no worker outlives the process that started it.
+"""
+
+import json
+import os
+import queue
+import struct
+import sys
+import threading
+import traceback
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+_LENGTHS = struct.Struct(">QQ")  # bytes of the header and of the body
+
+# A reward: gets prompts and one picture for each, uint8 [H, W, 3], and returns one number for each.
+RewardFunction = Callable[[list[str], list[np.ndarray]], Any]
+
+
+def write_frame(stream: BinaryIO, header: Any, body: Sequence[bytes | memoryview] = ()) -> None:
+    """Writes a frame. `header` is any JSON value; numbers may be NaN or infinite."""
+    line = json.dumps(header).encode()
+    stream.write(_LENGTHS.pack(len(line), sum(len(part) for part in body)))
+    stream.write(line)
+    for part in body:
+        stream.write(part)
+    stream.flush()
+
+
+def read_frame(stream: BinaryIO) -> tuple[Any, bytes] | None:
+    """Reads a frame: its header and its body. Returns None if the stream has ended."""
+    lengths = stream.read(_LENGTHS.size)
+    if len(lengths) < _LENGTHS.size:
+        return None
+    header, body = _LENGTHS.unpack(lengths)
+    line, data = stream.read(header), stream.read(body)
+    return (json.loads(line), data) if len(line) == header and len(data) == body else None
+
+
+def load_file(file: str, name: str) -> RewardFunction:
+    """Runs a Python file, and returns its function `name`. The file may import its neighbours.
+
+    Raises:
+        ValueError: there is no such function. Errors of the file pass unchanged.
+    """
+    path = Path(file)
+    sys.path.insert(0, str(path.parent))
+    module = types.ModuleType("emu3_jax_reward_file")
+    module.__file__ = file
+    sys.modules[module.__name__] = module  # dataclasses that the file declares look up their module here
+    exec(compile(path.read_bytes(), file, "exec", dont_inherit=True), module.__dict__)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ValueError(f"the file defines no function {name}")
+    return function
+
+
+def reason(error: BaseException, file: str | None) -> str:
+    """One line about an error of a reward: its type and message, and its line in `file`."""
+    text = " ".join(str(error).split())[:200]
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    where = f" (line {lines[-1]})" if lines else ""
+    return f"{type(error).__name__}{f': {text}' if text else ''}{where}"
+
+
+def numbers(result: Any, count: int) -> list[float]:
+    """The rewards as a list of floats. Raises `ValueError` if they are not `count` numbers."""
+    values = np.asarray(result, np.float64)
+    if values.shape != (count,):
+        found = f"{len(values)} numbers" if values.ndim == 1 else f"an array of shape {list(values.shape)}"
+        raise ValueError(f"it returned {found} for {count} pictures")
+    return values.tolist()
+
+
+def pictures(shapes: Sequence[tuple[int, int, int]], body: bytes) -> list[np.ndarray]:
+    """The pictures of a request, uint8 [H, W, 3] each."""
+    found, place = [], 0
+    for shape in shapes:
+        size = int(np.prod(shape))
+        found.append(np.frombuffer(body, np.uint8, size, place).reshape(shape))
+        place += size
+    return found
+
+
+def _load(spec: dict[str, Any]) -> RewardFunction:
+    if spec["file"] is not None:
+        return load_file(spec["file"], spec["function"])
+    from emu3_jax.preference.shipped_rewards import SHIPPED
+
+    return SHIPPED[spec["function"]](**spec["settings"])
+
+
+def main() -> None:
+    """Serves requests until the input ends."""
+    # What the reward prints goes to standard error, and it cannot read the requests.
+    source, sink = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)
+    requests: queue.SimpleQueue[tuple[Any, bytes]] = queue.SimpleQueue()
+
+    def read() -> None:
+        while (frame := read_frame(source)) is not None:
+            requests.put(frame)
+        os._exit(0)
+
+    threading.Thread(target=read, daemon=True).start()
+    spec, _ = requests.get()
+    file = spec["file"]
+    try:
+        function = _load(spec)
+    except BaseException as error:  # the file may also exit
+        write_frame(sink, {"error": reason(error, file)})
+        return
+    write_frame(sink, {})
+    while True:
+        header, body = requests.get()
+        try:
+            result = function(header["prompts"], pictures(header["shapes"], body))
+            answer: dict[str, Any] = {"rewards": numbers(result, len(header["prompts"]))}
+        except BaseException as error:
+            answer = {"error": reason(error, file)}
+        write_frame(sink, answer)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Rewards that come with the package. `rewards` computes them in worker processes by their names.
+
+`procedural` reads scenes of coloured shapes exactly. `judge` asks a trained classifier of emoji.
+"""
+
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from emu3_jax.evaluation.procedural import Still, all_stills, read_still
+
+_JUDGED_AT_ONCE = 32
+
+
+def procedural(prompts: Sequence[str], pictures: Sequence[np.ndarray]) -> list[float]:
+    """The share of a scene's attributes that a picture shows, from 0 to 1.
+
+    Args:
+        prompts: captions of scenes such as "a small red circle on the left of a gray background". Without a place ("on
+            a gray background") the position does not count.
+        pictures: square pictures, uint8 [side, side, 3].
+
+    Raises:
+        ValueError: a prompt is no caption of a scene, or a picture is not square.
+    """
+    return [_share(prompt, picture) for prompt, picture in zip(prompts, pictures, strict=True)]
+
+
+def _share(prompt: str, picture: np.ndarray) -> float:
+    wanted = _scenes().get(" ".join(prompt.lower().split()).rstrip("."))
+    if wanted is None:
+        example = "a small red circle on the left of a gray background"
+        raise ValueError(f"the prompt {prompt!r} describes no procedural scene, such as {example!r}")
+    if picture.shape[0] != picture.shape[1]:
+        raise ValueError(f"the picture has {picture.shape[1]}x{picture.shape[0]} pixels, it must be square")
+    seen = read_still(picture)
+    return float(np.mean([getattr(seen, name) == value for name, value in wanted.items()]))
+
+
+@functools.cache
+def _scenes() -> dict[str, dict[str, str | None]]:
+    """The attributes of each caption."""
+    found = {}
+    for still in all_stills():
+        scene = vars(still)
+        found[still.caption] = scene
+        placeless = {name: value for name, value in scene.items() if name != "position"}
+        found[_without_place(still)] = placeless
+    return found
+
+
+def _without_place(still: Still) -> str:
+    return re.sub(r" (on the|at the|in the) \w+ of a (\w+ background)$", r" on a \2", still.caption)
+
+
+def judge(file: str, width: int, side: Sequence[int], concepts: Sequence[str], captions: Mapping[str, str]) -> Any:
+    """Makes the reward `judge`: the probability, from 0 to 1, that the judge gives to the prompt's concept.
+
+    Args:
+        file: the trained judge, see `evaluation.judge.get_judge`.
+        width: width of its network.
+        side: height, width and channels of the pictures that it was trained on.
+        concepts: names of its concepts, in the order of its logits.
+        captions: the concept of each prompt.
+    """
+    from emu3_jax.evaluation.judge import Judge
+
+    trained = Judge.load(Path(file), width, concepts, tuple(side))
+
+    def reward(prompts: Sequence[str], pictures: Sequence[np.ndarray]) -> np.ndarray:
+        for prompt, picture in zip(prompts, pictures, strict=True):
+            if prompt not in captions:
+                raise ValueError(f"the prompt {prompt!r} is no caption of the judge's training pictures")
+            if list(picture.shape) != list(side):
+                found, wanted = (f"{shape[1]}x{shape[0]}" for shape in (picture.shape, side))
+                raise ValueError(f"the picture has {found} pixels, the judge knows {wanted}")
+        return trained.probabilities(np.stack(pictures), [captions[prompt] for prompt in prompts], _JUDGED_AT_ONCE)
+
+    return reward
+
+
+# By its name, what makes a reward of its settings.
+SHIPPED: dict[str, Callable[..., Callable[..., Any]]] = {"procedural": lambda: procedural, "judge": judge}
