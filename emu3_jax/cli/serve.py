@@ -14,11 +14,10 @@ import os
 from emu3_jax.cli import common
 from emu3_jax.errors import Emu3Error
 from emu3_jax.generation import defaults
-from emu3_jax.media.sizes import MAX_AREA, generate_size
 from emu3_jax.printable import shown
+from emu3_jax.serving.limits import USUAL_RATIOS, Limits, ratio_list
 
 KEY = "EMU3_JAX_API_KEY"
-USUAL_RATIOS = ("1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16")  # of the page, and of OpenAI's sizes
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -48,11 +47,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--ratios",
-        type=ratio_list,
+        type=ratios,
         default=USUAL_RATIOS,
         metavar="W:H,...",
-        help=f"ratios of pictures to compile at the start; others are compiled when they are first asked for (default: "
-        f"{','.join(USUAL_RATIOS)})",
+        help=f"ratios of pictures to compile at the start, on CPUs all but the first one while there is nothing to do; "
+        f"others are compiled when they are first asked for (default: {','.join(USUAL_RATIOS)})",
     )
     command.add_argument(
         "--documents",
@@ -104,25 +103,22 @@ def gibibytes(text: str) -> int:
     return int(number * 2**30)
 
 
-def ratio_list(text: str) -> tuple[str, ...]:
+def ratios(text: str) -> tuple[str, ...]:
     """The type of `--ratios`."""
-    ratios = tuple(text.split(","))
-    for ratio in ratios:
-        try:
-            generate_size(ratio, MAX_AREA)
-        except Emu3Error as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-    return ratios
+    try:
+        return ratio_list(text)
+    except Emu3Error as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def run(options: argparse.Namespace) -> None:
     try:
         import python_multipart  # noqa: F401  # Starlette imports it when a form comes
 
+        from emu3_jax.models.capability import target_platform
         from emu3_jax.serving.app import make_app
         from emu3_jax.serving.batcher import Batcher
         from emu3_jax.serving.guard import LOOPBACK
-        from emu3_jax.serving.limits import Limits
         from emu3_jax.serving.memory import cache_budget
         from emu3_jax.serving.server import address, bind, check_key, make_server
     except ModuleNotFoundError as error:
@@ -136,7 +132,7 @@ def run(options: argparse.Namespace) -> None:
         jobs = Batcher(model, rows=options.rows, queue=options.queue, memory=memory, documents=options.documents)
         fewer = "" if jobs.rows == options.rows else f" of {options.rows}: no more fit into the memory (--memory)"
         try:
-            jobs.warm_up([(ratio, None) for ratio in options.ratios])
+            jobs.warm_up([(ratio, None) for ratio in options.ratios], idle=target_platform() == "cpu")
             hosts = (*LOOPBACK, options.host.lower()) if loopback else None
             app = make_app(jobs, model, Limits(answer_seconds=options.timeout), key=key, hosts=hosts)
 

@@ -10,16 +10,13 @@ import logging
 import math
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-
-import numpy as np
 
 from emu3_jax.errors import Emu3Error
 from emu3_jax.fields import is_count
 from emu3_jax.generation import defaults
-from emu3_jax.generation.codec import decode_picture
 from emu3_jax.generation.pipeline import Emu3
 from emu3_jax.generation.session import Row
 from emu3_jax.media.sizes import generate_size
@@ -30,6 +27,7 @@ from emu3_jax.serving.jobs import Busy, Closing, Event, Failed, Finished, Job, P
 from emu3_jax.serving.pool import Options, Pool, pool_slots, rows_that_fit, smallest
 from emu3_jax.serving.rows import Later, Work
 from emu3_jax.serving.tickets import QueuedTicket
+from emu3_jax.serving.warm_ups import decode_clip_of_zeros, decode_zeros
 from emu3_jax.serving.works import make_work
 
 _log = logging.getLogger("emu3_jax")
@@ -107,6 +105,7 @@ class Batcher:
         # Below: guarded by `_changed`.
         self._queue: FairQueue[QueuedTicket] = FairQueue(queue)
         self._commands: list[tuple[Callable[[], None], concurrent.futures.Future[None]]] = []
+        self._warm_ups: deque[Callable[[], None]] = deque()  # what to compile while there are no jobs
         self._closing = self._hurried = False
         self._seconds = 1.0  # a job's time in its row, as a running mean
         self._counts = dict.fromkeys(
@@ -166,7 +165,8 @@ class Batcher:
                 "device_seconds_by_kind_total": {kind: round(s, 3) for kind, s in self._device_seconds.items()},
                 "device_seconds_total": round(self._device_seconds.total(), 3),
             }
-            levels = {"queue_length": len(self._queue), "rows": rows, "rows_used": used, "closing": self._closing}
+            levels = {"queue_length": len(self._queue), "rows": rows, "rows_used": used, "closing": self._closing,
+                      "warm_ups_left": len(self._warm_ups)}  # fmt: skip
             return {**counts, **kinds, **levels}
 
     def close(self, finish: bool) -> None:
@@ -177,23 +177,39 @@ class Batcher:
             self._changed.notify_all()
         self._thread.join()
 
-    def warm_up(self, sizes: Sequence[tuple[str, int | None]] = (("1:1", None),)) -> None:
+    def warm_up(self, sizes: Sequence[tuple[str, int | None]] = (("1:1", None),), *, idle: bool = False) -> None:
         """Compiles what jobs need, and waits for it. Later jobs compile nothing, apart from what is named here.
 
         Each further size of a generated picture needs a program of its own that decodes it, and each size of a picture
-        to answer about one that encodes it.
+        to answer about one that encodes it. Clips need programs for the pixels of each size, and documents for each
+        length of their prompts.
 
         Args:
             sizes: (ratio, area) of pictures that will be asked for; None is the model's area.
+            idle: whether to wait only for what jobs cannot do without, and to compile the rest while there are no jobs:
+                smaller sessions, all but the first of `sizes`, and clips and documents of the first one. Until then,
+                small loads take longer. `figures()["warm_ups_left"]` is 0 when all is compiled.
         """
         config, factor = self._model.language.config, self._model.vision.config.spatial_factor
         grids = [generate_size(ratio, area or config.image_area, factor) for ratio, area in sizes]
+        vision = self._model.vision
+        pixels: list[Callable[[], None]] = [functools.partial(decode_zeros, vision, grid) for grid in grids]
+        rest: list[Callable[[], None]] = [functools.partial(decode_clip_of_zeros, vision, grid) for grid in grids[:1]]
+        if self._documents:
+            rest += [functools.partial(self._lane.warm_up, self._model, grid) for grid in grids[:1]]
 
         def compile_all() -> None:
-            for pool in self._pools:
-                pool.warm_up()
-            for grid in grids:
-                decode_picture(self._model.vision, np.zeros(grid, np.int32))
+            if idle:
+                sessions = [one for pool in self._pools for one in pool.warm_up_least()]
+                now, later = pixels[:1], [*sessions, *pixels[1:], *rest]
+            else:
+                for pool in self._pools:
+                    pool.warm_up()
+                now, later = [*pixels, *rest], []
+            for compile_one in now:
+                compile_one()
+            with self._changed:
+                self._warm_ups.extend(later)
 
         done: concurrent.futures.Future[None] = concurrent.futures.Future()
         with self._changed:
@@ -225,11 +241,29 @@ class Batcher:
                     for ticket in pool.forget():
                         self._fail(ticket, BROKEN)
             self._deliver()
+            self._warm_up_one()
+
+    def _warm_up_one(self) -> None:
+        """Compiles some more programs if there is nothing else to do."""
+        with self._changed:
+            if not self._warm_ups or self._closing or self._commands or len(self._queue) or self._busy():
+                return
+            compile_one = self._warm_ups[0]
+        try:
+            compile_one()
+        except Exception:  # jobs will say what is wrong, if they need it
+            _log.exception("a program for later could not be compiled")
+            for pool in self._pools:
+                pool.forget()
+        with self._changed:
+            self._warm_ups.popleft()
 
     def _wait(self) -> bool:
         """Waits for something to do, and runs commands. Returns False when all is done after `close`."""
         with self._changed:
-            self._changed.wait_for(lambda: self._commands or self._closing or len(self._queue) or self._busy())
+            self._changed.wait_for(
+                lambda: self._commands or self._closing or len(self._queue) or self._busy() or self._warm_ups
+            )
             commands, self._commands = self._commands, []
             left = self._queue.clear() if self._hurried else []
             if self._hurried:

@@ -168,6 +168,15 @@ class Lane:
             self.owner = None
         return events, time.perf_counter() - began
 
+    def warm_up(self, model: Emu3, size: tuple[int, int]) -> None:
+        """Compiles what the first passes of a document need, and those of an edit of a picture of `size` codes."""
+        factor = model.vision.config.spatial_factor
+        picture = Image.new("RGB", (size[1] * factor, size[0] * factor))
+        for pictures in ((), (picture,)):
+            work = DocumentWork(model, DocumentJob(prompt="a", pictures=pictures, most_pictures=1))
+            work.begin(self._options, self._passes)
+            work.step()
+
     def forget(self) -> list[QueuedTicket]:
         """Gives up the document. Returns its job, if there is one."""
         owner, self.owner = self.owner, None

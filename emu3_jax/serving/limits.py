@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from emu3_jax.media.sizes import MAX_AREA, generate_size
+
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
@@ -39,3 +41,14 @@ class Limits:
     partial_images: int = 100
     max_new_tokens: int = 16_384
     decoders: int = 2
+
+
+USUAL_RATIOS = ("1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16")  # of the page, and of OpenAI's sizes
+
+
+def ratio_list(text: str) -> tuple[str, ...]:
+    """Ratios in a text, with commas between them. Raises an `Emu3Error` that names one that is not legal."""
+    ratios = tuple(text.split(","))
+    for ratio in ratios:
+        generate_size(ratio, MAX_AREA)
+    return ratios

@@ -2,8 +2,8 @@
 
 import contextlib
 import dataclasses
-import itertools
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
 import jax
@@ -80,9 +80,10 @@ def rows_that_fit(language: Language, slots: Sequence[int], memory: int) -> int:
         )
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
 
-    # While a row joins, its prompt has a cache of its own.
+    # While a row joins, its prompt has a cache of its own. A pool that is resized has its old and its new cache: at
+    # most those of all rows with and without guidance.
     each, joining = sum(map(row_bytes, slots)), max(map(row_bytes, slots))
-    rows = (memory - joining) // each
+    rows = (memory - joining) // (each + (joining // 2 if _resizable(language) else 0))
     if rows < 1:
         raise Emu3Error(
             f"one row takes {each + joining:,} bytes for keys and values, but the server may take {memory:,}: give it "
@@ -123,12 +124,16 @@ def session_sizes(rows: int, language: Language) -> list[Size]:
     that, and so on, down to one; each with and without guidance. Elsewhere a pass takes as long as reading the weights
     does, and there is only one size, as on a mesh.
     """
-    if language.mesh is not None or target_platform() != "cpu":
+    if not _resizable(language):
         return [Size(rows, guided=True)]
     counts = {rows, 1}
     while (fewer := min(counts - {1}, default=1) // 4) > 1:
         counts.add(fewer)
     return sorted(Size(count, guided) for count in counts for guided in (False, True))
+
+
+def _resizable(language: Language) -> bool:
+    return language.mesh is None and target_platform() == "cpu"
 
 
 class Pool(Generic[Owner]):
@@ -142,7 +147,7 @@ class Pool(Generic[Owner]):
 
     def __init__(self, language: Language, rows: int, slots: int, options: Options):
         self.rows, self.slots = rows, slots
-        self._sizes = session_sizes(rows, language)
+        self._sizes = session_sizes(rows, language)  # those that may be used, in rising order
         self._size = self._sizes[-1]
         self.owners: list[Owner | None] = [None] * rows
         self._guided = [False] * rows  # whether the row of each owner has guidance
@@ -184,6 +189,10 @@ class Pool(Generic[Owner]):
             return
         guided = guided or any(self._guided[row] for row in used)
         size = next(size for size in self._sizes if size.holds(len(used) + joining, guided))
+        self._take(size, used)
+
+    def _take(self, size: Size, used: Sequence[int] = ()) -> None:
+        """Gives the session a size. If that is another one, it keeps only the rows `used`."""
         if size == self._size:
             return
         self._started().resize(used, size.rows, guided=size.guided)
@@ -227,26 +236,61 @@ class Pool(Generic[Owner]):
         return owners
 
     def warm_up(self) -> None:
-        """Compiles all programs of the session, by using them."""
-        session = self._started()
-        self._use()  # as a new session, which was not resized
-        for size in self._sizes if len(self._sizes) > 1 else ():
-            session.resize([], size.rows, guided=size.guided)
-            self._use()
-        for sizes in itertools.permutations(self._sizes, 2):
-            for size in sizes:
-                session.resize([], size.rows, guided=size.guided)
+        """Compiles all programs of the session, by using them. There must be no owners, here and below."""
+        for compile_one in self.warm_up_least():
+            compile_one()
         self.forget()
 
-    def _use(self) -> None:
-        """Uses the session as it is: rows of all widths begin and go on."""
+    def warm_up_least(self) -> list[Callable[[], None]]:
+        """Compiles the programs of two sizes: one row and all rows, both with guidance.
+
+        Returns:
+            What compiles the programs of the other sizes, a few at a time. A size is used as soon as all its programs
+            are there. The calls must be made in this order, and jobs may be done between them.
+        """
+        sizes, most = self._sizes, self._sizes[-1]
+        one = Size(1, guided=True)
+        self._sizes = sorted({size for size in sizes if size in (one, most)})
+        for width in widths(self.slots):  # as a new session, which was not resized
+            self._use(width)
+        if one != most:
+            resizing: Callable[[], None] = functools.partial(self._between, one, most)
+            for compile_one in [*self._using(one), resizing, *self._using(most)]:
+                compile_one()
+        later: list[Callable[[], None]] = []
+        there = list(self._sizes)
+        for size in sizes:
+            if size not in there:
+                later += self._using(size)
+                later += [functools.partial(self._between, size, other) for other in there]
+                later.append(functools.partial(self._allow, size))
+                there.append(size)
+        return later
+
+    def _allow(self, size: Size) -> None:
+        self._sizes = sorted([*self._sizes, size])
+
+    def _between(self, first: Size, second: Size) -> None:
+        """Compiles what resizes a session from one size to another, and back."""
+        for size in (first, second, first):
+            self._take(size)
+
+    def _using(self, size: Size) -> list[Callable[[], None]]:
+        """What uses a session of this size, with prompts of each width."""
+
+        def use(width: int) -> None:
+            self._take(size)
+            self._use(width)
+
+        return [functools.partial(use, width) for width in widths(self.slots)]
+
+    def _use(self, width: int) -> None:
+        """Uses the session as it is: a row with a prompt of this width begins and goes on."""
         session, tokens = self._started(), self._language.config.tokens
-        for width in widths(self.slots):
-            row = Row([tokens.bos], np.full(2, TokenClass.VISUAL, np.int8))
-            session.replace(0, row, _plain(), width=width)
-            for _ in range(2):  # the state that a program returns may differ in layout from the one before
-                if (snapshot := session.advance(1)) is not None:
-                    session.read(snapshot)
+        session.replace(0, Row([tokens.bos], np.full(2, TokenClass.VISUAL, np.int8)), _plain(), width=width)
+        for _ in range(2):  # the state that a program returns may differ in layout from the one before
+            if (snapshot := session.advance(1)) is not None:
+                session.read(snapshot)
 
     def _started(self) -> DecodeSession:
         if self._session is None:

@@ -13,6 +13,7 @@ from typing import Any
 from emu3_jax.errors import Emu3Error
 from emu3_jax.generation import defaults
 from emu3_jax.printable import shown
+from emu3_jax.serving.limits import USUAL_RATIOS, ratio_list
 
 KEY = "EMU3_JAX_API_KEY"
 _MOST_ONGOING = 512  # requests of a replica; it has a queue of its own, which refuses earlier
@@ -32,10 +33,12 @@ class ReplicaOptions:
         replicas: number of replicas.
         gpus: GPUs of each replica; the model must fit into one, so 1 or a part of 1. 0 runs on CPUs.
         cpus: CPU cores that Ray counts for each replica.
+        ratios: ratios of pictures to compile at the start, with commas between them.
+        documents: 1 for a model that was trained on documents, to serve edits and answers with pictures.
         insecure: 1 to serve without an API key.
 
     Raises:
-        Emu3Error: a number is not legal.
+        Emu3Error: a number or a ratio is not legal.
     """
 
     model: str = ""
@@ -46,6 +49,8 @@ class ReplicaOptions:
     replicas: int = 1
     gpus: float = 0.0
     cpus: float = 1.0
+    ratios: str = ",".join(USUAL_RATIOS)
+    documents: int = 0
     insecure: int = 0
 
     @classmethod
@@ -63,7 +68,9 @@ class ReplicaOptions:
                 raise Emu3Error(f"{name} is {shown(value)}: it must be a number") from error
             if kinds[name] is not str and not least.get(name, 0) <= values[name] <= 100_000:
                 raise Emu3Error(f"{name} is {shown(value)}: it must be a number from {least.get(name, 0)} to 100000")
-        return cls(**values)
+        options = cls(**values)
+        ratio_list(options.ratios)
+        return options
 
 
 class Replica:
@@ -76,6 +83,7 @@ class Replica:
             Emu3Error: the bundle is not there or damaged, or there is no API key.
         """
         from emu3_jax.loading import load
+        from emu3_jax.models.capability import target_platform
         from emu3_jax.serving.app import make_app
         from emu3_jax.serving.batcher import Batcher
         from emu3_jax.serving.memory import cache_budget
@@ -86,8 +94,12 @@ class Replica:
             raise Emu3Error(f"replicas need an API key: set {KEY} where Ray starts, or give insecure=1")
         check_key(key, "127.0.0.1", True)
         model = load(options.model or None, quantize=options.quantize or None, dtype=options.dtype or None)
-        self._jobs = Batcher(model, rows=options.rows, queue=options.queue, memory=cache_budget(model.language))
-        self._jobs.warm_up()
+        self._jobs = Batcher(
+            model, rows=options.rows, queue=options.queue, memory=cache_budget(model.language),
+            documents=bool(options.documents),
+        )  # fmt: skip
+        ratios = [(ratio, None) for ratio in ratio_list(options.ratios)]
+        self._jobs.warm_up(ratios, idle=target_platform() == "cpu")
         self._app = make_app(self._jobs, model, key=key, clips=options.replicas == 1)
 
     def __serve_build_asgi_app__(self) -> Any:  # Ray's name
