@@ -242,26 +242,25 @@ class Pool(Generic[Owner]):
         self.forget()
 
     def warm_up_least(self) -> list[Callable[[], None]]:
-        """Compiles the programs of two sizes: one row and all rows, both with guidance.
+        """Compiles what a short prompt needs, in two sizes: one row and all rows, both with guidance.
 
         Returns:
-            What compiles the programs of the other sizes, a few at a time. A size is used as soon as all its programs
-            are there. The calls must be made in this order, and jobs may be done between them.
+            What compiles the other programs, a few at a time. A size is used as soon as all its programs are there. The
+            calls must be made in this order, and jobs may be done between them.
         """
         sizes, most = self._sizes, self._sizes[-1]
-        one = Size(1, guided=True)
-        self._sizes = sorted({size for size in sizes if size in (one, most)})
-        for width in widths(self.slots):  # as a new session, which was not resized
-            self._use(width)
-        if one != most:
-            resizing: Callable[[], None] = functools.partial(self._between, one, most)
-            for compile_one in [*self._using(one), resizing, *self._using(most)]:
-                compile_one()
+        there = sorted({size for size in sizes if size in (Size(1, guided=True), most)})
+        self._sizes = list(there)
+        short, *others = sorted(widths(self.slots), key=lambda width: (width != _SHORT_PROMPT, width))
+        self._use(short)  # as a new session, which was not resized
+        for size in [*there, there[0]] if len(there) > 1 else []:
+            self._take(size)
+            self._use(short)
         later: list[Callable[[], None]] = []
-        there = list(self._sizes)
+        later += [functools.partial(self._use, width, size) for size in there for width in others]
         for size in sizes:
             if size not in there:
-                later += self._using(size)
+                later += [functools.partial(self._use, width, size) for width in (short, *others)]
                 later += [functools.partial(self._between, size, other) for other in there]
                 later.append(functools.partial(self._allow, size))
                 there.append(size)
@@ -275,17 +274,10 @@ class Pool(Generic[Owner]):
         for size in (first, second, first):
             self._take(size)
 
-    def _using(self, size: Size) -> list[Callable[[], None]]:
-        """What uses a session of this size, with prompts of each width."""
-
-        def use(width: int) -> None:
+    def _use(self, width: int, size: Size | None = None) -> None:
+        """Uses a session of this size, or as it is: a row with a prompt of this width begins and goes on."""
+        if size is not None:
             self._take(size)
-            self._use(width)
-
-        return [functools.partial(use, width) for width in widths(self.slots)]
-
-    def _use(self, width: int) -> None:
-        """Uses the session as it is: a row with a prompt of this width begins and goes on."""
         session, tokens = self._started(), self._language.config.tokens
         session.replace(0, Row([tokens.bos], np.full(2, TokenClass.VISUAL, np.int8)), _plain(), width=width)
         for _ in range(2):  # the state that a program returns may differ in layout from the one before
