@@ -105,6 +105,26 @@ def verify_checksums(directory: Path, *, whole: bool = False, progress: bool | N
         raise Emu3Error(f"a file of the bundle {difference.what}: {directory / difference.name}; {remedy}")
 
 
+def part_digest(directory: Path, part: str) -> str:
+    """Identifies the contents of a bundle's part: a SHA-256 of its files' checksums.
+
+    The checksums come from the bundle's list. If it has none, the files are read, which takes a while.
+
+    Args:
+        directory: directory of the bundle.
+        part: name of the part's directory, such as "decoder".
+
+    Raises:
+        Emu3Error: the list is damaged, or a file cannot be read.
+    """
+    if has_checksums(directory):
+        sums = read_checksums(directory / CHECKSUMS)
+    else:
+        sums = _sums(directory, sorted(name for name in _files(directory) if name.startswith(f"{part}/")), None)
+    lines = sorted(f"{digest}  {name}\n" for name, digest in sums.items() if name.startswith(f"{part}/"))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 def read_checksums(listing: Path, remedy: str = COPY_AGAIN) -> dict[str, str]:
     """Reads a list of checksums: SHA-256 in hex, by path relative to the list's directory.
 

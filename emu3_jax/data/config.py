@@ -3,7 +3,8 @@
 import dataclasses
 from typing import Any
 
-from emu3_jax.data.sequences import Task
+from emu3_jax.data.records import PAIRS
+from emu3_jax.data.sequences import Preference, Task
 from emu3_jax.errors import Emu3Error
 from emu3_jax.fields import check_field, is_number, is_whole
 from emu3_jax.foreign import local_path
@@ -51,7 +52,7 @@ class Source:
     """A directory of prepared data, and the task to train on it.
 
     Attributes:
-        path: a directory that `emu3-jax prepare` wrote.
+        path: a directory that `emu3-jax prepare` wrote; for the task `Preference`, one that `emu3-jax pairs` wrote.
         task: converts records to sequences; an object of a class in `emu3_jax.data.sequences`.
         weight: relative number of records to read from this source, compared with the weights of the other sources.
         parts: number of equal parts in a row; each part holds one record. More than 1 needs a `DataConfig` with
@@ -59,7 +60,7 @@ class Source:
     """
 
     path: str
-    task: Task
+    task: Task | Preference
     weight: float = 1.0
     parts: int = 1
 
@@ -71,6 +72,11 @@ class Source:
             raise Emu3Error(f"weight of {self.path} is {shown(self.weight)}: it must be a number > 0")
         if not is_whole(self.parts, 1):
             raise Emu3Error(f"parts of {self.path} is {shown(self.parts)}: it must be a whole number >= 1")
+
+    @property
+    def pairs(self) -> bool:
+        """Whether the task trains on preference pairs."""
+        return getattr(self.task, "reads", None) == PAIRS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +126,16 @@ class DataConfig:
             raise Emu3Error(f"data field too_long is {shown(self.too_long)}: it must be stop or skip")
         if self.loss_on_padding and self.packing:
             raise Emu3Error("data field loss_on_padding is true: it needs packing=0, one record per row")
+        if self.pairs and (self.packing or self.loss_on_padding or any(source.parts > 1 for source in self.sources)):
+            raise Emu3Error(
+                "the data are preference pairs, whose sides take a row each: they need packing=0, "
+                "loss_on_padding=False and parts=1"
+            )
+        if self.pairs != all(source.pairs for source in self.sources):
+            raise Emu3Error(
+                "data field sources has preference pairs beside other data: train on one of them; cross_entropy of a "
+                "PreferenceConfig adds the loss of the chosen sides"
+            )
         for source in self.sources:
             if source.parts == 1:
                 continue
@@ -130,6 +146,11 @@ class DataConfig:
                 )
 
     @property
+    def pairs(self) -> bool:
+        """Whether the data are preference pairs. Then rows 2i and 2i + 1 of a batch are a pair."""
+        return any(source.pairs for source in self.sources)
+
+    @property
     def whole_rows(self) -> bool:
         """Whether finished rows are kept in memory, see `data.tables`."""
-        return self.in_memory and not self.packing and self.too_long == "stop"
+        return not self.pairs and self.in_memory and not self.packing and self.too_long == "stop"

@@ -2,7 +2,7 @@
 
 A side of a pair is what the model drew, stored as it was drawn. Codes of a picture or a clip stand for its visual
 tokens one to one. An answer is stored as token ids: its text could be encoded to other ids, whose probability differs.
-`emu3-jax pairs` writes such directories, and `emu3-jax train` reads them with a task of `data.preference`.
+`emu3-jax pairs` writes such directories, and `emu3-jax train` reads them with the task `data.sequences.Preference`.
 """
 
 import hashlib
@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from emu3_jax.data.records import check_text, read_header, stored_codes
-from emu3_jax.data.shards import FORMAT, INDEX, PAIRS, Codebook, Index, PreparedShards, Shard, write_json, write_shard
+from emu3_jax.data.records import PAIRS, check_text, read_header, stored_codes
+from emu3_jax.data.shards import FORMAT, INDEX, Codebook, Index, PreparedShards, Shard, write_json, write_shard
 from emu3_jax.errors import Emu3Error
 from emu3_jax.fields import is_number
 from emu3_jax.files import new_directory

@@ -12,6 +12,11 @@ needed. A batch is a dict of arrays [B, S]:
     segment_ids  int32   1, 2, ... within a row; 0 on padding. Tokens attend only to tokens with the same id
     positions    int32   from 0 in each segment
     loss_mask    bool    token i is a target, predicted at i - 1. Never the first token of a segment, never padding
+
+A batch of preference pairs has the chosen side of a pair in row 2i and the rejected one in row 2i + 1. It has one array
+more, [B]:
+
+    pair         int32   number of the pair, counted over all sources in their order; -1 in an empty row
 """
 
 import dataclasses
@@ -20,14 +25,16 @@ import hashlib
 import itertools
 import math
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from emu3_jax.data.config import DataConfig, Source
 from emu3_jax.data.epochs import Epochs, drops_prompt
-from emu3_jax.data.sequences import TokenSequence, padded_row
+from emu3_jax.data.pairs import PreparedPairs
+from emu3_jax.data.rows import Batch, Built, FittingDataset, count_too_long, fits, packed_rows, padded_rows, pair_rows
+from emu3_jax.data.sequences import PairSequence, TokenSequence
 from emu3_jax.data.shards import PreparedData
 from emu3_jax.data.tables import Table, TableBatches
 from emu3_jax.errors import Emu3Error
@@ -40,8 +47,6 @@ try:
     import grain
 except ImportError as missing:
     raise Emu3Error("training needs Grain, which is not installed: pip install 'emu3-jax[train]'") from missing
-
-Batch = dict[str, np.ndarray]
 
 _READING = grain.ReadOptions(num_threads=4, prefetch_buffer_size=64)
 _BATCHES_AHEAD = 2
@@ -101,10 +106,10 @@ class Batches:
     @property
     def skipped(self) -> int:
         """Number of records that this process left out so far because they were longer than a row."""
-        return _too_long(self._iterator[0].get_state())
+        return count_too_long(self._iterator[0].get_state())
 
 
-def open_prepared(source: Source, tokenizer: Tokenizer, codebook_sha256: str | None) -> PreparedData:
+def open_prepared(source: Source, tokenizer: Tokenizer, codebook_sha256: str | None) -> PreparedData | PreparedPairs:
     """Opens the prepared data of a source.
 
     Args:
@@ -114,9 +119,9 @@ def open_prepared(source: Source, tokenizer: Tokenizer, codebook_sha256: str | N
             checked.
 
     Raises:
-        Emu3Error: the data are missing, damaged, or prepared with another codebook.
+        Emu3Error: the data are missing, damaged, prepared with another codebook, or not what the task trains on.
     """
-    data = PreparedData(place(source.path))
+    data = (PreparedPairs if source.pairs else PreparedData)(place(source.path))
     data.require_codebook(tokenizer.special.visual_count, codebook_sha256)
     return data
 
@@ -137,7 +142,7 @@ def training_batches(
         config: sources and settings.
         tokenizer: the model's tokenizer.
         templates: the model's prompt templates.
-        batch_size: rows in a batch of this process.
+        batch_size: rows in a batch of this process; even for preference pairs.
         codebook_sha256: see `open_prepared`.
         process_index: `jax.process_index()`.
         process_count: `jax.process_count()`.
@@ -149,9 +154,11 @@ def training_batches(
     _check_place(batch_size, config.sequence_length, process_index, process_count)
     process = (process_index, process_count)
     keep = config.in_memory and not config.whole_rows
+    opened = [open_prepared(source, tokenizer, codebook_sha256) for source in config.sources]
+    firsts = itertools.accumulate(map(len, opened), initial=0)
     builders = [
-        _Builder(source, tokenizer, templates, open_prepared(source, tokenizer, codebook_sha256), keep=keep)
-        for source in config.sources
+        _Builder(source, tokenizer, templates, data, keep=keep, first=first)
+        for source, data, first in zip(config.sources, opened, firsts, strict=False)
     ]
     # Leave out the sources' paths: data may move between two runs.
     sources = [(b.data.index.job, b.source.task, b.source.weight, b.source.parts) for b in builders]
@@ -215,17 +222,19 @@ def _stream_rows(
     # For data in memory, reader threads would only wait for each other.
     options = grain.ReadOptions(num_threads=0) if config.in_memory else _READING
     length = config.sequence_length
-    fitting = _FittingIterDataset(
+    fitting = FittingDataset(
         mixture.to_iter_dataset(options),
         length,
         config.too_long,
         patience=epoch,
         some_fit=lambda: any(builder.some_fit(length) for builder in builders),
     )
+    if config.pairs:
+        return pair_rows(fitting, batch_size, length, pad)
     if config.packing:
-        rows = _packed(fitting, length, config.packing, pad)
+        rows = packed_rows(fitting, length, config.packing, pad)
     else:
-        rows = _padded(fitting, length, pad, config.loss_on_padding)
+        rows = padded_rows(fitting, length, pad, config.loss_on_padding)
     return rows.batch(batch_size, drop_remainder=True)
 
 
@@ -263,26 +272,24 @@ def evaluation_batches(
     _check_place(batch_size, sequence_length, process_index, process_count)
     data = open_prepared(source, tokenizer, codebook_sha256)
     builder = _Builder(source, tokenizer, templates, data)
-    empty = TokenSequence(np.zeros(0, np.int32), np.zeros(0, bool))
+    nothing = TokenSequence(np.zeros(0, np.int32), np.zeros(0, bool))
+    empty = Built("", PairSequence(nothing, nothing) if source.pairs else nothing)
 
-    def sequence(index: int) -> _Built:
-        return builder.build(index, drop_prompt=False) if index < len(data) else _Built("", empty)
+    def sequence(index: int) -> Built:
+        return builder.build(index, drop_prompt=False) if index < len(data) else empty
 
-    rounds = -(-len(data) // (batch_size * process_count))
-    sequences = grain.MapDataset.range(rounds * batch_size * process_count).map(sequence)
+    items = batch_size // 2 if source.pairs else batch_size  # of a process' batch
+    rounds = -(-len(data) // (items * process_count))
+    sequences = grain.MapDataset.range(rounds * items * process_count).map(sequence)
     mine = sequences[process_index::process_count].to_iter_dataset(_READING)
-    fitting = _FittingIterDataset(mine, sequence_length, too_long, instead=empty)
-    rows = _padded(fitting, sequence_length, tokenizer.special.pad)
+    fitting = FittingDataset(mine, sequence_length, too_long, instead=empty)
+    pad = tokenizer.special.pad
+    if source.pairs:
+        rows = pair_rows(fitting, batch_size, sequence_length, pad)
+    else:
+        rows = padded_rows(fitting, sequence_length, pad).batch(batch_size, drop_remainder=True)
     identity = [data.index.job, source.task, templates, batch_size, sequence_length, process_index, process_count]
-    return Batches(rows.batch(batch_size, drop_remainder=True), identity, [(source.path, len(data))])
-
-
-@dataclasses.dataclass(frozen=True)
-class _Built:
-    """The sequence of a record, and the record's name for errors."""
-
-    name: str
-    sequence: TokenSequence
+    return Batches(rows, identity, [(source.path, len(data))])
 
 
 class _Builder:
@@ -293,15 +300,18 @@ class _Builder:
         source: Source,
         tokenizer: Tokenizer,
         templates: PromptTemplates,
-        data: PreparedData,
+        data: PreparedData | PreparedPairs,
         *,
         keep: bool = False,
+        first: int = 0,
     ):
+        """`first` is the number of the source's first pair."""
         self.source, self.data = source, data
+        self._first = first
         self._tokenizer, self._templates = tokenizer, templates
-        self._kept: dict[tuple[int, bool], _Built] | None = {} if keep else None
+        self._kept: dict[tuple[int, bool], Built] | None = {} if keep else None
 
-    def build(self, record: int, drop_prompt: bool) -> _Built:
+    def build(self, record: int, drop_prompt: bool) -> Built:
         """Builds the sequence of a record, with its prompt or without."""
         if self._kept is None:
             return self._build(record, drop_prompt)
@@ -317,16 +327,19 @@ class _Builder:
         sizes = (len(self._build(record, drop).sequence) for record in range(len(self.data)) for drop in kinds)
         return any(size <= length for size in sizes)
 
-    def _build(self, index: int, drop_prompt: bool) -> _Built:
-        record = self.data[index]
-        name = f"{self.source.path}: record {record.name!r}"
+    def _build(self, index: int, drop_prompt: bool) -> Built:
+        record: Any = self.data[index]
+        task: Any = self.source.task
+        name = f"{self.source.path}: {'pair' if self.source.pairs else 'record'} {record.name!r}"
         try:
-            sequence = self.source.task.sequence(record, self._tokenizer, self._templates, drop_prompt)
+            sequence = task.sequence(record, self._tokenizer, self._templates, drop_prompt)
         except Emu3Error as error:
             raise Emu3Error(f"{name}: {error}") from error
+        if isinstance(sequence, PairSequence):  # its targets never begin a row
+            return Built(name, sequence, self._first + index)
         mask = sequence.loss_mask.copy()
         mask[0] = False  # no earlier token can predict the first one
-        return _Built(name, TokenSequence(sequence.tokens, mask))
+        return Built(name, TokenSequence(sequence.tokens, mask))
 
 
 class _Stream:
@@ -337,129 +350,26 @@ class _Stream:
         self._records = len(builder.data)
         self._epochs = Epochs(self._records, key)
 
-    def unshuffled(self, index: int, _: int) -> _Built:
+    def unshuffled(self, index: int, _: int) -> Built:
         """The sequence at `index`, without shuffling. Grain shuffles afterwards."""
         epoch, record = divmod(index, self._records)
         return self._built(epoch, record)
 
-    def shuffled(self, index: int, _: int) -> _Built:
+    def shuffled(self, index: int, _: int) -> Built:
         """The sequence at `index`, with a new order in each epoch. Takes a tenth of the time of Grain's shuffle."""
         epoch, position = divmod(index, self._records)
         return self._built(epoch, int(self._epochs.order(epoch)[position]))
 
-    def _built(self, epoch: int, record: int) -> _Built:
+    def _built(self, epoch: int, record: int) -> Built:
         share = self._builder.source.task.prompt_dropout
         return self._builder.build(record, drops_prompt(self._key, epoch, record, share))
 
 
 def _fitting_sequence(builder: _Builder, length: int, room: str, record: int, drop_prompt: bool) -> TokenSequence:
     built = builder.build(record, drop_prompt)
-    _fits(built, length, "stop", room)
+    fits(built, length, "stop", room)
+    assert isinstance(built.sequence, TokenSequence)  # tables hold no pairs
     return built.sequence
-
-
-def _fits(built: _Built, length: int, too_long: str, room: str = "a row") -> bool:
-    tokens = len(built.sequence)
-    if tokens > length and too_long == "stop":
-        raise Emu3Error(
-            f"{built.name} has {tokens} tokens, but {room} has {length}: raise sequence_length, prepare with a smaller "
-            'area, or set too_long to "skip"'
-        )
-    return tokens <= length
-
-
-class _FittingIterDataset(grain.IterDataset):
-    """Converts `_Built` sequences to arrays `tokens` and `loss_mask`. Handles sequences that are longer than a row."""
-
-    def __init__(
-        self,
-        parent: "grain.IterDataset[_Built]",
-        length: int,
-        too_long: str,
-        *,
-        instead: TokenSequence | None = None,
-        patience: int = 0,
-        some_fit: Callable[[], bool] = lambda: True,
-    ):
-        """Prepares the data set.
-
-        Args:
-            parent: the sequences.
-            length: tokens in a row.
-            too_long: "stop" raises an error for a sequence that is too long; "skip" leaves it out and counts it.
-            instead: replaces a sequence that is too long. With None, the next sequence that fits takes its place.
-            patience: number of consecutive sequences that may be too long before `some_fit` is called.
-            some_fit: whether any record fits. If none does, iteration stops with an error instead of searching forever.
-        """
-        super().__init__(parent)
-        self.length, self.too_long, self.instead = length, too_long, instead
-        self.patience, self.some_fit = patience, some_fit
-
-    def __iter__(self) -> "_FittingIterator":
-        return _FittingIterator(self, iter(self._parent))
-
-
-class _FittingIterator(grain.DatasetIterator):
-    def __init__(self, dataset: _FittingIterDataset, parent: grain.DatasetIterator):
-        super().__init__(parent)
-        self._dataset, self._count, self._some_fit = dataset, 0, False
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        settings = self._dataset
-        for passed in itertools.count(1):
-            built: _Built = next(self._parent)
-            if _fits(built, settings.length, settings.too_long):
-                break
-            self._count += 1
-            if settings.instead is not None:
-                return _arrays(settings.instead)
-            if passed >= settings.patience and not self._some_fit:
-                self._some_fit = settings.some_fit()
-                if not self._some_fit:
-                    raise Emu3Error(f"no record fits a row of {settings.length} tokens: raise sequence_length")
-        self._some_fit = True
-        return _arrays(built.sequence)
-
-    def get_state(self) -> dict[str, Any]:
-        return {"parent": self._parent.get_state(), "too_long": self._count}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        self._parent.set_state(state["parent"])
-        self._count = state["too_long"]
-
-
-def _arrays(sequence: TokenSequence) -> dict[str, np.ndarray]:
-    return {"tokens": sequence.tokens, "loss_mask": sequence.loss_mask}
-
-
-def _padded(
-    sequences: _FittingIterDataset, length: int, pad: int, loss_on_padding: bool = False
-) -> "grain.IterDataset[Batch]":
-    """Rows that hold one sequence each."""
-    return sequences.map(
-        lambda arrays: padded_row(TokenSequence(**arrays), length, pad, loss_on_padding=loss_on_padding)
-    )
-
-
-def _packed(sequences: grain.IterDataset, length: int, bins: int, pad: int) -> grain.IterDataset:
-    """Rows that hold several sequences each. Fills `bins` rows at the same time, first-fit."""
-    rows = grain.experimental.FirstFitPackIterDataset(
-        sequences,
-        length_struct={"tokens": length, "loss_mask": length},
-        num_packing_bins=bins,
-        shuffle_bins=False,
-        meta_features=["loss_mask"],  # no segment ids for the mask: it has the same segments as the tokens
-        padding_struct={"tokens": pad, "loss_mask": False},
-    )
-    names = {"segment_ids": "tokens_segment_ids", "positions": "tokens_positions"}
-    return rows.map(lambda row: {name: row[names.get(name, name)] for name in ("tokens", *names, "loss_mask")})
-
-
-def _too_long(state: Any) -> int:
-    """Finds the count of `_FittingIterator` in a nested state."""
-    if not isinstance(state, Mapping):
-        return 0
-    return state.get("too_long", 0) + sum(map(_too_long, state.values()))
 
 
 def _check_place(batch_size: int, length: int, process_index: int, process_count: int) -> None:

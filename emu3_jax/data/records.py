@@ -19,6 +19,9 @@ from emu3_jax.foreign import limit, reading
 from emu3_jax.printable import shown
 
 ROLES = ("user", "assistant")
+RECORDS, PAIRS, SAMPLES = "records", "pairs", "samples"
+# What a directory of shards may hold, and what writes it.
+KINDS = {RECORDS: "emu3-jax prepare", PAIRS: "emu3-jax pairs", SAMPLES: "emu3-jax sample"}
 _MAX_BYTES = 1 << 30  # of a record; the codes of a picture take about 20 kB
 _AGAIN = "prepare the data again"
 

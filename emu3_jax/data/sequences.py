@@ -12,15 +12,18 @@ tokens. The loss of a task selects the targets:
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import numpy as np
 
 from emu3_jax.config import SpecialTokens
-from emu3_jax.data.records import Record, Turn
+from emu3_jax.data.records import PAIRS, Record, Turn
 from emu3_jax.errors import Emu3Error
 from emu3_jax.text.prompts import PromptTemplates, clip_ids, image_ids, next_turn_prompt, understanding_prompt
 from emu3_jax.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from emu3_jax.data.pairs import Pair  # it needs ArrayRecord, which configs must not
 
 LOSSES = ("vision", "text", "all")
 DOCUMENT_LOSSES = ("answers", *LOSSES)
@@ -37,8 +40,22 @@ class TokenSequence:
         return len(self.tokens)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class PairSequence:
+    """The training sequences of a preference pair's two sides. Its length is that of the longer one."""
+
+    chosen: TokenSequence
+    rejected: TokenSequence
+
+    def __len__(self) -> int:
+        return max(len(self.chosen), len(self.rejected))
+
+
 class Task(Protocol):
-    """Interface of tasks. `prompt_dropout` is the share of sequences that training builds with `drop_prompt`."""
+    """Interface of tasks for records.
+
+    `prompt_dropout` is the share of sequences that training builds with `drop_prompt`.
+    """
 
     prompt_dropout: float
 
@@ -219,7 +236,41 @@ class Interleaved:
         return TokenSequence(whole.tokens, whole.loss_mask & (visual if wanted == "vision" else ~visual))
 
 
-TASKS = (TextToImage, NextFrame, ImageToText, TextOnly, Interleaved)
+@dataclasses.dataclass(frozen=True)
+class Preference:
+    """Preference pairs, which `emu3-jax pairs` wrote: the sequence of each side. Training needs a `PreferenceConfig`.
+
+    The sequences are those of `TextToImage`, `NextFrame` and `ImageToText`, so prompts are the ones that the model saw
+    when it drew the samples. The targets are the tokens that the model drew: visual tokens, or all ids of an answer.
+    """
+
+    prompt_dropout: ClassVar[float] = 0.0
+    reads: ClassVar[str] = PAIRS
+
+    def sequence(
+        self, pair: "Pair", tokenizer: Tokenizer, templates: PromptTemplates, drop_prompt: bool = False
+    ) -> PairSequence:
+        """Builds the sequences of both sides. Raises an `Emu3Error` if the model has no such code or token id."""
+        chosen, rejected = (self._side(pair, tokens, tokenizer, templates) for tokens in (pair.chosen, pair.rejected))
+        return PairSequence(chosen, rejected)
+
+    def _side(
+        self, pair: "Pair", tokens: np.ndarray, tokenizer: Tokenizer, templates: PromptTemplates
+    ) -> TokenSequence:
+        if tokens.ndim > 1:
+            task = TextToImage(prompt_dropout=0.0) if tokens.ndim == 2 else NextFrame(prompt_dropout=0.0)
+            return task.sequence(Record(pair.name, pair.prompt, tokens), tokenizer, templates)
+        if tokens.max() >= tokenizer.vocab_size:
+            raise Emu3Error(
+                f"token id {tokens.max()} of an answer is out of range, the model has {tokenizer.vocab_size} ids: "
+                "give pairs that this model drew"
+            )
+        special = tokenizer.special
+        prompt = understanding_prompt(tokenizer, special, templates, pair.prompt, pair.pictures)
+        return _assemble([(prompt, False), (tokens.tolist(), True)], special, "text")
+
+
+TASKS = (TextToImage, NextFrame, ImageToText, TextOnly, Interleaved, Preference)
 
 
 def padded_row(
@@ -244,6 +295,12 @@ def padded_row(
     tokens[:size], loss_mask[:size] = sequence.tokens, sequence.loss_mask
     segment_ids[:size], positions[:size] = 1, np.arange(size)
     return {"tokens": tokens, "segment_ids": segment_ids, "positions": positions, "loss_mask": loss_mask}
+
+
+def padded_pair(pair: PairSequence, length: int, pad: int) -> dict[str, np.ndarray]:
+    """Pads both sides of a pair to rows: arrays [2, S] as of `padded_row`, the chosen side first."""
+    sides = [padded_row(side, length, pad) for side in (pair.chosen, pair.rejected)]
+    return {name: np.stack([side[name] for side in sides]) for name in sides[0]}
 
 
 def _captioned(

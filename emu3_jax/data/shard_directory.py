@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from emu3_jax import files, locks, storage
-from emu3_jax.data.shards import INDEX, RECORDS, Codebook, Index, Shard, Storable, write_json, write_shard
+from emu3_jax.data.records import RECORDS
+from emu3_jax.data.shards import INDEX, Codebook, Index, Shard, Storable, write_json, write_shard
 from emu3_jax.errors import Emu3Error
 from emu3_jax.printable import shown
 

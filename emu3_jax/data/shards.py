@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 
-from emu3_jax.data.records import Record
+from emu3_jax.data.records import KINDS, PAIRS, RECORDS, Record
 from emu3_jax.errors import Emu3Error
 from emu3_jax.fields import is_whole
 from emu3_jax.files import new_file
@@ -32,9 +32,6 @@ except ImportError as missing:
 
 FORMAT = 1
 INDEX = "index.json"
-RECORDS, PAIRS, SAMPLES = "records", "pairs", "samples"
-# What a directory may hold, and what writes it.
-KINDS = {RECORDS: "emu3-jax prepare", PAIRS: "emu3-jax pairs", SAMPLES: "emu3-jax sample"}
 _AGAIN = "run the same emu3-jax prepare again"
 
 _T = TypeVar("_T")

@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from emu3_jax.data.records import check_text, read_header, stored_codes
-from emu3_jax.data.shards import SAMPLES, PreparedShards, Shard
+from emu3_jax.data.records import SAMPLES, check_text, read_header, stored_codes
+from emu3_jax.data.shards import PreparedShards, Shard
 from emu3_jax.errors import Emu3Error
 from emu3_jax.fields import is_number, is_whole
 from emu3_jax.foreign import reading

@@ -14,8 +14,9 @@ import numpy as np
 
 from emu3_jax import files, storage
 from emu3_jax.data import shard_directory
+from emu3_jax.data.records import SAMPLES
 from emu3_jax.data.shard_directory import Outcome, ShardDirectory
-from emu3_jax.data.shards import FORMAT, SAMPLES, Codebook, read_shard
+from emu3_jax.data.shards import FORMAT, Codebook, read_shard
 from emu3_jax.errors import Emu3Error
 from emu3_jax.fields import is_count
 from emu3_jax.generation import defaults

@@ -20,6 +20,7 @@ from emu3_jax.media.sizes import generate_size
 from emu3_jax.models.adapters import Adapter
 from emu3_jax.models.decoder import REMAT_POLICIES
 from emu3_jax.training.overrides import override
+from emu3_jax.training.preference_config import PreferenceConfig
 
 ENTRY = "config"  # the function that a config file defines
 MAX_STEPS = 2**31 - 1  # devices count steps in int32
@@ -161,6 +162,8 @@ class TrainConfig:
         optimizer: settings of AdamW.
         adapter: settings of low-rank adapters (LoRA, QLoRA) that are trained beside frozen weights, or None to train
             all weights.
+        preference: the loss of preference pairs, where `data` has them (the task `Preference`); else None. A pair takes
+            two rows, so `batch_size` is twice the number of pairs in a step.
         accumulation: number of equal parts of a batch that a step computes one after the other, to save memory.
             Without dropout and noise, the result equals that of one part up to rounding.
         vision_weight: weight of visual targets in the loss; text targets have weight 1. The paper's pretraining used
@@ -185,6 +188,7 @@ class TrainConfig:
     steps: int
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     adapter: Adapter | None = None
+    preference: PreferenceConfig | None = None
     accumulation: int = 1
     vision_weight: float = 1.0
     mesh: str = "fsdp=-1"
@@ -223,11 +227,35 @@ class TrainConfig:
             for item in self.evaluation
         )
         check_field(self, "evaluation", ok, "a tuple of (name, Source)")
+        self._check_preference()
         check_field(self, "samples", isinstance(self.samples, SampleConfig | None), "a SampleConfig or None")
         ok = self.profile is None or (
             isinstance(self.profile, tuple) and len(self.profile) == 2 and all(is_whole(v, 1) for v in self.profile)
         )
         check_field(self, "profile", ok, "(first step, steps) or None")
+
+    def _check_preference(self) -> None:
+        preference = self.preference
+        check_field(self, "preference", isinstance(preference, PreferenceConfig | None), "a PreferenceConfig or None")
+        check_field(
+            self,
+            "preference",
+            (preference is not None) == self.data.pairs,
+            "a PreferenceConfig where data.sources have the task Preference, and None where they have other tasks",
+        )
+        ok = all(source.pairs == self.data.pairs for _, source in self.evaluation)
+        check_field(self, "evaluation", ok, "sources with the task Preference if and only if data.sources have it")
+        if preference is None:
+            return
+        rows = 2 * self.accumulation
+        check_field(self, "batch_size", self.batch_size % rows == 0, f"a multiple of {rows}: a pair takes two rows")
+        for field in ("dropout", "noise"):
+            ok = not getattr(self.model, field)
+            check_field(self.model, field, ok, "0 where preference pairs are trained: it would change the log-ratios")
+        ok = not self.model.random
+        check_field(self.model, "random", ok, "False where preference pairs are trained: they need a trained model")
+        ok = preference.reference != "adapters_off" or self.adapter is not None or not preference.compares
+        check_field(preference, "reference", ok, "stored where all weights are trained (adapter is None)")
 
 
 def load_config(file: str | os.PathLike, overrides: Sequence[str] = ()) -> Any:

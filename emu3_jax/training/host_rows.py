@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from emu3_jax.errors import Emu3Error
-from emu3_jax.sharding.rules import batch_sharding, batch_shards
+from emu3_jax.sharding.rules import batch_sharding, batch_shards, spec
 
 
 class HostRows:
@@ -24,14 +24,16 @@ class HostRows:
         groups: number of groups.
     """
 
-    def __init__(self, mesh: jax.sharding.Mesh, batch_size: int):
-        """Raises `Emu3Error` if the mesh does not split `batch_size` rows evenly."""
+    def __init__(self, mesh: jax.sharding.Mesh, batch_size: int, together: int = 1):
+        """Raises `Emu3Error` if the mesh does not split `batch_size` rows evenly, `together` rows as one."""
         parts = batch_shards(mesh)
-        if batch_size % parts:
+        if batch_size % (parts * together):
+            pairs = f", and {together} rows belong together" if together > 1 else ""
             raise Emu3Error(
-                f"batch_size is {batch_size}, and the mesh splits rows into {parts} parts (data * fsdp): "
-                f"make it a multiple of {parts}"
+                f"batch_size is {batch_size}, and the mesh splits rows into {parts} parts (data * fsdp){pairs}: "
+                f"make it a multiple of {parts * together}"
             )
+        self._by_row = NamedSharding(mesh, spec("batch"))
         self._sharding: NamedSharding = batch_sharding(mesh)
         self._batch_size = batch_size
         # Any column count that every mesh divides will do: only the row indices are used.
@@ -51,16 +53,16 @@ class HostRows:
         self._at = {row: index for index, row in enumerate(mine)}
 
     def spread(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Makes global arrays [batch_size, S] from this process' rows [count, S]."""
+        """Makes global arrays [batch_size, S] or [batch_size] from this process' rows [count, S] or [count]."""
 
         def place(local: np.ndarray) -> jax.Array:
             shape = (self._batch_size, *local.shape[1:])
 
             def part(index: Any) -> np.ndarray:
                 rows = range(*index[0].indices(shape[0]))
-                return local[[self._at[row] for row in rows], index[1]]
+                return local[([self._at[row] for row in rows], *index[1:])]
 
-            return jax.make_array_from_callback(shape, self._sharding, part)
+            return jax.make_array_from_callback(shape, self._sharding if local.ndim > 1 else self._by_row, part)
 
         return {name: place(array) for name, array in batch.items()}
 

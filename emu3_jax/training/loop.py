@@ -5,9 +5,10 @@ import dataclasses
 import functools
 import logging
 import math
+import operator
 import pathlib
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -16,12 +17,14 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from emu3_jax.checkpoints.bundle import Bundle
+from emu3_jax.checkpoints.checksums import part_digest
 from emu3_jax.checkpoints.layouts import decoder_params
 from emu3_jax.compilation import enable_persistent_cache
 from emu3_jax.config import FREE_FIELDS, DecoderConfig, other_field
 from emu3_jax.data.config import Source
 from emu3_jax.data.encoder import bundle_codebook
-from emu3_jax.data.pipeline import evaluation_batches, open_prepared, training_batches
+from emu3_jax.data.pairs import Pair
+from emu3_jax.data.pipeline import Batches, evaluation_batches, open_prepared, training_batches
 from emu3_jax.data.sequences import ImageToText, Interleaved, NextFrame, TextOnly, TextToImage
 from emu3_jax.errors import Emu3Error
 from emu3_jax.files import new_file, require_outside
@@ -38,6 +41,7 @@ from emu3_jax.training import summary, weights
 from emu3_jax.training.config import TrainConfig
 from emu3_jax.training.flops import peak_flops, step_flops
 from emu3_jax.training.host_rows import HostRows
+from emu3_jax.training.references import References, attached
 from emu3_jax.training.run_directory import Identity
 from emu3_jax.training.runner import Batch, Cadence, Evaluation, Outcome, run
 from emu3_jax.training.step import Trainer, TrainState
@@ -79,7 +83,10 @@ def train(
     bundle = Bundle.open(config.model.bundle, verify=verify)
     decoder = _decoder(config, bundle)
     mesh = make_mesh(config.mesh)
-    with use_mesh(mesh), contextlib.closing(_DecoderJob(config, bundle, decoder, mesh, adapter_only)) as job:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(use_mesh(mesh))
+        job = _DecoderJob(config, bundle, decoder, mesh, adapter_only, progress)
+        stack.enter_context(contextlib.closing(job))
         if config.model.dtype == "bfloat16" and emulates_bfloat16():
             _log.warning(
                 "this GPU has no bfloat16, and computes it in float32, slowly; --set model.dtype=float32 is more exact"
@@ -110,28 +117,33 @@ def _decoder(config: TrainConfig, bundle: Bundle) -> DecoderConfig:
     return dataclasses.replace(found, **{name: getattr(wanted, name) for name in FREE_FIELDS})
 
 
+def _together(config: TrainConfig) -> int:
+    """Number of rows that no device or part of a batch may separate: both rows of a preference pair."""
+    return 2 if config.data.pairs else 1
+
+
 def _check_parts(config: TrainConfig, mesh: Mesh) -> None:
     part = config.batch_size // config.accumulation
-    HostRows(mesh, part)  # raises if the mesh does not divide a part's rows
+    HostRows(mesh, part, _together(config))  # raises if the mesh does not divide a part's rows
     length, parts = config.data.sequence_length, mesh.shape["sequence"]
     if length % parts:
         raise Emu3Error(f"sequence_length is {length}, which mesh sequence={parts} does not divide: change one of them")
-
-
-def _losses(figures: Mapping[str, float]) -> str:
-    """The loss, then in brackets the mean losses of text and visual targets. A kind without targets is left out."""
-    kinds = [f"{kind} {figures[f'loss_{kind}']:.4f}" for kind in ("text", "vision") if figures[f"loss_{kind}"]]
-    return f"loss {figures['loss']:.4f}" + (f" ({', '.join(kinds)})" if kinds else "")
 
 
 class _DecoderJob:
     """The `Job` that trains the decoder on token sequences. Make and use it within `use_mesh(mesh)`."""
 
     def __init__(
-        self, config: TrainConfig, bundle: Bundle, decoder: DecoderConfig, mesh: Mesh, adapter_only: bool = False
+        self,
+        config: TrainConfig,
+        bundle: Bundle,
+        decoder: DecoderConfig,
+        mesh: Mesh,
+        adapter_only: bool = False,
+        progress: bool | None = None,
     ):
         self._config, self._bundle, self._decoder, self._mesh = config, bundle, decoder, mesh
-        self._rows = HostRows(mesh, config.batch_size)
+        self._rows = HostRows(mesh, config.batch_size, _together(config))
         _check_parts(config, mesh)
         self._tokenizer = bundle.tokenizer()
         self._templates = prompt_templates(bundle.template, decoder.clip_layout)
@@ -150,6 +162,9 @@ class _DecoderJob:
             process_index=self._rows.group,
             process_count=self._rows.groups,
         )
+        self._progress = progress
+        # The reference's log-probabilities of the training pairs, and of each evaluation's.
+        self._stored: list[np.ndarray | None] = [None] * (1 + len(config.evaluation))
         self._compiled: jax.stages.Compiled | None = None
         self._peak = peak_flops(mesh.devices.flat[0].device_kind) * mesh.size
         self.share = (self._rows.group, self._rows.groups)
@@ -225,7 +240,7 @@ class _DecoderJob:
             options += " --vision BUNDLE"
         sources = self._config.data.sources
         source = next((source for source in sources if not isinstance(source.task, TextOnly)), sources[0])
-        match source.task:
+        match self._drawn(source):
             case ImageToText(question=question):
                 question = shlex.quote(printable(question))
                 return f"emu3-jax chat PICTURE --prompt {question} {options}"
@@ -239,6 +254,13 @@ class _DecoderJob:
             return f"emu3-jax merge {bundle} --adapter {written} -o out/merged"
         return f"emu3-jax doctor {written}"
 
+    def _drawn(self, source: Source) -> Any:
+        """The source's task; of preference pairs, the task that suits the first pair."""
+        with contextlib.suppress(Emu3Error):  # the run is over: a damaged pair must not make it fail now
+            if source.pairs and isinstance(pair := open_prepared(source, self._tokenizer, self._codebook)[0], Pair):
+                return {1: ImageToText(question=pair.prompt), 2: TextToImage(), 3: NextFrame()}[pair.chosen.ndim]
+        return source.task
+
     def _prompt(self, source: Source) -> str:
         """An example prompt, quoted for a shell: the first sample prompt or caption, or "PROMPT" if that is long."""
         samples, text = self._config.samples, ""
@@ -247,7 +269,10 @@ class _DecoderJob:
         else:
             with contextlib.suppress(Emu3Error):  # the run is over: a damaged record must not make it fail now
                 record = open_prepared(source, self._tokenizer, self._codebook)[0]
-                text = next((part.text for part in record.document if part.text), record.text)
+                if isinstance(record, Pair):
+                    text = record.prompt
+                else:
+                    text = next((part.text for part in record.document if part.text), record.text)
         short = 0 < len(text) <= _EXAMPLE and text.isprintable() and not text.startswith("-")
         return shlex.quote(text) if short else "PROMPT"
 
@@ -260,17 +285,22 @@ class _DecoderJob:
         adapter = None if config.adapter is None else dataclasses.asdict(config.adapter)
         bundle = config.model.bundle
         bundle = bundle if is_remote(bundle) else str(pathlib.Path(bundle).absolute())
-        return Identity(fixed={"decoder": decoder, "adapter": adapter}, other={"bundle": bundle})
+        fixed = {"decoder": decoder, "adapter": adapter}
+        if self._stores_references:  # another bundle would be another reference
+            fixed["reference"] = {"decoder": self._decoder_digest}
+        return Identity(fixed=fixed, other={"bundle": bundle})
 
     def abstract_state(self) -> TrainState:
         return self._trainer.abstract_state()
 
     def initial_state(self) -> TrainState:
-        params = None
-        if not (self._config.model.random or self._config.adapter):
-            places = self._trainer.state_shardings.params
-            params = weights.stacked_from_bundle(self._bundle, self._decoder, self._mesh, places)
+        params = None if self._config.model.random or self._config.adapter else self._load_params()
         return self._trainer.initial_state(params)
+
+    def _load_params(self) -> Any:
+        """The bundle's weights in float32, of which all are trained."""
+        places = self._trainer.state_shardings.params
+        return weights.stacked_from_bundle(self._bundle, self._decoder, self._mesh, places)
 
     def _load_frozen(self) -> Any:
         """The frozen weights beside adapters, or an empty dict if all weights are trained."""
@@ -283,14 +313,58 @@ class _DecoderJob:
 
     def start(self, step: int, position: Any | None) -> None:
         self._frozen = self._load_frozen()  # here, so that loading does not count as time of the first step
+        if self._stores_references:
+            self._stored = self._references()
         if position is not None:
             self._batches.set_state(position)
 
+    # -------------------------------------------------------------------------------------------- references
+
+    @property
+    def _stores_references(self) -> bool:
+        return "reference" in self._trainer.objective.arrays
+
+    @functools.cached_property
+    def _decoder_digest(self) -> str:
+        return part_digest(self._bundle.files, "decoder")
+
+    def _references(self) -> list[np.ndarray | None]:
+        """The reference's log-probabilities of the training pairs, and of each evaluation's pairs."""
+        config, trainer = self._config, self._trainer
+        kept = References(place(config.directory), self._progress)
+        model = {
+            "decoder": self._decoder_digest,
+            "adapter base": config.adapter and config.adapter.base,
+            "dtype": config.model.dtype,
+            "templates": dataclasses.asdict(self._templates),
+        }
+
+        @functools.cache
+        def compute() -> Callable[[Batch], tuple[np.ndarray, np.ndarray]]:
+            params = trainer.initial_state().params if config.adapter else self._load_params()
+
+            def run_batch(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+                log_probs, pairs = trainer.reference(params, self._frozen, self._rows.spread(batch))
+                return np.asarray(log_probs), np.asarray(pairs)
+
+            return run_batch
+
+        def of(source: Source) -> np.ndarray:
+            data = open_prepared(source, self._tokenizer, self._codebook)
+            row = {"length": config.data.sequence_length, "too long": config.data.too_long}
+            identity = {**model, **row, "data": data.index.job, "task": repr(source.task)}
+            per_batch = self._rows.count * self._rows.groups // 2
+            return kept.get(identity, len(data), per_batch, lambda: self._one_pass(source), compute)
+
+        training = np.concatenate([of(source) for source in config.data.sources])
+        return [training, *(of(source) for _, source in config.evaluation)]
+
+    # -------------------------------------------------------------------------------------------- batches
     def position(self) -> Any:
         return self._batches.get_state()
 
     def next_batch(self) -> Batch:
-        return next(self._batches)
+        return attached(next(self._batches), self._stored[0])
 
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         arguments = (state, self._frozen, self._rows.spread(batch))
@@ -316,7 +390,7 @@ class _DecoderJob:
         line |= {"seconds": seconds, "tokens_per_second": line["tokens"] / seconds}
         if not math.isnan(self._peak):
             line["mfu"] = flops / seconds / self._peak
-        notes = [_losses(line), f"{line['tokens_per_second']:,.0f} tokens/s"]
+        notes = [self._trainer.objective.note(line), f"{line['tokens_per_second']:,.0f} tokens/s"]
         if "mfu" in line:
             notes.append(f"MFU {line['mfu']:.1%}")
         if skipped := line.get("skipped", 0):
@@ -333,12 +407,13 @@ class _DecoderJob:
     # -------------------------------------------------------------------------------------------- between steps
 
     def evaluate(self, state: TrainState) -> Iterator[Evaluation]:
-        for name, source in self._config.evaluation:
-            yield self._evaluate(name, source, state)
+        for number, (name, source) in enumerate(self._config.evaluation):
+            yield self._evaluate(name, source, state, self._stored[1 + number])
 
-    def _evaluate(self, name: str, source: Source, state: TrainState) -> Evaluation:
+    def _one_pass(self, source: Source) -> Batches:
+        """One pass over a source in order."""
         data = self._config.data
-        batches = evaluation_batches(
+        return evaluation_batches(
             source,
             self._tokenizer,
             self._templates,
@@ -349,21 +424,20 @@ class _DecoderJob:
             process_index=self._rows.group,
             process_count=self._rows.groups,
         )
-        total, skipped = np.zeros(4), 0
+
+    def _evaluate(self, name: str, source: Source, state: TrainState, stored: np.ndarray | None) -> Evaluation:
+        data, objective = self._config.data, self._trainer.objective
+        batches = self._one_pass(source)
+        total, skipped = None, 0
         with contextlib.closing(batches):
             for batch in batches:
-                sums = self._trainer.evaluate(state.params, self._frozen, self._rows.spread(batch))
-                total += [float(x) for x in (sums.text, sums.vision, sums.text_count, sums.vision_count)]
+                rows = self._rows.spread(attached(batch, stored))
+                sums = jax.tree.map(float, self._trainer.evaluate(state.params, self._frozen, rows))
+                total = sums if total is None else jax.tree.map(operator.add, total, sums)
             if self._skips:
                 skipped = int(self._rows.total(batches.skipped))
-        text, vision, texts, visions = total
-        figures: dict[str, float] = {
-            "loss": (text + vision) / max(texts + visions, 1),
-            "loss_text": text / max(texts, 1),
-            "loss_vision": vision / max(visions, 1),
-            "targets": texts + visions,
-        }
-        note = _losses(figures)
+        figures: dict[str, float] = {"loss": objective.loss(total), **objective.figures(total)}
+        note = objective.note(figures)
         if not self._skips:
             return Evaluation(name, figures, note)
         if skipped:

@@ -38,6 +38,15 @@ def join(trainable: Params, frozen: Params) -> Params:
     return traverse_util.unflatten_dict(flat)
 
 
+def switched_off(trainable: Params) -> Params:
+    """Adapters that add nothing: their second matrices are zeros. Trees without adapters do not change."""
+    flat = traverse_util.flatten_dict(trainable)
+    second = {f"{name}_b" for name in MATRICES}
+    return traverse_util.unflatten_dict(
+        {path: jnp.zeros_like(x) if path[-1] in second else x for path, x in flat.items()}
+    )
+
+
 # ------------------------------------------------------------------------------------------------ the frozen part
 
 

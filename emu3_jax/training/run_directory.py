@@ -2,6 +2,7 @@
 
 run.json          config of the trained model; resuming with another model is refused
 checkpoints/N/    after step N: weights, optimiser state, step and key (`state`), positions in the data (`data`)
+reference/        log-probabilities of preference pairs, see `training.references`
 metrics.jsonl  tensorboard/  samples/  profile/  model/  adapter/
 
 The directory may be in a bucket. There, Orbax marks a finished checkpoint by a file `commit_success.txt` in it.
@@ -34,12 +35,13 @@ _log = logging.getLogger("emu3_jax")
 
 FORMAT = 1
 _CHUNK_BYTES = 64 << 20  # arrays are stored in chunks, so that restoring or exporting a slice reads only its chunks
-_FOLDERS = ("checkpoints", "samples", "tensorboard", "profile")
+_FOLDERS = ("checkpoints", "samples", "tensorboard", "profile", "reference")
 _COMMITTED = "commit_success.txt"
 _UNFINISHED = ".orbax-checkpoint-tmp"  # part of the name of a checkpoint that Orbax is still writing
 # Legal types of the parts of `run.json`.
 PARTS: Mapping[str, Any] = {
-    "decoder": dict, "adapter": dict | None, "vision": dict, "image": dict, "bundle": str, "export_dtype": str,
+    "decoder": dict, "adapter": dict | None, "reference": dict, "vision": dict, "image": dict, "bundle": str,
+    "export_dtype": str,
 }  # fmt: skip
 _DTYPE = "dtype"  # the compute dtype may change between runs: it does not change the model
 
@@ -84,7 +86,7 @@ def clean(directory: pathlib.Path) -> list[pathlib.Path]:
     """
     if storage.is_remote(directory):
         return []  # exports start in a local directory, and Orbax itself removes unfinished checkpoints
-    removed = [*files.sweep(directory), *files.sweep(directory / "samples")]
+    removed = [*files.sweep(directory), *files.sweep(directory / "samples"), *files.sweep(directory / "reference")]
     # Orbax would remove unfinished checkpoints without telling the user.
     unfinished = sorted((directory / "checkpoints").glob(f"*{_UNFINISHED}*"))
     for leftover in (directory / "model.new", directory / "adapter.new", *unfinished):

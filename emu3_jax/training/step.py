@@ -13,10 +13,10 @@ from jax.sharding import PartitionSpec as P
 
 from emu3_jax.config import DecoderConfig
 from emu3_jax.models.decoder import Decoder
-from emu3_jax.sharding.rules import batch_sharding, shardings
+from emu3_jax.sharding.rules import batch_sharding, shardings, spec
 from emu3_jax.training import lora
 from emu3_jax.training.config import TrainConfig
-from emu3_jax.training.losses import LossSums, chunked_cross_entropy, next_tokens
+from emu3_jax.training.objectives import Forward, objective, row_log_probs
 from emu3_jax.training.optimizer import learning_rate, make_optimizer
 
 Batch = dict[str, jax.Array]  # global arrays [B, S] by name, see data.pipeline
@@ -50,14 +50,17 @@ class Trainer:
         model: the Flax module, without dropout.
         state_shardings: shardings of a `TrainState`.
         frozen_shardings: shardings of the frozen parameters; an empty dict if all parameters are trained.
+        objective: what a step minimises.
         batch_shardings: shardings of a batch.
         step: jitted `(state, frozen, batch) -> (state, metrics)`; the state is donated. The metrics are float32
-            scalars: loss (the minimised objective), loss_text and loss_vision (means over targets; 0 without targets),
-            gradient_norm (before clipping), learning_rate (of this step), targets (count), tokens (count, without
-            padding), attended (number of attended keys, summed over tokens).
+            scalars: loss (the minimised objective), the objective's `figures`, gradient_norm (before clipping),
+            learning_rate (of this step), tokens (count, without padding), attended (number of attended keys, summed
+            over tokens).
         random_state: jitted `() -> state`, the state before the first step with random parameters. It does not
             make the frozen parameters.
-        evaluate: jitted `(params, frozen, batch) -> LossSums`.
+        evaluate: jitted `(params, frozen, batch) -> sums` of the objective.
+        reference: jitted `(params, frozen, batch) -> (log-probabilities, pairs)`, float32 and int32 [B], on every
+            device: the summed log-probability of each row's targets without adapters, and the batch's array `pair`.
     """
 
     def __init__(self, config: TrainConfig, decoder: DecoderConfig, mesh: Mesh):
@@ -76,7 +79,9 @@ class Trainer:
         self.state_shardings: TrainState = shardings(boxed, mesh)
         self.frozen_shardings = shardings(boxed_frozen, mesh)
         self._abstract, self._abstract_frozen = jax.eval_shape(lambda: nn.unbox(self._boxed()))
-        self.batch_shardings = dict.fromkeys(BATCH_DTYPES, batch_sharding(mesh))
+        self.objective = objective(config, self.decoder.tokens)
+        tokens, rows = batch_sharding(mesh), NamedSharding(mesh, spec("batch"))
+        self.batch_shardings = dict.fromkeys(BATCH_DTYPES, tokens) | dict.fromkeys(self.objective.arrays, rows)
         replicated = NamedSharding(mesh, P())
         self.step: jax.stages.Wrapped = jax.jit(
             self._step,
@@ -88,8 +93,14 @@ class Trainer:
             lambda: nn.unbox(self._boxed()[0]), out_shardings=self.state_shardings
         )
         self.evaluate: jax.stages.Wrapped = jax.jit(
-            lambda *arguments: self._sums(*arguments)[1],
+            lambda *arguments: self._terms(*arguments)[1],
             in_shardings=(self.state_shardings.params, self.frozen_shardings, self.batch_shardings),
+            out_shardings=replicated,
+        )
+        numbered = dict.fromkeys(BATCH_DTYPES, tokens) | {"pair": rows}
+        self.reference: jax.stages.Wrapped = jax.jit(
+            self._reference,
+            in_shardings=(self.state_shardings.params, self.frozen_shardings, numbered),
             out_shardings=replicated,
         )
 
@@ -105,10 +116,12 @@ class Trainer:
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes, dtypes and shardings of a batch."""
-        shape = (self._config.batch_size, self._config.data.sequence_length)
+        rows, length = self._config.batch_size, self._config.data.sequence_length
+        shapes: dict[str, Any] = {name: ((rows, length), dtype) for name, dtype in BATCH_DTYPES.items()}
+        shapes |= {name: ((rows,), dtype) for name, dtype in self.objective.arrays.items()}
         return {
             name: jax.ShapeDtypeStruct(shape, dtype, sharding=self.batch_shardings[name])
-            for name, dtype in BATCH_DTYPES.items()
+            for name, (shape, dtype) in shapes.items()
         }
 
     def initial_state(self, params: Any = None) -> TrainState:
@@ -139,25 +152,33 @@ class Trainer:
 
     # -------------------------------------------------------------------------------------------- programs
 
-    def _sums(self, params: Any, frozen: Any, batch: Batch, key: jax.Array | None = None) -> tuple[jax.Array, LossSums]:
-        """The summed objective (not yet divided by the number of targets), and the sums for text and visual targets.
+    def _terms(
+        self, params: Any, frozen: Any, batch: Batch, key: jax.Array | None = None
+    ) -> tuple[tuple[jax.Array, ...], Any]:
+        """The objective's terms and sums. With a `key`, dropout and noise are applied, as in training."""
+        return self.objective.terms(self._forward(params, frozen, batch, key), batch)
 
-        With a `key`, dropout and noise are applied, as in training. Without one, the model is evaluated.
-        """
-        if self._config.adapter:
-            params = lora.join(params, frozen)
-        labels, mask = next_tokens(batch["tokens"], batch["loss_mask"])
-        tokens, positions, segments = (batch[name] for name in ("tokens", "positions", "segment_ids"))
-        model = self.model if key is None else self._learner
-        keys = None
-        if key is not None:
-            noise_key, dropout_key = jax.random.split(key)
-            tokens, keys = self._noisy(tokens, batch["loss_mask"], noise_key), {"dropout": dropout_key}
-        hidden: Any = model.apply({"params": params}, tokens, positions, segments, method="hidden", rngs=keys)
-        special = self.decoder.tokens
-        visual = (special.visual_start, special.visual_end)
-        head, weight = params["head"]["kernel"], self._config.vision_weight
-        return chunked_cross_entropy(hidden, head, labels, mask, visual, vision_weight=weight)
+    def _forward(self, params: Any, frozen: Any, batch: Batch, key: jax.Array | None = None) -> Forward:
+        """The decoder with these parameters on this batch, see `objectives.Forward` and `_terms`."""
+
+        def forward(*, adapters: bool = True) -> tuple[jax.Array, jax.Array]:
+            trained, tokens, model, keys = params, batch["tokens"], self.model, None
+            if not adapters:
+                trained = jax.lax.stop_gradient(lora.switched_off(params))
+            elif key is not None:
+                noise_key, dropout_key = jax.random.split(key)
+                model, keys = self._learner, {"dropout": dropout_key}
+                tokens = self._noisy(tokens, batch["loss_mask"], noise_key)
+            whole = lora.join(trained, frozen) if self._config.adapter else trained
+            positions, segments = batch["positions"], batch["segment_ids"]
+            hidden: Any = model.apply({"params": whole}, tokens, positions, segments, method="hidden", rngs=keys)
+            return hidden, whole["head"]["kernel"]
+
+        return forward
+
+    def _reference(self, params: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        forward = self._forward(params, frozen, batch)
+        return row_log_probs(*forward(adapters=not self._config.adapter), batch)[0], batch["pair"]
 
     def _noisy(self, tokens_bs: jax.Array, targets_bs: jax.Array, key: jax.Array) -> jax.Array:
         """Replaces a random share of each row's visual tokens by random visual tokens (see `ModelConfig.noise`)."""
@@ -176,15 +197,16 @@ class Trainer:
     def _step(self, state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         config = self._config
         # Counted over the whole batch, so that every target has the same weight in all accumulated parts.
-        targets = jnp.maximum(next_tokens(batch["tokens"], batch["loss_mask"])[1].sum(dtype=jnp.float32), 1.0)
+        totals = self.objective.totals(batch)
 
         key, now = jax.random.split(jax.random.wrap_key_data(state.key))
 
-        def objective(params: Any, part: Batch, key: jax.Array) -> tuple[jax.Array, LossSums]:
-            loss, sums = self._sums(params, frozen, part, key)
-            return loss / targets, sums
+        def minimised(params: Any, part: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
+            terms, sums = self._terms(params, frozen, part, key)
+            first, *others = (term / total for term, total in zip(terms, totals, strict=True))
+            return sum(others, start=first), sums
 
-        gradient = jax.value_and_grad(objective, has_aux=True)
+        gradient = jax.value_and_grad(minimised, has_aux=True)
         if config.accumulation == 1:
             (loss, sums), gradients = gradient(state.params, batch, now)
         else:
@@ -207,19 +229,21 @@ class Trainer:
         real = batch["segment_ids"] > 0
         return new, {
             "loss": loss,
-            "loss_text": sums.text / jnp.maximum(sums.text_count, 1.0),
-            "loss_vision": sums.vision / jnp.maximum(sums.vision_count, 1.0),
+            **self.objective.figures(sums),
             "gradient_norm": optax.tree.norm(gradients),
             "learning_rate": jnp.asarray(learning_rate(config.optimizer, config.steps)(state.step), jnp.float32),
-            "targets": sums.count,
             "tokens": real.sum(dtype=jnp.float32),
             "attended": jnp.where(real, batch["positions"] + 1, 0).sum(dtype=jnp.float32),
         }
 
     def _parts(self, rows: jax.Array) -> jax.Array:
-        """Splits [B, S] into [parts, B / parts, S]. Each device deals out its own rows, so no row changes device."""
-        parts = self._config.accumulation
-        return jnp.swapaxes(rows.reshape(-1, parts, *rows.shape[1:]), 0, 1)
+        """Splits [B, ...] into [parts, B / parts, ...]. Each device deals out its own rows, so no row changes device.
+
+        Rows that belong together stay in one part, in their order.
+        """
+        parts, together = self._config.accumulation, self.objective.together
+        dealt = jnp.swapaxes(rows.reshape(-1, parts, together, *rows.shape[1:]), 0, 1)
+        return dealt.reshape(parts, -1, *rows.shape[1:])
 
 
 def _placed(abstract: Any, places: Any) -> Any:
