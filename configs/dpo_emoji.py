@@ -1,13 +1,12 @@
 """Tunes the embedded model by DPO on pairs of its own pictures: the best against the worst of each prompt.
 
-    emu3-jax sample PROMPTS.txt -n 8 --guidance 2 -o out/dpo_emoji/samples
-    emu3-jax score out/dpo_emoji/samples --reward procedural
+    emu3-jax sample PROMPTS.txt -n 4 --guidance 1 -o out/dpo_emoji/samples
+    emu3-jax score out/dpo_emoji/samples --reward REWARD
     emu3-jax pairs out/dpo_emoji/samples -o out/dpo_emoji/pairs
     emu3-jax train configs/dpo_emoji.py
-    emu3-jax generate "a small red circle on the left of a gray background" --model out/dpo_emoji/run/model -o out/new
+    emu3-jax generate "noto emoji of pizza" --model out/dpo_emoji/run/model -o out/pictures
 
-PROMPTS.txt has one prompt a line. The reward `procedural` reads scenes of one coloured shape; docs/preference.md lists
-other rewards, and what training prints.
+PROMPTS.txt has one prompt a line. docs/preference.md lists rewards, and says what training prints.
 
 All weights are trained. The log-probabilities of the pairs under the embedded model are computed before the first step.
 """

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from emu3_jax.data.shards import SAMPLES, Codebook, Index, Shard, write_json, write_shard
+from emu3_jax.data.records import SAMPLES
+from emu3_jax.data.shards import Codebook, Index, Shard, write_json, write_shard
 from emu3_jax.preference.samples import DrawnSample
 
 

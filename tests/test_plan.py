@@ -248,6 +248,16 @@ def test_full_size_adapters(name):
 
 
 @libtpu
+def test_full_size_preference_pairs():
+    config = load_config(CONFIGS / "dpo_t2i_8b.py")
+    _, (step,) = training_plan.programs(config, plan.tpu_slice("v5e:2x4"))
+    # Two rows on each chip, and the reference's log-probability of each.
+    assert plan.chip_bytes(step.arguments["inputs"]) == 2 * (8_704 * (3 * 4 + 1) + 4) + 4 + 8
+    with pytest.raises(Emu3Error, match=r"batch_size is 16: it must be a multiple of 32, .* split it between pairs"):
+        training_plan.programs(config, plan.tpu_slice("v5e:4x4"))
+
+
+@libtpu
 def test_full_size_clips_in_training():
     """The paper's context: eight chips of a v5p:4x4x8 to a row of 131,072 tokens."""
     config = load_config(CONFIGS / "video_8b.py")
