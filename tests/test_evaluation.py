@@ -25,6 +25,8 @@ from emu3_jax.evaluation.procedural import Motion, Still, rasterise_clip, raster
 from emu3_jax.evaluation.reconstruction import Reconstructor
 from emu3_jax.generation.codec import decode, encode
 from emu3_jax.media.clips import Clip, save_clip
+from emu3_jax.preference.scoring import judge_settings
+from emu3_jax.preference.shipped_rewards import SHIPPED
 
 pytestmark = pytest.mark.compiled_quickly
 
@@ -195,6 +197,9 @@ def test_a_judge_learns_and_is_kept(toy, tmp_path):
     assert judge.concepts == ("concept 0", "concept 1", "concept 2", "concept 3") and judge.pictures == 32
     assert (judge.ranks(kept_out, names[32:], batch_size=5) == 0).mean() > 0.9
     assert judge.verdicts(kept_out) == judge.verdicts(kept_out, batch_size=3)
+    chances = np.stack([judge.probabilities(kept_out, [concept] * 16) for concept in judge.concepts])
+    np.testing.assert_allclose(chances.sum(axis=0), 1)
+    assert [judge.concepts[i] for i in chances.argmax(axis=0)] == judge.verdicts(kept_out)
 
     again = get_judge(
         tmp_path, TOY, learned, names[:32], reconstruct=lambda: pytest.fail(FAILS), tokenizer="t", progress=False
@@ -233,6 +238,25 @@ def test_a_judge_that_cannot_be_kept(toy, tmp_path, capsys):
         tokenizer="t",
     )
     assert judge.file is None and "trains it again" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_reward_of_the_judge(tiny_bundle, config):
+    """Its settings go to workers as JSON; each worker loads the judge that the first call of `score` trained."""
+    vision = emu3_jax.load(tiny_bundle).vision
+    settings = json.loads(json.dumps(judge_settings(config.data, vision, JUDGE, progress=False)))
+    assert settings == judge_settings(config.data, vision, JUDGE, progress=False)
+    assert settings["side"] == [SIDE, SIDE, 3] and len(settings["concepts"]) == 5  # one is held out
+    assert settings["captions"]["3d emoji of face 1"] == "1f601" and "3d emoji of face 5" not in settings["captions"]
+    reward = SHIPPED["judge"](**settings)
+    found = reward(["3d emoji of face 1", "flat emoji of face 2"], list(pictures(2)))
+    assert found.shape == (2,) and (found > 0).all() and (found < 1).all()
+    with pytest.raises(ValueError, match="the prompt 'a cat' is no caption of the judge's training pictures"):
+        reward(["a cat"], list(pictures(1)))
+    with pytest.raises(ValueError, match="the picture has 16x16 pixels, the judge knows 24x24"):
+        reward(["3d emoji of face 1"], list(pictures(1, 16)))
+    with pytest.raises(Emu3Error, match=r"items\.jsonl: there is no such file"):
+        judge_settings(pathlib.Path(config.data) / "none", vision)
 
 
 # ------------------------------------------------------------------------------------------------ parts

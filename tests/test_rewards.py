@@ -205,6 +205,7 @@ def test_rewards_lie_beside_the_samples(score, samples, file):
     )
     assert score("--reward", f"{file}:calls", "--name", "other", "--batch-size", "3")[0] == 0
     assert {path.name: path.read_bytes() for path in samples.iterdir() if path.is_file()} == before
+    (samples / "rewards" / "empty").mkdir()  # as a run that was killed at once leaves it
     assert reward_names(samples) == ["mean", "other"]
     assert read_rewards(Samples(samples), "other").tolist() == [3.0] * 9
     assert len(set(read_rewards(Samples(samples), "mean"))) == 9

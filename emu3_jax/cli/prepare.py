@@ -78,22 +78,14 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--shards", type=int, metavar="N", help="number of files to write (default: one per 1,024 records)"
     )
     command.add_argument("--workers", type=int, default=4, metavar="N", help="threads that read (default: %(default)s)")
-    command.add_argument("--host", type=int, metavar="I", help="number of this host, from 0 (default: detected)")
-    command.add_argument(
-        "--hosts", type=int, metavar="N", help="number of hosts that share the work (default: detected)"
-    )
+    common.add_hosts(command)
     common.add_quiet(command)
 
 
-# Hosts finish at different times. A finished host waits for the others, because its exit would end them.
-_PATIENCE = 7 * 24 * 3600
 _SHOWN = 10  # most skipped entries that are printed; the file beside the data lists all
 
 
 def run(options: argparse.Namespace) -> None:
-    import jax
-
-    from emu3_jax import distributed
     from emu3_jax.data.encoder import bundle_codebook, load_encoder, open_bundle
     from emu3_jax.data.features import FeatureRecords
     from emu3_jax.data.prepare import prepare
@@ -103,11 +95,7 @@ def run(options: argparse.Namespace) -> None:
     from emu3_jax.data.sources.validation import DIRECTORY as VALIDATION
     from emu3_jax.data.sources.validation import divide
 
-    if options.host is None and options.hosts is None:
-        distributed.start(_PATIENCE)
-        host, hosts = jax.process_index(), jax.process_count()
-    else:
-        host, hosts = options.host or 0, 1 if options.hosts is None else options.hosts
+    host, hosts = common.share(options)
     bundle = open_bundle(options.model, verify=options.verify)
     codebook = bundle_codebook(bundle)
     if options.features is not None:

@@ -16,9 +16,6 @@ import argparse
 from emu3_jax.cli import common
 from emu3_jax.generation import defaults
 
-# Hosts finish at different times. A finished host waits for the others, because its exit would end them.
-_PATIENCE = 7 * 24 * 3600
-
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
@@ -45,10 +42,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--shards", type=int, metavar="N", help="number of files to write (default: one per 64 pictures of a scale)"
     )
-    command.add_argument("--host", type=int, metavar="I", help="number of this host, from 0 (default: detected)")
-    command.add_argument(
-        "--hosts", type=int, metavar="N", help="number of hosts that share the work (default: detected)"
-    )
+    common.add_hosts(command)
     group = common.section(command, "sampling")
     group.add_argument(
         "--guidance",
@@ -71,7 +65,6 @@ def run(options: argparse.Namespace) -> None:
     import jax
 
     import emu3_jax
-    from emu3_jax import distributed
     from emu3_jax.errors import Emu3Error, RowError
     from emu3_jax.generation.language import Batching
     from emu3_jax.preference.sampling import Request, sample
@@ -94,11 +87,7 @@ def run(options: argparse.Namespace) -> None:
         allow_special=options.allow_special,
     )
     batching = Batching(options.batch_size, None, options.deterministic, options.parallel)
-    if options.host is None and options.hosts is None:
-        distributed.start(_PATIENCE)
-        host, hosts = jax.process_index(), jax.process_count()
-    else:
-        host, hosts = options.host or 0, 1 if options.hosts is None else options.hosts
+    host, hosts = common.share(options)
     # The processes do not wait for each other, so a mesh has only devices of its own process.
     mesh = None if options.mesh is None else make_mesh(options.mesh, jax.local_devices())
     model = emu3_jax.load(
@@ -128,6 +117,6 @@ def run(options: argparse.Namespace) -> None:
     if outcome.index is None:
         missing = counted(outcome.missing, "shard")
         print(f"{where}: {missing} of other hosts {'is' if outcome.missing == 1 else 'are'} not written yet")
-    elif distributed.first():
+    else:
         prompts = counted(len(source.prompts), "prompt")
         print(f"{where}: {counted(outcome.index.records, 'sample')} of {prompts}")

@@ -47,10 +47,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="evaluation data of the reward judge, from scripts/build_emoji.py (default: out/emoji)",
     )
-    command.add_argument("--host", type=int, default=0, metavar="I", help="number of this host (default: %(default)s)")
-    command.add_argument(
-        "--hosts", type=int, default=1, metavar="N", help="number of hosts that share the work (default: %(default)s)"
-    )
+    common.add_hosts(command)
     group = common.section(command, "model")
     group.add_argument(
         "--model",
@@ -75,6 +72,7 @@ def run(options: argparse.Namespace) -> None:
     reward = Reward.parse(options.reward, options.name)
     if options.data is not None and options.reward != "judge":
         raise Emu3Error("--data is for the reward judge: leave it out, or choose --reward judge")
+    host, hosts = common.share(options)
     progress = common.progress(options)
     samples = Samples(options.samples)
     vision = load_encoder(open_bundle(options.model, verify=options.verify)).vision
@@ -88,8 +86,8 @@ def run(options: argparse.Namespace) -> None:
             pool,
             vision,
             output=options.samples,
-            host=options.host,
-            hosts=options.hosts,
+            host=host,
+            hosts=hosts,
             progress=progress,
         )
     for line in outcome.skipped[:_SHOWN]:

@@ -5,7 +5,6 @@ which is written when all its prompts are scored. The samples themselves are nev
 """
 
 import dataclasses
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -186,8 +185,10 @@ def reward_names(directory: str | Path) -> list[str]:
     """The names of the rewards of a directory of samples, sorted."""
     root = storage.place(directory) / FOLDER
     if storage.is_remote(root):
-        return sorted({name.split("/", 1)[0] for name in storage.listing(root) if "/" in name})
-    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir()) if root.is_dir() else []
+        return sorted({name.split("/", 1)[0] for name in storage.listing(root) if name.endswith(".json")})
+    return sorted(
+        {file.parent.name for file in root.glob("*/*.json")}
+    )  # a run that was killed may leave an empty folder
 
 
 class _Folder:

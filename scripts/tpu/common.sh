@@ -147,20 +147,21 @@ copy() {
 keep_to_one_worker() {
     one_worker=(JAX_NUM_PROCESSES=1)
     case $1 in
-        convert | export | doctor) one_worker+=(JAX_PLATFORMS=cpu) ;;
+        convert | export | doctor | pairs) one_worker+=(JAX_PLATFORMS=cpu) ;;
         *) one_worker+=("TPU_PROCESS_BOUNDS=1,1,1" "TPU_CHIPS_PER_PROCESS_BOUNDS=1,1,1" "TPU_VISIBLE_DEVICES=0") ;;
     esac
 }
 
-# Sets `worker` to the host of an emu3-jax command: 0 for convert, prepare, export and doctor, all for other commands.
+# Sets `worker` to the host of an emu3-jax command: 0 for convert, prepare, export, doctor, score and pairs, all for
+# other commands.
 choose_worker() {
     local usual=all
     case $1 in
-        convert | prepare | export | doctor) usual=0 ;;
+        convert | prepare | export | doctor | score | pairs) usual=0 ;;
     esac
     worker=${WORKER:-$usual}
     [[ $worker == all || $worker =~ ^[0-9]{1,4}$ ]] || die "WORKER is '$worker': it must be a host's number, or all"
-    if [[ $worker == all && ($1 == convert || $1 == export) ]]; then
+    if [[ $worker == all && ($1 == convert || $1 == export || $1 == pairs) ]]; then
         die "$1 writes one directory, and must not run on all hosts at once: leave WORKER unset, or set it to 0"
     fi
 }

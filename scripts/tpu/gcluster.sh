@@ -11,9 +11,9 @@
 # FILES is the volume that becomes `out` in every pod: filestore://ADDRESS/SHARE or the name of a
 # PersistentVolumeClaim. BUCKET, if it is set, is mounted at /mnt/bucket. gcluster adds this checkout's last commit to a
 # Python image, and pushes the image to the repository GCLUSTER_IMAGE_REPO of the Artifact Registry. IMAGE=NAME uses
-# your own image instead, see Dockerfile. convert, prepare, export and doctor run in the first pod only. GRACE is the
-# number of seconds that a pod gets to write a checkpoint (600). Preempted pods start again, up to 50 times. Bad input
-# (exit code 2) ends the job.
+# your own image instead, see Dockerfile. convert, prepare, export, doctor, score and pairs run in the first pod only.
+# GRACE is the number of seconds that a pod gets to write a checkpoint (600). Preempted pods start again, up to 50 times.
+# Bad input (exit code 2) ends the job.
 #
 # The flags follow the Cluster Toolkit's source of June 2026. This script was not run against Google Cloud.
 set -euo pipefail

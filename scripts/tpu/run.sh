@@ -7,8 +7,9 @@
 #     DETACH=1 bash scripts/tpu/run.sh train configs/sft_t2i_8b.py
 #     bash scripts/tpu/run.sh generate "a cat" --model out/sft_t2i/model --mesh fsdp=-1,tensor=4 -o out/pictures
 #
-# convert, prepare, export and doctor run on the first host; all other commands run on every host at once, and JAX finds
-# the others by the slice's metadata. WORKER=0 or WORKER=all chooses otherwise: prepare on all hosts shares the work.
+# convert, prepare, export, doctor, score and pairs run on the first host; all other commands run on every host at once,
+# and JAX finds the others by the slice's metadata. WORKER=0 or WORKER=all chooses otherwise: prepare on all hosts shares
+# the work, and so does score.
 # The command runs in the checkout. `out` is the directory that all hosts share (setup.sh).
 #
 # The output of a host is appended to out/logs/HOST.log; logs.sh shows the logs. DETACH=1 returns at once, so that a

@@ -13,9 +13,9 @@
 #     bash scripts/tpu/xpk.sh stop train-1
 #     bash scripts/tpu/xpk.sh delete
 #
-# JAX finds the other pods by the variables that GKE sets. convert, prepare, export and doctor run in the first pod
-# only (WORKER=all: in all of them). `out` is the Filestore volume. xpk adds this checkout's last commit to a Python
-# image. IMAGE=NAME uses your own image instead, see Dockerfile. Preempted pods start again, up to 50 times, and the
+# JAX finds the other pods by the variables that GKE sets. convert, prepare, export, doctor, score and pairs run in
+# the first pod only (WORKER=all: in all of them). `out` is the Filestore volume. xpk adds this checkout's last commit to
+# a Python image. IMAGE=NAME uses your own image instead, see Dockerfile. Preempted pods start again, up to 50 times, and the
 # training continues from its last checkpoint. Bad input (exit code 2) ends the workload. GRACE is the number of seconds
 # that a pod gets to write a checkpoint before it ends (600). A Spot machine gives only 30 seconds.
 #
