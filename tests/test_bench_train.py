@@ -41,6 +41,22 @@ def test_our_side(capsys, arguments):
     assert figures["tokens_per_second"] == pytest.approx(rows * 16 / figures["ms_per_step"] * 1e3, rel=0.1)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("reference", ["stored", "adapters_off"])
+def test_preference_pairs(reference):
+    arguments = {"tokens": 16, "rows": 4, "adapter": 2, "mesh": "fsdp=2", "steps": 1, "preference": reference}
+    _, figures = train.run("small", **arguments)
+    assert figures["preference"] == reference and np.isfinite(figures["losses"]).all()
+    if reference == "adapters_off":  # adapters start without effect, so the margin is 0
+        knows_nothing = np.log(2) + 0.1 * np.log(tiny.CONFIG.vocab_size)
+        assert figures["losses"][0] == pytest.approx(knows_nothing, rel=0.05)
+
+
+def test_preference_pairs_need_pairs_of_rows():
+    with pytest.raises(Emu3Error, match="rows is 1: preference pairs have two rows each"):
+        next(train.run("small", tokens=16, preference="stored"))
+
+
 @pytest.mark.oracle
 def test_the_peer():
     plain, chunked = train_transformers.run(tiny.CONFIG, tokens=16, rows=1, rank=0, steps=1)

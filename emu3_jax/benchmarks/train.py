@@ -19,7 +19,7 @@ from emu3_jax.benchmarks.random_weights import normal
 from emu3_jax.compilation import enable_persistent_cache
 from emu3_jax.config import DecoderConfig
 from emu3_jax.data.config import DataConfig, Source
-from emu3_jax.data.sequences import TextOnly
+from emu3_jax.data.sequences import Preference, TextOnly
 from emu3_jax.errors import Emu3Error
 from emu3_jax.models.adapters import Adapter
 from emu3_jax.sharding.mesh import make_mesh
@@ -27,6 +27,7 @@ from emu3_jax.sharding.rules import use_mesh
 from emu3_jax.training.config import ModelConfig, TrainConfig
 from emu3_jax.training.flops import peak_flops, step_flops
 from emu3_jax.training.host_rows import HostRows
+from emu3_jax.training.preference_config import PreferenceConfig
 from emu3_jax.training.step import Trainer
 
 PRESETS = {
@@ -48,6 +49,7 @@ def run(
     attention: str = "auto",
     adapter: int = 0,
     base: str = "bfloat16",
+    preference: str | None = None,
     mesh: str = "fsdp=-1",
     steps: int = 5,
     compare: str | None = None,
@@ -68,6 +70,9 @@ def run(
         attention: implementation of attention, see `models.attention`.
         adapter: rank of the adapters, or 0 to train all weights.
         base: dtype or quantisation of the frozen weights beside adapters, see `Adapter`.
+        preference: None for next-token cross-entropy. Else the loss is DPO's, two rows are a pair, and this says where
+            the reference's log-probabilities come from, see `PreferenceConfig`. The forward pass that "adapters_off"
+            adds does not count as model FLOPs.
         mesh: mesh axes and their sizes.
         steps: number of steps to time.
         compare: "transformers" to first run this peer, or None.
@@ -78,9 +83,14 @@ def run(
         The peer's figures if `compare` is given; then the machine; then the figures of our step; then its kernels.
 
     Raises:
-        Emu3Error: the peer's packages are missing. If the peer fails, this is raised at the end, after our figures.
+        Emu3Error: the peer's packages are missing, or preference pairs need other options. If the peer fails, this is
+            raised at the end, after our figures.
     """
     enable_persistent_cache()
+    if preference and rows % 2:
+        raise Emu3Error(f"rows is {rows}: preference pairs have two rows each, so give an even number")
+    if preference and compare:
+        raise Emu3Error("compare is of next-token cross-entropy: leave it out beside preference pairs")
     decoder = PRESETS[preset]
     decoder = dataclasses.replace(decoder, num_layers=layers or decoder.num_layers)
     flops = step_flops(decoder, rows * tokens, rows * tokens * (tokens + 1) / 2, frozen=adapter > 0)
@@ -101,11 +111,14 @@ def run(
     peak = peak_flops(jax.devices()[0].device_kind)
     config = TrainConfig(
         directory="",
-        model=ModelConfig("", decoder, random=adapter == 0, remat=remat, attention=attention),
-        data=DataConfig((Source("", TextOnly()),), tokens),
+        model=ModelConfig("", decoder, random=adapter == 0 and not preference, remat=remat, attention=attention),
+        data=DataConfig(
+            (Source("", Preference() if preference else TextOnly()),), tokens, packing=0 if preference else 8
+        ),
         batch_size=rows,
         steps=1000,
         adapter=Adapter(rank=adapter, base=base) if adapter else None,
+        preference=PreferenceConfig(cross_entropy=0.1, reference=preference) if preference else None,
         mesh=mesh,
     )
     labels = {
@@ -114,6 +127,7 @@ def run(
         "attention": attention,
         "rows": rows,
         **({"rank": adapter, "base": base} if adapter else {}),
+        **({"preference": preference} if preference else {}),
     }
     try:
         figures = _measure(config, decoder, steps, profile)
@@ -154,6 +168,7 @@ def _measure(config: TrainConfig, decoder: DecoderConfig, steps: int, profile: b
         "positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape).copy(),
         "loss_mask": np.ones(shape, bool),
     }
+    batch |= {name: np.zeros(shape[0], dtype) for name, dtype in trainer.objective.arrays.items()}
     with use_mesh(mesh):
         state = trainer.initial_state()
         frozen = _random_frozen(trainer)

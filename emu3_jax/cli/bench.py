@@ -175,6 +175,11 @@ def _add_train(command: argparse.ArgumentParser) -> None:
         help="how the frozen weights are kept under --adapter (default: %(default)s)",
     )
     command.add_argument(
+        "--preference",
+        choices=("stored", "adapters_off"),
+        help="train by DPO with this reference, two rows a pair (default: next-token cross-entropy)",
+    )
+    command.add_argument(
         "--mesh", default="fsdp=-1", metavar="AXIS=N[,...]", help="how devices are used (default: %(default)s)"
     )
     _add_steps(command, 5, "timed steps")
