@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 
 import emu3_jax
-from emu3_jax import Emu3Error
+from emu3_jax import Emu3Error, storage
 from emu3_jax.cli.main import main
-from emu3_jax.data.shards import PreparedData
+from emu3_jax.data.pairs import PreparedPairs
+from emu3_jax.data.shards import PreparedData, write_json
 from emu3_jax.generation.language import Batching
 from emu3_jax.preference import sampling
 from emu3_jax.preference.samples import DrawnSample, Samples
@@ -181,3 +182,26 @@ def test_requests_say_what_is_wrong(tiny_bundle, tmp_path):
         sample(model, Request(["x"], 1), tmp_path / "x", batching=Batching(zipar=2))
     with pytest.raises(Emu3Error, match="pictures are written to local directories only"):
         sample(model, Request(["x"], 1), "gs://bucket/x", png=True)
+
+
+def test_a_mesh_and_a_bucket_give_the_same(store, drawn, command, tiny_bundle, capsys, tmp_path, monkeypatch):
+    """The whole way in a bucket: samples of a model on four devices, rewards beside them, pairs."""
+    store.bucket("bucket")
+    monkeypatch.setenv("EMU3_JAX_CACHE", str(tmp_path))
+    output = "gs://bucket/samples"
+    assert command(output, "--mesh", "data=2,tensor=2") == 0
+    found, expected = Samples(storage.place(output)), Samples(drawn)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one.codes, other.codes)
+        np.testing.assert_allclose(one.log_probs, other.log_probs, atol=1e-4)
+    assert main(["score", output, "--reward", "procedural", "--model", str(tiny_bundle), "--quiet"]) == 2
+    assert "all 3 prompts were skipped" in capsys.readouterr().err
+    rewards = {group: [float(group), 1.0, 2.0, -1.0] for group in range(3)}
+    for number in range(3):
+        data = {
+            "format": 1, "samples": found.index.job, "reward": {}, "rewards": {number: rewards[number]}, "skipped": {},
+        }  # fmt: skip
+        write_json(storage.place(f"{output}/rewards/mine/shard-{number:05d}-of-00003.json"), data)
+    assert main(["pairs", output, "-o", "gs://bucket/pairs"]) == 0
+    pairs = PreparedPairs(storage.place("gs://bucket/pairs"))
+    assert [pair.margin for pair in (pairs[index] for index in range(3))] == [3.0, 3.0, 3.0]

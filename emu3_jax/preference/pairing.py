@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from emu3_jax import storage
 from emu3_jax.data import pairs as prepared
 from emu3_jax.data.pairs import Pair, write_pairs
 from emu3_jax.data.shards import Index
@@ -179,7 +180,7 @@ def write(samples: Samples, choices: Choices, output: str | Path) -> Index:
     if not choices.pairs:
         reasons = ", ".join(f"{count} {reason}" for reason, count in choices.skipped.items())
         raise Emu3Error(f"{samples.directory} gives no pairs ({reasons}): lower the margin, or draw more samples")
-    return write_pairs(_pairs(samples, choices), Path(output), samples.index.codebook)
+    return write_pairs(_pairs(samples, choices), storage.place(output), samples.index.codebook)
 
 
 def _pairs(samples: Samples, choices: Choices) -> Iterator[Pair]:
