@@ -91,6 +91,7 @@ def test_they_are_of_the_distribution_that_was_sampled_and_of_the_model(drawn, e
     np.testing.assert_allclose(one.model, found[0].model, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_batches_chunks_and_meshes_do_not_change_them(drawn, expected, monkeypatch):
     monkeypatch.setattr(log_probs, "_TOKENS", 300)  # two rows of a pass
     monkeypatch.setattr(log_probs, "_LOGITS", 20)  # of 5 positions each

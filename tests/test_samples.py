@@ -184,6 +184,7 @@ def test_requests_say_what_is_wrong(tiny_bundle, tmp_path):
         sample(model, Request(["x"], 1), "gs://bucket/x", png=True)
 
 
+@pytest.mark.slow
 def test_a_mesh_and_a_bucket_give_the_same(store, drawn, command, tiny_bundle, capsys, tmp_path, monkeypatch):
     """The whole way in a bucket: samples of a model on four devices, rewards beside them, pairs."""
     store.bucket("bucket")

@@ -3,6 +3,7 @@
 import collections
 import csv
 import dataclasses
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -120,7 +121,7 @@ class _Votes:
         bad, votes = [], collections.Counter[tuple[int, int]]()
         with reading(self._file, "give a CSV file"):
             text = read_bytes(self._file, _MAX_VOTES, "give a CSV file").decode("utf-8-sig")
-        rows = csv.DictReader(text.splitlines(keepends=True), restval="")
+        rows = csv.DictReader(io.StringIO(text, newline=""), restval="")
         with reading(self._file, "give a CSV file"):
             missing = [name for name in COLUMNS if name not in (rows.fieldnames or ())]
         if missing:

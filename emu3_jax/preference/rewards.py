@@ -87,8 +87,11 @@ class Reward:
 
     def digest(self) -> str:
         """SHA-256 of what computes the reward: the file's contents, or the shipped reward and its settings."""
+        settings = dict(self.settings)
+        if "file" in settings:
+            settings["file"] = Path(settings["file"]).name  # of the judge: its name is a hash of all that made it
         source = _VERSION if self.file is None else hashlib.sha256(Path(self.file).read_bytes()).hexdigest()
-        parts = [source, self.function, dict(self.settings)]
+        parts = [source, self.function, settings]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
