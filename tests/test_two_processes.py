@@ -14,6 +14,7 @@ import time
 
 import numpy as np
 import pytest
+from pair_cases import picture_pairs
 from PIL import Image
 from prepare_entries import Entries
 from tiny_bundle import CODES
@@ -25,11 +26,13 @@ from emu3_jax.checkpoints.merged import merge_bundle
 from emu3_jax.cli.main import main
 from emu3_jax.data.config import DataConfig, Source
 from emu3_jax.data.encoder import bundle_codebook
+from emu3_jax.data.pairs import write_pairs
 from emu3_jax.data.prepare import prepare
-from emu3_jax.data.sequences import TextToImage
+from emu3_jax.data.sequences import Preference, TextToImage
 from emu3_jax.training.config import ModelConfig, OptimizerConfig, TrainConfig
 from emu3_jax.training.loop import train
 from emu3_jax.training.metrics import read_metrics
+from emu3_jax.training.preference_config import PreferenceConfig
 from emu3_jax.training.weights import export_adapter, export_run
 
 pytestmark = [pytest.mark.compiled_quickly, pytest.mark.multiprocess]
@@ -237,6 +240,24 @@ def test_one_model_over_both_is_as_one_process(base, config_file, tmp_path):
     shutil.rmtree(two / "checkpoints" / "4")
     train(dataclasses.replace(base, directory=str(two), **changes), progress=False)
     assert_near(losses(two), losses(one))
+
+
+def test_preference_pairs_are_those_of_one_process(base, config_file, tiny_bundle, tmp_path):
+    """Each process reads its share of the pairs. One writes the reference's log-probabilities, both get them."""
+    write_pairs(picture_pairs(), tmp_path / "pairs", bundle_codebook(Bundle.open(tiny_bundle)))
+    changes = {"batch_size": 8, "steps": 3, "preference": PreferenceConfig()}
+    data = DataConfig((Source(str(tmp_path / "pairs"), Preference()),), 48, packing=0)
+    one, two = (dataclasses.replace(base, directory=str(tmp_path / name), data=data, **changes) for name in "12")
+    file = tmp_path / "pairs.py"
+    text = config_file.read_text().replace("import TextToImage", "import Preference")
+    imports = "from emu3_jax.training.preference_config import PreferenceConfig"
+    file.write_text(f"{imports}\n{text.split('    return ')[0]}    return {two!r}\n")
+    Pair("train", file).succeed()
+    train(one, progress=False)
+    assert_near(losses(two.directory), losses(one.directory))
+    (found,), (wanted,) = (pathlib.Path(run.directory, "reference").iterdir() for run in (two, one))
+    assert found.name == wanted.name
+    np.testing.assert_allclose(np.load(found), np.load(wanted), rtol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------ generation, data
