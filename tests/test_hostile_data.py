@@ -23,6 +23,7 @@ from emu3_jax.checkpoints.checksums import CHECKSUMS, compare_checksums, read_ch
 from emu3_jax.config import DecoderConfig, ImageConfig, SpecialTokens, VisionConfig
 from emu3_jax.data.config import DataConfig, Source
 from emu3_jax.data.manifest import Manifest
+from emu3_jax.data.pairs import Pair
 from emu3_jax.data.prepare import prepare
 from emu3_jax.data.records import Record, Turn
 from emu3_jax.data.sequences import TextToImage
@@ -81,6 +82,21 @@ def test_records(data):
     if record is not None:
         assert isinstance(record.name, str) and isinstance(record.text, str)
         assert record.codes is None or (record.codes.dtype == np.int32 and record.codes.nbytes <= 2 * len(data))
+
+
+PAIR = Pair("n", "text", np.array([1, 70_000], np.int32), np.array([2], np.int32), 0.5, (RECORD.codes,))
+
+
+PAIR_HEADER = json.loads(PAIR.to_bytes().split(b"\n")[0])
+
+
+@many
+@given(damaged(PAIR.to_bytes()) | json_like(PAIR_HEADER).map(lambda text: text + b"\n" + bytes(36)))
+def test_pairs(data):
+    pair = gives_or_refuses(lambda: Pair.from_bytes(data))
+    if pair is not None:
+        assert isinstance(pair.name, str) and isinstance(pair.prompt, str) and pair.chosen.ndim == pair.rejected.ndim
+        assert all(tokens.dtype == np.int32 for tokens in (pair.chosen, pair.rejected, *pair.pictures))
 
 
 @pytest.fixture(scope="module")
