@@ -10,6 +10,7 @@ from pair_cases import picture_pairs
 
 from emu3_jax import Emu3Error
 from emu3_jax.checkpoints.bundle import Bundle
+from emu3_jax.cli.main import main
 from emu3_jax.data.config import DataConfig, Source
 from emu3_jax.data.encoder import bundle_codebook
 from emu3_jax.data.pairs import write_pairs
@@ -52,10 +53,25 @@ def base(tiny_bundle, data) -> TrainConfig:
 
 
 @pytest.fixture(scope="module")
-def whole(base, tmp_path_factory) -> pathlib.Path:
+def config_file(base, tmp_path_factory) -> pathlib.Path:
+    """A file that holds `base`."""
+    file = tmp_path_factory.mktemp("config") / "pairs.py"
+    names = {
+        "emu3_jax.training.config": "ModelConfig, OptimizerConfig, TrainConfig",
+        "emu3_jax.training.preference_config": "PreferenceConfig",
+        "emu3_jax.data.config": "DataConfig, Source",
+        "emu3_jax.data.sequences": "Preference",
+    }
+    lines = [f"from {module} import {what}" for module, what in names.items()]
+    file.write_text("\n".join([*lines, "", "def config():", f"    return {base!r}", ""]))
+    return file
+
+
+@pytest.fixture(scope="module")
+def whole(config_file, tmp_path_factory) -> pathlib.Path:
     """The directory of a run that nothing disturbed."""
     directory = tmp_path_factory.mktemp("runs") / "whole"
-    train(dataclasses.replace(base, directory=str(directory)), progress=False)
+    assert main(["train", str(config_file), "--set", f"directory={directory}", "--quiet"]) == 0
     return directory
 
 
@@ -72,6 +88,16 @@ def test_it_learns_the_pairs(whole):
     assert last["margin"] > 0.5 and last["accuracy"] == 1 and last["loss"] < first["loss"]
     (evaluated,) = lines(whole, "evaluation/pairs")
     assert evaluated["pairs"] == 12 and evaluated["accuracy"] == 1
+
+
+def test_what_the_command_says(config_file, whole, tmp_path, capsys):
+    run = shutil.copytree(whole, tmp_path / "run")
+    changes = ["preference.beta=0.2", f"directory={run}"]  # constants may change, as the learning rate may
+    assert main(["train", str(config_file), *(word for change in changes for word in ("--set", change))]) == 0
+    said = capsys.readouterr().err
+    assert "a step: 8 rows (4 pairs) of 48 tokens" in said and "data: 12 pairs in" in said
+    assert "evaluation every 12 steps: pairs (12 pairs)" in said
+    assert f"to use it: emu3-jax generate 'text 0' --model {run}/model -o out/pictures" in said
 
 
 # ------------------------------------------------------------------------------------------------ resuming

@@ -212,11 +212,14 @@ class _DecoderJob:
             rank, trained = config.adapter.rank, summary.parameters(state.params)
             lines = [f"trained: adapters of rank {rank} ({trained:,} parameters); {count:,} parameters are frozen"]
         rows, length = config.batch_size, config.data.sequence_length
+        noun, pairs = ("pair", f" ({counted(rows // 2, 'pair')})") if config.data.pairs else ("record", "")
         parts = f", in {config.accumulation} parts" if config.accumulation > 1 else ""
-        lines.append(f"a step: {counted(rows, 'row')} of {length:,} tokens, up to {rows * length:,} tokens{parts}")
-        lines.append(f"data: {summary.sources(self._batches.sources)}")
+        lines.append(
+            f"a step: {counted(rows, 'row')}{pairs} of {length:,} tokens, up to {rows * length:,} tokens{parts}"
+        )
+        lines.append(f"data: {summary.sources(self._batches.sources, noun)}")
         if self._evaluated:
-            sets = ", ".join(f"{printable(name)} ({counted(count, 'record')})" for name, count in self._evaluated)
+            sets = ", ".join(f"{printable(name)} ({counted(count, noun)})" for name, count in self._evaluated)
             lines.append(f"evaluation every {config.evaluate_every:,} steps: {sets}")
         lines.append(summary.devices(self._mesh))
         parts_of_memory = {

@@ -23,11 +23,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def sources(records: Sequence[tuple[str, int]]) -> str:
-    """Lists pairs (path, number of records), for example "24 records in out/a, 1 record in out/b"."""
-    named = [f"{counted(count, 'record')} in {printable(path)}" for path, count in records[:_SOURCES]]
+def sources(records: Sequence[tuple[str, int]], noun: str = "record") -> str:
+    """Lists paths with their numbers of records, for example "24 records in out/a, 1 record in out/b"."""
+    named = [f"{counted(count, noun)} in {printable(path)}" for path, count in records[:_SOURCES]]
     if rest := records[_SOURCES:]:
-        named.append(f"{counted(sum(count for _, count in rest), 'record')} in {len(rest)} more")
+        named.append(f"{counted(sum(count for _, count in rest), noun)} in {len(rest)} more")
     return ", ".join(named)
 
 
