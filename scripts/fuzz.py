@@ -143,19 +143,25 @@ CALLS: dict[str, list[list[str]]] = {
     "prepare": [["manifest.jsonl", *PREPARE], ["--features", "features.json", *MODEL],
                 ["photos", *PREPARE], ["photos", *PREPARE, "--validation", "0.5"], ["photos/list.csv", *PREPARE],
                 ["shard.tar", *PREPARE], ["rows.parquet", *PREPARE], ["talk.json", *PREPARE]],
+    "sample": [["prompts.txt", *MODEL, "-n", "2", "--guidance", "1", "3"], ["prompts.txt", *MODEL, "-n", "1", "--png"]],
+    "score": [["samples", *MODEL, "--reward", "rewards.py:mean"], ["samples", *MODEL, "--reward", "rewards.py:mean",
+              "--name", "mine", "--batch-size", "1"]],
+    "pairs": [["samples", "--reward", "scored"], ["samples", "--votes", "votes.csv"]],
     "train": [["train.py", "--quiet"], ["train.py", "--quiet", "--set", "steps=1", "--set", "batch_size=8"]],
     "evaluate": [["evaluate.py", "--quiet"]],
     "plan": [["plan.py", "--topology", "v5e:2x2"]],
     "bench": [["decode", "--preset", "small", "--area", "256", "--steps", "2"],
               ["vision", "--preset", "small", "--size", "16"]],
 }  # fmt: skip
-OUTPUT = {"tokenize": "out.npz", "doctor": None, "chat": None, "plan": None, "bench": None, "train": None}
+OUTPUT = {"tokenize": "out.npz", "doctor": None, "chat": None, "plan": None, "bench": None, "train": None,
+          "score": None}  # fmt: skip
 SLOW = ("plan", "bench")  # valid calls compile for long: only arguments are hostile, and mostly refused
 OPTIONS = (
     "--set", "--fps", "--frames", "--area", "--seed", "--ratio", "--top-p", "--temperature", "--mesh", "--batch-size",
     "--tile", "--shards", "--workers", "--negative", "--dtype", "--validation", "--text-column", "--images",
+    "--guidance", "--margin", "--votes", "--reward", "--name", "--timeout", "--hosts",
 )  # fmt: skip
-KEPT = ("prepare", "train")  # after an error, these commands keep the parts that they finished
+KEPT = ("prepare", "sample", "score", "train")  # after an error, these commands keep the parts that they finished
 
 
 def make_case(rng: random.Random, base: pathlib.Path, place: pathlib.Path, only: str | None) -> tuple[str, list[str]]:
@@ -193,6 +199,8 @@ def _needed_by(words: list[str]) -> set[str]:
         "talk.json": {"picture.png"},
         "train.py": {"bundle", "data"}, "evaluate.py": {"bundle", "items"},
     }  # fmt: skip
+    if "rewards.py:mean" in words:
+        needed["samples"] = {"rewards.py"}
     return set().union(*(needed.get(word, set()) for word in words))
 
 

@@ -71,6 +71,7 @@ def make_inputs(base: pathlib.Path) -> None:
     for name, text in _CONFIGS.items():
         (base / name).write_text(text)
     write_items(base / "items", pixels[0])
+    _samples(base)
     with working_in(base):
         assert main(["train", "train.py", "--set", "directory=run", "--quiet"]) == 0
 
@@ -188,6 +189,24 @@ def _sources(base: pathlib.Path, pixels) -> None:
     (base / "talk.json").write_text(
         json.dumps([{"id": str(n), "image": "picture.png", "conversations": turns} for n in (0, 1)])
     )
+
+
+def _samples(base: pathlib.Path) -> None:
+    """Samples with rewards, votes on them, and a reward."""
+    from drawn_samples import write_samples
+
+    from emu3_jax.checkpoints.bundle import Bundle
+    from emu3_jax.cli.main import main
+    from emu3_jax.data.encoder import bundle_codebook
+
+    (base / "prompts.txt").write_text("a red dot\n\na blue cat\n")
+    write_samples(
+        base / "samples", ["a red dot", "a blue cat"], (1.0, 3.0), bundle_codebook(Bundle.open(base / "bundle"))
+    )
+    (base / "votes.csv").write_text("voter,chosen,rejected\nann,0,1\nbob,000003.png,png/000002.png\n")
+    (base / "rewards.py").write_text("def mean(prompts, pictures):\n    return [float(p.mean()) for p in pictures]\n")
+    words = ["--reward", f"{base / 'rewards.py'}:mean", "--name", "scored", "--model", str(base / "bundle"), "--quiet"]
+    assert main(["score", str(base / "samples"), *words]) == 0
 
 
 def _torch_files(base: pathlib.Path, rng) -> None:

@@ -168,7 +168,8 @@ def test_numbers_of_a_pool_are_checked(file):
     for options, line in (
         ({"workers": 0}, "workers is 0: it must be a whole number from 1 to 256"),
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"timeout": float("nan")}, "timeout is nan: it must be a number of seconds > 0"),
+        ({"timeout": float("nan")}, "timeout is nan: it must be above 0 and at most 1,000,000 seconds"),
+        ({"timeout": 1e300}, r"timeout is 1e\+300: it must be above 0 and at most 1,000,000 seconds"),
     ):
         with pytest.raises(Emu3Error, match=line):
             RewardPool(Reward.parse(f"{file}:mean"), **options)

@@ -36,6 +36,7 @@ TIMEOUT = 60.0  # seconds that a call of a reward may take
 START_TIMEOUT = 600.0  # seconds that loading a reward may take: its file may load a model
 BATCH_SIZE = 32
 MOST_WORKERS = 256
+MOST_SECONDS = 1_000_000  # threads cannot wait for any time
 _VERSION = 1  # raise it when a shipped reward changes
 _MAX_FILE = 10_000_000  # bytes of a file of rewards
 _ENDED = "the run ended"
@@ -153,8 +154,8 @@ class RewardPool:
         if not is_count(batch_size):
             raise Emu3Error(f"batch_size is {shown(batch_size)}: it must be a whole number >= 1")
         for name, seconds in (("timeout", timeout), ("start_timeout", start_timeout)):
-            if not is_number(seconds) or seconds <= 0:
-                raise Emu3Error(f"{name} is {shown(seconds)}: it must be a number of seconds > 0")
+            if not is_number(seconds) or not 0 < seconds <= MOST_SECONDS:
+                raise Emu3Error(f"{name} is {shown(seconds)}: it must be above 0 and at most {MOST_SECONDS:,} seconds")
         self._batch_size = batch_size
         self._workers = [_Worker(reward, timeout, start_timeout) for _ in range(workers)]
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
