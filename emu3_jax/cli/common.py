@@ -255,10 +255,11 @@ def share(options: argparse.Namespace) -> tuple[int, int]:
     return options.host or 0, 1 if options.hosts is None else options.hosts
 
 
-def add_config(command: argparse.ArgumentParser, kind: str, example: str) -> None:
+def add_config(command: argparse.ArgumentParser, kind: str, example: str, *, optional: bool = False) -> None:
     """`CONFIG.py` and `--set`; `kind` is what its `config()` returns, and `example` is words with `--set`."""
     command.add_argument(
         "config",
+        nargs="?" if optional else None,
         type=path,
         metavar="CONFIG.py",
         help=f"Python file whose function config() returns {kind}; the repository's folder configs/ has examples",

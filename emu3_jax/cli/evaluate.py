@@ -1,19 +1,39 @@
-"""Measure a model on held-out data.
+"""Measure a model on held-out data, or draw for the scorer of a benchmark.
 
-Prints the figures as JSON. Writes them to DIR/evaluation.json, and a page of pictures to DIR/index.html.
+With CONFIG.py, prints the figures as JSON. Writes them to DIR/evaluation.json, and a page of pictures to
+DIR/index.html.
+
+With --harness, draws the prompts of GenEval, DPG-Bench or T2I-CompBench, and lays the pictures out as the benchmark's
+own scorer reads them. Run the same command again after an interruption: it keeps the pictures that are there. On a TPU
+slice or under Slurm, start it on every host; elsewhere give each host --host and --hosts.
 
 examples:
   emu3-jax evaluate configs/eval_emoji.py -o evaluation
+  emu3-jax evaluate --harness geneval --prompts evaluation_metadata.jsonl -o geneval
 """
 
 import argparse
 import dataclasses
+import pathlib
+import shlex
+from typing import Any
 
 from emu3_jax.cli import common, outputs
+from emu3_jax.errors import Emu3Error
+from emu3_jax.generation import defaults
+
+HARNESSES = ("geneval", "dpg", "t2icompbench")
+# Options that only drawing has, with their defaults.
+_OF_A_HARNESS: dict[str, Any] = {
+    **dict.fromkeys(("prompts", "n", "host", "hosts", "area", "model", "vision", "dtype", "quantize", "mesh")),
+    "guidance": defaults.GUIDANCE, "negative": "", "temperature": defaults.TEMPERATURE, "top_k": defaults.TOP_K,
+    "top_p": defaults.TOP_P, "seed": defaults.SEED, "greedy": False, "allow_special": False,
+    "batch_size": defaults.BATCH_SIZE, "deterministic": False, "parallel": defaults.PARALLEL,
+}  # fmt: skip
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    common.add_config(command, "an EvaluateConfig", "--set cases=128")
+    common.add_config(command, "an EvaluateConfig", "--set cases=128", optional=True)
     command.add_argument(
         "-o",
         "--output",
@@ -22,17 +42,96 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="directory to write to (default: the config's)",
     )
     outputs.add_no_clobber(command)
+    group = common.section(command, "benchmarks")
+    group.add_argument("--harness", choices=HARNESSES, help="draw for this benchmark's scorer, in place of CONFIG.py")
+    group.add_argument(
+        "--prompts", type=common.path, metavar="FILE", help="the benchmark's published file or folder of prompts"
+    )
+    group.add_argument(
+        "-n",
+        type=common.whole(1, 1000),
+        metavar="N",
+        help="pictures per prompt (default: as many as the benchmark's authors draw: 4, 4 and 10)",
+    )
+    group.add_argument("--host", type=int, metavar="I", help="number of this host, from 0 (default: detected)")
+    group.add_argument("--hosts", type=int, metavar="N", help="number of hosts that share the work (default: detected)")
+    group.add_argument(
+        "--area", type=int, metavar="N", help="pixels of a picture (default: what the model was trained for)"
+    )
+    group.add_argument(
+        "--guidance", type=float, default=defaults.GUIDANCE, metavar="X", help="guidance scale (default: %(default)s)"
+    )
+    group.add_argument(
+        "--negative", type=common.text, default="", metavar="TEXT", help="what to avoid (default: nothing)"
+    )
+    common.add_sampling(command, "picture", temperature=defaults.TEMPERATURE)
+    common.add_model(command)
     common.add_adapter(command)
-    common.add_verify(command)
-    common.add_quiet(command)
 
 
 def run(options: argparse.Namespace) -> int:
+    if (options.config is None) == (options.harness is None):
+        raise Emu3Error("give either CONFIG.py, to measure a model, or --harness, to draw for a benchmark's scorer")
+    if options.harness is None:
+        for name, default in _OF_A_HARNESS.items():
+            if getattr(options, name) != default:
+                flag = "-n" if name == "n" else f"--{name.replace('_', '-')}"
+                raise Emu3Error(f"{flag} belongs to --harness: change the config in its place, for example with --set")
+        return _measure(options)
+    _draw(options)
+    return 0
+
+
+def _draw(options: argparse.Namespace) -> None:
+    """Draws for a benchmark's scorer."""
+    if options.prompts is None or options.output is None:
+        raise Emu3Error("--harness needs --prompts FILE, the benchmark's prompts, and -o DIR")
+    if options.set or options.no_clobber:
+        raise Emu3Error("--set and --no-clobber belong to CONFIG.py: leave them out beside --harness")
+
+    import jax
+
+    import emu3_jax
+    from emu3_jax.evaluation import harness
+    from emu3_jax.printable import counted, printable
+    from emu3_jax.progress import tell
+    from emu3_jax.sharding.mesh import make_mesh
+
+    output = pathlib.Path(common.path_text(options.output))
+    items = harness.read_items(options.harness, options.prompts, options.n)
+    benchmark = harness.HARNESSES[options.harness]
+    if len(items) != benchmark.published:
+        tell(
+            f"{benchmark.title} has {benchmark.published} prompts, this file {len(items)}: scores cannot be compared "
+            "with published ones",
+            common.progress(options),
+        )
+    host, hosts = common.share(options)
+    # The processes do not wait for each other, so a mesh has only devices of its own process.
+    mesh = None if options.mesh is None else make_mesh(options.mesh, jax.local_devices())
+    model = emu3_jax.load(
+        options.model, adapter=options.adapter, vision=options.vision, dtype=options.dtype, mesh=mesh,
+        quantize=options.quantize, verify=options.verify,
+    )  # fmt: skip
+    given = ("area", "guidance", "negative", "temperature", "top_k", "top_p", "seed", "greedy", "allow_special",
+             "batch_size", "deterministic", "parallel")  # fmt: skip
+    drawn = harness.draw(
+        model, options.harness, items, output, pictures=options.n, host=host, hosts=hosts,
+        progress=common.progress(options), **{name: getattr(options, name) for name in given},
+    )  # fmt: skip
+    where, kept = printable(str(output)), f", {drawn.kept} of them before" if drawn.kept else ""
+    print(f"{where}: {counted(drawn.pictures, 'picture')} of {counted(drawn.prompts, 'prompt')}{kept}")
+    side = "SIDE" if drawn.size is None else str(drawn.size[0])
+    scorer = benchmark.scorer.replace("DIR", shlex.quote(str(output.absolute()))).replace("SIDE", side)
+    print(f"in {benchmark.title}'s repository: {printable(scorer)}")
+
+
+def _measure(options: argparse.Namespace) -> int:
+    """Measures the figures of a config."""
     import json
 
     import emu3_jax
     from emu3_jax import storage
-    from emu3_jax.errors import Emu3Error
     from emu3_jax.evaluation import run as evaluation
     from emu3_jax.evaluation.config import EvaluateConfig
     from emu3_jax.evaluation.items import Data
