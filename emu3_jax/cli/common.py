@@ -243,7 +243,7 @@ def add_hosts(command: argparse.ArgumentParser) -> None:
     )
 
 
-def share(options: argparse.Namespace) -> tuple[int, int]:
+def host_of(options: argparse.Namespace) -> tuple[int, int]:
     """The number of this host and the number of hosts, of the options of `add_hosts` or as JAX detects them."""
     import jax
 

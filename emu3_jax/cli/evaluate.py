@@ -106,7 +106,7 @@ def _draw(options: argparse.Namespace) -> None:
             "with published ones",
             common.progress(options),
         )
-    host, hosts = common.share(options)
+    host, hosts = common.host_of(options)
     # The processes do not wait for each other, so a mesh has only devices of its own process.
     mesh = None if options.mesh is None else make_mesh(options.mesh, jax.local_devices())
     model = emu3_jax.load(

@@ -95,7 +95,7 @@ def run(options: argparse.Namespace) -> None:
     from emu3_jax.data.sources.validation import DIRECTORY as VALIDATION
     from emu3_jax.data.sources.validation import divide
 
-    host, hosts = common.share(options)
+    host, hosts = common.host_of(options)
     bundle = open_bundle(options.model, verify=options.verify)
     codebook = bundle_codebook(bundle)
     if options.features is not None:

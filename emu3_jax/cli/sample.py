@@ -87,7 +87,7 @@ def run(options: argparse.Namespace) -> None:
         allow_special=options.allow_special,
     )
     batching = Batching(options.batch_size, None, options.deterministic, options.parallel)
-    host, hosts = common.share(options)
+    host, hosts = common.host_of(options)
     # The processes do not wait for each other, so a mesh has only devices of its own process.
     mesh = None if options.mesh is None else make_mesh(options.mesh, jax.local_devices())
     model = emu3_jax.load(

@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> None:
     reward = Reward.parse(options.reward, options.name)
     if options.data is not None and options.reward != "judge":
         raise Emu3Error("--data is for the reward judge: leave it out, or choose --reward judge")
-    host, hosts = common.share(options)
+    host, hosts = common.host_of(options)
     progress = common.progress(options)
     samples = Samples(options.samples)
     vision = load_encoder(open_bundle(options.model, verify=options.verify)).vision
