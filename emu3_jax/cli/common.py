@@ -11,9 +11,6 @@ from emu3_jax.foreign import local_path
 from emu3_jax.generation import defaults
 from emu3_jax.printable import shown
 
-# Hosts finish at different times. A finished host waits for the others, because its exit would end them.
-_PATIENCE = 7 * 24 * 3600
-
 
 def path(text: str) -> pathlib.Path:
     """The type of arguments that are local files or directories."""
@@ -233,26 +230,6 @@ def add_tile(command: argparse.ArgumentParser, verb: str) -> None:
 def add_quiet(command: argparse.ArgumentParser) -> None:
     """`--quiet`."""
     command.add_argument("--quiet", action="store_true", help="show no progress")
-
-
-def add_hosts(command: argparse.ArgumentParser) -> None:
-    """`--host` and `--hosts`, for work that hosts share."""
-    command.add_argument("--host", type=int, metavar="I", help="number of this host, from 0 (default: detected)")
-    command.add_argument(
-        "--hosts", type=int, metavar="N", help="number of hosts that share the work (default: detected)"
-    )
-
-
-def host_of(options: argparse.Namespace) -> tuple[int, int]:
-    """The number of this host and the number of hosts, of the options of `add_hosts` or as JAX detects them."""
-    import jax
-
-    from emu3_jax import distributed
-
-    if options.host is None and options.hosts is None:
-        distributed.start(_PATIENCE)
-        return jax.process_index(), jax.process_count()
-    return options.host or 0, 1 if options.hosts is None else options.hosts
 
 
 def add_config(command: argparse.ArgumentParser, kind: str, example: str, *, optional: bool = False) -> None:

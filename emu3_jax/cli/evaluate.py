@@ -19,6 +19,7 @@ import shlex
 from typing import Any
 
 from emu3_jax.cli import common, outputs
+from emu3_jax.cli.hosts import host_of
 from emu3_jax.errors import Emu3Error
 from emu3_jax.generation import defaults
 
@@ -106,7 +107,7 @@ def _draw(options: argparse.Namespace) -> None:
             "with published ones",
             common.progress(options),
         )
-    host, hosts = common.host_of(options)
+    host, hosts = host_of(options)
     # The processes do not wait for each other, so a mesh has only devices of its own process.
     mesh = None if options.mesh is None else make_mesh(options.mesh, jax.local_devices())
     model = emu3_jax.load(

@@ -16,6 +16,7 @@ import pathlib
 from typing import TYPE_CHECKING
 
 from emu3_jax.cli import common
+from emu3_jax.cli.hosts import add_hosts, host_of
 
 if TYPE_CHECKING:
     from emu3_jax.data.shard_directory import Outcome
@@ -78,7 +79,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--shards", type=int, metavar="N", help="number of files to write (default: one per 1,024 records)"
     )
     command.add_argument("--workers", type=int, default=4, metavar="N", help="threads that read (default: %(default)s)")
-    common.add_hosts(command)
+    add_hosts(command)
     common.add_quiet(command)
 
 
@@ -95,7 +96,7 @@ def run(options: argparse.Namespace) -> None:
     from emu3_jax.data.sources.validation import DIRECTORY as VALIDATION
     from emu3_jax.data.sources.validation import divide
 
-    host, hosts = common.host_of(options)
+    host, hosts = host_of(options)
     bundle = open_bundle(options.model, verify=options.verify)
     codebook = bundle_codebook(bundle)
     if options.features is not None:

@@ -14,6 +14,7 @@ examples:
 import argparse
 
 from emu3_jax.cli import common
+from emu3_jax.cli.hosts import add_hosts, host_of
 from emu3_jax.generation import defaults
 
 
@@ -42,7 +43,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--shards", type=int, metavar="N", help="number of files to write (default: one per 64 pictures of a scale)"
     )
-    common.add_hosts(command)
+    add_hosts(command)
     group = common.section(command, "sampling")
     group.add_argument(
         "--guidance",
@@ -87,7 +88,7 @@ def run(options: argparse.Namespace) -> None:
         allow_special=options.allow_special,
     )
     batching = Batching(options.batch_size, None, options.deterministic, options.parallel)
-    host, hosts = common.host_of(options)
+    host, hosts = host_of(options)
     # The processes do not wait for each other, so a mesh has only devices of its own process.
     mesh = None if options.mesh is None else make_mesh(options.mesh, jax.local_devices())
     model = emu3_jax.load(

@@ -16,6 +16,7 @@ examples:
 import argparse
 
 from emu3_jax.cli import common
+from emu3_jax.cli.hosts import add_hosts, host_of
 
 _SHOWN = 10  # most skipped prompts that are printed; the files of the rewards have all
 
@@ -47,7 +48,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="evaluation data of the reward judge, from scripts/build_emoji.py (default: out/emoji)",
     )
-    common.add_hosts(command)
+    add_hosts(command)
     group = common.section(command, "model")
     group.add_argument(
         "--model",
@@ -72,7 +73,7 @@ def run(options: argparse.Namespace) -> None:
     reward = Reward.parse(options.reward, options.name)
     if options.data is not None and options.reward != "judge":
         raise Emu3Error("--data is for the reward judge: leave it out, or choose --reward judge")
-    host, hosts = common.host_of(options)
+    host, hosts = host_of(options)
     progress = common.progress(options)
     samples = Samples(options.samples)
     vision = load_encoder(open_bundle(options.model, verify=options.verify)).vision
