@@ -168,7 +168,7 @@ def _measure(config: TrainConfig, decoder: DecoderConfig, steps: int, profile: b
         "positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape).copy(),
         "loss_mask": np.ones(shape, bool),
     }
-    batch |= {name: np.zeros(shape[0], dtype) for name, dtype in trainer.objective.arrays.items()}
+    batch |= {name: np.zeros(shape[:axes], dtype) for name, (axes, dtype) in trainer.objective.arrays.items()}
     with use_mesh(mesh):
         state = trainer.initial_state()
         frozen = _random_frozen(trainer)

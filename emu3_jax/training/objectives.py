@@ -34,11 +34,12 @@ class Objective(Protocol):
     """What a step minimises.
 
     Attributes:
-        arrays: arrays [B] of a batch that the objective reads beside those of `data.pipeline`, with their dtypes.
+        arrays: arrays of a batch that the objective reads beside those of `data.pipeline`: by name, the number of axes
+            (1 for [B], 2 for [B, S]) and the dtype.
         together: number of consecutive rows that belong together: a device or part of a batch gets all of them.
     """
 
-    arrays: Mapping[str, Any]
+    arrays: Mapping[str, tuple[int, Any]]
     together: int
 
     def totals(self, batch: Batch) -> tuple[jax.Array, ...]:
@@ -67,7 +68,7 @@ def objective(config: TrainConfig, special: SpecialTokens) -> Objective:
 class NextTokens:
     """Next-token cross-entropy: the mean over all targets, visual ones weighted."""
 
-    arrays: Mapping[str, Any] = {}
+    arrays: Mapping[str, tuple[int, Any]] = {}
     together = 1
 
     def __init__(self, vision_weight: float, visual: tuple[int, int]):
@@ -106,7 +107,7 @@ class Pairs:
     def __init__(self, config: PreferenceConfig):
         self._config = config
         self._stored = config.compares and config.reference == "stored"
-        self.arrays: Mapping[str, Any] = {"reference": jnp.float32} if self._stored else {}
+        self.arrays: Mapping[str, tuple[int, Any]] = {"reference": (1, jnp.float32)} if self._stored else {}
 
     def totals(self, batch: Batch) -> tuple[jax.Array, ...]:
         _, mask = next_tokens(batch["tokens"], batch["loss_mask"])

@@ -81,7 +81,9 @@ class Trainer:
         self._abstract, self._abstract_frozen = jax.eval_shape(lambda: nn.unbox(self._boxed()))
         self.objective = objective(config, self.decoder.tokens)
         tokens, rows = batch_sharding(mesh), NamedSharding(mesh, spec("batch"))
-        self.batch_shardings = dict.fromkeys(BATCH_DTYPES, tokens) | dict.fromkeys(self.objective.arrays, rows)
+        self.batch_shardings = dict.fromkeys(BATCH_DTYPES, tokens) | {
+            name: rows if axes == 1 else tokens for name, (axes, _) in self.objective.arrays.items()
+        }
         replicated = NamedSharding(mesh, P())
         self.step: jax.stages.Wrapped = jax.jit(
             self._step,
@@ -116,12 +118,11 @@ class Trainer:
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes, dtypes and shardings of a batch."""
-        rows, length = self._config.batch_size, self._config.data.sequence_length
-        shapes: dict[str, Any] = {name: ((rows, length), dtype) for name, dtype in BATCH_DTYPES.items()}
-        shapes |= {name: ((rows,), dtype) for name, dtype in self.objective.arrays.items()}
+        shape = (self._config.batch_size, self._config.data.sequence_length)
+        arrays = {name: (2, dtype) for name, dtype in BATCH_DTYPES.items()} | dict(self.objective.arrays)
         return {
-            name: jax.ShapeDtypeStruct(shape, dtype, sharding=self.batch_shardings[name])
-            for name, (shape, dtype) in shapes.items()
+            name: jax.ShapeDtypeStruct(shape[:axes], dtype, sharding=self.batch_shardings[name])
+            for name, (axes, dtype) in arrays.items()
         }
 
     def initial_state(self, params: Any = None) -> TrainState:
