@@ -1,14 +1,16 @@
-"""Metrics of a run on a disk that is full."""
+"""Metrics of a run: TensorBoard's curves, without PyTorch, and on a disk that is full."""
 
 import builtins
+import importlib
 import logging
 import pathlib
 import struct
+import sys
 
 import pytest
 
 from emu3_jax.training import metrics
-from emu3_jax.training.metrics import Metrics, read_metrics
+from emu3_jax.training.metrics import Metrics, read_metrics, without_torch
 
 
 def records(file: pathlib.Path) -> int:
@@ -28,6 +30,20 @@ def test_curves_hold_what_the_metrics_say(tmp_path):
     board.close()
     (file,) = (tmp_path / "tensorboard").iterdir()
     assert records(file) > 200 and len(read_metrics(tmp_path)) == 100  # the first few tell the version
+
+
+def test_pytorch_is_not_imported_for_curves(monkeypatch):
+    """That takes 2 s. What is imported already stays."""
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tensorboardX"]:
+        monkeypatch.delitem(sys.modules, name)
+    with without_torch():
+        importlib.import_module("tensorboardX")
+    assert "torch" not in sys.modules
+    there = object()
+    monkeypatch.setitem(sys.modules, "torch", there)
+    with without_torch():
+        assert sys.modules["torch"] is there
 
 
 @pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="the system has no full device")

@@ -9,7 +9,8 @@ import json
 import logging
 import os
 import pathlib
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from emu3_jax import storage
@@ -23,6 +24,22 @@ _MAX_BYTES = 4 << 30  # largest metrics.jsonl; a step is a line of about 200 byt
 _MAX_LINE = 1 << 20  # longest line, in bytes
 _CURVES = "emu3-jax"  # path prefix that makes tensorboardX open its files with `_Curves`
 _log = logging.getLogger("emu3_jax")
+
+
+@contextlib.contextmanager
+def without_torch() -> Iterator[None]:
+    """Hides an installed PyTorch from imports inside the block, unless it was imported before.
+
+    tensorboardX imports PyTorch for type annotations alone, which takes 2 s.
+    """
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]  # makes `import torch` raise ModuleNotFoundError
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
 
 
 class Metrics:
@@ -40,8 +57,9 @@ class Metrics:
         with new_file(self._file) as file:
             file.write_text("".join(json.dumps(line) + "\n" for line in kept))
         try:
-            from tensorboardX import SummaryWriter
-            from tensorboardX.record_writer import register_writer_factory
+            with without_torch():
+                from tensorboardX import SummaryWriter
+                from tensorboardX.record_writer import register_writer_factory
         except ImportError as missing:
             raise Emu3Error(
                 "metrics need tensorboardX, which is not installed: pip install 'emu3-jax[train]'"

@@ -58,9 +58,12 @@ def train(
 
 
 def _require_extra() -> None:
+    from emu3_jax.training.metrics import without_torch
+
     for name in _EXTRA:
         try:
-            importlib.import_module(name)
+            with without_torch():
+                importlib.import_module(name)
         except ImportError as missing:
             raise Emu3Error(
                 f"training needs {name}, which is not installed: pip install 'emu3-jax[train]'"
