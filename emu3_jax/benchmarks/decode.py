@@ -131,8 +131,8 @@ def run(
         except Emu3Error as error:
             failure = error
     enable_persistent_cache()
-    measured = bandwidths(model is None and preset == "8b")  # first, because it needs much memory
     devices = None if mesh is None else make_mesh(mesh)
+    measured = bandwidths(model is None and preset == "8b")  # before the weights, because it needs much memory
     with use_mesh(devices):
         subject = _subject(preset, model, quantize, dtype, kernels, devices)
         yield {"bench": "decode", **subject.about, **describe_machine(), **measured}
