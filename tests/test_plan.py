@@ -346,7 +346,8 @@ def test_the_grammar_of_emu35_is_planned_too():
     slice_ = plan.tpu_slice("v5e:2x2")
     for parallel in ("off", 4):
         config = GenerateConfig(decoder, mesh="tensor=2,data=2", parallel=parallel)
-        *_, step, grammar = plan.compile_plan(slice_, *generation_plan.programs(config, slice_))["programs"]
+        mesh, (*_, step, grammar) = generation_plan.programs(config, slice_)
+        step, grammar = plan.compile_plan(slice_, mesh, [step, grammar])["programs"]
         assert step["name"].startswith("decoding step") and grammar["name"].startswith("grammar of a step")
         assert grammar["total_bytes"] < 2**22 and grammar["xla_flops"] < step["xla_flops"] / 100
 
