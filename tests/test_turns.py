@@ -24,7 +24,7 @@ from emu3_jax.sharding.mesh import make_mesh
 from emu3_jax.sharding.rules import decoder_shardings
 from emu3_jax.text.prompts import next_turn_prompt
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.compiled_quickly]
 
 TINY = Grammar(tiny.CONFIG.tokens, tuple(range(1, 11)), 11, most_digits=1)
 LATER = [18, 3, 4, 5]  # EOS and a new question
@@ -85,13 +85,17 @@ def later_rows(rows, written):
     return found
 
 
-def tiny_run(rows, params=None, **options):
+def tiny_settings(rows):
+    """For text and pictures, and the scales of guidance by pictures."""
     count = len(rows)
     text = tiny.settings(count, temperature=8.0, top_k=22, seed=np.arange(count) + 104)
     visual = tiny.settings(count, temperature=1.3, top_k=6, top_p=0.95, guidance=2.0)
-    scales = None if rows[0].empty is None else [1.5] * count
+    return text, visual, None if rows[0].empty is None else [1.5] * count
+
+
+def tiny_run(rows, params=None, **options):
     params = tiny.params() if params is None else params
-    return interleaving.run(params, tiny.CONFIG, TINY, rows, text, visual, scales, **options)
+    return interleaving.run(params, tiny.CONFIG, TINY, rows, *tiny_settings(rows), **options)
 
 
 def assert_turns_are_equal(rows, fed, **options):
@@ -142,19 +146,19 @@ def test_turns_on_a_mesh(fed):
 
 def test_other_prompts_and_an_interrupted_turn(fed):
     kept = Kept()
-    rows = first_rows(2)
+    rows = first_rows(contexts=3)  # as above: the same programs
     tiny_run(rows, kept=kept)
     other = [dataclasses.replace(row, prompt=[17, 1, 2, 7, 7], unconditional=[17, 8], steps=9) for row in rows]
     for one, expected in zip(tiny_run(other, kept=kept), tiny_run(other), strict=True):
         np.testing.assert_array_equal(one, expected)
-    assert fed == [[2, 4, 1, 1]]  # what their prompts have in common with those of the first turn is kept
+    # What their prompts have in common with those of the first turn is kept, but for each prompt's last token.
+    assert fed == [[2, 4, 1, 1, 1, 1]]
     assert kept.take([[1]] * 3, 16) is None  # another number of rows
     tiny_run(rows, kept=kept)
-    text = tiny.settings(2)
-    turn = interleaving.stream(tiny.params(), tiny.CONFIG, TINY, rows, text, text, kept=kept)
+    turn = interleaving.stream(tiny.params(), tiny.CONFIG, TINY, rows, *tiny_settings(rows), kept=kept)
     next(turn)
     turn.close()
-    assert kept.take([[1]] * 4, 16) is None
+    assert kept.take([[1]] * 6, 16) is None
 
 
 @pytest.mark.parametrize(
@@ -212,9 +216,8 @@ def test_logits_after_a_kept_cache():
     kept.put(cache.replace(lockstep=False), start, 32, [prompts[0][:20], [*prompts[1][:29], 5]])
     tail = kept.take(prompts, 16)
     assert tail.counts.tolist() == [20, 2]
-    found, _ = Decoder(tiny.CONFIG).apply(
-        {"params": tiny.params()}, tail.tokens, tail.roomy(0), last_only=tail.counts - 1
-    )
+    apply = jax.jit(Decoder(tiny.CONFIG).apply)
+    found, _ = apply({"params": tiny.params()}, tail.tokens, tail.roomy(0), last_only=tail.counts - 1)
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
 
 
