@@ -6,7 +6,6 @@ import pathlib
 
 import numpy as np
 import pytest
-from conftest import golden_json, golden_npz
 from emu35 import write_checkpoints
 from PIL import Image
 
@@ -19,9 +18,7 @@ from emu3_jax.generation.documents import Writing
 from emu3_jax.media.clips import Clip, save_clip
 from emu3_jax.text.prompts import next_turn_prompt, understanding_prompt
 
-pytestmark = pytest.mark.slow
-
-RUN = golden_json("emu35/generate.json")["runs"]["story"]
+pytestmark = [pytest.mark.slow, pytest.mark.compiled_quickly]
 
 
 @pytest.fixture(scope="module")
@@ -31,37 +28,6 @@ def bundle(tmp_path_factory, vocabulary):
     sources = write_checkpoints(root, vocabulary, steer=True)
     assert main(["convert", *map(str, sources), "-o", str(root / "bundle"), "--quiet"]) == 0
     return root / "bundle"
-
-
-def test_a_story(bundle, tmp_path, capsys):
-    """The golden story: a page, its pictures, the ids, and one JSON line."""
-    out = tmp_path / "out"
-    arguments = [
-        "How to cook dumplings",
-        "--task",
-        "story",
-        "--greedy",
-        "--max-new-tokens",
-        "600",
-        "--dtype",
-        "float32",
-    ]
-    capsys.readouterr()
-    assert main(["interleave", *arguments, "--model", str(bundle), "-o", str(out), "--save-tokens", "--json"]) == 0
-    about = json.loads(capsys.readouterr().out)
-    golden = golden_npz("emu35/generate.npz")
-    expected = np.concatenate([golden["story/prompt_ids"], golden["story/generated"]])
-    with np.load(out / "tokens.npz") as ids:
-        np.testing.assert_array_equal(ids["0"], expected)
-    assert [next(iter(piece)) for piece in about["pieces"]] == ["text", "picture", "text", "picture", "text"]
-    assert about["ended"] and about["tokens"] == len(golden["story/generated"])
-    assert (out / "000.md").read_text() == (
-        "Once upon a time\n\n![](000_0.png)\n\nThen it\n\n![](000_1.png)\n\nThen it\n"
-    )
-    for index in range(2):
-        with Image.open(out / f"000_{index}.png") as picture:
-            difference = np.abs(np.asarray(picture, int) - golden[f"story/picture{index}"].astype(int))
-        assert difference.max() <= 1
 
 
 def test_turns_of_a_conversation(bundle, tmp_path, capsys):
