@@ -176,7 +176,7 @@ def test_dead_codes_become_the_worst_coded_latents(config, trainers):
     codebook = state.params["quantize"]["embedding"]
     # Almost all latents are a code; one lies far off, and every dead code moves there.
     latents = jnp.tile(codebook[:1], (500, 1)).at[77].set(codebook[0] + 5)
-    found = trainer._codes(state, latents, jnp.zeros(500, jnp.int32), jax.random.key(0))[0]
+    found = jax.jit(trainer._codes)(state, latents, jnp.zeros(500, jnp.int32), jax.random.key(0))[0]
     np.testing.assert_allclose(found[1:], jnp.tile(latents[77], (len(codebook) - 1, 1)), atol=1e-6)
 
 
