@@ -160,6 +160,30 @@ def read_still(pixels: np.ndarray) -> Still:
     return Still(seen.colour, shape, size, seen.background, position)
 
 
+def centre_of(pixels: np.ndarray) -> tuple[float, float] | None:
+    """Centre of mass (x, y) of a picture's shape, as shares of the side. None without a visible shape."""
+    seen = _see(np.asarray(pixels, np.float64)[None])
+    return None if seen is None else (float(seen.centres[0, 0]), float(seen.centres[0, 1]))
+
+
+def strength_of(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """How much each pixel of a picture differs from the background, whatever its colour.
+
+    Args:
+        pixels: uint8, or float in 0..255, [side, side, 3].
+
+    Returns:
+        The background's RGB, and values [side, side] from 0 to 1. None if nothing stands out.
+    """
+    pixels = np.asarray(pixels, np.float64)
+    ground = np.median(_border(pixels[None]), axis=0)
+    distance = np.linalg.norm(pixels - ground, axis=-1)
+    if np.percentile(distance, 99.5) < _FAINTEST:
+        return None
+    # Faint colours must not be lost beside strong ones.
+    return ground, np.clip((distance - 0.3 * _FAINTEST) / _FAINTEST, 0, 1)
+
+
 def read_clip(frames: np.ndarray, span: float = 1.0) -> Motion:
     """Recognises the content of a clip.
 
@@ -316,6 +340,18 @@ def _paint(
     colour = np.clip(np.add(COLOURS[scene.colour], tint), 0, 255)
     ground = np.clip(np.add(BACKGROUNDS[scene.background], ground_tint), 0, 255)
     return np.rint(ground + mask[..., None] * (colour - ground)).astype(np.uint8)
+
+
+def rasterise_mask(shape: str, side: int, x: float, y: float, radius: float) -> np.ndarray:
+    """The share of each pixel that a shape covers, [side, side], from 0 to 1.
+
+    Args:
+        shape: of `SHAPES`.
+        side: side of the picture in pixels.
+        x, y: centre, as shares of the side.
+        radius: radius, as a share of the side.
+    """
+    return _mask(shape, side, x, y, radius)
 
 
 @functools.lru_cache(maxsize=1024)

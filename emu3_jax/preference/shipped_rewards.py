@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from emu3_jax.evaluation.procedural import Still, all_stills, read_still
+from emu3_jax.evaluation.relations import TwoShapes, read, right
 
 _JUDGED_AT_ONCE = 32
 
@@ -21,7 +22,8 @@ def procedural(prompts: Sequence[str], pictures: Sequence[np.ndarray]) -> list[f
 
     Args:
         prompts: captions of scenes such as "a small red circle on the left of a gray background". Without a place ("on
-            a gray background") the position does not count.
+            a gray background") the position does not count. Or captions of two shapes such as "a red circle above a
+            blue square on a gray background"; then the relation counts, too.
         pictures: square pictures, uint8 [side, side, 3].
 
     Raises:
@@ -31,12 +33,14 @@ def procedural(prompts: Sequence[str], pictures: Sequence[np.ndarray]) -> list[f
 
 
 def _share(prompt: str, picture: np.ndarray) -> float:
+    if picture.shape[0] != picture.shape[1]:
+        raise ValueError(f"the picture has {picture.shape[1]}x{picture.shape[0]} pixels, it must be square")
+    if (two := TwoShapes.parse(prompt)) is not None:
+        return float(np.mean(list(right(two, read(picture)).values())))
     wanted = _scenes().get(" ".join(prompt.lower().split()).rstrip("."))
     if wanted is None:
         example = "a small red circle on the left of a gray background"
         raise ValueError(f"the prompt {prompt!r} describes no procedural scene, such as {example!r}")
-    if picture.shape[0] != picture.shape[1]:
-        raise ValueError(f"the picture has {picture.shape[1]}x{picture.shape[0]} pixels, it must be square")
     seen = read_still(picture)
     return float(np.mean([getattr(seen, name) == value for name, value in wanted.items()]))
 
