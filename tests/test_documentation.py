@@ -159,7 +159,7 @@ FOREIGN = re.findall(
     r"\S+",
     "--build-arg --check --count --file-share --from-literal --keep-going --logdir --network --no-deps --nodes "
     "--ntasks-per-node --gpus-per-node --port --quick --recursive --requeue --signal --tag --target --tier --wait "
-    "--zone --project",
+    "--zone --project --model_args --tasks --batch_size --output_path --gen_kwargs --data --model-args",
 )
 
 

@@ -1,4 +1,4 @@
-"""Log-probabilities of the visual tokens that were sampled, by one teacher-forced pass over finished rows.
+"""Log-probabilities of sampled visual tokens and of given texts, by one teacher-forced pass over finished rows.
 
 R computed rows: B, or 2B with guidance (conditional rows, then unconditional rows); S tokens of the longest sequence;
 N visual tokens of the longest row; V visual ids.
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from emu3_jax.config import DecoderConfig
+from emu3_jax.errors import RowError
 from emu3_jax.generation.engine import Program
 from emu3_jax.generation.language import Language
 from emu3_jax.generation.sampling import RowSettings, guide, keep_top_k, keep_top_p
@@ -26,6 +27,7 @@ from emu3_jax.sharding.rules import use_mesh
 
 _TOKENS = 16_384  # most tokens of a pass, over all computed rows, unless a single row has more
 _LOGITS = 512  # most positions, over all computed rows, whose logits exist at once
+_TEXT_STEPS = 16  # texts are padded to a multiple of this number of tokens, so that few programs serve all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +44,107 @@ class LogProbs:
 
     sampled: np.ndarray
     model: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class TextLogProb:
+    """How likely a model is to continue a prompt with a text.
+
+    Attributes:
+        log_prob: sum of the log-probabilities of the text's tokens, in nats, at temperature 1, over the whole
+            vocabulary. EOS does not belong to the text.
+        greedy: whether each token is the likeliest one, so that a greedy answer begins with the text.
+    """
+
+    log_prob: float
+    greedy: bool
+
+
+def text_log_probs(
+    language: Language, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]], *, batch_size: int
+) -> list[TextLogProb]:
+    """Computes how likely each prompt is continued with its text.
+
+    Args:
+        language: the decoder.
+        prompts: ids of each row's prompt, at least one.
+        texts: ids of each row's text, at least one.
+        batch_size: most rows of a pass; there are fewer where sequences are long.
+
+    Raises:
+        RowError: a prompt with its text has more tokens than the model has positions.
+    """
+    whole = [[*prompt, *text] for prompt, text in zip(prompts, texts, strict=True)]
+    for index, ids in enumerate(whole):
+        if len(ids) > language.config.max_positions:
+            raise RowError(
+                index,
+                f"prompt and continuation take {len(ids)} tokens, but the model has {language.config.max_positions} "
+                "positions: shorten the texts, or use fewer or smaller pictures, or fewer frames of a clip",
+            )
+    found: dict[int, TextLogProb] = {}
+    order = sorted(range(len(whole)), key=lambda index: len(whole[index]))  # little padding
+    while order:
+        length = bucket(len(whole[order[-1]]))  # the longest first: if one does not fit into memory, it shows at once
+        most = max(1, min(batch_size, _TOKENS // length, len(order)))
+        batch, order = order[-most:], order[:-most]
+        found |= _text_batch(language, [whole[i] for i in batch], [texts[i] for i in batch], batch, length)
+    return [found[index] for index in range(len(whole))]
+
+
+def _text_batch(
+    language: Language,
+    whole: Sequence[Sequence[int]],
+    texts: Sequence[Sequence[int]],
+    indices: Sequence[int],
+    length: int,
+) -> dict[int, TextLogProb]:
+    """The results of one pass over sequences that are padded to `length`, by index."""
+    steps = -(-max(map(len, texts)) // _TEXT_STEPS) * _TEXT_STEPS
+    rows = fill_rows(len(whole), language.mesh, guided=False)
+    tokens = np.full((rows, length), language.config.tokens.pad, np.int32)
+    places, targets = (np.zeros((rows, steps), np.int32) for _ in range(2))
+    for row, (ids, text) in enumerate(zip(whole, texts, strict=True)):
+        tokens[row, : len(ids)] = ids
+        places[row, : len(text)] = np.arange(len(ids) - len(text), len(ids)) - 1
+        targets[row, : len(text)] = text
+    with use_mesh(language.mesh):
+        results = _text_log_probs(language.params, tokens, places, targets, config=language.config)
+    log_probs, likeliest = map(np.asarray, results)
+    return {
+        index: TextLogProb(float(log_probs[row, : len(text)].sum()), bool(likeliest[row, : len(text)].all()))
+        for row, (index, text) in enumerate(zip(indices, texts, strict=True))
+    }
+
+
+@functools.partial(Program, static_argnames=("config",))
+def _text_log_probs(
+    params: Any, tokens: jax.Array, places: jax.Array, targets: jax.Array, *, config: DecoderConfig
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probability of each target, float32 [R, N], and whether it is the likeliest token, bool [R, N]."""
+    decoder, variables = Decoder(config), {"params": params}
+    hidden: Any = decoder.apply(variables, tokens, method=Decoder.hidden)
+    hidden = jnp.take_along_axis(hidden, places[..., None], axis=1)  # [R, N, D]
+
+    def measure(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        hidden, targets = part
+        logits: Any = decoder.apply(variables, hidden, method=Decoder.logits)
+        log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), targets[..., None], axis=-1)[..., 0]
+        return log_probs, jnp.argmax(logits, axis=-1) == targets
+
+    rows, steps = targets.shape
+    chunks = -(-steps // max(1, _LOGITS // rows))
+    chunk = -(-steps // chunks)
+    results = jax.lax.map(measure, (_chunks(hidden, chunks, chunk), _chunks(targets, chunks, chunk)))
+    whole = (jnp.moveaxis(part, 0, 1).reshape(rows, chunks * chunk)[:, :steps] for part in results)
+    log_probs, likeliest = (nn.with_logical_constraint(part, (None, None)) for part in whole)
+    return log_probs, likeliest
+
+
+def _chunks(array: jax.Array, chunks: int, chunk: int) -> jax.Array:
+    """[R, N, ...] as [chunks, R, positions of a chunk, ...]."""
+    padded = jnp.pad(array, ((0, 0), (0, chunks * chunk - array.shape[1]), *((0, 0),) * (array.ndim - 2)))
+    return jnp.moveaxis(padded.reshape(len(array), chunks, chunk, *array.shape[2:]), 1, 0)
 
 
 def visual_log_probs(
@@ -127,8 +230,7 @@ def _log_probs(
 
     def cut(array: jax.Array) -> jax.Array:
         """[R, N, ...] as [chunks, R, positions of a chunk, ...]."""
-        padded = jnp.pad(array, ((0, 0), (0, chunks * chunk - steps), *((0, 0),) * (array.ndim - 2)))
-        return jnp.moveaxis(padded.reshape(len(array), chunks, chunk, *array.shape[2:]), 1, 0)
+        return _chunks(array, chunks, chunk)
 
     def measure(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         hidden, codes = part
