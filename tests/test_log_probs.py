@@ -10,7 +10,7 @@ import tiny
 
 from emu3_jax.generation import log_probs, sampling, session
 from emu3_jax.generation.language import Language
-from emu3_jax.generation.log_probs import visual_log_probs
+from emu3_jax.generation.log_probs import text_log_probs, visual_log_probs
 from emu3_jax.generation.schedule import TokenClass, image_schedule
 from emu3_jax.sharding.mesh import make_mesh
 from emu3_jax.sharding.rules import decoder_shardings
@@ -99,6 +99,10 @@ def test_batches_chunks_and_meshes_do_not_change_them(drawn, expected, monkeypat
     mesh = make_mesh("data=2,tensor=2", jax.devices()[:4])
     spread = jax.device_put(tiny.params(), decoder_shardings(tiny.CONFIG, mesh))
     assert_equal(visual_log_probs(language(spread, mesh), ROWS, drawn, SETTINGS, batch_size=8), expected)
+    prompts, texts = [[17, 3, 4], [17, 5], [17, 1, 2, 9]], [[4, 4, 2], [6], [8, 1]]
+    found, alone = (text_log_probs(one, prompts, texts, batch_size=8) for one in (language(spread, mesh), language()))
+    np.testing.assert_allclose([one.log_prob for one in found], [one.log_prob for one in alone], atol=1e-4)
+    assert [one.greedy for one in found] == [one.greedy for one in alone]
 
 
 def test_a_token_that_was_drawn_counts_as_kept():
