@@ -25,13 +25,13 @@ def config() -> TrainConfig:
         # A picture of 32x32 pixels takes about 285 tokens. The rest of a row is for the prompt.
         data=DataConfig((Source("out/dpo_emoji/pairs", Preference()),), 320, packing=0, in_memory=True),
         batch_size=16,
-        steps=100,
+        steps=30,
         optimizer=OptimizerConfig(
-            learning_rate=2e-5, final_learning_rate=2e-6, warmup_steps=10, clip_norm=1.0, weight_decay=0.0
+            learning_rate=5e-6, final_learning_rate=5e-7, warmup_steps=5, clip_norm=1.0, weight_decay=0.0
         ),
         preference=PreferenceConfig(beta=0.1, cross_entropy=0.1),
         mesh="fsdp=1",
         log_every=5,
-        checkpoint_every=50,
+        checkpoint_every=10,
         keep=1,
     )

@@ -363,6 +363,7 @@ class _DecoderJob:
         return [training, *(of(source) for _, source in config.evaluation)]
 
     # -------------------------------------------------------------------------------------------- batches
+
     def position(self) -> Any:
         return self._batches.get_state()
 
