@@ -24,7 +24,10 @@ from emu3_jax.models.quantization import quantise_params
 from emu3_jax.sharding.mesh import make_mesh
 from emu3_jax.sharding.rules import decoder_shardings
 
+pytestmark = pytest.mark.compiled_quickly
+
 N, NEVER = 64, zipar.NEVER  # steps that stand for no token, and a pass that never comes
+choose = jax.jit(engine.choose, static_argnums=(3, 4))
 
 
 # ------------------------------------------------------------------------------------------------ the order
@@ -115,7 +118,7 @@ def expected(case, row, ids, ahead, monkeypatch):
         forced=forced_ids(schedule[None], tiny.TOKENS), goal=np.zeros(1, np.int32), prompts=none, settings=settings
     )
     both = jnp.concatenate(logits if negative is not None else logits[:1])
-    return np.asarray(engine.choose(both, jnp.zeros(1, jnp.int32), plan, tiny.CONFIG, variant))[0]
+    return np.asarray(choose(both, jnp.zeros(1, jnp.int32), plan, tiny.CONFIG, variant))[0]
 
 
 # Pictures with more rows than one pass of the smallest distance computes, and nearly flat distributions, so that a key
