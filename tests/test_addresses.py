@@ -48,11 +48,20 @@ NAMES = [
 ]
 
 
+def legal(action: argparse.Action) -> str:
+    """The name of a file, or a number if the argument must be one."""
+    try:
+        (action.type or str)("x.npz")
+    except (ValueError, argparse.ArgumentTypeError):
+        return "1"
+    return "x.npz"
+
+
 def with_value(command: str, wanted: argparse.Action, options: argparse.ArgumentParser, value: str) -> list[str]:
     """The words of a command in which `wanted` has a value, and everything that is required some."""
     words = command.split()
     for action in options._actions:
-        given = value if action is wanted else (action.choices and next(iter(action.choices))) or "x.npz"
+        given = value if action is wanted else (action.choices and next(iter(action.choices))) or legal(action)
         if not action.option_strings and (action is wanted or action.nargs != "*"):
             words.append(given)
         elif action.option_strings and (action is wanted or action.required):
