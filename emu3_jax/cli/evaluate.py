@@ -16,21 +16,14 @@ import argparse
 import dataclasses
 import pathlib
 import shlex
-from typing import Any
 
 from emu3_jax.cli import common, outputs
-from emu3_jax.cli.hosts import host_of
+from emu3_jax.cli.hosts import add_hosts, host_of
 from emu3_jax.errors import Emu3Error
 from emu3_jax.generation import defaults
 
 HARNESSES = ("geneval", "dpg", "t2icompbench")
-# Options that only drawing has, with their defaults.
-_OF_A_HARNESS: dict[str, Any] = {
-    **dict.fromkeys(("prompts", "n", "host", "hosts", "area", "model", "vision", "dtype", "quantize", "mesh")),
-    "guidance": defaults.GUIDANCE, "negative": "", "temperature": defaults.TEMPERATURE, "top_k": defaults.TOP_K,
-    "top_p": defaults.TOP_P, "seed": defaults.SEED, "greedy": False, "allow_special": False,
-    "batch_size": defaults.BATCH_SIZE, "deterministic": False, "parallel": defaults.PARALLEL,
-}  # fmt: skip
+_OF_A_CONFIG = {"config", "set", "output", "no_clobber", "adapter", "verify", "quiet", "harness"}
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -54,8 +47,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="pictures per prompt (default: as many as the benchmark's authors draw: 4, 4 and 10)",
     )
-    group.add_argument("--host", type=int, metavar="I", help="number of this host, from 0 (default: detected)")
-    group.add_argument("--hosts", type=int, metavar="N", help="number of hosts that share the work (default: detected)")
+    add_hosts(group)
     group.add_argument(
         "--area", type=int, metavar="N", help="pixels of a picture (default: what the model was trained for)"
     )
@@ -74,8 +66,10 @@ def run(options: argparse.Namespace) -> int:
     if (options.config is None) == (options.harness is None):
         raise Emu3Error("give either CONFIG.py, to measure a model, or --harness, to draw for a benchmark's scorer")
     if options.harness is None:
-        for name, default in _OF_A_HARNESS.items():
-            if getattr(options, name) != default:
+        plain = argparse.ArgumentParser()
+        add_arguments(plain)
+        for name, default in vars(plain.parse_args([])).items():
+            if name not in _OF_A_CONFIG and getattr(options, name) != default:
                 flag = "-n" if name == "n" else f"--{name.replace('_', '-')}"
                 raise Emu3Error(f"{flag} belongs to --harness: change the config in its place, for example with --set")
         return _measure(options)

@@ -6,7 +6,7 @@ import argparse
 _PATIENCE = 7 * 24 * 3600
 
 
-def add_hosts(command: argparse.ArgumentParser) -> None:
+def add_hosts(command: argparse._ActionsContainer) -> None:
     """`--host` and `--hosts`, for work that hosts share."""
     command.add_argument("--host", type=int, metavar="I", help="number of this host, from 0 (default: detected)")
     command.add_argument(
