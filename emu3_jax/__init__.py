@@ -22,8 +22,8 @@ if typing.TYPE_CHECKING:  # what `_PUBLIC` loads, for editors and type checkers
     from emu3_jax.loading import load as load
     from emu3_jax.media.clips import Clip as Clip
     from emu3_jax.models.adapters import Adapter as Adapter
+    from emu3_jax.trainers import train as train
     from emu3_jax.training.config import TrainConfig as TrainConfig
-    from emu3_jax.training.train import train as train
 
 # The only place of the version: pyproject.toml reads it here, without running this file.
 __version__ = "0.1.0"
@@ -49,7 +49,7 @@ _PUBLIC = {
     "convert": "emu3_jax.checkpoints.convert",
     "export": "emu3_jax.checkpoints.export",
     "load": "emu3_jax.loading",
-    "train": "emu3_jax.training.train",
+    "train": "emu3_jax.trainers",
 }
 
 __all__ = sorted([*_PUBLIC, "__version__"])

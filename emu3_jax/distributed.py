@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 
 import jax
+import numpy as np
 
 from emu3_jax.errors import Emu3Error
 
@@ -149,6 +150,15 @@ def wait(what: str) -> None:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(f"emu3_jax: {what}")
+
+
+def gather(array: np.ndarray) -> np.ndarray:
+    """The arrays of all processes, [processes, ...], on each of them. All must give the same shape and dtype."""
+    if jax.process_count() == 1:
+        return array[None]
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(array))
 
 
 def leave() -> None:

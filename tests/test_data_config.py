@@ -14,7 +14,7 @@ from emu3_jax.data.sequences import TextOnly
         ({"packing": -1}, "packing is -1"),
         ({"seed": 2**32}, "seed is 4294967296"),
         ({"too_long": "cut"}, "too_long is 'cut'"),
-        ({"sources": ()}, "sources is empty"),
+        ({"sources": []}, "sources is \\[\\]: it must be a tuple of Source"),
         ({"loss_on_padding": True}, "loss_on_padding is true: it needs packing=0"),
         ({"sources": (Source("d", TextOnly(), parts=2),)}, "parts of d is 2: parts need in_memory=True"),
     ],

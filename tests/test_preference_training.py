@@ -126,7 +126,7 @@ def test_a_stopped_run_resumes_exactly(base, whole, tmp_path, monkeypatch):
         patch.setattr(runner._Loop, "_stopping", lambda at, _: at.step == 7)
         assert train(config, progress=False).step == 7
     np.testing.assert_array_equal(np.load(file), np.load(next((whole / "reference").iterdir())))
-    monkeypatch.setattr(loop._DecoderJob, "_load_params", kill)  # nothing is computed again
+    monkeypatch.setattr(loop.DecoderJob, "_load_params", kill)  # nothing is computed again
     train(config, progress=False)
     assert lines(tmp_path / "run") == lines(whole)
     trained = [Bundle.open(run / "model").arrays("decoder") for run in (tmp_path / "run", whole)]

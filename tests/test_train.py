@@ -140,14 +140,14 @@ def test_ctrl_c_is_heard_and_the_second_interrupts(monkeypatch, capfd):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_after_the_step_with_a_checkpoint(base, whole, tmp_path, monkeypatch, number):
     directory = tmp_path / "run"
-    step = loop._DecoderJob.step
+    step = loop.DecoderJob.step
 
     def interrupted(job, state, batch):
         if not losses(directory):  # before the first step has been reported, as while it compiles
             signal.raise_signal(number)
         return step(job, state, batch)
 
-    monkeypatch.setattr(loop._DecoderJob, "step", interrupted)
+    monkeypatch.setattr(loop.DecoderJob, "step", interrupted)
     outcome = train(dataclasses.replace(base, directory=str(directory)), progress=False)
     assert (outcome.step, outcome.model, outcome.signal) == (1, None, number)
     assert [path.name for path in (directory / "checkpoints").iterdir()] == ["1"]

@@ -218,7 +218,7 @@ def test_what_a_run_says_in_a_log(command, tiny_bundle, root, tmp_path, capsys, 
 def test_how_a_model_is_used_follows_from_its_task(command, tiny_bundle, task, data, usage):
     bundle, mesh = Bundle.open(tiny_bundle), make_mesh("fsdp=1")
     config = config_of(command(task, data))
-    with use_mesh(mesh), contextlib.closing(loop._DecoderJob(config, bundle, bundle.decoder_config, mesh)) as job:
+    with use_mesh(mesh), contextlib.closing(loop.DecoderJob(config, bundle, bundle.decoder_config, mesh)) as job:
         assert job.usage(pathlib.Path("out/my run/model")) == f"emu3-jax {usage}"
         job.product = "adapter"
         options = f"--model {tiny_bundle} --adapter 'out/my run/adapter'"
@@ -228,13 +228,13 @@ def test_how_a_model_is_used_follows_from_its_task(command, tiny_bundle, task, d
 
 
 def test_a_run_that_is_stopped_says_how_it_goes_on(command, tmp_path, capsys, monkeypatch):
-    step = loop._DecoderJob.step
+    step = loop.DecoderJob.step
 
     def interrupted(job, state, batch):
         signal.raise_signal(signal.SIGTERM)
         return step(job, state, batch)
 
-    monkeypatch.setattr(loop._DecoderJob, "step", interrupted)
+    monkeypatch.setattr(loop.DecoderJob, "step", interrupted)
     assert main(command()) == 143
     assert log_of(capsys)[-2:] == [
         f"train: stopped after TIME with a checkpoint of step 1 in {tmp_path}/run",

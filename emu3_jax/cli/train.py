@@ -28,8 +28,8 @@ def run(options: argparse.Namespace) -> int:
     from emu3_jax import distributed
     from emu3_jax.errors import Emu3Error
     from emu3_jax.printable import printable
+    from emu3_jax.trainers import train
     from emu3_jax.training.config import TrainConfig, load_config
-    from emu3_jax.training.train import train
     from emu3_jax.training.vision_config import VisionTrainConfig
 
     config = load_config(options.config, options.set)

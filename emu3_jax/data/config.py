@@ -84,7 +84,7 @@ class DataConfig:
     """Training data, and how batches are made from it.
 
     Attributes:
-        sources: at least one source; several are mixed.
+        sources: the sources; several are mixed. Empty for GRPO alone, which draws its own pictures.
         sequence_length: tokens in a row.
         packing: number of rows that are filled at the same time. More rows leave less padding, but move records further
             from their place in the shuffled order. 0 turns packing off: one record per row, as in the reference.
@@ -120,8 +120,6 @@ class DataConfig:
             )
         if not isinstance(self.sources, tuple) or not all(isinstance(source, Source) for source in self.sources):
             raise Emu3Error(f"data field sources is {shown(self.sources)}: it must be a tuple of Source")
-        if not self.sources:
-            raise Emu3Error("data field sources is empty: name at least one directory of prepared data")
         if self.too_long not in ("stop", "skip"):
             raise Emu3Error(f"data field too_long is {shown(self.too_long)}: it must be stop or skip")
         if self.loss_on_padding and self.packing:
@@ -131,7 +129,7 @@ class DataConfig:
                 "the data are preference pairs, whose sides take a row each: they need packing=0, "
                 "loss_on_padding=False and parts=1"
             )
-        if self.pairs != all(source.pairs for source in self.sources):
+        if any(source.pairs != self.pairs for source in self.sources):
             raise Emu3Error(
                 "data field sources has preference pairs beside other data: train on one of them; cross_entropy of a "
                 "PreferenceConfig adds the loss of the chosen sides"

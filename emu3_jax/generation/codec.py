@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
 from PIL import Image
 
@@ -145,6 +146,35 @@ def decoding_picture(vision: Vision, codes: np.ndarray, *, tile: int | None = No
     check_codes(codes, vision.config)
     pixels = _step(vision, "decode", tile=tile)(codes[None])
     return lambda: Image.fromarray(postprocess(np.asarray(pixels)[0], vision.image))
+
+
+def decode_pictures(
+    vision: Vision, codes: np.ndarray, *, at_once: int, place: Any = None, gather: Callable[[Any], Any] | None = None
+) -> np.ndarray:
+    """Decodes pictures of equal size in batches.
+
+    Args:
+        vision: the vision tokenizer.
+        codes: int32 [N, h, w].
+        at_once: number of pictures of a batch. Copies of the last picture fill the last batch.
+        place: sharding of a batch of codes over a mesh, or None.
+        gather: makes an array that all processes can read of a batch of pixels, or None where they are local.
+
+    Returns:
+        uint8 [N, H, W, 3].
+
+    Raises:
+        Emu3Error: a code is outside the codebook.
+    """
+    check_codes(codes, vision.config)
+    step, count, batches = _step(vision, "decode"), len(codes), []
+    for first in range(0, count, at_once):
+        part = codes[np.minimum(np.arange(first, first + at_once), count - 1)].astype(np.int32)
+        placed: Any = part if place is None else jax.make_array_from_callback(part.shape, place, part.__getitem__)
+        pixels = step(placed)
+        batches.append(pixels if gather is None else gather(pixels))
+    whole = [postprocess(np.asarray(pixels), vision.image) for pixels in batches]
+    return np.concatenate(whole)[:count]
 
 
 def _check_size(codes: np.ndarray, config: VisionTokenizerConfig, tile: int | None) -> None:

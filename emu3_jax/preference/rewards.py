@@ -177,6 +177,14 @@ class RewardPool:
         for worker in self._workers:
             worker.release()
 
+    def start(self) -> None:
+        """Starts all workers now and waits until they have loaded the reward. Without it, the first calls do this.
+
+        Raises:
+            Emu3Error: the reward cannot be loaded.
+        """
+        list(self._executor.map(_Worker.ready, self._workers))
+
     def score(self, groups: Iterable[Group]) -> Iterator[Scored]:
         """Yields a result for each group, in order. Takes few groups in advance.
 
@@ -247,12 +255,16 @@ class _Worker:
         pictures = [np.ascontiguousarray(picture, np.uint8) for group in batch for picture in group.pictures]
         prompts = [group.prompt for group in batch for _ in group.pictures]
         header = {"prompts": prompts, "shapes": [picture.shape for picture in pictures]}
-        if self._process is None:
-            self._start()
+        self.ready()
         answer = self._exchange(header, [picture.data.cast("B") for picture in pictures], self._timeout)
         if "error" in answer:
             raise RewardFailure(answer["error"])
         return answer["rewards"]
+
+    def ready(self) -> None:
+        """Starts the process if there is none. Raises as `call`."""
+        if self._process is None:
+            self._start()
 
     def _start(self) -> None:
         root = str(Path(__file__).parents[2])

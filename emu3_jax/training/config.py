@@ -19,6 +19,7 @@ from emu3_jax.generation import defaults
 from emu3_jax.media.sizes import generate_size
 from emu3_jax.models.adapters import Adapter
 from emu3_jax.models.decoder import REMAT_POLICIES
+from emu3_jax.training.grpo_config import GrpoConfig
 from emu3_jax.training.overrides import override
 from emu3_jax.training.preference_config import PreferenceConfig
 
@@ -164,6 +165,8 @@ class TrainConfig:
             all weights.
         preference: the loss of preference pairs, where `data` has them (the task `Preference`); else None. A pair takes
             two rows, so `batch_size` is twice the number of pairs in a step.
+        grpo: settings of GRPO, which draws its own pictures, so that `data.sources` is empty; else None. A picture
+            takes one row, or two, see `GrpoConfig.guided_policy`.
         accumulation: number of equal parts of a batch that a step computes one after the other, to save memory.
             Without dropout and noise, the result equals that of one part up to rounding.
         vision_weight: weight of visual targets in the loss; text targets have weight 1. The paper's pretraining used
@@ -189,6 +192,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     adapter: Adapter | None = None
     preference: PreferenceConfig | None = None
+    grpo: GrpoConfig | None = None
     accumulation: int = 1
     vision_weight: float = 1.0
     mesh: str = "fsdp=-1"
@@ -228,11 +232,24 @@ class TrainConfig:
         )
         check_field(self, "evaluation", ok, "a tuple of (name, Source)")
         self._check_preference()
+        self._check_grpo()
         check_field(self, "samples", isinstance(self.samples, SampleConfig | None), "a SampleConfig or None")
         ok = self.profile is None or (
             isinstance(self.profile, tuple) and len(self.profile) == 2 and all(is_whole(v, 1) for v in self.profile)
         )
         check_field(self, "profile", ok, "(first step, steps) or None")
+
+    @property
+    def updates(self) -> int:
+        """Number of updates of the weights in a whole run: the steps, times GRPO's `iterations`."""
+        return self.steps * (1 if self.grpo is None else self.grpo.iterations)
+
+    @property
+    def together(self) -> int:
+        """Number of rows that belong together: of a preference pair, or of a picture that GRPO draws with guidance."""
+        if self.grpo is not None:
+            return self.grpo.rows
+        return 2 if self.data.pairs else 1
 
     def _check_preference(self) -> None:
         preference = self.preference
@@ -249,13 +266,34 @@ class TrainConfig:
             return
         rows = 2 * self.accumulation
         check_field(self, "batch_size", self.batch_size % rows == 0, f"a multiple of {rows}: a pair takes two rows")
-        for field in ("dropout", "noise"):
-            ok = not getattr(self.model, field)
-            check_field(self.model, field, ok, "0 where preference pairs are trained: it would change the log-ratios")
-        ok = not self.model.random
-        check_field(self.model, "random", ok, "False where preference pairs are trained: they need a trained model")
+        self._check_tuned("preference pairs are trained")
         ok = preference.reference != "adapters_off" or self.adapter is not None or not preference.compares
         check_field(preference, "reference", ok, "stored where all weights are trained (adapter is None)")
+
+    def _check_grpo(self) -> None:
+        grpo = self.grpo
+        check_field(self, "grpo", isinstance(grpo, GrpoConfig | None), "a GrpoConfig or None")
+        if grpo is None:
+            if not self.data.sources:
+                raise Emu3Error("data field sources is empty: name at least one directory of prepared data")
+            return
+        if self.data.sources or self.data.packing or self.data.loss_on_padding:
+            raise Emu3Error(
+                "GRPO draws its own pictures, one a row: data needs sources=(), packing=0 and loss_on_padding=False"
+            )
+        check_field(self, "evaluation", not self.evaluation, "empty where grpo is set; grpo.held_out has its prompts")
+        rows = grpo.n * grpo.rows
+        of = f"{grpo.n} pictures per prompt" + (", each with two rows" if grpo.rows == 2 else "")
+        check_field(self, "batch_size", self.batch_size % rows == 0, f"a multiple of {rows}: {of}")
+        parts = grpo.rows * self.accumulation
+        ok = self.batch_size % parts == 0
+        check_field(self, "batch_size", ok, f"a multiple of {parts}: accumulation must not separate a picture's rows")
+        self._check_tuned("GRPO trains")
+
+    def _check_tuned(self, why: str) -> None:
+        for field in ("dropout", "noise"):
+            check_field(self.model, field, not getattr(self.model, field), f"0 where {why}: it would change the ratios")
+        check_field(self.model, "random", not self.model.random, f"False where {why}: that needs a trained model")
 
 
 def load_config(file: str | os.PathLike, overrides: Sequence[str] = ()) -> Any:

@@ -19,6 +19,7 @@ class HostRows:
     read the same data. Different groups read different data.
 
     Attributes:
+        mine: the numbers of the rows of this process in the whole batch, in order.
         count: number of rows of this process.
         group: index of this process' group.
         groups: number of groups.
@@ -47,10 +48,10 @@ class HostRows:
                 "mesh: two processes share only some of their rows; choose axes so that data * fsdp is a multiple or "
                 f"a divisor of the number of processes ({jax.process_count()})"
             )
-        mine = tuple(sorted(held[jax.process_index()]))
-        self.count, self.group, self.groups = len(mine), groups.index(mine), len(groups)
+        self.mine = tuple(sorted(held[jax.process_index()]))
+        self.count, self.group, self.groups = len(self.mine), groups.index(self.mine), len(groups)
         self._sum = jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, PartitionSpec()))
-        self._at = {row: index for index, row in enumerate(mine)}
+        self._at = {row: index for index, row in enumerate(self.mine)}
 
     def spread(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """Makes global arrays [batch_size, S] or [batch_size] from this process' rows [count, S] or [count]."""

@@ -52,7 +52,12 @@ _EXAMPLE = 100  # longest prompt, in characters, that the last line shows as an 
 
 
 def train(
-    config: TrainConfig, progress: bool | None = None, *, verify: bool = False, adapter_only: bool = False
+    config: TrainConfig,
+    progress: bool | None = None,
+    *,
+    verify: bool = False,
+    adapter_only: bool = False,
+    job: "type[DecoderJob] | None" = None,
 ) -> Outcome:
     """Trains the decoder and exports it as a bundle to `DIRECTORY/model`.
 
@@ -64,6 +69,7 @@ def train(
         progress: True shows a progress bar on a terminal and lines in a log, None shows only the bar, False nothing.
         verify: whether to check the files of the config's bundle against their checksums first.
         adapter_only: whether to export only the adapter, to `DIRECTORY/adapter`, instead of the merged model.
+        job: what makes the run's steps, or None for `DecoderJob`.
 
     Returns:
         How the run ended: the last step, and the exported model's path unless the run was stopped.
@@ -85,13 +91,13 @@ def train(
     mesh = make_mesh(config.mesh)
     with contextlib.ExitStack() as stack:
         stack.enter_context(use_mesh(mesh))
-        job = _DecoderJob(config, bundle, decoder, mesh, adapter_only, progress)
-        stack.enter_context(contextlib.closing(job))
+        work = (job or DecoderJob)(config, bundle, decoder, mesh, adapter_only, progress)
+        stack.enter_context(contextlib.closing(work))
         if config.model.dtype == "bfloat16" and emulates_bfloat16():
             _log.warning(
                 "this GPU has no bfloat16, and computes it in float32, slowly; --set model.dtype=float32 is more exact"
             )
-        return run(job, place(config.directory), progress)
+        return run(work, place(config.directory), progress)
 
 
 def _decoder(config: TrainConfig, bundle: Bundle) -> DecoderConfig:
@@ -117,20 +123,21 @@ def _decoder(config: TrainConfig, bundle: Bundle) -> DecoderConfig:
     return dataclasses.replace(found, **{name: getattr(wanted, name) for name in FREE_FIELDS})
 
 
-def _together(config: TrainConfig) -> int:
-    """Number of rows that no device or part of a batch may separate: both rows of a preference pair."""
-    return 2 if config.data.pairs else 1
-
-
 def _check_parts(config: TrainConfig, mesh: Mesh) -> None:
     part = config.batch_size // config.accumulation
-    HostRows(mesh, part, _together(config))  # raises if the mesh does not divide a part's rows
+    HostRows(mesh, part, config.together)  # raises if the mesh does not divide a part's rows
     length, parts = config.data.sequence_length, mesh.shape["sequence"]
     if length % parts:
         raise Emu3Error(f"sequence_length is {length}, which mesh sequence={parts} does not divide: change one of them")
 
 
-class _DecoderJob:
+def example_prompt(text: str) -> str:
+    """A prompt for a command line, quoted for a shell; "PROMPT" if it is long."""
+    short = 0 < len(text) <= _EXAMPLE and text.isprintable() and not text.startswith("-")
+    return shlex.quote(text) if short else "PROMPT"
+
+
+class DecoderJob:
     """The `Job` that trains the decoder on token sequences. Make and use it within `use_mesh(mesh)`."""
 
     def __init__(
@@ -143,7 +150,8 @@ class _DecoderJob:
         progress: bool | None = None,
     ):
         self._config, self._bundle, self._decoder, self._mesh = config, bundle, decoder, mesh
-        self._rows = HostRows(mesh, config.batch_size, _together(config))
+        self._progress = progress
+        self._rows = HostRows(mesh, config.batch_size, config.together)
         _check_parts(config, mesh)
         self._tokenizer = bundle.tokenizer()
         self._templates = prompt_templates(bundle.template, decoder.clip_layout)
@@ -153,16 +161,7 @@ class _DecoderJob:
             (name, len(open_prepared(source, self._tokenizer, self._codebook))) for name, source in config.evaluation
         ]
         self._trainer = Trainer(config, decoder, mesh)
-        self._batches = training_batches(
-            config.data,
-            self._tokenizer,
-            self._templates,
-            self._rows.count,
-            codebook_sha256=self._codebook,
-            process_index=self._rows.group,
-            process_count=self._rows.groups,
-        )
-        self._progress = progress
+        self._batches = self._open_batches()
         # The reference's log-probabilities of the training pairs, and of each evaluation's.
         self._stored: list[np.ndarray | None] = [None] * (1 + len(config.evaluation))
         self._compiled: jax.stages.Compiled | None = None
@@ -181,6 +180,18 @@ class _DecoderJob:
             profile=config.profile,
         )
 
+    def _open_batches(self) -> Any:
+        """The iterator over this process' batches."""
+        return training_batches(
+            self._config.data,
+            self._tokenizer,
+            self._templates,
+            self._rows.count,
+            codebook_sha256=self._codebook,
+            process_index=self._rows.group,
+            process_count=self._rows.groups,
+        )
+
     def close(self) -> None:
         """Ends the threads that read the data."""
         self._batches.close()
@@ -193,7 +204,7 @@ class _DecoderJob:
                 f"{path}: this bundle has {found[1]} visual ids from {found[0]} on, the config's "
                 f"model.decoder.tokens has {wanted[1]} from {wanted[0]} on: make the two agree"
             )
-        if self._config.samples:
+        if self._config.samples or self._config.grpo:
             codes = self._bundle.vision_config.codebook_size
             if codes != special.visual_count:
                 raise Emu3Error(
@@ -212,15 +223,12 @@ class _DecoderJob:
             rank, trained = config.adapter.rank, summary.parameters(state.params)
             lines = [f"trained: adapters of rank {rank} ({trained:,} parameters); {count:,} parameters are frozen"]
         rows, length = config.batch_size, config.data.sequence_length
-        noun, pairs = ("pair", f" ({counted(rows // 2, 'pair')})") if config.data.pairs else ("record", "")
         parts = f", in {config.accumulation} parts" if config.accumulation > 1 else ""
         lines.append(
-            f"a step: {counted(rows, 'row')}{pairs} of {length:,} tokens, up to {rows * length:,} tokens{parts}"
+            f"a step: {counted(rows, 'row')}{self._row_groups()} of {length:,} tokens, up to {rows * length:,} "
+            f"tokens{parts}"
         )
-        lines.append(f"data: {summary.sources(self._batches.sources, noun)}")
-        if self._evaluated:
-            sets = ", ".join(f"{printable(name)} ({counted(count, noun)})" for name, count in self._evaluated)
-            lines.append(f"evaluation every {config.evaluate_every:,} steps: {sets}")
+        lines += self._describe_data()
         lines.append(summary.devices(self._mesh))
         parts_of_memory = {
             "frozen weights": frozen,
@@ -228,19 +236,42 @@ class _DecoderJob:
             "optimizer": state.opt_state,
             "gradients": state.params,
         }
-        return [*lines, *summary.memory(parts_of_memory, self._mesh)]
+        return [*lines, *summary.memory(parts_of_memory | self._further_memory(), self._mesh)]
+
+    def _further_memory(self) -> dict[str, Any]:
+        """Further trees of arrays that lie in memory beside the state, by name."""
+        return {}
+
+    def _row_groups(self) -> str:
+        """What the rows of a step are, in brackets, or nothing."""
+        return f" ({counted(self._config.batch_size // 2, 'pair')})" if self._config.data.pairs else ""
+
+    def _describe_data(self) -> list[str]:
+        noun = "pair" if self._config.data.pairs else "record"
+        lines = [f"data: {summary.sources(self._batches.sources, noun)}"]
+        if self._evaluated:
+            sets = ", ".join(f"{printable(name)} ({counted(count, noun)})" for name, count in self._evaluated)
+            lines.append(f"evaluation every {self._config.evaluate_every:,} steps: {sets}")
+        return lines
 
     def step_memory(self) -> str:
         return "" if self._compiled is None else summary.step_memory(self._compiled, self._mesh)
 
     def usage(self, model: pathlib.Path) -> str:
-        """The command that suits the task of the first source with pictures or clips."""
         written, bundle = (shlex.quote(printable(str(path))) for path in (model, self._config.model.bundle))
         options = f"--model {written}"
         if self.product == "adapter":
             options = f"--model {bundle} --adapter {written}"
         if not self._bundle.has("vision"):
             options += " --vision BUNDLE"
+        if command := self._example(options):
+            return command
+        if self.product == "adapter":
+            return f"emu3-jax merge {bundle} --adapter {written} -o out/merged"
+        return f"emu3-jax doctor {written}"
+
+    def _example(self, options: str) -> str | None:
+        """The command that suits the task of the first source with pictures or clips, or None for texts alone."""
         sources = self._config.data.sources
         source = next((source for source in sources if not isinstance(source.task, TextOnly)), sources[0])
         match self._drawn(source):
@@ -253,9 +284,7 @@ class _DecoderJob:
                 return f"emu3-jax generate {self._prompt(source)} {options} -o out/pictures"
             case Interleaved():
                 return f"emu3-jax interleave {self._prompt(source)} {options} -o out/documents"
-        if self.product == "adapter":
-            return f"emu3-jax merge {bundle} --adapter {written} -o out/merged"
-        return f"emu3-jax doctor {written}"
+        return None
 
     def _drawn(self, source: Source) -> Any:
         """The source's task; of preference pairs, the task that suits the first pair."""
@@ -276,8 +305,7 @@ class _DecoderJob:
                     text = record.prompt
                 else:
                     text = next((part.text for part in record.document if part.text), record.text)
-        short = 0 < len(text) <= _EXAMPLE and text.isprintable() and not text.startswith("-")
-        return shlex.quote(text) if short else "PROMPT"
+        return example_prompt(text)
 
     # -------------------------------------------------------------------------------------------- the state
 
@@ -289,7 +317,7 @@ class _DecoderJob:
         bundle = config.model.bundle
         bundle = bundle if is_remote(bundle) else str(pathlib.Path(bundle).absolute())
         fixed = {"decoder": decoder, "adapter": adapter}
-        if self._stores_references:  # another bundle would be another reference
+        if self._compares:  # another bundle would be another reference
             fixed["reference"] = {"decoder": self._decoder_digest}
         return Identity(fixed=fixed, other={"bundle": bundle})
 
@@ -316,7 +344,7 @@ class _DecoderJob:
 
     def start(self, step: int, position: Any | None) -> None:
         self._frozen = self._load_frozen()  # here, so that loading does not count as time of the first step
-        if self._stores_references:
+        if self._compares:
             self._stored = self._references()
         if position is not None:
             self._batches.set_state(position)
@@ -324,7 +352,8 @@ class _DecoderJob:
     # -------------------------------------------------------------------------------------------- references
 
     @property
-    def _stores_references(self) -> bool:
+    def _compares(self) -> bool:
+        """Whether the objective reads log-probabilities of a reference."""
         return "reference" in self._trainer.objective.arrays
 
     @functools.cached_property
@@ -371,13 +400,17 @@ class _DecoderJob:
         return attached(next(self._batches), self._stored[0])
 
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        arguments = (state, self._frozen, self._rows.spread(batch))
-        if self._compiled is None:  # compiled ahead of time, because only that tells its memory
-            self._compiled = self._trainer.step.lower(*arguments).compile()
-        state, figures = self._compiled(*arguments)
+        state, figures = self._update(state, self._rows.spread(batch))
         if self._skips:
             figures["skipped"] = self._rows.total(self._batches.skipped)
         return state, figures
+
+    def _update(self, state: TrainState, rows: dict[str, jax.Array]) -> tuple[TrainState, dict[str, Any]]:
+        """Runs the compiled step on the arrays of a batch."""
+        arguments = (state, self._frozen, rows)
+        if self._compiled is None:  # compiled ahead of time, because only that tells its memory
+            self._compiled = self._trainer.step.lower(*arguments).compile()
+        return self._compiled(*arguments)
 
     @property
     def _skips(self) -> bool:
@@ -449,12 +482,9 @@ class _DecoderJob:
         return Evaluation(name, figures | {"skipped": skipped}, note)
 
     def sample(self, state: TrainState) -> list[Image.Image]:
-        vision, convert = self._sampler
         samples = self._config.samples
         assert samples is not None  # without samples the cadence never calls this
-        params = convert(state.params, self._frozen)
-        language = Language(self._trainer.decoder, params, self._tokenizer, self._templates, self._mesh)
-        return Emu3(f"step {int(state.step)}", language, vision).generate(
+        return Emu3(f"step {int(state.step)}", self._language(state), self._vision).generate(
             samples.prompts,
             ratio=samples.ratio,
             area=samples.area,
@@ -464,12 +494,20 @@ class _DecoderJob:
         )
 
     @functools.cached_property
-    def _sampler(self) -> tuple[Vision, Callable[[Any, Any], Any]]:
-        """The vision tokenizer, and a function that turns (trained, frozen) parameters into inference parameters."""
+    def _vision(self) -> Vision:
         bundle = self._bundle
         params = bundle.load_vision(vision_shardings(bundle.vision_config, self._mesh))
-        vision = Vision(bundle.vision_config, bundle.image_config, params)
-        return vision, weights.make_inference_params(self._trainer.decoder, self._config.adapter, self._mesh)
+        return Vision(bundle.vision_config, bundle.image_config, params)
+
+    def _language(self, state: TrainState) -> Language:
+        """The model with its present weights, for generation. The weights move on the devices, without files."""
+        params = self._inference_params(state.params, self._frozen)
+        return Language(self._trainer.decoder, params, self._tokenizer, self._templates, self._mesh)
+
+    @functools.cached_property
+    def _inference_params(self) -> Callable[[Any, Any], Any]:
+        """Turns (trained, frozen) parameters into those for generation."""
+        return weights.make_inference_params(self._trainer.decoder, self._config.adapter, self._mesh)
 
     def export(self, directory: pathlib.Path, target: pathlib.Path, step: int) -> int:
         write = weights.export_adapter if self.product == "adapter" else weights.export_run

@@ -1,4 +1,4 @@
-"""What a step minimises: next-token cross-entropy, or a loss of preference pairs.
+"""What a step minimises: next-token cross-entropy, a loss of preference pairs, or GRPO's loss of drawn pictures.
 
 An objective is a sum of terms, each divided by a count over the whole batch. So a batch can be computed in parts, whose
 terms, sums and gradients add up.
@@ -7,11 +7,14 @@ terms, sums and gradients add up.
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from emu3_jax.config import SpecialTokens
+from emu3_jax.training import grpo
 from emu3_jax.training.config import TrainConfig
+from emu3_jax.training.grpo_config import GrpoConfig
 from emu3_jax.training.log_probs import sequence_log_probs, token_log_probs
 from emu3_jax.training.losses import LossSums, chunked_cross_entropy, next_tokens
 from emu3_jax.training.preference import PairSums, pair_sums
@@ -62,6 +65,8 @@ def objective(config: TrainConfig, special: SpecialTokens) -> Objective:
     """The objective of a config. `special` are the decoder's control tokens."""
     if config.preference is not None:
         return Pairs(config.preference)
+    if config.grpo is not None:
+        return Groups(config.grpo, (special.visual_start, special.visual_end))
     return NextTokens(config.vision_weight, (special.visual_start, special.visual_end))
 
 
@@ -149,6 +154,125 @@ class Pairs:
             f"loss {figures['loss']:.4f}, accuracy {figures['accuracy']:.1%}, margin {figures['margin']:.4f}, "
             f"cross-entropy {figures['cross_entropy']:.4f}"
         )
+
+
+@flax.struct.dataclass
+class GroupSums:
+    """Sums over the drawn tokens of a batch, float32 scalars. Divide by `tokens` or `pictures`.
+
+    Attributes:
+        loss: sum of the losses, as `GrpoConfig.average` weighs them.
+        tokens: number of drawn tokens.
+        pictures: number of pictures that count.
+        entropy: sum of the policy's entropies, in nats.
+        kl: sum of the estimates of the KL divergence to the reference, in nats.
+        low, high: number of tokens below and above the clip range, see `grpo.TokenLosses`.
+    """
+
+    loss: jax.Array
+    tokens: jax.Array
+    pictures: jax.Array
+    entropy: jax.Array
+    kl: jax.Array
+    low: jax.Array
+    high: jax.Array
+
+
+class Groups:
+    """GRPO's loss of pictures that the policy drew, see `training.grpo`.
+
+    A picture takes `together` rows. If two, the first has the prompt and the second has none, and the policy is the
+    mixture of both by guidance. Both hold the picture at the same columns. `loss_mask` of the first row says which
+    tokens were drawn; pictures that do not count have none. Of each array, a picture's value is in its first row.
+    """
+
+    def __init__(self, config: GrpoConfig, visual: tuple[int, int]):
+        self._config, self._visual = config, visual
+        self.together = config.rows
+        arrays: dict[str, tuple[int, Any]] = {"advantage": (1, jnp.float32)}
+        if config.iterations > 1:
+            arrays["old"] = (2, jnp.float32)
+        if config.reference:
+            arrays["reference"] = (2, jnp.float32)
+        self.arrays: Mapping[str, tuple[int, Any]] = arrays
+
+    def totals(self, batch: Batch) -> tuple[jax.Array, ...]:
+        counts = self._first(batch["loss_mask"]).sum(axis=1, dtype=jnp.float32)
+        pictures = (counts > 0).sum(dtype=jnp.float32)
+        total = {"sequence": pictures, "token": counts.sum(), "length": pictures * counts.max()}
+        return (jnp.maximum(total[self._config.average], 1.0),)
+
+    def terms(self, forward: Forward, batch: Batch) -> tuple[tuple[jax.Array, ...], GroupSums]:
+        config = self._config
+        log_probs, entropy, mask = self.policy(*forward(), batch)
+        old = self._first(batch["old"]) if "old" in batch else jax.lax.stop_gradient(log_probs)
+        found = grpo.token_losses(
+            log_probs, old, mask, self._first(batch["advantage"]), level=config.level, clip_low=config.clip_low,
+            clip_high=config.clip_high, kl_weight=config.kl_weight,
+            reference_bt=self._first(batch["reference"]) if config.reference else None,
+        )  # fmt: skip
+        counts = mask.sum(axis=1, dtype=jnp.float32)
+
+        def total(values: jax.Array) -> jax.Array:
+            return jnp.where(mask, values, 0.0).sum()
+
+        each = jnp.maximum(counts, 1.0)[:, None] if config.average == "sequence" else jnp.float32(1)
+        loss = total(found.loss / each)
+        sums = GroupSums(
+            loss=loss,
+            tokens=counts.sum(),
+            pictures=(counts > 0).sum(dtype=jnp.float32),
+            entropy=total(entropy),
+            kl=total(found.kl),
+            low=total(found.low),
+            high=total(found.high),
+        )
+        return (loss,), jax.lax.stop_gradient(sums)
+
+    def policy(self, hidden_bsd: jax.Array, head_vd: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The policy's log-probabilities and entropies, and which tokens were drawn.
+
+        Returns:
+            float32 [P, S] log-probabilities of the next tokens among the visual ids; float32 [P, S] entropies; and bool
+            [P, S], of which positions the next token was drawn; for P pictures. Where it was not, there is no meaning.
+        """
+        config, (start, end) = self._config, self._visual
+        labels, mask = next_tokens(batch["tokens"], batch["loss_mask"])
+        labels = jnp.clip(labels - start, 0, end - start - 1)
+        hidden, head = hidden_bsd, head_vd[start:end]
+        if self.together == 2:
+            # Guided logits are a weighted sum of both rows' logits, so one product of twice the width gives them.
+            # Summing the hidden states first would lose digits in bfloat16: the weights have different signs.
+            halves = hidden.reshape(-1, 2, *hidden.shape[1:])
+            scales = config.guidance, 1 - config.guidance
+            hidden = jnp.concatenate([halves[:, i] * jnp.asarray(s, hidden.dtype) for i, s in enumerate(scales)], -1)
+            head = jnp.concatenate([head, head], axis=-1)
+        if config.temperature != 1:
+            hidden = hidden / jnp.asarray(config.temperature, hidden.dtype)
+        return *token_log_probs(hidden, head, self._first(labels)), self._first(mask)
+
+    def _first(self, rows: jax.Array) -> jax.Array:
+        """Of [B, ...], the first row of each picture."""
+        return rows.reshape(-1, self.together, *rows.shape[1:])[:, 0]
+
+    def figures(self, sums: GroupSums) -> dict[str, Any]:
+        figures = {"entropy": _mean(sums.entropy, sums.tokens)}
+        if self._config.reference:
+            figures["kl"] = _mean(sums.kl, sums.tokens)
+        return figures | {
+            "clip_low": _mean(sums.low, sums.tokens),
+            "clip_high": _mean(sums.high, sums.tokens),
+            "pictures": sums.pictures,
+            "targets": sums.tokens,
+        }
+
+    def loss(self, sums: GroupSums) -> Any:
+        total = {"sequence": sums.pictures, "token": sums.tokens, "length": sums.tokens}
+        return _mean(sums.loss, total[self._config.average])
+
+    def note(self, figures: Mapping[str, float]) -> str:
+        kl = f", KL {figures['kl']:.4f}" if "kl" in figures else ""
+        return f"reward {figures['reward']:.4f} ± {figures['reward_spread']:.4f}{kl}, entropy {figures['entropy']:.3f}"
 
 
 def row_log_probs(hidden_bsd: jax.Array, head_vd: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:

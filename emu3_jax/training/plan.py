@@ -34,12 +34,13 @@ def programs(config: TrainConfig, slice_: Slice, rows_per_chip: int | None = Non
     mesh = make_mesh(config.mesh, slice_.devices)
     if rows_per_chip is not None:
         config = dataclasses.replace(config, batch_size=rows_per_chip * mesh.size * config.accumulation)
-    together = 2 if config.data.pairs else 1  # the rows of a pair
+    together = config.together
     shards = batch_shards(mesh) * config.accumulation * together
     if config.batch_size % shards:
+        between = "" if together == 1 else " between pairs" if config.data.pairs else " between pictures of two rows"
         raise Emu3Error(
             f"TrainConfig field batch_size is {config.batch_size}: it must be a multiple of {shards}, because the mesh "
-            f"and accumulation split it{' between pairs' if together > 1 else ''}; or give --rows-per-chip"
+            f"and accumulation split it{between}; or give --rows-per-chip"
         )
     length, parts = config.data.sequence_length, mesh.shape["sequence"]
     if length % parts:

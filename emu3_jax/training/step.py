@@ -16,7 +16,7 @@ from emu3_jax.models.decoder import Decoder
 from emu3_jax.sharding.rules import batch_sharding, shardings, spec
 from emu3_jax.training import lora
 from emu3_jax.training.config import TrainConfig
-from emu3_jax.training.objectives import Forward, objective, row_log_probs
+from emu3_jax.training.objectives import Forward, Groups, objective, row_log_probs
 from emu3_jax.training.optimizer import learning_rate, make_optimizer
 
 Batch = dict[str, jax.Array]  # global arrays [B, S] by name, see data.pipeline
@@ -30,7 +30,7 @@ class TrainState:
     """Everything that a step changes and a checkpoint stores.
 
     Attributes:
-        step: int32 scalar, number of steps taken.
+        step: int32 scalar, number of updates taken. A run with GRPO may take several in a step.
         params: the trained parameters in float32, layers stacked: all of the decoder's, or only the adapters.
         opt_state: state of the optimiser for `params`.
         key: uint32 [2], data of the random key. Each step splits it. Sample pictures take their seeds from it.
@@ -61,6 +61,9 @@ class Trainer:
         evaluate: jitted `(params, frozen, batch) -> sums` of the objective.
         reference: jitted `(params, frozen, batch) -> (log-probabilities, pairs)`, float32 and int32 [B], on every
             device: the summed log-probability of each row's targets without adapters, and the batch's array `pair`.
+        policy: jitted `(params, frozen, batch, adapters) -> log-probabilities`, float32 [B, S], of GRPO's drawn tokens,
+            see `objectives.Groups.policy`. Rows that belong together have the same. `adapters` is static, and says
+            whether to use them.
     """
 
     def __init__(self, config: TrainConfig, decoder: DecoderConfig, mesh: Mesh):
@@ -73,7 +76,7 @@ class Trainer:
             adapter=config.adapter,
         )
         self._learner = self.model.clone(dropout=config.model.dropout)
-        self.optimizer = make_optimizer(config.optimizer, config.steps)
+        self.optimizer = make_optimizer(config.optimizer, config.updates)
         self._config, self._mesh = config, mesh
         boxed, boxed_frozen = jax.eval_shape(self._boxed)
         self.state_shardings: TrainState = shardings(boxed, mesh)
@@ -104,6 +107,13 @@ class Trainer:
             self._reference,
             in_shardings=(self.state_shardings.params, self.frozen_shardings, numbered),
             out_shardings=replicated,
+        )
+
+        self.policy: jax.stages.Wrapped = jax.jit(
+            self._policy,
+            in_shardings=(self.state_shardings.params, self.frozen_shardings, dict.fromkeys(BATCH_DTYPES, tokens)),
+            out_shardings=tokens,
+            static_argnums=3,
         )
 
     # -------------------------------------------------------------------------------------------- states
@@ -181,6 +191,22 @@ class Trainer:
         forward = self._forward(params, frozen, batch)
         return row_log_probs(*forward(adapters=not self._config.adapter), batch)[0], batch["pair"]
 
+    def _policy(self, params: Any, frozen: Any, batch: Batch, adapters: bool = True) -> jax.Array:
+        groups = self.objective
+        assert isinstance(groups, Groups)
+
+        def part(rows: Batch) -> jax.Array:
+            forward = self._forward(params, frozen, rows)
+            log_probs, _, _ = groups.policy(*forward(adapters=adapters), rows)
+            return jnp.repeat(log_probs, groups.together, axis=0)
+
+        if self._config.accumulation == 1:
+            return part(batch)
+        found = jax.lax.map(part, jax.tree.map(self._parts, batch))  # [parts, B / parts, S]
+        parts, together = self._config.accumulation, groups.together
+        dealt = found.reshape(parts, -1, together, found.shape[-1])
+        return jnp.swapaxes(dealt, 0, 1).reshape(-1, found.shape[-1])
+
     def _noisy(self, tokens_bs: jax.Array, targets_bs: jax.Array, key: jax.Array) -> jax.Array:
         """Replaces a random share of each row's visual tokens by random visual tokens (see `ModelConfig.noise`)."""
         most, special = self._config.model.noise, self.decoder.tokens
@@ -232,7 +258,7 @@ class Trainer:
             "loss": loss,
             **self.objective.figures(sums),
             "gradient_norm": optax.tree.norm(gradients),
-            "learning_rate": jnp.asarray(learning_rate(config.optimizer, config.steps)(state.step), jnp.float32),
+            "learning_rate": jnp.asarray(learning_rate(config.optimizer, config.updates)(state.step), jnp.float32),
             "tokens": real.sum(dtype=jnp.float32),
             "attended": jnp.where(real, batch["positions"] + 1, 0).sum(dtype=jnp.float32),
         }

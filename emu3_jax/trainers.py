@@ -1,4 +1,4 @@
-"""`emu3_jax.train`: trains the decoder or the vision tokenizer that a config describes."""
+"""`emu3_jax.train`: trains the decoder, from data or by GRPO, or the vision tokenizer, as a config describes."""
 
 import importlib
 from typing import TYPE_CHECKING
@@ -43,10 +43,16 @@ def train(
     """
     _require_extra()
     if isinstance(config, TrainConfig):
+        from emu3_jax.training.loop import DecoderJob
         from emu3_jax.training.loop import train as train_decoder
 
+        job = DecoderJob
+        if config.grpo is not None:
+            from emu3_jax.preference.grpo import GrpoJob
+
+            job = GrpoJob
         distributed.start()
-        return train_decoder(config, progress, verify=verify, adapter_only=adapter_only)
+        return train_decoder(config, progress, verify=verify, adapter_only=adapter_only, job=job)
     if not isinstance(config, VisionTrainConfig):
         raise Emu3Error(f"config is {shown(config)}: give a TrainConfig or VisionTrainConfig")
     if adapter_only:

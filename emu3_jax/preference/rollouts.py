@@ -1,0 +1,224 @@
+"""Rollouts of GRPO: pictures that the present model draws for prompts, as pixels and as rows of a training batch.
+
+The model draws on the mesh that it is trained on. All processes draw all pictures together, and each makes the rows of
+its own share of the batch.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from emu3_jax import distributed
+from emu3_jax.errors import Emu3Error, RowError
+from emu3_jax.fields import is_whole
+from emu3_jax.generation.codec import Vision, decode_pictures
+from emu3_jax.generation.language import Batching, GeneratedGrid, Grid, Language, generate_grids, grid_rows
+from emu3_jax.generation.sampling import RowSettings
+from emu3_jax.generation.schedule import TokenClass
+from emu3_jax.generation.session import Row
+from emu3_jax.media.sizes import generate_size
+from emu3_jax.preference.rewards import Group, RewardPool
+from emu3_jax.sharding.rules import batch_shards, spec
+from emu3_jax.text.prompt_files import PromptFile
+from emu3_jax.training.grpo_config import GrpoConfig
+
+DECODED_AT_ONCE = 16  # most pictures that the vision tokenizer decodes at once on a device
+
+
+class PromptOrder:
+    """An iterator over the prompts of each step, whose position can be saved. Each epoch has another order.
+
+    Attributes:
+        skipped: always 0. No prompt is left out.
+    """
+
+    skipped = 0
+
+    def __init__(self, prompts: PromptFile, groups: int, n: int, seed: int):
+        """
+        Args:
+            prompts: the prompts.
+            groups: number of prompts of a step.
+            n: number of pictures per prompt.
+            seed: seed of the orders and of the pictures.
+        """
+        self._count, self._groups, self._n, self._seed = len(prompts.prompts), groups, n, seed
+        identity = json.dumps([prompts.prompts, groups, n, seed]).encode()
+        self._identity = hashlib.sha256(identity).hexdigest()
+        self._taken = 0  # steps
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        """The numbers of the prompts of a step, int32 [groups], and the seeds of its pictures, uint32 [groups * n]."""
+        first = self._taken * self._groups
+        numbers = [self._at(place) for place in range(first, first + self._groups)]
+        rng = np.random.default_rng([self._seed, 1, self._taken])
+        seeds = rng.integers(0, 2**32, self._groups * self._n, dtype=np.uint32)
+        self._taken += 1
+        return {"prompts": np.asarray(numbers, np.int32), "seeds": seeds}
+
+    def _at(self, place: int) -> int:
+        epoch, place = divmod(place, self._count)
+        return int(np.random.default_rng([self._seed, 0, epoch]).permutation(self._count)[place])
+
+    def get_state(self) -> dict[str, Any]:
+        """The position after the last step, as JSON values."""
+        return {"prompts": self._identity, "steps": self._taken}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Moves to a position from `get_state`.
+
+        Raises:
+            Emu3Error: the position belongs to other prompts or settings.
+        """
+        if not isinstance(state, Mapping) or state.get("prompts") != self._identity:
+            raise Emu3Error(
+                "the saved position belongs to other prompts: their file, batch size, n or seed differ; resume with "
+                "the same ones, or start a new run"
+            )
+        if not is_whole(state.get("steps"), 0):
+            raise Emu3Error("the saved position is damaged: delete this checkpoint to resume from the previous one")
+        self._taken = state["steps"]
+
+    def close(self) -> None:
+        """Does nothing: there are no threads."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Drawn:
+    """Pictures that the model drew.
+
+    Attributes:
+        rows: the rows of the session.
+        grids: what was generated for each.
+    """
+
+    rows: Sequence[Row]
+    grids: Sequence[GeneratedGrid]
+
+
+class Artist:
+    """Draws the pictures of one config."""
+
+    def __init__(self, config: GrpoConfig, vision: Vision, mesh: Mesh):
+        self._config, self._vision, self._mesh = config, vision, mesh
+        self._replicate = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    def check(self, language: Language, prompts: PromptFile, length: int) -> None:
+        """Raises `Emu3Error` for a prompt that is not legal, or whose picture does not fit into a row of `length`."""
+        for number, grid in enumerate(self._grids(language, prompts.prompts)):
+            try:
+                (row,) = grid_rows(language, [grid])
+            except RowError as error:
+                raise Emu3Error(f"{prompts.place(number)}: {error.reason}") from error
+            except Emu3Error as error:
+                raise Emu3Error(f"{prompts.place(number)}: {error}") from error
+            tokens = max(len(row.prompt), len(row.negative or ())) + len(row.schedule)
+            if tokens > length:
+                raise Emu3Error(
+                    f"{prompts.place(number)}: the prompt and its picture take {tokens} tokens, a row has {length}: "
+                    "shorten the prompt, raise data.sequence_length, or lower grpo.area"
+                )
+
+    def draw(self, language: Language, prompts: Sequence[str], seeds: np.ndarray) -> Drawn:
+        """Draws one picture for each prompt.
+
+        Args:
+            language: the model.
+            prompts: a prompt for each picture.
+            seeds: uint32 [pictures].
+        """
+        config, count = self._config, len(prompts)
+        grids = self._grids(language, prompts)
+        settings = RowSettings.of(
+            count, temperature=config.temperature, top_k=language.config.tokens.visual_count, top_p=1.0,
+            guidance=config.guidance, seed=seeds,
+        )  # fmt: skip
+        batching = Batching(config.draw_at_once or min(count, 4096), False, parallel=config.parallel)
+        made = generate_grids(language, grids, settings, batching=batching)
+        return Drawn(grid_rows(language, grids), made)
+
+    def _grids(self, language: Language, prompts: Sequence[str]) -> list[Grid]:
+        config = self._config
+        area = language.config.image_area if config.area is None else config.area
+        size = generate_size(config.ratio, area, self._vision.config.spatial_factor)
+        return [Grid(prompt, "", size) for prompt in prompts]
+
+    def pixels(self, drawn: Drawn) -> np.ndarray:
+        """The pictures, uint8 [N, H, W, 3]. Devices share the work."""
+        parts, count = batch_shards(self._mesh), len(drawn.grids)
+        return decode_pictures(
+            self._vision,
+            np.stack([grid.codes for grid in drawn.grids]),
+            at_once=parts * min(DECODED_AT_ONCE, -(-count // parts)),
+            place=NamedSharding(self._mesh, spec("batch")),
+            gather=self._replicate,
+        )
+
+    def batch_rows(self, drawn: Drawn, kept: np.ndarray, mine: Sequence[int], length: int) -> dict[str, np.ndarray]:
+        """The rows of a training batch, see `objectives.Groups`.
+
+        Pictures end at the last column, so that both rows of a picture have it at the same columns.
+
+        Args:
+            drawn: the pictures.
+            kept: bool [N], which pictures count.
+            mine: numbers of the rows to make.
+            length: tokens of a row.
+        """
+        each = self._config.rows
+        shape = (len(mine), length)
+        found = {
+            "tokens": np.zeros(shape, np.int32),
+            "segment_ids": np.zeros(shape, np.int32),
+            "positions": np.zeros(shape, np.int32),
+            "loss_mask": np.zeros(shape, bool),
+        }
+        for place, number in enumerate(mine):
+            picture, second = divmod(number, each)
+            row, grid = drawn.rows[picture], drawn.grids[picture]
+            ids = grid.ids[grid.prompt_length :]
+            prompt = row.negative if second else row.prompt
+            assert prompt is not None
+            whole = np.concatenate([np.asarray(prompt, np.int32), ids])
+            columns = slice(length - len(whole), length)
+            found["tokens"][place, columns] = whole
+            found["segment_ids"][place, columns] = 1
+            found["positions"][place, columns] = np.arange(len(whole))
+            if not second and kept[picture]:
+                found["loss_mask"][place, length - len(ids) :] = row.schedule == TokenClass.VISUAL
+        return found
+
+
+def rewards_of(
+    pool: RewardPool, prompts: Sequence[str], pixels: np.ndarray, n: int
+) -> tuple[np.ndarray, dict[int, str]]:
+    """Rewards of pictures. The processes of a run share the prompts.
+
+    Args:
+        pool: computes the rewards.
+        prompts: the prompt of each group.
+        pixels: uint8 [len(prompts) * n, H, W, 3], grouped by prompt.
+        n: number of pictures per prompt.
+
+    Returns:
+        float32 [len(prompts), n] on every process, NaN in groups without rewards; and the reason for each of these
+        groups that this process tried.
+    """
+    index, count = jax.process_index(), jax.process_count()
+    mine = range(index, len(prompts), count)
+    found = np.full((len(prompts), n), np.nan, np.float32)
+    reasons = {}
+    groups = (Group(prompts[number], list(pixels[number * n : (number + 1) * n])) for number in mine)
+    for number, scored in zip(mine, pool.score(groups), strict=True):
+        if scored.rewards is None:
+            reasons[number] = scored.reason
+        else:
+            found[number] = scored.rewards
+    shared = distributed.gather(found)  # [processes, prompts, n]
+    return np.stack([shared[number % count, number] for number in range(len(prompts))]), reasons
