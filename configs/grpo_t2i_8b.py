@@ -3,12 +3,12 @@
     emu3-jax train configs/grpo_t2i_8b.py --set grpo.prompts=PROMPTS.txt --set grpo.reward=REWARD.py:NAME
     emu3-jax generate "a portrait of a lighthouse" --model out/grpo_t2i/model -o out/pictures
 
-`emu3-jax convert BAAI/Emu3-Gen BAAI/Emu3-VisionTokenizer -o out/emu3-gen` makes the bundle. PROMPTS.txt has one prompt a
-line. docs/preference.md says what a reward is.
+`emu3-jax convert BAAI/Emu3-Gen BAAI/Emu3-VisionTokenizer -o out/emu3-gen` makes the bundle. PROMPTS.txt has one prompt
+a line. docs/preference.md says what a reward is.
 
-A step draws 8 pictures for each of 8 prompts: 64 rows of 8,704 tokens. They are drawn without guidance, so that a picture
-takes one row, and 32 at once, so that their caches fit beside the weights. Emu3's paper has no such stage. The values
-here were not tried on the published weights.
+A step draws 8 pictures for each of 8 prompts: 64 rows of 8,704 tokens. They are drawn without guidance, so that a
+picture takes one row, and 32 at once, so that their caches fit beside the weights. Emu3's paper has no such stage. The
+values here were not tried on the published weights.
 """
 
 from emu3_jax.config import DecoderConfig

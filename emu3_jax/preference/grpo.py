@@ -196,8 +196,8 @@ class GrpoJob(DecoderJob):
     def _no_rewards(self, how: str, reason: str) -> str:
         reason = reason or "see the lines of the other processes"
         return (
-            f"the reward {self._reward.name} failed {how} ({reason}); earlier checkpoints are kept; correct the reward, "
-            "then run again"
+            f"the reward {self._reward.name} failed {how} ({reason}); earlier checkpoints are kept; correct the "
+            "reward, then run again"
         )
 
     # -------------------------------------------------------------------------------------------- evaluation
