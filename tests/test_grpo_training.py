@@ -1,4 +1,4 @@
-"""Training by GRPO: the policy is the one that was sampled, it learns rewards, resumes exactly, and names bad rewards."""
+"""Training by GRPO: the policy is the one that was sampled; it learns, resumes exactly, and names bad rewards."""
 
 import dataclasses
 import pathlib
