@@ -28,7 +28,7 @@ from emoji_data.concepts import (
     is_held_out_triple,
     load_concepts,
 )
-from emoji_data.manifests import build_manifests
+from emoji_data.manifests import build_manifests, write_lines
 from emoji_data.packages import Package, fetch
 from emoji_data.pictures import load_characters, load_clips, load_drawings, load_pictures
 from PIL import Image
@@ -108,10 +108,10 @@ def build(
             items += _write_clips(target, paths, concepts, size=size, seed=seed, held_clips=held_clips, unused=unused)
         stills, motions = scenes or (list(procedural.all_stills()), list(procedural.all_clips()))
         items += _write_scenes(target, stills, motions, size, seed)
-        _write_lines(target / "items.jsonl", items)
+        write_lines(target / "items.jsonl", items)
         manifests = build_manifests(items, concepts.values(), seed)
         for name, lines in manifests.items():
-            _write_lines(target / f"{name}.jsonl", lines)
+            write_lines(target / f"{name}.jsonl", lines)
         (target / "NOTICE").write_bytes(NOTICE.read_bytes())
         summary = _summarise(items, manifests, used, unused, {"size": size, "clips": clips, "seed": seed})
         (target / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
@@ -285,10 +285,6 @@ def _summarise(
         "manifests": {name: len(lines) for name, lines in manifests.items()},
         "unused": unused.summary(),
     }
-
-
-def _write_lines(path: pathlib.Path, lines: Iterable[dict]) -> None:
-    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

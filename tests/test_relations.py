@@ -39,8 +39,9 @@ def test_about_one_pair_in_eight_is_held_out():
     assert 0.1 < np.mean([relations.held_out(scene) for scene in pairs.values()]) < 0.15
     scene = next(scene for scene in pairs.values() if relations.held_out(scene))
     for relation, background in itertools.product(relations.RELATIONS, relations.BACKGROUNDS):
-        values = (scene.first_colour, scene.first_shape, relation, scene.second_colour, scene.second_shape, background)
-        assert relations.held_out(TwoShapes(*values))
+        first, second = (scene.first_colour, scene.first_shape), (scene.second_colour, scene.second_shape)
+        assert relations.held_out(TwoShapes(*first, relation, *second, background))
+        assert relations.held_out(TwoShapes(*second, relation, *first, background))
 
 
 @pytest.mark.parametrize(

@@ -73,9 +73,12 @@ def all_two_shapes() -> Iterator[TwoShapes]:
 
 
 def held_out(scene: TwoShapes) -> bool:
-    """Whether training must not see these two shapes together, in any relation: about one pair in eight."""
-    pair = f"{scene.first_colour} {scene.first_shape}, {scene.second_colour} {scene.second_shape}"
-    return hashlib.sha256(pair.encode()).digest()[0] < 32
+    """Whether training must not see these two shapes together, in any relation: about one pair in eight.
+
+    Which of them is named first does not matter, because "A left of B" is the same picture as "B right of A".
+    """
+    pair = sorted((f"{scene.first_colour} {scene.first_shape}", f"{scene.second_colour} {scene.second_shape}"))
+    return hashlib.sha256(", ".join(pair).encode()).digest()[0] < 32
 
 
 def draw_two_shapes(rng: np.random.Generator, *, unseen: bool) -> TwoShapes:

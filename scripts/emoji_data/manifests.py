@@ -4,6 +4,8 @@ Captions follow from names and the seed, so the same items always give the same 
 """
 
 import itertools
+import json
+import pathlib
 import random
 from collections.abc import Callable, Iterable, Iterator
 
@@ -69,6 +71,11 @@ def build_manifests(items: list[Item], concepts: Iterable[Concept], seed: int) -
         "clip_questions_heldout": lines(about_clips, "style", clips) + lines(about_clips, "triple", drawn_clips),
         "text_train": [line for concept in concepts for line in _text_lines(concept, seed)],
     }
+
+
+def write_lines(path: pathlib.Path, lines: Iterable[Line]) -> None:
+    """Writes one JSON object a line, as `emu3-jax prepare` reads them."""
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
 
 
 def caption(item: Item) -> str:
