@@ -2,9 +2,9 @@
 
 python scripts/two_shapes.py out/two_shapes
 
-The directory gets pictures/, a manifest train.jsonl that `emu3-jax prepare` reads, and summary.json. The pictures differ a
-little in the places, sizes and colours of their shapes. The pairs of shapes that `configs/eval_two_shapes.py` measures
-are never drawn. configs/two_shapes_sft.py says how to train on the result. The script downloads nothing.
+The directory gets pictures/, a manifest train.jsonl that `emu3-jax prepare` reads, and summary.json. The places, sizes
+and colours of the shapes vary a little. The pairs of shapes that configs/eval_two_shapes.py asks for are never drawn.
+configs/two_shapes_sft.py says how to train on the result. The script downloads nothing.
 """
 
 import argparse

@@ -16,6 +16,16 @@ from emu3_jax.evaluation.reconstruction import Reconstructor
 from emu3_jax.generation.pipeline import Emu3
 
 
+def choose_cases(data: Data, config: EvaluateConfig) -> tuple[list[Item], list[Item]]:
+    """The held-out pictures that the figure may ask for, and those of them whose captions it uses as prompts.
+
+    A picture is held out if training has its concept, but in other styles only.
+    """
+    known = {item.concept for item in data.where("picture", "train", config.groups)}
+    held_out = [item for item in data.where("picture", "style", config.groups) if item.concept in known]
+    return held_out, choose(held_out, config.cases, config.seed, "text_to_image")
+
+
 def generate(
     model: Emu3,
     prompts: list[str],
@@ -74,9 +84,7 @@ def measure(
         The figures, and the sections of the page.
     """
     training = data.where("picture", "train", config.groups)
-    known = {item.concept for item in training}
-    held_out = [item for item in data.where("picture", "style", config.groups) if item.concept in known]
-    cases = choose(held_out, config.cases, config.seed, "text_to_image")
+    held_out, cases = choose_cases(data, config)
     if not cases:
         skipped["text_to_image"] = (
             "the data has no pictures in a held-out style whose concept is in the training pictures"

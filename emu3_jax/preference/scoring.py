@@ -264,7 +264,10 @@ def judge_settings(
     if judge.file is None:
         raise Emu3Error(f"{directory}: the judge cannot be stored there, and its workers read it: make it writable")
     known = set(judge.concepts)
-    captions = {item.caption: item.concept for item in data.where("picture", None, GROUPS) if item.concept in known}
+    pictures = [item for item in data.where("picture", None, GROUPS) if item.concept in known]
+    # A prompt may ask for a style in which the data have no picture: the judge looks only at the concept.
+    styles = sorted({item.style for item in pictures})
+    captions = {dataclasses.replace(item, style=style).caption: item.concept for item in pictures for style in styles}
     return {
         "file": str(judge.file.resolve()),
         "width": config.width,
