@@ -159,7 +159,8 @@ FOREIGN = re.findall(
     r"\S+",
     "--build-arg --check --count --file-share --from-literal --keep-going --logdir --network --no-deps --nodes "
     "--ntasks-per-node --gpus-per-node --port --quick --recursive --requeue --signal --tag --target --tier --wait "
-    "--zone --project --model_args --tasks --batch_size --output_path --gen_kwargs --data --model-args",
+    "--zone --project --model_args --tasks --batch_size --output_path --gen_kwargs --data --model-args "
+    "--gpu --fid --input1 --input2",
 )
 
 

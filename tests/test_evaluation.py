@@ -19,7 +19,7 @@ from emu3_jax.evaluation import control, metrics, motion, reconstruction
 from emu3_jax.evaluation.config import GROUPS, EvaluateConfig, JudgeConfig
 from emu3_jax.evaluation.image_to_text import parse
 from emu3_jax.evaluation.items import Data, choose
-from emu3_jax.evaluation.judge import get_judge, train
+from emu3_jax.evaluation.judge import Judge, get_judge, train
 from emu3_jax.evaluation.page import Cell, Curve, Row, Section, render
 from emu3_jax.evaluation.procedural import Motion, Still, rasterise_clip, rasterise_still
 from emu3_jax.evaluation.reconstruction import Reconstructor
@@ -95,7 +95,7 @@ def evaluate(config, tmp_path):
 
     def run(*arguments: str, **fields) -> int:
         file = tmp_path / "config.py"
-        names = "from emu3_jax.evaluation.config import EvaluateConfig, JudgeConfig"
+        names = "from emu3_jax.evaluation.config import EvaluateConfig, JudgeConfig, ReconstructionConfig"
         file.write_text(f"{names}\n\ndef config():\n    return {config!r}\n")
         sets = [word for name, value in fields.items() for word in ("--set", f"{name}={value}")]
         return main(["evaluate", str(file), "--quiet", *sets, *arguments])
@@ -389,6 +389,26 @@ def test_fewer_cases_and_figures(evaluate, capsys, tmp_path):
     assert figures["reconstruction"]["pictures"]["cases"] == 2
     assert set(figures["skipped"]) == {"text_to_image", "image_to_text", "procedural", "motion"}
     assert not list((tmp_path / "data").glob("judge-*"))
+
+
+def test_the_features_of_the_judge(evaluate, config, capsys, tmp_path):
+    """The judge is the one of the figure "text_to_image", and the distance is over held-out pictures."""
+    sets = {"reconstruction.features": "judge", "reconstruction.pictures": tmp_path / "kept"}
+    assert evaluate(figures="('reconstruction',)", **sets) == 0
+    figures = json.loads(capsys.readouterr().out)["reconstruction"]
+    about = figures["pictures"]["frechet_distance"]
+    assert about.pop("distance") > 0 and "frechet_distance" not in figures["clips"]
+    assert about == {"features": "judge", "pictures": 3, "dimensions": 16 * JUDGE.width, "full_rank": False}
+    (file,) = (tmp_path / "data").glob("judge-*")
+
+    judge = Judge.load(file, JUDGE.width, [str(i) for i in range(5)], (SIDE, SIDE, 3))
+    shown = [np.stack([np.asarray(Image.open(f)) for f in sorted((tmp_path / "kept" / name).iterdir())])
+             for name in ("true", "reconstructed")]  # fmt: skip
+    features = judge.features(shown[0], batch_size=2)
+    assert features.shape == (3, 16 * JUDGE.width)
+    dense = judge.params["Dense_0"]
+    verdicts = (features @ dense["kernel"] + dense["bias"]).argmax(axis=1)
+    assert judge.verdicts(shown[0]) == [str(verdict) for verdict in verdicts]
 
 
 class Drawer:

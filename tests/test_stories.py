@@ -107,7 +107,8 @@ def test_evaluation(trained, tmp_path, capsys):
         data=str(tmp_path / "none"), procedural_guidance=1.0,
     )  # fmt: skip
     (tmp_path / "c.py").write_text(
-        f"from emu3_jax.evaluation.config import EvaluateConfig, JudgeConfig\n\ndef config():\n    return {config!r}\n"
+        "from emu3_jax.evaluation.config import EvaluateConfig, JudgeConfig, ReconstructionConfig\n\n"
+        f"def config():\n    return {config!r}\n"
     )
     assert main(["evaluate", str(tmp_path / "c.py"), "--quiet"]) == 0
     figures = json.loads(capsys.readouterr().out)

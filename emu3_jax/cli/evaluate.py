@@ -9,6 +9,7 @@ slice or under Slurm, start it on every host; elsewhere give each host --host an
 
 examples:
   emu3-jax evaluate configs/eval_emoji.py -o evaluation
+  emu3-jax evaluate configs/eval_reconstruction.py --set data=photos
   emu3-jax evaluate --harness geneval --prompts evaluation_metadata.jsonl -o geneval
 """
 
@@ -129,7 +130,6 @@ def _measure(options: argparse.Namespace) -> int:
     from emu3_jax import storage
     from emu3_jax.evaluation import run as evaluation
     from emu3_jax.evaluation.config import EvaluateConfig
-    from emu3_jax.evaluation.items import Data
     from emu3_jax.training.config import load_config
 
     config = load_config(options.config, options.set)
@@ -145,7 +145,7 @@ def _measure(options: argparse.Namespace) -> int:
     directory = storage.place(config.directory)
     files = [directory / evaluation.FIGURES_FILE, directory / evaluation.PAGE_FILE]
     written = outputs.Outputs(files, no_clobber=options.no_clobber)
-    data = Data(config.data if config.needs_data else None)
+    data = evaluation.open_data(config)
     model = emu3_jax.load(config.model, adapter=config.adapter, quantize=config.quantize, verify=options.verify)
     figures, page = evaluation.evaluate(model, data, config, common.progress(options))
     written.look()

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from emu3_jax.data.config import MAX_SEED, check_path
+from emu3_jax.evaluation.functions import is_function
 from emu3_jax.fields import check_field, is_number, is_whole
 from emu3_jax.generation import defaults
 from emu3_jax.generation.parallel import is_window
@@ -12,6 +13,7 @@ from emu3_jax.models.quantization import KINDS
 
 _MAX_BATCH = 2**12  # the last batch is padded to full size, so a huge batch would waste memory
 FIGURES = ("reconstruction", "text_to_image", "image_to_text", "procedural", "motion")
+JUDGE = "judge"  # the features that need no file, see `ReconstructionConfig`
 FURTHER_FIGURES = ("stories", "two_shapes")  # need no data, but a model that was trained for them
 # Groups of emoji whose labels describe what the picture shows. The embedded model was trained on these.
 GROUPS = (
@@ -61,6 +63,38 @@ class JudgeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ReconstructionConfig:
+    """What the figure "reconstruction" measures besides PSNR, SSIM and codebook use, on pictures.
+
+    Attributes:
+        side: of a folder of pictures: pixels of a side. Each picture is resized so that its shorter side has so many,
+            and the square in its middle is cut out. The model's limits of the area do not count. Evaluation data keep
+            their size.
+        features: features for the Fréchet distance: `FILE.py:NAME`, a function that gets pictures uint8 [N, H, W, 3]
+            and returns float [N, D]; or "judge", the judge's, which needs evaluation data; or None.
+        pairwise: `FILE.py:NAME`, a function that gets true pictures and their reconstructions, uint8 [N, H, W, 3]
+            each, and returns a number for each pair, such as LPIPS; or None.
+        pictures: new directory that gets the pictures and their reconstructions as PNG files, in the folders `true`
+            and `reconstructed`; or None.
+    """
+
+    side: int = 256
+    features: str | None = None
+    pairwise: str | None = None
+    pictures: str | None = None
+
+    def __post_init__(self):
+        check_field(self, "side", is_whole(self.side, 1) and self.side <= 2**13, f"a whole number from 1 to {2**13}")
+        for field, legal in (("features", f"FILE.py:NAME, {JUDGE} or None"), ("pairwise", "FILE.py:NAME or None")):
+            value = getattr(self, field)
+            ok = value is None or (field == "features" and value == JUDGE) or is_function(value)
+            check_field(self, field, ok, legal)
+        if self.pictures is not None:
+            check_path(self, "pictures", "a new directory or None", remote=True)
+            check_field(self, "pictures", self.pictures, "a new directory or None")
+
+
+@dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
     """The config of an evaluation.
 
@@ -69,7 +103,8 @@ class EvaluateConfig:
         model: directory of the bundle, or None for the embedded model.
         adapter: directory of a LoRA adapter to merge into the model, or None.
         quantize: quantisation of the decoder's weights and KV cache, as in `emu3_jax.load`, or None.
-        data: directory with items.jsonl, written by scripts/build_emoji.py.
+        data: directory with items.jsonl, written by scripts/build_emoji.py. If "reconstruction" is the only figure
+            that needs data, also a folder of pictures.
         figures: names of the figures to measure, from `FIGURES` and `FURTHER_FIGURES`.
         groups: groups of emoji to generate, describe and judge. The figure "reconstruction" uses all groups.
         cases: largest number of cases per figure, chosen by `seed`, or None for all.
@@ -88,6 +123,7 @@ class EvaluateConfig:
             see `generation.zipar`.
         rows: number of cases per figure that the page shows.
         judge: settings for training the judge.
+        reconstruction: further settings of the figure "reconstruction".
     """
 
     directory: str
@@ -111,6 +147,7 @@ class EvaluateConfig:
     zipar: int | None = None
     rows: int = 24
     judge: JudgeConfig = dataclasses.field(default_factory=JudgeConfig)
+    reconstruction: ReconstructionConfig = dataclasses.field(default_factory=ReconstructionConfig)
 
     def __post_init__(self):
         check_path(self, "directory", "a directory", remote=True)
@@ -150,11 +187,18 @@ class EvaluateConfig:
         check_zipar(self.zipar, self.parallel)
         check_field(self, "rows", is_whole(self.rows, 0), "a whole number >= 0")
         check_field(self, "judge", isinstance(self.judge, JudgeConfig), "a JudgeConfig")
+        ok = isinstance(self.reconstruction, ReconstructionConfig)
+        check_field(self, "reconstruction", ok, "a ReconstructionConfig")
 
     @property
     def needs_data(self) -> bool:
         """Whether a figure needs `data`."""
         return any(figure in FIGURES for figure in self.figures)
+
+    @property
+    def needs_items(self) -> bool:
+        """Whether a figure needs the items of scripts/build_emoji.py: a folder of pictures would not do."""
+        return any(figure in FIGURES and figure != "reconstruction" for figure in self.figures)
 
     @property
     def sampling(self) -> dict[str, Any]:

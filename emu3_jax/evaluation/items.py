@@ -4,7 +4,7 @@ import dataclasses
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,7 @@ ITEMS = "items.jsonl"
 _KINDS = {"picture": (), "clip": (), "procedural_picture": ("position",), "procedural_clip": ("motion",)}
 _MAX_BYTES = 1 << 28  # largest items.jsonl; the embedded model's data has 6 MB
 _SCENE = ("colour", "shape")
+T = TypeVar("T")
 _BUILD = "build the data again (python scripts/build_emoji.py DIR)"
 
 
@@ -92,7 +93,7 @@ class Data:
         return np.stack(arrays)
 
 
-def choose(items: Sequence[Item], cases: int | None, seed: int, figure: str) -> list[Item]:
+def choose(items: Sequence[T], cases: int | None, seed: int, figure: str) -> list[T]:
     """At most `cases` of the items, in their order. The choice depends only on `seed`, `figure` and the items."""
     if cases is None or len(items) <= cases:
         return list(items)

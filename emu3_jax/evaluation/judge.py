@@ -63,14 +63,14 @@ class Network(nn.Module):
     concepts: int
 
     @nn.compact
-    def __call__(self, pixels: jax.Array) -> jax.Array:
-        """Logits [B, K] from float32 pixels [B, H, W, 3] in 0..1."""
+    def __call__(self, pixels: jax.Array, features: bool = False) -> jax.Array:
+        """Logits [B, K] from float32 pixels [B, H, W, 3] in 0..1; or, with `features`, what the last layer gets."""
         x = nn.Conv(self.width, (5, 5), (2, 2), use_bias=False)(2 * pixels - 1)
         x = nn.relu(nn.GroupNorm(_GROUPS)(x))
         for factor in (1, 2, 4):
             x = Block(factor * self.width)(x)
-        x = jax.image.resize(x, (len(x), 2, 2, x.shape[-1]), "linear")
-        return nn.Dense(self.concepts)(x.reshape(len(x), -1))
+        x = jax.image.resize(x, (len(x), 2, 2, x.shape[-1]), "linear").reshape(len(x), -1)
+        return x if features else nn.Dense(self.concepts)(x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +143,11 @@ class Judge:
     def verdicts(self, pictures: np.ndarray, batch_size: int = 128) -> list[str]:
         """The likeliest concept of each picture, for uint8 [N, H, W, 3]."""
         return [self.concepts[i] for i in self._logits(pictures, batch_size).argmax(axis=1)]
+
+    def features(self, pictures: np.ndarray, batch_size: int = 128) -> np.ndarray:
+        """What the last layer gets, float64 [N, 16 * width], for uint8 [N, H, W, 3]."""
+        forward = _make_forward(self.width, len(self.concepts), features=True)
+        return in_batches(lambda rows: forward(self.params, rows), pictures, batch_size).astype(np.float64)
 
     def _logits(self, pictures: np.ndarray, batch_size: int) -> np.ndarray:
         forward = _make_forward(self.width, len(self.concepts))
@@ -359,9 +364,9 @@ def _smoothed(x: jax.Array, axis: int) -> jax.Array:
 
 
 @functools.cache
-def _make_forward(width: int, concepts: int) -> Callable[[Any, np.ndarray], jax.Array]:
+def _make_forward(width: int, concepts: int, features: bool = False) -> Callable[[Any, np.ndarray], jax.Array]:
     network = Network(width, concepts)
-    return jax.jit(lambda params, pixels: network.apply({"params": params}, pixels.astype(jnp.float32) / 255))
+    return jax.jit(lambda params, pixels: network.apply({"params": params}, pixels.astype(jnp.float32) / 255, features))
 
 
 @functools.cache

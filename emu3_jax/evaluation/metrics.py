@@ -1,4 +1,4 @@
-"""Metrics: distances between pictures, motion of clips, and use of the codebook."""
+"""Metrics: distances between pictures and between sets of features, motion of clips, and use of the codebook."""
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +72,37 @@ def perplexity(counts: np.ndarray) -> float:
 def distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Mean absolute difference of each pair of uint8 [N, H, W, 3], in 8-bit pixel values: float64 [N]."""
     return np.abs(a.astype(np.int16) - b.astype(np.int16)).mean(axis=(1, 2, 3), dtype=np.float64)
+
+
+def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Fréchet distance of two sets of features, each taken as a normal distribution (FID, Heusel et al. 2017).
+
+    It is |mean_a - mean_b|^2 + tr(A) + tr(B) - 2 tr((A B)^(1/2)) with the unbiased covariances A and B. With factors
+    A = F'F and B = G'G, the last trace is the sum of the singular values of F G'. So no root of a matrix is taken, and
+    covariances that are not of full rank need no correction, unlike with `scipy.linalg.sqrtm`.
+
+    Args:
+        a: float [N, D].
+        b: float [M, D].
+
+    Returns:
+        The distance, at least 0.
+
+    Raises:
+        Emu3Error: a set has fewer than two rows.
+    """
+    if min(len(a), len(b)) < 2:
+        raise Emu3Error(f"a Fréchet distance needs at least 2 pictures, there are {min(len(a), len(b))}: evaluate more")
+    means, factors = [], []
+    for features in (a, b):
+        means.append(features.mean(axis=0, dtype=np.float64))
+        factor, block = np.zeros((0, features.shape[1])), max(1024, features.shape[1])
+        for start in range(0, len(features), block):  # in blocks, because LAPACK copies its argument
+            factor = np.linalg.qr(np.concatenate([factor, features[start : start + block] - means[-1]]), mode="r")
+        factors.append(factor / np.sqrt(len(features) - 1))
+    traces = sum((factor**2).sum() for factor in factors)
+    root = np.linalg.norm(factors[0] @ factors[1].T, ord="nuc")
+    return max(0.0, float(((means[0] - means[1]) ** 2).sum() + traces - 2 * root))
 
 
 def motion_energy(clips: np.ndarray, power: int = 2) -> np.ndarray:

@@ -1,18 +1,26 @@
 """The figure "reconstruction": how much of pictures and clips does the vision tokenizer preserve?"""
 
+import dataclasses
 import hashlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import numpy as np
 from PIL import Image
 
-from emu3_jax.config import AreaConfig, VisionConfig
+from emu3_jax.config import AreaConfig, ImageConfig, VisionConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.evaluation import metrics
-from emu3_jax.evaluation.config import EvaluateConfig
+from emu3_jax.evaluation.comparison import Comparison, Features, picture_files
+from emu3_jax.evaluation.config import JUDGE, EvaluateConfig
+from emu3_jax.evaluation.functions import PictureFunction
 from emu3_jax.evaluation.items import Data, choose, in_batches
+from emu3_jax.evaluation.judge import get_judge
 from emu3_jax.evaluation.page import Cell, Row, Section
+from emu3_jax.evaluation.picture_folder import PictureFolder
+from emu3_jax.files import require_outside
 from emu3_jax.generation.codec import Vision
 from emu3_jax.media.images import postprocess, preprocess
 from emu3_jax.models.vision import make_decoder, make_encoder
@@ -95,17 +103,20 @@ class Reconstructor:
 
 
 def measure(
-    data: Data,
+    data: Data | PictureFolder,
     config: EvaluateConfig,
     reconstruct: Reconstructor,
     *,
     skipped: dict[str, str],
     progress: bool | None = None,
 ) -> tuple[dict[str, Any], list[Section]]:
-    """Measures PSNR and SSIM on held-out concepts, and use of the codebook over all pictures and clips.
+    """Measures PSNR, SSIM, use of the codebook, and what `config.reconstruction` asks for.
+
+    Of evaluation data: on held-out concepts; the use of the codebook over all pictures and clips. Of a folder of
+    pictures: everything on the same pictures.
 
     Args:
-        data: evaluation data.
+        data: evaluation data, or a folder of pictures.
         config: config of the evaluation.
         reconstruct: the vision tokenizer.
         skipped: gets the reason for each kind of data that cannot be measured.
@@ -113,7 +124,12 @@ def measure(
 
     Returns:
         The figures, and the sections of the page.
+
+    Raises:
+        Emu3Error: a picture or a user's function fails, or the data do not fit the model or the config.
     """
+    if isinstance(data, PictureFolder):
+        return _measure_folder(data, config, reconstruct, progress)
     figures, sections = {}, []
     total = np.zeros(reconstruct.vision.config.codebook_size, np.int64)
     for kind, name in (("picture", "pictures"), ("clip", "clips")):
@@ -125,11 +141,22 @@ def measure(
             skipped[f"reconstruction.{name}"] = f"the data has no {name} of held-out concepts"
             continue
         truth = data.pixels(held_out, progress)
-        again = reconstruct(truth)
-        pairs = [pixels.reshape(-1, *pixels.shape[-3:]) for pixels in (truth, again)]
-        frames = (len(truth), -1)
-        psnr = metrics.psnr(*pairs).reshape(frames).mean(axis=1)
-        ssim = metrics.ssim(*pairs).reshape(frames).mean(axis=1)
+        if kind == "picture":
+            with picture_files(config.reconstruction, len(truth), truth[0].size // 3) as folder:
+                features, pairwise = _functions(config, lambda: _judge_features(data, config, reconstruct, progress))
+                again = reconstruct(truth)
+                comparison = Comparison(features, pairwise, folder)
+                starts = range(0, len(truth), config.batch_size)
+                parts = [comparison.add(*(x[i : i + config.batch_size] for x in (truth, again))) for i in starts]
+                psnr, ssim = map(np.concatenate, zip(*parts, strict=True))
+                compared = comparison.figures(progress)
+        else:
+            again = reconstruct(truth)
+            pairs = [pixels.reshape(-1, *pixels.shape[-3:]) for pixels in (truth, again)]
+            psnr, ssim = (
+                metric(*pairs).reshape(len(truth), -1).mean(axis=1) for metric in (metrics.psnr, metrics.ssim)
+            )
+            compared = {"psnr_db": float(psnr.mean()), "ssim": float(ssim.mean())}
         everything = data.where(kind) + data.where(f"procedural_{kind}")
         everything = choose(everything, config.codebook_cases, config.seed, f"codebook.{name}")
         codes = reconstruct.encode(data.pixels(everything, progress))
@@ -137,22 +164,95 @@ def measure(
         total += counts
         figures[name] = {
             "cases": len(held_out),
-            "psnr_db": float(psnr.mean()),
-            "ssim": float(ssim.mean()),
+            **compared,
             "codebook_cases": len(everything),
             "codebook_use_percent": 100 * float((counts > 0).mean()),
             "perplexity": metrics.perplexity(counts),
         }
-        rows = [
-            Row(item.caption, (Cell("truth", truth[i]), Cell(f"{psnr[i]:.1f} dB, SSIM {ssim[i]:.3f}", again[i])))
-            for i, item in enumerate(held_out[: config.rows])
-        ]
-        sections.append(Section(f"Reconstruction of {name}", "Concepts that are held out of training.", tuple(rows)))
+        shown = list(zip(truth, again, psnr, ssim, strict=True))[: config.rows]
+        rows = tuple(_row(item.caption, *case) for item, case in zip(held_out, shown, strict=False))
+        sections.append(Section(f"Reconstruction of {name}", "Concepts that are held out of training.", rows))
     if total.any():
-        figures["codebook"] = {
-            "codes": len(total),
-            "counted": int(total.sum()),
-            "use_percent": 100 * float((total > 0).mean()),
-            "perplexity": metrics.perplexity(total),
-        }
+        figures["codebook"] = _codebook(total)
     return figures, sections
+
+
+def _measure_folder(
+    data: PictureFolder, config: EvaluateConfig, reconstruct: Reconstructor, progress: bool | None
+) -> tuple[dict[str, Any], list[Section]]:
+    """`measure` of a folder. One batch of pictures is in memory at a time, and no picture is resized but by `cut`."""
+
+    def no_judge() -> Features:
+        raise Emu3Error(
+            f"the features of the judge need evaluation data, and {data.directory} is a folder of pictures without "
+            "items.jsonl: name your own with --set reconstruction.features=FILE.py:NAME"
+        )
+
+    if config.reconstruction.pictures is not None:  # the next run would take them for pictures of the folder
+        require_outside(config.reconstruction.pictures, data.directory)
+    features, pairwise = _functions(config, no_judge)
+    side, vision = config.reconstruction.side, reconstruct.vision
+    if side % vision.config.spatial_factor:
+        raise Emu3Error(
+            f"reconstruction.side is {side}: for this vision tokenizer it must be a multiple of "
+            f"{vision.config.spatial_factor}"
+        )
+    if isinstance(vision.image, ImageConfig):  # its limits of the area are those of prompts, not of the network
+        limits = dataclasses.replace(vision.image, min_pixels=side * side, max_pixels=side * side)
+        vision = dataclasses.replace(vision, image=limits)
+    quiet = Reconstructor(vision, config.batch_size, progress=False)
+    files = choose(data.files, config.cases, config.seed, "reconstruction.folder")
+    counts, rows = np.zeros(reconstruct.vision.config.codebook_size, np.int64), []
+    with (
+        picture_files(config.reconstruction, len(files), side * side) as folder,
+        Progress(progress, len(files), "pictures", name="reconstructing") as bar,
+        ThreadPoolExecutor() as pool,
+    ):
+        comparison = Comparison(features, pairwise, folder)
+        for start in range(0, len(files), config.batch_size):
+            names = files[start : start + config.batch_size]
+            truth = np.stack(list(pool.map(lambda name: data.pixels(name, side), names)))
+            codes = quiet.encode(truth)
+            again = quiet.decode(codes)
+            counts += metrics.code_counts(codes, len(counts))
+            cases = zip(names, truth, again, *comparison.add(truth, again), strict=True)
+            rows += [_row(*case) for case in cases][: config.rows - len(rows)]
+            bar.update(len(names))
+        figures = {"pictures": {"cases": len(files), "side": side, **comparison.figures(progress)}}
+    text = f"Pictures of {data.directory}, cut to {side}x{side} pixels."
+    return {**figures, "codebook": _codebook(counts)}, [Section("Reconstruction of pictures", text, tuple(rows))]
+
+
+def _functions(config: EvaluateConfig, judge: Callable[[], Features]) -> tuple[Features | None, PictureFunction | None]:
+    """What `config.reconstruction` names: the features and the metric of pairs. `judge` makes the judge's features."""
+    wanted, features = config.reconstruction, None
+    if wanted.features == JUDGE:
+        features = judge()
+    elif wanted.features is not None:
+        function = PictureFunction.load(wanted.features, "features")
+        features = Features(function.name, lambda pictures: function(pictures, dims=2))
+    return features, None if wanted.pairwise is None else PictureFunction.load(wanted.pairwise, "pairwise")
+
+
+def _judge_features(data: Data, config: EvaluateConfig, reconstruct: Reconstructor, progress: bool | None) -> Features:
+    """The features of the judge that the figure "text_to_image" uses. Trains it if the data have none."""
+    training = data.where("picture", "train", config.groups)
+    pixels = data.pixels(training, progress) if training else np.zeros((0, 1, 1, 3), np.uint8)
+    judge = get_judge(
+        data.directory, config.judge, pixels, [item.concept for item in training],
+        reconstruct=lambda: reconstruct(pixels), tokenizer=reconstruct.digest(), progress=progress,
+    )  # fmt: skip
+    return Features(JUDGE, lambda pictures: judge.features(pictures, config.batch_size))
+
+
+def _codebook(counts: np.ndarray) -> dict[str, Any]:
+    return {
+        "codes": len(counts),
+        "counted": int(counts.sum()),
+        "use_percent": 100 * float((counts > 0).mean()),
+        "perplexity": metrics.perplexity(counts),
+    }
+
+
+def _row(title: str, truth: np.ndarray, again: np.ndarray, psnr: float, ssim: float) -> Row:
+    return Row(title, (Cell("truth", truth), Cell(f"{psnr:.1f} dB, SSIM {ssim:.3f}", again)))

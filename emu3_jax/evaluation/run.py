@@ -9,8 +9,9 @@ from emu3_jax import storage
 from emu3_jax.errors import Emu3Error
 from emu3_jax.evaluation import control, image_to_text, motion, reconstruction, stories, text_to_image, two_shapes
 from emu3_jax.evaluation.config import FIGURES, EvaluateConfig
-from emu3_jax.evaluation.items import Data
+from emu3_jax.evaluation.items import ITEMS, Data
 from emu3_jax.evaluation.page import render
+from emu3_jax.evaluation.picture_folder import PictureFolder
 from emu3_jax.evaluation.reconstruction import Reconstructor
 from emu3_jax.files import files_into
 from emu3_jax.foreign import local_path
@@ -20,14 +21,27 @@ FIGURES_FILE, PAGE_FILE = "evaluation.json", "index.html"
 _DIGITS = 5
 
 
+def open_data(config: EvaluateConfig) -> Data | PictureFolder:
+    """Opens `config.data`: evaluation data, or a folder of pictures if no figure needs more and it has no items.jsonl.
+
+    Raises:
+        Emu3Error: the data cannot be read, or the folder has no pictures.
+    """
+    if not config.needs_data:
+        return Data(None)
+    if config.needs_items or (local_path(config.data) / ITEMS).exists():
+        return Data(config.data)
+    return PictureFolder(config.data)
+
+
 def evaluate(
-    model: Emu3, data: Data, config: EvaluateConfig, progress: bool | None = None
+    model: Emu3, data: Data | PictureFolder, config: EvaluateConfig, progress: bool | None = None
 ) -> tuple[dict[str, Any], str]:
     """Measures the figures that `config.figures` names. On the same kind of device, a call gives the same figures.
 
     Args:
         model: model to evaluate.
-        data: evaluation data.
+        data: evaluation data, or a folder of pictures, as `open_data` returns it.
         config: config of the evaluation.
         progress: True shows progress bars on a terminal and lines in a log, None shows only bars, False nothing.
 
