@@ -7,6 +7,7 @@ import pathlib
 import numpy as np
 import pytest
 import scipy.linalg
+from emu35 import vision_of_emu35
 from PIL import Image
 from tiny_bundle import SIDE
 
@@ -15,10 +16,11 @@ from emu3_jax import Emu3Error
 from emu3_jax.cli.main import main
 from emu3_jax.evaluation import metrics
 from emu3_jax.evaluation.comparison import Comparison, Features
-from emu3_jax.evaluation.config import ReconstructionConfig
+from emu3_jax.evaluation.config import EvaluateConfig, ReconstructionConfig
 from emu3_jax.evaluation.functions import PictureFunction
 from emu3_jax.evaluation.picture_folder import PictureFolder, cut
-from emu3_jax.evaluation.reconstruction import Reconstructor
+from emu3_jax.evaluation.reconstruction import Reconstructor, measure
+from emu3_jax.evaluation.run import open_data
 
 pytestmark = pytest.mark.compiled_quickly
 
@@ -278,6 +280,19 @@ def test_a_folder_from_end_to_end(evaluate, tiny_bundle, photos, functions, caps
     assert evaluate(**small) == evaluate(**small) == 0
     first, second = capsys.readouterr().out.split("}\n{")
     assert first.strip("{}\n") == second.strip("{}\n") and '"cases": 3' in first
+
+
+@pytest.mark.slow
+def test_a_folder_with_the_vision_tokenizer_of_emu35(photos, tmp_path):
+    config = EvaluateConfig(
+        directory=str(tmp_path), data=str(photos), figures=("reconstruction",), batch_size=4, rows=0,
+        reconstruction=ReconstructionConfig(side=32),
+    )  # fmt: skip
+    folder, reconstruct = open_data(config), Reconstructor(vision_of_emu35(), 4, progress=False)
+    figures, _ = measure(folder, config, reconstruct, skipped={}, progress=False)
+    true = np.stack([folder.pixels(file, 32) for file in folder.files])
+    assert figures["pictures"]["psnr_db"] == pytest.approx(metrics.psnr(true, reconstruct(true)).mean(), abs=0.01)
+    assert figures["codebook"]["counted"] == reconstruct.encode(true).size
 
 
 def test_too_few_pictures_for_the_features_are_told(capsys):

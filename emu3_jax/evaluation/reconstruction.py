@@ -197,7 +197,7 @@ def _measure_folder(
             f"reconstruction.side is {side}: for this vision tokenizer it must be a multiple of "
             f"{vision.config.spatial_factor}"
         )
-    if isinstance(vision.image, ImageConfig):  # its limits of the area are those of prompts, not of the network
+    if isinstance(vision.image, ImageConfig):  # limits of what commands read; the network has none
         limits = dataclasses.replace(vision.image, min_pixels=side * side, max_pixels=side * side)
         vision = dataclasses.replace(vision, image=limits)
     quiet = Reconstructor(vision, config.batch_size, progress=False)
