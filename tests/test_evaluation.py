@@ -248,6 +248,8 @@ def test_the_reward_of_the_judge(tiny_bundle, config):
     assert settings == judge_settings(config.data, vision, JUDGE, progress=False)
     assert settings["side"] == [SIDE, SIDE, 3] and len(settings["concepts"]) == 5  # one is held out
     assert settings["captions"]["3d emoji of face 1"] == "1f601" and "3d emoji of face 5" not in settings["captions"]
+    styles = {caption.split()[0] for caption, concept in settings["captions"].items() if concept == "1f601"}
+    assert styles == {item.style for item in Data(config.data).where("picture")}  # with or without a picture
     reward = SHIPPED["judge"](**settings)
     found = reward(["3d emoji of face 1", "flat emoji of face 2"], list(pictures(2)))
     assert found.shape == (2,) and (found > 0).all() and (found < 1).all()
