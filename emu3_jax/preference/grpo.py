@@ -111,8 +111,14 @@ class GrpoJob(DecoderJob):
         if settings.reward == "judge":
             found = judge_settings(settings.judge_data, self._vision, progress=self._progress)
             reward = Reward.parse(settings.reward, settings=found)
+        # Calls are small enough that each worker gets one.
+        groups = -(-self._groups // jax.process_count())
+        most = settings.n * -(-groups // settings.workers)
         self._pool = RewardPool(
-            reward, workers=settings.workers, timeout=settings.timeout, batch_size=settings.pictures_per_call
+            reward,
+            workers=settings.workers,
+            timeout=settings.timeout,
+            batch_size=min(settings.pictures_per_call, most),
         )
         self._pool.start()  # a reward that cannot be loaded must fail before pictures are drawn
 
