@@ -30,6 +30,7 @@ from emu3_jax.data.pairs import write_pairs
 from emu3_jax.data.prepare import prepare
 from emu3_jax.data.sequences import Preference, TextToImage
 from emu3_jax.training.config import ModelConfig, OptimizerConfig, TrainConfig
+from emu3_jax.training.grpo_config import GrpoConfig
 from emu3_jax.training.loop import train
 from emu3_jax.training.metrics import read_metrics
 from emu3_jax.training.preference_config import PreferenceConfig
@@ -261,6 +262,30 @@ def test_preference_pairs_are_those_of_one_process(base, config_file, tiny_bundl
 
 
 # ------------------------------------------------------------------------------------------------ generation, data
+
+
+def test_grpo_is_that_of_one_process(base, tmp_path):
+    """Both processes draw all pictures on four devices. Each asks its own reward workers about its share of prompts."""
+    (tmp_path / "prompts.txt").write_text("text 0\ntext 1\ntext 2\n")
+    reward = (
+        "def red(prompts, pictures):\n    return [float(one[..., 0].mean() - one[..., 2].mean()) for one in pictures]"
+    )
+    (tmp_path / "rewards.py").write_text(reward)
+    grpo = GrpoConfig(str(tmp_path / "prompts.txt"), f"{tmp_path}/rewards.py:red", n=4, area=16 * 16, guidance=2.0)
+    data = DataConfig((), 48, packing=0)
+    config = dataclasses.replace(base, grpo=grpo, data=data, batch_size=16, steps=3)
+    file = tmp_path / "grpo.py"
+    imports = "from emu3_jax.training.grpo_config import GrpoConfig"
+    names = "from emu3_jax.training.config import ModelConfig, OptimizerConfig, TrainConfig"
+    sources = "from emu3_jax.data.config import DataConfig"
+    file.write_text(f"{imports}\n{names}\n{sources}\n\ndef config():\n    return {config!r}\n")
+    Pair("train", file, "--set", f"directory={tmp_path}/two").succeed()
+    emu3_jax.train(dataclasses.replace(config, directory=str(tmp_path / "one")), progress=False)
+    # The losses are near 0, because the advantages of a prompt add up to 0.
+    assert_near(*([norm for *_, norm in losses(tmp_path / name)] for name in ("two", "one")))
+    rewards = [[line["reward"] for line in read_metrics(tmp_path / name)] for name in ("two", "one")]
+    np.testing.assert_allclose(*rewards, atol=1e-6)
+    assert rewards[0][0] != rewards[0][1]
 
 
 def test_generation_is_that_of_one_process(whole, tmp_path):
