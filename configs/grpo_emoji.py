@@ -21,15 +21,15 @@ def config() -> TrainConfig:
         # A picture of 32x32 pixels takes about 285 tokens. The rest of a row is for the prompt.
         data=DataConfig((), 320, packing=0),
         batch_size=256,
-        steps=250,
+        steps=400,
         optimizer=OptimizerConfig(
-            learning_rate=4e-5, final_learning_rate=1e-6, warmup_steps=10, clip_norm=1.0, weight_decay=0.0
+            learning_rate=5e-5, final_learning_rate=1e-6, warmup_steps=10, clip_norm=1.0, weight_decay=0.0
         ),
         grpo=GrpoConfig(
             "out/two_shapes/prompts.txt",
             "procedural",
             n=8,
-            kl_weight=0.03,
+            kl_weight=0.003,
             held_out="out/two_shapes/held_out.txt",
             workers=4,
         ),

@@ -35,11 +35,11 @@ def config() -> TrainConfig:
         model=dataclasses.replace(tuning.model, bundle=str(embedded_bundle())),
         data=dataclasses.replace(tuning.data, sources=(two_shapes, *tuning.data.sources), seed=2),
         batch_size=128,
-        steps=600,
+        steps=1_200,
         optimizer=OptimizerConfig(
             learning_rate=2e-4, final_learning_rate=1e-5, warmup_steps=30, clip_norm=1.0, eps=1e-8
         ),
-        checkpoint_every=300,
-        evaluate_every=300,
+        checkpoint_every=600,
+        evaluate_every=600,
         samples=None,
     )

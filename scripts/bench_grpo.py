@@ -5,8 +5,8 @@ python scripts/bench_grpo.py --preset 8b --prompts 2 -n 8
 Prints JSON lines. `engine` draws as many pictures as a step, with weights that stay as they are: this is what
 `emu3-jax bench decode` times. `step` is a whole step: the adapters are merged on the device, the pictures are drawn and
 decoded, a reward judges them in a worker process, the reference's log-probabilities are computed, and the adapters are
-updated. All programs are compiled before a time is taken. The sampled tokens are those of random weights, so rewards mean
-nothing.
+updated. All programs are compiled before a time is taken. The sampled tokens are those of random weights, so rewards
+mean nothing.
 """
 
 import argparse

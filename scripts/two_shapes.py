@@ -4,7 +4,8 @@ python scripts/two_shapes.py out/two_shapes
 
 The directory gets pictures/, a manifest train.jsonl that `emu3-jax prepare` reads, and summary.json. The places, sizes
 and colours of the shapes vary a little. The pairs of shapes that configs/eval_two_shapes.py asks for are never drawn.
-configs/two_shapes_sft.py says how to train on the result. The script downloads nothing.
+For configs/grpo_emoji.py it gets prompts.txt, the captions of the pictures, and held_out.txt, captions of pairs that
+are never drawn. configs/two_shapes_sft.py says how to train on the result. The script downloads nothing.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from emu3_jax.files import new_directory
 from emu3_jax.progress import each
 
 _SIZES = (16, 512)  # pixels; on fewer the shapes run together
+_HELD_OUT = 128  # captions in held_out.txt
 _MOST = 10**6  # pictures: file names have six digits
 _BYTES_PER_PICTURE = 8_192  # of the whole directory: two blocks of a file system, for the disk check
 
@@ -59,9 +61,13 @@ def build(directory: pathlib.Path, *, count: int = 6_000, size: int = 32, seed: 
             lines.append({"image": file, "text": scene.caption, "name": f"two_shapes/{number:06d}"})
             relations[scene.relation] += 1
         write_lines(target / "train.jsonl", lines)
+        captions = dict.fromkeys(line["text"] for line in lines)
+        unseen = (draw_two_shapes(rng, unseen=True).caption for _ in range(_HELD_OUT))
+        for name, texts in (("prompts.txt", captions), ("held_out.txt", unseen)):
+            (target / name).write_text("".join(f"{text}\n" for text in texts))
         summary = {
             "arguments": {"count": count, "size": size, "seed": seed},
-            "captions": len({line["text"] for line in lines}),
+            "captions": len(captions),
             "relations": dict(sorted(relations.items())),
         }
         (target / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")

@@ -58,6 +58,9 @@ def test_no_held_out_pair_is_in_the_data(script, tmp_path, monkeypatch):
     two_shapes = script("two_shapes")
     monkeypatch.setattr(two_shapes, "rasterise", lambda *_: np.zeros((1, 1, 3), np.uint8))  # the captions suffice
     two_shapes.build(tmp_path / "data", count=2_000)
+    prompts, unseen = ((tmp_path / f"data/{name}.txt").read_text().splitlines() for name in ("prompts", "held_out"))
+    assert len(set(prompts)) == len(prompts) and len(unseen) == 128
+    assert all(map(relations.held_out, map(TwoShapes.parse, unseen)))
     text = (tmp_path / "data" / "train.jsonl").read_text()
     trained = {_pair(TwoShapes.parse(json.loads(line)["text"])) for line in text.splitlines()}
     rng = np.random.default_rng([0, 2])  # as `evaluate` draws its prompts

@@ -96,6 +96,8 @@ class GrpoJob(DecoderJob):
 
     def report(self, figures: dict[str, float], seconds: float) -> tuple[dict[str, float], str]:
         line = {name: value for name, value in figures.items() if name not in ("tokens", "attended")}
+        # Steps do not overlap, so the job's own clock is exact. The runner's also counts what lies between two steps.
+        seconds = sum(line[f"seconds_{part}"] for part in ("drawing", "rewards", "update"))
         line |= {"seconds": seconds, "pictures_per_minute": 60 * self._groups * self._grpo.n / seconds}
         notes = [self._trainer.objective.note(line), f"{line['pictures_per_minute']:,.0f} pictures/min"]
         notes.append(f"{line['seconds_drawing'] / seconds:.0%} of the time in drawing")
@@ -136,7 +138,6 @@ class GrpoJob(DecoderJob):
 
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         settings = self._grpo
-        jax.block_until_ready(state.params)  # else the last update would count as time of drawing
         drawing = rewarding = 0.0
         failed = 0
         for _ in range(_ATTEMPTS):
@@ -154,12 +155,13 @@ class GrpoJob(DecoderJob):
             batch = self.next_batch()  # there is nothing to learn from these prompts
         else:
             raise Emu3Error(self._no_rewards(f"{_ATTEMPTS} times in a row for all prompts of a step", reason))
+        judged = time.perf_counter()
         real = np.where(kept[:, None], rewards, 0)
         advantages = np.asarray(grpo.advantages(jnp.asarray(real), normalise=settings.normalise))
         mine = list(self._rows.mine)
         rows = self._artist.batch_rows(drawn, np.repeat(kept, settings.n), mine, self._config.data.sequence_length)
         rows["advantage"] = np.repeat(advantages.reshape(-1), settings.rows)[mine]
-        state, found = self._updates(state, self._rows.spread(rows))
+        state, found = jax.block_until_ready(self._updates(state, self._rows.spread(rows)))
         figures: dict[str, Any] = dict(found)
         level = kept & (rewards == rewards[:, :1]).all(axis=1)
         return state, figures | {
@@ -170,6 +172,7 @@ class GrpoJob(DecoderJob):
             "failed": failed,
             "seconds_drawing": drawing,
             "seconds_rewards": rewarding,
+            "seconds_update": time.perf_counter() - judged,
         }
 
     def _updates(self, state: TrainState, rows: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
