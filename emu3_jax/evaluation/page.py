@@ -75,7 +75,7 @@ def render(title: str, figures: Mapping[str, Any], sections: Sequence[Section]) 
     for section in sections:
         parts.append(f"<h2>{html.escape(section.title)}</h2><p>{html.escape(section.text)}</p>")
         if section.curve is not None:
-            parts.append(_svg(section.curve))
+            parts.append(line_chart(section.curve))
         parts.append('<div class="rows">')
         parts.extend(_row(row) for row in section.rows)
         parts.append("</div>")
@@ -106,7 +106,7 @@ def _data_uri(pixels: np.ndarray) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
-def _svg(curve: Curve, width: int = 420, height: int = 220) -> str:
+def line_chart(curve: Curve, width: int = 420, height: int = 220) -> str:
     """The SVG of a line chart, with percent on the y axis."""
     left, right, top, bottom = 46, 70, 12, 40
     span = curve.x[-1] - curve.x[0] or 1.0
