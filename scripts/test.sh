@@ -26,5 +26,5 @@ in_venv "$extra" install
 # the lock. A cache entry that a killed run left unfinished only gives a warning, and the program is compiled again.
 JAX_COMPILATION_CACHE_DIR=$(realpath "$VENV")/compiled
 export JAX_COMPILATION_CACHE_DIR JAX_COMPILATION_CACHE_MAX_SIZE=2000000000
-exec "$VENV/bin/python" -m pytest -n 2 --dist loadfile \
+exec "$VENV/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
     --durations=20 -W "default:Error reading persistent compilation cache" -W "default:Error writing persistent compilation cache" "$@"

@@ -15,6 +15,7 @@ import hypothesis
 import jax
 import numpy as np
 import pytest
+from jax._src import compiler
 
 # A busy machine is no reason to fail: hypothesis' deadline of 200 ms an example would make one.
 hypothesis.settings.register_profile("suite", deadline=None)
@@ -31,8 +32,9 @@ def optimisation(request):
     which takes most of their time. Programs mean the same without them. What is compared with the reference is compiled
     as for users.
 
-    XLA's fusion emitters stay, although leaving them out too saves another third: jaxlib 0.10 then runs collectives of
-    one program in any order, and in 4 of 8 runs two devices of a small training waited for each other for ever.
+    Programs of several devices keep XLA's fusion emitters: without them, jaxlib 0.10 runs collectives of one program in
+    any order, and in 4 of 8 runs two devices of a small training waited for each other for ever. Programs of one device
+    leave them out, see `quick_compile_options`.
     """
     global quickly
     wanted = request.node.get_closest_marker("compiled_quickly") is not None
@@ -42,6 +44,38 @@ def optimisation(request):
         # jit's own cache knows nothing of the setting: it would hand one module's programs to the next.
         jax.clear_caches()
         quickly = wanted
+
+
+compile_options = compiler.get_compile_options
+
+
+def quick_compile_options(num_replicas, num_partitions, *args, env_options_overrides=None, backend=None, **kwargs):
+    """JAX's options; for a CPU program of one device, which has no collectives, without the fusion emitters.
+
+    `XLA_FLAGS` could not choose by the program: XLA reads it once in each process.
+    """
+    if quickly and num_replicas * num_partitions == 1 and (backend is None or backend.platform == "cpu"):
+        without = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
+        env_options_overrides = {**without, **(env_options_overrides or {})}
+    named = {"env_options_overrides": env_options_overrides, "backend": backend, **kwargs}
+    return compile_options(num_replicas, num_partitions, *args, **named)
+
+
+compiler.get_compile_options = quick_compile_options
+
+
+# Files that take minutes, the longest first. Two workers share the files: one that begins late ends alone.
+LONG = (
+    "notebooks", "scripts", "two_processes", "vision_training", "interleaved_rows", "interleave_command", "turns",
+    "grpo_training", "grpo_answers", "pipeline", "train", "preference_training", "engine", "attention", "documentation",
+    "recipes", "lora", "plan", "grpo_plan", "bucket_runs", "bench_automaton", "evaluation", "cli", "harness",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begins with the long files."""
+    places = {f"test_{name}": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 def pytest_ignore_collect(collection_path: pathlib.Path, config: pytest.Config) -> bool | None:
