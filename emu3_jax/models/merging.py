@@ -138,8 +138,12 @@ def _merge_matrix(matrix: jax.Array, parts: Any, *, name: str, base: str, dtype:
 
 def _outer(name: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """The product A B, float32, in the shape of the matrix."""
-    inputs, outputs = a.shape[:-1], b.shape[b.ndim - MATRICES[name].outputs :]
-    layers = inputs[: len(inputs) - MATRICES[name].inputs]
-    a, b = a.reshape(*layers, -1, a.shape[-1]), b.reshape(*layers, a.shape[-1], -1)
-    product = jnp.einsum("...ir,...ro->...io", a, b, precision="highest", preferred_element_type=jnp.float32)
-    return product.reshape(*inputs, *outputs)
+    kind = MATRICES[name]
+    layers = a.ndim - 1 - kind.inputs
+    axes = "abcdefg"[: layers + kind.inputs + kind.outputs]
+    first, inputs, outputs = axes[:layers], axes[layers : a.ndim - 1], axes[a.ndim - 1 :]
+    # Without reshapes: of merged axes, a mesh cannot split the second one, and would compute all of the product on
+    # every device.
+    return jnp.einsum(
+        f"{first}{inputs}r,{first}r{outputs}->{axes}", a, b, precision="highest", preferred_element_type=jnp.float32
+    )

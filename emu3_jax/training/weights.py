@@ -2,7 +2,7 @@
 
 import functools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -54,7 +54,7 @@ def frozen_from_bundle(bundle: Bundle, decoder: DecoderConfig, adapter: Adapter,
     return lora.freeze_stacked(arrays, decoder, adapter, places)
 
 
-def make_inference_params(decoder: DecoderConfig, adapter: Adapter | None, mesh: Mesh) -> Callable[[Any, Any], Any]:
+def make_inference_params(decoder: DecoderConfig, adapter: Adapter | None, mesh: Mesh) -> jax.stages.Wrapped:
     """Makes a jitted `(params, frozen) -> inference parameters`, in `decoder.dtype`, with adapters merged."""
 
     def convert(params: Any, frozen: Any) -> Any:
