@@ -1,6 +1,7 @@
 """The programs that generate pictures and clips. `sharding.plan` compiles them for a TPU slice."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +16,7 @@ from emu3_jax.generation.grammar import Grammar, GrammarState
 from emu3_jax.generation.grammar import one_pass as grammar_pass
 from emu3_jax.generation.rows import Sampling
 from emu3_jax.generation.session import DecodeSession, Row
+from emu3_jax.generation.shapes import Shapes
 from emu3_jax.models.decoder import Decoder
 from emu3_jax.models.quantization import (
     codes_and_scales_shapes,
@@ -35,15 +37,39 @@ def programs(config: GenerateConfig, slice_: Slice) -> tuple[Mesh, list[Program]
     Raises:
         Emu3Error: the mesh does not fit the chips or the decoder.
     """
-    decoder = config.decoder
     mesh = make_mesh(config.mesh, slice_.devices)
-    params = _params(decoder, mesh, config.quantize)
+    params = _params(config.decoder, mesh, config.quantize)
+    result, shapes = session_programs(config, mesh, params, Sampling(guidance=config.guidance))
+    # The models of Emu3.5 decide themselves where pictures begin.
+    if config.frames is None and config.decoder.family == "emu3.5":
+        result.append(_grammar(config, mesh, shapes.rows, shapes.variant.window))
+    return mesh, result
+
+
+def session_programs(
+    config: GenerateConfig, mesh: Mesh, params: Any, sampling: Sampling, beside: Mapping[str, Any] | None = None
+) -> tuple[list[Program], Shapes]:
+    """The programs of a session, see `programs`, without the automaton.
+
+    Args:
+        config: what is generated. Its `mesh` is not read.
+        mesh: the mesh.
+        params: the decoder's weights, as abstract arrays with shardings.
+        sampling: sampling settings of all rows.
+        beside: other arrays in memory during the session, as in `Program`.
+
+    Returns:
+        The programs, and the shapes that they are compiled for.
+
+    Raises:
+        Emu3Error: the mesh does not fit the decoder.
+    """
+    decoder, beside = config.decoder, dict(beside or {})
     prompt = [decoder.tokens.pad] * config.prompt_tokens
     row = Row(prompt, config.schedule, prompt if config.guidance != 1 else None)
-    settings = Sampling(guidance=config.guidance).settings(config.pictures)
     session = DecodeSession(
-        params, decoder, [row] * config.pictures, settings, mesh=mesh, kernels=config.kernels,
-        narrow_cache=narrows_cache(config.quantize), parallel=config.parallel,
+        params, decoder, [row] * config.pictures, sampling.settings(config.pictures), mesh=mesh,
+        kernels=config.kernels, narrow_cache=narrows_cache(config.quantize), parallel=config.parallel,
     )  # fmt: skip
     shapes = session.shapes
     rows, width, window = shapes.computed_rows, shapes.width, shapes.variant.window
@@ -60,12 +86,14 @@ def programs(config: GenerateConfig, slice_: Slice) -> tuple[Mesh, list[Program]
             f"prefill of {rows} rows of {width} tokens",
             session.lower_prefill,
             {"weights": params, "inputs": (prompts, start, plan)},
+            beside=beside,
             flops=_flops(decoder, rows * width, rows * width * (width + 1) / 2, rows),
         ),
         Program(
             f"decoding step {last}{at_once} of {shapes.rows} {what} of {'x'.join(map(str, config.grid))} tokens",
             lambda: session.lower_decode(sizes[-1]),
             {"weights": params, "cache": full.cache, "inputs": inputs},
+            beside=beside,
             flops=_flops(decoder, rows * window, rows * window * sizes[-1], rows * window),
         ),
     ]
@@ -76,12 +104,10 @@ def programs(config: GenerateConfig, slice_: Slice) -> tuple[Mesh, list[Program]
                 f"growth of the cache to {new} slots",
                 lambda: session.lower_growth(old, new),
                 {"cache": session.abstract_state(old).cache},
-                beside={"weights": params, "inputs": inputs},
+                beside={**beside, "weights": params, "inputs": inputs},
             )
         )
-    if config.frames is None and decoder.family == "emu3.5":  # its models decide themselves where pictures begin
-        result.append(_grammar(config, mesh, shapes.rows, window))
-    return mesh, result
+    return result, shapes
 
 
 def _grammar(config: GenerateConfig, mesh: Mesh, rows: int, window: int) -> Program:

@@ -22,8 +22,10 @@ def matrix_weights(decoder: DecoderConfig) -> int:
     return decoder.num_layers * (d * heads * h + 3 * d * f) + decoder.vocab_size * d
 
 
-def step_flops(decoder: DecoderConfig, tokens: float, attended: float, frozen: bool = False) -> float:
-    """Model FLOPs of a training step.
+def step_flops(
+    decoder: DecoderConfig, tokens: float, attended: float, frozen: bool = False, visual_only: bool = False
+) -> float:
+    """Model FLOPs of a training step. A forward pass alone takes a third of those of a step without `frozen`.
 
     Args:
         decoder: config of the decoder.
@@ -32,9 +34,13 @@ def step_flops(decoder: DecoderConfig, tokens: float, attended: float, frozen: b
             S tokens).
         frozen: whether the matrices are frozen, so that no gradients of them are computed. FLOPs of adapters are not
             counted.
+        visual_only: whether the head computes only the logits of visual tokens.
     """
+    weights = matrix_weights(decoder)
+    if visual_only:
+        weights -= (decoder.vocab_size - decoder.tokens.visual_count) * decoder.hidden_size
     per_pair = 12 * decoder.num_layers * decoder.num_heads * decoder.head_dim
-    return (4 if frozen else 6) * matrix_weights(decoder) * tokens + per_pair * attended
+    return (4 if frozen else 6) * weights * tokens + per_pair * attended
 
 
 def peak_flops(device_kind: str) -> float:

@@ -1,4 +1,4 @@
-"""The program of a decoder training run, which `sharding.plan` compiles for a TPU slice."""
+"""The programs of a decoder training run, which `sharding.plan` compiles for a TPU slice."""
 
 import dataclasses
 
@@ -11,11 +11,15 @@ from emu3_jax.sharding.plan import Program, Slice
 from emu3_jax.sharding.rules import batch_shards, use_mesh
 from emu3_jax.training.config import TrainConfig
 from emu3_jax.training.flops import step_flops
+from emu3_jax.training.grpo_plan import grpo_programs
 from emu3_jax.training.step import Trainer
 
 
 def programs(config: TrainConfig, slice_: Slice, rows_per_chip: int | None = None) -> tuple[Mesh, list[Program]]:
-    """The program of one training step, on the config's mesh over all chips of the slice.
+    """The programs of one training step, on the config's mesh over all chips of the slice.
+
+    With `grpo` these are the programs that draw the pictures, then those that compare and update the weights, see
+    `training.grpo_plan`. Otherwise there is one.
 
     Args:
         config: config of the run. `model.decoder` must not be None, because planning opens no bundle.
@@ -23,17 +27,24 @@ def programs(config: TrainConfig, slice_: Slice, rows_per_chip: int | None = Non
         rows_per_chip: if given, replaces `batch_size` by `rows_per_chip * chips * accumulation`.
 
     Returns:
-        The mesh, and a list with the one program.
+        The mesh, and the programs in the order of a step.
 
     Raises:
-        Emu3Error: the mesh does not divide the rows or the sequence length, or `model.decoder` is None.
+        Emu3Error: the mesh does not divide the rows or the sequence length, `model.decoder` is None, or GRPO's groups
+            do not fit the rows.
     """
     decoder = config.model.decoder
     if decoder is None:
         raise Emu3Error("TrainConfig field model.decoder is None: a plan opens no bundle, so give a DecoderConfig")
     mesh = make_mesh(config.mesh, slice_.devices)
     if rows_per_chip is not None:
-        config = dataclasses.replace(config, batch_size=rows_per_chip * mesh.size * config.accumulation)
+        rows = rows_per_chip * mesh.size * config.accumulation
+        if config.grpo is not None and rows % (each := config.grpo.n * config.grpo.rows):
+            raise Emu3Error(
+                f"--rows-per-chip {rows_per_chip} makes a batch of {rows} rows: it must be a multiple of {each}, the "
+                f"rows of {config.grpo.n} pictures of a prompt"
+            )
+        config = dataclasses.replace(config, batch_size=rows)
     together = config.together
     shards = batch_shards(mesh) * config.accumulation * together
     if config.batch_size % shards:
@@ -59,6 +70,13 @@ def programs(config: TrainConfig, slice_: Slice, rows_per_chip: int | None = Non
     if config.adapter:
         arguments = {"frozen weights": frozen, **arguments}
     attended = config.batch_size * length * (length + 1) / 2
-    flops = step_flops(trainer.decoder, config.batch_size * length, attended, frozen=bool(config.adapter))
+    flops = step_flops(
+        trainer.decoder,
+        config.batch_size * length,
+        attended,
+        frozen=bool(config.adapter),
+        visual_only=config.grpo is not None,
+    )
     name = f"training step of {config.batch_size} rows of {length} tokens"
-    return mesh, [Program(name, lower, arguments, flops=flops)]
+    step = Program(name, lower, arguments, flops=flops)
+    return mesh, [step] if config.grpo is None else grpo_programs(config, config.grpo, mesh, trainer, step)

@@ -1,0 +1,123 @@
+"""The programs of a step of GRPO, which `sharding.plan` compiles for a TPU slice."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from emu3_jax.errors import Emu3Error
+from emu3_jax.generation.config import GenerateConfig
+from emu3_jax.generation.plan import session_programs
+from emu3_jax.generation.rows import Sampling
+from emu3_jax.sharding.plan import Program
+from emu3_jax.sharding.rules import decoder_shardings, use_mesh
+from emu3_jax.training.config import TrainConfig
+from emu3_jax.training.flops import step_flops
+from emu3_jax.training.grpo_config import GrpoConfig
+from emu3_jax.training.step import BATCH_DTYPES, Trainer
+from emu3_jax.training.weights import make_inference_params
+
+
+def grpo_programs(
+    config: TrainConfig, grpo: GrpoConfig, mesh: Mesh, trainer: Trainer, update: Program
+) -> list[Program]:
+    """The programs of a step: weights for drawing, drawing, the log-probabilities of other policies, and the update.
+
+    The largest caches belong to the longest prompt that fits in a row. The vision tokenizer and the reward are left
+    out, because their sizes are not part of the config.
+
+    Args:
+        config: config of the run.
+        grpo: its field `grpo`.
+        mesh: the mesh.
+        trainer: the trainer of this config on this mesh.
+        update: the program of an update. Its arguments are the state, the frozen weights and a batch.
+
+    Raises:
+        Emu3Error: a picture does not fit in a row.
+    """
+    state, frozen = trainer.abstract_state(), trainer.abstract_frozen()
+    trained = {"adapters" if config.adapter else "trained weights": state.params}
+    if config.adapter:
+        trained = {"frozen weights": frozen, **trained}
+    optimizer = {"optimizer": state.opt_state}
+    reference: dict[str, Any] = {}
+    if grpo.reference and not config.adapter:
+        reference = {"reference weights": _narrow(state.params, config.model.dtype)}
+
+    merge = make_inference_params(trainer.decoder, config.adapter, mesh)
+    shapes = jax.eval_shape(merge, state.params, frozen)
+    places = decoder_shardings(trainer.decoder, mesh)
+    merged = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
+
+    def lower_merge() -> jax.stages.Lowered:
+        with use_mesh(mesh):
+            return merge.lower(state.params, frozen)
+
+    sampling = Sampling(
+        temperature=grpo.temperature, top_k=trainer.decoder.tokens.visual_count, top_p=1.0, guidance=grpo.guidance
+    )
+    drawing, _ = session_programs(
+        _drawn(config, grpo, trainer), mesh, merged, sampling, beside={**trained, **optimizer, **reference}
+    )
+    whole = config.adapter is None
+    passes = []
+    if grpo.reference:
+        weights, others = (reference, trained) if whole else (trained, {})
+        passes.append(_policy(config, trainer, mesh, "reference", weights, {**others, **optimizer}, adapters=whole))
+    if grpo.iterations > 1:
+        passes.append(_policy(config, trainer, mesh, "old policy", trained, {**optimizer, **reference}, adapters=True))
+    return [
+        Program("weights for drawing", lower_merge, trained, beside={**optimizer, **reference}),
+        *drawing,
+        *passes,
+        dataclasses.replace(update, beside=reference),
+    ]
+
+
+def _drawn(config: TrainConfig, grpo: GrpoConfig, trainer: Trainer) -> GenerateConfig:
+    """What is drawn at once, with the longest prompt that fits in a row."""
+    pictures = config.batch_size // grpo.rows
+    one = GenerateConfig(
+        trainer.decoder, pictures=min(grpo.draw_at_once or 4096, pictures), ratio=grpo.ratio, area=grpo.area,
+        guidance=grpo.guidance, prompt_tokens=1, parallel=grpo.parallel, kernels="auto",
+    )  # fmt: skip
+    most = min(config.data.sequence_length, trainer.decoder.max_positions)
+    if one.steps >= most:
+        raise Emu3Error(
+            f"a picture of {'x'.join(map(str, one.grid))} tokens takes {one.steps} tokens of a row, a row has {most}: "
+            "raise data.sequence_length, or lower grpo.area"
+        )
+    return dataclasses.replace(one, prompt_tokens=most - one.steps)
+
+
+def _policy(
+    config: TrainConfig,
+    trainer: Trainer,
+    mesh: Mesh,
+    name: str,
+    weights: dict[str, Any],
+    beside: dict[str, Any],
+    adapters: bool,
+) -> Program:
+    """The program that computes the log-probabilities of all rows. `weights`: the trained ones last."""
+    batch = {key: array for key, array in trainer.abstract_batch().items() if key in BATCH_DTYPES}
+    *_, params = weights.values()
+    frozen = trainer.abstract_frozen()
+
+    def lower() -> jax.stages.Lowered:
+        with use_mesh(mesh):
+            return trainer.policy.lower(params, frozen, batch, adapters)
+
+    rows, length = config.batch_size, config.data.sequence_length
+    # The three parts of a step of all weights are one forward pass and two of the same size backward.
+    flops = step_flops(trainer.decoder, rows * length, rows * length * (length + 1) / 2, visual_only=True) / 3
+    title = f"log-probabilities by the {name} of {rows} rows of {length} tokens"
+    return Program(title, lower, {**weights, "inputs": batch}, beside=beside, flops=flops)
+
+
+def _narrow(params: Any, dtype: str) -> Any:
+    """The parameters of the reference, see `preference.grpo.GrpoJob`."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=x.sharding), params)

@@ -1,0 +1,167 @@
+"""`emu3-jax plan` of GRPO: the programs of a step, and what lies in memory beside them."""
+
+import dataclasses
+import json
+
+import pytest
+from test_plan import libtpu
+
+from emu3_jax.cli.main import main
+from emu3_jax.sharding import plan
+from emu3_jax.training.config import load_config
+from emu3_jax.training.plan import programs
+
+SMALL = """
+import tiny
+from emu3_jax.config import DecoderConfig
+from emu3_jax.data.config import DataConfig
+from emu3_jax.models.adapters import Adapter
+from emu3_jax.training.config import ModelConfig, TrainConfig
+from emu3_jax.training.grpo_config import GrpoConfig
+
+DECODER = DecoderConfig(
+    vocab_size=512, hidden_size=256, intermediate_size=512, num_layers=1, num_heads=4, num_kv_heads=2,
+    tokens=tiny.TOKENS,
+)
+
+def config():
+    return TrainConfig(
+        "run", ModelConfig("bundle", DECODER, attention="xla"), DataConfig((), 256, packing=0), 8, 100,
+        grpo=GrpoConfig("prompts.txt", "rewards.py:reward", n=4, area=96 * 96),
+    )
+"""
+LAYER = 256 * 12 * 64 + 3 * 256 * 512
+TABLES, NORMS = 2 * 512 * 256, 3 * 256
+NARROW = 2 * ((LAYER + TABLES) // 4 + NORMS)  # a chip's bfloat16 weights; the norms lie on each
+STEPS = 12 * 13 + 3  # of a picture of 96x96 pixels, with line ends
+CACHE = 64 * 2 * 2 * 2  # bytes of a slot: two heads' keys and values
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A config file of GRPO of a small decoder."""
+    file = tmp_path_factory.mktemp("configs") / "grpo.py"
+    file.write_text(SMALL)
+    return file
+
+
+def planned(config):
+    slice_ = plan.tpu_slice("v5e:2x2")
+    return programs(config, slice_)[1]
+
+
+def per_chip(trees):
+    return {name: plan.chip_bytes(tree) for name, tree in trees.items()}
+
+
+@libtpu
+@pytest.mark.slow
+def test_the_programs_of_a_step(small, capsys):
+    """All weights are trained: their state and the reference lie in memory while the pictures are drawn."""
+    code = main(["plan", str(small), "--topology", "v5e:2x2", "--json"])
+    result = json.loads(capsys.readouterr().out)
+    merge, prefill, decode, reference, update = result["programs"]
+    assert code == 0 and result["fits"]
+    assert [program["name"] for program in result["programs"]] == [
+        "weights for drawing",
+        "prefill of 8 rows of 128 tokens",
+        "decoding step 156 of 8 pictures of 12x12 tokens",
+        "log-probabilities by the reference of 8 rows of 256 tokens",
+        "training step of 8 rows of 256 tokens",
+    ]
+    trained = 4 * ((LAYER + TABLES) // 4 + NORMS)
+    optimizer = 2 * trained + 2 * 4
+    assert merge["bytes"]["trained weights"] == trained and merge["bytes"]["outputs"] >= NARROW
+    for program in (prefill, decode):
+        beside = {name: program["bytes"][name] for name in ("trained weights", "optimizer", "reference weights")}
+        assert beside == {"trained weights": trained, "optimizer": optimizer, "reference weights": NARROW}
+        assert program["bytes"]["weights"] == NARROW
+    # Two rows on a chip, with room for the longest prompt that fits in a row with its picture.
+    slots = 128 + 192
+    assert decode["bytes"]["cache"] == 2 * slots * CACHE + 2 * 4 + 8 * 4
+    batch = 2 * 256 * (3 * 4 + 1)
+    assert reference["bytes"]["reference weights"] == NARROW and reference["bytes"]["inputs"] == batch
+    assert reference["bytes"]["trained weights"] == trained and reference["bytes"]["optimizer"] == optimizer
+    assert update["bytes"]["weights"] == trained and update["bytes"]["reference weights"] == NARROW
+    # The rewards' advantages and the reference's log-probabilities, the step's number and key.
+    assert update["bytes"]["inputs"] == batch + 2 * (4 + 256 * 4) + 4 + 8
+    forward = 2 * (LAYER + 8 * 256) * 256 + 4 * 256 * 256 * 257 / 2
+    assert update["flops"] == pytest.approx(3 * 2 * forward) and reference["flops"] == pytest.approx(2 * forward)
+    for program in result["programs"]:
+        assert program["total_bytes"] == sum(program["bytes"].values())
+
+
+@libtpu
+def test_adapters_are_switched_off_for_the_reference(small):
+    config = load_config(small, ["adapter=Adapter(rank=4)", "grpo.iterations=2", "grpo.draw_at_once=4"])
+    merge, prefill, decode, reference, old, update = planned(config)
+    assert prefill.name == "prefill of 4 rows of 128 tokens" and "of 4 pictures" in decode.name
+    assert old.name == "log-probabilities by the old policy of 8 rows of 256 tokens"
+    sides = per_chip(merge.arguments)
+    assert sides["frozen weights"] == NARROW
+    for program in (reference, old):
+        found = per_chip(program.arguments)
+        assert found == {**sides, "inputs": 2 * 256 * (3 * 4 + 1)}
+        assert set(program.beside) == {"optimizer"}
+    assert set(decode.beside) == {"frozen weights", "adapters", "optimizer"} and not update.beside
+    # Log-probabilities of both policies.
+    assert per_chip(update.arguments)["inputs"] == 2 * (256 * (3 * 4 + 1 + 2 * 4) + 4) + 4 + 8
+    reference.lower()
+
+
+@libtpu
+def test_without_a_reference(small):
+    names = [p.name for p in planned(load_config(small, ["grpo.reference=False"]))]
+    assert len(names) == 4 and not any("log-probabilities" in name for name in names)
+
+
+@libtpu
+def test_guidance_takes_two_rows(small):
+    config = load_config(small, ["grpo.guidance=2.0", "batch_size=16", "accumulation=2"])
+    _, prefill, decode, *_ = planned(config)
+    assert prefill.name.startswith("prefill of 16 rows") and "of 8 pictures" in decode.name
+    # The model without guidance learns from pictures that are drawn with it: one row a picture in the batch.
+    unguided = dataclasses.replace(config, grpo=dataclasses.replace(config.grpo, guided_policy=False))
+    _, prefill, *_, update = planned(unguided)
+    assert prefill.name.startswith("prefill of 32 rows") and update.name == "training step of 16 rows of 256 tokens"
+
+
+@libtpu
+def test_a_large_picture_grows_its_cache(small):
+    config = load_config(small, ["grpo.area=147456", "data.sequence_length=2816"])
+    _, _, decode, growth, *_ = planned(config)
+    assert growth.name == "growth of the cache to 3072 slots"
+    assert set(growth.beside) == {*decode.beside, "weights", "inputs"}
+
+
+@libtpu
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--set", "mesh=fsdp=3"], "does not divide the 4"),
+        (["--set", "accumulation=4"], "must be a multiple of 16"),
+        (["--rows-per-chip", "1", "--set", "grpo.n=8"], "a batch of 4 rows: it must be a multiple of 8"),
+        (["--set", "data.sequence_length=128"], "a picture of 12x12 tokens takes 159 tokens of a row, a row has 128"),
+        (["--set", "model.decoder=None"], "model.decoder is None"),
+    ],
+)
+def test_bad_input(small, capsys, arguments, message):
+    assert main(["plan", str(small), "--topology", "v5e:2x2", *arguments]) == 2
+    shown = capsys.readouterr()
+    assert message in shown.err and shown.err.count("\n") == 1 and not shown.out
+
+
+@libtpu
+def test_rows_per_chip(small):
+    *_, update = programs(load_config(small), plan.tpu_slice("v5e:2x2"), 3)[1]
+    assert update.name == "training step of 12 rows of 256 tokens"
+
+
+@libtpu
+def test_merging_splits_each_matrix_over_the_chips(small):
+    """No chip makes a whole matrix, not even where `tensor` splits the last axis: nothing is exchanged."""
+    slice_ = plan.tpu_slice("v5e:2x2")
+    config = load_config(small, ["adapter=Adapter(rank=4)", "mesh=data=2,tensor=2"])
+    mesh, (merge, *_) = programs(config, slice_)
+    (merge,) = plan.compile_plan(slice_, mesh, [merge])["programs"]
+    assert merge["fits"] and not merge["collectives"] and merge["bytes"]["temporaries"] < 2**20
