@@ -19,7 +19,7 @@ import pathlib
 import shlex
 
 from emu3_jax.cli import common, outputs
-from emu3_jax.cli.hosts import add_hosts, host_of
+from emu3_jax.cli.hosts import add_hosts, host_of, load_on_host
 from emu3_jax.errors import Emu3Error
 from emu3_jax.generation import defaults
 
@@ -85,13 +85,9 @@ def _draw(options: argparse.Namespace) -> None:
     if options.set or options.no_clobber:
         raise Emu3Error("--set and --no-clobber belong to CONFIG.py: leave them out beside --harness")
 
-    import jax
-
-    import emu3_jax
     from emu3_jax.evaluation import harness
     from emu3_jax.printable import counted, printable
     from emu3_jax.progress import tell
-    from emu3_jax.sharding.mesh import make_mesh
 
     output = pathlib.Path(common.path_text(options.output))
     items = harness.read_items(options.harness, options.prompts, options.n)
@@ -103,12 +99,7 @@ def _draw(options: argparse.Namespace) -> None:
             common.progress(options),
         )
     host, hosts = host_of(options)
-    # The processes do not wait for each other, so a mesh has only devices of its own process.
-    mesh = None if options.mesh is None else make_mesh(options.mesh, jax.local_devices())
-    model = emu3_jax.load(
-        options.model, adapter=options.adapter, vision=options.vision, dtype=options.dtype, mesh=mesh,
-        quantize=options.quantize, verify=options.verify,
-    )  # fmt: skip
+    model = load_on_host(options)
     given = ("area", "guidance", "negative", "temperature", "top_k", "top_p", "seed", "greedy", "allow_special",
              "batch_size", "deterministic", "parallel")  # fmt: skip
     drawn = harness.draw(

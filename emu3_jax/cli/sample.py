@@ -14,7 +14,7 @@ examples:
 import argparse
 
 from emu3_jax.cli import common
-from emu3_jax.cli.hosts import add_hosts, host_of
+from emu3_jax.cli.hosts import add_hosts, host_of, load_on_host
 from emu3_jax.generation import defaults
 
 
@@ -63,14 +63,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    import jax
-
-    import emu3_jax
     from emu3_jax.errors import Emu3Error, RowError
     from emu3_jax.generation.language import Batching
     from emu3_jax.preference.sampling import Request, sample
     from emu3_jax.printable import counted, printable
-    from emu3_jax.sharding.mesh import make_mesh
     from emu3_jax.text.prompt_files import read_prompts
 
     source = read_prompts(options.prompts)
@@ -89,17 +85,7 @@ def run(options: argparse.Namespace) -> None:
     )
     batching = Batching(options.batch_size, None, options.deterministic, options.parallel)
     host, hosts = host_of(options)
-    # The processes do not wait for each other, so a mesh has only devices of its own process.
-    mesh = None if options.mesh is None else make_mesh(options.mesh, jax.local_devices())
-    model = emu3_jax.load(
-        options.model,
-        adapter=options.adapter,
-        vision=options.vision,
-        dtype=options.dtype,
-        mesh=mesh,
-        quantize=options.quantize,
-        verify=options.verify,
-    )
+    model = load_on_host(options)
     try:
         outcome = sample(
             model,
