@@ -96,23 +96,34 @@ class Manifest:
 
     def __getitem__(self, index: int) -> Entry:
         """Reads entry `index`. Raises an `Emu3Error` if its line does not have the form in the module's docstring."""
+        return self.read(index)[0]
+
+    def read(self, index: int, *further: str) -> tuple[Entry, dict[str, Any]]:
+        """Reads entry `index`, whose line may have `further` fields. Returns the entry, and the values of these fields.
+
+        The value of a field that the line lacks is None.
+
+        Raises:
+            Emu3Error: the line does not have the form in the module's docstring. The further fields are not checked.
+        """
         number = self.line(index)
         where = f"{self.path} line {number}"
         data = parse_json(self.raw(index), where, "write one JSON object per line")
         try:
-            return self._parse(data, number)
+            return self._parse(data, number, further), {field: data.get(field) for field in further}
         except Emu3Error as error:
             raise Emu3Error(f"{where}: {error}") from error
 
-    def _parse(self, data: Any, number: int) -> Entry:
+    def _parse(self, data: Any, number: int, further: tuple[str, ...]) -> Entry:
         if not isinstance(data, dict):
             raise Emu3Error(f"{shown(data)} is not an object: write one JSON object per line")
-        unknown = sorted(set(data) - set(_FIELDS))
+        fields = (*_FIELDS, *further)
+        unknown = sorted(set(data) - set(fields))
         if unknown:
             raise Emu3Error(
-                f"unknown field {shown(unknown[0])}: legal fields are {', '.join(_FIELDS)}; rename or remove it"
+                f"unknown field {shown(unknown[0])}: legal fields are {', '.join(fields)}; rename or remove it"
             )
-        data = {field: value for field, value in data.items() if value is not None}
+        data = {field: value for field, value in data.items() if value is not None and field not in further}
         if "document" in data:
             return self._document(data, number)
         if "image" in data and "clip" in data:

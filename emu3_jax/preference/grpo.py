@@ -1,10 +1,12 @@
-"""A training run by GRPO: in each step the model draws pictures, a reward judges them, and the model learns from them.
+"""A training run by GRPO: in each step the model draws pictures or answers, a reward judges them, and the model learns.
 
-`training.loop.train` runs the `GrpoJob`. `training.grpo` has the formulas, `rollouts` the drawing.
+`training.loop.train` runs the `GrpoJob`. `training.grpo` has the formulas; `rollouts` draws pictures, `answering`
+answers.
 """
 
 import dataclasses
 import logging
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -16,8 +18,10 @@ import numpy as np
 from emu3_jax.errors import Emu3Error
 from emu3_jax.generation.language import Language
 from emu3_jax.generation.rows import repeat
-from emu3_jax.preference.rewards import Reward, RewardPool
-from emu3_jax.preference.rollouts import Artist, PromptOrder, rewards_of
+from emu3_jax.preference.answering import Answerer
+from emu3_jax.preference.questions import Question, QuestionFile, read_questions
+from emu3_jax.preference.rewards import FOR_ANSWERS, SHIPPED, Reward, RewardPool
+from emu3_jax.preference.rollouts import Artist, PromptOrder, Rollouts, rewards_of
 from emu3_jax.preference.scoring import judge_settings
 from emu3_jax.printable import printable, shown
 from emu3_jax.text.prompt_files import PromptFile, read_prompts
@@ -42,13 +46,14 @@ class GrpoJob(DecoderJob):
     def __init__(self, *arguments: Any, **named: Any):
         """Arguments: those of `DecoderJob`."""
         super().__init__(*arguments, **named)
-        settings, self._artist = self._grpo, Artist(self._grpo, self._vision, self._mesh)
-        self._held_out = read_prompts(settings.held_out) if settings.held_out else None
+        settings = self._grpo
+        self._artist = self._rollouts()
+        self._held_out = self._read(settings.held_out) if settings.held_out else None
         language = Language(self._trainer.decoder, None, self._tokenizer, self._templates, self._mesh)
         for prompts in (self._prompts, self._held_out):
             if prompts is not None:
                 self._artist.check(language, prompts, self._config.data.sequence_length)
-        self._reward = Reward.parse(settings.reward)
+        self._reward = self._parse_reward()
         if self._held_out is not None:
             self.cadence = dataclasses.replace(self.cadence, evaluate_every=self._config.evaluate_every)
 
@@ -57,8 +62,31 @@ class GrpoJob(DecoderJob):
         assert self._config.grpo is not None  # `train` chooses this job for it
         return self._config.grpo
 
+    @property
+    def _answers(self) -> bool:
+        """Whether the model draws answers. Otherwise it draws pictures."""
+        return self._grpo.max_new_tokens is not None
+
+    def _rollouts(self) -> Rollouts:
+        if self._answers:
+            return Answerer(self._grpo, lambda: self._vision, self._mesh)
+        return Artist(self._grpo, self._vision, self._mesh)
+
+    def _read(self, path: str) -> PromptFile | QuestionFile:
+        return read_questions(path) if self._answers else read_prompts(path)
+
+    def _parse_reward(self) -> Reward:
+        """The reward with all settings but those of the judge."""
+        config = self._grpo
+        settings: dict[str, Any] = {}
+        if config.reward == "answer_length":
+            settings = {"words": config.answer_words}
+        elif config.reward == "answer_format":
+            settings = {"pattern": config.answer_pattern}
+        return Reward.parse(config.reward, settings=settings, shipped=FOR_ANSWERS if self._answers else SHIPPED)
+
     def _open_batches(self) -> PromptOrder:
-        self._prompts: PromptFile = read_prompts(self._grpo.prompts)
+        self._prompts: PromptFile | QuestionFile = self._read(self._grpo.prompts)
         return PromptOrder(self._prompts, self._groups, self._grpo.n, self._config.seed)
 
     @property
@@ -74,7 +102,7 @@ class GrpoJob(DecoderJob):
     # -------------------------------------------------------------------------------------------- for people
 
     def _row_groups(self) -> str:
-        return f" ({counted(self._groups, 'prompt')} with {self._grpo.n} pictures each)"
+        return f" ({counted(self._groups, 'prompt')} with {self._grpo.n} {self._grpo.noun}s each)"
 
     def _describe_data(self) -> list[str]:
         lines = [f"prompts: {counted(len(self._prompts.prompts), 'prompt')} in {printable(self._prompts.name)}"]
@@ -91,15 +119,27 @@ class GrpoJob(DecoderJob):
         narrow = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding), params)
         return {"reference": narrow}
 
-    def _example(self, options: str) -> str:
-        return f"emu3-jax generate {example_prompt(self._prompts.prompts[0])} {options} -o out/pictures"
+    def _example(self, options: str) -> str | None:
+        first = self._prompts.prompts[0]
+        if not isinstance(first, Question):
+            return f"emu3-jax generate {example_prompt(first)} {options} -o out/pictures"
+        asked = next((one for one in self._prompts.prompts if isinstance(one, Question) and one.image), None)
+        if asked is None:  # chat needs a picture
+            return None
+        return (
+            f"emu3-jax chat {shlex.quote(printable(str(asked.image)))} --prompt {example_prompt(asked.text)} {options}"
+        )
 
     def report(self, figures: dict[str, float], seconds: float) -> tuple[dict[str, float], str]:
         line = {name: value for name, value in figures.items() if name not in ("tokens", "attended")}
         # Steps do not overlap, so the job's own clock is exact. The runner's also counts what lies between two steps.
         seconds = sum(line[f"seconds_{part}"] for part in ("drawing", "rewards", "update"))
-        line |= {"seconds": seconds, "pictures_per_minute": 60 * self._groups * self._grpo.n / seconds}
-        notes = [self._trainer.objective.note(line), f"{line['pictures_per_minute']:,.0f} pictures/min"]
+        things = f"{self._grpo.noun}s"
+        line |= {"seconds": seconds, f"{things}_per_minute": 60 * self._groups * self._grpo.n / seconds}
+        notes = [self._trainer.objective.note(line)]
+        if self._answers:
+            notes.append(f"{line['answer_tokens']:.1f} tokens an answer")
+        notes.append(f"{line[f'{things}_per_minute']:,.0f} {things}/min")
         notes.append(f"{line['seconds_drawing'] / seconds:.0%} of the time in drawing")
         if failed := line["failed"]:
             notes.append(f"{counted(int(failed), 'prompt')} without rewards")
@@ -122,7 +162,7 @@ class GrpoJob(DecoderJob):
             timeout=settings.timeout,
             batch_size=min(settings.pictures_per_call, most),
         )
-        self._pool.start()  # a reward that cannot be loaded must fail before pictures are drawn
+        self._pool.start()  # a reward that cannot be loaded must fail before anything is drawn
 
     def _references(self) -> list[np.ndarray | None]:
         if self._config.adapter is None:
@@ -144,9 +184,9 @@ class GrpoJob(DecoderJob):
             began = time.perf_counter()
             prompts = [self._prompts.prompts[number] for number in batch["prompts"]]
             drawn = self._artist.draw(self._language(state), repeat(prompts, settings.n), batch["seeds"])
-            pixels = self._artist.pixels(drawn)
+            samples = self._artist.samples(drawn)
             seen = time.perf_counter()
-            rewards, reason = self._rewards(prompts, pixels, settings.n)
+            rewards, reason = self._rewards(prompts, samples, settings.n)
             drawing, rewarding = drawing + seen - began, rewarding + time.perf_counter() - seen
             kept = np.isfinite(rewards).all(axis=1)
             failed += int((~kept).sum())
@@ -162,7 +202,7 @@ class GrpoJob(DecoderJob):
         rows = self._artist.batch_rows(drawn, np.repeat(kept, settings.n), mine, self._config.data.sequence_length)
         rows["advantage"] = np.repeat(advantages.reshape(-1), settings.rows)[mine]
         state, found = jax.block_until_ready(self._updates(state, self._rows.spread(rows)))
-        figures: dict[str, Any] = dict(found)
+        figures: dict[str, Any] = found | self._artist.figures(drawn)
         level = kept & (rewards == rewards[:, :1]).all(axis=1)
         return state, figures | {
             "reward": float(rewards[kept].mean()),
@@ -176,7 +216,7 @@ class GrpoJob(DecoderJob):
         }
 
     def _updates(self, state: TrainState, rows: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
-        """Updates the weights `iterations` times on the same pictures."""
+        """Updates the weights `iterations` times on the same samples."""
         trainer, arrays = self._trainer, trainer_arrays(rows)
         if self._compares:
             whole = self._config.adapter is None
@@ -189,15 +229,19 @@ class GrpoJob(DecoderJob):
             state, figures = self._update(state, rows)
         return state, figures
 
-    def _rewards(self, prompts: Sequence[str], pixels: np.ndarray, n: int) -> tuple[np.ndarray, str]:
+    def _rewards(
+        self, prompts: Sequence[str | Question], samples: np.ndarray | Sequence[str], n: int
+    ) -> tuple[np.ndarray, str]:
         """float32 [prompts, n], NaN where the reward failed; and the reason of the first failure, if there was one.
 
         Names some of the prompts without rewards.
         """
         assert self._pool is not None
-        rewards, reasons = rewards_of(self._pool, prompts, pixels, n)
+        rewards, reasons = rewards_of(self._pool, prompts, samples, n)
         for number, reason in list(reasons.items())[:_NAMED]:
-            _log.warning("reward %s, prompt %s: %s; skipped", self._reward.name, shown(prompts[number]), reason)
+            prompt = prompts[number]
+            text = shown(prompt.text if isinstance(prompt, Question) else prompt)
+            _log.warning("reward %s, prompt %s: %s; skipped", self._reward.name, text, reason)
         if len(reasons) > _NAMED:
             _log.warning("reward %s: %s more skipped", self._reward.name, counted(len(reasons) - _NAMED, "prompt"))
         return rewards, next(iter(reasons.values()), "")
@@ -216,8 +260,8 @@ class GrpoJob(DecoderJob):
             return
         prompts = self._held_out.prompts
         seeds = np.arange(len(prompts), dtype=np.uint32)
-        pixels = self._artist.pixels(self._artist.draw(self._language(state), prompts, seeds))
-        rewards, reason = self._rewards(prompts, pixels, 1)
+        samples = self._artist.samples(self._artist.draw(self._language(state), prompts, seeds))
+        rewards, reason = self._rewards(prompts, samples, 1)
         kept = rewards[np.isfinite(rewards)]
         if not kept.size:
             raise Emu3Error(self._no_rewards("for all prompts of an evaluation", reason))

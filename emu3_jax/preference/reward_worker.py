@@ -6,6 +6,7 @@ JSON header and of a body, the header, the body. The first request says which re
 It ends at once when its input ends, also while a reward is computed. So no worker outlives the process that started it.
 """
 
+import inspect
 import json
 import os
 import queue
@@ -22,8 +23,9 @@ import numpy as np
 
 _LENGTHS = struct.Struct(">QQ")  # bytes of the header and of the body
 
-# A reward: gets prompts and one picture for each, uint8 [H, W, 3], and returns one number for each.
-RewardFunction = Callable[[list[str], list[np.ndarray]], Any]
+# A reward: gets prompts and one picture for each, uint8 [H, W, 3], and returns one number for each. Or it gets prompts,
+# one answer for each, and, if it takes them, one reference answer for each, which may be None.
+RewardFunction = Callable[..., Any]
 
 
 def write_frame(stream: BinaryIO, header: Any, body: Sequence[bytes | memoryview] = ()) -> None:
@@ -72,12 +74,12 @@ def reason(error: BaseException, file: str | None) -> str:
     return f"{type(error).__name__}{f': {text}' if text else ''}{where}"
 
 
-def numbers(result: Any, count: int) -> list[float]:
+def numbers(result: Any, count: int, what: str) -> list[float]:
     """The rewards as a list of floats. Raises `ValueError` if they are not `count` numbers."""
     values = np.asarray(result, np.float64)
     if values.shape != (count,):
         found = f"{len(values)} numbers" if values.ndim == 1 else f"an array of shape {list(values.shape)}"
-        raise ValueError(f"it returned {found} for {count} pictures")
+        raise ValueError(f"it returned {found} for {count} {what}")
     return values.tolist()
 
 
@@ -89,6 +91,24 @@ def pictures(shapes: Sequence[tuple[int, int, int]], body: bytes) -> list[np.nda
         found.append(np.frombuffer(body, np.uint8, size, place).reshape(shape))
         place += size
     return found
+
+
+def takes_references(function: RewardFunction) -> bool:
+    """Whether a reward of answers has a third positional parameter, for the reference answers."""
+    try:
+        inspect.signature(function).bind(None, None, None)
+    except (TypeError, ValueError):  # a built-in function may have no signature
+        return False
+    return True
+
+
+def _rewards(function: RewardFunction, header: dict[str, Any], body: bytes) -> list[float]:
+    """The rewards of a request, which has pictures or answers."""
+    prompts = header["prompts"]
+    if "answers" not in header:
+        return numbers(function(prompts, pictures(header["shapes"], body)), len(prompts), "pictures")
+    references = [header["references"]] if takes_references(function) else []
+    return numbers(function(prompts, header["answers"], *references), len(prompts), "answers")
 
 
 def _load(spec: dict[str, Any]) -> RewardFunction:
@@ -124,8 +144,7 @@ def main() -> None:
     while True:
         header, body = requests.get()
         try:
-            result = function(header["prompts"], pictures(header["shapes"], body))
-            answer: dict[str, Any] = {"rewards": numbers(result, len(header["prompts"]))}
+            answer: dict[str, Any] = {"rewards": _rewards(function, header, body)}
         except BaseException as error:
             answer = {"error": reason(error, file)}
         write_frame(sink, answer)

@@ -1,7 +1,9 @@
-"""Rewards: Python functions of prompts and pictures, computed in batches by worker processes with time-outs.
+"""Rewards: Python functions of prompts and pictures or answers, computed in batches by workers with time-outs.
 
-A reward is a function of a file that the user names, `FILE.py:NAME`, or one of `SHIPPED`. It gets a list of prompts and
-a list of as many pictures, NumPy arrays uint8 [H, W, 3], and returns one number for each; larger is better.
+A reward is a function of a file that the user names, `FILE.py:NAME`, or one of `SHIPPED` or `FOR_ANSWERS`. It gets a
+list of prompts and a list of as many pictures, NumPy arrays uint8 [H, W, 3], or answers, texts. It returns one number
+for each; larger is better. If a reward of answers takes a third list, it gets the reference answers; each is a text, or
+None where the question has none.
 
 Workers are new Python processes, never forks: a fork of a process that uses JAX may hang. JAX in a worker uses the CPU,
 because accelerators belong to the process that draws.
@@ -31,7 +33,8 @@ from emu3_jax.foreign import local_path, read_bytes
 from emu3_jax.preference.reward_worker import read_frame, write_frame
 from emu3_jax.printable import shown
 
-SHIPPED = ("procedural", "judge")  # rewards without a file, see `shipped_rewards`
+SHIPPED = ("procedural", "judge")  # rewards of pictures without a file, see `shipped_rewards`
+FOR_ANSWERS = ("answer_length", "answer_format", "answer_match")  # rewards of answers, see `answer_rewards`
 TIMEOUT = 60.0  # seconds that a call of a reward may take
 START_TIMEOUT = 600.0  # seconds that loading a reward may take: its file may load a model
 BATCH_SIZE = 32
@@ -40,7 +43,6 @@ MOST_SECONDS = 1_000_000  # threads cannot wait for any time
 _VERSION = 1  # raise it when a shipped reward changes
 _MAX_FILE = 10_000_000  # bytes of a file of rewards
 _ENDED = "the run ended"
-_LEGAL = f"FILE.py:NAME, or {' or '.join(SHIPPED)}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,29 +62,37 @@ class Reward:
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def parse(cls, text: str, name: str | None = None, settings: Mapping[str, Any] | None = None) -> "Reward":
+    def parse(
+        cls,
+        text: str,
+        name: str | None = None,
+        settings: Mapping[str, Any] | None = None,
+        shipped: Sequence[str] = SHIPPED,
+    ) -> "Reward":
         """The reward that a text such as `rewards.py:brightness` or `procedural` names.
 
         Args:
-            text: FILE.py:NAME, or a name of `SHIPPED`.
+            text: FILE.py:NAME, or a name of `shipped`.
             name: name for results; by default the function's.
             settings: arguments of a shipped reward.
+            shipped: names of the shipped rewards that suit: `SHIPPED` or `FOR_ANSWERS`.
 
         Raises:
             Emu3Error: the text has another form, the file does not exist, or a name is no Python identifier.
         """
+        legal = f"FILE.py:NAME, or {' or '.join(shipped)}"
         file, colon, function = text.rpartition(":")
-        if not colon and text not in SHIPPED:
-            raise Emu3Error(f"reward is {shown(text)}: it must be {_LEGAL}")
+        if not colon and text not in shipped:
+            raise Emu3Error(f"reward is {shown(text)}: it must be {legal}")
         name = function if name is None else name
         for what, value in (("function", function), ("name", name)):
             if not (value.isascii() and value.isidentifier() and len(value) <= 100):
-                raise Emu3Error(f"reward {shown(text)}: the {what} {shown(value)} is no Python name; give {_LEGAL}")
+                raise Emu3Error(f"reward {shown(text)}: the {what} {shown(value)} is no Python name; give {legal}")
         if not colon:
             return cls(name, function, None, settings or {})
         path = local_path(file)
         if path.suffix != ".py":
-            raise Emu3Error(f"reward {shown(text)}: {file} is no Python file (.py); give {_LEGAL}")
+            raise Emu3Error(f"reward {shown(text)}: {file} is no Python file (.py); give {legal}")
         read_bytes(path, _MAX_FILE, "give a Python file")
         return cls(name, function, str(path.resolve()))
 
@@ -103,13 +113,31 @@ class Group:
     prompt: str
     pictures: Sequence[np.ndarray]
 
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AnswerGroup:
+    """The answers to one question, and its reference answer, if there is one. A pool gets one kind of groups."""
+
+    prompt: str
+    answers: Sequence[str]
+    reference: str | None
+
+    def __len__(self) -> int:
+        return len(self.answers)
+
+
+AnyGroup = Group | AnswerGroup
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scored:
     """The result of a group.
 
     Attributes:
-        rewards: float64 [number of pictures], all finite; None if the group was skipped.
+        rewards: float64 [number of pictures or answers], all finite; None if the group was skipped.
         reason: why the group was skipped; empty if it was not.
     """
 
@@ -143,7 +171,7 @@ class RewardPool:
             reward: the reward.
             workers: number of worker processes.
             timeout: seconds that a call of the reward may take.
-            batch_size: most pictures of a call. A group is never split, so a large group makes a larger call.
+            batch_size: most pictures or answers of a call. A group is never split, so a large one makes a larger call.
             start_timeout: seconds that loading the reward may take.
 
         Raises:
@@ -185,7 +213,7 @@ class RewardPool:
         """
         list(self._executor.map(_Worker.ready, self._workers))
 
-    def score(self, groups: Iterable[Group]) -> Iterator[Scored]:
+    def score(self, groups: Iterable[AnyGroup]) -> Iterator[Scored]:
         """Yields a result for each group, in order. Takes few groups in advance.
 
         Raises:
@@ -199,7 +227,7 @@ class RewardPool:
         while pending:
             yield from pending.popleft().result()
 
-    def _score(self, batch: list[Group]) -> list[Scored]:
+    def _score(self, batch: Sequence[AnyGroup]) -> list[Scored]:
         worker = self._idle.get()
         try:
             return _score(worker, batch)
@@ -207,11 +235,11 @@ class RewardPool:
             self._idle.put(worker)
 
 
-def _batches(groups: Iterable[Group], size: int) -> Iterator[list[Group]]:
-    """Whole groups with at most `size` pictures, or single larger groups."""
-    batch: list[Group] = []
+def _batches(groups: Iterable[AnyGroup], size: int) -> Iterator[list[AnyGroup]]:
+    """Whole groups with at most `size` pictures or answers, or single larger groups."""
+    batch: list[AnyGroup] = []
     for group in groups:
-        if batch and sum(len(one.pictures) for one in [*batch, group]) > size:
+        if batch and sum(len(one) for one in [*batch, group]) > size:
             yield batch
             batch = []
         batch.append(group)
@@ -219,7 +247,7 @@ def _batches(groups: Iterable[Group], size: int) -> Iterator[list[Group]]:
         yield batch
 
 
-def _score(worker: "_Worker", batch: list[Group]) -> list[Scored]:
+def _score(worker: "_Worker", batch: Sequence[AnyGroup]) -> list[Scored]:
     """The results of a batch. If the call fails, each group is tried alone, so a bad one spoils no other."""
     try:
         rewards = worker.call(batch)
@@ -227,15 +255,33 @@ def _score(worker: "_Worker", batch: list[Group]) -> list[Scored]:
         if len(batch) == 1:
             return [Scored(None, str(failure))]
         return [one for group in batch for one in _score(worker, [group])]
-    ends = np.cumsum([len(group.pictures) for group in batch])[:-1]
-    return [_finite(part) for part in np.split(np.asarray(rewards, np.float64), ends)]
+    ends = np.cumsum([len(group) for group in batch])[:-1]
+    what = "answer" if isinstance(batch[0], AnswerGroup) else "picture"
+    return [_finite(part, what) for part in np.split(np.asarray(rewards, np.float64), ends)]
 
 
-def _finite(rewards: np.ndarray) -> Scored:
+def _finite(rewards: np.ndarray, what: str) -> Scored:
     wrong = np.flatnonzero(~np.isfinite(rewards))
     if wrong.size:
-        return Scored(None, f"it returned {rewards[wrong[0]]} for picture {wrong[0]} of the prompt")
+        return Scored(None, f"it returned {rewards[wrong[0]]} for {what} {wrong[0]} of the prompt")
     return Scored(rewards)
+
+
+def _request(batch: Sequence[AnyGroup]) -> tuple[dict[str, Any], list[memoryview]]:
+    """The header and the body of a request, see `reward_worker`."""
+    header: dict[str, Any] = {"prompts": [group.prompt for group in batch for _ in range(len(group))]}
+    arrays: list[np.ndarray] = []
+    answers: list[str] = []
+    references: list[str | None] = []
+    for group in batch:
+        if isinstance(group, AnswerGroup):
+            answers += group.answers
+            references += [group.reference] * len(group)
+        else:
+            arrays += [np.ascontiguousarray(picture, np.uint8) for picture in group.pictures]
+    if answers:
+        return header | {"answers": answers, "references": references}, []
+    return header | {"shapes": [array.shape for array in arrays]}, [array.data.cast("B") for array in arrays]
 
 
 # ------------------------------------------------------------------------------------------------ one worker
@@ -250,13 +296,11 @@ class _Worker:
         self._closed = False
         self._lock = threading.Lock()  # between `close` and a start
 
-    def call(self, batch: Sequence[Group]) -> list[float]:
-        """The rewards of all pictures of a batch. Raises `RewardFailure`, or `Emu3Error` if the worker cannot start."""
-        pictures = [np.ascontiguousarray(picture, np.uint8) for group in batch for picture in group.pictures]
-        prompts = [group.prompt for group in batch for _ in group.pictures]
-        header = {"prompts": prompts, "shapes": [picture.shape for picture in pictures]}
+    def call(self, batch: Sequence[AnyGroup]) -> list[float]:
+        """The rewards of a whole batch. Raises `RewardFailure`, or `Emu3Error` if the worker cannot start."""
+        header, body = _request(batch)
         self.ready()
-        answer = self._exchange(header, [picture.data.cast("B") for picture in pictures], self._timeout)
+        answer = self._exchange(header, body, self._timeout)
         if "error" in answer:
             raise RewardFailure(answer["error"])
         return answer["rewards"]

@@ -1,5 +1,7 @@
 """Rollouts of GRPO: pictures that the present model draws for prompts, as pixels and as rows of a training batch.
 
+`answering` draws answers instead.
+
 The model draws on the mesh that it is trained on. All processes draw all pictures together, and each makes the rows of
 its own share of the batch.
 """
@@ -7,8 +9,8 @@ its own share of the batch.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -23,7 +25,8 @@ from emu3_jax.generation.sampling import RowSettings
 from emu3_jax.generation.schedule import TokenClass
 from emu3_jax.generation.session import Row
 from emu3_jax.media.sizes import generate_size
-from emu3_jax.preference.rewards import Group, RewardPool
+from emu3_jax.preference.questions import Question, QuestionFile
+from emu3_jax.preference.rewards import AnswerGroup, AnyGroup, Group, RewardPool
 from emu3_jax.sharding.rules import batch_shards, spec
 from emu3_jax.text.prompt_files import PromptFile
 from emu3_jax.training.grpo_config import GrpoConfig
@@ -40,21 +43,22 @@ class PromptOrder:
 
     skipped = 0
 
-    def __init__(self, prompts: PromptFile, groups: int, n: int, seed: int):
+    def __init__(self, prompts: PromptFile | QuestionFile, groups: int, n: int, seed: int):
         """
         Args:
             prompts: the prompts.
             groups: number of prompts of a step.
-            n: number of pictures per prompt.
-            seed: seed of the orders and of the pictures.
+            n: number of samples per prompt.
+            seed: seed of the orders and of the samples.
         """
         self._count, self._groups, self._n, self._seed = len(prompts.prompts), groups, n, seed
-        identity = json.dumps([prompts.prompts, groups, n, seed]).encode()
+        each = [one.identity if isinstance(one, Question) else one for one in prompts.prompts]
+        identity = json.dumps([each, groups, n, seed]).encode()
         self._identity = hashlib.sha256(identity).hexdigest()
         self._taken = 0  # steps
 
     def __next__(self) -> dict[str, np.ndarray]:
-        """The numbers of the prompts of a step, int32 [groups], and the seeds of its pictures, uint32 [groups * n]."""
+        """The numbers of the prompts of a step, int32 [groups], and the seeds of its samples, uint32 [groups * n]."""
         first = self._taken * self._groups
         numbers = [self._at(place) for place in range(first, first + self._groups)]
         rng = np.random.default_rng([self._seed, 1, self._taken])
@@ -87,6 +91,28 @@ class PromptOrder:
 
     def close(self) -> None:
         """Does nothing: there are no threads."""
+
+
+class Rollouts(Protocol):
+    """Draws the samples of one config. `Artist` draws pictures for prompts, `answering.Answerer` answers to questions.
+
+    What `draw` returns is for the other methods.
+    """
+
+    def check(self, language: Language, prompts: Any, length: int) -> None:
+        """Raises `Emu3Error` for a prompt that is not legal, or whose sample does not fit into a row of `length`."""
+
+    def draw(self, language: Language, prompts: Any, seeds: np.ndarray) -> Any:
+        """Draws one sample for each prompt. `seeds`: uint32 [samples]."""
+
+    def samples(self, drawn: Any) -> Any:
+        """The samples as the reward gets them: uint8 [N, H, W, 3], or N texts."""
+
+    def figures(self, drawn: Any) -> dict[str, float]:
+        """Further metrics of a step."""
+
+    def batch_rows(self, drawn: Any, kept: np.ndarray, mine: Sequence[int], length: int) -> dict[str, np.ndarray]:
+        """The rows `mine` of a training batch, see `objectives.Groups`. `kept`: bool [N], which samples count."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -149,6 +175,14 @@ class Artist:
         size = generate_size(config.ratio, area, self._vision.config.spatial_factor)
         return [Grid(prompt, "", size) for prompt in prompts]
 
+    def samples(self, drawn: Drawn) -> np.ndarray:
+        """The pictures, which the reward gets; see `pixels`."""
+        return self.pixels(drawn)
+
+    def figures(self, _: Drawn) -> dict[str, float]:
+        """Further metrics of a step: none."""
+        return {}
+
     def pixels(self, drawn: Drawn) -> np.ndarray:
         """The pictures, uint8 [N, H, W, 3]. Devices share the work."""
         parts, count = batch_shards(self._mesh), len(drawn.grids)
@@ -171,40 +205,55 @@ class Artist:
             mine: numbers of the rows to make.
             length: tokens of a row.
         """
-        each = self._config.rows
-        shape = (len(mine), length)
-        found = {
-            "tokens": np.zeros(shape, np.int32),
-            "segment_ids": np.zeros(shape, np.int32),
-            "positions": np.zeros(shape, np.int32),
-            "loss_mask": np.zeros(shape, bool),
-        }
-        for place, number in enumerate(mine):
-            picture, second = divmod(number, each)
+
+        def made(number: int) -> tuple[Sequence[int], np.ndarray, np.ndarray]:
+            picture, second = divmod(number, self._config.rows)
             row, grid = drawn.rows[picture], drawn.grids[picture]
-            ids = grid.ids[grid.prompt_length :]
             prompt = row.negative if second else row.prompt
             assert prompt is not None
-            whole = np.concatenate([np.asarray(prompt, np.int32), ids])
-            columns = slice(length - len(whole), length)
-            found["tokens"][place, columns] = whole
-            found["segment_ids"][place, columns] = 1
-            found["positions"][place, columns] = np.arange(len(whole))
-            if not second and kept[picture]:
-                found["loss_mask"][place, length - len(ids) :] = row.schedule == TokenClass.VISUAL
-        return found
+            mask = (row.schedule == TokenClass.VISUAL) & (not second and kept[picture])
+            return prompt, grid.ids[grid.prompt_length :], mask
+
+        return right_aligned(map(made, mine), len(mine), length)
+
+
+def right_aligned(
+    rows: Iterable[tuple[Sequence[int], np.ndarray, np.ndarray]], count: int, length: int
+) -> dict[str, np.ndarray]:
+    """The arrays of a training batch, [count, length] each, of sequences that end at the last column.
+
+    Args:
+        rows: the ids of each row's prompt; the ids that follow it, int32 [T]; and which of them count, bool [T].
+        count: number of rows.
+        length: tokens of a row.
+    """
+    shape = (count, length)
+    found = {
+        "tokens": np.zeros(shape, np.int32),
+        "segment_ids": np.zeros(shape, np.int32),
+        "positions": np.zeros(shape, np.int32),
+        "loss_mask": np.zeros(shape, bool),
+    }
+    for place, (prompt, ids, mask) in enumerate(rows):
+        whole = np.concatenate([np.asarray(prompt, np.int32), ids])
+        columns = slice(length - len(whole), length)
+        found["tokens"][place, columns] = whole
+        found["segment_ids"][place, columns] = 1
+        found["positions"][place, columns] = np.arange(len(whole))
+        found["loss_mask"][place, length - len(ids) :] = mask
+    return found
 
 
 def rewards_of(
-    pool: RewardPool, prompts: Sequence[str], pixels: np.ndarray, n: int
+    pool: RewardPool, prompts: Sequence[str | Question], samples: np.ndarray | Sequence[str], n: int
 ) -> tuple[np.ndarray, dict[int, str]]:
-    """Rewards of pictures. The processes of a run share the prompts.
+    """Rewards of pictures or answers. The processes of a run share the prompts.
 
     Args:
         pool: computes the rewards.
-        prompts: the prompt of each group.
-        pixels: uint8 [len(prompts) * n, H, W, 3], grouped by prompt.
-        n: number of pictures per prompt.
+        prompts: the prompt of each group: a text for pictures, a question for answers.
+        samples: pictures uint8 [len(prompts) * n, H, W, 3], or as many answers, grouped by prompt.
+        n: number of samples per prompt.
 
     Returns:
         float32 [len(prompts), n] on every process, NaN in groups without rewards; and the reason for each of these
@@ -214,7 +263,7 @@ def rewards_of(
     mine = range(index, len(prompts), count)
     found = np.full((len(prompts), n), np.nan, np.float32)
     reasons = {}
-    groups = (Group(prompts[number], list(pixels[number * n : (number + 1) * n])) for number in mine)
+    groups = (_group(prompts[number], samples[number * n : (number + 1) * n]) for number in mine)
     for number, scored in zip(mine, pool.score(groups), strict=True):
         if scored.rewards is None:
             reasons[number] = scored.reason
@@ -222,3 +271,9 @@ def rewards_of(
             found[number] = scored.rewards
     shared = distributed.gather(found)  # [processes, prompts, n]
     return np.stack([shared[number % count, number] for number in range(len(prompts))]), reasons
+
+
+def _group(prompt: str | Question, samples: Any) -> AnyGroup:
+    if isinstance(prompt, Question):
+        return AnswerGroup(prompt.text, list(samples), prompt.answer)
+    return Group(prompt, list(samples))

@@ -1,6 +1,7 @@
 """Rewards that come with the package. `rewards` computes them in worker processes by their names.
 
-`procedural` reads scenes of coloured shapes exactly. `judge` asks a trained classifier of emoji.
+`procedural` reads scenes of coloured shapes exactly. `judge` asks a trained classifier of emoji. `answer_rewards` has
+those of answers.
 """
 
 import functools
@@ -13,6 +14,7 @@ import numpy as np
 
 from emu3_jax.evaluation.procedural import Still, all_stills, read_still
 from emu3_jax.evaluation.relations import TwoShapes, read, right
+from emu3_jax.preference.answer_rewards import answer_format, answer_length, answer_match
 
 _JUDGED_AT_ONCE = 32
 
@@ -88,4 +90,10 @@ def judge(file: str, width: int, side: Sequence[int], concepts: Sequence[str], c
 
 
 # By its name, what makes a reward of its settings.
-SHIPPED: dict[str, Callable[..., Callable[..., Any]]] = {"procedural": lambda: procedural, "judge": judge}
+SHIPPED: dict[str, Callable[..., Callable[..., Any]]] = {
+    "procedural": lambda: procedural,
+    "judge": judge,
+    "answer_length": answer_length,
+    "answer_format": answer_format,
+    "answer_match": lambda: answer_match,
+}

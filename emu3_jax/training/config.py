@@ -165,8 +165,8 @@ class TrainConfig:
             all weights.
         preference: the loss of preference pairs, where `data` has them (the task `Preference`); else None. A pair takes
             two rows, so `batch_size` is twice the number of pairs in a step.
-        grpo: settings of GRPO, which draws its own pictures, so that `data.sources` is empty; else None. A picture
-            takes one row, or two, see `GrpoConfig.guided_policy`.
+        grpo: settings of GRPO, which draws its own pictures or answers, so that `data.sources` is empty; else None. A
+            picture takes one row, or two, see `GrpoConfig.guided_policy`. An answer takes one.
         accumulation: number of equal parts of a batch that a step computes one after the other, to save memory.
             Without dropout and noise, the result equals that of one part up to rounding.
         vision_weight: weight of visual targets in the loss; text targets have weight 1. The paper's pretraining used
@@ -279,11 +279,12 @@ class TrainConfig:
             return
         if self.data.sources or self.data.packing or self.data.loss_on_padding:
             raise Emu3Error(
-                "GRPO draws its own pictures, one a row: data needs sources=(), packing=0 and loss_on_padding=False"
+                f"GRPO draws its own {grpo.noun}s, one a row: data needs sources=(), packing=0 and "
+                "loss_on_padding=False"
             )
         check_field(self, "evaluation", not self.evaluation, "empty where grpo is set; grpo.held_out has its prompts")
         rows = grpo.n * grpo.rows
-        of = f"{grpo.n} pictures per prompt" + (", each with two rows" if grpo.rows == 2 else "")
+        of = f"{grpo.n} {grpo.noun}s per prompt" + (", each with two rows" if grpo.rows == 2 else "")
         check_field(self, "batch_size", self.batch_size % rows == 0, f"a multiple of {rows}: {of}")
         parts = grpo.rows * self.accumulation
         ok = self.batch_size % parts == 0

@@ -1,6 +1,7 @@
-"""The config of GRPO: which pictures a run draws, how it rewards them, and which loss it minimises."""
+"""The config of GRPO: what a run draws, how it rewards that, and which loss it minimises."""
 
 import dataclasses
+import re
 
 from emu3_jax.data.config import check_path
 from emu3_jax.fields import check_field, is_number, is_whole
@@ -10,6 +11,8 @@ from emu3_jax.media.sizes import generate_size
 
 LEVELS = ("token", "sequence")
 AVERAGES = ("sequence", "token", "length")
+_MOST_TOKENS = 1 << 20  # of an answer
+_MOST_PATTERN = 1000  # characters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,41 +20,50 @@ class GrpoConfig:
     """Group relative policy optimisation (arXiv 2402.03300). See `training.grpo` for the formulas.
 
     In each step the model draws `n` pictures for each of some prompts, a reward judges them, and the model learns from
-    the differences within each prompt's group.
+    the differences within each prompt's group. With `max_new_tokens`, it draws answers to questions instead.
 
     Attributes:
-        prompts: file of prompts, one a line. Each epoch takes them in another order.
-        reward: FILE.py:NAME, "procedural" or "judge". See `preference.rewards`.
-        n: number of pictures per prompt.
+        prompts: file of prompts, one a line. Each epoch takes them in another order. Questions may also come from a
+            manifest FILE.jsonl, with pictures and reference answers, see `preference.questions`.
+        reward: FILE.py:NAME, or a shipped reward: "procedural" or "judge" for pictures; "answer_length",
+            "answer_format" or "answer_match" for answers. See `preference.rewards`.
+        n: number of pictures or answers per prompt.
+        max_new_tokens: largest number of tokens of an answer; None for pictures. Answers are drawn from the whole
+            vocabulary. The token that ends an answer counts as drawn.
         guidance: guidance scale that pictures are drawn with. 1 means no guidance.
         guided_policy: where `guidance` is not 1, whether the policy that is trained includes guidance. If so, a picture
             takes two rows of the batch: with the prompt and without. If not, the model without guidance is trained on
             pictures that were drawn with it.
-        temperature: temperature that pictures are drawn with, and of the policy that is trained.
+        temperature: temperature that pictures or answers are drawn with, and of the policy that is trained.
         ratio: width:height of the pictures.
-        area: area of a picture in pixels, or None for the area that the model was trained for.
-        draw_at_once: most pictures that are drawn at the same time, or None for all of a step.
+        area: area of a drawn picture in pixels, or None for the area that the model was trained for. For answers: area
+            that the questions' pictures are resized to, or None to leave them as they are.
+        draw_at_once: most pictures or answers that are drawn at the same time, or None for all of a step.
         parallel: "auto", "off", or the number of tokens of a pass per row. See `generation.language.Batching`.
-        iterations: number of updates on the same pictures. From the second one on, the clip range matters.
+        iterations: number of updates on the same pictures or answers. From the second one on, the clip range matters.
         level: "token" (GRPO) or "sequence" (GSPO): what has a ratio of its own.
         normalise: whether advantages are divided by the spread of their group's rewards.
-        average: "sequence" (GRPO), "token" (DAPO) or "length" (Dr. GRPO). See `grpo.token_weights`.
+        average: "sequence" (GRPO), "token" (DAPO) or "length" (Dr. GRPO). See `grpo.token_weights`. For answers,
+            "length" divides by `max_new_tokens`.
         clip_low: ratios below 1 - clip_low have no gradient where the advantage is negative.
         clip_high: ratios above 1 + clip_high have no gradient where the advantage is positive.
         kl_weight: weight of the KL divergence to the reference in the loss.
         reference: whether the KL divergence to the model before training is measured. With adapters, the reference is
             the model without them. Otherwise a second copy of the weights in `model.dtype` lies in memory.
-        held_out: file of prompts for evaluations, or an empty string for none. An evaluation draws one picture for each
-            prompt, always with the same seeds.
+        held_out: file of prompts for evaluations, or an empty string for none. An evaluation draws one picture or
+            answer for each prompt, always with the same seeds.
         workers: number of processes that compute rewards, on each host.
         timeout: seconds that a call of the reward may take.
-        pictures_per_call: most pictures of a call of the reward. A group is never split.
+        pictures_per_call: most pictures or answers of a call of the reward. A group is never split.
         judge_data: directory of evaluation data, which the reward "judge" needs.
+        answer_words: number of words up to which the reward "answer_length" is 1. It needs this.
+        answer_pattern: regular expression of Python, which the reward "answer_format" needs.
     """
 
     prompts: str
     reward: str
     n: int = 8
+    max_new_tokens: int | None = None
     guidance: float = 1.0
     guided_policy: bool = True
     temperature: float = 1.0
@@ -72,13 +84,15 @@ class GrpoConfig:
     timeout: float = 60.0
     pictures_per_call: int = 256
     judge_data: str = ""
+    answer_words: int | None = None
+    answer_pattern: str = ""
 
     def __post_init__(self) -> None:
         for field in ("prompts", "held_out", "judge_data"):
             check_path(self, field, "a local path")
         check_field(self, "prompts", bool(self.prompts), "a file of prompts, one a line")
         ok = isinstance(self.reward, str) and bool(self.reward)
-        check_field(self, "reward", ok, "FILE.py:NAME, procedural or judge")
+        check_field(self, "reward", ok, "FILE.py:NAME, or a shipped reward")
         check_field(self, "n", is_whole(self.n, 2), "a whole number >= 2: a group is compared with its own mean")
         for field, most in {"iterations": 1000, "workers": 256, "pictures_per_call": 2**20}.items():
             ok = is_whole(getattr(self, field), 1) and getattr(self, field) <= most
@@ -104,8 +118,36 @@ class GrpoConfig:
         check_field(self, "timeout", ok, "above 0 and at most 1,000,000 seconds")
         ok = self.reward != "judge" or bool(self.judge_data)
         check_field(self, "judge_data", ok, "a directory of evaluation data where the reward is judge")
+        self._check_answers()
 
     @property
     def rows(self) -> int:
-        """Number of rows that a picture takes in a batch."""
+        """Number of rows that a picture or answer takes in a batch."""
         return 2 if self.guidance != 1 and self.guided_policy else 1
+
+    @property
+    def noun(self) -> str:
+        """What the model draws, as a word."""
+        return "picture" if self.max_new_tokens is None else "answer"
+
+    def _check_answers(self) -> None:
+        most = self.max_new_tokens
+        ok = most is None or (is_whole(most, 1) and most <= _MOST_TOKENS)
+        check_field(self, "max_new_tokens", ok, f"a whole number from 1 to {_MOST_TOKENS}, or None for pictures")
+        ok = most is None or self.guidance == 1
+        check_field(self, "guidance", ok, "1 where max_new_tokens is set: answers are drawn without guidance")
+        words = self.answer_words
+        ok = words is None or (is_whole(words, 1) and words <= _MOST_TOKENS)
+        check_field(self, "answer_words", ok, f"a whole number from 1 to {_MOST_TOKENS}, or None")
+        ok = self.reward != "answer_length" or words is not None
+        check_field(self, "answer_words", ok, "a number of words where the reward is answer_length")
+        pattern = self.answer_pattern
+        ok = isinstance(pattern, str) and len(pattern) <= _MOST_PATTERN
+        check_field(self, "answer_pattern", ok, f"a regular expression of at most {_MOST_PATTERN} characters")
+        ok = self.reward != "answer_format" or bool(pattern)
+        check_field(self, "answer_pattern", ok, "a regular expression where the reward is answer_format")
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+            check_field(self, "answer_pattern", False, f"a regular expression of Python ({reason})")

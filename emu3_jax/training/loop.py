@@ -204,7 +204,8 @@ class DecoderJob:
                 f"{path}: this bundle has {found[1]} visual ids from {found[0]} on, the config's "
                 f"model.decoder.tokens has {wanted[1]} from {wanted[0]} on: make the two agree"
             )
-        if self._config.samples or self._config.grpo:
+        grpo = self._config.grpo
+        if self._config.samples or (grpo is not None and grpo.max_new_tokens is None):
             codes = self._bundle.vision_config.codebook_size
             if codes != special.visual_count:
                 raise Emu3Error(

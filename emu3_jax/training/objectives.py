@@ -1,4 +1,4 @@
-"""What a step minimises: next-token cross-entropy, a loss of preference pairs, or GRPO's loss of drawn pictures.
+"""What a step minimises: next-token cross-entropy, a loss of preference pairs, or GRPO's loss of drawn samples.
 
 An objective is a sum of terms, each divided by a count over the whole batch. So a batch can be computed in parts, whose
 terms, sums and gradients add up.
@@ -66,7 +66,8 @@ def objective(config: TrainConfig, special: SpecialTokens) -> Objective:
     if config.preference is not None:
         return Pairs(config.preference)
     if config.grpo is not None:
-        return Groups(config.grpo, (special.visual_start, special.visual_end))
+        answers = config.grpo.max_new_tokens is not None
+        return Groups(config.grpo, None if answers else (special.visual_start, special.visual_end))
     return NextTokens(config.vision_weight, (special.visual_start, special.visual_end))
 
 
@@ -158,12 +159,12 @@ class Pairs:
 
 @flax.struct.dataclass
 class GroupSums:
-    """Sums over the drawn tokens of a batch, float32 scalars. Divide by `tokens` or `pictures`.
+    """Sums over the drawn tokens of a batch, float32 scalars. Divide by `tokens` or `samples`.
 
     Attributes:
         loss: sum of the losses, as `GrpoConfig.average` weighs them.
         tokens: number of drawn tokens.
-        pictures: number of pictures that count.
+        samples: number of pictures or answers that count.
         entropy: sum of the policy's entropies, in nats.
         kl: sum of the estimates of the KL divergence to the reference, in nats.
         low, high: number of tokens below and above the clip range, see `grpo.TokenLosses`.
@@ -171,7 +172,7 @@ class GroupSums:
 
     loss: jax.Array
     tokens: jax.Array
-    pictures: jax.Array
+    samples: jax.Array
     entropy: jax.Array
     kl: jax.Array
     low: jax.Array
@@ -179,15 +180,17 @@ class GroupSums:
 
 
 class Groups:
-    """GRPO's loss of pictures that the policy drew, see `training.grpo`.
+    """GRPO's loss of pictures or answers that the policy drew, see `training.grpo`.
 
-    A picture takes `together` rows. If two, the first has the prompt and the second has none, and the policy is the
-    mixture of both by guidance. Both hold the picture at the same columns. `loss_mask` of the first row says which
-    tokens were drawn; pictures that do not count have none. Of each array, a picture's value is in its first row.
+    An answer takes one row. A picture takes `together` rows. If two, the first has the prompt and the second has none,
+    and the policy is the mixture of both by guidance. Both hold the picture at the same columns. `loss_mask` of the
+    first row says which tokens were drawn; samples that do not count have none. Of each array, a picture's value is in
+    its first row.
     """
 
-    def __init__(self, config: GrpoConfig, visual: tuple[int, int]):
-        self._config, self._visual = config, visual
+    def __init__(self, config: GrpoConfig, ids: tuple[int, int] | None):
+        """`ids`: first id that the policy may draw, and the id after the last one; None for the whole vocabulary."""
+        self._config, self._ids = config, ids
         self.together = config.rows
         arrays: dict[str, tuple[int, Any]] = {"advantage": (1, jnp.float32)}
         if config.iterations > 1:
@@ -198,8 +201,9 @@ class Groups:
 
     def totals(self, batch: Batch) -> tuple[jax.Array, ...]:
         counts = self._first(batch["loss_mask"]).sum(axis=1, dtype=jnp.float32)
-        pictures = (counts > 0).sum(dtype=jnp.float32)
-        total = {"sequence": pictures, "token": counts.sum(), "length": pictures * counts.max()}
+        samples = (counts > 0).sum(dtype=jnp.float32)
+        most = self._config.max_new_tokens or counts.max()  # all pictures of a run have as many tokens
+        total = {"sequence": samples, "token": counts.sum(), "length": samples * most}
         return (jnp.maximum(total[self._config.average], 1.0),)
 
     def terms(self, forward: Forward, batch: Batch) -> tuple[tuple[jax.Array, ...], GroupSums]:
@@ -221,7 +225,7 @@ class Groups:
         sums = GroupSums(
             loss=loss,
             tokens=counts.sum(),
-            pictures=(counts > 0).sum(dtype=jnp.float32),
+            samples=(counts > 0).sum(dtype=jnp.float32),
             entropy=total(entropy),
             kl=total(found.kl),
             low=total(found.low),
@@ -233,10 +237,11 @@ class Groups:
         """The policy's log-probabilities and entropies, and which tokens were drawn.
 
         Returns:
-            float32 [P, S] log-probabilities of the next tokens among the visual ids; float32 [P, S] entropies; and bool
-            [P, S], of which positions the next token was drawn; for P pictures. Where it was not, there is no meaning.
+            float32 [P, S] log-probabilities of the next tokens among the ids that the policy may draw; float32 [P, S]
+            entropies; and bool [P, S], of which positions the next token was drawn; for P pictures or answers. Where it
+            was not, there is no meaning.
         """
-        config, (start, end) = self._config, self._visual
+        config, (start, end) = self._config, self._ids or (0, len(head_vd))
         labels, mask = next_tokens(batch["tokens"], batch["loss_mask"])
         labels = jnp.clip(labels - start, 0, end - start - 1)
         hidden, head = hidden_bsd, head_vd[start:end]
@@ -252,7 +257,7 @@ class Groups:
         return *token_log_probs(hidden, head, self._first(labels)), self._first(mask)
 
     def _first(self, rows: jax.Array) -> jax.Array:
-        """Of [B, ...], the first row of each picture."""
+        """Of [B, ...], the first row of each picture or answer."""
         return rows.reshape(-1, self.together, *rows.shape[1:])[:, 0]
 
     def figures(self, sums: GroupSums) -> dict[str, Any]:
@@ -262,12 +267,14 @@ class Groups:
         return figures | {
             "clip_low": _mean(sums.low, sums.tokens),
             "clip_high": _mean(sums.high, sums.tokens),
-            "pictures": sums.pictures,
+            f"{self._config.noun}s": sums.samples,
             "targets": sums.tokens,
         }
 
     def loss(self, sums: GroupSums) -> Any:
-        total = {"sequence": sums.pictures, "token": sums.tokens, "length": sums.tokens}
+        most = self._config.max_new_tokens
+        length = sums.samples * most if most else sums.tokens
+        total = {"sequence": sums.samples, "token": sums.tokens, "length": length}
         return _mean(sums.loss, total[self._config.average])
 
     def note(self, figures: Mapping[str, float]) -> str:
