@@ -135,8 +135,9 @@ class Answerer:
         return understanding_prompt(language.tokenizer, tokens, language.templates, question, codes)
 
     def _picture(self, path: Path) -> Image.Image:
-        picture: Any = load_image(path)
-        return picture if self._config.area is None else resize_to_area(picture, self._config.area)
+        picture, area = load_image(path), self._config.area
+        resized: Any = picture if area is None else resize_to_area(picture, area)
+        return resized
 
     def _codes_shape(self, path: Path) -> tuple[int, int]:
         """Rows and columns of a picture's codes."""
