@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 import pytest
-from test_plan import libtpu
+from test_plan import CONFIGS, EMU3_MATRICES, libtpu
 
 from emu3_jax.cli.main import main
 from emu3_jax.sharding import plan
@@ -165,3 +165,20 @@ def test_merging_splits_each_matrix_over_the_chips(small):
     mesh, (merge, *_) = programs(config, slice_)
     (merge,) = plan.compile_plan(slice_, mesh, [merge])["programs"]
     assert merge["fits"] and not merge["collectives"] and merge["bytes"]["temporaries"] < 2**20
+
+
+@libtpu
+def test_full_size():
+    """The 8 B model on v5e:2x4, where `tensor` splits the weights."""
+    sets = ["mesh=tensor=8", "accumulation=64", "grpo.draw_at_once=16"]
+    config = load_config(CONFIGS / "grpo_t2i_8b.py", sets)
+    mesh, (merge, prefill, decode, growth, reference, update) = programs(config, plan.tpu_slice("v5e:2x4"))
+    assert mesh.shape["tensor"] == 8 and prefill.name == "prefill of 16 rows of 512 tokens"
+    weights = 2 * (EMU3_MATRICES // 8 + 65 * 4096)
+    assert plan.chip_bytes(decode.arguments["weights"]) == weights
+    for program in (decode, growth):
+        assert plan.chip_bytes(program.beside["frozen weights"]) == weights
+    # A KV head of 16 rows, in each layer.
+    assert plan.chip_bytes(decode.arguments["cache"]) == 2 * 32 * 16 * 9216 * 128 * 2 + 16 * 4 + 16 * 4
+    assert reference.name == "log-probabilities by the reference of 64 rows of 8704 tokens" and not update.beside
+    assert set(merge.arguments) == {"frozen weights", "adapters"}
