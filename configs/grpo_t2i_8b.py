@@ -7,8 +7,16 @@
 a line. docs/preference.md says what a reward is.
 
 A step draws 8 pictures for each of 8 prompts: 64 rows of 8,704 tokens. They are drawn without guidance, so that a
-picture takes one row, and 32 at once, so that their caches fit beside the weights. Emu3's paper has no such stage. The
-values here were not tried on the published weights.
+picture takes one row. Emu3's paper has no such stage. The values here were not tried on the published weights.
+
+Choose a mesh whose axis `tensor` splits the weights: with `fsdp`, each drawn token gathers all weights. Set
+`accumulation` so that each part of the mesh computes one row at a time. docs/planning.md has the memory of these:
+
+    --set mesh=data=8,tensor=8 --set accumulation=8                               # v5e:8x8
+    --set mesh=data=16,tensor=4 --set accumulation=4                              # v5p:4x4x4
+    --set mesh=tensor=8 --set accumulation=64 --set grpo.draw_at_once=16          # v5e:2x4
+
+One GPU computes and draws in parts, too: for example `--set accumulation=32 --set grpo.draw_at_once=16`.
 """
 
 from emu3_jax.config import DecoderConfig
@@ -27,8 +35,7 @@ def config() -> TrainConfig:
         steps=200,
         adapter=Adapter(rank=16, alpha=32.0),
         optimizer=OptimizerConfig(learning_rate=2e-5, final_learning_rate=2e-6, clip_norm=1.0, weight_decay=0.0),
-        grpo=GrpoConfig("prompts.txt", "rewards.py:reward", n=8, draw_at_once=32, kl_weight=0.01),
-        accumulation=4,
+        grpo=GrpoConfig("prompts.txt", "rewards.py:reward", n=8, kl_weight=0.01),
         log_every=1,
         checkpoint_every=20,
     )
