@@ -143,6 +143,7 @@ def test_a_large_picture_grows_its_cache(small):
         (["--rows-per-chip", "1", "--set", "grpo.n=8"], "a batch of 4 rows: it must be a multiple of 8"),
         (["--set", "data.sequence_length=128"], "a picture of 12x12 tokens takes 159 tokens of a row, a row has 128"),
         (["--set", "model.decoder=None"], "model.decoder is None"),
+        (["--set", "grpo.max_new_tokens=8"], "plans of GRPO are of pictures only"),
     ],
 )
 def test_bad_input(small, capsys, arguments, message):

@@ -36,8 +36,13 @@ def grpo_programs(
         update: the program of an update. Its arguments are the state, the frozen weights and a batch.
 
     Raises:
-        Emu3Error: a picture does not fit in a row.
+        Emu3Error: a picture does not fit in a row, or the run draws answers.
     """
+    if grpo.max_new_tokens is not None:
+        raise Emu3Error(
+            f"GrpoConfig field max_new_tokens is {grpo.max_new_tokens}: plans of GRPO are of pictures only, so leave "
+            "it None; train prints the memory of a run of answers when it starts"
+        )
     state, frozen = trainer.abstract_state(), trainer.abstract_frozen()
     trained = {"adapters" if config.adapter else "trained weights": state.params}
     if config.adapter:
