@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from test_two_processes import Pair
 
 from emu3_jax import Emu3Error, train
 from emu3_jax.checkpoints.bundle import Bundle
@@ -28,6 +29,7 @@ from emu3_jax.sharding.rules import use_mesh
 from emu3_jax.training import runner
 from emu3_jax.training.config import ModelConfig, OptimizerConfig, TrainConfig
 from emu3_jax.training.grpo_config import GrpoConfig
+from emu3_jax.training.grpo_plan import grpo_programs
 from emu3_jax.training.metrics import read_metrics
 
 pytestmark = [pytest.mark.compiled_quickly, pytest.mark.slow]
@@ -125,14 +127,19 @@ def test_a_stopped_run_resumes_exactly(base, whole, tmp_path, monkeypatch):
     assert lines(tmp_path / "run") == lines(whole)
 
 
-def test_a_mesh_changes_nothing(base, whole, tmp_path):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner._Loop, "_stopping", lambda at, _: at.step == 2)
-        train(change(base, tmp_path, mesh="data=2,tensor=2", accumulation=2), progress=False)
-    for found, wanted in zip(lines(tmp_path), lines(whole)[:2], strict=True):
-        assert found.keys() == wanted.keys()
-        for name, value in wanted.items():
-            assert found[name] == pytest.approx(value, rel=1e-4, abs=2e-5), name
+@pytest.mark.multiprocess
+def test_two_processes_draw_and_learn_as_one(base, whole, tmp_path):
+    config = change(
+        base, tmp_path / "run", {"held_out": base.grpo.prompts}, mesh="fsdp=2,tensor=2", accumulation=2, steps=2
+    )
+    names = {"config": "ModelConfig, OptimizerConfig, TrainConfig", "grpo_config": "GrpoConfig"}
+    imports = [f"from emu3_jax.training.{module} import {name}" for module, name in names.items()]
+    imports.append("from emu3_jax.data.config import DataConfig")
+    file = tmp_path / "config.py"
+    file.write_text("\n".join([*imports, f"def config():\n    return {config!r}\n"]))
+    Pair("train", file).succeed()
+    for found, wanted in zip(lines(tmp_path / "run"), lines(whole)[:2], strict=True):
+        assert found == {name: pytest.approx(value, rel=1e-4, abs=2e-5) for name, value in wanted.items()}
 
 
 # ------------------------------------------------------------------------------------------------ the policy
@@ -279,6 +286,11 @@ def test_bad_configs(base, tmp_path, grpo, message):
     with pytest.raises(Emu3Error, match=message):
         train(change(base, tmp_path / "run", grpo), progress=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_refuses_answers(base):
+    with pytest.raises(Emu3Error, match="max_new_tokens is 6: plans of GRPO are of pictures only"):
+        grpo_programs(base, base.grpo, *[None] * 3)
 
 
 def test_other_answers_do_not_resume(folder):

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
@@ -152,5 +151,6 @@ class Answerer:
     def _encode(self, path: Path) -> np.ndarray:
         """A picture's codes, int32 [h, w], on every process."""
         vision = self._vision()
-        pixels = jnp.asarray(preprocess(self._picture(path), vision.image, vision.config.spatial_factor)[None])
+        # A NumPy array: to the programs of several processes it is the same on all of them.
+        pixels: Any = preprocess(self._picture(path), vision.image, vision.config.spatial_factor)[None]
         return np.asarray(self._replicate(make_encoder(vision.config)(vision.params, pixels)))[0]
