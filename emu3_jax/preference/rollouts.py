@@ -31,7 +31,9 @@ from emu3_jax.sharding.rules import batch_shards, spec
 from emu3_jax.text.prompt_files import PromptFile
 from emu3_jax.training.grpo_config import GrpoConfig
 
-DECODED_AT_ONCE = 16  # most pictures that the vision tokenizer decodes at once on a device
+# Most pictures, and most pixels unless one picture has more, that the vision tokenizer decodes at once on a device. A
+# picture of 720x720 needs 6 GiB beside the weights.
+DECODED_AT_ONCE, _PIXELS = 16, 2**19
 
 
 class PromptOrder:
@@ -186,10 +188,13 @@ class Artist:
     def pixels(self, drawn: Drawn) -> np.ndarray:
         """The pictures, uint8 [N, H, W, 3]. Devices share the work."""
         parts, count = batch_shards(self._mesh), len(drawn.grids)
+        codes = np.stack([grid.codes for grid in drawn.grids])
+        area = codes[0].size * self._vision.config.spatial_factor**2
+        most = min(DECODED_AT_ONCE, max(1, _PIXELS // area))
         return decode_pictures(
             self._vision,
-            np.stack([grid.codes for grid in drawn.grids]),
-            at_once=parts * min(DECODED_AT_ONCE, -(-count // parts)),
+            codes,
+            at_once=parts * min(most, -(-count // parts)),
             place=NamedSharding(self._mesh, spec("batch")),
             gather=self._replicate,
         )
