@@ -4,7 +4,7 @@
     emu3-jax train configs/grpo_answers_emoji.py
 
 The questions ask for a description, the category and the style of emoji; of coloured shapes also for colour, shape and
-place. In each step the model draws 8 answers to each of 32 questions. docs/preference.md has figures.
+place. In each step the model draws 8 answers to each of 32 questions. The values here were only tried for a few steps.
 """
 
 from emu3_jax.checkpoints.embedded import embedded_bundle
