@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         file = pathlib.Path(folder) / "reward.py"
         file.write_text(REWARD)
         trainer = Trainer(config, decoder, mesh)
-        state, frozen = trainer.initial_state(), train._random_frozen(trainer)
+        state, frozen = trainer.initial_state(), train.random_frozen(trainer)
         convert = make_inference_params(trainer.decoder, config.adapter, mesh)
         params = traverse_util.unflatten_dict(jax.tree.map(jnp.asarray, vision.random_weights(tokens)))
         artist = Artist(settings, Vision(tokens, ImageConfig(), params), mesh)
@@ -112,7 +112,7 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 mark()
                 drawn = artist.draw(language(inference), each, seeds(first))
                 mark()
-                pixels = artist.pixels(drawn)
+                pixels = artist.samples(drawn)
                 mark()
                 del inference
                 rewards, _ = rewards_of(pool, prompts, pixels, options.n)

@@ -171,7 +171,7 @@ def _measure(config: TrainConfig, decoder: DecoderConfig, steps: int, profile: b
     batch |= {name: np.zeros(shape[:axes], dtype) for name, (axes, dtype) in trainer.objective.arrays.items()}
     with use_mesh(mesh):
         state = trainer.initial_state()
-        frozen = _random_frozen(trainer)
+        frozen = random_frozen(trainer)
         batch = HostRows(mesh, config.batch_size).spread(batch)
         began = time.perf_counter()
         compiled = trainer.step.lower(state, frozen, batch).compile()
@@ -205,7 +205,7 @@ def _measure(config: TrainConfig, decoder: DecoderConfig, steps: int, profile: b
     }
 
 
-def _random_frozen(trainer: Trainer) -> Any:
+def random_frozen(trainer: Trainer) -> Any:
     """Random frozen parameters in their own dtypes, with standard deviation of about 0.02; norm scales are 1.
 
     Constant or regular weights would give wrong times: a GPU needs less power for them, and so runs faster.

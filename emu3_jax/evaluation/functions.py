@@ -6,8 +6,6 @@ They run in this process, with the user's rights. Their results are checked, and
 import contextlib
 import dataclasses
 import sys
-import traceback
-import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +14,7 @@ import numpy as np
 from emu3_jax.errors import Emu3Error
 from emu3_jax.foreign import local_path, read_bytes
 from emu3_jax.printable import shown
+from emu3_jax.user_code import run_file, what_failed
 
 _MAX_FILE = 10_000_000  # bytes of a Python file
 _MAX_NAME = 100  # characters of a function's name, which stands in the figures
@@ -55,17 +54,15 @@ class PictureFunction:
         file, _, name = text.rpartition(":")
         path = local_path(file)
         source = read_bytes(path, _MAX_FILE, "give a Python file")
-        module = types.ModuleType(f"emu3_jax_{field}_file")
-        module.__file__ = str(path.resolve())
-        with _running(f"{field} {text}", module.__file__), contextlib.redirect_stdout(sys.stderr):
-            sys.modules[module.__name__] = module  # dataclasses that the file declares look up their module here
+        whole = str(path.resolve())
+        with _running(f"{field} {text}", whole), contextlib.redirect_stdout(sys.stderr):
             if str(path.resolve().parent) not in sys.path:
                 sys.path.append(str(path.resolve().parent))  # at the end: no neighbour may stand in for a library
-            exec(compile(source, module.__file__, "exec", dont_inherit=True), module.__dict__)
+            module = run_file(whole, source, f"emu3_jax_{field}_file")
         call = getattr(module, name, None)
         if not callable(call):
             raise Emu3Error(f"{field} {text}: the file defines no function {name}; correct the name")
-        return cls(field, text, name, module.__file__, call)
+        return cls(field, text, name, whole, call)
 
     def __call__(self, *pictures: np.ndarray, dims: int) -> np.ndarray:
         """Calls the function, and checks what it returns.
@@ -108,13 +105,5 @@ def _running(where: str, file: str) -> Iterator[None]:
     except (KeyboardInterrupt, GeneratorExit):
         raise
     except BaseException as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-        if isinstance(error, SyntaxError) and error.filename == file:
-            lines.append(error.lineno or 1)
-        line = f" line {lines[-1]}" if lines else ""
-        try:
-            reason = " ".join(str(error).split())[:200]
-        except Exception:  # the file's own exception class may fail in `__str__`
-            reason = ""
-        said = type(error).__name__ + (f": {reason}" if reason else "")
-        raise Emu3Error(f"{where}{line}: {said}; correct the file") from error
+        said, line = what_failed(error, file)
+        raise Emu3Error(f"{where}{f' line {line}' if line else ''}: {said}; correct the file") from error

@@ -6,6 +6,7 @@ TOP_K = 2048  # as in the reference
 TOP_P = 1.0
 SEED = 0
 BATCH_SIZE = 8  # rows computed at once
+MOST_ROWS = 4096  # largest batch size; far more than fits on any device
 MAX_NEW_TOKENS = 1024  # most tokens of an answer, as in the reference's example
 FRAMES = 8  # new frames of a clip
 FPS = 8.0  # frames per second of a new clip

@@ -29,8 +29,6 @@ from emu3_jax.text.tokenizer import Tokenizer
 # so far, int32 [steps of the row].
 OnTokens = Callable[[Sequence[int], list[np.ndarray]], None]
 
-_MOST_AT_ONCE = 4096  # largest batch size; far more than fits on any device
-
 
 @dataclasses.dataclass(frozen=True)
 class Language:
@@ -86,9 +84,9 @@ class Batching:
     zipar: int | None = None
 
     def __post_init__(self) -> None:
-        if not is_count(self.batch_size) or self.batch_size > _MOST_AT_ONCE:
+        if not is_count(self.batch_size) or self.batch_size > defaults.MOST_ROWS:
             raise Emu3Error(
-                f"batch_size is {shown(self.batch_size)}: it must be a whole number from 1 to {_MOST_AT_ONCE}"
+                f"batch_size is {shown(self.batch_size)}: it must be a whole number from 1 to {defaults.MOST_ROWS}"
             )
         check_window(self.parallel)
         check_zipar(self.zipar, self.parallel)

@@ -94,7 +94,7 @@ class Answerer:
             self._prompt(language, one.text, None if one.image is None else self._codes(one.image)) for one in questions
         ]
         sampling = Sampling(config.temperature, language.config.vocab_size, 1.0, 1.0, seeds.tolist())
-        batching = Batching(config.draw_at_once or min(count, 4096), False, parallel=config.parallel)
+        batching = Batching(config.at_once(count), False, parallel=config.parallel)
         made = answer(language, prompts, sampling, max_new_tokens=self._most, batching=batching)
         eos = language.config.tokens.eos
         ends = [np.flatnonzero(ids == eos) for ids in made]

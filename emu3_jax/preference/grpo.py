@@ -115,9 +115,7 @@ class GrpoJob(DecoderJob):
     def _further_memory(self) -> dict[str, Any]:
         if self._config.adapter is not None or not self._compares:
             return {}
-        params, dtype = self._trainer.abstract_state().params, jnp.dtype(self._config.model.dtype)
-        narrow = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding), params)
-        return {"reference": narrow}
+        return {"reference": self._trainer.abstract_reference()}
 
     def _example(self, options: str) -> str | None:
         first = self._prompts.prompts[0]

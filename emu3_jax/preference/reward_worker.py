@@ -13,13 +13,13 @@ import queue
 import struct
 import sys
 import threading
-import traceback
-import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+
+from emu3_jax.user_code import run_file, what_failed
 
 _LENGTHS = struct.Struct(">QQ")  # bytes of the header and of the body
 
@@ -55,11 +55,8 @@ def load_file(file: str, name: str) -> RewardFunction:
         ValueError: there is no such function. Errors of the file pass unchanged.
     """
     path = Path(file)
-    sys.path.insert(0, str(path.parent))
-    module = types.ModuleType("emu3_jax_reward_file")
-    module.__file__ = file
-    sys.modules[module.__name__] = module  # dataclasses that the file declares look up their module here
-    exec(compile(path.read_bytes(), file, "exec", dont_inherit=True), module.__dict__)
+    sys.path.append(str(path.parent))  # at the end: no neighbour may stand in for a library
+    module = run_file(file, path.read_bytes(), "emu3_jax_reward_file")
     function = getattr(module, name, None)
     if not callable(function):
         raise ValueError(f"the file defines no function {name}")
@@ -68,10 +65,8 @@ def load_file(file: str, name: str) -> RewardFunction:
 
 def reason(error: BaseException, file: str | None) -> str:
     """One line about an error of a reward: its type and message, and its line in `file`."""
-    text = " ".join(str(error).split())[:200]
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-    where = f" (line {lines[-1]})" if lines else ""
-    return f"{type(error).__name__}{f': {text}' if text else ''}{where}"
+    said, line = what_failed(error, file)
+    return said + (f" (line {line})" if line else "")
 
 
 def numbers(result: Any, count: int, what: str) -> list[float]:

@@ -7,6 +7,7 @@ its own share of the batch.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -57,20 +58,22 @@ class PromptOrder:
         each = [one.identity if isinstance(one, Question) else one for one in prompts.prompts]
         identity = json.dumps([each, groups, n, seed]).encode()
         self._identity = hashlib.sha256(identity).hexdigest()
+        self._order = functools.lru_cache(2)(self._permutation)  # a step may lie in two epochs
         self._taken = 0  # steps
 
     def __next__(self) -> dict[str, np.ndarray]:
         """The numbers of the prompts of a step, int32 [groups], and the seeds of its samples, uint32 [groups * n]."""
         first = self._taken * self._groups
-        numbers = [self._at(place) for place in range(first, first + self._groups)]
+        numbers = [
+            self._order(place // self._count)[place % self._count] for place in range(first, first + self._groups)
+        ]
         rng = np.random.default_rng([self._seed, 1, self._taken])
         seeds = rng.integers(0, 2**32, self._groups * self._n, dtype=np.uint32)
         self._taken += 1
         return {"prompts": np.asarray(numbers, np.int32), "seeds": seeds}
 
-    def _at(self, place: int) -> int:
-        epoch, place = divmod(place, self._count)
-        return int(np.random.default_rng([self._seed, 0, epoch]).permutation(self._count)[place])
+    def _permutation(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self._seed, 0, epoch]).permutation(self._count)
 
     def get_state(self) -> dict[str, Any]:
         """The position after the last step, as JSON values."""
@@ -167,7 +170,7 @@ class Artist:
             count, temperature=config.temperature, top_k=language.config.tokens.visual_count, top_p=1.0,
             guidance=config.guidance, seed=seeds,
         )  # fmt: skip
-        batching = Batching(config.draw_at_once or min(count, 4096), False, parallel=config.parallel)
+        batching = Batching(config.at_once(count), False, parallel=config.parallel)
         made = generate_grids(language, grids, settings, batching=batching)
         return Drawn(grid_rows(language, grids), made)
 
@@ -177,16 +180,12 @@ class Artist:
         size = generate_size(config.ratio, area, self._vision.config.spatial_factor)
         return [Grid(prompt, "", size) for prompt in prompts]
 
-    def samples(self, drawn: Drawn) -> np.ndarray:
-        """The pictures, which the reward gets; see `pixels`."""
-        return self.pixels(drawn)
-
     def figures(self, _: Drawn) -> dict[str, float]:
         """Further metrics of a step: none."""
         return {}
 
-    def pixels(self, drawn: Drawn) -> np.ndarray:
-        """The pictures, uint8 [N, H, W, 3]. Devices share the work."""
+    def samples(self, drawn: Drawn) -> np.ndarray:
+        """The pictures, uint8 [N, H, W, 3], which the reward gets. Devices share the decoding."""
         parts, count = batch_shards(self._mesh), len(drawn.grids)
         codes = np.stack([grid.codes for grid in drawn.grids])
         area = codes[0].size * self._vision.config.spatial_factor**2

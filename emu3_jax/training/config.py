@@ -5,8 +5,6 @@ import dataclasses
 import os
 import pathlib
 import sys
-import traceback
-import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,9 +20,11 @@ from emu3_jax.models.decoder import REMAT_POLICIES
 from emu3_jax.training.grpo_config import GrpoConfig
 from emu3_jax.training.overrides import override
 from emu3_jax.training.preference_config import PreferenceConfig
+from emu3_jax.user_code import run_file, what_failed
 
 ENTRY = "config"  # the function that a config file defines
 MAX_STEPS = 2**31 - 1  # devices count steps in int32
+_MODULE = "emu3_jax_config_file"
 _MAX_FILE = 16 << 20  # largest config file, in bytes
 
 
@@ -317,20 +317,15 @@ def load_config(file: str | os.PathLike, overrides: Sequence[str] = ()) -> Any:
     if file.suffix != ".py":
         raise Emu3Error(f"{file}: a config file is a Python program, so its name must end in .py")
     source = read_bytes(file, _MAX_FILE, "give a config file in Python")
-    # `runpy` would also run zip files and compiled code, whatever the file's name.
-    module = types.ModuleType("emu3_jax_config_file")
-    module.__file__ = str(file)
     with _running(file):
-        # Dataclasses that the file declares look up their module in `sys.modules`.
-        sys.modules[module.__name__] = module
         try:
-            exec(compile(source, str(file), "exec", dont_inherit=True), module.__dict__)
+            module = run_file(str(file), source, _MODULE)
             entry = getattr(module, ENTRY, None)
             if not callable(entry):
                 raise Emu3Error(f"defines no function `{ENTRY}` that returns the config; see configs/")
             config = entry()
         finally:
-            sys.modules.pop(module.__name__, None)
+            sys.modules.pop(_MODULE, None)
     return override(config, overrides) if overrides else config
 
 
@@ -345,14 +340,5 @@ def _running(file: pathlib.Path) -> Iterator[None]:
     except Emu3Error as error:
         raise Emu3Error(f"{file}: {error}") from error
     except BaseException as error:
-        places = traceback.walk_tb(error.__traceback__)
-        lines = [line for frame, line in places if frame.f_code.co_filename == str(file)]
-        if isinstance(error, SyntaxError) and error.filename == str(file):
-            lines.append(error.lineno or 1)
-        where = f" line {lines[-1]}" if lines else ""
-        try:
-            reason = f"{error!s:.200}"
-        except Exception:  # the file's own exception class may fail in `__str__`
-            reason = ""
-        said = type(error).__name__ + (f": {reason}" if reason else "")
-        raise Emu3Error(f"{file}{where}: {said}; correct the file") from error
+        said, line = what_failed(error, str(file))
+        raise Emu3Error(f"{file}{f' line {line}' if line else ''}: {said}; correct the file") from error

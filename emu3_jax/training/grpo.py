@@ -1,8 +1,9 @@
 """Losses of GRPO as pure functions: advantages of groups, clipped ratios of tokens or sequences, KL to a reference.
 
 The policy drew N samples for each prompt, and each got a reward. `advantages` compares the samples of a prompt.
-`token_losses` raises the probability of samples with a positive advantage, within a clip range. `average` makes one
-number of the losses. `tests/golden/preference.json` holds TRL's losses and gradients on the same numbers.
+`token_losses` raises the probability of samples with a positive advantage, within a clip range. `token_weights` and
+`divisor` say how the losses of tokens become one number. `tests/golden/preference.json` holds TRL's losses and
+gradients on the same numbers.
 
 G groups (prompts), N samples of a group, B = G * N samples, T tokens of a sample.
 """
@@ -12,8 +13,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-LEVELS = ("token", "sequence")
-AVERAGES = ("sequence", "token", "length")
+from emu3_jax.training.grpo_config import LEVELS
+
 _SPREAD = 1e-4  # added to the standard deviation of a group's rewards, as in TRL
 
 
@@ -117,31 +118,36 @@ def kl_estimate(log_probs_bt: jax.Array, reference_bt: jax.Array) -> jax.Array:
     return jnp.exp(log_ratio) - log_ratio - 1
 
 
-def token_weights(mask_bt: jax.Array, how: str, *, length: int | None = None) -> jax.Array:
-    """Weights whose products with the tokens' losses sum to the loss of a batch.
+def token_weights(mask_bt: jax.Array, average: str) -> jax.Array:
+    """The weight of each token's loss. The loss of a batch is the weighted sum of its tokens, divided by `divisor`.
+
+    So a batch can be computed in parts, whose weighted sums add up.
 
     Args:
-        mask_bt: bool [B, T], the tokens of the whole batch.
-        how: "sequence": the mean over samples of the mean over their tokens (GRPO). "token": the mean over all tokens
-            (DAPO). "length": the sum over tokens, divided by B * `length` (Dr. GRPO).
-        length: the largest number of tokens of a sample, for "length".
+        mask_bt: bool [B, T], the tokens that count.
+        average: "sequence": the mean over samples of the mean over their tokens (GRPO). "token": the mean over all
+            tokens (DAPO). "length": the sum over tokens, divided by B and by the largest number of tokens (Dr. GRPO).
 
     Returns:
         float32 [B, T], 0 outside the mask.
-
-    Raises:
-        ValueError: `how` is unknown, or `length` is missing.
     """
-    if how not in AVERAGES or (how == "length" and not length):
-        raise ValueError(f"how is {how!r} with length {length}: it must be one of {', '.join(AVERAGES)}")
     mask = mask_bt.astype(jnp.float32)
-    if how == "token":
-        return mask / jnp.maximum(mask.sum(), 1.0)
-    counts = mask.sum(axis=1, keepdims=True) if how == "sequence" else jnp.asarray(length, jnp.float32)
-    return mask / jnp.maximum(counts, 1.0) / len(mask)
+    return mask / jnp.maximum(mask.sum(axis=1, keepdims=True), 1.0) if average == "sequence" else mask
 
 
-def masked_mean(values_bt: jax.Array, mask_bt: jax.Array) -> jax.Array:
-    """The mean over the tokens of a mask, a float32 scalar: for the KL divergence, the entropy and the clip shares."""
-    mask = mask_bt.astype(jnp.float32)
-    return jnp.where(mask_bt, values_bt, 0.0).sum() / jnp.maximum(mask.sum(), 1.0)
+def divisor(mask_bt: jax.Array, average: str, length: jax.Array | int) -> jax.Array:
+    """What the weighted sum of a whole batch is divided by, a float32 scalar >= 1. Samples without tokens do not count.
+
+    Args:
+        mask_bt: bool [B, T], the tokens of the whole batch.
+        average: see `token_weights`.
+        length: the largest number of tokens that a sample can have, for "length".
+    """
+    counts = mask_bt.sum(axis=1, dtype=jnp.float32)
+    samples = (counts > 0).sum(dtype=jnp.float32)
+    return jnp.maximum({"sequence": samples, "token": counts.sum(), "length": samples * length}[average], 1.0)
+
+
+def masked_sum(values_bt: jax.Array, mask_bt: jax.Array) -> jax.Array:
+    """The sum over the tokens of a mask, a float32 scalar. Values outside the mask may be any."""
+    return jnp.where(mask_bt, values_bt, 0.0).sum()

@@ -97,8 +97,9 @@ class GrpoConfig:
         for field, most in {"iterations": 1000, "workers": 256, "pictures_per_call": 2**20}.items():
             ok = is_whole(getattr(self, field), 1) and getattr(self, field) <= most
             check_field(self, field, ok, f"a whole number from 1 to {most}")
-        ok = self.draw_at_once is None or (is_whole(self.draw_at_once, 1) and self.draw_at_once <= 4096)
-        check_field(self, "draw_at_once", ok, "a whole number from 1 to 4096, or None")
+        most = defaults.MOST_ROWS
+        ok = self.draw_at_once is None or (is_whole(self.draw_at_once, 1) and self.draw_at_once <= most)
+        check_field(self, "draw_at_once", ok, f"a whole number from 1 to {most}, or None")
         check_field(self, "guidance", is_number(self.guidance) and 0 <= self.guidance <= 1e9, "a number from 0 to 1e9")
         ok = is_number(self.temperature) and 1e-9 <= self.temperature <= 1e9
         check_field(self, "temperature", ok, "a number from 1e-9 to 1e9: greedy drawing gives no spread")
@@ -124,6 +125,10 @@ class GrpoConfig:
     def rows(self) -> int:
         """Number of rows that a picture or answer takes in a batch."""
         return 2 if self.guidance != 1 and self.guided_policy else 1
+
+    def at_once(self, count: int) -> int:
+        """How many of `count` pictures or answers are drawn at the same time."""
+        return min(self.draw_at_once or defaults.MOST_ROWS, count)
 
     @property
     def noun(self) -> str:

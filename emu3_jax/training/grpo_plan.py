@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from emu3_jax.errors import Emu3Error
@@ -50,7 +49,7 @@ def grpo_programs(
     optimizer = {"optimizer": state.opt_state}
     reference: dict[str, Any] = {}
     if grpo.reference and not config.adapter:
-        reference = {"reference weights": _narrow(state.params, config.model.dtype)}
+        reference = {"reference weights": trainer.abstract_reference()}
 
     merge = make_inference_params(trainer.decoder, config.adapter, mesh)
     shapes = jax.eval_shape(merge, state.params, frozen)
@@ -86,7 +85,7 @@ def _drawn(config: TrainConfig, grpo: GrpoConfig, trainer: Trainer) -> GenerateC
     """What is drawn at once, with the longest prompt that fits in a row."""
     pictures = config.batch_size // grpo.rows
     one = GenerateConfig(
-        trainer.decoder, pictures=min(grpo.draw_at_once or 4096, pictures), ratio=grpo.ratio, area=grpo.area,
+        trainer.decoder, pictures=grpo.at_once(pictures), ratio=grpo.ratio, area=grpo.area,
         guidance=grpo.guidance, prompt_tokens=1, parallel=grpo.parallel, kernels="auto",
     )  # fmt: skip
     most = min(config.data.sequence_length, trainer.decoder.max_positions)
@@ -121,8 +120,3 @@ def _policy(
     flops = step_flops(trainer.decoder, rows * length, rows * length * (length + 1) / 2, visual_only=True) / 3
     title = f"log-probabilities by the {name} of {rows} rows of {length} tokens"
     return Program(title, lower, {**weights, "inputs": batch}, beside=beside, flops=flops)
-
-
-def _narrow(params: Any, dtype: str) -> Any:
-    """The parameters of the reference, see `preference.grpo.GrpoJob`."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=x.sharding), params)

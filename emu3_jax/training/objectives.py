@@ -200,11 +200,9 @@ class Groups:
         self.arrays: Mapping[str, tuple[int, Any]] = arrays
 
     def totals(self, batch: Batch) -> tuple[jax.Array, ...]:
-        counts = self._first(batch["loss_mask"]).sum(axis=1, dtype=jnp.float32)
-        samples = (counts > 0).sum(dtype=jnp.float32)
-        most = self._config.max_new_tokens or counts.max()  # all pictures of a run have as many tokens
-        total = {"sequence": samples, "token": counts.sum(), "length": samples * most}
-        return (jnp.maximum(total[self._config.average], 1.0),)
+        mask = self._first(batch["loss_mask"])
+        most = self._config.max_new_tokens or mask.sum(axis=1).max()  # all pictures of a run have as many tokens
+        return (grpo.divisor(mask, self._config.average, most),)
 
     def terms(self, forward: Forward, batch: Batch) -> tuple[tuple[jax.Array, ...], GroupSums]:
         config = self._config
@@ -215,21 +213,15 @@ class Groups:
             clip_high=config.clip_high, kl_weight=config.kl_weight,
             reference_bt=self._first(batch["reference"]) if config.reference else None,
         )  # fmt: skip
-        counts = mask.sum(axis=1, dtype=jnp.float32)
-
-        def total(values: jax.Array) -> jax.Array:
-            return jnp.where(mask, values, 0.0).sum()
-
-        each = jnp.maximum(counts, 1.0)[:, None] if config.average == "sequence" else jnp.float32(1)
-        loss = total(found.loss / each)
+        loss = grpo.masked_sum(found.loss * grpo.token_weights(mask, config.average), mask)
         sums = GroupSums(
             loss=loss,
-            tokens=counts.sum(),
-            samples=(counts > 0).sum(dtype=jnp.float32),
-            entropy=total(entropy),
-            kl=total(found.kl),
-            low=total(found.low),
-            high=total(found.high),
+            tokens=mask.sum(dtype=jnp.float32),
+            samples=mask.any(axis=1).sum(dtype=jnp.float32),
+            entropy=grpo.masked_sum(entropy, mask),
+            kl=grpo.masked_sum(found.kl, mask),
+            low=grpo.masked_sum(found.low, mask),
+            high=grpo.masked_sum(found.high, mask),
         )
         return (loss,), jax.lax.stop_gradient(sums)
 

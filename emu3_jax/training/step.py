@@ -126,6 +126,12 @@ class Trainer:
         """Shapes, dtypes and shardings of the frozen parameters."""
         return _placed(self._abstract_frozen, self.frozen_shardings)
 
+    def abstract_reference(self) -> Any:
+        """Shapes, dtypes and shardings of GRPO's reference where there is no adapter: a copy in the compute dtype."""
+        dtype = jnp.dtype(self._config.model.dtype)
+        params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), self._abstract.params)
+        return _placed(params, self.state_shardings.params)
+
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes, dtypes and shardings of a batch."""
         shape = (self._config.batch_size, self._config.data.sequence_length)
