@@ -25,7 +25,7 @@ from flax import traverse_util
 
 from emu3_jax.errors import Emu3Error
 from emu3_jax.evaluation.config import JudgeConfig
-from emu3_jax.evaluation.items import in_batches
+from emu3_jax.evaluation.items import Data, in_batches
 from emu3_jax.files import new_file
 from emu3_jax.foreign import plain_file, reading
 from emu3_jax.progress import Progress
@@ -202,6 +202,39 @@ def get_judge(
         print(f"emu3-jax: cannot save the judge, so the next run trains it again: {error}", file=sys.stderr)
         return dataclasses.replace(judge, params=params, file=None)
     return dataclasses.replace(judge, params=params)
+
+
+def judge_of(
+    data: Data,
+    config: JudgeConfig,
+    groups: Sequence[str],
+    reconstruct: Callable[[np.ndarray], np.ndarray],
+    tokenizer: str,
+    progress: bool | None = None,
+) -> tuple[Judge, np.ndarray]:
+    """The judge of evaluation data: the one that is cached beside them, or a new one. And its training pictures.
+
+    Args:
+        data: evaluation data.
+        config: settings of the training.
+        groups: groups of the training pictures.
+        reconstruct: the vision tokenizer: its reconstructions of pictures, see `get_judge`.
+        tokenizer: hash of the vision tokenizer.
+        progress: as in `progress.Progress`.
+
+    Returns:
+        The judge, and the training pictures, uint8 [N, H, W, 3].
+
+    Raises:
+        Emu3Error: as `get_judge`.
+    """
+    training = data.where("picture", "train", groups)
+    pixels = data.pixels(training, progress) if training else np.zeros((0, 1, 1, 3), np.uint8)
+    judge = get_judge(
+        data.directory, config, pixels, [item.concept for item in training], reconstruct=lambda: reconstruct(pixels),
+        tokenizer=tokenizer, progress=progress,
+    )  # fmt: skip
+    return judge, pixels
 
 
 def train(

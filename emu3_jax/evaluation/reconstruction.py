@@ -17,7 +17,7 @@ from emu3_jax.evaluation.comparison import Comparison, Features, picture_files
 from emu3_jax.evaluation.config import JUDGE, EvaluateConfig
 from emu3_jax.evaluation.functions import PictureFunction
 from emu3_jax.evaluation.items import Data, choose, in_batches
-from emu3_jax.evaluation.judge import get_judge
+from emu3_jax.evaluation.judge import judge_of
 from emu3_jax.evaluation.page import Cell, Row, Section
 from emu3_jax.evaluation.picture_folder import PictureFolder
 from emu3_jax.files import require_outside
@@ -236,12 +236,7 @@ def _functions(config: EvaluateConfig, judge: Callable[[], Features]) -> tuple[F
 
 def _judge_features(data: Data, config: EvaluateConfig, reconstruct: Reconstructor, progress: bool | None) -> Features:
     """The features of the judge that the figure "text_to_image" uses. Trains it if the data have none."""
-    training = data.where("picture", "train", config.groups)
-    pixels = data.pixels(training, progress) if training else np.zeros((0, 1, 1, 3), np.uint8)
-    judge = get_judge(
-        data.directory, config.judge, pixels, [item.concept for item in training],
-        reconstruct=lambda: reconstruct(pixels), tokenizer=reconstruct.digest(), progress=progress,
-    )  # fmt: skip
+    judge, _ = judge_of(data, config.judge, config.groups, reconstruct, reconstruct.digest(), progress)
     return Features(JUDGE, lambda pictures: judge.features(pictures, config.batch_size))
 
 

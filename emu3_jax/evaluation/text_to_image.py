@@ -10,7 +10,7 @@ import numpy as np
 from emu3_jax.evaluation import metrics
 from emu3_jax.evaluation.config import EvaluateConfig
 from emu3_jax.evaluation.items import Data, Item, choose
-from emu3_jax.evaluation.judge import Judge, get_judge
+from emu3_jax.evaluation.judge import Judge, judge_of
 from emu3_jax.evaluation.page import Cell, Curve, Row, Section
 from emu3_jax.evaluation.reconstruction import Reconstructor
 from emu3_jax.generation.pipeline import Emu3
@@ -90,16 +90,8 @@ def measure(
             "the data has no pictures in a held-out style whose concept is in the training pictures"
         )
         return {}, []
-    train_pixels, held_out_pixels = data.pixels(training, progress), data.pixels(held_out, progress)
-    judge = get_judge(
-        data.directory,
-        config.judge,
-        train_pixels,
-        [item.concept for item in training],
-        reconstruct=lambda: reconstruct(train_pixels),
-        tokenizer=reconstruct.digest(),
-        progress=progress,
-    )
+    judge, train_pixels = judge_of(data, config.judge, config.groups, reconstruct, reconstruct.digest(), progress)
+    held_out_pixels = data.pixels(held_out, progress)
     concepts, prompts = [item.concept for item in cases], [item.caption for item in cases]
     truth = data.pixels(cases)
     again = reconstruct(truth)

@@ -17,7 +17,7 @@ from emu3_jax.data.shards import Codebook, write_json
 from emu3_jax.errors import Emu3Error
 from emu3_jax.evaluation.config import GROUPS, JudgeConfig
 from emu3_jax.evaluation.items import Data
-from emu3_jax.evaluation.judge import get_judge
+from emu3_jax.evaluation.judge import judge_of
 from emu3_jax.evaluation.reconstruction import Reconstructor
 from emu3_jax.fields import is_number
 from emu3_jax.foreign import reading
@@ -255,12 +255,7 @@ def judge_settings(
         Emu3Error: the directory has no evaluation data, or the judge cannot be stored there.
     """
     data, config, reconstruct = Data(directory), config or JudgeConfig(), Reconstructor(vision, 32, progress)
-    training = data.where("picture", "train", GROUPS)
-    pixels = data.pixels(training, progress) if training else np.zeros((0, 1, 1, 3), np.uint8)
-    judge = get_judge(
-        data.directory, config, pixels, [item.concept for item in training],
-        reconstruct=lambda: reconstruct(pixels), tokenizer=reconstruct.digest(), progress=progress,
-    )  # fmt: skip
+    judge, pixels = judge_of(data, config, GROUPS, reconstruct, reconstruct.digest(), progress)
     if judge.file is None:
         raise Emu3Error(f"{directory}: the judge cannot be stored there, and its workers read it: make it writable")
     known = set(judge.concepts)
