@@ -9,6 +9,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from grpo_runs import change, job, lines
 from PIL import Image
 from test_two_processes import Pair
 
@@ -19,7 +20,7 @@ from emu3_jax.generation.log_probs import text_log_probs
 from emu3_jax.models.decoder import Decoder
 from emu3_jax.preference import rewards as pools
 from emu3_jax.preference.answer_rewards import answer_format, answer_length, answer_match
-from emu3_jax.preference.grpo import GrpoJob, trainer_arrays
+from emu3_jax.preference.grpo import trainer_arrays
 from emu3_jax.preference.questions import Question, read_questions
 from emu3_jax.preference.rewards import FOR_ANSWERS, AnswerGroup, Reward, RewardPool
 from emu3_jax.preference.rollouts import PromptOrder
@@ -30,7 +31,6 @@ from emu3_jax.training import runner
 from emu3_jax.training.config import ModelConfig, OptimizerConfig, TrainConfig
 from emu3_jax.training.grpo_config import GrpoConfig
 from emu3_jax.training.grpo_plan import grpo_programs
-from emu3_jax.training.metrics import read_metrics
 
 pytestmark = [pytest.mark.compiled_quickly, pytest.mark.slow]
 
@@ -89,16 +89,6 @@ def base(tiny_bundle, folder) -> TrainConfig:
     )
 
 
-def change(config: TrainConfig, directory: pathlib.Path, grpo: dict | None = None, **fields) -> TrainConfig:
-    settings = dataclasses.replace(config.grpo, **(grpo or {}))
-    return dataclasses.replace(config, directory=str(directory), grpo=settings, **fields)
-
-
-def lines(directory: pathlib.Path, group: str = "train") -> list[dict]:
-    found = [line for line in read_metrics(directory) if line["group"] == group]
-    return [{k: v for k, v in line.items() if not k.startswith(("seconds", "answers_per", "group"))} for line in found]
-
-
 @pytest.fixture(scope="module")
 def whole(base, tmp_path_factory) -> pathlib.Path:
     """The directory of a run that nothing disturbed."""
@@ -151,7 +141,7 @@ def test_the_policy_is_the_one_that_was_sampled(base, folder, tmp_path, temperat
     config = change(base, tmp_path, {"temperature": temperature, "average": average, "n": 8}, batch_size=16)
     bundle, mesh = Bundle.open(config.model.bundle), make_mesh(config.mesh)
     with use_mesh(mesh):
-        made = GrpoJob(config, bundle, bundle.decoder_config, mesh)
+        made = job(config)
         state = made.initial_state()
         made.start(0, None)
         # A larger weight of EOS, so that some answers end.

@@ -23,9 +23,7 @@ from emu3_jax.compilation import enable_persistent_cache
 from emu3_jax.config import FREE_FIELDS, DecoderConfig, other_field
 from emu3_jax.data.config import Source
 from emu3_jax.data.encoder import bundle_codebook
-from emu3_jax.data.pairs import Pair
 from emu3_jax.data.pipeline import Batches, evaluation_batches, open_prepared, training_batches
-from emu3_jax.data.sequences import ImageToText, Interleaved, NextFrame, TextOnly, TextToImage
 from emu3_jax.errors import Emu3Error
 from emu3_jax.files import new_file, require_outside
 from emu3_jax.generation.codec import Vision
@@ -39,6 +37,7 @@ from emu3_jax.storage import is_remote, place, storage_place
 from emu3_jax.text.prompts import prompt_templates
 from emu3_jax.training import summary, weights
 from emu3_jax.training.config import TrainConfig
+from emu3_jax.training.examples import example_command
 from emu3_jax.training.flops import peak_flops, step_flops
 from emu3_jax.training.host_rows import HostRows
 from emu3_jax.training.references import References, attached
@@ -48,7 +47,6 @@ from emu3_jax.training.step import Trainer, TrainState
 from emu3_jax.training.summary import counted
 
 _log = logging.getLogger("emu3_jax")
-_EXAMPLE = 100  # longest prompt, in characters, that the last line shows as an example
 
 
 def train(
@@ -129,12 +127,6 @@ def _check_parts(config: TrainConfig, mesh: Mesh) -> None:
     length, parts = config.data.sequence_length, mesh.shape["sequence"]
     if length % parts:
         raise Emu3Error(f"sequence_length is {length}, which mesh sequence={parts} does not divide: change one of them")
-
-
-def example_prompt(text: str) -> str:
-    """A prompt for a command line, quoted for a shell; "PROMPT" if it is long."""
-    short = 0 < len(text) <= _EXAMPLE and text.isprintable() and not text.startswith("-")
-    return shlex.quote(text) if short else "PROMPT"
 
 
 class DecoderJob:
@@ -272,41 +264,12 @@ class DecoderJob:
         return f"emu3-jax doctor {written}"
 
     def _example(self, options: str) -> str | None:
-        """The command that suits the task of the first source with pictures or clips, or None for texts alone."""
-        sources = self._config.data.sources
-        source = next((source for source in sources if not isinstance(source.task, TextOnly)), sources[0])
-        match self._drawn(source):
-            case ImageToText(question=question):
-                question = shlex.quote(printable(question))
-                return f"emu3-jax chat PICTURE --prompt {question} {options}"
-            case NextFrame():
-                return f"emu3-jax video {self._prompt(source)} {options} -o out/clips"
-            case TextToImage():
-                return f"emu3-jax generate {self._prompt(source)} {options} -o out/pictures"
-            case Interleaved():
-                return f"emu3-jax interleave {self._prompt(source)} {options} -o out/documents"
-        return None
+        """A command that uses the model, or None if no command suits."""
 
-    def _drawn(self, source: Source) -> Any:
-        """The source's task; of preference pairs, the task that suits the first pair."""
-        with contextlib.suppress(Emu3Error):  # the run is over: a damaged pair must not make it fail now
-            if source.pairs and isinstance(pair := open_prepared(source, self._tokenizer, self._codebook)[0], Pair):
-                return {1: ImageToText(question=pair.prompt), 2: TextToImage(), 3: NextFrame()}[pair.chosen.ndim]
-        return source.task
+        def first(source: Source) -> Any:
+            return open_prepared(source, self._tokenizer, self._codebook)[0]
 
-    def _prompt(self, source: Source) -> str:
-        """An example prompt, quoted for a shell: the first sample prompt or caption, or "PROMPT" if that is long."""
-        samples, text = self._config.samples, ""
-        if samples:
-            text = samples.prompts[0]
-        else:
-            with contextlib.suppress(Emu3Error):  # the run is over: a damaged record must not make it fail now
-                record = open_prepared(source, self._tokenizer, self._codebook)[0]
-                if isinstance(record, Pair):
-                    text = record.prompt
-                else:
-                    text = next((part.text for part in record.document if part.text), record.text)
-        return example_prompt(text)
+        return example_command(self._config.data.sources, self._config.samples, first, options)
 
     # -------------------------------------------------------------------------------------------- the state
 
