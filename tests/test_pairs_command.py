@@ -57,11 +57,26 @@ def test_the_best_sample_of_a_prompt_is_paired_with_the_worst(samples):
     assert found.skipped == {"without spread": 1, "without rewards": 1}
     found = pairing.by_reward(samples, REWARDS, margin=0.5)
     assert chosen(found) == [(1, 2)] and found.skipped == {"without spread": 2, "without rewards": 1}
+    # With three samples, the second best is the second worst: there is no second pair.
+    assert pairing.by_reward(samples, REWARDS, per_prompt=3) == pairing.by_reward(samples, REWARDS)
     found = pairing.by_reward(samples, REWARDS, guidance=1.0)
     assert chosen(found) == [(1, 0), (10, 9)]
     assert not pairing.by_reward(samples, REWARDS, guidance=3.0).pairs  # one sample of each prompt
     with pytest.raises(Emu3Error, match="has no samples of guidance scale 2: choose another scale"):
         pairing.by_reward(samples, REWARDS, guidance=2.0)
+
+
+def test_several_pairs_of_a_prompt(tmp_path):
+    write_samples(tmp_path / "samples", ["one", "two"], (1.0,) * 5, Codebook(64, "abc"))
+    samples = Samples(tmp_path / "samples")
+    rewards = np.asarray([0.1, 0.9, 0.4, 0.5, 0.8, 0.0, 0.5, 0.5, 0.5, 0.1])
+    assert chosen(pairing.by_reward(samples, rewards)) == [(1, 0), (6, 5)]
+    for most in (2, 5):
+        found = pairing.by_reward(samples, rewards, per_prompt=most)
+        assert chosen(found) == [(1, 0), (4, 2), (6, 5), (7, 9)]
+    assert [pair.margin for pair in found.pairs] == pytest.approx([0.8, 0.4, 0.5, 0.4])
+    found = pairing.by_reward(samples, rewards, per_prompt=2, margin=0.5)
+    assert chosen(found) == [(1, 0), (6, 5)] and not found.skipped
 
 
 def test_pairs_hold_the_codes_that_were_drawn(pairs, samples, tmp_path):
@@ -129,6 +144,8 @@ def test_bad_options_are_named_and_nothing_is_written(pairs, samples, tmp_path):
         ),
         (("--reward", "best", "--margin", "-1"), "margin is -1.0: it must be a number >= 0"),
         (("--reward", "best", "--margin", "nan"), "margin is nan: it must be a number >= 0"),
+        (("--reward", "best", "--per-prompt", "0"), "per_prompt is 0: it must be a whole number >= 1"),
+        (("--votes", str(tmp_path / "none.csv"), "--per-prompt", "2"), "--per-prompt does not go with --votes"),
         (("--votes", str(tmp_path / "none.csv")), "there is no such file"),
         (("--votes", str(tmp_path / "none.csv"), "--guidance", "3"), "--guidance does not go with --votes"),
     ):

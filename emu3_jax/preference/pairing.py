@@ -14,7 +14,7 @@ from emu3_jax.data import pairs as prepared
 from emu3_jax.data.pairs import Pair, write_pairs
 from emu3_jax.data.shards import Index
 from emu3_jax.errors import Emu3Error
-from emu3_jax.fields import is_number
+from emu3_jax.fields import is_count, is_number
 from emu3_jax.foreign import read_bytes, reading
 from emu3_jax.preference.samples import DrawnSample, Samples
 from emu3_jax.printable import counted, shown
@@ -46,7 +46,14 @@ class Choices:
     skipped: dict[str, int]
 
 
-def by_reward(samples: Samples, rewards: np.ndarray, *, margin: float = 0.0, guidance: float | None = None) -> Choices:
+def by_reward(
+    samples: Samples,
+    rewards: np.ndarray,
+    *,
+    margin: float = 0.0,
+    guidance: float | None = None,
+    per_prompt: int = 1,
+) -> Choices:
     """Pairs the best sample of each prompt with the worst. Among equal rewards the first sample counts.
 
     Args:
@@ -54,11 +61,15 @@ def by_reward(samples: Samples, rewards: np.ndarray, *, margin: float = 0.0, gui
         rewards: float64 [number of samples], NaN for samples without a reward.
         margin: least difference of the rewards. Equal rewards never make a pair.
         guidance: take only samples of this guidance scale; by default all.
+        per_prompt: most pairs of a prompt: the second pair is the second best sample and the second worst, and so on.
+            No sample is in two pairs.
 
     Raises:
-        Emu3Error: `margin` is not legal, or no sample has this guidance scale.
+        Emu3Error: `margin` or `per_prompt` is not legal, or no sample has this guidance scale.
     """
     _check_margin(margin)
+    if not is_count(per_prompt):
+        raise Emu3Error(f"per_prompt is {shown(per_prompt)}: it must be a whole number >= 1")
     found, skipped, seen = [], collections.Counter[str](), False
     for group in samples.groups():
         numbers = [one.number for one in group if guidance is None or one.guidance == guidance]
@@ -67,12 +78,19 @@ def by_reward(samples: Samples, rewards: np.ndarray, *, margin: float = 0.0, gui
         if np.isnan(values).any() or not numbers:
             skipped["without rewards"] += 1
             continue
-        best, worst = int(values.argmax()), int(values.argmin())
-        difference = float(values[best] - values[worst])
-        if difference <= 0 or difference < margin or _equal(samples, numbers[best], numbers[worst]):
+        best, worst = np.argsort(-values, kind="stable"), np.argsort(values, kind="stable")
+        pairs = [
+            Choice(numbers[high], numbers[low], float(values[high] - values[low]))
+            for high, low in zip(best[:per_prompt], worst[:per_prompt], strict=True)
+        ]
+        pairs = [
+            pair
+            for pair in pairs
+            if pair.margin > 0 and pair.margin >= margin and not _equal(samples, pair.chosen, pair.rejected)
+        ]
+        if not pairs:
             skipped["without spread"] += 1
-            continue
-        found.append(Choice(numbers[best], numbers[worst], difference))
+        found.extend(pairs)
     if not seen:
         raise Emu3Error(f"{samples.directory} has no samples of guidance scale {guidance:g}: choose another scale")
     return Choices(tuple(found), dict(skipped))
