@@ -184,6 +184,21 @@ def test_areas_without_bounds(golden_bundle, error_of, loaded):
         assert f"area is {area}: it must be" in error_of("video", "a", "--area", area, "-o", "out")
 
 
+def test_areas_near_no_picture(golden_bundle, error_of, here, loaded):
+    small = ("--area", 7, "--model", golden_bundle, "-o", "out")
+    (here / "prompts.txt").write_text("a")
+    (here / "pictures").mkdir()
+    Image.new("RGB", (64, 64)).save(here / "pictures" / "a.png")
+    (here / "pictures" / "a.txt").write_text("red")
+    for command in (("generate", "a"), ("video", "a"), ("sample", "prompts.txt", "-n", 1)):
+        line = error_of(*command, *small)
+        assert "area is 7: at ratio 1:1 it must be at least 256 pixels" in line, command
+    assert "area is 256: at ratio 2:1 it must be at least 512 pixels" in error_of(
+        "generate", "a", "--ratio", "2:1", "--area", 256, "--model", golden_bundle, "-o", "out"
+    )
+    assert "area is 7: it must be a number of pixels from 256" in error_of("prepare", "pictures", *small)
+
+
 def test_clips_of_one_frame_and_without_durations(golden_bundle, here, loaded):
     """Animated files of one frame are pictures; folders and videos of one are clips, filled up to the first four."""
     frames = np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), np.uint8)

@@ -268,6 +268,7 @@ def test_a_match_needs_answers(base, tmp_path):
             "reward is 'procedural': it must be FILE.py:NAME, or answer_length or answer_format",
         ),
         ({"reward": "answer_length"}, "answer_words is None: it must be a number of words where"),
+        ({"area": 7}, "grpo.area is 7: it must be a number of pixels from 256 to"),
         ({"reward": "answer_format"}, "answer_pattern is '': it must be a regular expression where"),
         ({"answer_pattern": "(" * 2}, r"answer_pattern is '\(\(': it must be a regular expression of Python \(missing"),
     ],

@@ -163,6 +163,14 @@ def test_other_files_are_in_the_way(model, geneval_file, tmp_path):
         draw(model, "geneval", items, tmp_path / "out", host=2, hosts=2, **OPTIONS)
 
 
+def test_illegal_options_leave_no_claim(model, geneval_file, tmp_path):
+    """Else the corrected command would be told that the directory holds pictures of another run."""
+    items = read_items("geneval", geneval_file)
+    with pytest.raises(Emu3Error, match="area is 7: at ratio 1:1 it must be at least 16 pixels"):
+        draw(model, "geneval", items, tmp_path / "out", **OPTIONS, area=7)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_prompt_that_is_not_legal_is_named(model, geneval_file, tmp_path):
     geneval_file.write_text(json.dumps({"tag": "x", "prompt": "<|image start|>"}) + "\n")
     items = read_items("geneval", geneval_file)

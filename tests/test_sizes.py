@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from emu3_jax.errors import Emu3Error
-from emu3_jax.media.sizes import area_resize, generate_size, smart_resize
+from emu3_jax.media.sizes import area_resize, generate_size, least_area, smart_resize
 
 LIMITS = {"factor": 8, "min_pixels": 512 * 512, "max_pixels": 1024 * 1024}
 
@@ -106,10 +106,26 @@ def test_bad_area(area):
         generate_size("1:1", area)
 
 
-@pytest.mark.parametrize("ratio, area", [("1:1", 16), ("5:1", 60), ("1:5", 60)])
-def test_area_that_leaves_no_tokens(ratio, area):
-    with pytest.raises(Emu3Error, match=f"area {area} is too small for a token at ratio {ratio}: a token covers 8x8"):
-        generate_size(ratio, area)
+@pytest.mark.parametrize(
+    "ratio, factor, least", [("1:1", 8, 256), ("1:1", 2, 16), ("5:1", 8, 1280), ("1:5", 16, 5120), ("7:5", 8, 359)]
+)
+def test_the_least_area(ratio, factor, least):
+    width, height = map(int, ratio.split(":"))
+    assert least_area(factor, width, height) == least
+    assert min(generate_size(ratio, least, factor)) == 2
+    for area in (1, least - 1):
+        message = f"samples.area is {area}: at ratio {ratio} it must be at least {least} pixels, .* {factor}x{factor} "
+        with pytest.raises(Emu3Error, match=message):
+            generate_size(ratio, area, factor, name="samples.area")
+
+
+@given(ratio=st.sampled_from(["1:1", "5:4", "16:9", "1:3", "5:1"]), area=st.integers(1, 10_000))
+def test_a_picture_has_about_the_area_that_was_asked_for(ratio, area):
+    try:
+        rows, columns = generate_size(ratio, area)
+    except Emu3Error:
+        return
+    assert 0.64 <= rows * columns * 64 / area <= 1.5
 
 
 # ------------------------------------------------------------------------------------------------ Emu3.5

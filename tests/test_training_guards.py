@@ -113,6 +113,14 @@ def test_samples_without_a_vision_tokenizer(command, tiny_bundle, tmp_path, caps
     assert not (tmp_path / "run").exists()
 
 
+def test_samples_of_an_area_near_no_picture(command, tmp_path, capsys):
+    """Known before the first step."""
+    assert main(command(samples="SampleConfig(('a',), area=7)")) == 2
+    said = capsys.readouterr().err
+    assert "samples.area is 7: at ratio 1:1 it must be at least 256 pixels" in said and said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_their_own_data_trains_and_skips_nothing(command, tiny_bundle, tmp_path, capsys):
     assert main(command(steps=2)) == 0
     model = tmp_path / "run" / "model"

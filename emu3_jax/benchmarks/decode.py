@@ -35,6 +35,7 @@ from emu3_jax.generation.schedule import TokenClass, image_schedule
 from emu3_jax.generation.session import DecodeSession, Row
 from emu3_jax.generation.shapes import cache_slots
 from emu3_jax.loading import decoder_dtype, load
+from emu3_jax.media.sizes import generate_size
 from emu3_jax.models.adapters import MATRICES
 from emu3_jax.models.attention import choose_kernels
 from emu3_jax.models.cache import KVCache
@@ -137,7 +138,8 @@ def run(
         subject = _subject(preset, model, quantize, dtype, kernels, devices)
         yield {"bench": "decode", **subject.about, **describe_machine(), **measured}
         config = subject.config
-        side = round(math.sqrt(config.image_area if area is None else area) / subject.vision_config.spatial_factor)
+        area = config.image_area if area is None else area
+        side, _ = generate_size("1:1", area, subject.vision_config.spatial_factor)
         options: dict[str, Any] = {
             "steps": steps, "whole": whole, "profile": profile, "rates": tokens_per_pass, "automaton": automaton,
         }  # fmt: skip

@@ -21,6 +21,7 @@ from emu3_jax.data.records import Turn, check_conversation, check_roles, check_t
 from emu3_jax.errors import Emu3Error
 from emu3_jax.foreign import limit, local_path, parse_json, plain_file, reading
 from emu3_jax.media.clips import Clip
+from emu3_jax.media.sizes import least_area
 from emu3_jax.printable import shown
 
 MAX_LINE = 16 << 20  # bytes of a line; a whole book has a few million
@@ -174,10 +175,19 @@ class Manifest:
         return local_path(self.path.parent / path)
 
 
-def check_area(area: int | None) -> None:
-    """Raises an `Emu3Error` unless `area` is None or a legal number of pixels for `resize_to_area`."""
-    if area is not None and not 1 <= area <= _MAX_AREA:
-        raise Emu3Error(f"area is {area}: it must be a number of pixels from 1 to {_MAX_AREA}, for example 518400")
+def check_area(area: int | None, factor: int, name: str = "area") -> None:
+    """Raises an `Emu3Error` unless `area` is None or a legal number of pixels for `resize_to_area`.
+
+    Args:
+        area: the area in pixels. From an area below `least_area`, the image processor would enlarge a picture again.
+        factor: pixels per code along each side.
+        name: how the error calls the area.
+    """
+    least = least_area(factor)
+    if area is not None and not least <= area <= _MAX_AREA:
+        raise Emu3Error(
+            f"{name} is {area}: it must be a number of pixels from {least} to {_MAX_AREA}, for example 518400"
+        )
 
 
 def resize_to_area(media: Image.Image | Clip, area: int) -> Image.Image | Clip:

@@ -239,7 +239,7 @@ def draw(
     if not 0 <= host < hosts:
         raise Emu3Error(f"host is {host} of {hosts}: it must be from 0 to {hosts - 1}")
     count = HARNESSES[name].pictures if pictures is None else pictures
-    _claim(output, _identity(model, name, items, count, options))
+    claim = _Claim(output, _identity(model, name, items, count, options))
     mine = list(range(host, len(items), hosts))
     todo = [number for number in mine if not _complete(output, items[number])]
     size = None
@@ -252,6 +252,7 @@ def draw(
             )
             for place, whole in _groups(generations, count):
                 size = whole[0].image.size
+                claim.write()  # now, when the options proved legal
                 _write(output, items[todo[place]], [one.image for one in whole], HARNESSES[name].grid)
         except RowError as error:
             raise Emu3Error(f"{items[todo[error.row // count]].place}: {error.reason}") from error
@@ -303,23 +304,32 @@ def _identity(model: Emu3, name: str, items: Sequence[Item], count: int, options
     return {"harness": name, "model": model.name, "prompts": prompts, "pictures": count, **given}
 
 
-def _claim(output: Path, run: dict[str, Any]) -> None:
-    """Writes `RUN_FILE`, or compares it with the run's.
+class _Claim:
+    """Says in `RUN_FILE` what the pictures of a directory are of."""
 
-    Raises:
-        Emu3Error: the directory holds other files or pictures of another run.
-    """
-    file = output / RUN_FILE
-    if file.exists():
-        remedy = "choose another directory (-o DIR)"
-        found = read_object(file, remedy)
-        differing = [key for key in run if found.get(key) != run[key]]
-        if differing:
-            raise Emu3Error(f"{output} holds pictures of another run (other {', '.join(differing)}): {remedy}")
-        return
-    # Other hosts may be writing the same file under a hidden name.
-    if output.exists() and any(not path.name.startswith(".") and path != file for path in output.iterdir()):
-        raise Emu3Error(f"{output} holds other files, which a scorer may take for pictures: give an empty directory")
-    output.mkdir(parents=True, exist_ok=True)
-    with new_file(file) as temporary:
-        temporary.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+    def __init__(self, output: Path, run: dict[str, Any]):
+        """Compares `run` with the directory's.
+
+        Raises:
+            Emu3Error: the directory holds other files or pictures of another run.
+        """
+        self._file, self._run = output / RUN_FILE, run
+        if self._file.exists():
+            remedy = "choose another directory (-o DIR)"
+            found = read_object(self._file, remedy)
+            differing = [key for key in run if found.get(key) != run[key]]
+            if differing:
+                raise Emu3Error(f"{output} holds pictures of another run (other {', '.join(differing)}): {remedy}")
+            return
+        # Other hosts may be writing the same file under a hidden name.
+        if output.exists() and any(not path.name.startswith(".") and path != self._file for path in output.iterdir()):
+            raise Emu3Error(
+                f"{output} holds other files, which a scorer may take for pictures: give an empty directory"
+            )
+
+    def write(self) -> None:
+        """Writes the file, unless it is there."""
+        if not self._file.exists():
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with new_file(self._file) as temporary:
+                temporary.write_text(json.dumps(self._run, indent=2) + "\n", encoding="utf-8")

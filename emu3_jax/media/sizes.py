@@ -10,6 +10,7 @@ MAX_ELONGATION = 5  # longer side divided by shorter side
 # Pixels of a generated picture, and of a picture that the vision tokenizer processes at once. Published limit: 1 << 20.
 MAX_AREA = 1 << 22
 MAX_PIXELS = 1 << 24  # pixels of a picture that the vision tokenizer processes in tiles
+_LEAST_TOKENS = 2  # along each side of a picture
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -81,34 +82,69 @@ def area_resize(height: int, width: int, factor: int, area: int) -> tuple[int, i
     return rows * factor, columns * factor
 
 
-def generate_size(ratio: str, area: int, factor: int = 8) -> tuple[int, int]:
+def generate_size(ratio: str, area: int, factor: int = 8, *, name: str = "area") -> tuple[int, int]:
     """Computes rows and columns of tokens for a generated picture (upstream's `calculate_generate_size`).
 
     Args:
         ratio: width to height, such as "16:9".
         area: of the picture, in pixels.
         factor: pixels per token along each side.
+        name: how errors call the area.
 
     Returns:
         Rows and columns, in tokens.
 
     Raises:
-        Emu3Error: the ratio is malformed or more elongated than 5:1, or the area is not legal or too small for a token.
+        Emu3Error: the ratio is malformed or more elongated than 5:1, or the area is not legal or below `least_area`.
     """
+    width, height = _sides(ratio)
+    check_generated_area(area, name)
+    least = least_area(factor, width, height)
+    if area < least:
+        raise Emu3Error(
+            f"{name} is {area}: at ratio {ratio} it must be at least {least} pixels, because each side needs "
+            f"{_LEAST_TOKENS} tokens of {factor}x{factor} pixels"
+        )
+    scale = (area / (height * width)) ** 0.5
+    return round(height * scale / factor), round(width * scale / factor)
+
+
+def least_area(factor: int, width: int = 1, height: int = 1) -> int:
+    """The least area in pixels that can be asked for: the shorter side then has two tokens.
+
+    Sides are rounded to whole tokens. With fewer tokens, the picture could have less than half of the area that was
+    asked for, or four times as much.
+
+    Args:
+        factor: pixels per token along each side.
+        width: width of the ratio.
+        height: height of the ratio.
+    """
+    return -(-((_LEAST_TOKENS * factor) ** 2) * max(width, height) // min(width, height))
+
+
+def check_ratio(ratio: str) -> None:
+    """Raises an `Emu3Error` if `ratio` is not width:height in whole numbers, or more elongated than 5:1."""
+    _sides(ratio)
+
+
+def check_generated_area(area: int, name: str = "area") -> None:
+    """Raises an `Emu3Error` if no generated picture has this area. `name` is how it calls the area.
+
+    The least area depends on the vision tokenizer and on the ratio, see `least_area`.
+    """
+    if not isinstance(area, int) or not 0 < area <= MAX_AREA:
+        raise Emu3Error(
+            f"{name} is {shown(area)}: it must be a whole number of pixels > 0 and <= {MAX_AREA}, for example 518400"
+        )
+
+
+def _sides(ratio: str) -> tuple[int, int]:
+    """Width and height of a ratio, without a unit."""
     match = re.fullmatch(r"([0-9]{1,5}):([0-9]{1,5})", ratio) if isinstance(ratio, str) else None
     width, height = map(int, match.groups()) if match else (0, 0)
     if not width or not height:
         raise Emu3Error(f"ratio {shown(ratio)} is not width:height in whole numbers: give for example 1:1, 16:9 or 3:4")
     if max(height, width) > MAX_ELONGATION * min(height, width):
         raise Emu3Error(f"ratio {ratio} is too elongated: at most {MAX_ELONGATION}:1 or 1:{MAX_ELONGATION} is legal")
-    if not isinstance(area, int) or not 0 < area <= MAX_AREA:
-        raise Emu3Error(
-            f"area is {shown(area)}: it must be a whole number of pixels > 0 and <= {MAX_AREA}, for example 518400"
-        )
-    scale = (area / (height * width)) ** 0.5
-    rows, columns = round(height * scale / factor), round(width * scale / factor)
-    if not rows or not columns:
-        raise Emu3Error(
-            f"area {area} is too small for a token at ratio {ratio}: a token covers {factor}x{factor} pixels; raise it"
-        )
-    return rows, columns
+    return width, height

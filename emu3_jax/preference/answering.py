@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
-from emu3_jax.data.manifest import resize_to_area
+from emu3_jax.data.manifest import check_area, resize_to_area
 from emu3_jax.errors import Emu3Error
 from emu3_jax.generation.codec import Vision
 from emu3_jax.generation.language import Batching, Language, answer
@@ -60,6 +60,8 @@ class Answerer:
         """
         language.require_emu3()
         room = min(length, language.config.max_positions)
+        if self._config.area is not None and any(question.image for question in questions.prompts):
+            check_area(self._config.area, self._vision().config.spatial_factor, "grpo.area")
 
         @functools.cache  # the same question is often asked about many pictures
         def prompt_length(text: str, shape: tuple[int, int] | None) -> int:

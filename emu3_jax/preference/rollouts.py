@@ -177,7 +177,7 @@ class Artist:
     def _grids(self, language: Language, prompts: Sequence[str]) -> list[Grid]:
         config = self._config
         area = language.config.image_area if config.area is None else config.area
-        size = generate_size(config.ratio, area, self._vision.config.spatial_factor)
+        size = generate_size(config.ratio, area, self._vision.config.spatial_factor, name="grpo.area")
         return [Grid(prompt, "", size) for prompt in prompts]
 
     def figures(self, _: Drawn) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from emu3_jax.media.sizes import MAX_AREA, generate_size
+from emu3_jax.media.sizes import check_ratio
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,5 +50,5 @@ def ratio_list(text: str) -> tuple[str, ...]:
     """Ratios in a text, with commas between them. Raises an `Emu3Error` that names one that is not legal."""
     ratios = tuple(text.split(","))
     for ratio in ratios:
-        generate_size(ratio, MAX_AREA)
+        check_ratio(ratio)
     return ratios

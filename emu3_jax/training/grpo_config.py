@@ -7,7 +7,7 @@ from emu3_jax.data.config import check_path
 from emu3_jax.fields import check_field, is_number, is_whole
 from emu3_jax.generation import defaults
 from emu3_jax.generation.parallel import check_window
-from emu3_jax.media.sizes import generate_size
+from emu3_jax.media.sizes import check_generated_area, check_ratio
 
 LEVELS = ("token", "sequence")
 AVERAGES = ("sequence", "token", "length")
@@ -107,7 +107,9 @@ class GrpoConfig:
             check_field(self, field, isinstance(getattr(self, field), bool), "True or False")
         check_field(self, "ratio", isinstance(self.ratio, str), "width:height, such as 16:9")
         check_field(self, "area", self.area is None or is_whole(self.area, 1), "a whole number >= 1, or None")
-        generate_size(self.ratio, 512 * 512 if self.area is None else self.area)  # a wrong ratio must fail now
+        check_ratio(self.ratio)
+        if self.area is not None:  # the least one depends on the vision tokenizer
+            check_generated_area(self.area, "grpo.area")
         check_window(self.parallel)
         check_field(self, "level", self.level in LEVELS, " or ".join(LEVELS))
         check_field(self, "average", self.average in AVERAGES, " or ".join(AVERAGES))

@@ -29,6 +29,7 @@ from emu3_jax.files import new_file, require_outside
 from emu3_jax.generation.codec import Vision
 from emu3_jax.generation.language import Language
 from emu3_jax.generation.pipeline import Emu3
+from emu3_jax.media.sizes import generate_size
 from emu3_jax.models.capability import emulates_bfloat16
 from emu3_jax.printable import printable
 from emu3_jax.sharding.mesh import make_mesh
@@ -147,7 +148,7 @@ class DecoderJob:
         _check_parts(config, mesh)
         self._tokenizer = bundle.tokenizer()
         self._templates = prompt_templates(bundle.template, decoder.clip_layout)
-        self._check_visual_ids()
+        self._check_vision()
         self._codebook = bundle_codebook(bundle).sha256 if bundle.has("vision") else None
         self._evaluated = [
             (name, len(open_prepared(source, self._tokenizer, self._codebook))) for name, source in config.evaluation
@@ -188,7 +189,7 @@ class DecoderJob:
         """Ends the threads that read the data."""
         self._batches.close()
 
-    def _check_visual_ids(self) -> None:
+    def _check_vision(self) -> None:
         path, special = self._bundle.path, self._decoder.tokens
         if self._tokenizer.special != special:
             found, wanted = ((t.visual_start, t.visual_count) for t in (self._tokenizer.special, special))
@@ -204,6 +205,9 @@ class DecoderJob:
                     f"{path}: the vision tokenizer has {codes} codes, the decoder {special.visual_count}, so samples "
                     "cannot be decoded: put the decoder's own vision tokenizer into the bundle, or leave samples out"
                 )
+        if samples := self._config.samples:  # a wrong area must fail now, not at the first samples
+            area = self._decoder.image_area if samples.area is None else samples.area
+            generate_size(samples.ratio, area, self._bundle.vision_config.spatial_factor, name="samples.area")
 
     # -------------------------------------------------------------------------------------------- for people
 

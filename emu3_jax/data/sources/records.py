@@ -34,7 +34,7 @@ class SourceRecords:
                 None, only the image processor resizes them.
             tokenizer: if given, texts with control tokens are refused here. Otherwise training would refuse them.
         """
-        check_area(area)
+        check_area(area, model.vision.config.spatial_factor)
         self._source, self._model, self._area, self._tokenizer = source, model, area, tokenizer
         self._device = threading.Semaphore(_ENCODING)
         # Examples near each other often share a picture.
