@@ -3,6 +3,8 @@
 import json
 import os
 import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -27,6 +29,8 @@ pytestmark = pytest.mark.compiled_quickly
 CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "eval_reconstruction.py"
 FUNCTIONS = """
 import dataclasses
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import helper
 
@@ -53,6 +57,11 @@ def nothing(*pictures):
 
 def ones(pictures):
     return [[1.0]] * len(pictures)
+
+
+def hangs(*pictures):
+    with ThreadPoolExecutor() as pool:  # Python waits for its threads before it exits
+        pool.submit(time.sleep, 1e5)
 
 
 def few(*pictures):
@@ -164,11 +173,11 @@ def test_a_folder_of_pictures(tmp_path):
 
 
 def test_a_function_of_pictures(functions, capsys):
-    colours = PictureFunction.load(f"{functions}:colours", "features")
+    colours = PictureFunction.load(f"{functions}:colours", "features", 60)
     given = pictures(3)
     np.testing.assert_allclose(colours(given, dims=2), pictures(3).mean(axis=(1, 2)))
     np.testing.assert_array_equal(given, pictures(3))  # the function's changes stay in its copy
-    far = PictureFunction.load(f"{functions}:far", "pairwise")
+    far = PictureFunction.load(f"{functions}:far", "pairwise", 60)
     np.testing.assert_allclose(far(given, 255 - given, dims=1), metrics.distance(given, 255 - given) + 1)
     assert (colours.name, far.name) == ("colours", "far") and capsys.readouterr().out == ""
 
@@ -185,7 +194,7 @@ def test_a_function_of_pictures(functions, capsys):
     ],
 )
 def test_functions_that_fail(functions, name, words):
-    function = PictureFunction.load(f"{functions}:{name}", "features")
+    function = PictureFunction.load(f"{functions}:{name}", "features", 60)
     with pytest.raises(Emu3Error, match=words):
         function(pictures(3), dims=2)
 
@@ -195,23 +204,33 @@ def test_functions_that_cannot_be_loaded(functions):
     for text, words in (("import nowhere\n", "line 1: ModuleNotFoundError"), ("def x(:\n", "line 1: SyntaxError")):
         broken.write_text(text)
         with pytest.raises(Emu3Error, match=words):
-            PictureFunction.load(f"{broken}:x", "features")
+            PictureFunction.load(f"{broken}:x", "features", 60)
     for name in ("number", "absent"):
         with pytest.raises(Emu3Error, match=f"the file defines no function {name}"):
-            PictureFunction.load(f"{functions}:{name}", "features")
+            PictureFunction.load(f"{functions}:{name}", "features", 60)
     with pytest.raises(Emu3Error, match="there is no such file"):
-        PictureFunction.load("absent.py:x", "pairwise")
+        PictureFunction.load("absent.py:x", "pairwise", 60)
     with pytest.raises(Emu3Error, match=r"must be FILE\.py:NAME"):
-        PictureFunction.load("judge", "pairwise")
+        PictureFunction.load("judge", "pairwise", 60)
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("side", 0), ("side", 1.5), ("features", "inception"), ("features", 3), ("pairwise", "judge"), ("pictures", "")],
-)
+    [("side", 0), ("side", 1.5), ("features", "inception"), ("features", 3), ("pairwise", "judge"), ("pictures", ""),
+     ("timeout", 0), ("timeout", float("inf"))],
+)  # fmt: skip
 def test_configs_are_checked(field, value):
     with pytest.raises(Emu3Error, match=field):
         ReconstructionConfig(**{field: value})
+
+
+def test_a_file_that_takes_too_long(functions):
+    slow = functions.with_name("slow.py")
+    slow.write_text("import time\ntime.sleep(1e5)\n")
+    with pytest.raises(
+        Emu3Error, match=r"pairwise .*slow.py:x: it took longer than 0.2 s; correct the file, or raise "
+    ):
+        PictureFunction.load(f"{slow}:x", "pairwise", 0.2)
 
 
 # ------------------------------------------------------------------------------------------------ the command
@@ -327,3 +346,17 @@ def test_bad_input_gets_one_line_and_writes_nothing(evaluate, photos, functions,
     assert "it is inside" in error_of(reconstruction__pictures=photos / "kept")
     (photos / "3.webp").write_bytes((photos / "3.webp").read_bytes()[:40])
     assert "3.webp" in error_of()
+
+
+@pytest.mark.slow
+def test_a_function_that_hangs_ends_the_command(photos, functions, tiny_bundle, tmp_path):
+    """In a process of its own, which also has to exit."""
+    fields = {"model": tiny_bundle, "data": photos, "reconstruction.side": SIDE, "reconstruction.timeout": 1}
+    fields |= {"reconstruction.features": f"{functions}:hangs", "reconstruction.pictures": tmp_path / "kept"}
+    sets = [word for name, value in fields.items() for word in ("--set", f"{name}={value}")]
+    command = [sys.executable, "-m", "emu3_jax", "evaluate", str(CONFIG), "-o", str(tmp_path / "out"), "--quiet", *sets]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and done.stdout == ""
+    assert f"error: features {functions}:hangs: it took longer than 1 s; correct the file, or" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["functions.py", "helper.py", "photos"]

@@ -23,6 +23,7 @@ from emu3_jax.cli.usage import Parser
 from emu3_jax.errors import Emu3Error
 from emu3_jax.files import remove_temporaries
 from emu3_jax.progress import by_default
+from emu3_jax.user_code import left_behind
 
 COMMANDS = {
     "generate": "generate pictures from prompts",
@@ -198,7 +199,7 @@ def program() -> None:
     set_up_messages()
     quiet_libtpu()
     code = main(last=True)
-    if code in interruption.CODES:
+    if code in interruption.CODES or left_behind():
         # Threads that still compute, and destructors, must not keep a process whose user wants it gone.
         for number in interruption.MESSAGES:
             signal.signal(number, signal.SIG_IGN)

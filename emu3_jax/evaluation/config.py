@@ -76,12 +76,15 @@ class ReconstructionConfig:
             each, and returns a number for each pair, such as LPIPS; or None.
         pictures: new directory that gets the pictures and their reconstructions as PNG files, in the folders `true`
             and `reconstructed`; or None.
+        timeout: seconds that running a file of `features` or `pairwise` may take, and each call, which gets
+            `batch_size` pictures. The first call may load a model.
     """
 
     side: int = 256
     features: str | None = None
     pairwise: str | None = None
     pictures: str | None = None
+    timeout: float = 600.0
 
     def __post_init__(self):
         check_field(self, "side", is_whole(self.side, 1) and self.side <= 2**13, f"a whole number from 1 to {2**13}")
@@ -92,6 +95,8 @@ class ReconstructionConfig:
         if self.pictures is not None:
             check_path(self, "pictures", "a new directory or None", remote=True)
             check_field(self, "pictures", self.pictures, "a new directory or None")
+        ok = is_number(self.timeout) and 0 < self.timeout <= 1_000_000
+        check_field(self, "timeout", ok, "above 0 and at most 1,000,000 seconds")
 
 
 @dataclasses.dataclass(frozen=True)

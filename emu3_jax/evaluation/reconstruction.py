@@ -229,9 +229,11 @@ def _functions(config: EvaluateConfig, judge: Callable[[], Features]) -> tuple[F
     if wanted.features == JUDGE:
         features = judge()
     elif wanted.features is not None:
-        function = PictureFunction.load(wanted.features, "features")
+        function = PictureFunction.load(wanted.features, "features", wanted.timeout)
         features = Features(function.name, lambda pictures: function(pictures, dims=2))
-    return features, None if wanted.pairwise is None else PictureFunction.load(wanted.pairwise, "pairwise")
+    if wanted.pairwise is None:
+        return features, None
+    return features, PictureFunction.load(wanted.pairwise, "pairwise", wanted.timeout)
 
 
 def _judge_features(data: Data, config: EvaluateConfig, reconstruct: Reconstructor, progress: bool | None) -> Features:
