@@ -147,9 +147,15 @@ def read_still(pixels: np.ndarray) -> Still:
     Returns:
         The content. Without a visible shape, all fields but `background` are None.
     """
-    seen = _see(np.asarray(pixels, np.float64)[None])
+    return read_placed_still(pixels)[0]
+
+
+def read_placed_still(pixels: np.ndarray) -> tuple[Still, tuple[float, float] | None]:
+    """`read_still`, and the centre of mass (x, y) of the shape as shares of the side; None without a visible shape."""
+    frames = np.asarray(pixels, np.float64)[None]
+    seen = _see(frames)
     if seen is None:
-        return Still(None, None, None, _background(pixels[None]), None)
+        return Still(None, None, None, _background(frames), None), None
     shape, size = _shape_and_size(seen, [0])
     offset = seen.centres[0] - 0.5
     position = None
@@ -157,13 +163,13 @@ def read_still(pixels: np.ndarray) -> Still:
         position = _direction(offset, _MOVED, tuple(POSITIONS.items())) or (
             "center" if np.abs(offset).max() < _MOVED else None
         )
-    return Still(seen.colour, shape, size, seen.background, position)
+    centre = (float(seen.centres[0, 0]), float(seen.centres[0, 1]))
+    return Still(seen.colour, shape, size, seen.background, position), centre
 
 
-def centre_of(pixels: np.ndarray) -> tuple[float, float] | None:
-    """Centre of mass (x, y) of a picture's shape, as shares of the side. None without a visible shape."""
-    seen = _see(np.asarray(pixels, np.float64)[None])
-    return None if seen is None else (float(seen.centres[0, 0]), float(seen.centres[0, 1]))
+def background_of(pixels: np.ndarray) -> str:
+    """The name of a picture's background colour. `pixels`: uint8, or float in 0..255, [side, side, 3]."""
+    return _background(pixels[None])
 
 
 def strength_of(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:

@@ -116,14 +116,13 @@ def read(pixels: np.ndarray) -> Seen:
         pixels: uint8, or float in 0..255, [side, side, 3].
     """
     pixels = np.asarray(pixels, np.float64)
-    whole = procedural.read_still(pixels)
     parts = _cut(pixels)
     found = []
     for part in parts if parts is not None else [pixels]:
-        still, centre = procedural.read_still(part), procedural.centre_of(part)
+        still, centre = procedural.read_placed_still(part)
         if still.colour is not None and centre is not None:
             found.append((still.colour, still.shape, centre))
-    return Seen(tuple(found), whole.background)
+    return Seen(tuple(found), procedural.background_of(pixels))
 
 
 def right(wanted: TwoShapes, seen: Seen) -> dict[str, bool]:
