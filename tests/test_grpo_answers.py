@@ -30,7 +30,6 @@ from emu3_jax.sharding.rules import use_mesh
 from emu3_jax.training import runner
 from emu3_jax.training.config import ModelConfig, OptimizerConfig, TrainConfig
 from emu3_jax.training.grpo_config import GrpoConfig
-from emu3_jax.training.grpo_plan import grpo_programs
 
 pytestmark = [pytest.mark.compiled_quickly, pytest.mark.slow]
 
@@ -277,11 +276,6 @@ def test_bad_configs(base, tmp_path, grpo, message):
     with pytest.raises(Emu3Error, match=message):
         train(change(base, tmp_path / "run", grpo), progress=False)
     assert not (tmp_path / "run").exists()
-
-
-def test_a_plan_refuses_answers(base):
-    with pytest.raises(Emu3Error, match="max_new_tokens is 6: plans of GRPO are of pictures only"):
-        grpo_programs(base, base.grpo, *[None] * 3)
 
 
 def test_other_answers_do_not_resume(folder):

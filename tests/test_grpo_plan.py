@@ -127,6 +127,32 @@ def test_guidance_takes_two_rows(small):
 
 
 @libtpu
+@pytest.mark.slow
+def test_the_programs_of_a_step_of_answers(small, capsys):
+    """Answers need the logits of all ids, when they are drawn and in the update."""
+    code = main(["plan", str(small), "--topology", "v5e:2x2", "--set", "grpo.max_new_tokens=40", "--json"])
+    result = json.loads(capsys.readouterr().out)
+    _, prefill, decode, reference, update = result["programs"]
+    assert code == 0 and result["fits"]
+    assert [program["name"] for program in result["programs"]] == [
+        "weights for drawing",
+        "prefill of 8 rows of 256 tokens",
+        "decoding step 40 of 8 answers of 40 tokens",
+        "log-probabilities by the reference of 8 rows of 256 tokens",
+        "training step of 8 rows of 256 tokens",
+    ]
+    # Questions of up to 216 tokens and answers of 40, each with the padding of its shape.
+    slots = 256 + 64
+    assert decode["bytes"]["cache"] == 2 * slots * CACHE + 2 * 4 + 8 * 4
+    for program in (prefill, decode):
+        assert program["bytes"]["reference weights"] == program["bytes"]["weights"] == NARROW
+    layer_and_head = LAYER + 512 * 256  # the whole vocabulary
+    assert decode["flops"] == pytest.approx(2 * (2 * layer_and_head + 4 * 256 * slots))
+    forward = 2 * layer_and_head * 256 + 4 * 256 * 256 * 257 / 2
+    assert update["flops"] == pytest.approx(3 * 2 * forward) and reference["flops"] == pytest.approx(2 * forward)
+
+
+@libtpu
 def test_a_large_picture_grows_its_cache(small):
     config = load_config(small, ["grpo.area=147456", "data.sequence_length=2816"])
     _, _, decode, growth, *_ = planned(config)
@@ -143,7 +169,8 @@ def test_a_large_picture_grows_its_cache(small):
         (["--rows-per-chip", "1", "--set", "grpo.n=8"], "a batch of 4 rows: it must be a multiple of 8"),
         (["--set", "data.sequence_length=128"], "a picture of 12x12 tokens takes 159 tokens of a row, a row has 128"),
         (["--set", "model.decoder=None"], "model.decoder is None"),
-        (["--set", "grpo.max_new_tokens=8"], "plans of GRPO are of pictures only"),
+        (["--set", "grpo.max_new_tokens=256"], "an answer takes up to 256 tokens of a row, a row has 256"),
+        (["--rows-per-chip", "1", "--set", "grpo.n=8", "--set", "grpo.max_new_tokens=8"], "the rows of 8 answers"),
     ],
 )
 def test_bad_input(small, capsys, arguments, message):

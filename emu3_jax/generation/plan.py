@@ -1,5 +1,6 @@
-"""The programs that generate pictures and clips. `sharding.plan` compiles them for a TPU slice."""
+"""The programs that generate pictures, clips and answers. `sharding.plan` compiles them for a TPU slice."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from emu3_jax.generation.config import GenerateConfig
 from emu3_jax.generation.grammar import Grammar, GrammarState
 from emu3_jax.generation.grammar import one_pass as grammar_pass
 from emu3_jax.generation.rows import Sampling
+from emu3_jax.generation.schedule import text_schedule
 from emu3_jax.generation.session import DecodeSession, Row
 from emu3_jax.generation.shapes import Shapes
 from emu3_jax.models.decoder import Decoder
@@ -24,6 +26,7 @@ from emu3_jax.models.quantization import (
     is_quantised,
     narrows_cache,
 )
+from emu3_jax.printable import counted
 from emu3_jax.sharding.mesh import make_mesh
 from emu3_jax.sharding.plan import Program, Slice
 from emu3_jax.sharding.rules import decoder_shardings
@@ -39,75 +42,138 @@ def programs(config: GenerateConfig, slice_: Slice) -> tuple[Mesh, list[Program]
     """
     mesh = make_mesh(config.mesh, slice_.devices)
     params = _params(config.decoder, mesh, config.quantize)
-    result, shapes = session_programs(config, mesh, params, Sampling(guidance=config.guidance))
+    session = PlannedSession.of_grids(config, mesh, params, Sampling(guidance=config.guidance))
+    result, shapes = session.programs(), session.shapes
     # The models of Emu3.5 decide themselves where pictures begin.
     if config.frames is None and config.decoder.family == "emu3.5":
         result.append(_grammar(config, mesh, shapes.rows, shapes.variant.window))
     return mesh, result
 
 
-def session_programs(
-    config: GenerateConfig, mesh: Mesh, params: Any, sampling: Sampling, beside: Mapping[str, Any] | None = None
-) -> tuple[list[Program], Shapes]:
-    """The programs of a session, see `programs`, without the automaton.
+@dataclasses.dataclass(frozen=True, eq=False)
+class PlannedSession:
+    """A session whose programs are compiled but not run.
 
-    Args:
-        config: what is generated. Its `mesh` is not read.
-        mesh: the mesh.
-        params: the decoder's weights, as abstract arrays with shardings.
-        sampling: sampling settings of all rows.
-        beside: other arrays in memory during the session, as in `Program`.
-
-    Returns:
-        The programs, and the shapes that they are compiled for.
-
-    Raises:
-        Emu3Error: the mesh does not fit the decoder.
+    Attributes:
+        decoder: config of the decoder.
+        params: its weights, as abstract arrays with shardings.
+        session: the session. All its rows are alike.
+        last: number of the last decoding step.
+        noun: what a row makes, as a word.
+        size: what a row makes has so many tokens, as words.
     """
-    decoder, beside = config.decoder, dict(beside or {})
-    prompt = [decoder.tokens.pad] * config.prompt_tokens
-    row = Row(prompt, config.schedule, prompt if config.guidance != 1 else None)
-    session = DecodeSession(
-        params, decoder, [row] * config.pictures, sampling.settings(config.pictures), mesh=mesh,
-        kernels=config.kernels, narrow_cache=narrows_cache(config.quantize), parallel=config.parallel,
-    )  # fmt: skip
-    shapes = session.shapes
-    rows, width, window = shapes.computed_rows, shapes.width, shapes.variant.window
-    sizes = list(shapes.cache_sizes())
-    full = session.abstract_state(sizes[-1])
-    prompts, start, plan = session.abstract_inputs()
-    inputs = (plan, full.tokens, full.step, full.passes, full.ended)
-    # The last step of pictures is before EOF, EOI and EOS. For clips it is the last token: each frame ends with EOF.
-    clips = "clip" if shapes.rows == 1 else "clips"
-    last, what = (config.steps - 3, "pictures") if config.frames is None else (config.steps, clips)
-    at_once = f", {window} tokens at once," if window > 1 else ""
-    result = [
-        Program(
-            f"prefill of {rows} rows of {width} tokens",
-            session.lower_prefill,
-            {"weights": params, "inputs": (prompts, start, plan)},
-            beside=beside,
-            flops=_flops(decoder, rows * width, rows * width * (width + 1) / 2, rows),
-        ),
-        Program(
-            f"decoding step {last}{at_once} of {shapes.rows} {what} of {'x'.join(map(str, config.grid))} tokens",
-            lambda: session.lower_decode(sizes[-1]),
-            {"weights": params, "cache": full.cache, "inputs": inputs},
-            beside=beside,
-            flops=_flops(decoder, rows * window, rows * window * sizes[-1], rows * window),
-        ),
-    ]
-    if len(sizes) > 1:
-        old, new = sizes[-2:]
-        result.append(
+
+    decoder: DecoderConfig
+    params: Any
+    session: DecodeSession
+    last: int
+    noun: str
+    size: str
+
+    @classmethod
+    def of_grids(cls, config: GenerateConfig, mesh: Mesh, params: Any, sampling: Sampling) -> "PlannedSession":
+        """The session that generates pictures or clips.
+
+        Args:
+            config: what is generated. Its `mesh` is not read.
+            mesh: the mesh.
+            params: the decoder's weights, as abstract arrays with shardings.
+            sampling: sampling settings of all rows.
+
+        Raises:
+            Emu3Error: the mesh does not fit the decoder.
+        """
+        prompt = [config.decoder.tokens.pad] * config.prompt_tokens
+        row = Row(prompt, config.schedule, prompt if config.guidance != 1 else None)
+        session = DecodeSession(
+            params, config.decoder, [row] * config.pictures, sampling.settings(config.pictures), mesh=mesh,
+            kernels=config.kernels, narrow_cache=narrows_cache(config.quantize), parallel=config.parallel,
+        )  # fmt: skip
+        # The last step of pictures is before EOF, EOI and EOS. For clips it is the last token: each frame ends with
+        # EOF.
+        last, noun = (config.steps - 3, "picture") if config.frames is None else (config.steps, "clip")
+        return cls(config.decoder, params, session, last, noun, f"{'x'.join(map(str, config.grid))} tokens")
+
+    @classmethod
+    def of_answers(
+        cls,
+        decoder: DecoderConfig,
+        mesh: Mesh,
+        params: Any,
+        sampling: Sampling,
+        *,
+        count: int,
+        prompt_tokens: int,
+        max_new_tokens: int,
+        parallel: int | str,
+    ) -> "PlannedSession":
+        """The session that generates `count` answers. Further arguments and errors: `of_grids`.
+
+        Args:
+            count: number of answers that are generated at once.
+            prompt_tokens: length of the longest prompt.
+            max_new_tokens: largest number of tokens of an answer.
+            parallel: see `generation.language.Batching`.
+        """
+        row = Row([decoder.tokens.pad] * prompt_tokens, text_schedule(max_new_tokens))
+        settings = sampling.settings(count)
+        session = DecodeSession(params, decoder, [row] * count, settings, mesh=mesh, parallel=parallel)
+        return cls(decoder, params, session, max_new_tokens, "answer", f"{max_new_tokens} tokens")
+
+    @property
+    def shapes(self) -> Shapes:
+        """The shapes that the programs are compiled for."""
+        return self.session.shapes
+
+    def programs(self, beside: Mapping[str, Any] | None = None) -> list[Program]:
+        """Prefill, a decoding step with the largest cache, and the last growth of the cache, if it grows.
+
+        Args:
+            beside: other arrays in memory during the session, as in `Program`.
+        """
+        session, shapes, beside = self.session, self.shapes, dict(beside or {})
+        rows, width, window = shapes.computed_rows, shapes.width, shapes.variant.window
+        sizes = list(shapes.cache_sizes())
+        full = session.abstract_state(sizes[-1])
+        prompts, start, plan = session.abstract_inputs()
+        inputs = (plan, full.tokens, full.step, full.passes, full.ended)
+        at_once = f", {window} tokens at once," if window > 1 else ""
+        result = [
             Program(
-                f"growth of the cache to {new} slots",
-                lambda: session.lower_growth(old, new),
-                {"cache": session.abstract_state(old).cache},
-                beside={**beside, "weights": params, "inputs": inputs},
+                f"prefill of {rows} rows of {width} tokens",
+                session.lower_prefill,
+                {"weights": self.params, "inputs": (prompts, start, plan)},
+                beside=beside,
+                flops=self._flops(rows * width, rows * width * (width + 1) / 2, rows),
+            ),
+            Program(
+                f"decoding step {self.last}{at_once} of {counted(shapes.rows, self.noun)} of {self.size}",
+                lambda: session.lower_decode(sizes[-1]),
+                {"weights": self.params, "cache": full.cache, "inputs": inputs},
+                beside=beside,
+                flops=self._flops(rows * window, rows * window * sizes[-1], rows * window),
+            ),
+        ]
+        if len(sizes) > 1:
+            old, new = sizes[-2:]
+            result.append(
+                Program(
+                    f"growth of the cache to {new} slots",
+                    lambda: session.lower_growth(old, new),
+                    {"cache": session.abstract_state(old).cache},
+                    beside={**beside, "weights": self.params, "inputs": inputs},
+                )
             )
-        )
-    return result, shapes
+        return result
+
+    def _flops(self, tokens: int, attended: float, heads: int) -> float:
+        """Operations of layers and head. `tokens` see `attended` keys in total, `heads` tokens get logits."""
+        config = self.decoder
+        d, f, h = config.hidden_size, config.intermediate_size, config.head_dim
+        layer = d * (2 * config.num_heads + 2 * config.num_kv_heads) * h + 3 * d * f
+        pairs = 4 * config.num_layers * config.num_heads * h * attended
+        ids = config.tokens.visual_count if self.shapes.variant.visual_only else config.vocab_size
+        return 2 * config.num_layers * layer * tokens + pairs + 2 * ids * d * heads
 
 
 def _grammar(config: GenerateConfig, mesh: Mesh, rows: int, window: int) -> Program:
@@ -136,11 +202,3 @@ def _params(config: DecoderConfig, mesh: Mesh, quantize: str | None) -> Any:
         for name, array in shapes.items():
             params[name] = jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=places[name])
     return traverse_util.unflatten_dict(params)
-
-
-def _flops(config: DecoderConfig, tokens: int, attended: float, heads: int) -> float:
-    """Operations of layers and visual head. `tokens` see `attended` keys in total, `heads` tokens get logits."""
-    d, f, h = config.hidden_size, config.intermediate_size, config.head_dim
-    layer = d * (2 * config.num_heads + 2 * config.num_kv_heads) * h + 3 * d * f
-    pairs = 4 * config.num_layers * config.num_heads * h * attended
-    return 2 * config.num_layers * layer * tokens + pairs + 2 * config.tokens.visual_count * d * heads

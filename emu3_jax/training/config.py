@@ -252,6 +252,11 @@ class TrainConfig:
             return self.grpo.rows
         return 2 if self.data.pairs else 1
 
+    @property
+    def visual_only(self) -> bool:
+        """Whether a step computes only the logits of visual tokens: where GRPO draws pictures."""
+        return self.grpo is not None and self.grpo.max_new_tokens is None
+
     def _check_preference(self) -> None:
         preference = self.preference
         check_field(self, "preference", isinstance(preference, PreferenceConfig | None), "a PreferenceConfig or None")

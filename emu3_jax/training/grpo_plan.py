@@ -6,9 +6,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from emu3_jax.config import DecoderConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.generation.config import GenerateConfig
-from emu3_jax.generation.plan import session_programs
+from emu3_jax.generation.plan import PlannedSession
 from emu3_jax.generation.rows import Sampling
 from emu3_jax.sharding.plan import Program
 from emu3_jax.sharding.rules import decoder_shardings, use_mesh
@@ -35,13 +36,8 @@ def grpo_programs(
         update: the program of an update. Its arguments are the state, the frozen weights and a batch.
 
     Raises:
-        Emu3Error: a picture does not fit in a row, or the run draws answers.
+        Emu3Error: a picture or an answer does not fit in a row.
     """
-    if grpo.max_new_tokens is not None:
-        raise Emu3Error(
-            f"GrpoConfig field max_new_tokens is {grpo.max_new_tokens}: plans of GRPO are of pictures only, so leave "
-            "it None; train prints the memory of a run of answers when it starts"
-        )
     state, frozen = trainer.abstract_state(), trainer.abstract_frozen()
     trained = {"adapters" if config.adapter else "trained weights": state.params}
     if config.adapter:
@@ -60,12 +56,8 @@ def grpo_programs(
         with use_mesh(mesh):
             return merge.lower(state.params, frozen)
 
-    sampling = Sampling(
-        temperature=grpo.temperature, top_k=trainer.decoder.tokens.visual_count, top_p=1.0, guidance=grpo.guidance
-    )
-    drawing, _ = session_programs(
-        _drawn(config, grpo, trainer), mesh, merged, sampling, beside={**trained, **optimizer, **reference}
-    )
+    make_session = _pictures if grpo.max_new_tokens is None else _answers
+    session = make_session(config, grpo, trainer.decoder, mesh, merged)
     whole = config.adapter is None
     passes = []
     if grpo.reference:
@@ -75,26 +67,48 @@ def grpo_programs(
         passes.append(_policy(config, trainer, mesh, "old policy", trained, {**optimizer, **reference}, adapters=True))
     return [
         Program("weights for drawing", lower_merge, trained, beside={**optimizer, **reference}),
-        *drawing,
+        *session.programs(beside={**trained, **optimizer, **reference}),
         *passes,
         dataclasses.replace(update, beside=reference),
     ]
 
 
-def _drawn(config: TrainConfig, grpo: GrpoConfig, trainer: Trainer) -> GenerateConfig:
-    """What is drawn at once, with the longest prompt that fits in a row."""
+def _pictures(config: TrainConfig, grpo: GrpoConfig, decoder: DecoderConfig, mesh: Mesh, params: Any) -> PlannedSession:
+    """The session that draws pictures, as `preference.rollouts` does, with the longest prompts that fit in a row."""
     pictures = config.batch_size // grpo.rows
     one = GenerateConfig(
-        trainer.decoder, pictures=grpo.at_once(pictures), ratio=grpo.ratio, area=grpo.area,
-        guidance=grpo.guidance, prompt_tokens=1, parallel=grpo.parallel, kernels="auto",
+        decoder, pictures=grpo.at_once(pictures), ratio=grpo.ratio, area=grpo.area, guidance=grpo.guidance,
+        prompt_tokens=1, parallel=grpo.parallel, kernels="auto",
     )  # fmt: skip
-    most = min(config.data.sequence_length, trainer.decoder.max_positions)
-    if one.steps >= most:
+    room = _room(config, decoder)
+    if one.steps >= room:
         raise Emu3Error(
-            f"a picture of {'x'.join(map(str, one.grid))} tokens takes {one.steps} tokens of a row, a row has {most}: "
+            f"a picture of {'x'.join(map(str, one.grid))} tokens takes {one.steps} tokens of a row, a row has {room}: "
             "raise data.sequence_length, or lower grpo.area"
         )
-    return dataclasses.replace(one, prompt_tokens=most - one.steps)
+    sampling = Sampling(grpo.temperature, decoder.tokens.visual_count, 1.0, grpo.guidance)
+    return PlannedSession.of_grids(dataclasses.replace(one, prompt_tokens=room - one.steps), mesh, params, sampling)
+
+
+def _answers(config: TrainConfig, grpo: GrpoConfig, decoder: DecoderConfig, mesh: Mesh, params: Any) -> PlannedSession:
+    """The session that draws answers, as `preference.answering` does, with the longest questions that fit in a row."""
+    assert grpo.max_new_tokens is not None
+    room = _room(config, decoder)
+    if grpo.max_new_tokens >= room:
+        raise Emu3Error(
+            f"an answer takes up to {grpo.max_new_tokens} tokens of a row, a row has {room}: raise "
+            "data.sequence_length, or lower grpo.max_new_tokens"
+        )
+    return PlannedSession.of_answers(
+        decoder, mesh, params, Sampling(grpo.temperature, decoder.vocab_size, 1.0, 1.0),
+        count=grpo.at_once(config.batch_size), prompt_tokens=room - grpo.max_new_tokens,
+        max_new_tokens=grpo.max_new_tokens, parallel=grpo.parallel,
+    )  # fmt: skip
+
+
+def _room(config: TrainConfig, decoder: DecoderConfig) -> int:
+    """Tokens that a prompt and what is drawn for it may take together."""
+    return min(config.data.sequence_length, decoder.max_positions)
 
 
 def _policy(
@@ -117,6 +131,7 @@ def _policy(
 
     rows, length = config.batch_size, config.data.sequence_length
     # The three parts of a step of all weights are one forward pass and two of the same size backward.
-    flops = step_flops(trainer.decoder, rows * length, rows * length * (length + 1) / 2, visual_only=True) / 3
+    attended = rows * length * (length + 1) / 2
+    flops = step_flops(trainer.decoder, rows * length, attended, visual_only=config.visual_only) / 3
     title = f"log-probabilities by the {name} of {rows} rows of {length} tokens"
     return Program(title, lower, {**weights, "inputs": batch}, beside=beside, flops=flops)

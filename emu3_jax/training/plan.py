@@ -18,8 +18,8 @@ from emu3_jax.training.step import Trainer
 def programs(config: TrainConfig, slice_: Slice, rows_per_chip: int | None = None) -> tuple[Mesh, list[Program]]:
     """The programs of one training step, on the config's mesh over all chips of the slice.
 
-    With `grpo` these are the programs that draw the pictures, then those that compare and update the weights, see
-    `training.grpo_plan`. Otherwise there is one.
+    With `grpo` these are the programs that draw pictures or answers, then those that compare and update the weights,
+    see `training.grpo_plan`. Otherwise there is one.
 
     Args:
         config: config of the run. `model.decoder` must not be None, because planning opens no bundle.
@@ -42,7 +42,7 @@ def programs(config: TrainConfig, slice_: Slice, rows_per_chip: int | None = Non
         if config.grpo is not None and rows % (each := config.grpo.n * config.grpo.rows):
             raise Emu3Error(
                 f"--rows-per-chip {rows_per_chip} makes a batch of {rows} rows: it must be a multiple of {each}, the "
-                f"rows of {config.grpo.n} pictures of a prompt"
+                f"rows of {config.grpo.n} {config.grpo.noun}s of a prompt"
             )
         config = dataclasses.replace(config, batch_size=rows)
     together = config.together
@@ -70,13 +70,8 @@ def programs(config: TrainConfig, slice_: Slice, rows_per_chip: int | None = Non
     if config.adapter:
         arguments = {"frozen weights": frozen, **arguments}
     attended = config.batch_size * length * (length + 1) / 2
-    flops = step_flops(
-        trainer.decoder,
-        config.batch_size * length,
-        attended,
-        frozen=bool(config.adapter),
-        visual_only=config.grpo is not None,
-    )
+    tokens, frozen_too = config.batch_size * length, bool(config.adapter)
+    flops = step_flops(trainer.decoder, tokens, attended, frozen_too, config.visual_only)
     name = f"training step of {config.batch_size} rows of {length} tokens"
     step = Program(name, lower, arguments, flops=flops)
     return mesh, [step] if config.grpo is None else grpo_programs(config, config.grpo, mesh, trainer, step)
