@@ -226,6 +226,25 @@ def test_bad_prompts(refused, tmp_path, monkeypatch):
     assert "'0' is not a whole number from 1 to 100000" in refused("generate", "a", "-n", 0, *OPTIONS)
 
 
+def test_a_control_token_is_named_by_its_line(here, monkeypatch, capsys):
+    text = "a\n\n  b\na <|image start|>\n"
+    (here / "prompts.txt").write_text(text)
+    for n in (1, 3):
+        for name, file in (("prompts.txt", "prompts.txt"), ("standard input", "-")):
+            monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+            assert run("generate", "--prompts-file", file, "-n", n, *OPTIONS) == 2
+            line = capsys.readouterr().err
+            assert line.startswith(f"emu3-jax: error: {name} line 4: the text contains the special token <|image start")
+            assert line.count("\n") == 1
+    for words in (("a", "b <|image start|>"), ("a", "--negative", "<|image start|>")):
+        assert run("generate", *words, *OPTIONS) == 2
+        assert capsys.readouterr().err.startswith("emu3-jax: error: the text contains the special token")
+    (here / "prompts.txt").write_text("a\n")
+    assert run("generate", "--prompts-file", "prompts.txt", "--negative", "<|image start|>", *OPTIONS) == 2
+    assert capsys.readouterr().err.startswith("emu3-jax: error: the text contains the special token")
+    assert os.listdir(here) == ["prompts.txt"]
+
+
 def test_a_prompt_that_is_too_long_is_named_by_its_line(here, monkeypatch, capsys):
     long = "long " * 9000
     (here / "prompts.txt").write_text(f"a\n\nb\n{long}\nc\n")

@@ -163,6 +163,12 @@ def test_other_files_are_in_the_way(model, geneval_file, tmp_path):
         draw(model, "geneval", items, tmp_path / "out", host=2, hosts=2, **OPTIONS)
 
 
+def test_a_negative_prompt_that_is_not_legal_is_no_lines_fault(model, geneval_file, tmp_path):
+    items = read_items("geneval", geneval_file)
+    with pytest.raises(Emu3Error, match=r"^the text contains the special token"):
+        draw(model, "geneval", items, tmp_path / "out", **OPTIONS, negative="<|image start|>")
+
+
 def test_illegal_options_leave_no_claim(model, geneval_file, tmp_path):
     """Else the corrected command would be told that the directory holds pictures of another run."""
     items = read_items("geneval", geneval_file)

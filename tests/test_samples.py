@@ -147,9 +147,9 @@ def test_bad_prompts_and_directories_are_named(drawn, command, tmp_path, capsys)
     file.write_text("a cat\n\n" + "word " * 300 + "\n")
     assert command(tmp_path / "samples", file=file) == 2
     assert f"{file} line 3: " in capsys.readouterr().err
-    file.write_text("a <|image token|> cat\n")
+    file.write_text("a dog\n\na <|image token|> cat\n")
     assert command(tmp_path / "samples", file=file) == 2
-    assert "control token" in capsys.readouterr().err
+    assert f"{file} line 3: the text contains the special token <|image token|>" in capsys.readouterr().err
     assert command(tmp_path / "samples", file=tmp_path / "none.txt") == 2
     assert "there is no such file" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["prompts.txt"]

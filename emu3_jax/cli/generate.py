@@ -15,7 +15,6 @@ examples:
 import argparse
 import contextlib
 import typing
-from collections.abc import Iterator
 
 from emu3_jax.cli import common, outputs
 from emu3_jax.generation import defaults
@@ -114,7 +113,7 @@ def run(options: argparse.Namespace) -> None:
     model = common.load_model(options)
     about: dict[int, dict[str, str]] = {}
     ids = {}
-    with _naming_lines(source, options.n):
+    with contextlib.nullcontext() if source is None else source.naming_lines(options.n):
         generations = model.stream_sequences(
             prompts,
             n=options.n,
@@ -138,24 +137,6 @@ def run(options: argparse.Namespace) -> None:
     written.report()
     for row, file in enumerate(files):
         print(json_line(_figures(file, file in written.replaced, about[row])) if options.json else file)
-
-
-@contextlib.contextmanager
-def _naming_lines(source: typing.Any, n: int) -> Iterator[None]:
-    """An error that names a row, which makes one picture, names the line of its prompt instead.
-
-    Args:
-        source: the `PromptFile`; None if the prompts are no file's.
-        n: pictures per prompt.
-    """
-    from emu3_jax.errors import Emu3Error, RowError
-
-    try:
-        yield
-    except RowError as error:
-        if source is None:
-            raise
-        raise Emu3Error(f"{source.place(error.row // n)}: {error.reason}") from error
 
 
 def _figures(file: typing.Any, replaced: bool, about: dict[str, str]) -> dict[str, typing.Any]:

@@ -63,7 +63,6 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from emu3_jax.errors import Emu3Error, RowError
     from emu3_jax.generation.language import Batching
     from emu3_jax.preference.sampling import Request, sample
     from emu3_jax.printable import counted, printable
@@ -86,7 +85,7 @@ def run(options: argparse.Namespace) -> None:
     batching = Batching(options.batch_size, None, options.deterministic, options.parallel)
     host, hosts = host_of(options)
     model = load_on_host(options)
-    try:
+    with source.naming_lines():
         outcome = sample(
             model,
             request,
@@ -98,8 +97,6 @@ def run(options: argparse.Namespace) -> None:
             hosts=hosts,
             progress=common.progress(options),
         )
-    except RowError as error:
-        raise Emu3Error(f"{source.place(error.row)}: {error.reason}") from error
     where = printable(str(options.output))
     if outcome.index is None:
         missing = counted(outcome.missing, "shard")

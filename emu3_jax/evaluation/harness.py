@@ -257,8 +257,9 @@ def draw(
         except RowError as error:
             raise Emu3Error(f"{items[todo[error.row // count]].place}: {error.reason}") from error
         except SpecialTokenError as error:
-            place = next(items[number].place for number in todo if error.token in items[number].prompt)
-            raise Emu3Error(f"{place}: {error}") from error
+            if error.row is None:
+                raise
+            raise Emu3Error(f"{items[todo[error.row // count]].place}: {error}") from error
     return Drawn(len(mine), len(mine) * count, len(mine) - len(todo), size)
 
 

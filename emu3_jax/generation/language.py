@@ -23,7 +23,7 @@ from emu3_jax.models.quantization import narrows_cache
 from emu3_jax.printable import shown
 from emu3_jax.progress import Progress
 from emu3_jax.text.prompts import PromptTemplates, frame_ids, generation_prompt
-from emu3_jax.text.tokenizer import Tokenizer
+from emu3_jax.text.tokenizer import SpecialTokenError, Tokenizer
 
 # A function that is called while later tokens are sampled. It gets the indices of a batch's rows, and the ids of each
 # so far, int32 [steps of the row].
@@ -201,7 +201,13 @@ def grid_rows(language: Language, grids: Sequence[Grid], allow_special: bool = F
         ids = head(text, grid.size)
         return ids if grid.given is None else ids + frame_ids(special, grid.given, layout)
 
-    prompts = [(prompt_ids(grid.prompt, grid), prompt_ids(grid.negative, grid)) for grid in grids]
+    prompts = []
+    for row, grid in enumerate(grids):
+        try:
+            prompt = prompt_ids(grid.prompt, grid)
+        except SpecialTokenError as error:
+            raise SpecialTokenError(error.token, row) from error
+        prompts.append((prompt, prompt_ids(grid.negative, grid)))
     given = [0 if grid.given is None else len(grid.given) for grid in grids]
     # Checked before schedules are made, because a size may have millions of tokens.
     lengths = [

@@ -1,12 +1,15 @@
 """Reads text files with one prompt per line."""
 
+import contextlib
 import dataclasses
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-from emu3_jax.errors import Emu3Error
+from emu3_jax.errors import Emu3Error, RowError
 from emu3_jax.foreign import plain_file, reading
+from emu3_jax.text.tokenizer import SpecialTokenError
 
 STANDARD_INPUT = "-"
 MAX_BYTES = 16 << 20
@@ -29,6 +32,22 @@ class PromptFile:
     def place(self, prompt: int) -> str:
         """The file and the line of a prompt, which is given by its index in `prompts`."""
         return f"{self.name} line {self.lines[prompt]}"
+
+    @contextlib.contextmanager
+    def naming_lines(self, n: int = 1) -> Iterator[None]:
+        """An error of the block that is about one row names the line of the row's prompt instead.
+
+        Args:
+            n: rows per prompt.
+        """
+        try:
+            yield
+        except RowError as error:
+            raise Emu3Error(f"{self.place(error.row // n)}: {error.reason}") from error
+        except SpecialTokenError as error:
+            if error.row is None:
+                raise
+            raise Emu3Error(f"{self.place(error.row // n)}: {error}") from error
 
 
 def read_prompts(path: str | os.PathLike) -> PromptFile:

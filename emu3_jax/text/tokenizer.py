@@ -52,14 +52,15 @@ class SpecialTokenError(Emu3Error):
 
     Attributes:
         token: the special token, such as "<|extra_203|>".
+        row: index of the row whose prompt is the text; None if the text is no row's prompt, or the row is not known.
     """
 
-    def __init__(self, token: str):
+    def __init__(self, token: str, row: int | None = None):
         super().__init__(
             f"the text contains the special token {token}: remove it, or pass allow_special=True "
             "(--allow-special) if you trust the text's author with control tokens"
         )
-        self.token = token
+        self.token, self.row = token, row
 
 
 class Tokenizer:
