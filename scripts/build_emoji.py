@@ -41,6 +41,7 @@ from emu3_jax.progress import each
 
 NOTICE = pathlib.Path(__file__).parent / "emoji_data" / "notice.txt"
 ALIKE = 16.0  # two styles draw a concept alike if their mean difference, of 255, is below this; others differ by 38
+_COMPARED = 32  # pixels a side at which styles are compared
 PROCEDURAL_FPS = 4.0
 SMALLER, CLOSEUPS = 5, 6  # numbers of smaller views and close-ups per training picture, so that its codes vary
 SEED = 1  # with seed 0, a third of the held-out concepts would be the 24 clock faces
@@ -172,12 +173,20 @@ def _write_pictures(
 def _alike(pictures: dict[str, np.ndarray]) -> dict[str, set[str]]:
     """For each style, the set of styles that draw this concept alike. Fluent's 3d and flat always count as alike."""
     groups = {style: {style} for style in pictures}
+    compared = {style: _to_compare(views[0]) for style, views in pictures.items()}
     for one, other in itertools.combinations(pictures, 2):
-        difference = np.abs(pictures[one][0].astype(int) - pictures[other][0]).mean()
+        difference = np.abs(compared[one] - compared[other]).mean()
         if difference < ALIKE or {one, other} == {"3d", "flat"}:
             joined = groups[one] | groups[other]
             groups |= dict.fromkeys(joined, joined)
     return groups
+
+
+def _to_compare(pixels: np.ndarray) -> np.ndarray:
+    """A picture at 32x32 pixels if it is larger, so that pictures of all sizes have the same splits."""
+    if len(pixels) > _COMPARED:
+        pixels = np.asarray(Image.fromarray(pixels).resize((_COMPARED, _COMPARED), Image.Resampling.LANCZOS))
+    return pixels.astype(int)
 
 
 def _write_clips(

@@ -1,14 +1,13 @@
 """The builder of the embedded model's data: splits keep apart what looks alike, and manifests load and repeat."""
 
 import hashlib
-import io
 import json
 import pathlib
-import tarfile
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from emoji_packages import ANIMALS, GROUPS, write_sources
+from PIL import Image
 
 from emu3_jax.data.manifest import Manifest
 from emu3_jax.errors import Emu3Error
@@ -16,8 +15,6 @@ from emu3_jax.evaluation import procedural
 from emu3_jax.media.clips import load_clip
 
 SCRIPTS = pathlib.Path(__file__).parents[1] / "scripts"
-GROUPS = ["smileys & emotion", "people & body", "components", "animals & nature", "objects"]
-ANIMALS = [f"1f4{number:02x}" for number in range(40)]  # codepoints of the concepts; nothing checks what they mean
 
 
 @pytest.fixture
@@ -29,98 +26,12 @@ def builder(monkeypatch):
     return build_emoji
 
 
-def picture(number: int, tone: int = 0) -> Image.Image:
-    image = Image.new("RGBA", (64, 64))
-    ImageDraw.Draw(image).ellipse((8, 8, 40 + number % 20, 56), fill=(number * 6 % 256, tone, 200, 255))
-    return image
-
-
-def webp(*frames: Image.Image) -> bytes:
-    stream = io.BytesIO()
-    options = {"save_all": True, "append_images": frames[1:], "duration": 40} if len(frames) > 1 else {}
-    frames[0].save(stream, "WEBP", lossless=True, **options)
-    return stream.getvalue()
-
-
-def clip(moves: bool) -> bytes:
-    frames = []
-    for number in range(16):
-        image = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
-        left = number * 2 if moves else 0
-        ImageDraw.Draw(image).rectangle((left, 8, left + 30, 50 + number % 2), fill=(10, 90, 200, 255))
-        frames.append(image)
-    return webp(*frames)
-
-
-def icons(colour: str, extra: dict | None = None) -> dict:
-    """An Iconify collection with a drawing for each animal."""
-    drawings = {}
-    for number, codepoint in enumerate(ANIMALS):
-        body = f'<path fill="{colour}" d="M2 2h{4 + number % 20}v{6 + number // 2}H2z"/>'
-        drawings[f"animal-{codepoint}"] = {"body": body}
-    return {"width": 32, "height": 32, "icons": drawings | (extra or {}), "aliases": {"other": {"parent": "broken"}}}
-
-
 @pytest.fixture
 def sources(builder, tmp_path):
     """A cache of small packages, and what the builder is to take from it."""
     pytest.importorskip("resvg_py", reason="the extra emoji installs it")
-    cache = tmp_path / "cache"
-    cache.mkdir()
-
-    def package(name: str, files: dict[str, bytes]):
-        made = builder.Package(name, "1.0.0", "")
-        with tarfile.open(cache / made.filename, "w:gz") as archive:
-            for path, data in files.items():
-                member = tarfile.TarInfo(f"package/{path}")
-                member.size = len(data)
-                archive.addfile(member, io.BytesIO(data))
-        return builder.Package(name, "1.0.0", builder.packages.integrity(cache / made.filename))
-
-    entries = [
-        {"label": f"beast’s {c}", "hexcode": c.upper(), "tags": ["pet", "fur", "tail", f"beast’s {c}"], "group": 3}
-        for c in ANIMALS
-    ]
-    entries.append({"label": "man running", "hexcode": "1F3C3-200D-2642-FE0F", "group": 1})
-    entries.append({"label": "light skin tone", "hexcode": "1F3FB", "group": 2})
-    entries.append({"label": "regional indicator A", "hexcode": "1F1E6"})
-    messages = {
-        "groups": [{"key": m.split()[0].rstrip("s"), "message": m, "order": i} for i, m in enumerate(GROUPS)],
-        "subgroups": [{"key": "mammal", "message": "mammals", "order": 0}],
-    }
-    messages["groups"][2]["key"] = "component"
-    labels = package(
-        "labels",
-        {
-            "en/data.json": json.dumps([entry | {"subgroup": 0} for entry in entries]).encode(),
-            "en/messages.json": json.dumps(messages).encode(),
-        },
-    )
-    files = {f"assets/{codepoint}.webp": webp(picture(i)) for i, codepoint in enumerate(ANIMALS)}
-    files["assets/1f3c3-200d-2642-fe0f.webp"] = webp(picture(50))
-    files["assets/1f3c3-1f3fb-200d-2642-fe0f.webp"] = webp(picture(51))
-    files["assets/1f999.webp"] = webp(picture(52))
-    characters = json.dumps({c: f"animal-{c}" for c in ANIMALS} | {"1f3c3-200d-2642": "other"}).encode()
-
-    def drawings(name: str, colour: str, listed: bytes = characters, body: str = "<g><path</g>"):
-        collection = icons(colour, {"broken": {"body": body}})
-        return package(name, {"icons.json": json.dumps(collection).encode(), "chars.json": listed})
-
-    moving = '<circle cx="16" cy="16" r="12"/>'
-    return builder.Sources(
-        labels=labels,
-        pictures_3d=package("@pictures/3d", files),
-        drawings={
-            "flat": drawings("flat", "#a00"),
-            "noto": drawings("noto", "#0a0", body=moving),
-            "vintage": drawings("vintage", "#00a", listed=b"{}", body=moving),
-            "twemoji": drawings("twemoji", "#a0a", body=moving),
-        },
-        clips=(
-            package("clips-1", {f"assets/{c}.webp": clip(True) for c in ANIMALS[:12]}),
-            package("clips-2", {f"assets/{ANIMALS[0]}.webp": clip(True), f"assets/{ANIMALS[20]}.webp": clip(False)}),
-        ),
-    )
+    (tmp_path / "cache").mkdir()
+    return write_sources(builder, tmp_path / "cache")
 
 
 @pytest.fixture
@@ -288,6 +199,13 @@ def test_siblings_and_shares(builder):
     assert np.mean(shares) == pytest.approx(0.09, abs=0.01)
     everything = {style: set(concepts.STYLES) for style in concepts.STYLES}
     assert not any(concepts.held_out_styles(c, everything, 0) for c in many)
+
+
+def test_styles_are_compared_at_one_size(builder):
+    """Else the splits would depend on the size of the pictures."""
+    large = np.arange(64 * 64 * 3, dtype=np.int64).astype(np.uint8).reshape(64, 64, 3)
+    assert builder._to_compare(large).shape == (32, 32, 3)
+    assert np.array_equal(builder._to_compare(large[:32, :32]), large[:32, :32])
 
 
 def test_an_existing_directory_is_refused(builder, tmp_path, capsys):

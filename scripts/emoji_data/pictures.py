@@ -43,7 +43,7 @@ def load_pictures(
             yield codepoint, reason
             continue
         with Image.open(io.BytesIO(data)) as picture:
-            yield codepoint, _unless_blank(_views(picture, size, smaller, closeups, codepoint))
+            yield codepoint, unless_blank(views_of(picture, size, smaller, closeups, codepoint))
 
 
 def load_drawings(
@@ -59,10 +59,10 @@ def load_drawings(
         smaller: further views of each that are smaller.
         closeups: further views of each that are close-ups.
     """
-    icons = _read_json(tarball, "package/icons.json")
+    icons = read_json(tarball, "package/icons.json")
     seen = set()
     for hexcode, name in sorted(characters.items()):
-        icon = _resolve(icons, name)
+        icon = resolve_icon(icons, name)
         if icon is None:
             continue  # another package's character list may name more than this one draws
         codepoint, reason = _judge(hexcode, labelled, seen)
@@ -70,14 +70,16 @@ def load_drawings(
             codepoint,
             reason
             or _unless_broken(
-                lambda icon=icon, codepoint=codepoint: _views(_render(icon, size), size, smaller, closeups, codepoint)
+                lambda icon=icon, codepoint=codepoint: views_of(
+                    render_icon(icon, size), size, smaller, closeups, codepoint
+                )
             ),
         )
 
 
 def load_characters(tarball: pathlib.Path) -> dict[str, str]:
     """Names of drawings by codepoint, as an Iconify package lists them."""
-    return _read_json(tarball, "package/chars.json")
+    return read_json(tarball, "package/chars.json")
 
 
 def load_clips(tarball: pathlib.Path, labelled: set[str], size: int) -> Iterator[tuple[str, np.ndarray | str, float]]:
@@ -118,11 +120,11 @@ def _sample(animation: Image.Image, size: int) -> tuple[np.ndarray, float]:
     ends = np.cumsum(durations)
     times = np.arange(FRAMES) * ends[-1] / FRAMES
     shown = np.minimum(np.searchsorted(ends, times, side="right"), len(pictures) - 1)
-    small = {number: _small(pictures[number], size) for number in set(shown.tolist())}
+    small = {number: on_white(pictures[number], size) for number in set(shown.tolist())}
     return np.stack([small[number] for number in shown.tolist()]), ends[-1] / 1000
 
 
-def _resolve(icons: dict, name: str) -> dict | None:
+def resolve_icon(icons: dict, name: str) -> dict | None:
     """A drawing under its own name or an alias, with sizes filled in; None if the package has none."""
     flip = False
     while name not in icons["icons"]:
@@ -139,7 +141,7 @@ def _resolve(icons: dict, name: str) -> dict | None:
     return icon
 
 
-def _render(icon: dict, size: int) -> Image.Image:
+def render_icon(icon: dict, size: int) -> Image.Image:
     """The drawing at some times the `size` that it is for."""
     import resvg_py
 
@@ -151,21 +153,23 @@ def _render(icon: dict, size: int) -> Image.Image:
         return picture.convert("RGBA")
 
 
-def _views(picture: Image.Image, size: int, smaller: int, closeups: int, codepoint: str) -> np.ndarray:
+def views_of(picture: Image.Image, size: int, smaller: int, closeups: int, codepoint: str) -> np.ndarray:
     """The first is the whole picture; sizes and places of the others follow from the codepoint."""
     chance = random.Random(codepoint)
 
     def draw(shares: tuple[float, float]) -> np.ndarray:
-        return _small(picture, size, chance.uniform(*shares), (chance.random(), chance.random()))
+        return on_white(picture, size, chance.uniform(*shares), (chance.random(), chance.random()))
 
-    views = [_small(picture, size), *(draw(_SMALLER) for _ in range(smaller))]
+    views = [on_white(picture, size), *(draw(_SMALLER) for _ in range(smaller))]
     for _ in range(closeups):
         view = draw(_CLOSEUP)
         views.append(view[:, ::-1] if chance.random() < 0.5 else view)
     return np.stack(views)
 
 
-def _small(picture: Image.Image, size: int, share: float = 1.0, place: tuple[float, float] = (0.5, 0.5)) -> np.ndarray:
+def on_white(
+    picture: Image.Image, size: int, share: float = 1.0, place: tuple[float, float] = (0.5, 0.5)
+) -> np.ndarray:
     """The picture on a white square, at size x size, whose longer side is `share` of the square's. It lies, or is cut
     where it is larger, `place` of the way from left and top."""
     picture = picture.convert("RGBA")
@@ -179,16 +183,16 @@ def _small(picture: Image.Image, size: int, share: float = 1.0, place: tuple[flo
 
 def _unless_broken(draw: Callable[[], np.ndarray]) -> np.ndarray | str:
     try:
-        return _unless_blank(draw())
+        return unless_blank(draw())
     except ValueError as error:  # the renderer's, on a drawing that it cannot read
         return f"broken drawing: {str(error).splitlines()[0]}"
 
 
-def _unless_blank(pixels: np.ndarray) -> np.ndarray | str:
+def unless_blank(pixels: np.ndarray) -> np.ndarray | str:
     return pixels if pixels[0].std() >= _BLANK else "blank"
 
 
-def _read_json(tarball: pathlib.Path, member: str) -> dict:
+def read_json(tarball: pathlib.Path, member: str) -> dict:
     for name, data in read_members(tarball, member):
         if name == member:
             return json.loads(data)
