@@ -14,7 +14,7 @@ from emu3_jax.models.quantization import KINDS
 _MAX_BATCH = 2**12  # the last batch is padded to full size, so a huge batch would waste memory
 FIGURES = ("reconstruction", "text_to_image", "image_to_text", "procedural", "motion")
 JUDGE = "judge"  # the features that need no file, see `ReconstructionConfig`
-FURTHER_FIGURES = ("stories", "two_shapes")  # need no data, but a model that was trained for them
+FURTHER_FIGURES = ("stories", "two_shapes", "arrangements")  # need no data, but a model that was trained for them
 # Groups of emoji whose labels describe what the picture shows. The embedded model was trained on these.
 GROUPS = (
     "smileys & emotion", "animals & nature", "food & drink", "travel & places", "activities", "objects",

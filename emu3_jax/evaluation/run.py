@@ -7,7 +7,16 @@ from typing import Any
 
 from emu3_jax import storage
 from emu3_jax.errors import Emu3Error
-from emu3_jax.evaluation import control, image_to_text, motion, reconstruction, stories, text_to_image, two_shapes
+from emu3_jax.evaluation import (
+    control,
+    image_to_text,
+    motion,
+    reconstruction,
+    several_shapes,
+    stories,
+    text_to_image,
+    two_shapes,
+)
 from emu3_jax.evaluation.config import FIGURES, EvaluateConfig
 from emu3_jax.evaluation.items import ITEMS, Data
 from emu3_jax.evaluation.page import render
@@ -71,6 +80,7 @@ def evaluate(
         "motion": lambda: motion.measure(model, data, config, reconstruct, **options),
         "stories": lambda: stories.measure(model, config, progress=progress),
         "two_shapes": lambda: two_shapes.measure(model, config, progress=progress),
+        "arrangements": lambda: several_shapes.measure(model, config, progress=progress),
     }.items():
         if name not in config.figures:
             if name in FIGURES:
