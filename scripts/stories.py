@@ -25,7 +25,8 @@ from emu3_jax.evaluation.procedural import BACKGROUNDS, COLOURS, Still, Variatio
 from emu3_jax.files import new_directory
 from emu3_jax.progress import each
 
-SIDE = 32
+SIDE = 32  # pixels of the embedded model's pictures
+_SIZES = (16, 512)
 HELD_OUT = 256  # documents of each held-out set
 # With exact drawings alone, a model learns the 1,440 pictures by heart, and reads a given picture of a new subject as
 # one that it knows. So most drawings are shifted, scaled and tinted a little, and the subjects of many edits have
@@ -55,7 +56,8 @@ class Drawing:
 class Studio:
     """Draws documents, and then the pictures that they need."""
 
-    def __init__(self, seed: int):
+    def __init__(self, seed: int, size: int = SIDE):
+        self._size = size
         rng = np.random.default_rng([seed, 4])
         self._variations = [Variation(), *(Variation.draw(rng) for _ in range(VARIATIONS))]
         self._paints = list(itertools.islice(_paints(rng), PAINTS))
@@ -91,14 +93,14 @@ class Studio:
             variation = self._variations[drawing.variation]
             if drawing.paint is not None:
                 variation = dataclasses.replace(variation, tint=self._paints[drawing.paint] - _colour(drawing.scene))
-            Image.fromarray(rasterise_still(drawing.scene, SIDE, variation)).save(target / drawing.file)
+            Image.fromarray(rasterise_still(drawing.scene, self._size, variation)).save(target / drawing.file)
 
     def _need(self, drawing: Drawing) -> str:
         self._needed[drawing.file] = drawing
         return drawing.file
 
 
-def write(target: pathlib.Path, stories: int, edits: int, seed: int = 0) -> pathlib.Path:
+def write(target: pathlib.Path, stories: int, edits: int, seed: int = 0, *, size: int = SIDE) -> pathlib.Path:
     """Writes pictures and manifests.
 
     Args:
@@ -106,16 +108,19 @@ def write(target: pathlib.Path, stories: int, edits: int, seed: int = 0) -> path
         stories: number of stories to train on.
         edits: number of edits to train on.
         seed: seed of all draws.
+        size: side of the pictures in pixels.
 
     Returns:
         `target`.
 
     Raises:
-        Emu3Error: `target` exists, or cannot be written.
+        Emu3Error: `size` is out of range, `target` exists, or cannot be written.
     """
+    if not _SIZES[0] <= size <= _SIZES[1]:
+        raise Emu3Error(f"size is {size}: the pictures must have from {_SIZES[0]} to {_SIZES[1]} pixels a side")
     with new_directory(target, 0) as temporary:
         (temporary / "pictures").mkdir()
-        studio = Studio(seed)
+        studio = Studio(seed, size)
         sets = {
             "stories_train": studio.stories(stories, np.random.default_rng([seed, 0]), unseen=False),
             "edits_train": studio.edits(edits, np.random.default_rng([seed, 1]), unseen=False),
@@ -152,9 +157,10 @@ if __name__ == "__main__":
     parser.add_argument("output", type=pathlib.Path, metavar="DIR", help="new directory")
     parser.add_argument("--stories", type=int, default=40_000, metavar="N", help="stories to train on (%(default)s)")
     parser.add_argument("--edits", type=int, default=40_000, metavar="N", help="edits to train on (%(default)s)")
+    parser.add_argument("--size", type=int, default=SIDE, metavar="PIXELS", help="side of pictures (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of all draws (%(default)s)")
     options = parser.parse_args()
     try:
-        print(write(options.output, options.stories, options.edits, options.seed))
+        print(write(options.output, options.stories, options.edits, options.seed, size=options.size))
     except Emu3Error as error:
         sys.exit(f"stories: error: {error}")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from emu3_jax.data.manifest import Manifest
+from emu3_jax.errors import Emu3Error
 from emu3_jax.evaluation import scenes
 from emu3_jax.evaluation.procedural import Still, rasterise_still
 from emu3_jax.evaluation.scenes import CHANGES, UNSEEN, Edit, Story, grade_edit, grade_story
@@ -100,3 +101,5 @@ def test_the_script_writes_documents_without_unseen_subjects(tmp_path):
             assert (subjects[0] in UNSEEN) if "heldout" in path.name else not set(subjects) & set(UNSEEN)
     line = json.loads((target / "edits_train.jsonl").read_text().splitlines()[0])
     assert [part["role"] for part in line["document"]] == ["user", "user", "assistant"]
+    with pytest.raises(Emu3Error, match="size is 8: the pictures must have from 16 to 512 pixels a side"):
+        write(tmp_path / "small", 1, 1, size=8)
