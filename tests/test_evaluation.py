@@ -17,8 +17,8 @@ from emu3_jax import Emu3Error
 from emu3_jax.cli.main import main
 from emu3_jax.evaluation import control, metrics, motion, reconstruction
 from emu3_jax.evaluation.config import GROUPS, EvaluateConfig, JudgeConfig
-from emu3_jax.evaluation.image_to_text import parse
-from emu3_jax.evaluation.items import Data, choose
+from emu3_jax.evaluation.image_to_text import _compare, parse
+from emu3_jax.evaluation.items import Data, Item, choose
 from emu3_jax.evaluation.judge import Judge
 from emu3_jax.evaluation.page import Cell, Curve, Row, Section, render
 from emu3_jax.evaluation.procedural import Motion, Still, rasterise_clip, rasterise_still
@@ -162,6 +162,17 @@ def test_answers():
     assert parse("3d emoji of dog face") == ("3d", "dog face")
     assert parse(" flat emoji of eye. ") == ("flat", "eye")
     assert parse("dog face") == ("", "dog face")
+
+
+def test_descriptions_of_items_with_their_own_caption():
+    emoji = Item("a", "a.webp", "picture", "3d", "1f436", "dog face", "animals", "style")
+    assert _compare(emoji, "3d emoji of dog face") == (True, True)
+    assert _compare(emoji, "flat emoji of dog face.") == (False, True)
+    clipart = dataclasses.replace(emoji, said="line drawing of a slice of pizza")
+    assert clipart.caption == "line drawing of a slice of pizza"
+    assert _compare(clipart, "line drawing of a slice of pizza") == (True, True)
+    assert _compare(clipart, "clipart of a slice of pizza") == (False, True)
+    assert _compare(clipart, "line drawing of a pizza") == (True, False)
 
 
 def test_the_page_escapes_and_needs_no_other_file():

@@ -60,9 +60,8 @@ def measure(
 
     cases, answers = ask("description", "picture", "style", DESCRIBE)
     if cases:
-        said = [parse(answer) for answer in answers]
-        right = [item.label == label for item, (_, label) in zip(cases, said, strict=True)]
-        styles = [item.style == style for item, (style, _) in zip(cases, said, strict=True)]
+        found = [_compare(item, answer) for item, answer in zip(cases, answers, strict=True)]
+        styles, right = [style for style, _ in found], [label for _, label in found]
         figures["description"] = {
             "cases": len(cases),
             "style_right": float(np.mean(styles)),
@@ -89,3 +88,12 @@ def measure(
             figures["clips"][f"{name}_right"] = float(np.mean(said))
         show(DESCRIBE_CLIP, "Clips of held-out triples. Green: the whole answer is right.", cases, answers, right)
     return figures, sections
+
+
+def _compare(item: Item, answer: str) -> tuple[bool, bool]:
+    """Whether a description names the item's style, and exactly its label."""
+    if not item.said:
+        style, label = parse(answer)
+        return style == item.style, label == item.label
+    (style, _, label), (wanted_style, _, wanted) = (text.partition(" of ") for text in (answer, item.said))
+    return style == wanted_style, label == wanted

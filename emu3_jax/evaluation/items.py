@@ -38,6 +38,7 @@ class Item:
         group: category of the concept.
         split: "train", or what is held out of training: "style", "concept" or "triple".
         scene: for procedural items, colour, shape and position (of a clip, motion).
+        said: the caption, if the data name it.
     """
 
     name: str
@@ -49,10 +50,13 @@ class Item:
     group: str
     split: str
     scene: dict[str, str] = dataclasses.field(default_factory=dict, hash=False)
+    said: str = ""
 
     @property
     def caption(self) -> str:
         """The prompt for generating the item, which is also the correct description of it."""
+        if self.said:
+            return self.said
         return self.label if self.kind.startswith("procedural") else f"{self.style} emoji of {self.label}"
 
 
@@ -144,10 +148,14 @@ def _item(data: Any, where: str) -> Item:
     if not isinstance(kind, str) or kind not in _KINDS:
         raise Emu3Error(f"kind is {shown(kind)}: it must be one of {', '.join(_KINDS)}")
     scene = (*_SCENE, *_KINDS[kind]) if _KINDS[kind] else ()
-    fields = [field.name for field in dataclasses.fields(Item) if field.name != "scene"]
+    fields = [field.name for field in dataclasses.fields(Item) if field.name not in ("scene", "said")]
     for field in (*fields, *scene):
         if not isinstance(data.get(field), str):
             raise Emu3Error(f"field {field} is {shown(data.get(field))}: it must be a text")
         check_text(field, data[field])
+    said = data.get("caption", "")
+    if not isinstance(said, str):
+        raise Emu3Error(f"field caption is {shown(said)}: it must be a text")
+    check_text("caption", said)
     inner_path(data["file"], where)
-    return Item(**{field: data[field] for field in fields}, scene={field: data[field] for field in scene})
+    return Item(**{field: data[field] for field in fields}, scene={field: data[field] for field in scene}, said=said)
