@@ -2,8 +2,9 @@
 
 python scripts/arrangements.py out/arrangements
 
-The directory gets pictures/, the manifests train.jsonl and heldout.jsonl that `emu3-jax prepare` reads, held_out.txt
-with the captions of the second, and summary.json. No arrangement of heldout.jsonl is in train.jsonl.
+The directory gets pictures/, the manifests train.jsonl and heldout.jsonl that `emu3-jax prepare` reads, with questions
+about the same pictures in questions_train.jsonl and questions_heldout.jsonl, held_out.txt with the captions of
+heldout.jsonl, and summary.json. No arrangement of heldout.jsonl is in train.jsonl.
 `evaluation.arrangements` draws the pictures and reads them back. The script downloads nothing.
 """
 
@@ -20,7 +21,7 @@ from PIL import Image
 
 from emu3_jax.data.config import MAX_SEED
 from emu3_jax.errors import Emu3Error
-from emu3_jax.evaluation.arrangements import SMALLEST_SIDE, draw_arrangement, rasterise
+from emu3_jax.evaluation.arrangements import SMALLEST_SIDE, Arrangement, draw_arrangement, rasterise
 from emu3_jax.files import new_directory
 from emu3_jax.progress import each
 
@@ -52,15 +53,18 @@ def build(directory: pathlib.Path, *, count: int = 12_000, size: int = 64, seed:
     with new_directory(directory, count * max(_BYTES_PER_PICTURE, 3 * size**2)) as target:
         (target / "pictures").mkdir()
         for part, (name, number) in enumerate((("train", count), ("heldout", HELD_OUT))):
-            rng, lines = np.random.default_rng([seed, part]), []
+            rng, lines, questions = np.random.default_rng([seed, part]), [], []
             for index in each(range(number), True, "pictures", name=f"rasterising {name}"):
                 scene = draw_arrangement(rng, unseen=name == "heldout")
                 file = f"pictures/{name}_{index:06d}.webp"
                 Image.fromarray(rasterise(scene, size, rng)).save(target / file, lossless=True)
-                lines.append({"image": file, "text": scene.caption, "name": f"arrangements/{name}_{index:06d}"})
+                line = {"image": file, "name": f"arrangements/{name}_{index:06d}"}
+                lines.append({**line, "text": scene.caption})
+                questions.append({**line, "conversation": _conversation(scene)})
                 if name == "train":
                     kinds[scene.order or f"{len(scene.things)} counted"] += 1
             write_lines(target / f"{name}.jsonl", lines)
+            write_lines(target / f"questions_{name}.jsonl", questions)
         (target / "held_out.txt").write_text("".join(f"{line['text']}\n" for line in lines))
         summary = {
             "arguments": {"count": count, "size": size, "seed": seed},
@@ -69,6 +73,16 @@ def build(directory: pathlib.Path, *, count: int = 12_000, size: int = 64, seed:
         }
         (target / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
+
+
+def _conversation(scene: Arrangement) -> list[dict]:
+    """All questions about a picture, one after the other."""
+    asked = {"Describe the image.": scene.caption, **scene.questions}
+    return [
+        {"role": role, "text": text}
+        for pair in asked.items()
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

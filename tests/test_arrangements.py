@@ -39,6 +39,12 @@ def test_words():
     assert COUNTED.caption == "two red circles and one blue cross on a gray background"
     assert ROW.caption == ("from left to right: a red circle, an orange square and a green star on a white background")
     assert Arrangement.parse("Three pink crosses  on a black background.").things == ((3, "pink", "cross"),)
+    assert COUNTED.questions == {
+        "How many shapes are there?": "three",
+        "How many red circles are there?": "two",
+        "How many blue crosses are there?": "one",
+    }
+    assert ROW.questions["What is in the middle?"] == "an orange square"
     for other in ("one red circles on a gray background", "a red circle on the left of a white background", ""):
         assert Arrangement.parse(other) is None
 
@@ -115,6 +121,8 @@ def test_the_script(script, tmp_path, capsys, monkeypatch):
     for name, count in (("train", 12), ("heldout", 5)):
         lines = [json.loads(line) for line in (tmp_path / "a" / f"{name}.jsonl").read_text().splitlines()]
         assert len(Manifest(tmp_path / "a" / f"{name}.jsonl")) == len(lines) == count
+        asked = Manifest(tmp_path / "a" / f"questions_{name}.jsonl")
+        assert [asked[i].conversation[1].text for i in range(count)] == [line["text"] for line in lines]
         for line in lines:
             scene = Arrangement.parse(line["text"])
             assert held_out(scene) == (name == "heldout")

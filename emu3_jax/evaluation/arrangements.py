@@ -17,17 +17,22 @@ from emu3_jax.evaluation import procedural
 from emu3_jax.evaluation.procedural import BACKGROUNDS, COLOURS, SHAPES
 
 ORDERS = {"from left to right": (1, 0), "from top to bottom": (0, 1)}
-NUMBERS = ("no", "one", "two", "three", "four", "five")
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
 ATTRIBUTES = ("count", "things", "order", "background")
 SMALLEST_SIDE = 64  # of a picture that can be read, in pixels
 
+_ROW_PLACES = {
+    "from left to right": ("on the left", "in the middle", "on the right"),
+    "from top to bottom": ("at the top", "in the middle", "at the bottom"),
+}
+_MOST = 5  # shapes of one kind
 _RADIUS = 0.115  # of each shape, as a share of the side
 _LINES = (0.19, 0.5, 0.81)  # rows and columns on which shapes lie
 _SHIFT = 0.4  # of a variation's shift that a shape gets: more would let neighbours touch
 _ASIDE = 0.2  # largest distance of a row from the middle
 _SMALLEST = 0.25  # of the area of a square's silhouette; smaller parts are noise, and a star has 0.4
 _PLURALS = {shape: f"{shape}es" if shape.endswith("s") else f"{shape}s" for shape in SHAPES}
-_THING = rf"({'|'.join(NUMBERS[1:])}) ({'|'.join(COLOURS)}) ({'|'.join([*SHAPES, *_PLURALS.values()])})"
+_THING = rf"({'|'.join(NUMBERS[1 : _MOST + 1])}) ({'|'.join(COLOURS)}) ({'|'.join([*SHAPES, *_PLURALS.values()])})"
 _ONE = rf"an? ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
 _GROUND = rf"on an? ({'|'.join(BACKGROUNDS)}) background"
 _COUNTED = re.compile(rf"{_THING}(?: and {_THING})? {_GROUND}")
@@ -65,6 +70,18 @@ class Arrangement:
     def shapes(self) -> list[tuple[str, str]]:
         """Colour and shape of each shape."""
         return [(colour, shape) for number, colour, shape in self.things for _ in range(number)]
+
+    @property
+    def questions(self) -> dict[str, str]:
+        """Questions about the picture, and their answers."""
+        asked = {"How many shapes are there?": NUMBERS[len(self.shapes)]}
+        if self.order is None:
+            for number, colour, shape in self.things:
+                asked[f"How many {colour} {_PLURALS[shape]} are there?"] = NUMBERS[number]
+        else:
+            for place, (_, colour, shape) in zip(_ROW_PLACES[self.order], self.things, strict=True):
+                asked[f"What is {place}?"] = f"{_article(colour)} {colour} {shape}"
+        return asked
 
     @classmethod
     def parse(cls, caption: str) -> "Arrangement | None":
@@ -109,7 +126,7 @@ def draw_arrangement(rng: np.random.Generator, *, unseen: bool) -> Arrangement:
     while True:
         background, kind = _choose(rng, BACKGROUNDS), rng.integers(3)
         if kind == 0:
-            things = ((int(rng.integers(2, len(NUMBERS))), *_subject(rng)),)
+            things = ((int(rng.integers(2, _MOST + 1)), *_subject(rng)),)
         elif kind == 1:
             numbers = rng.permuted([int(rng.integers(1, 4)), int(rng.integers(2, 4))])
             things = tuple((int(number), *_subject(rng)) for number in numbers)
@@ -140,7 +157,7 @@ def read(pixels: np.ndarray) -> Seen:
         pixels: uint8, or float in 0..255, [side, side, 3], side at least 64.
     """
     pixels = np.asarray(pixels, np.float64)
-    background = procedural.read_still(pixels).background
+    background = procedural.background_of(pixels)
     strength = procedural.strength_of(pixels)
     if strength is None:
         return Seen((), background)
@@ -155,7 +172,7 @@ def read(pixels: np.ndarray) -> Seen:
         part = np.where(
             _grown(labels == label)[..., None] & ((labels == label) | (labels == 0))[..., None], pixels, ground
         )
-        still, centre = procedural.read_still(part), procedural.centre_of(part)
+        still, centre = procedural.read_placed_still(part)
         if still.colour is not None and centre is not None:
             found.append((still.colour, still.shape, centre))
     return Seen(tuple(found), background)
