@@ -142,6 +142,8 @@ def test_commands_for_emu3_refuse_models_of_emu35(bundle, tmp_path, capsys, monk
     ("arguments", "message"),
     [
         ({"text_top_k": 0}, "text_top_k is 0"),
+        ({"on_piece": 3}, "on_piece is 3: it must be a function, or None"),
+        ({"on_rows": "print"}, "on_rows is 'print': it must be a function, or None"),
         ({"text_temperature": -1.0}, "text_temperature is -1.0"),
         ({"top_p": 2.0}, "^top_p is 2.0"),
         ({"images": [7]}, "7 is no picture or clip: give a path"),

@@ -66,7 +66,7 @@ def test_from_photos_to_data(photos, tmp_path, capsys):
         (["gs://bucket/photos"], "gs:// addresses are not supported"),
         (["{photos}", "{empty}"], "2 sources were given"),
         (["{photos}", "--validation", "2"], "must be a share between 0 and 1"),
-        (["{photos}", "--validation", "x"], "invalid float value"),
+        (["{photos}", "--validation", "x"], "'x' is not a number"),
     ],
 )
 def test_bad_input_is_one_line(arguments, reason, photos, tmp_path, capsys):

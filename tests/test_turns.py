@@ -321,6 +321,8 @@ def test_what_a_conversation_refuses(model):
 
     with pytest.raises(KeyboardInterrupt):
         chat.send("Once more", on_piece=stop)
+    with pytest.raises(Emu3Error, match="on_text is 3: it must be a function, or None"):
+        chat.send("Once more", on_text=3)
     for text, image, reason in (
         (["a", "b"], (), "text is .* it must be one text"),
         ("a <|image start|>", (), "special token"),

@@ -32,6 +32,17 @@ def line_of(capsys, tmp_path, monkeypatch):
     return fail
 
 
+def walk(command: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    yield command
+    for action in command._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                yield from walk(inner)
+
+
+ALL = list(walk(parser()))
+
+
 def module(*words: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "emu3_jax", *words], capture_output=True, text=True, check=False)
 
@@ -76,12 +87,27 @@ def test_help_and_version_do_not_wait_for_jax():
         ("tokenize x -o y --dtype float32", "unknown option --dtype"),
         ("detokenize x -o y --mesh tensor=2", "unknown option --mesh"),
         ("", "the following arguments are required: COMMAND (see emu3-jax --help)"),
-        ("generate x -o y --top-k x", "argument --top-k: invalid int value: 'x' (see emu3-jax generate --help)"),
+        ("generate x -o y --top-k x", "argument --top-k: 'x' is not a whole number (see emu3-jax generate --help)"),
+        ("generate x -o y --guidance 3 x", "argument --guidance: 'x' is not a number (see emu3-jax generate --help)"),
+        ("generate x -o y -n 1.5", "argument -n: '1.5' is not a whole number from 1 to 100000 (see emu3-jax generate"),
+        ("plan c.py --topology v5e:2x2 --rows-per-chip x", "argument --rows-per-chip: 'x' is not a whole number (see"),
         ("video x -o y --format gig", "argument --format: 'gig' is not one of webp, png, gif, mp4, webm: did you mean"),
     ],
 )  # fmt: skip
 def test_a_wrong_word_is_named_with_the_help_of_its_command(words, line, line_of):
     assert line_of(*words.split()).startswith(line)
+
+
+@pytest.mark.parametrize("word", ["", "x", "1.5.2", "--", "\x1b[31m", "9" * 5000])
+def test_no_value_gets_the_words_of_argparse(word):
+    """They name a type of Python, such as int, and nothing that is legal."""
+    for command in ALL:
+        for action in command._actions:
+            try:
+                command._get_value(action, word)
+            except argparse.ArgumentError as error:
+                assert not str(error).startswith("invalid") and "invalid int value" not in str(error), action
+                assert " value: " not in str(error) and "\x1b" not in str(error), action
 
 
 def test_options_cannot_be_shortened(line_of):
@@ -94,22 +120,13 @@ def test_values_that_look_like_options(line_of):
     """argparse takes negative numbers, and words with a space, for values."""
     for word in ("-1", "-.5", "- a", "--no such option"):
         assert "required: -o/--output" in line_of("generate", word)
-    assert "invalid int value: '--seed'" not in line_of("generate", "x", "--top-k", "--sed", "1")
+    assert "'--seed' is not" not in line_of("generate", "x", "--top-k", "--sed", "1")
     assert "required: -o/--output" in line_of("generate", "--", "--sed")
 
 
 # ------------------------------------------------------------------------------------------------ help
 
 
-def walk(command: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
-    yield command
-    for action in command._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for inner in action.choices.values():
-                yield from walk(inner)
-
-
-ALL = list(walk(parser()))
 EXAMPLES = [
     line.strip() for command in ALL for line in command.description.splitlines() if line.startswith("  emu3-jax ")
 ]

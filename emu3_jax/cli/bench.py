@@ -8,11 +8,14 @@ examples:
 """
 
 import argparse
+import contextlib
 import math
 
 from emu3_jax.benchmarks import TOKENS_PER_PASS
 from emu3_jax.cli import common
+from emu3_jax.cli.usage import number
 from emu3_jax.media.sizes import MAX_AREA
+from emu3_jax.printable import shown
 
 _DECODE = """Time the decode loop: milliseconds per token, and the share of the device's bandwidth.
 
@@ -104,13 +107,11 @@ def _add_decode(command: argparse.ArgumentParser) -> None:
 
 def _rate(text: str) -> float:
     """The type of `--tokens-per-pass`."""
-    number = float(text)
-    if not 1 <= number <= 128:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 to 128")
-    return number
-
-
-_rate.__name__ = "number"
+    with contextlib.suppress(argparse.ArgumentTypeError):
+        found = number(text)
+        if 1 <= found <= 128:
+            return found
+    raise argparse.ArgumentTypeError(f"{shown(text)} is not a number from 1 to 128")
 
 
 def _add_vision(command: argparse.ArgumentParser) -> None:

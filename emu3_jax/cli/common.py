@@ -1,11 +1,13 @@
 """Arguments of the command line that several commands share."""
 
 import argparse
+import contextlib
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
 
 from emu3_jax import storage
+from emu3_jax.cli.usage import whole_number
 from emu3_jax.errors import Emu3Error
 from emu3_jax.foreign import local_path
 from emu3_jax.generation import defaults
@@ -53,12 +55,12 @@ def whole(least: int, most: int) -> Callable[[str], int]:
     """The type of arguments that are whole numbers from `least` to `most`."""
 
     def parse(text: str) -> int:
-        number = int(text) if len(text) < 20 else most + 1  # Python is slow for very long numbers
-        if not least <= number <= most:
-            raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number from {least} to {most}")
-        return number
+        with contextlib.suppress(argparse.ArgumentTypeError):
+            found = whole_number(text)
+            if least <= found <= most:
+                return found
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number from {least} to {most}")
 
-    parse.__name__ = "whole number"
     return parse
 
 
@@ -68,7 +70,7 @@ def parallel(text: str) -> int | str:
         return text
     try:
         return whole(2, defaults.MOST_PARALLEL)(text)
-    except (ValueError, argparse.ArgumentTypeError):
+    except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(f"{shown(text)} is not {defaults.LEGAL_PARALLEL}") from None
 
 
@@ -76,7 +78,7 @@ def ahead(text: str) -> int:
     """The type of `--zipar`."""
     try:
         return whole(1, defaults.MOST_ZIPAR)(text)
-    except (ValueError, argparse.ArgumentTypeError):
+    except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(f"{shown(text)} is not {defaults.LEGAL_ZIPAR}") from None
 
 

@@ -24,6 +24,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*arguments, **{**defaults, **options})
         self._words: Sequence[str] = ()
         self._positionals.title = "arguments"
+        # For `type=int` and `type=float`, whose errors argparse words itself.
+        self.register("type", int, whole_number)
+        self.register("type", float, number)
 
     def format_help(self) -> str:
         """The help with a short usage. The usage of argparse would name every option, in many lines."""
@@ -92,6 +95,22 @@ class Parser(argparse.ArgumentParser):
         if unknown in ("--version", "--print-completion"):  # options of the program, not of a command
             return f": write it before the command, emu3-jax {unknown}"
         return _suggestion(unknown, self._option_string_actions)
+
+
+def whole_number(text: str) -> int:
+    """The type of arguments that are whole numbers."""
+    try:
+        return int(text)  # also refuses more than 4,300 digits
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number") from error
+
+
+def number(text: str) -> float:
+    """The type of arguments that are numbers."""
+    try:
+        return float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a number") from error
 
 
 class _Formatter(argparse.HelpFormatter):

@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from emu3_jax.errors import Emu3Error
 from emu3_jax.generation import grammar
 from emu3_jax.generation.codec import Vision, decode_picture
 from emu3_jax.generation.grammar import Grammar
 from emu3_jax.generation.interleaving import InterleavedRow
 from emu3_jax.generation.language import Language
+from emu3_jax.printable import shown
 from emu3_jax.text.tasks import ANSWER_ENDS, PLANS
 from emu3_jax.text.tokenizer import Tokenizer
 
@@ -165,6 +167,13 @@ def _texts(ids: Sequence[int], tokenizer: Tokenizer) -> Iterator[Piece]:
             continue
         run.append(token)
     yield from piece()
+
+
+def check_callbacks(**callbacks: Any) -> None:
+    """Raises an `Emu3Error` for a callback, given by its argument's name, that is neither None nor a function."""
+    for name, callback in callbacks.items():
+        if callback is not None and not callable(callback):
+            raise Emu3Error(f"{name} is {shown(callback)}: it must be a function, or None")
 
 
 def deliver(

@@ -17,7 +17,7 @@ from emu3_jax.generation.conversation import Asking, Conversation, Showing, answ
 from emu3_jax.generation.documents import OnPiece, OnRows, OnText, Writing, stream_documents
 from emu3_jax.generation.language import Batching, Language
 from emu3_jax.generation.pictures import Generation, stream_pictures
-from emu3_jax.generation.pieces import Document, deliver
+from emu3_jax.generation.pieces import Document, check_callbacks, deliver
 from emu3_jax.generation.rows import Sampling, prompt_list
 from emu3_jax.media.clips import Clip
 from emu3_jax.media.inputs import Media
@@ -597,6 +597,7 @@ class Emu3:
         Raises:
             Emu3Error: bad input. The message says what is wrong and what to do.
         """
+        check_callbacks(on_piece=on_piece, on_rows=on_rows, on_text=on_text)
         prompts = prompt_list(texts)
         given: list[Any] = list(images) if isinstance(images, list | tuple) else [images]
         each = given if given and isinstance(given[0], list | tuple) else [given] * len(prompts)

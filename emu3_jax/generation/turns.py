@@ -21,7 +21,7 @@ from emu3_jax.generation.documents import (
 from emu3_jax.generation.interleaving import InterleavedRow, inside_pictures
 from emu3_jax.generation.kept import Kept
 from emu3_jax.generation.language import Language
-from emu3_jax.generation.pieces import Document, Growing, Piece, deliver
+from emu3_jax.generation.pieces import Document, Growing, Piece, check_callbacks, deliver
 from emu3_jax.media.inputs import Media
 from emu3_jax.printable import shown
 from emu3_jax.text.tasks import Prompts
@@ -83,6 +83,7 @@ class Turns:
         """
         if not isinstance(text, str):
             raise Emu3Error(f"text is {shown(text)}: it must be one text, such as 'make it green'")
+        check_callbacks(on_piece=on_piece, on_rows=on_rows, on_text=on_text)
         items: list[Any] = list(images) if isinstance(images, list | tuple) else [images]
         so_far, writing = self._so_far, self._writing
         codes = [
