@@ -223,6 +223,17 @@ def test_a_tile_as_large_as_the_frame_is_the_frame(vision, tile):
         np.testing.assert_array_equal(*(np.asarray(x.frames if codes.ndim == 3 else x) for x in (whole, tiled)))
 
 
+def test_a_batch_of_clips_is_decoded_as_each_alone(vision):
+    for latents in (2, codec.PART_FRAMES // CONFIG.temporal_factor + 1):  # at once, and in parts
+        codes = np.random.default_rng(latents).integers(0, CONFIG.codebook_size, (3, latents, 4, 6))
+        found = codec.decode_pictures(vision, codes, at_once=2)
+        for one, clip in zip(codes, found, strict=True):
+            alone = decode(vision, one).frames
+            assert clip.shape == alone.shape
+            # Rows of a batch may add up in another order: at most the last step of rounding to uint8 differs.
+            assert np.abs(clip.astype(int) - alone).max() <= 1
+
+
 @pytest.mark.slow
 def test_tiles_of_a_clip_in_parts_equal_those_of_the_whole(vision, monkeypatch):
     """Each tile has a past of its own."""

@@ -5,17 +5,12 @@ import pathlib
 
 import numpy as np
 import pytest
-from grpo_runs import change, job, lines
+from grpo_runs import change, compare_policy_with_sampler, lines
 
 from emu3_jax import Emu3Error, train
 from emu3_jax.checkpoints.bundle import Bundle
 from emu3_jax.data.config import DataConfig
-from emu3_jax.generation.log_probs import visual_log_probs
-from emu3_jax.generation.sampling import RowSettings
 from emu3_jax.models.adapters import Adapter
-from emu3_jax.preference.grpo import trainer_arrays
-from emu3_jax.sharding.mesh import make_mesh
-from emu3_jax.sharding.rules import use_mesh
 from emu3_jax.training import runner
 from emu3_jax.training.config import ModelConfig, OptimizerConfig, TrainConfig
 from emu3_jax.training.grpo_config import GrpoConfig
@@ -119,32 +114,7 @@ def test_meshes_and_microbatches_change_nothing(base, whole, tmp_path, mesh, acc
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_the_policy_is_the_one_that_was_sampled(base, tmp_path, guidance, guided, temperature, accumulation):
     grpo = {"guidance": guidance, "guided_policy": guided, "temperature": temperature, "n": 4}
-    config = change(base, tmp_path, grpo, accumulation=accumulation)
-    mesh = make_mesh(config.mesh)
-    with use_mesh(mesh):
-        made = job(config)
-        state = made.initial_state()
-        made.start(0, None)
-        language = made._language(state)
-        pictures = config.batch_size // config.grpo.rows
-        prompts, seeds = (["text 0", "a text 2"] * pictures)[:pictures], np.arange(pictures, dtype=np.uint32)
-        drawn = made._artist.draw(language, prompts, seeds)
-        rows = made._artist.batch_rows(drawn, np.ones(pictures, bool), made._rows.mine, LENGTH)
-        found = made._trainer.policy(state.params, made._frozen, trainer_arrays(made._rows.spread(rows)), True)
-        made.close()
-    settings = RowSettings.of(
-        pictures, temperature=temperature, top_k=language.config.tokens.visual_count, top_p=1.0, guidance=guidance,
-        seed=seeds,
-    )  # fmt: skip
-    ids = [grid.ids[grid.prompt_length :] for grid in drawn.grids]
-    wanted = visual_log_probs(language, drawn.rows, ids, settings, batch_size=4)
-    each = config.grpo.rows
-    for number, one in enumerate(wanted):
-        mask = np.roll(rows["loss_mask"][number * each], -1)
-        measured = np.asarray(found)[number * each][mask]
-        np.testing.assert_allclose(measured, one.sampled if guided else one.model, atol=2e-5)
-        if each == 2:
-            assert not rows["loss_mask"][2 * number + 1].any()
+    compare_policy_with_sampler(change(base, tmp_path, grpo, accumulation=accumulation), ["text 0", "a text 2"])
 
 
 def test_guidance_and_several_updates(base, tmp_path):

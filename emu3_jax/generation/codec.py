@@ -151,30 +151,39 @@ def decoding_picture(vision: Vision, codes: np.ndarray, *, tile: int | None = No
 def decode_pictures(
     vision: Vision, codes: np.ndarray, *, at_once: int, place: Any = None, gather: Callable[[Any], Any] | None = None
 ) -> np.ndarray:
-    """Decodes pictures of equal size in batches.
+    """Decodes pictures, or clips, of equal size in batches.
 
     Args:
         vision: the vision tokenizer.
-        codes: int32 [N, h, w].
-        at_once: number of pictures of a batch. Copies of the last picture fill the last batch.
+        codes: int32 [N, h, w] of pictures, or [N, t, h, w] of clips.
+        at_once: number of pictures or clips of a batch. Copies of the last one fill the last batch.
         place: sharding of a batch of codes over a mesh, or None.
         gather: makes an array that all processes can read of a batch of pixels, or None where they are local.
 
     Returns:
-        uint8 [N, H, W, 3].
+        uint8 [N, H, W, 3], or [N, T, H, W, 3] of clips.
 
     Raises:
-        Emu3Error: a code is outside the codebook.
+        Emu3Error: a code is outside the codebook, or the tokenizer knows no clips.
     """
     check_codes(codes, vision.config)
-    step, count, batches = _step(vision, "decode"), len(codes), []
+    count, batches, in_parts = len(codes), [], False
+    parts: list[tuple[slice, ...]] = [()]  # places of the second axis on
+    if codes.ndim == 4:
+        size = max(PART_FRAMES // vision.clips("codes of clips").temporal_factor, 1)
+        parts = [(slice(start, start + size),) for start in range(0, codes.shape[1], size)]
+        in_parts = len(parts) > 1
     for first in range(0, count, at_once):
-        part = codes[np.minimum(np.arange(first, first + at_once), count - 1)].astype(np.int32)
-        placed: Any = part if place is None else jax.make_array_from_callback(part.shape, place, part.__getitem__)
-        pixels = step(placed)
-        batches.append(pixels if gather is None else gather(pixels))
-    whole = [postprocess(np.asarray(pixels), vision.image) for pixels in batches]
-    return np.concatenate(whole)[:count]
+        batch = codes[np.minimum(np.arange(first, first + at_once), count - 1)].astype(np.int32)
+        step, made = _step(vision, "decode", in_parts=in_parts), []
+        for axis in parts:
+            part = batch[:, *axis]
+            placed: Any = part if place is None else jax.make_array_from_callback(part.shape, place, part.__getitem__)
+            pixels = step(placed)
+            made.append(pixels if gather is None else gather(pixels))
+        batches.append(made)
+    whole = [[postprocess(np.asarray(pixels), vision.image) for pixels in made] for made in batches]
+    return np.concatenate([one[0] if len(one) == 1 else np.concatenate(one, axis=1) for one in whole])[:count]
 
 
 def _check_size(codes: np.ndarray, config: VisionTokenizerConfig, tile: int | None) -> None:

@@ -1,7 +1,7 @@
-"""A training run by GRPO: in each step the model draws pictures or answers, a reward judges them, and the model learns.
+"""A training run by GRPO: in each step the model draws samples, a reward judges them, and the model learns from that.
 
-`training.loop.train` runs the `GrpoJob`. `training.grpo` has the formulas; `rollouts` draws pictures, `answering`
-answers.
+`training.loop.train` runs the `GrpoJob`. `training.grpo` has the formulas; `rollouts` draws pictures and clips,
+`answering` draws answers.
 """
 
 import dataclasses
@@ -65,7 +65,7 @@ class GrpoJob(DecoderJob):
 
     @property
     def _answers(self) -> bool:
-        """Whether the model draws answers. Otherwise it draws pictures."""
+        """Whether the model draws answers. Otherwise it draws pictures or clips."""
         return self._grpo.max_new_tokens is not None
 
     def _rollouts(self) -> Rollouts:
@@ -121,6 +121,8 @@ class GrpoJob(DecoderJob):
     def _example(self, options: str) -> str | None:
         first = self._prompts.prompts[0]
         if not isinstance(first, Question):
+            if self._grpo.frames is not None:
+                return f"emu3-jax video {example_prompt(first)} {options} -o out/clips"
             return f"emu3-jax generate {example_prompt(first)} {options} -o out/pictures"
         asked = next((one for one in self._prompts.prompts if isinstance(one, Question) and one.image), None)
         if asked is None:  # chat needs a picture

@@ -23,8 +23,9 @@ from emu3_jax.user_code import run_file, what_failed
 
 _LENGTHS = struct.Struct(">QQ")  # bytes of the header and of the body
 
-# A reward: gets prompts and one picture for each, uint8 [H, W, 3], and returns one number for each. Or it gets prompts,
-# one answer for each, and, if it takes them, one reference answer for each, which may be None.
+# A reward: gets prompts and one picture for each, uint8 [H, W, 3], or one clip, uint8 [T, H, W, 3], and returns one
+# number for each. Or it gets prompts, one answer for each, and, if it takes them, one reference answer for each, which
+# may be None.
 RewardFunction = Callable[..., Any]
 
 
@@ -78,8 +79,8 @@ def numbers(result: Any, count: int, what: str) -> list[float]:
     return values.tolist()
 
 
-def pictures(shapes: Sequence[tuple[int, int, int]], body: bytes) -> list[np.ndarray]:
-    """The pictures of a request, uint8 [H, W, 3] each."""
+def pictures(shapes: Sequence[tuple[int, ...]], body: bytes) -> list[np.ndarray]:
+    """The pictures of a request, uint8 [H, W, 3] each, or its clips, [T, H, W, 3] each."""
     found, place = [], 0
     for shape in shapes:
         size = int(np.prod(shape))
@@ -101,7 +102,9 @@ def _rewards(function: RewardFunction, header: dict[str, Any], body: bytes) -> l
     """The rewards of a request, which has pictures or answers."""
     prompts = header["prompts"]
     if "answers" not in header:
-        return numbers(function(prompts, pictures(header["shapes"], body)), len(prompts), "pictures")
+        clips = header["shapes"] and len(header["shapes"][0]) == 4
+        given = pictures(header["shapes"], body)
+        return numbers(function(prompts, given), len(prompts), "clips" if clips else "pictures")
     references = [header["references"]] if takes_references(function) else []
     return numbers(function(prompts, header["answers"], *references), len(prompts), "answers")
 

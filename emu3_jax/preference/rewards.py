@@ -1,7 +1,8 @@
 """Rewards: Python functions of prompts and pictures or answers, computed in batches by workers with time-outs.
 
 A reward is a function of a file that the user names, `FILE.py:NAME`, or one of `SHIPPED` or `FOR_ANSWERS`. It gets a
-list of prompts and a list of as many pictures, NumPy arrays uint8 [H, W, 3], or answers, texts. It returns one number
+list of prompts and a list of as many pictures, NumPy arrays uint8 [H, W, 3], clips, uint8 [T, H, W, 3], or answers,
+texts. It returns one number
 for each; larger is better. If a reward of answers takes a third list, it gets the reference answers; each is a text, or
 None where the question has none.
 
@@ -108,7 +109,7 @@ class Reward:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Group:
-    """The pictures of one prompt, uint8 [H, W, 3] each."""
+    """The pictures of one prompt, uint8 [H, W, 3] each, or its clips, uint8 [T, H, W, 3] each."""
 
     prompt: str
     pictures: Sequence[np.ndarray]

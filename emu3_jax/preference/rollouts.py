@@ -1,4 +1,4 @@
-"""Rollouts of GRPO: pictures that the present model draws for prompts, as pixels and as rows of a training batch.
+"""Rollouts of GRPO: pictures or clips that the present model draws for prompts, as pixels and as rows of a batch.
 
 `answering` draws answers instead.
 
@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -20,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from emu3_jax import distributed
 from emu3_jax.errors import Emu3Error, RowError
 from emu3_jax.fields import is_whole
-from emu3_jax.generation.codec import Vision, decode_pictures
+from emu3_jax.generation.codec import PART_FRAMES, Vision, decode_pictures
 from emu3_jax.generation.language import Batching, GeneratedGrid, Grid, Language, generate_grids, grid_rows
 from emu3_jax.generation.sampling import RowSettings
 from emu3_jax.generation.schedule import TokenClass
@@ -99,7 +100,7 @@ class PromptOrder:
 
 
 class Rollouts(Protocol):
-    """Draws the samples of one config. `Artist` draws pictures for prompts, `answering.Answerer` answers to questions.
+    """Draws the samples of one config. `Artist` draws pictures or clips, `answering.Answerer` answers to questions.
 
     What `draw` returns is for the other methods.
     """
@@ -111,7 +112,7 @@ class Rollouts(Protocol):
         """Draws one sample for each prompt. `seeds`: uint32 [samples]."""
 
     def samples(self, drawn: Any) -> Any:
-        """The samples as the reward gets them: uint8 [N, H, W, 3], or N texts."""
+        """The samples as the reward gets them: uint8 [N, H, W, 3] or [N, T, H, W, 3], or N texts."""
 
     def figures(self, drawn: Any) -> dict[str, float]:
         """Further metrics of a step."""
@@ -122,7 +123,7 @@ class Rollouts(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Drawn:
-    """Pictures that the model drew.
+    """Pictures or clips that the model drew.
 
     Attributes:
         rows: the rows of the session.
@@ -134,14 +135,18 @@ class Drawn:
 
 
 class Artist:
-    """Draws the pictures of one config."""
+    """Draws the pictures or clips of one config."""
 
     def __init__(self, config: GrpoConfig, vision: Vision, mesh: Mesh):
         self._config, self._vision, self._mesh = config, vision, mesh
         self._replicate = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     def check(self, language: Language, prompts: PromptFile, length: int) -> None:
-        """Raises `Emu3Error` for a prompt that is not legal, or whose picture does not fit into a row of `length`."""
+        """Raises `Emu3Error` for a prompt that is not legal, or whose picture does not fit into a row of `length`.
+
+        Also for clips by a vision tokenizer that knows none.
+        """
+        noun, less = self._config.noun, "" if self._config.frames is None else "grpo.frames or "
         for number, grid in enumerate(self._grids(language, prompts.prompts)):
             try:
                 (row,) = grid_rows(language, [grid])
@@ -152,12 +157,12 @@ class Artist:
             tokens = max(len(row.prompt), len(row.negative or ())) + len(row.schedule)
             if tokens > length:
                 raise Emu3Error(
-                    f"{prompts.place(number)}: the prompt and its picture take {tokens} tokens, a row has {length}: "
-                    "shorten the prompt, raise data.sequence_length, or lower grpo.area"
+                    f"{prompts.place(number)}: the prompt and its {noun} take {tokens} tokens, a row has {length}: "
+                    f"shorten the prompt, raise data.sequence_length, or lower {less}grpo.area"
                 )
 
     def draw(self, language: Language, prompts: Sequence[str], seeds: np.ndarray) -> Drawn:
-        """Draws one picture for each prompt.
+        """Draws one picture or clip for each prompt.
 
         Args:
             language: the model.
@@ -177,7 +182,9 @@ class Artist:
     def _grids(self, language: Language, prompts: Sequence[str]) -> list[Grid]:
         config = self._config
         area = language.config.image_area if config.area is None else config.area
-        size = generate_size(config.ratio, area, self._vision.config.spatial_factor, name="grpo.area")
+        size: tuple[int, ...] = generate_size(config.ratio, area, self._vision.config.spatial_factor, name="grpo.area")
+        if config.frames is not None:
+            size = (-(-config.frames // self._vision.clips("grpo.frames").temporal_factor), *size)
         return [Grid(prompt, "", size) for prompt in prompts]
 
     def figures(self, _: Drawn) -> dict[str, float]:
@@ -185,18 +192,24 @@ class Artist:
         return {}
 
     def samples(self, drawn: Drawn) -> np.ndarray:
-        """The pictures, uint8 [N, H, W, 3], which the reward gets. Devices share the decoding."""
+        """The pictures, uint8 [N, H, W, 3], or clips, [N, frames, H, W, 3], that the reward gets.
+
+        Devices share the decoding.
+        """
         parts, count = batch_shards(self._mesh), len(drawn.grids)
         codes = np.stack([grid.codes for grid in drawn.grids])
-        area = codes[0].size * self._vision.config.spatial_factor**2
+        area = math.prod(codes.shape[-2:]) * self._vision.config.spatial_factor**2
+        if self._config.frames is not None:
+            area *= min(PART_FRAMES, codes.shape[1] * self._vision.clips().temporal_factor)  # are decoded at once
         most = min(DECODED_AT_ONCE, max(1, _PIXELS // area))
-        return decode_pictures(
+        pixels = decode_pictures(
             self._vision,
             codes,
             at_once=parts * min(most, -(-count // parts)),
             place=NamedSharding(self._mesh, spec("batch")),
             gather=self._replicate,
         )
+        return pixels if self._config.frames is None else pixels[:, : self._config.frames]
 
     def batch_rows(self, drawn: Drawn, kept: np.ndarray, mine: Sequence[int], length: int) -> dict[str, np.ndarray]:
         """The rows of a training batch, see `objectives.Groups`.
@@ -251,12 +264,13 @@ def right_aligned(
 def rewards_of(
     pool: RewardPool, prompts: Sequence[str | Question], samples: np.ndarray | Sequence[str], n: int
 ) -> tuple[np.ndarray, dict[int, str]]:
-    """Rewards of pictures or answers. The processes of a run share the prompts.
+    """Rewards of pictures, clips or answers. The processes of a run share the prompts.
 
     Args:
         pool: computes the rewards.
-        prompts: the prompt of each group: a text for pictures, a question for answers.
-        samples: pictures uint8 [len(prompts) * n, H, W, 3], or as many answers, grouped by prompt.
+        prompts: the prompt of each group: a text for pictures and clips, a question for answers.
+        samples: pictures uint8 [len(prompts) * n, H, W, 3], clips [len(prompts) * n, T, H, W, 3], or as many answers,
+            grouped by prompt.
         n: number of samples per prompt.
 
     Returns:

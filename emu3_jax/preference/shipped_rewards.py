@@ -12,39 +12,65 @@ from typing import Any
 
 import numpy as np
 
-from emu3_jax.evaluation.procedural import Still, all_stills, read_still
+from emu3_jax.evaluation.procedural import Motion, Still, all_clips, all_stills, read_clip, read_still
 from emu3_jax.evaluation.relations import TwoShapes, read, right
 from emu3_jax.preference.answer_rewards import answer_format, answer_length, answer_match
 
 _JUDGED_AT_ONCE = 32
+_LEAST_FRAMES = 3
 
 
 def procedural(prompts: Sequence[str], pictures: Sequence[np.ndarray]) -> list[float]:
-    """The share of a scene's attributes that a picture shows, from 0 to 1.
+    """The share of a scene's attributes that a picture or clip shows, from 0 to 1.
 
     Args:
         prompts: captions of scenes such as "a small red circle on the left of a gray background". Without a place ("on
             a gray background") the position does not count. Or captions of two shapes such as "a red circle above a
-            blue square on a gray background"; then the relation counts, too.
-        pictures: square pictures, uint8 [side, side, 3].
+            blue square on a gray background"; then the relation counts, too. For clips, captions such as "a small red
+            circle moves right on a gray background".
+        pictures: square pictures, uint8 [side, side, 3], or clips of three frames or more, uint8 [T, side, side, 3].
 
     Raises:
-        ValueError: a prompt is no caption of a scene, or a picture is not square.
+        ValueError: a prompt is no caption of a scene, or a picture is not square, or a clip is too short.
     """
     return [_share(prompt, picture) for prompt, picture in zip(prompts, pictures, strict=True)]
 
 
 def _share(prompt: str, picture: np.ndarray) -> float:
-    if picture.shape[0] != picture.shape[1]:
-        raise ValueError(f"the picture has {picture.shape[1]}x{picture.shape[0]} pixels, it must be square")
+    height, width = picture.shape[-3:-1]
+    if height != width:
+        raise ValueError(f"the picture has {width}x{height} pixels, it must be square")
+    if picture.ndim == 4:
+        return _share_of_clip(prompt, picture)
     if (two := TwoShapes.parse(prompt)) is not None:
         return float(np.mean(list(right(two, read(picture)).values())))
-    wanted = _scenes().get(" ".join(prompt.lower().split()).rstrip("."))
+    wanted = _scenes().get(_plain(prompt))
     if wanted is None:
         example = "a small red circle on the left of a gray background"
         raise ValueError(f"the prompt {prompt!r} describes no procedural scene, such as {example!r}")
     seen = read_still(picture)
     return float(np.mean([getattr(seen, name) == value for name, value in wanted.items()]))
+
+
+def _share_of_clip(prompt: str, clip: np.ndarray) -> float:
+    wanted = _motions().get(_plain(prompt))
+    if wanted is None:
+        example = "a small red circle moves right on a gray background"
+        raise ValueError(f"the prompt {prompt!r} describes no procedural clip, such as {example!r}")
+    if len(clip) < _LEAST_FRAMES:
+        raise ValueError(f"the clip has {len(clip)} frames, its motion is read from {_LEAST_FRAMES} or more")
+    seen = read_clip(clip)
+    return float(np.mean([getattr(seen, name) == value for name, value in vars(wanted).items()]))
+
+
+def _plain(prompt: str) -> str:
+    return " ".join(prompt.lower().split()).rstrip(".")
+
+
+@functools.cache
+def _motions() -> dict[str, Motion]:
+    """The clip of each caption."""
+    return {clip.caption: clip for clip in all_clips()}
 
 
 @functools.cache

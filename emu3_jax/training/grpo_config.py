@@ -8,6 +8,7 @@ from emu3_jax.fields import check_field, is_number, is_whole
 from emu3_jax.generation import defaults
 from emu3_jax.generation.parallel import check_window
 from emu3_jax.media.sizes import check_generated_area, check_ratio
+from emu3_jax.media.videos import MAX_FRAMES
 
 LEVELS = ("token", "sequence")
 AVERAGES = ("sequence", "token", "length")
@@ -20,7 +21,8 @@ class GrpoConfig:
     """Group relative policy optimisation (arXiv 2402.03300). See `training.grpo` for the formulas.
 
     In each step the model draws `n` pictures for each of some prompts, a reward judges them, and the model learns from
-    the differences within each prompt's group. With `max_new_tokens`, it draws answers to questions instead.
+    the differences within each prompt's group. With `frames`, it draws clips instead; with `max_new_tokens`, answers to
+    questions. What is said below of pictures holds for clips, too.
 
     Attributes:
         prompts: file of prompts, one a line. Each epoch takes them in another order. Questions may also come from a
@@ -28,6 +30,7 @@ class GrpoConfig:
         reward: FILE.py:NAME, or a shipped reward: "procedural" or "judge" for pictures; "answer_length",
             "answer_format" or "answer_match" for answers. See `preference.rewards`.
         n: number of pictures or answers per prompt.
+        frames: number of frames of a clip, which is drawn in one pass; None for pictures.
         max_new_tokens: largest number of tokens of an answer; None for pictures. Answers are drawn from the whole
             vocabulary. The token that ends an answer counts as drawn.
         guidance: guidance scale that pictures are drawn with. 1 means no guidance.
@@ -63,6 +66,7 @@ class GrpoConfig:
     prompts: str
     reward: str
     n: int = 8
+    frames: int | None = None
     max_new_tokens: int | None = None
     guidance: float = 1.0
     guided_policy: bool = True
@@ -110,6 +114,7 @@ class GrpoConfig:
         check_ratio(self.ratio)
         if self.area is not None:  # the least one depends on the vision tokenizer
             check_generated_area(self.area, "grpo.area")
+        self._check_frames()
         check_window(self.parallel)
         check_field(self, "level", self.level in LEVELS, " or ".join(LEVELS))
         check_field(self, "average", self.average in AVERAGES, " or ".join(AVERAGES))
@@ -135,7 +140,18 @@ class GrpoConfig:
     @property
     def noun(self) -> str:
         """What the model draws, as a word."""
+        if self.frames is not None:
+            return "clip"
         return "picture" if self.max_new_tokens is None else "answer"
+
+    def _check_frames(self) -> None:
+        frames = self.frames
+        ok = frames is None or (is_whole(frames, 1) and frames <= MAX_FRAMES)
+        check_field(self, "frames", ok, f"a whole number from 1 to {MAX_FRAMES}, or None for pictures")
+        ok = frames is None or self.max_new_tokens is None
+        check_field(self, "frames", ok, "None where max_new_tokens is set: answers have no frames")
+        ok = frames is None or self.reward != "judge"
+        check_field(self, "frames", ok, "None where the reward is judge, which knows pictures only")
 
     def _check_answers(self) -> None:
         most = self.max_new_tokens

@@ -74,17 +74,17 @@ def grpo_programs(
 
 
 def _pictures(config: TrainConfig, grpo: GrpoConfig, decoder: DecoderConfig, mesh: Mesh, params: Any) -> PlannedSession:
-    """The session that draws pictures, as `preference.rollouts` does, with the longest prompts that fit in a row."""
+    """The session that draws pictures or clips, as `preference.rollouts` does, with the longest prompts that fit."""
     pictures = config.batch_size // grpo.rows
     one = GenerateConfig(
-        decoder, pictures=grpo.at_once(pictures), ratio=grpo.ratio, area=grpo.area, guidance=grpo.guidance,
-        prompt_tokens=1, parallel=grpo.parallel, kernels="auto",
+        decoder, pictures=grpo.at_once(pictures), frames=grpo.frames, ratio=grpo.ratio, area=grpo.area,
+        guidance=grpo.guidance, prompt_tokens=1, parallel=grpo.parallel, kernels="auto",
     )  # fmt: skip
     room = _room(config, decoder)
     if one.steps >= room:
         raise Emu3Error(
-            f"a picture of {'x'.join(map(str, one.grid))} tokens takes {one.steps} tokens of a row, a row has {room}: "
-            "raise data.sequence_length, or lower grpo.area"
+            f"a {grpo.noun} of {'x'.join(map(str, one.grid))} tokens takes {one.steps} tokens of a row, a row has "
+            f"{room}: raise data.sequence_length, or lower {'' if grpo.frames is None else 'grpo.frames or '}grpo.area"
         )
     sampling = Sampling(grpo.temperature, decoder.tokens.visual_count, 1.0, grpo.guidance)
     return PlannedSession.of_grids(dataclasses.replace(one, prompt_tokens=room - one.steps), mesh, params, sampling)

@@ -1,0 +1,119 @@
+"""GRPO on clips: what is drawn, what the reward gets, what is trained, and what is refused."""
+
+import pathlib
+
+import pytest
+from grpo_runs import change, compare_policy_with_sampler, job, lines
+
+from emu3_jax import Emu3Error, train
+from emu3_jax.checkpoints.bundle import Bundle
+from emu3_jax.data.config import DataConfig
+from emu3_jax.preference.shipped_rewards import procedural
+from emu3_jax.sharding.mesh import make_mesh
+from emu3_jax.sharding.rules import use_mesh
+from emu3_jax.training.config import ModelConfig, OptimizerConfig, TrainConfig
+from emu3_jax.training.grpo_config import GrpoConfig
+
+pytestmark = [pytest.mark.compiled_quickly, pytest.mark.slow]
+
+LENGTH, FRAMES = 64, 6
+REWARDS = f"""
+def redder(prompts, clips):
+    assert all(clip.shape == ({FRAMES}, 16, 16, 3) for clip in clips)
+    return [float(clip[-1, ..., 0].mean() - clip[0, ..., 0].mean()) for clip in clips]
+
+def short(prompts, clips):
+    return [1.0]
+"""
+
+
+@pytest.fixture(scope="module")
+def base(tiny_bundle, tmp_path_factory) -> TrainConfig:
+    folder = tmp_path_factory.mktemp("clips")
+    (folder / "rewards.py").write_text(REWARDS)
+    (folder / "prompts.txt").write_text("text 0\na text 2\n")
+    return TrainConfig(
+        directory="",
+        model=ModelConfig(str(tiny_bundle), dtype="float32"),
+        data=DataConfig((), LENGTH, packing=0),
+        batch_size=8,
+        steps=2,
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=0, weight_decay=0.0),
+        grpo=GrpoConfig(str(folder / "prompts.txt"), f"{folder}/rewards.py:redder", n=4, frames=FRAMES, area=16 * 16),
+        mesh="fsdp=1",
+        checkpoint_every=5,
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(base, tmp_path_factory) -> pathlib.Path:
+    """The directory of a run with an evaluation."""
+    directory = tmp_path_factory.mktemp("runs") / "whole"
+    train(change(base, directory, {"held_out": base.grpo.prompts}, evaluate_every=2), progress=False)
+    return directory
+
+
+def test_clips_are_drawn_rewarded_and_trained(whole, tiny_bundle):
+    found = lines(whole)
+    factor = Bundle.open(tiny_bundle).vision_config.temporal_factor
+    latents = -(-FRAMES // factor)
+    assert latents > 1 and FRAMES % factor  # the last latent frame has frames that are cut off
+    assert [line["targets"] for line in found] == [8 * latents * 4] * 2 and found[0]["clips"] == 8
+    assert found[0]["kl"] == pytest.approx(0, abs=1e-6) and found[0]["reward_spread"] > 0 and found[0]["loss"] != 0
+    assert lines(whole, "evaluation/held_out")
+
+
+@pytest.mark.parametrize(("guidance", "guided"), [(1.0, True), (2.0, True)])
+def test_the_policy_is_the_one_that_was_sampled(base, tmp_path, guidance, guided):
+    config = change(base, tmp_path, {"guidance": guidance, "guided_policy": guided})
+    compare_policy_with_sampler(config, ["text 0", "a text 2"])
+
+
+def test_the_last_line_names_the_command_for_clips(base):
+    with use_mesh(make_mesh(base.mesh)):
+        made = job(base)
+        assert made._example("--model m") == "emu3-jax video 'text 0' --model m -o out/clips"
+        made.close()
+
+
+def test_a_mesh_changes_nothing(base, whole, tmp_path):
+    train(change(base, tmp_path / "run", mesh="data=2,fsdp=2"), progress=False)
+    for found, wanted in zip(lines(tmp_path / "run"), lines(whole), strict=True):
+        for name, value in wanted.items():
+            assert found[name] == pytest.approx(value, rel=1e-4, abs=2e-5), name
+
+
+def test_the_shipped_reward_reads_clips():
+    from emu3_jax.evaluation.procedural import all_clips, rasterise_clip
+
+    clip = next(one for one in all_clips() if one.motion == "moves right" and one.size == "large")
+    frames = rasterise_clip(clip, 32)
+    other = clip.caption.replace("moves right", "moves left").replace(f" {clip.colour} ", " pink ")
+    assert procedural([clip.caption, clip.caption.upper() + ".", other], [frames] * 3) == [1.0, 1.0, 0.6]
+    with pytest.raises(ValueError, match="describes no procedural clip"):
+        procedural(["a dog"], [frames])
+    with pytest.raises(ValueError, match="has 2 frames, its motion is read from 3 or more"):
+        procedural([clip.caption], [frames[:2]])
+
+
+@pytest.mark.parametrize(
+    ("grpo", "message"),
+    [
+        ({"frames": 0}, "frames is 0: it must be a whole number from 1 to"),
+        ({"frames": 2.5}, "frames is 2.5: it must be a whole number from 1 to"),
+        ({"max_new_tokens": 4}, "frames is 6: it must be None where max_new_tokens is set"),
+        ({"reward": "judge", "judge_data": "x"}, "frames is 6: it must be None where the reward is judge"),
+        ({"n": 3}, "it must be a multiple of 3: 3 clips per prompt"),
+        ({"frames": 80}, r"prompts.txt line 1: the prompt and its clip take \d+ tokens, a row has 64: .*grpo.frames"),
+    ],
+)
+def test_bad_configs(base, tmp_path: pathlib.Path, grpo, message):
+    with pytest.raises(Emu3Error, match=message):
+        train(change(base, tmp_path / "run", grpo), progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reward_of_another_length_is_named(base, tmp_path):
+    reward = base.grpo.reward.replace("redder", "short")
+    with pytest.raises(Emu3Error, match="it returned 1 numbers for 4 clips"):
+        train(change(base, tmp_path / "run", {"reward": reward, "pictures_per_call": 4}, steps=1), progress=False)
