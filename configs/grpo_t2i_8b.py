@@ -9,8 +9,9 @@ a line. docs/preference.md says what a reward is.
 A step draws 8 pictures for each of 8 prompts: 64 rows of 8,704 tokens. They are drawn without guidance, so that a
 picture takes one row. Emu3's paper has no such stage. The values here were not tried on the published weights.
 
-Choose a mesh whose axis `tensor` splits the weights: with `fsdp`, each drawn token gathers all weights. Set
-`accumulation` so that each part of the mesh computes one row at a time. docs/planning.md has the memory of these:
+Choose a mesh whose axis `tensor` splits the weights: with `fsdp`, each drawn token gathers all weights, unless
+grpo.gather_weights=True and a whole copy fits. Set `accumulation` so that each part of the mesh computes one row at a
+time. docs/planning.md has the memory of these:
 
     --set mesh=data=8,tensor=8 --set accumulation=8                               # v5e:8x8
     --set mesh=data=16,tensor=4 --set accumulation=4                              # v5p:4x4x4

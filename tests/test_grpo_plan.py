@@ -180,6 +180,21 @@ def test_bad_input(small, capsys, arguments, message):
 
 
 @libtpu
+def test_gathered_weights_move_once_a_step(small):
+    """Not at each token. The copy is whole on each chip; what is trained stays split."""
+    slice_, found = plan.tpu_slice("v5e:2x2"), {}
+    for gather in (False, True):
+        mesh, (merge, _, decode, *_) = programs(load_config(small, [f"grpo.gather_weights={gather}"]), slice_)
+        compiled = plan.compile_plan(slice_, mesh, [merge, decode])["programs"]
+        found[gather] = [sum(one["bytes"] for one in program["collectives"]) for program in compiled]
+        assert compiled[1]["bytes"]["weights"] == (2 * (LAYER + TABLES + NORMS) if gather else NARROW)
+        assert compiled[1]["bytes"]["trained weights"] == 4 * ((LAYER + TABLES) // 4 + NORMS)
+    matrices = 2 * (LAYER + TABLES)
+    assert found[False][0] == 0 and found[False][1] >= 2 * LAYER
+    assert matrices <= found[True][0] <= 1.1 * matrices and found[True][1] < 2**16  # in bfloat16
+
+
+@libtpu
 def test_rows_per_chip(small):
     *_, update = programs(load_config(small), plan.tpu_slice("v5e:2x2"), 3)[1]
     assert update.name == "training step of 12 rows of 256 tokens"

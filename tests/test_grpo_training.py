@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 from grpo_runs import change, compare_policy_with_sampler, lines
@@ -96,15 +97,36 @@ def test_a_stopped_run_resumes_exactly(base, whole, tmp_path, monkeypatch):
         np.testing.assert_array_equal(found, wanted, err_msg=str(param.path))
 
 
-@pytest.mark.parametrize(("mesh", "accumulation"), [("data=2,fsdp=2", 1), ("fsdp=1,sequence=2,tensor=2", 4)])
-def test_meshes_and_microbatches_change_nothing(base, whole, tmp_path, mesh, accumulation):
+@pytest.mark.parametrize(
+    ("mesh", "accumulation", "gather"),
+    [
+        ("data=2,fsdp=2", 1, False),
+        ("fsdp=1,sequence=2,tensor=2", 4, False),
+        ("fsdp=8", 1, True),
+        ("fsdp=2,sequence=2,tensor=2", 1, True),
+    ],
+)
+def test_meshes_and_microbatches_change_nothing(base, whole, tmp_path, mesh, accumulation, gather):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner._Loop, "_stopping", lambda at, _: at.step == 2)
-        train(change(base, tmp_path, mesh=mesh, accumulation=accumulation), progress=False)
+        grpo = {"gather_weights": gather}
+        train(change(base, tmp_path, grpo, mesh=mesh, accumulation=accumulation), progress=False)
     for found, wanted in zip(lines(tmp_path), lines(whole)[:2], strict=True):
         assert found.keys() == wanted.keys()
         for name, value in wanted.items():
             assert found[name] == pytest.approx(value, rel=1e-4, abs=2e-5), name
+
+
+def test_the_gathered_copy_is_told_and_lies_on_each_device(base, tmp_path):
+    config = change(base, tmp_path, {"gather_weights": True, "reference": False}, mesh="fsdp=4,tensor=2")
+    with use_mesh(make_mesh(config.mesh)):
+        made = job(config)
+        assert "weights for drawing" in made.describe()[-1]
+        made.start(0, None)
+        params = made._language(made.initial_state()).params
+        made.close()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):  # `tensor` splits all but the norms
+        assert leaf.addressable_shards[0].data.size == leaf.size // (1 if leaf.ndim == 1 else 2), path
 
 
 # ------------------------------------------------------------------------------------------------ the policy

@@ -32,6 +32,7 @@ from emu3_jax.training.loop import DecoderJob
 from emu3_jax.training.runner import Batch, Evaluation
 from emu3_jax.training.step import BATCH_DTYPES, TrainState
 from emu3_jax.training.summary import counted
+from emu3_jax.training.weights import abstract_inference_params
 
 _log = logging.getLogger("emu3_jax")
 _ATTEMPTS = 3  # how often a step takes further prompts if the reward fails for all of them
@@ -114,9 +115,12 @@ class GrpoJob(DecoderJob):
         return lines
 
     def _further_memory(self) -> dict[str, Any]:
-        if self._config.adapter is not None or not self._compares:
-            return {}
-        return {"reference": self._trainer.abstract_reference()}
+        parts: dict[str, Any] = {}
+        if self._config.adapter is None and self._compares:
+            parts["reference"] = self._trainer.abstract_reference()
+        if self._grpo.gather_weights:
+            parts["weights for drawing"] = abstract_inference_params(self._trainer.decoder, self._mesh, gathered=True)
+        return parts
 
     def _example(self, options: str) -> str | None:
         first = self._prompts.prompts[0]

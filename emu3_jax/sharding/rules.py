@@ -55,6 +55,8 @@ LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
 }
 
 RULES = tuple(LOGICAL_AXES.items())
+# Mesh axes that split weights by width only to save memory: each product gathers the weights, or sums over the axes.
+_WIDTH_AXES = ("fsdp", "sequence")
 
 
 @contextlib.contextmanager
@@ -77,13 +79,14 @@ def spec(*logical: str | None) -> P:
     return P(*(None if name is None else LOGICAL_AXES[name] for name in logical))
 
 
-def shardings(abstract: Any, mesh: Mesh) -> Any:
+def shardings(abstract: Any, mesh: Mesh, *, gathered: bool = False) -> Any:
     """Computes the sharding of each array in a tree from the logical axes that the model declared.
 
     Args:
         abstract: abstract arrays from `jax.eval_shape` of `Module.init`, or a tree derived from them, such as an
             optimiser's state. Leaves without an `nn.LogicallyPartitioned` box are replicated on every device.
         mesh: from `make_mesh`.
+        gathered: whether only `tensor` splits weights. Then each device of `fsdp` and `sequence` has a copy.
 
     Returns:
         The same tree, with a `NamedSharding` in place of each array or box.
@@ -96,7 +99,8 @@ def shardings(abstract: Any, mesh: Mesh) -> Any:
         if not isinstance(leaf, nn.LogicallyPartitioned):
             return NamedSharding(mesh, P())
         _check_even("/".join(_key(entry) for entry in path), leaf.names, leaf.value.shape, mesh)
-        return NamedSharding(mesh, spec(*leaf.names))
+        place = spec(*leaf.names)
+        return NamedSharding(mesh, P(*map(_gathered, place)) if gathered else place)
 
     return jax.tree_util.tree_map_with_path(
         place, abstract, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
@@ -104,11 +108,20 @@ def shardings(abstract: Any, mesh: Mesh) -> Any:
 
 
 def decoder_shardings(
-    config: DecoderConfig, mesh: Mesh, *, stacked: bool = False, adapter: Adapter | None = None
+    config: DecoderConfig,
+    mesh: Mesh,
+    *,
+    stacked: bool = False,
+    adapter: Adapter | None = None,
+    gathered: bool = False,
 ) -> dict[str, Any]:
-    """Shardings of the decoder's parameters, in the same tree: one subtree per layer, or one in all if `stacked`."""
+    """Shardings of the decoder's parameters, in the same tree: one subtree per layer, or one in all if `stacked`.
+
+    `gathered`: see `shardings`.
+    """
     model = Decoder(config, stacked=stacked, adapter=adapter)
-    return shardings(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"], mesh)
+    abstract = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    return shardings(abstract, mesh, gathered=gathered)
 
 
 def vision_shardings(config: VisionTokenizerConfig, mesh: Mesh) -> dict[str, Any]:
@@ -140,6 +153,13 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def batch_shards(mesh: Mesh | None) -> int:
     """The number of parts that the rows of a batch are split into. The number of rows must be a multiple of it."""
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in LOGICAL_AXES["batch"])
+
+
+def _gathered(axes: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+    """The mesh axes of a dimension without `_WIDTH_AXES`."""
+    if isinstance(axes, tuple):
+        return tuple(axis for axis in axes if axis not in _WIDTH_AXES) or None
+    return None if axes in _WIDTH_AXES else axes
 
 
 def _check_even(name: str, axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> None:

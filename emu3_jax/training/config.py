@@ -253,6 +253,11 @@ class TrainConfig:
         return 2 if self.data.pairs else 1
 
     @property
+    def gather_weights(self) -> bool:
+        """Whether the weights for drawing are gathered, see `GrpoConfig`."""
+        return self.grpo is not None and self.grpo.gather_weights
+
+    @property
     def visual_only(self) -> bool:
         """Whether a step computes only the logits of visual tokens: where GRPO draws pictures."""
         return self.grpo is not None and self.grpo.max_new_tokens is None

@@ -42,6 +42,9 @@ class GrpoConfig:
         area: area of a drawn picture in pixels, or None for the area that the model was trained for. For answers: area
             that the questions' pictures are resized to, or None to leave them as they are.
         draw_at_once: most pictures or answers that are drawn at the same time, or None for all of a step.
+        gather_weights: whether a copy of the weights is gathered over the mesh axes `fsdp` and `sequence` once a step,
+            before drawing. Only `tensor` splits the copy, so it needs more memory. Without it, each drawn token gathers
+            the weights.
         parallel: "auto", "off", or the number of tokens of a pass per row. See `generation.language.Batching`.
         iterations: number of updates on the same pictures or answers. From the second one on, the clip range matters.
         level: "token" (GRPO) or "sequence" (GSPO): what has a ratio of its own.
@@ -74,6 +77,7 @@ class GrpoConfig:
     ratio: str = "1:1"
     area: int | None = None
     draw_at_once: int | None = None
+    gather_weights: bool = False
     parallel: int | str = defaults.PARALLEL
     iterations: int = 1
     level: str = "token"
@@ -107,7 +111,7 @@ class GrpoConfig:
         check_field(self, "guidance", is_number(self.guidance) and 0 <= self.guidance <= 1e9, "a number from 0 to 1e9")
         ok = is_number(self.temperature) and 1e-9 <= self.temperature <= 1e9
         check_field(self, "temperature", ok, "a number from 1e-9 to 1e9: greedy drawing gives no spread")
-        for field in ("guided_policy", "normalise", "reference"):
+        for field in ("guided_policy", "gather_weights", "normalise", "reference"):
             check_field(self, field, isinstance(getattr(self, field), bool), "True or False")
         check_field(self, "ratio", isinstance(self.ratio, str), "width:height, such as 16:9")
         check_field(self, "area", self.area is None or is_whole(self.area, 1), "a whole number >= 1, or None")

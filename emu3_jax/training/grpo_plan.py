@@ -12,12 +12,12 @@ from emu3_jax.generation.config import GenerateConfig
 from emu3_jax.generation.plan import PlannedSession
 from emu3_jax.generation.rows import Sampling
 from emu3_jax.sharding.plan import Program
-from emu3_jax.sharding.rules import decoder_shardings, use_mesh
+from emu3_jax.sharding.rules import use_mesh
 from emu3_jax.training.config import TrainConfig
 from emu3_jax.training.flops import step_flops
 from emu3_jax.training.grpo_config import GrpoConfig
 from emu3_jax.training.step import BATCH_DTYPES, Trainer
-from emu3_jax.training.weights import make_inference_params
+from emu3_jax.training.weights import abstract_inference_params, make_inference_params
 
 
 def grpo_programs(
@@ -47,10 +47,8 @@ def grpo_programs(
     if grpo.reference and not config.adapter:
         reference = {"reference weights": trainer.abstract_reference()}
 
-    merge = make_inference_params(trainer.decoder, config.adapter, mesh)
-    shapes = jax.eval_shape(merge, state.params, frozen)
-    places = decoder_shardings(trainer.decoder, mesh)
-    merged = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
+    merge = make_inference_params(trainer.decoder, config.adapter, mesh, gathered=grpo.gather_weights)
+    merged = abstract_inference_params(trainer.decoder, mesh, gathered=grpo.gather_weights)
 
     def lower_merge() -> jax.stages.Lowered:
         with use_mesh(mesh):

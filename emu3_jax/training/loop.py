@@ -475,7 +475,9 @@ class DecoderJob:
     @functools.cached_property
     def _inference_params(self) -> Callable[[Any, Any], Any]:
         """Turns (trained, frozen) parameters into those for generation."""
-        return weights.make_inference_params(self._trainer.decoder, self._config.adapter, self._mesh)
+        return weights.make_inference_params(
+            self._trainer.decoder, self._config.adapter, self._mesh, gathered=self._config.gather_weights
+        )
 
     def export(self, directory: pathlib.Path, target: pathlib.Path, step: int) -> int:
         write = weights.export_adapter if self.product == "adapter" else weights.export_run

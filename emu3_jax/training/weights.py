@@ -54,15 +54,37 @@ def frozen_from_bundle(bundle: Bundle, decoder: DecoderConfig, adapter: Adapter,
     return lora.freeze_stacked(arrays, decoder, adapter, places)
 
 
-def make_inference_params(decoder: DecoderConfig, adapter: Adapter | None, mesh: Mesh) -> jax.stages.Wrapped:
-    """Makes a jitted `(params, frozen) -> inference parameters`, in `decoder.dtype`, with adapters merged."""
+def make_inference_params(
+    decoder: DecoderConfig, adapter: Adapter | None, mesh: Mesh, *, gathered: bool = False
+) -> jax.stages.Wrapped:
+    """Makes a jitted `(params, frozen) -> inference parameters`, in `decoder.dtype`, with adapters merged.
+
+    Args:
+        decoder: config of the decoder.
+        adapter: config of the adapters, or None.
+        mesh: the mesh.
+        gathered: see `rules.shardings`.
+    """
+    split = decoder_shardings(decoder, mesh)
 
     def convert(params: Any, frozen: Any) -> Any:
         if adapter is not None:
             params = merge(params, frozen, adapter, decoder.dtype)
-        return unstack_layers(jax.tree.map(lambda leaf: leaf.astype(decoder.dtype), params), decoder)
+        params = unstack_layers(jax.tree.map(lambda leaf: leaf.astype(decoder.dtype), params), decoder)
+        # Gathered as the last step: in the narrow dtype, and adapters are merged on parts.
+        return jax.lax.with_sharding_constraint(params, split) if gathered else params
 
-    return jax.jit(convert, out_shardings=decoder_shardings(decoder, mesh))
+    return jax.jit(convert, out_shardings=decoder_shardings(decoder, mesh, gathered=gathered))
+
+
+def abstract_inference_params(decoder: DecoderConfig, mesh: Mesh, *, gathered: bool = False) -> dict[str, Any]:
+    """What `make_inference_params` returns, as abstract arrays with shardings."""
+    places = traverse_util.flatten_dict(decoder_shardings(decoder, mesh, gathered=gathered))
+    dtype = jnp.dtype(decoder.dtype)
+    return traverse_util.unflatten_dict({
+        param.path: jax.ShapeDtypeStruct(param.shape, dtype, sharding=places[param.path])
+        for param in decoder_params(decoder)
+    })  # fmt: skip
 
 
 def export_run(directory: pathlib.Path, target: pathlib.Path, step: int | None = None) -> int:
