@@ -6,12 +6,14 @@ import pathlib
 import jax
 import numpy as np
 import pytest
-from grpo_runs import change, compare_policy_with_sampler, lines
+from grpo_runs import change, compare_policy_with_sampler, job, lines
 
 from emu3_jax import Emu3Error, train
 from emu3_jax.checkpoints.bundle import Bundle
 from emu3_jax.data.config import DataConfig
 from emu3_jax.models.adapters import Adapter
+from emu3_jax.sharding.mesh import make_mesh
+from emu3_jax.sharding.rules import use_mesh
 from emu3_jax.training import runner
 from emu3_jax.training.config import ModelConfig, OptimizerConfig, TrainConfig
 from emu3_jax.training.grpo_config import GrpoConfig
