@@ -1,5 +1,6 @@
 """Shared fixtures: 8 forced CPU devices, the golden case and the checkpoint that its weights were drawn for."""
 
+import gc
 import importlib.util
 import json
 import os
@@ -69,14 +70,30 @@ if jax.__version_info__ < (0, 11):  # JAX 0.12 refuses the option
 LONG = (
     "notebooks", "scripts", "two_processes", "vision_training", "interleaved_rows", "interleave_command", "turns",
     "grpo_training", "grpo_answers", "pipeline", "train", "preference_training", "engine", "attention", "documentation",
-    "recipes", "lora", "plan", "grpo_plan", "bucket_runs", "bench_automaton", "evaluation", "cli", "harness",
+    "recipes", "lora", "plan", "grpo_plan", "bucket_runs", "pipeline_options", "bench_automaton", "evaluation",
+    "cli", "harness",
 )  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begins with the long files."""
+    """Begins with the long files. The others compiled as for users come before the others compiled quickly.
+
+    So programs of the models that modules share are kept from module to module; see `optimisation`.
+    """
     places = {f"test_{name}": place for place, name in enumerate(LONG)}
-    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+    def place(item: pytest.Item) -> tuple[int, bool]:
+        quick = item.get_closest_marker("compiled_quickly") is not None
+        return (places[item.path.stem], False) if item.path.stem in places else (len(places), quick)
+
+    items.sort(key=place)
+
+
+def pytest_collection_finish() -> None:
+    """The garbage collector leaves out what imports made, and runs less often: it took a seventh of JAX's tracing."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
 
 
 def pytest_ignore_collect(collection_path: pathlib.Path, config: pytest.Config) -> bool | None:
