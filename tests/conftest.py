@@ -1,5 +1,7 @@
 """Shared fixtures: 8 forced CPU devices, the golden case and the checkpoint that its weights were drawn for."""
 
+import dataclasses
+import functools
 import gc
 import importlib.util
 import json
@@ -190,6 +192,26 @@ def vouched(tiny_bundle, tmp_path_factory) -> pathlib.Path:
     shutil.copytree(tiny_bundle, copy)
     write_checksums(copy)
     return copy
+
+
+@pytest.fixture(scope="module")
+def shared_trainers():
+    """Runs of this process take their `Trainer` from here: configs with the same programs compile them once."""
+    from emu3_jax.training import loop
+
+    # What a run reads, writes and rewards is in none of its programs.
+    elsewhere = {"directory": "", "evaluation": (), "samples": None, "profile": None}
+    elsewhere |= {"checkpoint_every": 1, "evaluate_every": 1, "log_every": 1, "keep": 1}
+    rewarded = {"prompts": "-", "reward": "rewards.py:reward", "held_out": "", "judge_data": "", "timeout": 1.0}
+    made = functools.cache(loop.Trainer)
+
+    def trainer(config, decoder, mesh):
+        grpo = config.grpo and dataclasses.replace(config.grpo, **rewarded)
+        return made(dataclasses.replace(config, grpo=grpo, **elsewhere), decoder, mesh)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "Trainer", trainer)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ from emu3_jax.training import runner
 from emu3_jax.training.config import ModelConfig, OptimizerConfig, TrainConfig
 from emu3_jax.training.grpo_config import GrpoConfig
 
-pytestmark = [pytest.mark.compiled_quickly, pytest.mark.slow]
+pytestmark = [pytest.mark.compiled_quickly, pytest.mark.slow, pytest.mark.usefixtures("shared_trainers")]
 
 STEPS, LENGTH, MOST = 7, 96, 6
 REWARDS = """

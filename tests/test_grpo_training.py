@@ -18,7 +18,7 @@ from emu3_jax.training import runner
 from emu3_jax.training.config import ModelConfig, OptimizerConfig, TrainConfig
 from emu3_jax.training.grpo_config import GrpoConfig
 
-pytestmark = [pytest.mark.compiled_quickly, pytest.mark.slow]
+pytestmark = [pytest.mark.compiled_quickly, pytest.mark.slow, pytest.mark.usefixtures("shared_trainers")]
 
 STEPS, LENGTH = 14, 48
 REWARDS = """

@@ -22,7 +22,7 @@ from emu3_jax.training.loop import train
 from emu3_jax.training.metrics import read_metrics
 from emu3_jax.training.preference_config import PreferenceConfig
 
-pytestmark = [pytest.mark.compiled_quickly, pytest.mark.slow]
+pytestmark = [pytest.mark.compiled_quickly, pytest.mark.slow, pytest.mark.usefixtures("shared_trainers")]
 
 STEPS = 12
 

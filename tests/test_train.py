@@ -30,7 +30,7 @@ from emu3_jax.training.config import ModelConfig, OptimizerConfig, SampleConfig,
 from emu3_jax.training.loop import train
 from emu3_jax.training.metrics import read_metrics
 
-pytestmark = pytest.mark.compiled_quickly
+pytestmark = [pytest.mark.compiled_quickly, pytest.mark.usefixtures("shared_trainers")]
 
 STEPS, EVERY = 40, 10  # enough that a run is far from its end when it is killed
 

@@ -4,6 +4,7 @@ Models declare the logical axes of their weights and activations. No other place
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -119,15 +120,27 @@ def decoder_shardings(
 
     `gathered`: see `shardings`.
     """
-    model = Decoder(config, stacked=stacked, adapter=adapter)
-    abstract = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    return shardings(abstract, mesh, gathered=gathered)
+    return shardings(_abstract_decoder(config, stacked, adapter), mesh, gathered=gathered)
 
 
 def vision_shardings(config: VisionTokenizerConfig, mesh: Mesh) -> dict[str, Any]:
     """Shardings of the vision tokenizer's parameters, in the same tree."""
+    return shardings(_abstract_vision(config), mesh)
+
+
+# A run asks for the same shardings several times, and tracing `init` takes some tenths of a second.
+@functools.lru_cache(maxsize=16)
+def _abstract_decoder(config: DecoderConfig, stacked: bool, adapter: Adapter | None) -> Any:
+    """Abstract parameters in Flax boxes that name the logical axes."""
+    model = Decoder(config, stacked=stacked, adapter=adapter)
+    return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+@functools.lru_cache(maxsize=16)
+def _abstract_vision(config: VisionTokenizerConfig) -> Any:
+    """As `_abstract_decoder`, of the vision tokenizer."""
     pixels = jnp.zeros((1, config.spatial_factor, config.spatial_factor, config.in_channels))
-    return shardings(jax.eval_shape(vision_module(config).init, jax.random.key(0), pixels)["params"], mesh)
+    return jax.eval_shape(vision_module(config).init, jax.random.key(0), pixels)["params"]
 
 
 def cache_shardings(config: DecoderConfig, mesh: Mesh, narrow: bool = False, lockstep: bool = True) -> KVCache:

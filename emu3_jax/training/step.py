@@ -97,6 +97,10 @@ class Trainer:
         self.random_state: jax.stages.Wrapped = jax.jit(
             lambda: nn.unbox(self._boxed()[0]), out_shardings=self.state_shardings
         )
+        self._rest = jax.jit(
+            lambda params: dataclasses.replace(self._initial(params), params=None),
+            out_shardings=dataclasses.replace(self.state_shardings, params=None),
+        )
         self.evaluate: jax.stages.Wrapped = jax.jit(
             lambda *arguments: self._terms(*arguments)[1],
             in_shardings=(self.state_shardings.params, self.frozen_shardings, self.batch_shardings),
@@ -146,9 +150,7 @@ class Trainer:
         if params is None or self._config.adapter:
             return self.random_state()
         # `params` stay where they are; only the rest of the state is computed.
-        places = dataclasses.replace(self.state_shardings, params=None)
-        rest = jax.jit(lambda p: dataclasses.replace(self._initial(p), params=None), out_shardings=places)(params)
-        return dataclasses.replace(rest, params=params)
+        return dataclasses.replace(self._rest(params), params=params)
 
     def _boxed(self) -> tuple[TrainState, Any]:
         """A random state and the frozen parameters, in Flax boxes that name the logical axes."""

@@ -43,9 +43,15 @@ def stacked_from_bundle(bundle: Bundle, decoder: DecoderConfig, mesh: Mesh, plac
     flat_places = traverse_util.flatten_dict(places)
 
     def stack(path: Path, layers: Sequence[jax.Array]) -> jax.Array:
-        return jax.jit(lambda *xs: jnp.stack(xs), out_shardings=flat_places[path])(*layers)
+        return _stacking(flat_places[path])(*layers)
 
     return traverse_util.unflatten_dict(stack_layers(flat, decoder, stack))
+
+
+@functools.lru_cache(maxsize=64)
+def _stacking(place: jax.sharding.Sharding) -> jax.stages.Wrapped:
+    """Stacks arrays. Weights of one shape and sharding share a program."""
+    return jax.jit(lambda *layers: jnp.stack(layers), out_shardings=place)
 
 
 def frozen_from_bundle(bundle: Bundle, decoder: DecoderConfig, adapter: Adapter, places: Any) -> Any:
