@@ -18,6 +18,8 @@ from emu3_jax.media.live import live_frames
 from emu3_jax.models import vision
 from emu3_jax.models.vision import Stream, make_decoder
 
+pytestmark = pytest.mark.compiled_quickly
+
 
 class Watch:
     """Keeps what `on_frames` is told, and how far the decode loop was then."""
