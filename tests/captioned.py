@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from emu3_jax import Emu3Error
+from emu3_jax.config import VisionConfig
 from emu3_jax.data.sources.tables import Columns
 
 ANY = Columns()
@@ -60,7 +61,7 @@ class Model:
     """Stands in for a vision tokenizer: a picture's codes are its red and green in the first pixel."""
 
     class vision:
-        config = image = "stand-in"
+        config, image = VisionConfig(), "stand-in"
 
     def tokenize(self, media):
         assert all(item.mode == "RGB" for item in media)

@@ -148,7 +148,7 @@ def test_history_becomes_the_turns_of_a_conversation(model):
         ({"ratio": "9:1"}, "ratio 9:1 is too elongated"),
         ({"ratio": 3}, "ratio is 3: it must be a text"),
         ({"area": -4}, "area is -4: it must be a whole number of pixels"),
-        ({"area": 7}, "area is 7: at ratio 1:1 it must be at least 256 pixels"),
+        ({"area": 7}, "area is 7: at ratio 1:1 it must be at least 144 pixels"),
         ({"temperature": -1}, "temperature is -1: it must be 0, or a number from 1e-9 to 1e9"),
         ({"guidance": float("nan")}, "guidance is nan: it must be a number from 0 to 1e9"),
         ({"guidance": [1.0, 2.0]}, "guidance is .*: it must be one number"),

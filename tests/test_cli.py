@@ -192,8 +192,8 @@ def test_areas_near_no_picture(golden_bundle, error_of, here, loaded):
     (here / "pictures" / "a.txt").write_text("red")
     for command in (("generate", "a"), ("video", "a"), ("sample", "prompts.txt", "-n", 1)):
         line = error_of(*command, *small)
-        assert "area is 7: at ratio 1:1 it must be at least 256 pixels" in line, command
-    assert "area is 256: at ratio 2:1 it must be at least 512 pixels" in error_of(
+        assert "area is 7: at ratio 1:1 it must be at least 144 pixels" in line, command
+    assert "area is 256: at ratio 2:1 it must be at least 288 pixels" in error_of(
         "generate", "a", "--ratio", "2:1", "--area", 256, "--model", golden_bundle, "-o", "out"
     )
     assert "area is 7: it must be a number of pixels from 256" in error_of("prepare", "pictures", *small)
@@ -300,7 +300,7 @@ def test_bench_of_parallel_decoding(capsys):
     assert slower >= faster and last["whole_run_s"] > 0
     for bad in ("0.5", "129", "nan"):
         assert run("bench", "decode", "--tokens-per-pass", bad) == 2
-        assert f"--tokens-per-pass: {bad} is not a number from 1 to 128" in capsys.readouterr().err
+        assert f"--tokens-per-pass: '{bad}' is not a number from 1 to 128" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -226,7 +226,7 @@ def test_other_prompts_do_not_resume(base, tmp_path):
         ({"temperature": 0}, {}, "temperature is 0: .* greedy drawing gives no spread"),
         ({"kl_weight": 0.1, "reference": False}, {}, "reference is False: it must be True where kl_weight is above 0"),
         ({"reward": "judge"}, {}, "judge_data is '': it must be a directory of evaluation data"),
-        ({"area": 7}, {}, "grpo.area is 7: at ratio 1:1 it must be at least 256 pixels"),
+        ({"area": 7}, {}, "grpo.area is 7: at ratio 1:1 it must be at least 144 pixels"),
         ({"area": 1 << 23}, {}, "grpo.area is 8388608: it must be a whole number of pixels > 0 and <= 4194304"),
         ({"reward": "rewards.txt:f"}, {}, "is no Python file"),
         ({"held_out": "nowhere.txt"}, {}, "nowhere.txt"),

@@ -117,7 +117,7 @@ def test_samples_of_an_area_near_no_picture(command, tmp_path, capsys):
     """Known before the first step."""
     assert main(command(samples="SampleConfig(('a',), area=7)")) == 2
     said = capsys.readouterr().err
-    assert "samples.area is 7: at ratio 1:1 it must be at least 256 pixels" in said and said.count("\n") == 1
+    assert "samples.area is 7: at ratio 1:1 it must be at least 144 pixels" in said and said.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 

@@ -21,7 +21,6 @@ from emu3_jax.data.records import Turn, check_conversation, check_roles, check_t
 from emu3_jax.errors import Emu3Error
 from emu3_jax.foreign import limit, local_path, parse_json, plain_file, reading
 from emu3_jax.media.clips import Clip
-from emu3_jax.media.sizes import least_area
 from emu3_jax.printable import shown
 
 MAX_LINE = 16 << 20  # bytes of a line; a whole book has a few million
@@ -179,11 +178,11 @@ def check_area(area: int | None, factor: int, name: str = "area") -> None:
     """Raises an `Emu3Error` unless `area` is None or a legal number of pixels for `resize_to_area`.
 
     Args:
-        area: the area in pixels. From an area below `least_area`, the image processor would enlarge a picture again.
+        area: the area in pixels. A square of less than two codes a side would be enlarged by the image processor.
         factor: pixels per code along each side.
         name: how the error calls the area.
     """
-    least = least_area(factor)
+    least = (2 * factor) ** 2
     if area is not None and not least <= area <= _MAX_AREA:
         raise Emu3Error(
             f"{name} is {area}: it must be a number of pixels from {least} to {_MAX_AREA}, for example 518400"

@@ -99,28 +99,37 @@ def generate_size(ratio: str, area: int, factor: int = 8, *, name: str = "area")
     """
     width, height = _sides(ratio)
     check_generated_area(area, name)
-    least = least_area(factor, width, height)
-    if area < least:
+    size = _rounded(width, height, area, factor)
+    if min(size) < _LEAST_TOKENS:
         raise Emu3Error(
-            f"{name} is {area}: at ratio {ratio} it must be at least {least} pixels, because each side needs "
-            f"{_LEAST_TOKENS} tokens of {factor}x{factor} pixels"
+            f"{name} is {area}: at ratio {ratio} it must be at least {least_area(factor, width, height)} pixels, "
+            f"because each side needs {_LEAST_TOKENS} tokens of {factor}x{factor} pixels"
         )
-    scale = (area / (height * width)) ** 0.5
-    return round(height * scale / factor), round(width * scale / factor)
+    return size
 
 
 def least_area(factor: int, width: int = 1, height: int = 1) -> int:
-    """The least area in pixels that can be asked for: the shorter side then has two tokens.
+    """The least area in pixels that can be asked for: the shorter side is then rounded to two tokens.
 
-    Sides are rounded to whole tokens. With fewer tokens, the picture could have less than half of the area that was
-    asked for, or four times as much.
+    With fewer tokens, the picture could have less than half of the area that was asked for, or four times as much.
 
     Args:
         factor: pixels per token along each side.
         width: width of the ratio.
         height: height of the ratio.
     """
-    return -(-((_LEAST_TOKENS * factor) ** 2) * max(width, height) // min(width, height))
+    shorter, longer = min(width, height), max(width, height)
+    # Half of the last token may be missing. The division of whole numbers rounds up.
+    least = -(-((2 * _LEAST_TOKENS - 1) ** 2 * factor**2 * longer) // (4 * shorter))
+    while min(_rounded(width, height, least, factor)) < _LEAST_TOKENS:  # by an error of rounding
+        least += 1
+    return least
+
+
+def _rounded(width: int, height: int, area: int, factor: int) -> tuple[int, int]:
+    """Rows and columns, in whole tokens, of a picture with a ratio and an area."""
+    scale = (area / (height * width)) ** 0.5
+    return round(height * scale / factor), round(width * scale / factor)
 
 
 def check_ratio(ratio: str) -> None:
