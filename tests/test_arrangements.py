@@ -14,7 +14,7 @@ from PIL import Image
 
 from emu3_jax.data.manifest import Manifest
 from emu3_jax.errors import Emu3Error
-from emu3_jax.evaluation import several_shapes
+from emu3_jax.evaluation import drawn_scenes, several_shapes
 from emu3_jax.evaluation.arrangements import Arrangement, Seen, draw_arrangement, held_out, rasterise, read, right
 from emu3_jax.evaluation.config import EvaluateConfig
 from emu3_jax.evaluation.procedural import Still, rasterise_still
@@ -96,7 +96,7 @@ def test_the_figure(monkeypatch):
         scenes = [dataclasses.replace(Arrangement.parse(prompt), background="white") for prompt in prompts]
         return np.stack([rasterise(scene, size[0], np.random.default_rng(0)) for scene in scenes])
 
-    monkeypatch.setattr(several_shapes, "generate", generate)
+    monkeypatch.setattr(drawn_scenes, "generate", generate)
     config = EvaluateConfig("out", figures=("arrangements",), cases=12, rows=2)
     figures, (section,) = several_shapes.measure(Model(64), config, progress=False)
     assert figures["cases"] == 12 and figures["count_right"] == figures["things_right"] == figures["order_right"] == 1

@@ -12,9 +12,11 @@ import itertools
 import re
 
 import numpy as np
+from scipy import ndimage
 
 from emu3_jax.evaluation import procedural
-from emu3_jax.evaluation.procedural import BACKGROUNDS, COLOURS, SHAPES
+from emu3_jax.evaluation.procedural import BACKGROUNDS, COLOURS, SHAPES, plain, with_article
+from emu3_jax.evaluation.relations import Seen
 
 ORDERS = {"from left to right": (1, 0), "from top to bottom": (0, 1)}
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
@@ -62,7 +64,7 @@ class Arrangement:
                 for number, colour, shape in self.things
             )
         else:
-            first, second, third = (f"{_article(colour)} {colour} {shape}" for _, colour, shape in self.things)
+            first, second, third = (with_article(f"{colour} {shape}") for _, colour, shape in self.things)
             said = f"{self.order}: {first}, {second} and {third}"
         return f"{said} on a {self.background} background"
 
@@ -80,13 +82,13 @@ class Arrangement:
                 asked[f"How many {colour} {_PLURALS[shape]} are there?"] = NUMBERS[number]
         else:
             for place, (_, colour, shape) in zip(_ROW_PLACES[self.order], self.things, strict=True):
-                asked[f"What is {place}?"] = f"{_article(colour)} {colour} {shape}"
+                asked[f"What is {place}?"] = with_article(f"{colour} {shape}")
         return asked
 
     @classmethod
     def parse(cls, caption: str) -> "Arrangement | None":
         """The content of a caption, or None if it describes no such picture."""
-        caption = " ".join(caption.lower().split()).rstrip(".")
+        caption = plain(caption)
         if match := _ROW.fullmatch(caption):
             order, *words, ground = match.groups()
             return cls(tuple((1, *pair) for pair in zip(words[::2], words[1::2], strict=True)), order, ground)
@@ -100,19 +102,6 @@ class Arrangement:
             found = cls(tuple(things), None, ground)
             return found if found.caption == caption else None  # "one red circles" is none
         return None
-
-
-@dataclasses.dataclass(frozen=True)
-class Seen:
-    """What a picture shows.
-
-    Attributes:
-        shapes: colour, shape and centre (x, y) of each shape. A name is None if it was not recognised.
-        background: name of the background's colour.
-    """
-
-    shapes: tuple[tuple[str | None, str | None, tuple[float, float]], ...]
-    background: str | None
 
 
 def held_out(scene: Arrangement) -> bool:
@@ -141,13 +130,11 @@ def draw_arrangement(rng: np.random.Generator, *, unseen: bool) -> Arrangement:
 def rasterise(scene: Arrangement, side: int, rng: np.random.Generator) -> np.ndarray:
     """Rasterises an arrangement to uint8 [side, side, 3]. Places, sizes and colours vary a little with `rng`."""
     variations = [procedural.Variation.draw(rng) for _ in scene.shapes]
-    ground = np.clip(np.add(BACKGROUNDS[scene.background], variations[0].ground_tint), 0, 255)
-    pixels = np.broadcast_to(ground, (side, side, 3)).astype(np.float64)
-    for (colour, shape), place, variation in zip(scene.shapes, _places(scene, rng), variations, strict=True):
-        x, y = np.add(place, np.multiply(_SHIFT, variation.shift))
-        mask = procedural.rasterise_mask(shape, side, float(x), float(y), _RADIUS * variation.scale)[..., None]
-        pixels += mask * (np.clip(np.add(COLOURS[colour], variation.tint), 0, 255) - pixels)
-    return np.rint(pixels).astype(np.uint8)
+    shapes = [
+        (colour, shape, np.add(place, np.multiply(_SHIFT, variation.shift)), _RADIUS)
+        for (colour, shape), place, variation in zip(scene.shapes, _places(scene, rng), variations, strict=True)
+    ]
+    return procedural.rasterise_shapes(scene.background, shapes, side, variations)
 
 
 def read(pixels: np.ndarray) -> Seen:
@@ -162,16 +149,16 @@ def read(pixels: np.ndarray) -> Seen:
     if strength is None:
         return Seen((), background)
     ground, amount = strength
-    labels = _connected(amount > 0.5)
+    labels, count = ndimage.label(amount > 0.5)
     smallest = _SMALLEST * (1.7 * _RADIUS * len(pixels)) ** 2
     found = []
-    for label in np.unique(labels[labels > 0]):
-        if (labels == label).sum() < smallest:
+    for label in range(1, count + 1):
+        inside = labels == label
+        if inside.sum() < smallest:
             continue
         # The soft edge around the part belongs to it; other parts do not.
-        part = np.where(
-            _grown(labels == label)[..., None] & ((labels == label) | (labels == 0))[..., None], pixels, ground
-        )
+        edge = ndimage.binary_dilation(inside, np.ones((3, 3))) & (labels == 0)
+        part = np.where((inside | edge)[..., None], pixels, ground)
         still, centre = procedural.read_placed_still(part)
         if still.colour is not None and centre is not None:
             found.append((still.colour, still.shape, centre))
@@ -209,32 +196,9 @@ def _places(scene: Arrangement, rng: np.random.Generator) -> list[tuple[float, f
     return [(line, across) if ORDERS[scene.order][0] else (across, line) for line in _LINES]
 
 
-def _connected(mask: np.ndarray) -> np.ndarray:
-    """Numbers of the parts of a mask [H, W] that hang together over edges of pixels; 0 outside."""
-    labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
-    while True:
-        around = np.pad(labels, 1)
-        neighbours = (around[:-2, 1:-1], around[2:, 1:-1], around[1:-1, :-2], around[1:-1, 2:])
-        spread = np.where(mask, np.maximum.reduce([labels, *neighbours]), 0)
-        if np.array_equal(spread, labels):
-            return labels
-        labels = spread
-
-
-def _grown(mask: np.ndarray) -> np.ndarray:
-    """A mask with one more pixel all around."""
-    around = np.pad(mask, 1)
-    rows = around[:-2] | around[1:-1] | around[2:]
-    return rows[:, :-2] | rows[:, 1:-1] | rows[:, 2:]
-
-
 def _subject(rng: np.random.Generator) -> tuple[str, str]:
     return _choose(rng, COLOURS), _choose(rng, SHAPES)
 
 
 def _choose(rng: np.random.Generator, names) -> str:
     return str(rng.choice(list(names)))
-
-
-def _article(word: str) -> str:
-    return "an" if word[0] in "aeiou" else "a"

@@ -22,7 +22,7 @@ from typing import Any
 
 from PIL import Image
 
-from emu3_jax.errors import Emu3Error, RowError
+from emu3_jax.errors import Emu3Error
 from emu3_jax.fields import is_count
 from emu3_jax.files import new_file
 from emu3_jax.foreign import file_name, parse_json, read_bytes, read_object, reading
@@ -30,7 +30,7 @@ from emu3_jax.generation import defaults
 from emu3_jax.generation.pipeline import Emu3, Generation
 from emu3_jax.media.images import save_png
 from emu3_jax.printable import printable, shown
-from emu3_jax.text.tokenizer import SpecialTokenError
+from emu3_jax.text.prompt_files import naming_rows
 
 RUN_FILE = "harness.json"  # what the pictures of a directory are of; no scorer reads it
 _MAX_BYTES = 64 << 20  # of a file of prompts
@@ -246,7 +246,7 @@ def draw(
     if todo:
         first = options.pop("seed", defaults.SEED)
         seeds = [first + number * count for number in todo]
-        try:
+        with naming_rows(lambda row: items[todo[row // count]].place):
             generations = model.stream_sequences(
                 [items[number].prompt for number in todo], n=count, seed=seeds, **options
             )
@@ -254,12 +254,6 @@ def draw(
                 size = whole[0].image.size
                 claim.write()  # now, when the options proved legal
                 _write(output, items[todo[place]], [one.image for one in whole], HARNESSES[name].grid)
-        except RowError as error:
-            raise Emu3Error(f"{items[todo[error.row // count]].place}: {error.reason}") from error
-        except SpecialTokenError as error:
-            if error.row is None:
-                raise
-            raise Emu3Error(f"{items[todo[error.row // count]].place}: {error}") from error
     return Drawn(len(mine), len(mine) * count, len(mine) - len(todo), size)
 
 

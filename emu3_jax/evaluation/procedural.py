@@ -9,7 +9,7 @@ generated pictures. It returns None for what it cannot recognise. It needs only 
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -348,16 +348,33 @@ def _paint(
     return np.rint(ground + mask[..., None] * (colour - ground)).astype(np.uint8)
 
 
-def rasterise_mask(shape: str, side: int, x: float, y: float, radius: float) -> np.ndarray:
-    """The share of each pixel that a shape covers, [side, side], from 0 to 1.
+def plain(caption: str) -> str:
+    """A caption as it is compared: in lower case, with single blanks, without a final full stop."""
+    return " ".join(caption.lower().split()).rstrip(".")
+
+
+def with_article(words: str) -> str:
+    """For example "an orange square"."""
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def rasterise_shapes(
+    background: str, shapes: Iterable[tuple[str, str, np.ndarray, float]], side: int, variations: Sequence[Variation]
+) -> np.ndarray:
+    """Rasterises several shapes to uint8 [side, side, 3].
 
     Args:
-        shape: of `SHAPES`.
+        background: of `BACKGROUNDS`. Its tint is that of the first variation.
+        shapes: colour, shape, centre (x, y) and radius of each; centre and radius as shares of the side.
         side: side of the picture in pixels.
-        x, y: centre, as shares of the side.
-        radius: radius, as a share of the side.
+        variations: one for each shape. Their shifts are part of the centres already.
     """
-    return _mask(shape, side, x, y, radius)
+    ground = np.clip(np.add(BACKGROUNDS[background], variations[0].ground_tint), 0, 255)
+    pixels = np.broadcast_to(ground, (side, side, 3)).astype(np.float64)
+    for (colour, shape, (x, y), radius), variation in zip(shapes, variations, strict=True):
+        mask = _mask(shape, side, float(x), float(y), radius * variation.scale)[..., None]
+        pixels += mask * (np.clip(np.add(COLOURS[colour], variation.tint), 0, 255) - pixels)
+    return np.rint(pixels).astype(np.uint8)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from emu3_jax.evaluation import procedural
-from emu3_jax.evaluation.procedural import BACKGROUNDS, COLOURS, SHAPES
+from emu3_jax.evaluation.procedural import BACKGROUNDS, COLOURS, SHAPES, plain, with_article
 
 # Where the first shape is, seen from the second: a step (right, down).
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
@@ -43,12 +43,12 @@ class TwoShapes:
     def caption(self) -> str:
         """For example "a red circle left of an orange square on a gray background"."""
         first, second = f"{self.first_colour} {self.first_shape}", f"{self.second_colour} {self.second_shape}"
-        return f"{_an(first)} {self.relation} {_an(second)} on a {self.background} background"
+        return f"{with_article(first)} {self.relation} {with_article(second)} on a {self.background} background"
 
     @classmethod
     def parse(cls, caption: str) -> "TwoShapes | None":
         """The content of a caption, or None if it describes no two shapes."""
-        match = _CAPTION.fullmatch(" ".join(caption.lower().split()).rstrip("."))
+        match = _CAPTION.fullmatch(plain(caption))
         return None if match is None else cls(*match.groups())
 
 
@@ -57,7 +57,7 @@ class Seen:
     """What a picture shows.
 
     Attributes:
-        shapes: colour, shape and centre (x, y) of each shape, at most two. A name is None if it was not recognised.
+        shapes: colour, shape and centre (x, y) of each shape. A name is None if it was not recognised.
         background: name of the background's colour.
     """
 
@@ -98,15 +98,16 @@ def rasterise(scene: TwoShapes, side: int, variations: Sequence[procedural.Varia
     The tint of the background is that of the first variation.
     """
     variations = [*variations, *[procedural.Variation()] * 2][:2]
-    ground = np.clip(np.add(BACKGROUNDS[scene.background], variations[0].ground_tint), 0, 255)
-    pixels = np.broadcast_to(ground, (side, side, 3)).astype(np.float64)
     step = np.array(RELATIONS[scene.relation])
-    subjects = ((scene.first_colour, scene.first_shape, step), (scene.second_colour, scene.second_shape, -step))
-    for (colour, shape, direction), variation in zip(subjects, variations, strict=True):
-        x, y = 0.5 + _APART * direction + variation.shift
-        mask = procedural.rasterise_mask(shape, side, float(x), float(y), _RADIUS * variation.scale)[..., None]
-        pixels += mask * (np.clip(np.add(COLOURS[colour], variation.tint), 0, 255) - pixels)
-    return np.rint(pixels).astype(np.uint8)
+    centres = [
+        0.5 + _APART * direction + variation.shift
+        for direction, variation in zip((step, -step), variations, strict=True)
+    ]
+    shapes = (
+        (scene.first_colour, scene.first_shape, centres[0], _RADIUS),
+        (scene.second_colour, scene.second_shape, centres[1], _RADIUS),
+    )
+    return procedural.rasterise_shapes(scene.background, shapes, side, variations)
 
 
 def read(pixels: np.ndarray) -> Seen:
@@ -181,7 +182,3 @@ def _cut(pixels: np.ndarray) -> list[np.ndarray] | None:
         part[place] = pixels[place]
         parts.append(part)
     return parts
-
-
-def _an(words: str) -> str:
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"

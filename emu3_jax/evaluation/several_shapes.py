@@ -11,11 +11,9 @@ import numpy as np
 from emu3_jax.errors import Emu3Error
 from emu3_jax.evaluation.arrangements import ATTRIBUTES, SMALLEST_SIDE, draw_arrangement, rasterise, read, right
 from emu3_jax.evaluation.config import EvaluateConfig
-from emu3_jax.evaluation.page import Cell, Row, Section
-from emu3_jax.evaluation.text_to_image import generate
+from emu3_jax.evaluation.drawn_scenes import CASES, grade
+from emu3_jax.evaluation.page import Section
 from emu3_jax.generation.pipeline import Emu3
-
-_CASES = 256  # if the config does not say
 
 
 def measure(model: Emu3, config: EvaluateConfig, *, progress: bool | None) -> tuple[dict[str, Any], list[Section]]:
@@ -39,16 +37,12 @@ def measure(model: Emu3, config: EvaluateConfig, *, progress: bool | None) -> tu
             f"figures names arrangements: the model's pictures have {side} pixels a side, at least {SMALLEST_SIDE} are "
             "needed; take another model or leave the figure out"
         )
-    wanted = [draw_arrangement(rng, unseen=True) for _ in range(config.cases or _CASES)]
-    options = {"guidance": config.procedural_guidance, "config": config, "progress": progress}
-    made = generate(model, [scene.caption for scene in wanted], (side, side), **options)
-    seen = [read(pixels) for pixels in made]
-    grades = [right(scene, one) for scene, one in zip(wanted, seen, strict=True)]
-    shares = np.array([[grade[name] for name in ATTRIBUTES] for grade in grades])
-    whole, in_rows = shares.all(axis=1), np.array([scene.order is not None for scene in wanted])
+    wanted = [draw_arrangement(rng, unseen=True) for _ in range(config.cases or CASES)]
+    graded = grade(model, wanted, read, right, ATTRIBUTES, config, side, progress)
+    whole, in_rows = graded.whole, np.array([scene.order is not None for scene in wanted])
     figures = {
         "cases": len(wanted),
-        **{f"{name}_right": float(share) for name, share in zip(ATTRIBUTES, shares.mean(axis=0), strict=True)},
+        **graded.figures,
         "all_right": float(whole.mean()),
         **{
             f"{name}_all_right": float(whole[chosen].mean()) if chosen.any() else None
@@ -56,10 +50,6 @@ def measure(model: Emu3, config: EvaluateConfig, *, progress: bool | None) -> tu
         },
         "guidance": config.procedural_guidance,
     }
-    rows = []
-    for scene, pixels, one, ok in list(zip(wanted, made, seen, whole, strict=True))[: config.rows]:
-        told = "; ".join(f"{colour or '?'} {shape or '?'}" for colour, shape, _ in one.shapes) or "nothing"
-        truth = rasterise(scene, side, np.random.default_rng(0))
-        rows.append(Row(scene.caption, (Cell("truth", truth), Cell(f"read: {told}", pixels, bool(ok)))))
+    rows = graded.rows(config.rows, lambda scene: rasterise(scene, side, np.random.default_rng(0)))
     text = "Arrangements that training does not see. A green frame means that all is right."
-    return figures, [Section("Several shapes", text, tuple(rows))]
+    return figures, [Section("Several shapes", text, rows)]

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from emu3_jax.evaluation.procedural import Motion, Still, all_clips, all_stills, read_clip, read_still
+from emu3_jax.evaluation.procedural import Motion, Still, all_clips, all_stills, plain, read_clip, read_still
 from emu3_jax.evaluation.relations import TwoShapes, read, right
 from emu3_jax.preference.answer_rewards import answer_format, answer_length, answer_match
 
@@ -44,7 +44,7 @@ def _share(prompt: str, picture: np.ndarray) -> float:
         return _share_of_clip(prompt, picture)
     if (two := TwoShapes.parse(prompt)) is not None:
         return float(np.mean(list(right(two, read(picture)).values())))
-    wanted = _scenes().get(_plain(prompt))
+    wanted = _scenes().get(plain(prompt))
     if wanted is None:
         example = "a small red circle on the left of a gray background"
         raise ValueError(f"the prompt {prompt!r} describes no procedural scene, such as {example!r}")
@@ -53,7 +53,7 @@ def _share(prompt: str, picture: np.ndarray) -> float:
 
 
 def _share_of_clip(prompt: str, clip: np.ndarray) -> float:
-    wanted = _motions().get(_plain(prompt))
+    wanted = _motions().get(plain(prompt))
     if wanted is None:
         example = "a small red circle moves right on a gray background"
         raise ValueError(f"the prompt {prompt!r} describes no procedural clip, such as {example!r}")
@@ -61,10 +61,6 @@ def _share_of_clip(prompt: str, clip: np.ndarray) -> float:
         raise ValueError(f"the clip has {len(clip)} frames, its motion is read from {_LEAST_FRAMES} or more")
     seen = read_clip(clip)
     return float(np.mean([getattr(seen, name) == value for name, value in vars(wanted).items()]))
-
-
-def _plain(prompt: str) -> str:
-    return " ".join(prompt.lower().split()).rstrip(".")
 
 
 @functools.cache

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from emu3_jax.errors import Emu3Error, RowError
@@ -13,6 +13,19 @@ from emu3_jax.text.tokenizer import SpecialTokenError
 
 STANDARD_INPUT = "-"
 MAX_BYTES = 16 << 20
+
+
+@contextlib.contextmanager
+def naming_rows(place: Callable[[int], str]) -> Iterator[None]:
+    """An error of the block that is about one row names the row's place instead, which `place` gives."""
+    try:
+        yield
+    except RowError as error:
+        raise Emu3Error(f"{place(error.row)}: {error.reason}") from error
+    except SpecialTokenError as error:
+        if error.row is None:
+            raise
+        raise Emu3Error(f"{place(error.row)}: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,14 +53,8 @@ class PromptFile:
         Args:
             n: rows per prompt.
         """
-        try:
+        with naming_rows(lambda row: self.place(row // n)):
             yield
-        except RowError as error:
-            raise Emu3Error(f"{self.place(error.row // n)}: {error.reason}") from error
-        except SpecialTokenError as error:
-            if error.row is None:
-                raise
-            raise Emu3Error(f"{self.place(error.row // n)}: {error}") from error
 
 
 def read_prompts(path: str | os.PathLike) -> PromptFile:
