@@ -92,6 +92,23 @@ def test_train(trained):
     gathered = sum(c["bytes"] for c in step["collectives"] if c["kind"] in ("all-gather", "all-reduce"))
     assert step["collective_trips_known"] and gathered > 2 * 2 * matrices
     assert step["flops"] == pytest.approx(4 * (6 * (matrices + tables / 2) * 256 + 12 * 3 * 256 * 256 * 257 / 2) / 4)
+    # The products of all layers, with what is computed again, and with the masked half of attention.
+    again = 2 * matrices * 256 + 12 * 3 * 256 * 256 * 256
+    assert step["flops"] < step["costs"]["flops"] <= step["flops"] + again and step["costs"]["kernels"] == 0
+    # Gradients and optimiser: weights and moments are read and written.
+    assert step["costs"]["read"] > 3 * step["bytes"]["weights"] < step["costs"]["written"]
+    sent = sum(c["ici_bytes"] for c in step["costs"]["collectives"])
+    assert sent / (2 * 50e9) == pytest.approx(step["bound"]["network_seconds"])
+    fast, seconds = step["training"], step["bound"]["seconds"]
+    assert fast["tokens_per_second_per_chip"] == pytest.approx(256 / seconds)
+    assert fast["mfu"] == pytest.approx(step["flops"] / seconds / 197e12) and fast["mfu"] < 1
+
+
+@libtpu
+def test_the_report_says_how_fast_at_most(trained):
+    text = "\n".join(plan.describe(trained))
+    assert "  least time " in text and "tokens per second and chip, MFU" in text
+    assert text.endswith("Least times are bounds from the chip's peaks. Nothing was run.\nfits")
 
 
 @libtpu
@@ -109,6 +126,15 @@ def test_generate(small, capsys):
     # The cache is donated: a step makes no second one.
     assert decode["bytes"]["outputs"] < 2**20
     assert all(program["fits"] for program in result["programs"])
+    # A step moves at least the cache. The weights of this small decoder may stay on the chip from step to step.
+    step, found = decode["step_costs"], decode["bound"]
+    assert decode["bytes"]["cache"] < step["read"] + step["written"] < decode["total_bytes"]
+    assert found["seconds"] == max(found[f"{by}_seconds"] for by in ("memory", "compute", "network"))
+    made = decode["decoding"]
+    assert (made["rows"], made["steps"]) == (2, 48 * 49) and made["seconds_each"] == made["seconds"] / 2
+    assert made["seconds"] < 48 * 49 * found["seconds"] + 2 * 1e-3
+    assert made["per_minute_per_chip"] == pytest.approx(60 * 2 / made["seconds"] / 4)
+    assert "decoding" not in prefill and prefill["step_costs"] is None and prefill["bound"]["seconds"] > 0
 
 
 @libtpu
@@ -331,7 +357,10 @@ def test_collectives_of_a_scan():
     program = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=spec("x"), out_specs=spec(), check_vma=False))
     text = program.lower(jax.ShapeDtypeStruct((8, 32), "float32")).compile().as_text()
     assert collectives(text) == (
-        [Collective("all-gather", 1, 8 * 32 * 4), Collective("all-reduce", 5, 5 * 32 * 4)],
+        [
+            Collective("all-gather", 1, 8 * 32 * 4, 7 * 32 * 4, 0),
+            Collective("all-reduce", 5, 5 * 32 * 4, 5 * 2 * 7 * 32 * 4 // 8, 0),
+        ],
         True,
     )
 

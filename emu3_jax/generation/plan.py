@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -27,6 +27,7 @@ from emu3_jax.models.quantization import (
     narrows_cache,
 )
 from emu3_jax.printable import counted
+from emu3_jax.sharding.bounds import Decoding
 from emu3_jax.sharding.mesh import make_mesh
 from emu3_jax.sharding.plan import Program, Slice
 from emu3_jax.sharding.rules import decoder_shardings
@@ -152,6 +153,7 @@ class PlannedSession:
                 {"weights": self.params, "cache": full.cache, "inputs": inputs},
                 beside=beside,
                 flops=self._flops(rows * window, rows * window * sizes[-1], rows * window),
+                rates=Decoding(self.noun, shapes.rows, tuple(self._passes(sizes))),
             ),
         ]
         if len(sizes) > 1:
@@ -165,6 +167,14 @@ class PlannedSession:
                 )
             )
         return result
+
+    def _passes(self, sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """Yields each size of the cache and the number of passes with it, if all guesses of a pass are right."""
+        done, window = 0, self.shapes.variant.window
+        for slots in sizes:
+            steps = max(min(slots - self.shapes.width, self.last) - done, 0) if slots != sizes[-1] else self.last - done
+            yield slots, -(-steps // window)
+            done += steps
 
     def _flops(self, tokens: int, attended: float, heads: int) -> float:
         """Operations of layers and head. `tokens` see `attended` keys in total, `heads` tokens get logits."""

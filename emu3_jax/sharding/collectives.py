@@ -1,22 +1,23 @@
-"""Counts the collectives of a compiled program by parsing its optimised HLO text."""
+"""Counts the collectives of a compiled program by reading its optimised HLO text."""
 
 import collections
 import dataclasses
-import math
 import re
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from emu3_jax.sharding.hlo import Instruction, Program, Run
 
 KINDS = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
     "collective-broadcast",
 )  # fmt: skip
-
-_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
-_INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\(")
-_ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
-_CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-_BITS = re.compile(r"[a-z]+(\d+)")
+_MESH_GROUPS = re.compile(r"replica_groups=\w*\[('[^\]]*)\] \{([^}]*)\}")
+_AXIS = re.compile(r"'(\w+)'(?::\((\d+)\)(\d+))?")
+_IOTA_GROUPS = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_LISTED_GROUPS = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}")
+_CHAIN = re.compile(r'chain_id="(\d+)"')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,112 +28,124 @@ class Collective:
         kind: one of `KINDS`.
         count: number of executions per run of the program.
         bytes: sum over the executions, on one device: the size of the operands or of the results, the larger one.
+        ici_bytes: bytes that one device sends inside its slice, by the algorithm that sends least.
+        dcn_bytes: bytes that one device sends to other slices.
     """
 
     kind: str
     count: int
     bytes: int
+    ici_bytes: int = 0
+    dcn_bytes: int = 0
 
 
-@dataclasses.dataclass
-class _Computation:
-    """One computation of the HLO.
-
-    Attributes:
-        collectives: kind and bytes of each collective in it.
-        calls: name of each computation that it calls, and how often; 0 if the number is unknown.
-        sizes: bytes of each instruction's result.
-        constants: values of its integer constants.
-        limit: name of the constant that its root compares a counter with, if any.
-    """
-
-    collectives: list[tuple[str, int]] = dataclasses.field(default_factory=list)
-    calls: list[tuple[str, int]] = dataclasses.field(default_factory=list)
-    sizes: dict[str, int] = dataclasses.field(default_factory=dict)
-    constants: dict[str, int] = dataclasses.field(default_factory=dict)
-    limit: str | None = None
-
-
-def collectives(hlo: str) -> tuple[list[Collective], bool]:
+def collectives(hlo: str, slices: Sequence[int] = ()) -> tuple[list[Collective], bool]:
     """Counts the collectives that one run of a program executes.
 
     Args:
         hlo: text of the program, from `jax.stages.Compiled.as_text()`.
+        slices: number of the slice of each device, in the order of the mesh; by default, there is one slice.
 
     Returns:
         The totals of each kind, and whether the trip count of every loop with collectives is known. The body of a loop
         with unknown trip count is counted once.
     """
-    computations, entry = _parse(hlo)
-    totals: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
-    known = True
-
-    def inside(name: str) -> bool:
-        computation = computations.get(name)
-        return computation is not None and (
-            bool(computation.collectives) or any(inside(called) for called, _ in computation.calls)
-        )
-
-    def walk(name: str, times: int) -> None:
-        nonlocal known
-        for kind, size in computations[name].collectives:
-            totals[kind][0] += times
-            totals[kind][1] += times * size
-        for called, trips in computations[name].calls:
-            if inside(called):
-                known = known and trips > 0
-                walk(called, times * max(trips, 1))
-
-    if entry is not None:
-        walk(entry, 1)
-    return [Collective(kind, *totals[kind]) for kind in KINDS if kind in totals], known
+    program = Program(hlo)
+    runs = program.runs()
+    known = not any(run.step and any(exchanges(program, run)) for run in runs)
+    return totals(program, runs, slices), known
 
 
-def _parse(hlo: str) -> tuple[dict[str, _Computation], str | None]:
-    computations: dict[str, _Computation] = {}
-    current, entry = _Computation(), None
-    loops: list[tuple[_Computation, str, str, int]] = []
-    for line in hlo.splitlines():
-        if start := _COMPUTATION.match(line):
-            current = computations[start[2]] = _Computation()
-            entry = start[2] if start[1] else entry
-            continue
-        instruction = _INSTRUCTION.match(line)
-        if not instruction:
-            continue
-        root, name, shape, opcode = instruction.groups()
-        current.sizes[name] = _bytes(shape)
-        rest = line[instruction.end() :]
-        if opcode == "constant" and (value := re.match(r"(\d+)\)", rest)):
-            current.constants[name] = int(value[1])
-        if root and opcode == "compare" and "direction=LT" in rest:
-            current.limit = rest.partition(")")[0].rpartition("%")[2]
-        kind = opcode.removesuffix("-start")
-        if kind in KINDS:
-            operands = sum(current.sizes.get(o, 0) for o in re.findall(r"%([\w.\-]+)", rest.partition(")")[0]))
-            # Asynchronous collectives return their operands along with the result. Subtract the operands.
-            result = current.sizes[name] - (operands if opcode != kind and kind != "all-reduce" else 0)
-            current.collectives.append((kind, max(operands, result)))
-        elif opcode == "while":
-            body, condition = (re.search(rf"{key}=%?([\w.\-]+)", rest)[1] for key in ("body", "condition"))
-            trips = _TRIPS.search(rest)
-            loops.append((current, body, condition, int(trips[1]) if trips else 0))
-        else:
-            branches = _BRANCHES.search(rest)
-            called = _CALLED.findall(rest) + re.findall(r"[\w.\-]+", branches[1] if branches else "")
-            current.calls += [(computation, 1) for computation in called]
-    for caller, body, condition, trips in loops:
-        # HLO for TPUs has no trip counts. The loop of a `lax.scan` counts from 0 to a constant in its condition.
-        test = computations.get(condition, _Computation())
-        caller.calls.append((body, trips or test.constants.get(test.limit or "", 0)))
-    return computations, entry
+def totals(program: Program, runs: Sequence[Run], slices: Sequence[int] = ()) -> list[Collective]:
+    """The totals of each kind over some computations of a program. See `collectives`."""
+    sums: dict[str, list[float]] = collections.defaultdict(lambda: [0, 0, 0, 0])
+    for run in runs:
+        for kind, size, instruction in exchanges(program, run):
+            ici, dcn = sent(kind, size, _groups(instruction, program.partitions), slices)
+            for place, value in enumerate((1, size, ici, dcn)):
+                sums[kind][place] += run.times * value
+    return [Collective(kind, *(round(value) for value in sums[kind])) for kind in KINDS if kind in sums]
 
 
-def _bytes(shape: str) -> int:
-    """Size in bytes of an HLO shape such as `f32[8,128]`. The size of a tuple is the sum of its elements."""
-    total = 0
-    for dtype, sizes in _ARRAY.findall(shape):
-        bits = _BITS.match(dtype)
-        width = 8 if dtype == "pred" else int(bits[1]) if bits else 0
-        total += math.prod(int(size) for size in sizes.split(",") if size) * width // 8
-    return total
+def exchanges(program: Program, run: Run) -> Iterator[tuple[str, int, Instruction]]:
+    """Yields kind, bytes and instruction of each collective that a computation runs once, also inside its fusions.
+
+    XLA for TPUs may advance one collective in several fusions that compute something else meanwhile. The same chain
+    is yielded once.
+    """
+    chains: set[str] = set()
+
+    def inside(name: str) -> Iterator[tuple[str, int, Instruction]]:
+        instructions = program.computations.get(name, {})
+        for instruction in instructions.values():
+            kind = instruction.opcode.removesuffix("-start")
+            if kind in KINDS:
+                chain = _CHAIN.search(instruction.rest)
+                if chain and chain[1] in chains:
+                    continue
+                if chain:
+                    chains.add(chain[1])
+                operands = sum(instructions[o].bytes for o in instruction.operands if o in instructions)
+                # Asynchronous collectives return their operands along with the result. Subtract the operands.
+                started = instruction.opcode != kind and kind != "all-reduce"
+                yield kind, max(operands, instruction.bytes - (operands if started else 0)), instruction
+            elif instruction.opcode == "fusion":
+                for called in instruction.called:
+                    yield from inside(called)
+
+    yield from inside(run.name)
+
+
+def sent(kind: str, size: int, groups: Sequence[Sequence[int]], slices: Sequence[int] = ()) -> tuple[float, float]:
+    """Bytes that one device sends inside its slice and to other slices, by the algorithm that sends least.
+
+    Of `size` bytes, the larger of operand and result, a device of a group of n sends (n - 1) / n: for gathering or
+    scattering, and twice that to reduce and to gather again. Groups that span slices first exchange inside each slice.
+
+    Args:
+        kind: one of `KINDS`.
+        size: bytes on one device.
+        groups: the devices that exchange with each other.
+        slices: number of the slice of each device, or nothing for one slice.
+    """
+    if kind == "collective-permute":
+        crosses = bool(slices) and any(slices[a] != slices[b] for a, b in groups)
+        return (0.0, size) if crosses else (size, 0.0)
+    members = max(groups, key=len, default=())
+    count = len(members)
+    parts = len({slices[member] for member in members}) if slices else 1
+    each = count // parts if parts else 0
+    if count < 2:
+        return 0.0, 0.0
+    if "all-to-all" in kind:
+        return size * (each - 1) / count, size * (count - each) / count
+    twice = 2 if kind == "all-reduce" else 1
+    return twice * size * (each - 1) / each, twice * size * (parts - 1) / parts / each
+
+
+def _groups(instruction: Instruction, partitions: int) -> list[list[int]]:
+    """The groups of devices of a collective; pairs of source and target for `collective-permute`."""
+    text = instruction.rest
+    if found := _MESH_GROUPS.search(text):
+        return _mesh_groups(found[1], found[2])
+    if found := _IOTA_GROUPS.search(text):
+        shape, dims = ([int(d) for d in found[n].split(",")] for n in (1, 2))
+        ids = np.arange(int(np.prod(dims))).reshape(dims)
+        return (ids.transpose([int(d) for d in found[3].split(",")]) if found[3] else ids).reshape(shape).tolist()
+    if found := _LISTED_GROUPS.search(text):
+        return [[int(d) for d in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", found[1])]
+    return [list(range(partitions))]
+
+
+def _mesh_groups(mesh: str, chosen: str) -> list[list[int]]:
+    """The groups of a text such as `mesh['a'=2,'b'=4] {'a','b':(1)2}`, whose second axis is the first half of b."""
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh)}
+    parts = {name: (int(before or 1), int(size or sizes[name])) for name, before, size in _AXIS.findall(chosen)}
+    shape, inner = [], []
+    for name, size in sizes.items():
+        before, part = parts.get(name, (size, 1))
+        inner += [len(shape) + 1] if name in parts else []
+        shape += [before, part, size // before // part]
+    outer = [axis for axis in range(len(shape)) if axis not in inner]
+    ids = np.arange(int(np.prod(shape))).reshape(shape).transpose(outer + inner)
+    return ids.reshape(-1, int(np.prod([shape[axis] for axis in inner]))).tolist()

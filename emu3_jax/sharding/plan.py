@@ -9,6 +9,7 @@ import math
 import os
 import re
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,44 +17,25 @@ import jax
 from jax.sharding import Mesh
 
 from emu3_jax.errors import Emu3Error
+from emu3_jax.sharding.bounds import Decoding, Peaks, Training, describe_bound, measure
+from emu3_jax.sharding.chips import CHIPS, GIB, Chip
 from emu3_jax.sharding.collectives import collectives
-
-GIB = 2**30
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """A TPU generation.
-
-    Attributes:
-        memory: HBM in bytes, as the vendor states it.
-        usable: bytes that XLA lets a program use, as its error messages state it.
-        dimensions: number of sides in the shape of a slice.
-        options: options for `get_topology_desc`. On v4, they make the two cores of a chip one device.
-    """
-
-    memory: float
-    usable: int
-    dimensions: int
-    options: tuple[tuple[str, Any], ...] = ()
-
-
-CHIPS = {
-    "v4": Chip(32e9, int(30.75 * GIB), 3, (("chip_config_name", "megacore"),)),
-    "v5e": Chip(16e9, int(15.75 * GIB), 2),
-    "v5p": Chip(95e9, int(95.74 * GIB), 3),
-    "v6e": Chip(32e9, int(31.25 * GIB), 2),
-}
 
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """Chips to compile for. A program may use `limit` bytes of HBM on each chip."""
+    """Chips to compile for. A program may use `limit` bytes of HBM on each device. `sides`: chips along each side."""
 
     topology: str
     chip: Chip
     devices: tuple[Any, ...]
     limit: int
+    sides: tuple[int, ...]
+
+    @property
+    def peaks(self) -> Peaks:
+        """What one device does at most per second."""
+        return Peaks.of(self.chip, self.sides)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +48,7 @@ class Program:
         arguments: the program's arguments by name, as trees of abstract arrays with shardings.
         beside: other arrays in memory during the run, in the same form.
         flops: FLOPs of one run summed over all chips, from a formula; None if there is no formula.
+        rates: what the program trains on or makes, if the plan shall say how fast.
     """
 
     name: str
@@ -73,6 +56,7 @@ class Program:
     arguments: dict[str, Any]
     beside: dict[str, Any] = dataclasses.field(default_factory=dict)
     flops: float | None = None
+    rates: Training | Decoding | None = None
 
 
 def tpu_slice(topology: str, limit: float | None = None) -> Slice:
@@ -86,7 +70,7 @@ def tpu_slice(topology: str, limit: float | None = None) -> Slice:
         Emu3Error: the topology or the limit is not legal, or libtpu is not installed.
     """
     kind, _, shape = topology.partition(":")
-    legal = "write v5p:4x4x4 or v4:2x2x2 (three sides), v5e:8x8 or v6e:2x4 (two sides)"
+    legal = "write v5p:4x4x4 or v4:2x2x2 (three sides, like tpu7x:2x2x1), v5e:8x8 or v6e:2x4 (two sides)"
     chip = CHIPS.get(kind)
     if chip is None or not re.fullmatch("x".join([r"[1-9]\d{0,2}"] * chip.dimensions), shape):
         raise Emu3Error(f"topology {topology!r} is unknown: {legal}")
@@ -115,14 +99,15 @@ def tpu_slice(topology: str, limit: float | None = None) -> Slice:
         described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         raise Emu3Error(f"topology {topology!r} is not legal: {error}: {legal}") from error
-    return Slice(topology, chip, tuple(described.devices), usable)
+    return Slice(topology, chip, tuple(described.devices), usable, tuple(sides))
 
 
 def compile_plan(slice_: Slice, mesh: Mesh, programs: Sequence[Program]) -> dict[str, Any]:
-    """Compiles the programs of a config and reports their memory, FLOPs and collectives.
+    """Compiles the programs of a config and reports their memory, FLOPs, traffic, collectives and least time.
 
-    All figures are per chip. `flops` comes from a formula; `xla_flops` comes from XLA, which counts the body of a loop
-    once. If a program does not fit into memory, its figures from XLA and its collectives are missing.
+    All figures are per device: per chip, except on TPU7x, whose chips are two devices each. `flops` comes from a
+    formula; `xla_flops` comes from XLA, which counts the body of a loop once. `bounds.measure` adds the traffic and the
+    least time. If a program does not fit into memory, its figures from XLA, collectives and times are missing.
 
     Args:
         slice_: from `tpu_slice`.
@@ -139,7 +124,8 @@ def compile_plan(slice_: Slice, mesh: Mesh, programs: Sequence[Program]) -> dict
     return {
         "topology": slice_.topology,
         "device": slice_.devices[0].device_kind,
-        "chips": len(mesh.devices.flat),
+        "devices": len(mesh.devices.flat),
+        "chips": len(mesh.devices.flat) // slice_.chip.devices,
         "mesh": dict(mesh.shape),
         "hbm_bytes": int(slice_.chip.memory),
         "usable_bytes": slice_.limit,
@@ -148,12 +134,23 @@ def compile_plan(slice_: Slice, mesh: Mesh, programs: Sequence[Program]) -> dict
     }
 
 
+def compile_ahead(lowered: jax.stages.Lowered, options: dict[str, str] | None = None) -> jax.stages.Compiled:
+    """Compiles a program for devices that this machine lacks.
+
+    JAX keeps such a program in its cache of compiled programs, cannot load it again, and warns. The warning says
+    nothing to the reader of a plan, so it is left out.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")
+        return lowered.compile(compiler_options=options or {})
+
+
 def chip_bytes(tree: Any) -> int:
     """Bytes that a tree of abstract arrays with shardings occupies on one chip."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _compile(program: Program, slice_: Slice, chips: int) -> dict[str, Any]:
+def _compile(program: Program, slice_: Slice, devices: int) -> dict[str, Any]:
     began = time.perf_counter()
     parts = {name: chip_bytes(tree) for name, tree in program.arguments.items()}
     beside = {name: chip_bytes(tree) for name, tree in program.beside.items()}
@@ -161,7 +158,7 @@ def _compile(program: Program, slice_: Slice, chips: int) -> dict[str, Any]:
     options = {"xla_tpu_max_hbm_size_mib": str(slice_.limit // 2**20)} if slice_.limit < slice_.chip.usable else {}
     lowered = program.lower()
     try:
-        compiled = lowered.compile(compiler_options=options)
+        compiled = compile_ahead(lowered, options)
     except jax.errors.JaxRuntimeError as error:
         total = _wanted(str(error))
         if total is None:
@@ -182,12 +179,14 @@ def _compile(program: Program, slice_: Slice, chips: int) -> dict[str, Any]:
             "code": memory.generated_code_size_in_bytes,
         }
         total = sum(sizes.values())
-        found, trips_known = collectives(compiled.as_text())
+        text = compiled.as_text()
+        found, trips_known = collectives(text)
         figures = {
             "xla_flops": float((compiled.cost_analysis() or {}).get("flops", 0.0)),
             "collectives": [dataclasses.asdict(collective) for collective in found],
             # False if a loop has no fixed trip count, such as the decode loop. Its body is counted once, for one step.
             "collective_trips_known": trips_known,
+            **measure(text, slice_.peaks, devices, slice_.chip.devices, program.flops, program.rates, parts),
         }
     return {
         "name": program.name,
@@ -195,7 +194,7 @@ def _compile(program: Program, slice_: Slice, chips: int) -> dict[str, Any]:
         "bytes": sizes,
         "total_bytes": total,
         "spare_bytes": slice_.limit - total,
-        "flops": None if program.flops is None else program.flops / chips,
+        "flops": None if program.flops is None else program.flops / devices,
         **figures,
         "compile_seconds": round(time.perf_counter() - began, 1),
     }
@@ -215,12 +214,14 @@ def _wanted(message: str) -> int | None:
 def describe(plan: dict[str, Any]) -> Iterator[str]:
     """Yields the lines of a readable report of a plan from `compile_plan`."""
     mesh = ",".join(f"{axis}={size}" for axis, size in plan["mesh"].items() if size > 1) or "of one device"
+    each = "chip" if plan["devices"] == plan["chips"] else "device"
+    pairs = "" if each == "chip" else f" of {plan['devices'] // plan['chips']} devices each"
     yield (
-        f"{plan['topology']}: {plan['chips']} chips {plan['device']}, mesh {mesh}, {plan['hbm_bytes'] / 1e9:.0f} GB "
-        f"of HBM per chip, of which programs can use {_gib(plan['usable_bytes'])}"
+        f"{plan['topology']}: {plan['chips']} chips {plan['device']}{pairs}, mesh {mesh}, "
+        f"{plan['hbm_bytes'] / 1e9:.0f} GB of HBM per {each}, of which programs can use {_gib(plan['usable_bytes'])}"
     )
     for program in plan["programs"]:
-        yield f"{program['name']}, per chip:"
+        yield f"{program['name']}, per {each}:"
         for name, size in program["bytes"].items():
             if size:
                 yield f"  {name:<20} {memory_size(size):>12}"
@@ -235,6 +236,9 @@ def describe(plan: dict[str, Any]) -> Iterator[str]:
             yield f"  {collective['kind']:<20} {memory_size(collective['bytes']):>12}  {collective['count']} times"
         if not program.get("collective_trips_known", True):
             yield "  (collectives of one step: the number of steps is not known in advance)"
+        yield from describe_bound(program)
+    if any("bound" in program for program in plan["programs"]):
+        yield "Least times are bounds from the chip's peaks. Nothing was run."
     yield "fits" if plan["fits"] else "does not fit"
 
 

@@ -6,6 +6,7 @@ import jax
 from jax.sharding import Mesh
 
 from emu3_jax.errors import Emu3Error
+from emu3_jax.sharding.bounds import Training
 from emu3_jax.sharding.mesh import make_mesh
 from emu3_jax.sharding.plan import Program, Slice
 from emu3_jax.sharding.rules import batch_shards, use_mesh
@@ -73,5 +74,5 @@ def programs(config: TrainConfig, slice_: Slice, rows_per_chip: int | None = Non
     tokens, frozen_too = config.batch_size * length, bool(config.adapter)
     flops = step_flops(trainer.decoder, tokens, attended, frozen_too, config.visual_only)
     name = f"training step of {config.batch_size} rows of {length} tokens"
-    step = Program(name, lower, arguments, flops=flops)
+    step = Program(name, lower, arguments, flops=flops, rates=Training(tokens))
     return mesh, [step] if config.grpo is None else grpo_programs(config, config.grpo, mesh, trainer, step)

@@ -1,0 +1,173 @@
+"""Reads the text of an optimised HLO program: its computations, their instructions, and how often each one runs."""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator
+
+_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+_INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\(")
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
+_SPACE = re.compile(r"S\((\d+)\)")
+_BITS = re.compile(r"[a-z]+(\d+)")
+_CALLED = re.compile(r"\b(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_PARTITIONS = re.compile(r"\bnum_partitions=(\d+)")
+# Instructions whose computations run like the caller. Those that fusions and reductions name are part of them.
+_RUNS_ITS_COMPUTATIONS = ("call", "conditional", "async-start")
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """Type of an array.
+
+    Attributes:
+        dtype: element type as HLO writes it, such as "bf16".
+        shape: the sizes.
+        space: memory space; on TPUs 0 is HBM, 1 is the vector memory on the chip.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    space: int
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """Size without the padding of tiles."""
+        bits = _BITS.match(self.dtype)
+        width = 8 if self.dtype == "pred" else int(bits[1]) if bits else 0
+        return self.elements * width // 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One instruction.
+
+    Attributes:
+        name: its name.
+        opcode: what it does, such as "fusion".
+        type: type of its result, as HLO writes it.
+        operands: names of its operands.
+        rest: the text from the operands on.
+        root: whether its result is that of its computation.
+    """
+
+    name: str
+    opcode: str
+    type: str
+    operands: tuple[str, ...]
+    rest: str
+    root: bool
+
+    @functools.cached_property
+    def arrays(self) -> tuple[Array, ...]:
+        """The arrays of the result: one, or those of a tuple in its order, nested ones too."""
+        return tuple(
+            Array(dtype, tuple(int(size) for size in sizes.split(",") if size), int(space[1]) if space else 0)
+            for dtype, sizes, layout in _ARRAY.findall(self.type)
+            for space in [_SPACE.search(layout)]
+        )
+
+    @property
+    def bytes(self) -> int:
+        """Size of the result. The size of a tuple is the sum of its arrays."""
+        return sum(array.bytes for array in self.arrays)
+
+    @property
+    def called(self) -> list[str]:
+        """Names of the computations that it calls, but not those of a loop."""
+        branches = _BRANCHES.search(self.rest)
+        return _CALLED.findall(self.rest) + re.findall(r"[\w.\-]+", branches[1] if branches else "")
+
+    @property
+    def target(self) -> str:
+        """The target of a custom call, or an empty string."""
+        found = re.search(r'custom_call_target="([^"]*)"', self.rest)
+        return found[1] if found else ""
+
+    def computation(self, key: str) -> str:
+        """The name after `key`, "body" or "condition" of a loop."""
+        found = re.search(rf"\b{key}=%?([\w.\-]+)", self.rest)
+        return found[1] if found else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A computation that a program runs.
+
+    Attributes:
+        name: its name.
+        times: how often one run of the program runs it, if loops whose trip count is unknown make one trip.
+        step: whether it is inside a loop whose trip count is unknown.
+    """
+
+    name: str
+    times: int
+    step: bool
+
+
+class Program:
+    """A program's text, taken apart.
+
+    Attributes:
+        computations: the instructions of each computation by their names, in the order of the text.
+        entry: name of the computation that runs first, or an empty string.
+        partitions: number of devices.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.computations: dict[str, dict[str, Instruction]] = {}
+        self.entry = ""
+        found = _PARTITIONS.search(text[:100_000])
+        self.partitions = int(found[1]) if found else 1
+        current: dict[str, Instruction] = {}
+        for line in text.splitlines():
+            if start := _COMPUTATION.match(line):
+                current = self.computations[start[2]] = {}
+                self.entry = start[2] if start[1] else self.entry
+            elif match := _INSTRUCTION.match(line):
+                root, name, type_, opcode = match.groups()
+                rest = line[match.end() :]
+                operands = tuple(re.findall(r"%([\w.\-]+)", rest.partition(")")[0]))
+                current[name] = Instruction(name, opcode, type_, operands, rest, bool(root))
+
+    def runs(self) -> list[Run]:
+        """The computations that run by themselves, in the order of their calls; not those inside fusions."""
+        return list(self._runs(Run(self.entry, 1, False))) if self.entry else []
+
+    def _runs(self, run: Run) -> Iterator[Run]:
+        yield run
+        for instruction in self.computations[run.name].values():
+            if instruction.opcode == "while":
+                trips = self.trips(instruction)
+                body = instruction.computation("body")
+                if body in self.computations:
+                    yield from self._runs(Run(body, run.times * max(trips, 1), run.step or not trips))
+            elif instruction.opcode in _RUNS_ITS_COMPUTATIONS:
+                for called in instruction.called:
+                    if called in self.computations:
+                        yield from self._runs(dataclasses.replace(run, name=called))
+
+    def trips(self, loop: Instruction) -> int:
+        """How often a loop's body runs, or 0 if the program's text does not say it."""
+        if found := _TRIPS.search(loop.rest):
+            return int(found[1])
+        # HLO for TPUs has no trip counts. The loop of a `lax.scan` counts from 0 to a constant in its condition.
+        condition = self.computations.get(loop.computation("condition"), {})
+        for instruction in condition.values():
+            if instruction.root and instruction.opcode == "compare" and "direction=LT" in instruction.rest:
+                limit = condition.get(instruction.operands[-1])
+                value = re.match(r"(\d+)\)", limit.rest) if limit and limit.opcode == "constant" else None
+                return int(value[1]) if value else 0
+        return 0
+
+    def root(self, computation: str) -> Instruction:
+        """The instruction whose result is that of a computation."""
+        instructions = self.computations[computation]
+        return next((i for i in instructions.values() if i.root), list(instructions.values())[-1])
