@@ -1,5 +1,6 @@
 """Traffic, FLOPs and network of small programs compiled for TPUs, whose costs are known; and bounds from them."""
 
+import dataclasses
 import functools
 
 import jax
@@ -190,6 +191,9 @@ def test_the_bound_is_the_slowest_of_memory_compute_and_network():
     assert found["by"] == "network" and found["seconds"] == pytest.approx(3e-3)
     assert found["memory_seconds"] == found["compute_seconds"] == pytest.approx(1e-3)
     assert bounds.bound(costs, peaks, formula=788e9)["seconds"] == pytest.approx(4e-3)
+    assert bounds.bound(costs, peaks, kernels=788e9)["compute_seconds"] == pytest.approx(1e-3)  # it runs none
+    untold = dataclasses.replace(costs, kernels=1)
+    assert bounds.bound(untold, peaks, kernels=788e9)["compute_seconds"] == pytest.approx(5e-3)
     assert bounds.bound(costs, peaks, spared=409_500_000)["memory_seconds"] == pytest.approx(0.5e-3)
 
 

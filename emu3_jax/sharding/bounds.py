@@ -17,9 +17,11 @@ class Training:
 
     Attributes:
         tokens: number of tokens of a step, without padding, on all devices.
+        attention: FLOPs of attention, forward and backward, on all devices. Kernels of attention do not state theirs.
     """
 
     tokens: int
+    attention: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,19 +64,22 @@ class Peaks:
         return cls(chip.flops, chip.integer_ops, chip.bandwidth, chip.ici(sides), chip.dcn)
 
 
-def bound(costs: Costs, peaks: Peaks, formula: float | None = None, spared: float = 0.0) -> dict[str, Any]:
+def bound(
+    costs: Costs, peaks: Peaks, formula: float | None = None, spared: float = 0.0, kernels: float = 0.0
+) -> dict[str, Any]:
     """The least time of a program, and what sets it.
 
     Args:
         costs: what one device does.
         peaks: what it does at most per second.
-        formula: FLOPs of one device by a formula, which replace smaller counts: kernels do not state theirs.
+        formula: FLOPs of one device by a formula, which replace smaller counts.
         spared: bytes of HBM traffic to leave out.
+        kernels: FLOPs of kernels that do not state theirs.
 
     Returns:
         `seconds`, `by` ("memory", "compute" or "network"), and the seconds of each.
     """
-    flops = costs.flops / peaks.flops + costs.integer_ops / peaks.integer_ops
+    flops = (costs.flops + (kernels if costs.kernels else 0.0)) / peaks.flops + costs.integer_ops / peaks.integer_ops
     if formula is not None:
         flops = max(flops, formula / (peaks.integer_ops if costs.integer_ops else peaks.flops))
     ici = sum(collective.ici_bytes for collective in costs.collectives)
@@ -115,7 +120,8 @@ def measure(
     """
     costs, step = count(text)
     each = None if flops is None else flops / devices
-    found = bound(step or costs, peaks, each)
+    kernels = rates.attention / devices if isinstance(rates, Training) else 0.0
+    found = bound(step or costs, peaks, each, kernels=kernels)
     result: dict[str, Any] = {
         "costs": dataclasses.asdict(costs),
         "step_costs": dataclasses.asdict(step) if step else None,

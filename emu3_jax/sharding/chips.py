@@ -15,6 +15,7 @@ class Chip:
         memory: HBM in bytes, as the vendor states it.
         usable: bytes that XLA lets a program use, as its error messages state it.
         dimensions: number of sides in the shape of a slice.
+        pod: number of chips in the largest slice.
         flops: peak FLOP/s of matrix products in bfloat16.
         integer_ops: peak operations per second of matrix products in int8.
         bandwidth: bytes per second between HBM and the chip.
@@ -29,6 +30,7 @@ class Chip:
     memory: float
     usable: int
     dimensions: int
+    pod: int
     flops: float
     integer_ops: float
     bandwidth: float
@@ -52,13 +54,14 @@ class Chip:
 _PAGES = "https://docs.cloud.google.com/tpu/docs/"
 CHIPS = {
     "v4": Chip(
-        32e9, int(30.75 * GIB), 3, 275e12, 275e12, 1200e9, 50e9, None, f"{_PAGES}v4",
+        32e9, int(30.75 * GIB), 3, 4096, 275e12, 275e12, 1200e9, 50e9, None, f"{_PAGES}v4",
         options=(("chip_config_name", "megacore"),),
     ),
-    "v5e": Chip(16e9, int(15.75 * GIB), 2, 197e12, 393e12, 819e9, 50e9, 25e9 / 8, f"{_PAGES}v5e"),
-    "v5p": Chip(95e9, int(95.74 * GIB), 3, 459e12, 918e12, 2765e9, 100e9, 50e9 / 8, f"{_PAGES}v5p"),
-    "v6e": Chip(32e9, int(31.25 * GIB), 2, 918e12, 1836e12, 1638e9, 100e9, 100e9 / 8, f"{_PAGES}v6e"),
+    "v5e": Chip(16e9, int(15.75 * GIB), 2, 256, 197e12, 393e12, 819e9, 50e9, 25e9 / 8, f"{_PAGES}v5e"),
+    "v5p": Chip(95e9, int(95.74 * GIB), 3, 6144, 459e12, 918e12, 2765e9, 100e9, 50e9 / 8, f"{_PAGES}v5p"),
+    "v6e": Chip(32e9, int(31.25 * GIB), 2, 256, 918e12, 1836e12, 1638e9, 100e9, 100e9 / 8, f"{_PAGES}v6e"),
     "tpu7x": Chip(
-        96e9, int(94.75 * GIB), 3, 2307e12 / 2, 4614e12 / 2, 7380e9 / 2, 100e9, 100e9 / 8, f"{_PAGES}tpu7x", devices=2
+        96e9, int(94.75 * GIB), 3, 9216, 2307e12 / 2, 4614e12 / 2, 7380e9 / 2, 100e9, 100e9 / 8, f"{_PAGES}tpu7x",
+        devices=2,
     ),
 }  # fmt: skip

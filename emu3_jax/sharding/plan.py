@@ -74,6 +74,9 @@ def tpu_slice(topology: str, limit: float | None = None) -> Slice:
     chip = CHIPS.get(kind)
     if chip is None or not re.fullmatch("x".join([r"[1-9]\d{0,2}"] * chip.dimensions), shape):
         raise Emu3Error(f"topology {topology!r} is unknown: {legal}")
+    sides = tuple(int(side) for side in shape.split("x"))
+    if math.prod(sides) > chip.pod:
+        raise Emu3Error(f"topology {topology!r} has {math.prod(sides)} chips: the largest {kind} slice has {chip.pod}")
     usable = chip.usable
     if limit is not None:
         if not 0 < limit * GIB <= chip.usable:
@@ -91,7 +94,6 @@ def tpu_slice(topology: str, limit: float | None = None) -> Slice:
         os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
-    sides = [int(side) for side in shape.split("x")]
     options = dict(chip.options)
     if math.prod(sides) < 4:
         options["chips_per_host_bounds"] = [*sides, 1, 1][:3]
@@ -99,7 +101,7 @@ def tpu_slice(topology: str, limit: float | None = None) -> Slice:
         described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         raise Emu3Error(f"topology {topology!r} is not legal: {error}: {legal}") from error
-    return Slice(topology, chip, tuple(described.devices), usable, tuple(sides))
+    return Slice(topology, chip, tuple(described.devices), usable, sides)
 
 
 def compile_plan(slice_: Slice, mesh: Mesh, programs: Sequence[Program]) -> dict[str, Any]:

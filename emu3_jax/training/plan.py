@@ -73,6 +73,7 @@ def programs(config: TrainConfig, slice_: Slice, rows_per_chip: int | None = Non
     attended = config.batch_size * length * (length + 1) / 2
     tokens, frozen_too = config.batch_size * length, bool(config.adapter)
     flops = step_flops(trainer.decoder, tokens, attended, frozen_too, config.visual_only)
+    attention = flops - step_flops(trainer.decoder, tokens, 0, frozen_too, config.visual_only)
     name = f"training step of {config.batch_size} rows of {length} tokens"
-    step = Program(name, lower, arguments, flops=flops, rates=Training(tokens))
+    step = Program(name, lower, arguments, flops=flops, rates=Training(tokens, attention))
     return mesh, [step] if config.grpo is None else grpo_programs(config, config.grpo, mesh, trainer, step)
