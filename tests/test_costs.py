@@ -98,6 +98,15 @@ def test_steps_of_an_endless_loop_are_counted_apart():
     assert costs.read < 2 * MIB
 
 
+@libtpu
+def test_of_branches_the_cheapest_counts():
+    def choose(x, weight, which):
+        return jax.lax.cond(which > 0, lambda: x @ weight, lambda: x * 2)
+
+    costs, _ = counted(choose, (8, 4096), (4096, 4096), ())
+    assert costs.flops == 0 and costs.read < MIB
+
+
 def exchanged(function, shape, slices=(), out=None):
     mesh = Mesh(chips(), ("x",))
     place = NamedSharding(mesh, PartitionSpec("x"))

@@ -403,6 +403,23 @@ def test_the_grammar_of_emu35_is_planned_too():
         assert grammar["total_bytes"] < 2**22 and grammar["xla_flops"] < step["xla_flops"] / 100
 
 
+@libtpu
+@pytest.mark.parametrize("parallel", ["off", 4])
+def test_rows_of_texts_and_pictures(small, parallel):
+    """Two rows with two contexts each; a pass of one token settles one token of each row."""
+    config = load_config(small / "generate.py", ["interleave=200", f"parallel={parallel}", "decoder.num_layers=1"])
+    slice_ = plan.tpu_slice("v5e:2x2")
+    mesh, (prefill, decode, *_) = generation_plan.programs(config, slice_)
+    assert prefill.name == "prefill of 4 rows of 64 tokens" and "of 2 rows of texts and pictures" in decode.name
+    slots = 64 + 256 + (64 if parallel != "off" else 0)
+    assert plan.chip_bytes(decode.arguments["cache"]) == 2 * (4 // 2) * (2 // 2) * slots * 64 * 2 + 2 * 4 + 2 * 4 * 2
+    (step,) = plan.compile_plan(slice_, mesh, [decode])["programs"]
+    assert step["fits"] and step["step_costs"]["flops"] > 0
+    assert ("decoding" in step) == (parallel == "off")
+    if parallel == "off":
+        assert (step["decoding"]["noun"], step["decoding"]["rows"], step["decoding"]["steps"]) == ("row", 2, 200)
+
+
 def test_generate_config_is_validated():
     assert GenerateConfig().grid == (90, 90)
     for field, value in {
@@ -414,6 +431,7 @@ def test_generate_config_is_validated():
         "decoder": 8,
         "ratio": "9:1",
         "quantize": "int4",
+        "interleave": 0,
     }.items():
         with pytest.raises(Emu3Error, match=field.split("_")[0]):
             dataclasses.replace(GenerateConfig(), **{field: value})

@@ -33,6 +33,8 @@ class GenerateConfig:
         quantize: narrow weights and KV cache of the decoder, as `emu3_jax.load` takes it; None for neither.
         parallel: number of tokens that a pass checks per row, from 2 to 128, or "off" or "auto".
         kernels: implementation of attention over the cache, from `attention.KERNELS`.
+        interleave: largest number of tokens that a row writes of texts and pictures in turn. `pictures` is then the
+            number of rows, and the model chooses the sizes. None plans pictures or clips alone.
     """
 
     decoder: DecoderConfig = dataclasses.field(default_factory=DecoderConfig)
@@ -47,6 +49,7 @@ class GenerateConfig:
     quantize: str | None = None
     parallel: int | str = "off"
     kernels: str = "xla"
+    interleave: int | None = None
 
     def __post_init__(self) -> None:
         for field in ("pictures", "temporal_factor", "prompt_tokens"):
@@ -58,6 +61,15 @@ class GenerateConfig:
         check_field(self, "parallel", is_window(self.parallel), defaults.LEGAL_PARALLEL)
         check_field(self, "kernels", self.kernels in KERNELS, f"one of {', '.join(KERNELS)}")
         check_field(self, "guidance", is_number(self.guidance) and self.guidance >= 0, "a number >= 0")
+        check_field(self, "interleave", self.interleave is None or is_whole(self.interleave, 1), "a whole number >= 1")
+        if self.interleave is not None:
+            check_field(self, "frames", self.frames is None, "None, because `interleave` is given")
+            if self.prompt_tokens + self.interleave > self.decoder.max_positions:
+                raise Emu3Error(
+                    f"a prompt of {self.prompt_tokens} tokens and {self.interleave} new ones take more than the "
+                    f"decoder's {self.decoder.max_positions} positions: lower interleave or prompt_tokens"
+                )
+            return
         length = self.prompt_tokens + self.steps
         if length > self.decoder.max_positions:
             what, less = ("picture", "") if self.frames is None else ("clip", "fewer frames, ")

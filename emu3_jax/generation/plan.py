@@ -15,6 +15,7 @@ from emu3_jax.config import DecoderConfig
 from emu3_jax.generation.config import GenerateConfig
 from emu3_jax.generation.grammar import Grammar, GrammarState
 from emu3_jax.generation.grammar import one_pass as grammar_pass
+from emu3_jax.generation.interleaved_plan import interleaved_programs
 from emu3_jax.generation.rows import Sampling
 from emu3_jax.generation.schedule import text_schedule
 from emu3_jax.generation.session import DecodeSession, Row
@@ -36,13 +37,16 @@ from emu3_jax.sharding.rules import decoder_shardings
 def programs(config: GenerateConfig, slice_: Slice) -> tuple[Mesh, list[Program]]:
     """The programs of a session: prefill, a decoding step with the largest cache, and the last growth of the cache.
 
-    For pictures of Emu3.5 also the automaton of `interleaving`, whose cost comes on top of a decoding step.
+    For pictures of Emu3.5 also the automaton of `interleaving`, whose cost comes on top of a decoding step. With
+    `interleave` they are the programs of `interleaved_plan`.
 
     Raises:
         Emu3Error: the mesh does not fit the chips or the decoder.
     """
     mesh = make_mesh(config.mesh, slice_.devices)
     params = _params(config.decoder, mesh, config.quantize)
+    if config.interleave is not None:
+        return mesh, interleaved_programs(config, mesh, params)
     session = PlannedSession.of_grids(config, mesh, params, Sampling(guidance=config.guidance))
     result, shapes = session.programs(), session.shapes
     # The models of Emu3.5 decide themselves where pictures begin.

@@ -196,7 +196,9 @@ def describe_bound(program: dict[str, Any]) -> Iterator[str]:
 
 
 def _time(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.2f} ms"
+    if seconds >= 1:
+        return f"{seconds:.2f} s"
+    return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-4 or not seconds else f"{seconds * 1e6:.2f} us"
 
 
 def _bytes(size: float) -> str:

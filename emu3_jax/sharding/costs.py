@@ -8,6 +8,7 @@ a lower bound:
 - A slice reads what it returns, not the whole array. That holds inside fusions, too, such as those that slice one
   layer's weights from the stacked ones.
 - An update in place reads and writes what it updates. So caches are not copied.
+- Of the branches of a choice, the one that moves least counts.
 - Asynchronous copies and slices count where they start. The chain of fusions that advances a collective counts once.
 """
 
@@ -68,8 +69,8 @@ def count(hlo: str, slices: Sequence[int] = ()) -> tuple[Costs, Costs | None]:
         is none.
     """
     program = Program(hlo)
-    runs = program.runs()
     counter = _Counter(program)
+    runs = program.runs(choose=counter.cheapest)
     steps = [run for run in runs if run.step]
     return (
         counter.total([run for run in runs if not run.step], slices),
@@ -83,6 +84,19 @@ class _Counter:
     def __init__(self, program: Program) -> None:
         self._program = program
         self._demands = functools.cache(self._demands_of)
+
+    def cheapest(self, branches: list[str]) -> list[str]:
+        """The branch that moves least through HBM, if there is any."""
+
+        def moved(branch: str) -> int:
+            return sum(
+                run.times * sum(self._traffic(instruction, instructions))
+                for run in self._program.runs(branch, self.cheapest)
+                for instructions in [self._program.computations[run.name]]
+                for instruction in instructions.values()
+            )
+
+        return [min(branches, key=moved)] if branches else []
 
     def total(self, runs: Sequence[Run], slices: Sequence[int]) -> Costs:
         sums = np.zeros(5, object)

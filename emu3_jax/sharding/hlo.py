@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\(")
@@ -137,22 +137,29 @@ class Program:
                 operands = tuple(re.findall(r"%([\w.\-]+)", rest.partition(")")[0]))
                 current[name] = Instruction(name, opcode, type_, operands, rest, bool(root))
 
-    def runs(self) -> list[Run]:
-        """The computations that run by themselves, in the order of their calls; not those inside fusions."""
-        return list(self._runs(Run(self.entry, 1, False))) if self.entry else []
+    def runs(self, start: str = "", choose: Callable[[list[str]], list[str]] = list) -> list[Run]:
+        """The computations that run by themselves, in the order of their calls; not those inside fusions.
 
-    def _runs(self, run: Run) -> Iterator[Run]:
-        yield run
-        for instruction in self.computations[run.name].values():
-            if instruction.opcode == "while":
-                trips = self.trips(instruction)
-                body = instruction.computation("body")
-                if body in self.computations:
-                    yield from self._runs(Run(body, run.times * max(trips, 1), run.step or not trips))
-            elif instruction.opcode in _RUNS_ITS_COMPUTATIONS:
-                for called in instruction.called:
-                    if called in self.computations:
-                        yield from self._runs(dataclasses.replace(run, name=called))
+        Args:
+            start: the computation that runs first, by default the entry.
+            choose: of the branches of a choice, gives those that count; by default all.
+        """
+
+        def below(run: Run) -> Iterator[Run]:
+            yield run
+            for instruction in self.computations[run.name].values():
+                if instruction.opcode == "while":
+                    trips = self.trips(instruction)
+                    body = instruction.computation("body")
+                    if body in self.computations:
+                        yield from below(Run(body, run.times * max(trips, 1), run.step or not trips))
+                elif instruction.opcode in _RUNS_ITS_COMPUTATIONS:
+                    called = [name for name in instruction.called if name in self.computations]
+                    for name in choose(called) if instruction.opcode == "conditional" else called:
+                        yield from below(dataclasses.replace(run, name=name))
+
+        first = start or self.entry
+        return list(below(Run(first, 1, False))) if first else []
 
     def trips(self, loop: Instruction) -> int:
         """How often a loop's body runs, or 0 if the program's text does not say it."""
