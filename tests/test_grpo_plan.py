@@ -89,6 +89,10 @@ def test_the_programs_of_a_step(small, capsys):
     assert update["flops"] == pytest.approx(3 * 2 * forward) and reference["flops"] == pytest.approx(2 * forward)
     for program in result["programs"]:
         assert program["total_bytes"] == sum(program["bytes"].values())
+    # All programs run once, the decoding with all its steps.
+    others = sum(program["bound"]["seconds"] for program in result["programs"] if program is not decode)
+    assert result["least_seconds"] == pytest.approx(others + decode["decoding"]["seconds"])
+    assert decode["decoding"]["rows"] == 8 and update["training"]["tokens_per_second_per_chip"] > 0
 
 
 @libtpu
@@ -96,6 +100,7 @@ def test_adapters_are_switched_off_for_the_reference(small):
     config = load_config(small, ["adapter=Adapter(rank=4)", "grpo.iterations=2", "grpo.draw_at_once=4"])
     merge, prefill, decode, reference, old, update = planned(config)
     assert prefill.name == "prefill of 4 rows of 128 tokens" and "of 4 pictures" in decode.name
+    assert [program.runs for program in (merge, prefill, decode, reference, old, update)] == [1, 2, 2, 1, 1, 2]
     assert old.name == "log-probabilities by the old policy of 8 rows of 256 tokens"
     sides = per_chip(merge.arguments)
     assert sides["frozen weights"] == NARROW

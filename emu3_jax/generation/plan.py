@@ -200,7 +200,9 @@ def _grammar(config: GenerateConfig, mesh: Mesh, rows: int, window: int) -> Prog
         GrammarState.of([(config.grid[0], config.grid[1])] * rows),
     )
     one_pass = jax.jit(functools.partial(grammar_pass, grammar=grammar, window=window))
-    return Program(f"grammar of a step of interleave, {rows} rows", lambda: one_pass.lower(state), {"inputs": state})
+    return Program(
+        f"grammar of a step of interleave, {rows} rows", lambda: one_pass.lower(state), {"inputs": state}, runs=0
+    )
 
 
 def _params(config: DecoderConfig, mesh: Mesh, quantize: str | None) -> Any:

@@ -166,6 +166,12 @@ def _decoding(
     }
 
 
+def least_seconds(program: dict[str, Any]) -> float:
+    """The least time of all runs of one program of a plan, each with all its steps."""
+    once = program["decoding"]["seconds"] if "decoding" in program else program["bound"]["seconds"]
+    return program["runs"] * once
+
+
 def describe_bound(program: dict[str, Any]) -> Iterator[str]:
     """Yields the lines of a report about the bound of one program of a plan."""
     if "bound" not in program:

@@ -17,7 +17,7 @@ import jax
 from jax.sharding import Mesh
 
 from emu3_jax.errors import Emu3Error
-from emu3_jax.sharding.bounds import Decoding, Peaks, Training, describe_bound, measure
+from emu3_jax.sharding.bounds import Decoding, Peaks, Training, describe_bound, least_seconds, measure
 from emu3_jax.sharding.chips import CHIPS, GIB, Chip
 from emu3_jax.sharding.collectives import collectives
 
@@ -49,6 +49,7 @@ class Program:
         beside: other arrays in memory during the run, in the same form.
         flops: FLOPs of one run summed over all chips, from a formula; None if there is no formula.
         rates: what the program trains on or makes, if the plan shall say how fast.
+        runs: how often a training step or a batch of pictures runs it.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Program:
     beside: dict[str, Any] = dataclasses.field(default_factory=dict)
     flops: float | None = None
     rates: Training | Decoding | None = None
+    runs: int = 1
 
 
 def tpu_slice(topology: str, limit: float | None = None) -> Slice:
@@ -132,6 +134,8 @@ def compile_plan(slice_: Slice, mesh: Mesh, programs: Sequence[Program]) -> dict
         "hbm_bytes": int(slice_.chip.memory),
         "usable_bytes": slice_.limit,
         "fits": all(program["fits"] for program in compiled),
+        # Of all runs of all programs of a training step, or of a batch of pictures.
+        "least_seconds": sum(map(least_seconds, compiled)) if all("bound" in each for each in compiled) else None,
         "programs": compiled,
     }
 
@@ -192,6 +196,7 @@ def _compile(program: Program, slice_: Slice, devices: int) -> dict[str, Any]:
         }
     return {
         "name": program.name,
+        "runs": program.runs,
         "fits": bool(figures) and total <= slice_.limit,
         "bytes": sizes,
         "total_bytes": total,
@@ -239,6 +244,8 @@ def describe(plan: dict[str, Any]) -> Iterator[str]:
         if not program.get("collective_trips_known", True):
             yield "  (collectives of one step: the number of steps is not known in advance)"
         yield from describe_bound(program)
+    if plan["least_seconds"] is not None and len(plan["programs"]) > 1:
+        yield f"all programs: at least {plan['least_seconds']:.2f} s"
     if any("bound" in program for program in plan["programs"]):
         yield "Least times are bounds from the chip's peaks. Nothing was run."
     yield "fits" if plan["fits"] else "does not fit"

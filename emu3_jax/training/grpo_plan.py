@@ -63,11 +63,14 @@ def grpo_programs(
         passes.append(_policy(config, trainer, mesh, "reference", weights, {**others, **optimizer}, adapters=whole))
     if grpo.iterations > 1:
         passes.append(_policy(config, trainer, mesh, "old policy", trained, {**optimizer, **reference}, adapters=True))
+    drawn = config.batch_size // grpo.rows
+    draws = -(-drawn // grpo.at_once(drawn))
+    drawing = session.programs(beside={**trained, **optimizer, **reference})
     return [
         Program("weights for drawing", lower_merge, trained, beside={**optimizer, **reference}),
-        *session.programs(beside={**trained, **optimizer, **reference}),
+        *(dataclasses.replace(program, runs=draws) for program in drawing),
         *passes,
-        dataclasses.replace(update, beside=reference),
+        dataclasses.replace(update, beside=reference, runs=grpo.iterations),
     ]
 
 
