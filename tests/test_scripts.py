@@ -247,6 +247,21 @@ def test_the_table_of_decoding(scripts, monkeypatch, capsys):
     assert bench_table.main() == 1
 
 
+def test_shards_per_host(scripts, monkeypatch, capsys):
+    import shards_per_host
+
+    words = ["--shards", "40", "--records", "8", "--hosts", "4", "--rows", "8", "--shuffle-shards", "1", "5"]
+    monkeypatch.setattr(sys, "argv", ["shards_per_host.py", *words])
+    shards_per_host.main()
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head == "40 shards of 8 records, 4 hosts, 8 rows a batch"
+    assert [line.split(" shards a host in an epoch")[0] for line in lines] == [
+        "shuffle_shards=1: 10 / 10.0 / 10",
+        "shuffle_shards=5: 10 / 10.0 / 10",
+        "all records shuffled together: 35 / 37.5 / 39",
+    ]
+
+
 def test_the_table_of_the_automaton(scripts):
     import bench_table
 

@@ -1,6 +1,7 @@
 """The loop as a user meets it: a config file runs, is killed, goes on exactly, and leaves a model that generates."""
 
 import dataclasses
+import json
 import os
 import pathlib
 import random
@@ -315,6 +316,31 @@ def test_what_is_no_shape_may_be_new(base, tiny_bundle):
     assert loop._decoder(dataclasses.replace(base, model=model), bundle) == other
     model = dataclasses.replace(model, decoder=None)
     assert loop._decoder(dataclasses.replace(base, model=model), bundle) == bundle.decoder_config
+
+
+def test_a_run_of_version_0_1_0_goes_on_in_its_order(base, tmp_path, monkeypatch):
+    """It needs as many processes as before, because that order depends on their number."""
+    config = dataclasses.replace(base, directory=str(tmp_path / "run"), steps=6, checkpoint_every=2, keep=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "ORDERS", (1,))
+        train(config, progress=False)
+    wanted = losses(tmp_path / "run")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for step in ("4", "6"):
+        shutil.rmtree(checkpoints / step)
+    shutil.rmtree(tmp_path / "run" / "model")
+    positions = checkpoints / "2" / "data" / "metadata"
+    text = positions.read_text()
+    (position,) = json.loads(text)
+    assert set(position) == {"pipeline", "position"}
+    positions.write_text(json.dumps([position, position]))
+    with pytest.raises(Emu3Error, match=r"read its data in 2 shares, now there are 1: resume with as many processes"):
+        train(config, progress=False)
+    positions.write_text(text)
+    train(config, progress=False)
+    assert losses(tmp_path / "run") == wanted
+    train(dataclasses.replace(config, directory=str(tmp_path / "new")), progress=False)
+    assert losses(tmp_path / "new") != wanted
 
 
 def test_other_data(base, whole):

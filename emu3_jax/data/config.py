@@ -14,6 +14,7 @@ from emu3_jax.storage import check_place
 MAX_SEED = 2**32 - 1  # accepted by all random number generators in use
 MAX_THREADS = 1024  # a thread takes megabytes, and operating systems limit the number of threads
 MAX_LENGTH = 2**24  # tokens in a row
+MAX_SHUFFLED = 2**20  # shards that are shuffled together
 _MAX_PACKED = 2**26  # tokens in all rows that packing fills at once: about 600 MB
 
 
@@ -95,6 +96,9 @@ class DataConfig:
             `too_long="stop"` this keeps finished rows, at five bytes per token of a row. Otherwise it keeps sequences,
             at six bytes per token.
         loss_on_padding: reproduce a defect of the reference, see `sequences.padded_row`. Needs `packing=0`.
+        shuffle_shards: most shards of a source whose records are shuffled together. A source with more shards is
+            shuffled in blocks of shards, in a new order in each epoch, so that each host reads few of them: see
+            `data.order`. With `packing=0`, `in_memory=True` and `too_long="stop"` all records are shuffled together.
     """
 
     sources: tuple[Source, ...]
@@ -104,9 +108,15 @@ class DataConfig:
     seed: int = 0
     in_memory: bool = False
     loss_on_padding: bool = False
+    shuffle_shards: int = 16
 
     def __post_init__(self) -> None:
-        bounds = {"sequence_length": (2, MAX_LENGTH), "packing": (0, _MAX_PACKED), "seed": (0, MAX_SEED)}
+        bounds = {
+            "sequence_length": (2, MAX_LENGTH),
+            "packing": (0, _MAX_PACKED),
+            "seed": (0, MAX_SEED),
+            "shuffle_shards": (1, MAX_SHUFFLED),
+        }
         for field, (least, most) in bounds.items():
             value = getattr(self, field)
             if not (is_whole(value, least) and value <= most):

@@ -16,16 +16,16 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 
+from emu3_jax.data.readers import Readers, open_shard
 from emu3_jax.data.records import KINDS, PAIRS, RECORDS, Record
 from emu3_jax.errors import Emu3Error
 from emu3_jax.fields import is_whole
 from emu3_jax.files import new_file
 from emu3_jax.foreign import file_name, local_path, read_json, reading, storage_path
 from emu3_jax.printable import shown
-from emu3_jax.storage import fetched, is_remote
+from emu3_jax.storage import Folder, is_remote
 
 try:
-    from array_record.python.array_record_data_source import ArrayRecordDataSource
     from array_record.python.array_record_module import ArrayRecordWriter
 except ImportError as missing:
     raise Emu3Error("token data needs ArrayRecord, which is not installed: pip install 'emu3-jax[train]'") from missing
@@ -199,16 +199,6 @@ def _writing(file: Path, step: Callable[..., Any], *arguments: Any) -> Any:
         raise Emu3Error(f"cannot write {file}: {reason}; free space or choose another place") from error
 
 
-@dataclasses.dataclass(frozen=True)
-class _Range:
-    """All records of a file. With these fields, `ArrayRecordDataSource` need not open the file to count records."""
-
-    filename: str
-    skip: int
-    take: int
-    examples_in_shard: int
-
-
 def read_shard(file: Path, shard: Shard, parse: Callable[[bytes], _T]) -> Iterator[_T]:
     """Yields the items of a finished shard in order, before there is an index.
 
@@ -221,7 +211,7 @@ def read_shard(file: Path, shard: Shard, parse: Callable[[bytes], _T]) -> Iterat
         Emu3Error: the file is damaged.
     """
     with reading(file, f"delete it and {_AGAIN}"):
-        source = ArrayRecordDataSource([_Range(str(storage_path(file)), 0, shard.records, shard.records)])
+        source = open_shard(file, shard.records)
         for index in range(shard.records):
             yield parse(source[index])
 
@@ -233,19 +223,23 @@ class PreparedShards:
         kind: what the directory must hold, one of `KINDS`.
         directory: the directory; a local copy if it is in a bucket.
         index: its contents.
+        readers: its shards. A shard in a bucket is copied to the local cache when a record of it is read.
     """
 
     kind: ClassVar[str]
 
     def __init__(self, directory: Path):
-        """Opens the directory. Copies a directory in a bucket to the local cache first.
+        """Opens the directory, but no shard. Of a directory in a bucket, copies only the index to the local cache.
 
         Raises:
             Emu3Error: the directory holds data of another kind, a shard is missing or truncated, or there are no
                 records.
         """
         self._again = f"run the same {KINDS[self.kind]} again"
-        self.directory = fetched(directory, lambda name: "/" not in name) if is_remote(directory) else Path(directory)
+        folder = Folder(directory, lambda name: "/" not in name) if is_remote(directory) else None
+        if folder is not None:
+            folder.fetch(INDEX)
+        self.directory = Path(directory) if folder is None else folder.copy
         self.index = Index.read(self.directory, self.kind)
         if self.index.kind != self.kind:
             trained = RECORDS, PAIRS
@@ -261,30 +255,43 @@ class PreparedShards:
             )
         for shard in self.index.shards:
             file = self.directory / shard.file
-            size = file.stat().st_size if file.is_file() else 0
+            local = file.stat().st_size if folder is None and file.is_file() else 0
+            size = local if folder is None else folder.size(shard.file)
             if size != shard.bytes:
                 raise Emu3Error(
                     f"{file} has {size} bytes, but {INDEX} says {shard.bytes}: copy the directory again, or delete "
                     f"this shard and {self._again}"
                 )
         self._shards = [shard for shard in self.index.shards if shard.records]
-        ranges = [_Range(str(storage_path(self.directory / s.file)), 0, s.records, s.records) for s in self._shards]
-        with reading(self.directory, f"copy it again, or {self._again}"):
-            self._source = ArrayRecordDataSource(ranges)
-        self._ends = np.cumsum([shard.records for shard in self._shards])
+        files = [self.directory / shard.file for shard in self._shards]
+        self.readers = Readers(files, self.counts, None if folder is None else folder.fetch)
 
     def __len__(self) -> int:
         return self.index.records
 
+    @property
+    def counts(self) -> list[int]:
+        """Number of records in each shard that has any, in the order of the records' numbers."""
+        return [shard.records for shard in self._shards]
+
     def _read(self, index: int, parse: Callable[[bytes], _T]) -> _T:
-        """Reads item `index`. Raises an `Emu3Error` that names the shard if it is damaged."""
-        try:
-            return parse(self._source[index])
-        except Exception as error:  # ArrayRecord raises errors of many kinds
-            shard = int(np.searchsorted(self._ends, index, side="right"))
-            file = self.directory / self._shards[shard].file
+        """Reads item `index`. Raises an `Emu3Error` that names the shard if it is damaged or cannot be copied."""
+
+        def damaged(error: Exception) -> Emu3Error:
+            file = self.directory / self._shards[self.readers.shard_of(index)].file
             reason = str(error).split("; ", 1)[0]
-            raise Emu3Error(f"{file} is damaged ({reason}): delete it and {self._again}") from error
+            return Emu3Error(f"{file} is damaged ({reason}): delete it and {self._again}")
+
+        try:
+            data = self.readers[index]
+        except Emu3Error:  # the bucket cannot be read, or the cache not written
+            raise
+        except Exception as error:  # ArrayRecord raises errors of many kinds
+            raise damaged(error) from error
+        try:
+            return parse(data)
+        except Exception as error:
+            raise damaged(error) from error
 
     def require_codebook(self, size: int, sha256: str | None = None) -> None:
         """Checks that the data were prepared with the model's vision tokenizer.

@@ -73,7 +73,7 @@ class Table:
 class TableBatches(grain.IterDataset):
     """Endless batches of rows from several tables. Each row comes from a random table, according to the weights.
 
-    Every process computes the same global batch and keeps its own share. Batch n depends only on the seed and n.
+    Every process computes the same global batch and keeps its own rows. Batch n depends only on the seed and n.
     """
 
     def __init__(
@@ -84,24 +84,24 @@ class TableBatches(grain.IterDataset):
         batch_size: int,
         length: int,
         seed: int,
-        process: tuple[int, int],
+        rows: Sequence[int],
     ):
         """Prepares the data set.
 
         Args:
             tables: the tables.
             weights: relative number of records to read from each table.
-            batch_size: rows of this process in a batch.
+            batch_size: rows of all processes in a batch.
             length: tokens in a row of a batch.
             seed: seed of the choice of tables.
-            process: index of this process, and number of processes.
+            rows: numbers of this process' rows in a batch.
         """
         super().__init__()
         self.tables, self.batch_size, self.length = list(tables), batch_size, length
-        self.seed, self.process = seed, process
+        self.seed, self.mine = seed, np.asarray(rows)
         self.parts = np.asarray([table.parts for table in tables])
-        rows = np.asarray(weights, np.float64) / self.parts
-        self.shares = rows / rows.sum()
+        shares = np.asarray(weights, np.float64) / self.parts
+        self.shares = shares / shares.sum()
 
     def __iter__(self) -> "_TableIterator":
         return _TableIterator(self)
@@ -117,13 +117,12 @@ class _TableIterator(grain.DatasetIterator):
 
     def __next__(self) -> Batch:
         data = self._dataset
-        index, processes = data.process
         sources, counts = self._sources(self._number)
         # Position of each row's first record in the stream of its table.
         places = np.empty_like(sources)
         for number, (parts, count) in enumerate(zip(data.parts.tolist(), counts.tolist(), strict=True)):
             places[sources == number] = self._before[number] + parts * np.arange(count)
-        sources, places = sources[index::processes], places[index::processes]
+        sources, places = sources[data.mine], places[data.mine]
         shape = (len(sources), data.length)
         tokens = np.full(shape, data.tables[0].pad, np.int32)
         segment_ids, positions, loss_mask = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, bool)
@@ -147,8 +146,8 @@ class _TableIterator(grain.DatasetIterator):
     def _sources(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Chooses the table of every row in a global batch. Also returns the number of rows of each table."""
         data = self._dataset
-        rows = data.batch_size * data.process[1]
-        sources = np.random.default_rng([data.seed, number, 2]).choice(len(data.tables), rows, p=data.shares)
+        rng = np.random.default_rng([data.seed, number, 2])
+        sources = rng.choice(len(data.tables), data.batch_size, p=data.shares)
         return sources, np.bincount(sources, minlength=len(data.tables))
 
     def get_state(self) -> dict[str, Any]:

@@ -152,8 +152,8 @@ class GrpoJob(DecoderJob):
 
     # -------------------------------------------------------------------------------------------- start
 
-    def start(self, step: int, position: Any | None) -> None:
-        super().start(step, position)
+    def start(self, step: int, positions: Sequence[Any] | None) -> None:
+        super().start(step, positions)
         settings, reward = self._grpo, self._reward
         if settings.reward == "judge":
             found = judge_settings(settings.judge_data, self._vision, progress=self._progress)
@@ -168,6 +168,9 @@ class GrpoJob(DecoderJob):
             batch_size=min(settings.pictures_per_call, most),
         )
         self._pool.start()  # a reward that cannot be loaded must fail before anything is drawn
+
+    def _set_positions(self, positions: Sequence[Any]) -> None:
+        self._batches.set_state(positions[0])  # all processes know the prompts of all, and save the same
 
     def _references(self) -> list[np.ndarray | None]:
         if self._config.adapter is None:

@@ -3,7 +3,7 @@
 - Outputs: `files` writes them to a local temporary directory and uploads them at the end. Files that mark a result as
   complete (`copies._LAST`) are uploaded last, so a partial upload is never mistaken for a complete result.
 - Bundles: `fetched` copies the small files to a local cache. Orbax and TensorStore read weights from the bucket.
-- Prepared data: `fetched` copies them to the cache, because ArrayRecord reads local files only.
+- Prepared data: a `Folder` copies each shard to the cache when it is read, because ArrayRecord reads local files only.
 - Runs: Orbax writes checkpoints directly to the bucket. Metrics and curves are written locally, and uploaded with each
   checkpoint.
 - Locks: a bucket cannot release a lock when a process dies. So `held` renews its lock, and a lock that nobody renews
@@ -15,7 +15,7 @@ gcsfs sends the requests, and `etils.epath`, which Orbax uses, also finds it. Wi
 and paths in buckets are refused with a one-line error.
 """
 
-from emu3_jax.storage.copies import delete, download, fetched, of_original, upload
+from emu3_jax.storage.copies import Folder, delete, download, fetched, of_original, upload
 from emu3_jax.storage.locks import held
 from emu3_jax.storage.objects import (
     exists,
@@ -33,6 +33,7 @@ from emu3_jax.storage.paths import check_place, is_remote, kvstore
 from emu3_jax.storage.requests import explained, require_access
 
 __all__ = [
+    "Folder",
     "check_place",
     "delete",
     "download",

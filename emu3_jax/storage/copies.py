@@ -134,23 +134,52 @@ def fetched(
     Raises:
         Emu3Error: the folder holds nothing to copy or cannot be read, or the cache cannot be written.
     """
-    path = place(path)
-    found = {name: item for name, item in listing(path).items() if keep(name)}
-    if not found:
-        raise Emu3Error(f"{path}: the bucket holds nothing with this name; correct the path")
-    digest = hashlib.sha256(json.dumps([os.fspath(path), found]).encode()).hexdigest()[:20]
-    copy = cache_directory() / "buckets" / digest / path.name
-    missing = [name for name, item in found.items() if size(copy / name) != item.size]
-    total = sum(found[name].size for name in missing)
-    bar = Progress(progress, total, "bytes", name="download", delay=_PATIENCE)
+    folder = Folder(path, keep)
+    folder.fetch(*folder.found, progress=progress)
+    return folder.copy
 
-    def get(name: str) -> None:
-        _get(path / name, copy / name, found[name])
-        bar.update(found[name].size)
 
-    with bar, explained(path):
-        _each(get, missing)
-    return copy
+class Folder:
+    """A folder in a bucket, whose files are copied to the local cache when they are needed.
+
+    The name of the copy is a hash of the objects' generations. So a folder that has changed gets a new copy.
+
+    Attributes:
+        path: the folder in the bucket.
+        copy: the local directory.
+        found: the objects of the folder, by their paths below it.
+    """
+
+    def __init__(self, path: str | os.PathLike, keep: Callable[[str], bool] = lambda name: True):
+        """Lists the folder. Raises an `Emu3Error` if it cannot be read, or if `keep` is true for nothing in it."""
+        self.path = place(path)
+        self.found = {name: item for name, item in listing(self.path).items() if keep(name)}
+        if not self.found:
+            raise Emu3Error(f"{self.path}: the bucket holds nothing with this name; correct the path")
+        digest = hashlib.sha256(json.dumps([os.fspath(self.path), self.found]).encode()).hexdigest()[:20]
+        self.copy = cache_directory() / "buckets" / digest / self.path.name
+
+    def size(self, name: str) -> int:
+        """Number of bytes of a file; 0 if it is not in the folder."""
+        return self.found[name].size if name in self.found else 0
+
+    def fetch(self, *names: str, progress: bool | None = None) -> None:
+        """Copies files that are in the folder and not in the cache yet. `progress` is `show` of `progress.Progress`.
+
+        Raises:
+            Emu3Error: a file cannot be read, or the cache cannot be written.
+        """
+        wanted = [name for name in names if name in self.found]
+        missing = [name for name in wanted if size(self.copy / name) != self.found[name].size]
+        total = sum(self.found[name].size for name in missing)
+        bar = Progress(progress, total, "bytes", name="download", delay=_PATIENCE)
+
+        def get(name: str) -> None:
+            _get(self.path / name, self.copy / name, self.found[name])
+            bar.update(self.found[name].size)
+
+        with bar, explained(self.path):
+            _each(get, missing)
 
 
 def download(source: str | os.PathLike, target: Path) -> None:

@@ -8,7 +8,7 @@ import math
 import operator
 import pathlib
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -23,7 +23,14 @@ from emu3_jax.compilation import enable_persistent_cache
 from emu3_jax.config import FREE_FIELDS, DecoderConfig, other_field
 from emu3_jax.data.config import Source
 from emu3_jax.data.encoder import bundle_codebook
-from emu3_jax.data.pipeline import Batches, evaluation_batches, open_prepared, training_batches
+from emu3_jax.data.pipeline import (
+    ORDERS,
+    Batches,
+    began_in_order,
+    evaluation_batches,
+    open_prepared,
+    training_batches,
+)
 from emu3_jax.errors import Emu3Error
 from emu3_jax.files import new_file, require_outside
 from emu3_jax.generation.codec import Vision
@@ -175,6 +182,9 @@ class DecoderJob:
 
     def _open_batches(self) -> Any:
         """The iterator over this process' batches."""
+        return self._batches_in_order(ORDERS[-1])
+
+    def _batches_in_order(self, order: int) -> Batches:
         return training_batches(
             self._config.data,
             self._tokenizer,
@@ -183,6 +193,8 @@ class DecoderJob:
             codebook_sha256=self._codebook,
             process_index=self._rows.group,
             process_count=self._rows.groups,
+            rows=self._rows.mine,
+            order=order,
         )
 
     def close(self) -> None:
@@ -310,12 +322,29 @@ class DecoderJob:
 
     # -------------------------------------------------------------------------------------------- steps
 
-    def start(self, step: int, position: Any | None) -> None:
+    def start(self, step: int, positions: Sequence[Any] | None) -> None:
         self._frozen = self._load_frozen()  # here, so that loading does not count as time of the first step
         if self._compares:
             self._stored = self._references()
-        if position is not None:
-            self._batches.set_state(position)
+        if positions is not None:
+            self._set_positions(positions)
+
+    def _set_positions(self, positions: Sequence[Any]) -> None:
+        """Moves the batches to the positions that all shares saved."""
+        order = began_in_order(positions)
+        if order == ORDERS[-1]:
+            self._batches.set_state(*positions)
+            return
+        group, groups = self._rows.group, self._rows.groups
+        if len(positions) != groups:
+            raise Emu3Error(
+                f"{self._config.directory}: this run began with version 0.1.0, whose order of records depends on the "
+                f"number of processes; it read its data in {len(positions)} shares, now there are {groups}: resume "
+                "with as many processes as before, or start a new run in another directory"
+            )
+        self._batches.close()
+        self._batches = self._batches_in_order(order)
+        self._batches.set_state(positions[group])
 
     # -------------------------------------------------------------------------------------------- references
 

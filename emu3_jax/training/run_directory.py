@@ -241,20 +241,19 @@ class Checkpoints:
                 ),
             )
 
-    def restore(self, step: int, abstract: Any, group: int, groups: int) -> tuple[Any, Any]:
+    def restore(self, step: int, abstract: Any) -> tuple[Any, list[Any]]:
         """Reads a checkpoint.
 
         Args:
             step: step of the checkpoint.
             abstract: pytree of `jax.ShapeDtypeStruct` with the shapes, dtypes and shardings of the state.
-            group: index of the share of the data that this process reads.
-            groups: number of shares.
 
         Returns:
-            The state in the shardings of `abstract`, and the data position of this process' share.
+            The state in the shardings of `abstract`, and the positions of all shares that the data was read in. Their
+            number is that of the run that wrote the checkpoint.
 
         Raises:
-            Emu3Error: the checkpoint is damaged, or its data was read in another number of shares.
+            Emu3Error: the checkpoint is damaged.
         """
         try:
             restored = self._manager.restore(
@@ -276,17 +275,12 @@ class Checkpoints:
                 "before it"
             ) from error
         positions = restored["data"]
-        if not isinstance(positions, list):
+        if not isinstance(positions, list) or not positions:
             raise Emu3Error(
                 f"{self.directory / str(step)}: its part `data` holds {shown(positions)}, not a list of positions; "
                 "delete the checkpoint to resume from the one before it"
             )
-        if len(positions) != groups:
-            raise Emu3Error(
-                f"{self.directory / str(step)}: the run read its data in {len(positions)} shares, this one reads "
-                f"{groups}: resume with as many processes as before"
-            )
-        return restored["state"], positions[group]
+        return restored["state"], positions
 
     def finish(self, step: int) -> None:
         """Waits until all checkpoints are written. Raises like `save`."""

@@ -152,12 +152,13 @@ class Job(Protocol):
     def initial_state(self) -> State:
         """The state before the first step."""
 
-    def start(self, step: int, position: Any | None) -> None:
+    def start(self, step: int, positions: Sequence[Any] | None) -> None:
         """Moves the data iterator to its position after `step` steps. Called once, before `next_batch`.
 
         Args:
             step: number of steps already taken; 0 in a new run.
-            position: the value of `position()` when the checkpoint of `step` was written; None in a new run.
+            positions: the values of `position()` of all shares when the checkpoint of `step` was written, perhaps by
+                another number of processes; None in a new run.
 
         Raises:
             Emu3Error: the position belongs to other data.
@@ -250,9 +251,8 @@ def _start(job: Job, step: int | None, checkpoints: Checkpoints) -> tuple[State,
     if step is None:
         job.start(0, None)
         return job.initial_state(), 0
-    group, groups = job.share
-    state, position = checkpoints.restore(step, job.abstract_state(), group, groups)
-    job.start(step, position)
+    state, positions = checkpoints.restore(step, job.abstract_state())
+    job.start(step, positions)
     return state, step
 
 

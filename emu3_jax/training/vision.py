@@ -4,7 +4,7 @@ import contextlib
 import functools
 import pathlib
 import shlex
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -141,8 +141,8 @@ class _VisionJob:
 
     # -------------------------------------------------------------------------------------------- steps
 
-    def start(self, step: int, position: Any | None) -> None:
-        if position is not None and position != self.position():
+    def start(self, step: int, positions: Sequence[Any] | None) -> None:
+        if positions is not None and positions[0] != self.position():
             raise Emu3Error(
                 f"{self._config.directory} was trained on other data: manifests, size, frames, stills, clips or seed "
                 "in the config's pixels have changed; restore them, or choose another directory"
