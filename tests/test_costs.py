@@ -201,6 +201,8 @@ def test_the_bound_is_the_slowest_of_memory_compute_and_network():
     assert found["memory_seconds"] == found["compute_seconds"] == pytest.approx(1e-3)
     assert bounds.bound(costs, peaks, formula=788e9)["seconds"] == pytest.approx(4e-3)
     assert bounds.bound(costs, peaks, kernels=788e9)["compute_seconds"] == pytest.approx(1e-3)  # it runs none
+    alone = bounds.Peaks.of(CHIPS["tpu7x"], (1, 1, 1))  # two devices of one chip exchange without links
+    assert alone.ici == 0 and bounds.bound(costs, alone)["network_seconds"] == 0
     untold = dataclasses.replace(costs, kernels=1)
     assert bounds.bound(untold, peaks, kernels=788e9)["compute_seconds"] == pytest.approx(5e-3)
     assert bounds.bound(costs, peaks, spared=409_500_000)["memory_seconds"] == pytest.approx(0.5e-3)

@@ -105,6 +105,18 @@ def test_train(trained):
 
 
 @libtpu
+def test_guesses_of_several_tokens_save_steps_at_most(small):
+    config = load_config(small / "generate.py", ["parallel=8", "decoder.num_layers=1"])
+    slice_ = plan.tpu_slice("v5e:2x2")
+    mesh, (_, decode, *_) = generation_plan.programs(config, slice_)
+    result = plan.compile_plan(slice_, mesh, [decode])
+    made = result["programs"][0]["decoding"]
+    sizes = len(decode.rates.passes)
+    assert 48 * 49 // 8 <= made["steps"] < 48 * 49 // 8 + sizes and made["window"] == 8
+    assert "of 2 pictures, if all guesses are right: " in "\n".join(plan.describe(result))
+
+
+@libtpu
 def test_the_report_says_how_fast_at_most(trained):
     text = "\n".join(plan.describe(trained))
     assert "  least time " in text and "tokens per second and chip, MFU" in text

@@ -1,4 +1,4 @@
-"""Compile a config for a TPU slice, on any machine, and say whether it fits: memory, FLOPs, collectives.
+"""Compile a config for a TPU slice, on any machine: does it fit, and how fast can it be at most?
 
 No TPU is needed, but the extra tpu is. Exit code 1 means that the config does not fit.
 

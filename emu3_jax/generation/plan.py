@@ -157,7 +157,7 @@ class PlannedSession:
                 {"weights": self.params, "cache": full.cache, "inputs": inputs},
                 beside=beside,
                 flops=self._flops(rows * window, rows * window * sizes[-1], rows * window),
-                rates=Decoding(self.noun, shapes.rows, tuple(self._passes(sizes))),
+                rates=Decoding(self.noun, shapes.rows, tuple(self._passes(sizes)), window),
             ),
         ]
         if len(sizes) > 1:
