@@ -4,11 +4,13 @@ SOURCE may be a folder of pictures with captions in .txt files of the same names
 all kinds. Run the same command again after an interruption: it keeps the files that are complete.
 
 On a TPU slice or under Slurm, start the command on every host with the same arguments: the hosts share the work.
-Elsewhere give each host --host and --hosts; the last one to finish writes the index.
+Elsewhere give each host --host and --hosts. On a common disk, the last one to finish checks all shards and writes the
+index. Without one, --join makes one directory of those that the hosts wrote.
 
 examples:
   emu3-jax prepare photos --validation 0.05 -o data
   emu3-jax prepare hf:NAME --text-column caption -o data
+  emu3-jax prepare --join part0 part1 part2 -o data
 """
 
 import argparse
@@ -32,6 +34,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--features", type=common.path, metavar="LIST.json",
         help="import the codes that the reference's prepare_data.py wrote; they must be of --model's vision tokenizer",
+    )  # fmt: skip
+    source.add_argument(
+        "--join", nargs="+", type=common.path, metavar="PART",
+        help="check the directories that hosts without a common disk wrote, and make one of them, with its index",
     )  # fmt: skip
     command.add_argument(
         "--model",
@@ -87,6 +93,10 @@ _SHOWN = 10  # most skipped entries that are printed; the file beside the data l
 
 
 def run(options: argparse.Namespace) -> None:
+    if options.join is not None:
+        join_parts(options)
+        return
+
     from emu3_jax.data.encoder import bundle_codebook, load_encoder, open_bundle
     from emu3_jax.data.features import FeatureRecords
     from emu3_jax.data.prepare import prepare
@@ -126,6 +136,21 @@ def run(options: argparse.Namespace) -> None:
             progress=progress,
         )
         report(outcome, output)
+
+
+def join_parts(options: argparse.Namespace) -> None:
+    """Does the work of --join."""
+    from emu3_jax.data.joining import join
+    from emu3_jax.data.sources.validation import DIRECTORY as VALIDATION
+    from emu3_jax.errors import Emu3Error
+
+    given = {"--model": options.model, "--validation": options.validation, "--shards": options.shards}
+    given |= {"--host": options.host, "--hosts": options.hosts, "--on-error": options.on_error}
+    for name, value in given.items():
+        if value is not None:
+            raise Emu3Error(f"{name} has no effect with --join, which encodes nothing: leave it out")
+    for name, outcome in join(options.join, options.output, inside=("", VALIDATION)).items():
+        report(outcome, options.output / name)
 
 
 def report(outcome: "Outcome", output: pathlib.Path) -> None:

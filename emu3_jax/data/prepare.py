@@ -17,7 +17,7 @@ from emu3_jax import storage
 from emu3_jax.data import shard_directory
 from emu3_jax.data.config import MAX_THREADS
 from emu3_jax.data.records import Record
-from emu3_jax.data.shard_directory import Outcome, ShardDirectory
+from emu3_jax.data.shard_directory import Facts, Outcome, ShardDirectory
 from emu3_jax.data.shards import FORMAT, Codebook, Shard
 from emu3_jax.errors import Emu3Error
 from emu3_jax.progress import Progress
@@ -83,7 +83,7 @@ def prepare(
     output = storage.place(output)
     storage.storage_place(output)  # refuses a path that ArrayRecord cannot open, before any work
     with shard_directory.held(output, host, hosts):
-        directory = ShardDirectory(output, job, count)
+        directory = ShardDirectory(output, job, count, facts=Facts(len(entries), codebook))
         mine = range(host, count, hosts)
         bounds = [len(entries) * number // count for number in range(count + 1)]
         done = {number: shard for number in mine if (shard := directory.finished(number)) is not None}

@@ -14,9 +14,10 @@ from typing import Any
 
 from emu3_jax import files, locks, storage
 from emu3_jax.data.records import RECORDS
-from emu3_jax.data.shards import INDEX, Codebook, Index, Shard, Storable, write_json, write_shard
+from emu3_jax.data.shards import INDEX, Codebook, Index, Shard, Storable, count_records, write_json, write_shard
 from emu3_jax.errors import Emu3Error
-from emu3_jax.printable import shown
+from emu3_jax.fields import is_whole
+from emu3_jax.printable import counted, shown
 
 SKIPPED = "skipped.txt"  # file in the output directory with one line for each skipped entry
 _OTHER = "data prepared from another source, or with other options or another model"
@@ -33,6 +34,49 @@ class Outcome:
 
     index: Index | None
     missing: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What a voucher says about its whole job, so that shards can be joined without their source.
+
+    Attributes:
+        entries: number of entries of all shards.
+        codebook: codebook of the vision tokenizer that made the codes.
+    """
+
+    entries: int
+    codebook: Codebook
+
+    @classmethod
+    def from_json(cls, data: Any, voucher: Path) -> "Facts":
+        """Reads a voucher's facts. Raises an `Emu3Error` that names the voucher."""
+        if "entries" not in data:
+            raise Emu3Error(
+                f"{voucher} does not say how many entries there are, as version 0.1.0 wrote it or another command than "
+                "prepare: run the same emu3-jax prepare again, which keeps the shards"
+            )
+        codebook = Codebook(data["codebook"]["size"], data["codebook"]["sha256"])
+        entries = data["entries"]
+        if not is_whole(entries, 1) or not is_whole(codebook.size, 1) or not isinstance(codebook.sha256, str):
+            raise Emu3Error(f"{voucher} is damaged (entries or codebook): delete it and run again")
+        return cls(entries, codebook)
+
+    def check(self, file: Path, shard: Shard, number: int, count: int) -> None:
+        """Raises an `Emu3Error` unless shard `number` of `count` holds what its voucher says, and its share of entries.
+
+        The records of a shard in a bucket are not counted.
+        """
+        wanted = self.entries * (number + 1) // count - self.entries * number // count
+        size = storage.size(file)
+        if size != shard.bytes:
+            raise Emu3Error(f"{file} has {size or 0} bytes, but its voucher says {shard.bytes}: copy it again")
+        records = shard.records if storage.is_remote(file) else count_records(file)
+        if records != shard.records or records + len(shard.skipped) != wanted:
+            raise Emu3Error(
+                f"{file} has {counted(records, 'record')} and {len(shard.skipped)} skipped entries, but should have "
+                f"{wanted} in all, {shard.records} of them records: delete it and run the same emu3-jax prepare again"
+            )
 
 
 @contextlib.contextmanager
@@ -70,7 +114,16 @@ class ShardDirectory:
         path: the directory, local or in a bucket.
     """
 
-    def __init__(self, path: Path, job: str, count: int, *, kind: str = RECORDS, other: str = _OTHER):
+    def __init__(
+        self,
+        path: Path,
+        job: str,
+        count: int,
+        *,
+        kind: str = RECORDS,
+        other: str = _OTHER,
+        facts: Facts | None = None,
+    ):
         """
         Args:
             path: the directory, local or in a bucket.
@@ -78,8 +131,9 @@ class ShardDirectory:
             count: number of shards.
             kind: what the shards hold, see `shards.KINDS`.
             other: what a directory of another job holds, for the error line.
+            facts: what vouchers say about the job, and `merge` checks; None for nothing.
         """
-        self.path, self._job, self._count, self._kind = path, job, count, kind
+        self.path, self._job, self._count, self._kind, self._facts = path, job, count, kind, facts
         for file in (path / INDEX, *storage.matching(path, "shard-*.json")):
             if (data := self._read(file)) is None:
                 continue
@@ -111,7 +165,11 @@ class ShardDirectory:
         shard = Shard.from_json(data, voucher)
         if shard.file != file.name:
             raise Emu3Error(f"{voucher} is damaged (it names {shown(shard.file)}): delete it and run again")
-        return shard if storage.size(file) == shard.bytes else None
+        if storage.size(file) != shard.bytes:
+            return None
+        if self._facts is not None and "entries" not in data:  # version 0.1.0 wrote less
+            self.vouch(shard)
+        return shard
 
     def write(self, number: int, made: Iterable[Storable | str], step: Callable[[], Any]) -> None:
         """Writes shard `number`, then its voucher.
@@ -133,15 +191,27 @@ class ShardDirectory:
 
         storage.unlink(file.with_suffix(".json"))
         count, size = write_shard(file, records())
-        shard = Shard(file.name, count, size, tuple(skipped))
-        write_json(file.with_suffix(".json"), {"job": self._job, **dataclasses.asdict(shard)})
+        self.vouch(Shard(file.name, count, size, tuple(skipped)))
+
+    def vouch(self, shard: Shard) -> None:
+        """Writes the voucher of a finished shard."""
+        facts = {} if self._facts is None else dataclasses.asdict(self._facts)
+        voucher = (self.path / shard.file).with_suffix(".json")
+        write_json(voucher, {"job": self._job, **dataclasses.asdict(shard), **facts})
 
     def merge(self, codebook: Codebook) -> Outcome:
-        """Writes the index if every shard is finished. If all entries were skipped, leaves only the list of reasons."""
+        """Writes the index if every shard is finished. If all entries were skipped, leaves only the list of reasons.
+
+        Raises:
+            Emu3Error: with `facts`, a shard has another number of records or entries than it should.
+        """
         shards = [self.finished(number) for number in range(self._count)]
         finished = [shard for shard in shards if shard is not None]
         if len(finished) < self._count:
             return Outcome(None, self._count - len(finished))
+        if self._facts is not None:
+            for number, shard in enumerate(finished):
+                self._facts.check(self.path / shard.file, shard, number, self._count)
         index = Index(self._job, codebook, tuple(finished), self._kind)
         self._list_skipped(index)
         if not index.records:

@@ -26,7 +26,7 @@ from emu3_jax.printable import shown
 from emu3_jax.storage import Folder, is_remote
 
 try:
-    from array_record.python.array_record_module import ArrayRecordWriter
+    from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 except ImportError as missing:
     raise Emu3Error("token data needs ArrayRecord, which is not installed: pip install 'emu3-jax[train]'") from missing
 
@@ -197,6 +197,16 @@ def _writing(file: Path, step: Callable[..., Any], *arguments: Any) -> Any:
     except RuntimeError as error:  # ArrayRecord raises RuntimeError for every operating system error
         reason = str(error).split(";", 1)[0]
         raise Emu3Error(f"cannot write {file}: {reason}; free space or choose another place") from error
+
+
+def count_records(file: Path) -> int:
+    """The number of records in a local shard. Raises an `Emu3Error` if it is damaged."""
+    with reading(file, f"delete it and {_AGAIN}"):
+        reader = ArrayRecordReader(str(storage_path(file)))
+        try:
+            return reader.num_records()
+        finally:
+            reader.close()
 
 
 def read_shard(file: Path, shard: Shard, parse: Callable[[bytes], _T]) -> Iterator[_T]:
