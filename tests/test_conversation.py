@@ -15,6 +15,8 @@ from emu3_jax.generation.conversation import Showing
 from emu3_jax.media.clips import save_clip
 from emu3_jax.text.prompts import understanding_prompt
 
+pytestmark = pytest.mark.compiled_quickly
+
 FILE = GOLDEN / "gray.png"
 
 

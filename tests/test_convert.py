@@ -31,7 +31,7 @@ from emu3_jax.checkpoints.tensors import Tensor
 from emu3_jax.config import ImageConfig
 from emu3_jax.errors import Emu3Error
 
-pytestmark = pytest.mark.oracle
+pytestmark = [pytest.mark.oracle, pytest.mark.compiled_quickly]
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import tiny
 from emu3_jax.generation import session
 from emu3_jax.generation.schedule import TokenClass, image_schedule
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.compiled_quickly]
 
 SCRIPTS = pathlib.Path(__file__).parents[1] / "scripts"
 SCHEDULE = image_schedule(3, 4)

@@ -7,6 +7,8 @@ import pytest
 import tiny
 from conftest import golden_json, golden_npz
 from test_engine import SPECIAL, mixed_rows, run_rows
+from test_parallel import MIXED, started
+from test_parallel import run as run_case
 
 from emu3_jax.generation import session
 from emu3_jax.generation.schedule import image_schedule, text_schedule
@@ -73,3 +75,25 @@ def test_the_cache_is_donated_and_never_copied():
     decoding.advance(2)
     assert all(leaf.is_deleted() for leaf in (*state.cache.keys, *state.cache.values))
     assert decoding.state.cache.length.tolist() == [decoding.shapes.width + 2] * 2
+
+
+def test_parallel_decoding_gives_the_sequential_tokens():
+    one, several = run_case(MIXED), run_case(MIXED, parallel=5)
+    np.testing.assert_array_equal(several.ids, one.ids)
+    assert (several.passes <= one.passes).all() and several.passes.sum() < one.passes.sum()
+
+
+@pytest.mark.parametrize("parallel", ["off", 4])
+def test_rows_of_all_kinds_equal_those_alone(parallel):
+    together = run_case(MIXED, parallel=parallel).ids
+    for row, schedule in enumerate(MIXED["schedules"]):
+        np.testing.assert_array_equal(together[row, : len(schedule)], run_case(MIXED, [row], parallel=parallel).ids[0])
+        assert (together[row, len(schedule) :] == SPECIAL.pad).all()
+
+
+def test_the_cache_of_rows_of_all_ages_is_never_copied():
+    decoding = started(4, image_schedule(7, 7))
+    state = decoding.state
+    text = decoding.lower_decode(state.cache.slots).compile().as_text()
+    shape = ",".join(map(str, state.cache.keys[0].shape))
+    assert f"[{shape}]" in text and not re.search(rf"= \(?\w+\[{shape}\]\S* copy(-start)?\(", text)

@@ -26,6 +26,8 @@ from emu3_jax.training.config import load_config
 from emu3_jax.training.loop import train
 from emu3_jax.training.metrics import read_metrics
 
+pytestmark = pytest.mark.compiled_quickly
+
 LENGTH = 24
 CONFIG = """
 from emu3_jax.data.config import DataConfig, Source
