@@ -192,6 +192,44 @@ def test_a_collective_that_several_fusions_advance_counts_once():
     assert Program(CHAIN).partitions == 8
 
 
+LOOP = """HloModule jit_step
+
+%body (state: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %state = (s32[]{:T(128)}, f32[8]{0:T(128)}) parameter(0)
+  %n = s32[]{:T(128)} get-tuple-element(%state), index=0
+  %x = f32[8]{0:T(128)} get-tuple-element(%state), index=1
+  %two = s32[]{:T(128)} constant(2)
+  %next = s32[]{:T(128)} add(%n, %two)
+  %y = f32[8]{0:T(128)} negate(%x)
+  ROOT %t = (s32[]{:T(128)}, f32[8]{0:T(128)}) tuple(%next, %y)
+}
+
+%condition (old: (s32[], f32[8])) -> pred[] {
+  %old = (s32[]{:T(128)}, f32[8]{0:T(128)}) parameter(0)
+  %m = s32[]{:T(128)} get-tuple-element(%old), index=0
+  %limit = s32[]{:T(128)} constant(8)
+  ROOT %less = pred[]{:T(512)} compare(%m, %limit), direction=LT
+}
+
+ENTRY %main (x0: f32[8]) -> (s32[], f32[8]) {
+  %x0 = f32[8]{0:T(128)} parameter(0)
+  %one = s32[]{:T(128)} constant(1)
+  %begin = s32[]{:T(128)} copy(%one)
+  %init = (s32[]{:T(128)}, f32[8]{0:T(128)}) tuple(%begin, %x0)
+  ROOT %loop = (s32[]{:T(128)}, f32[8]{0:T(128)}) while(%init), condition=%condition, body=%body
+}
+"""
+
+
+@pytest.mark.parametrize("begin, step, trips", [(1, 2, 4), (0, 2, 4), (0, 1, 8), (0, 3, 3)])
+def test_trips_of_a_loop_that_counts_in_steps(begin, step, trips):
+    """XLA unrolls the loops that it makes of products and their collectives: their counters take steps of two."""
+    text = LOOP.replace("constant(1)", f"constant({begin})").replace("constant(2)", f"constant({step})")
+    program = Program(text)
+    (loop,) = (i for i in program.computations["main"].values() if i.opcode == "while")
+    assert program.trips(loop, program.computations["main"]) == trips
+
+
 def test_the_bound_is_the_slowest_of_memory_compute_and_network():
     peaks = bounds.Peaks.of(CHIPS["v5e"], (2, 4))
     assert peaks.ici == 3 * 50e9  # one link along the side of two, two along the side of four

@@ -149,7 +149,7 @@ class Program:
             yield run
             for instruction in self.computations[run.name].values():
                 if instruction.opcode == "while":
-                    trips = self.trips(instruction)
+                    trips = self.trips(instruction, self.computations[run.name])
                     body = instruction.computation("body")
                     if body in self.computations:
                         yield from below(Run(body, run.times * max(trips, 1), run.step or not trips))
@@ -161,20 +161,49 @@ class Program:
         first = start or self.entry
         return list(below(Run(first, 1, False))) if first else []
 
-    def trips(self, loop: Instruction) -> int:
-        """How often a loop's body runs, or 0 if the program's text does not say it."""
+    def trips(self, loop: Instruction, around: dict[str, Instruction]) -> int:
+        """How often a loop's body runs, or 0 if the program's text does not say it.
+
+        Args:
+            loop: the loop.
+            around: the instructions of its computation, by name.
+        """
         if found := _TRIPS.search(loop.rest):
             return int(found[1])
-        # HLO for TPUs has no trip counts. The loop of a `lax.scan` counts from 0 to a constant in its condition.
-        condition = self.computations.get(loop.computation("condition"), {})
-        for instruction in condition.values():
-            if instruction.root and instruction.opcode == "compare" and "direction=LT" in instruction.rest:
-                limit = condition.get(instruction.operands[-1])
-                value = re.match(r"(\d+)\)", limit.rest) if limit and limit.opcode == "constant" else None
-                return int(value[1]) if value else 0
-        return 0
+        # HLO for TPUs has no trip counts. The loop of a `lax.scan` counts from 0 to a constant in its condition. Loops
+        # that XLA makes of a product and its collective count in steps of 2.
+        condition, body = loop.computation("condition"), loop.computation("body")
+        if condition not in self.computations or body not in self.computations:
+            return 0
+        test = self.root(condition)
+        if test.opcode != "compare" or "direction=LT" not in test.rest:
+            return 0
+        counter, limit = (self.computations[condition].get(name) for name in test.operands)
+        last = _constant(limit, self.computations[condition])
+        if counter is None or last is None:
+            return 0
+        first, step, place = None, None, re.search(r"index=(\d+)", counter.rest)
+        if counter.opcode == "get-tuple-element" and place:
+            index, start, root = int(place[1]), around.get(loop.operands[0]), self.root(body)
+            if start is not None and start.opcode == "tuple":
+                first = _constant(around.get(start.operands[index]), around)
+            after = self.computations[body].get(root.operands[index]) if root.opcode == "tuple" else None
+            if after is not None and after.opcode == "add":
+                steps = (
+                    _constant(self.computations[body].get(name), self.computations[body]) for name in after.operands
+                )
+                step = next((value for value in steps if value is not None), None)
+        return max(-(-(last - (first or 0)) // (step or 1)), 0)
 
     def root(self, computation: str) -> Instruction:
         """The instruction whose result is that of a computation."""
         instructions = self.computations[computation]
         return next((i for i in instructions.values() if i.root), list(instructions.values())[-1])
+
+
+def _constant(instruction: Instruction | None, around: dict[str, Instruction]) -> int | None:
+    """The value of an integer constant, also of a copy of one, or None."""
+    while instruction is not None and instruction.opcode in ("copy", "bitcast"):
+        instruction = around.get(instruction.operands[0])
+    value = re.match(r"(-?\d+)\)", instruction.rest) if instruction and instruction.opcode == "constant" else None
+    return int(value[1]) if value else None
