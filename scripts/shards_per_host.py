@@ -1,10 +1,12 @@
 """How many shards each host of a training opens in an epoch: computed from the order of records, nothing is read.
 
-    python scripts/shards_per_host.py [--shards 1000] [--records 1024] [--hosts 64] [--rows 512] [--shuffle-shards 16]
+    python scripts/shards_per_host.py [--shards 1000] [--records 1024] [--hosts 64] [--rows 512] [--runs 2]
+                                      [--shuffle-shards 16]
 
-It is of one source, with one record a row. Prints the fewest, the mean and the most shards of all hosts: in the first
-epoch, and in each stretch of 100 batches. `all records shuffled together` is the order of a source that has no more
-than `--shuffle-shards` shards, and of version 0.1.0.
+It is of one source, with one record a row. `--runs` says in how many stretches of neighbouring rows a host's rows of a
+batch lie: on a TPU slice whose hosts are squares of chips, in two or more. Prints the fewest, the mean and the most
+shards of all hosts: in the first epoch, and in each stretch of 100 batches. `all records shuffled together` is the
+order of a source that has no more than `--shuffle-shards` shards, and of version 0.1.0.
 """
 
 import argparse
@@ -23,13 +25,14 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=1024, help="records in a shard (default: %(default)s)")
     parser.add_argument("--hosts", type=int, default=64, help="hosts that train (default: %(default)s)")
     parser.add_argument("--rows", type=int, default=512, help="rows of all hosts in a batch (default: %(default)s)")
+    parser.add_argument("--runs", type=int, default=1, help="stretches of rows of a host (default: %(default)s)")
     parser.add_argument(
         "--shuffle-shards", type=int, nargs="+", default=[1, 4, 16, 64], metavar="N",
         help="values of DataConfig.shuffle_shards (default: 1 4 16 64)",
     )  # fmt: skip
     options = parser.parse_args()
-    if options.rows % options.hosts:
-        parser.error(f"--rows {options.rows} is not a multiple of --hosts {options.hosts}")
+    if options.rows % (options.hosts * options.runs):
+        parser.error(f"--rows {options.rows} is not a multiple of --hosts {options.hosts} times --runs {options.runs}")
     total = options.shards * options.records
     print(f"{options.shards} shards of {options.records} records, {options.hosts} hosts, {options.rows} rows a batch")
     for block in options.shuffle_shards:
@@ -41,7 +44,8 @@ def main() -> None:
 def report(name: str, records: "list[int] | np.ndarray", options: argparse.Namespace) -> None:
     """Prints a line about an epoch's records in their order."""
     shards = np.asarray(records) // options.records
-    hosts = np.arange(len(shards)) % options.rows // (options.rows // options.hosts)
+    runs = np.arange(len(shards)) % options.rows // (options.rows // (options.hosts * options.runs))
+    hosts = runs % options.hosts
     steps = np.arange(len(shards)) // options.rows
 
     def counts(of: np.ndarray) -> str:

@@ -109,6 +109,26 @@ def test_prepared_data_goes_there(bucket, tiny_bundle, capsys):
     assert "gs://bucket/data holds data prepared from another source" in line
 
 
+def test_a_shard_is_copied_when_it_is_read(bucket, tiny_bundle):
+    source = photos(pathlib.Path("photos"), 12)
+    run("prepare", source, "--model", tiny_bundle, "--keep-size", "--shards", 3, "--quiet", "-o", "gs://bucket/data")
+    data = PreparedData(storage.place("gs://bucket/data"))
+    assert cached(bucket) == ["data/index.json"]
+    names = [data[0].name, data[3].name]
+    assert cached(bucket) == ["data/index.json", "data/shard-00000-of-00003.arrayrecord"]
+    bucket.refuse = lambda method, _, name: 403 if name.startswith("data/shard-00001") else None
+    with pytest.raises(Emu3Error, match=r"^gs://bucket/data: access is denied"):
+        data[4]
+    bucket.refuse = lambda *_: None
+    assert len({*names, data[4].name, data[11].name}) == 4 and len(cached(bucket)) == 4
+    assert [data[0].name, data[3].name] == names
+    # A shard that is cut in the bucket is found before anything is copied.
+    shard = bucket.read("bucket", "data/shard-00002-of-00003.arrayrecord")
+    bucket.put("bucket", "data/shard-00002-of-00003.arrayrecord", shard[:100])
+    with pytest.raises(Emu3Error, match=r"shard-00002-of-00003.arrayrecord has 100 bytes, but index.json says"):
+        PreparedData(storage.place("gs://bucket/data"))
+
+
 def test_evaluations_go_there(bucket):
     evaluation.check_directory("gs://bucket/evaluation")
     evaluation.write("gs://bucket/evaluation", {"figure": 1.0}, "<html>")
