@@ -455,6 +455,8 @@ def test_data_of_another_tokenizer(write, start, pictures):
 def test_bad_places(start, pictures, options, reason):
     with pytest.raises(Emu3Error, match=reason):
         start(Source(pictures, TextToImage()), **options)
+    with pytest.raises(Emu3Error, match="packing is 1024: for each of the 64 rows of a process, so many rows of 8192"):
+        start(Source(pictures, TextToImage()), batch_size=64, packing=1024, sequence_length=8192)
 
 
 def test_an_iterator_left_open_ends_in_silence(pictures, vocabulary):

@@ -93,6 +93,40 @@ def test_training_batches_keep_pairs_together(source, tokenizer, in_memory):
         assert next(batches)["pair"][::2].tolist() == numbers[12:14]
 
 
+@pytest.mark.parametrize("too_long", ["stop", "skip"])
+def test_pairs_go_on_with_any_number_of_hosts(source, tokenizer, too_long):
+    """Two hosts, then four, then one read the pairs that one host reads."""
+    config = DataConfig((source, source), 96 if too_long == "stop" else 26, packing=0, too_long=too_long)
+
+    def hosts(count, *states):
+        each = 8 // count
+        made = [
+            training_batches(
+                config, tokenizer, CHAT, each, process_index=index, process_count=count,
+                rows=range(index * each, (index + 1) * each),
+            )
+            for index in range(count)
+        ]  # fmt: skip
+        for batches in made if states else ():
+            batches.set_state(*states)
+        return made
+
+    def numbers(made, steps):
+        return [[int(pair) for one in made for pair in next(one)["pair"]] for _ in range(steps)]
+
+    one = hosts(1)
+    wanted = numbers(one, 9)
+    two = hosts(2)
+    found = numbers(two, 3)
+    four = hosts(4, *(batches.get_state() for batches in two))
+    found += numbers(four, 3)
+    last = hosts(1, *(batches.get_state() for batches in four))
+    assert found + numbers(last, 3) == wanted
+    assert last[0].skipped == one[0].skipped and (last[0].skipped > 0) == (too_long == "skip")
+    for batches in (*one, *two, *four, *last):
+        batches.close()
+
+
 def test_evaluation_has_each_pair_once(source, tokenizer):
     """On two processes of three pairs a batch; the clip and the answer are too long for the row."""
     found = []

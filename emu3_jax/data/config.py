@@ -87,8 +87,9 @@ class DataConfig:
     Attributes:
         sources: the sources; several are mixed. Empty for GRPO alone, which draws its own pictures.
         sequence_length: tokens in a row.
-        packing: number of rows that are filled at the same time. More rows leave less padding, but move records further
-            from their place in the shuffled order. 0 turns packing off: one record per row, as in the reference.
+        packing: number of rows that are filled at the same time, for each row of a batch: they are this row of so many
+            batches. More rows leave less padding, but move records further from their place in the shuffled order. 0
+            turns packing off: one record per row, as in the reference.
         too_long: what to do with a record that is longer than a row. "stop" raises an error. "skip" leaves the record
             out, and counts it in every epoch.
         seed: seed of shuffling and prompt dropout.

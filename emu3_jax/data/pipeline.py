@@ -51,6 +51,7 @@ except ImportError as missing:
 
 ORDERS = (1, 2)  # of records. 1 was that of version 0.1.0 and depends on the number of processes
 _BATCHES_AHEAD = 2
+_MAX_FILLED = 2**28  # tokens of all rows that a process fills at the same time: 3.5 GB, twice while new ones begin
 _MAX_TOKENS = 2**25  # tokens in a process's batch: 440 MB, and several batches are in memory at once
 
 
@@ -170,6 +171,7 @@ def training_batches(
             damaged, or a record is too long or does not suit the task.
     """
     _check_place(batch_size, config.sequence_length, process_index, process_count)
+    _check_packing(batch_size, config.sequence_length, config.packing)
     process, total = (process_index, process_count), batch_size * process_count
     keep = config.in_memory and not config.whole_rows
     opened = [open_prepared(source, tokenizer, codebook_sha256) for source in config.sources]
@@ -300,6 +302,15 @@ def _check_place(batch_size: int, length: int, process_index: int, process_count
         )
     if not 0 <= process_index < process_count:
         raise Emu3Error(f"process_index is {process_index} of {process_count}: it must be 0 to process_count - 1")
+
+
+def _check_packing(batch_size: int, length: int, packing: int) -> None:
+    if batch_size * length * packing > _MAX_FILLED:
+        raise Emu3Error(
+            f"data field packing is {packing}: for each of the {batch_size} rows of a process, so many rows of "
+            f"{length} tokens are filled at the same time; the limit is {_MAX_FILLED} tokens: lower packing, "
+            "batch_size or sequence_length"
+        )
 
 
 def _close(iterator: list[grain.DatasetIterator]) -> None:
