@@ -382,6 +382,9 @@ def test_evaluation_is_every_record_once_in_equally_many_batches(pictures, token
         shares.append(list(batches))
         batches.close()
     assert {len(share) for share in shares} == {-(-13 // (2 * processes))}
+    for share in shares:  # neighbours, so that a process opens few shards
+        mine = numbers(segments(share))
+        assert mine == list(range(mine[0], mine[0] + len(mine)))
     found = segments(itertools.chain(*shares))
     assert sorted(numbers(found)) == list(range(13))
     assert all(segment["tokens"][1] != SPECIAL.boi for segment in found)

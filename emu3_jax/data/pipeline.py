@@ -252,8 +252,8 @@ def evaluation_batches(
 ) -> Batches:
     """Makes the batches of one pass over a source in order. Each row holds one record, and no prompt is dropped.
 
-    Every process gets the same number of batches. A row is empty (segment ids 0, no targets) if the records do not fill
-    the last batches, or if its record is too long and `too_long` is "skip".
+    Every process reads a stretch of the records, and gets the same number of batches. A row is empty (segment ids 0, no
+    targets) if the records do not fill the last batches, or if its record is too long and `too_long` is "skip".
 
     Args:
         source: the source.
@@ -279,9 +279,10 @@ def evaluation_batches(
         return builder.build(index, drop_prompt=False) if index < len(data) else empty
 
     items = batch_size // 2 if source.pairs else batch_size  # of a process' batch
-    rounds = -(-len(data) // (items * process_count))
-    sequences = grain.MapDataset.range(rounds * items * process_count).map(sequence)
-    mine = sequences[process_index::process_count].to_iter_dataset(READING)
+    each = -(-len(data) // (items * process_count)) * items
+    # Neighbouring records of each process, so that it opens its own shards only.
+    first = process_index * each
+    mine = grain.MapDataset.range(first, first + each).map(sequence).to_iter_dataset(READING)
     fitting = FittingDataset(mine, sequence_length, too_long, instead=empty)
     pad = tokenizer.special.pad
     if source.pairs:
