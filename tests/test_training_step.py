@@ -164,6 +164,13 @@ def test_noise_is_for_visual_tokens():
     noisy = Trainer(config, tiny.CONFIG, make_mesh("fsdp=1"))._noisy
     in_targets = np.asarray(noisy(tokens, targets, jax.random.key(0)))
     np.testing.assert_array_equal(in_targets, np.where(targets, found, tokens))
+    # "auto": all visual tokens of a row without visual targets.
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, noise_in="auto"))
+    noisy = Trainer(config, tiny.CONFIG, make_mesh("fsdp=1"))._noisy
+    targets[::2] &= ~visual[::2]
+    by_row = np.asarray(noisy(tokens, targets, jax.random.key(0)))
+    np.testing.assert_array_equal(by_row[::2], found[::2])
+    np.testing.assert_array_equal(by_row[1::2], in_targets[1::2])
 
 
 def test_metrics(plain):

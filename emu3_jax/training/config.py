@@ -93,7 +93,8 @@ class ModelConfig:
             prompt. Without noise the model learns the prompt late or never: once the beginning of a picture is
             known, the prompt's few bits hardly change the loss.
         noise_in: which visual tokens get noise: "all", or "targets", those that the model learns to write. Use
-            "targets" where the prompt holds pictures that the answer must keep, as in edits.
+            "targets" where the prompt holds pictures that the answer must keep, as in edits. "auto": "targets" in rows
+            with pictures that the model learns to write, and "all" in others, such as rows of questions about pictures.
     """
 
     bundle: str
@@ -117,7 +118,7 @@ class ModelConfig:
         ok = is_number(self.dropout) and 0 <= self.dropout < 1
         check_field(self, "dropout", ok, "a number from 0 to below 1")
         check_field(self, "noise", is_number(self.noise) and 0 <= self.noise <= 1, "a number from 0 to 1")
-        check_field(self, "noise_in", self.noise_in in ("all", "targets"), "all or targets")
+        check_field(self, "noise_in", self.noise_in in ("all", "targets", "auto"), "all, targets or auto")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -223,8 +223,10 @@ class Trainer:
         share_key, chance_key, token_key = jax.random.split(key, 3)
         share = most * jnp.square(jax.random.uniform(share_key, (tokens_bs.shape[0], 1)))
         visual = (tokens_bs >= special.visual_start) & (tokens_bs < special.visual_end)
-        if self._config.model.noise_in == "targets":
-            visual &= targets_bs.astype(bool)
+        if self._config.model.noise_in != "all":
+            targets = visual & targets_bs.astype(bool)
+            of_pictures = targets.any(-1, keepdims=True) | (self._config.model.noise_in == "targets")
+            visual = jnp.where(of_pictures, targets, visual)
         chosen = visual & (jax.random.uniform(chance_key, tokens_bs.shape) < share)
         random = jax.random.randint(token_key, tokens_bs.shape, special.visual_start, special.visual_end, jnp.int32)
         return jnp.where(chosen, random, tokens_bs)
