@@ -217,6 +217,19 @@ def shared_trainers():
 
 
 @pytest.fixture(scope="module")
+def shared_models():
+    """A model is loaded once for each set of arguments: reading the public vocabulary takes most of a refused command.
+
+    For modules that leave the files of their bundles as they are.
+    """
+    import emu3_jax
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(emu3_jax, "load", functools.cache(emu3_jax.load))
+        yield
+
+
+@pytest.fixture(scope="module")
 def store(tmp_path_factory):
     """A stand-in for Cloud Storage; clients in this process and in those that it starts find it."""
     from gcs_stand_in import serving

@@ -18,7 +18,7 @@ from emu3_jax.generation.documents import Writing
 from emu3_jax.media.clips import Clip, save_clip
 from emu3_jax.text.prompts import next_turn_prompt, understanding_prompt
 
-pytestmark = [pytest.mark.slow, pytest.mark.compiled_quickly]
+pytestmark = [pytest.mark.slow, pytest.mark.compiled_quickly, pytest.mark.usefixtures("shared_models")]
 
 
 @pytest.fixture(scope="module")
