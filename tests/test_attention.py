@@ -133,18 +133,22 @@ def test_runs_are_in_the_form_of_the_packed_layout():
 
 
 def packed_layout(q, k, v, lengths):
-    """What cuDNN's documentation says of its packed layout: causal attention run by run, counted from its start."""
-    out = jnp.full(q.shape, jnp.nan)
-    k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
+    """What cuDNN's documentation says of its packed layout: causal attention run by run, counted from its start.
+
+    In NumPy: JAX would compile each operation for each length of a run.
+    """
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out = np.full(q.shape, np.nan)
+    k, v = (np.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
     for row, (queries, keys, first) in enumerate(zip(*map(np.asarray, lengths), strict=True)):
         for number, seen, start in zip(queries, keys, first[:-1], strict=True):
             if number >= 0:
-                scores = jnp.einsum("snh,tnh->nst", q[row, start : start + number], k[row, start : start + seen])
+                scores = np.einsum("snh,tnh->nst", q[row, start : start + number], k[row, start : start + seen])
                 visible = np.arange(seen)[None] <= np.arange(number)[:, None]
-                weights = jax.nn.softmax(jnp.where(visible, scores * q.shape[-1] ** -0.5, -jnp.inf), axis=-1)
-                mixed = jnp.einsum("nst,tnh->snh", weights, v[row, start : start + seen])
-                out = out.at[row, start : start + number].set(mixed)
-    return out
+                weights = np.exp(np.where(visible, scores * q.shape[-1] ** -0.5, -np.inf))
+                weights /= weights.sum(-1, keepdims=True)
+                out[row, start : start + number] = np.einsum("nst,tnh->snh", weights, v[row, start : start + seen])
+    return jnp.asarray(out, jnp.float32)
 
 
 @pytest.mark.parametrize("kind", ["packed", "padded", "both"])
