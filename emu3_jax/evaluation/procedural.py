@@ -447,7 +447,8 @@ def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return (y <= 0.8) & (y >= -0.95 + 1.8 * np.abs(x))
     if shape == "heart":
         u, v = 1.2 * x, -1.2 * y + 0.1
-        return (u**2 + v**2 - 1) ** 3 - u**2 * v**3 <= 0
+        ring = u**2 + v**2 - 1
+        return ring * ring * ring - u**2 * v**3 <= 0  # `** 3` takes ten times as long
     angle = np.mod(np.arctan2(x, -y), 0.4 * np.pi)  # star: one of five equal points
     angle = np.minimum(angle, 0.4 * np.pi - angle)
     tip, notch = 1.0, 0.42
