@@ -17,7 +17,7 @@ from emu3_jax.models.attention import choose, self_attention
 from emu3_jax.sharding.mesh import make_mesh
 from emu3_jax.sharding.rules import use_mesh
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.compiled_quickly]
 
 SEGMENTS = {
     "none": None,
