@@ -189,7 +189,8 @@ def describe_bound(program: dict[str, Any]) -> Iterator[str]:
     yield f"  {'HBM writes':<20} {_bytes(costs['written']):>12}  {per}"
     flops = costs["flops"] + costs["integer_ops"]
     untold = f", without {costs['kernels']} runs of kernels" if costs["kernels"] else ""
-    yield f"  {'FLOPs counted':<20} {flops / 1e12:>8.3f} T    {per}, loops as often as they run{untold}"
+    if flops or untold:
+        yield f"  {'FLOPs counted':<20} {flops / 1e12:>8.3f} T    {per}, loops as often as they run{untold}"
     for name, where in (("ici_bytes", "sent over ICI"), ("dcn_bytes", "sent over DCN")):
         sent = sum(collective[name] for collective in costs["collectives"])
         if sent:
