@@ -109,7 +109,7 @@ def test_prepared_data_goes_there(bucket, tiny_bundle, capsys):
     assert "gs://bucket/data holds data prepared from another source" in line
 
 
-def test_a_shard_is_copied_when_it_is_read(bucket, tiny_bundle):
+def test_a_shard_is_copied_when_it_is_read(bucket, cache, tiny_bundle):
     source = photos(pathlib.Path("photos"), 12)
     run("prepare", source, "--model", tiny_bundle, "--keep-size", "--shards", 3, "--quiet", "-o", "gs://bucket/data")
     data = PreparedData(storage.place("gs://bucket/data"))
