@@ -9,11 +9,13 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from test_plan import libtpu
 
+from emu3_jax.errors import Emu3Error
 from emu3_jax.sharding import bounds, plan
 from emu3_jax.sharding.chips import CHIPS
 from emu3_jax.sharding.collectives import Collective, collectives, sent
 from emu3_jax.sharding.costs import Costs, count
 from emu3_jax.sharding.hlo import Program
+from emu3_jax.sharding.mesh import make_mesh
 
 KIB, MIB = 2**10, 2**20
 
@@ -105,6 +107,38 @@ def test_of_branches_the_cheapest_counts():
 
     costs, _ = counted(choose, (8, 4096), (4096, 4096), ())
     assert costs.flops == 0 and costs.read < MIB
+
+
+@libtpu
+@pytest.mark.parametrize("slices", [2, 4])
+def test_exchanges_between_slices(slices):
+    """XLA hands them to the runtime. Here each device holds the whole sum and the whole of its columns."""
+    found = plan.tpu_slice("v5e:2x2", count=slices)
+    mesh = make_mesh(f"data={slices},fsdp=4", found.devices)
+    assert [{d.slice_index for d in part.flat} for part in mesh.devices] == [{number} for number in range(slices)]
+
+    def shapes(*specs):
+        return [NamedSharding(mesh, PartitionSpec(*spec)) for spec in specs]
+
+    def kinds(function, inputs, out):
+        arguments = [jax.ShapeDtypeStruct((1024, 1024), jnp.float32, sharding=sharding) for sharding in shapes(*inputs)]
+        compiled = plan.compile_ahead(jax.jit(function, out_shardings=shapes(out)[0]).lower(*arguments))
+        costs, _ = count(compiled.as_text())
+        return {each.kind: each for each in costs.collectives}
+
+    gathered = kinds(lambda x: x * 2, [("data", "fsdp")], (None, "fsdp"))["all-gather"]
+    # Each device gets the other slices' rows of its columns.
+    assert gathered.count == 1 and gathered.ici_bytes == 0 and gathered.dcn_bytes == MIB * (slices - 1) // slices
+    product = kinds(jnp.matmul, [(None, "data"), ("data", None)], (None, None))["all-reduce"]
+    assert product.dcn_bytes == 2 * 4 * MIB * (slices - 1) // slices
+
+
+@libtpu
+@pytest.mark.parametrize("sizes", ["data=1,fsdp=8", "fsdp=-1", "tensor=8"])
+def test_only_data_spans_slices(sizes):
+    devices = plan.tpu_slice("v5e:2x2", count=2).devices
+    with pytest.raises(Emu3Error, match="has data=1 for 2 slices: only data may span slices, so it must be a multiple"):
+        make_mesh(sizes, devices)
 
 
 def exchanged(function, shape, slices=(), out=None):

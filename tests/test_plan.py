@@ -253,6 +253,8 @@ def test_what_xla_says_about_memory():
         ("train", ["v5e:2x2", "--set", "mesh=sequence=4", "--set", "data.sequence_length=1022"], "sequence_length"),
         ("train", ["v5e:2x2", "--set", "model.decoder=None"], "model.decoder is None"),
         ("train", ["v5e:2x2", "--rows-per-chip", "0"], "--rows-per-chip is 0"),
+        ("train", ["v5e:2x2", "--slices", "0"], "0 slices cannot be planned"),
+        ("train", ["v5e:2x2", "--slices", "2", "--set", "mesh=fsdp=8"], "mesh fsdp=8 has data=1 for 2 slices"),
         ("generate", ["v5e:2x2", "--rows-per-chip", "1"], "set `pictures`"),
         ("generate", ["v5e:2x2", "--set", "area=4000000"], "positions"),
         ("generate", ["v5e:2x2", "--set", "frames=1000000000"], "choose fewer frames, a smaller area or prompt_tokens"),

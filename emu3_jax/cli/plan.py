@@ -23,6 +23,13 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="kind and shape of the slice, for example v5p:4x4x4 or v5e:8x8",
     )
     command.add_argument(
+        "--slices",
+        type=int,
+        default=1,
+        metavar="N",
+        help="number of such slices, joined by the data centre's network; the mesh axis `data` spans them (default: 1)",
+    )
+    command.add_argument(
         "--rows-per-chip",
         type=int,
         metavar="N",
@@ -51,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
     if options.rows_per_chip is not None and options.rows_per_chip < 1:
         raise Emu3Error(f"--rows-per-chip is {options.rows_per_chip}: it must be a whole number >= 1")
     config = load_config(options.config, options.set)
-    slice_ = plan.tpu_slice(options.topology, options.hbm_limit)
+    slice_ = plan.tpu_slice(options.topology, options.hbm_limit, options.slices)
     if isinstance(config, TrainConfig):
         from emu3_jax.training.plan import programs
 

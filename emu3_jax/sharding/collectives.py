@@ -18,6 +18,8 @@ _AXIS = re.compile(r"'(\w+)'(?::\((\d+)\)(\d+))?")
 _IOTA_GROUPS = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _LISTED_GROUPS = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}")
 _CHAIN = re.compile(r'chain_id="(\d+)"')
+# What XLA for TPUs hands to the runtime that exchanges between slices: the slices that take part, and the kind.
+_BETWEEN_SLICES = re.compile(r'_xla_megascale_target="\{([\d,]+)\}[^"]*",_xla_megascale_transfer_type="(\w+)"')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +63,11 @@ def totals(program: Program, runs: Sequence[Run], slices: Sequence[int] = ()) ->
     sums: dict[str, list[float]] = collections.defaultdict(lambda: [0, 0, 0, 0])
     for run in runs:
         for kind, size, instruction in exchanges(program, run):
-            ici, dcn = sent(kind, size, _groups(instruction, program.partitions), slices)
+            if instruction.opcode == "send":
+                between = list(range(_slices_of(instruction)))
+                ici, dcn = sent(kind, size, [between], between)
+            else:
+                ici, dcn = sent(kind, size, _groups(instruction, program.partitions), slices)
             for place, value in enumerate((1, size, ici, dcn)):
                 sums[kind][place] += run.times * value
     return [Collective(kind, *(round(value) for value in sums[kind])) for kind in KINDS if kind in sums]
@@ -89,11 +95,22 @@ def exchanges(program: Program, run: Run) -> Iterator[tuple[str, int, Instructio
                 # Asynchronous collectives return their operands along with the result. Subtract the operands.
                 started = instruction.opcode != kind and kind != "all-reduce"
                 yield kind, max(operands, instruction.bytes - (operands if started else 0)), instruction
+            elif instruction.opcode == "send" and (found := _BETWEEN_SLICES.search(instruction.rest)):
+                kind = found[2].lower().replace("_", "-")
+                kind = kind if kind in KINDS else "collective-permute"
+                size = instruction.arrays[0].bytes
+                yield kind, size * _slices_of(instruction) if kind == "all-gather" else size, instruction
             elif instruction.opcode == "fusion":
                 for called in instruction.called:
                     yield from inside(called)
 
     yield from inside(run.name)
+
+
+def _slices_of(send: Instruction) -> int:
+    """The number of slices that exchange with each other."""
+    found = _BETWEEN_SLICES.search(send.rest)
+    return found[1].count(",") + 1 if found else 1
 
 
 def sent(kind: str, size: int, groups: Sequence[Sequence[int]], slices: Sequence[int] = ()) -> tuple[float, float]:
@@ -109,7 +126,7 @@ def sent(kind: str, size: int, groups: Sequence[Sequence[int]], slices: Sequence
         slices: number of the slice of each device, or nothing for one slice.
     """
     if kind == "collective-permute":
-        crosses = bool(slices) and any(slices[a] != slices[b] for a, b in groups)
+        crosses = bool(slices) and any(slices[group[0]] != slices[group[-1]] for group in groups)
         return (0.0, size) if crosses else (size, 0.0)
     members = max(groups, key=len, default=())
     count = len(members)

@@ -123,6 +123,10 @@ class _Counter:
             return 0, 0
         if opcode == "fusion":
             return self._fusion_traffic(instruction, around)
+        if opcode == "send":  # to the runtime, which exchanges with other slices
+            return sum(_hbm(operand.arrays) for operand in operands), 0
+        if opcode == "recv":
+            return 0, _hbm(results[:1])
         if opcode == "copy-start":  # (destination, source, context)
             return _hbm(results[1:2]), _hbm(results[:1])
         if opcode in ("slice-start", "dynamic-slice-start"):  # ((operands), result, context)

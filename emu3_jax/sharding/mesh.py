@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh
 
 from emu3_jax.errors import Emu3Error
@@ -17,6 +18,8 @@ _LEGAL = f"axes are {', '.join(AXES)}, each a whole number >= 1; one may be -1 f
 def make_mesh(sizes: str | Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Makes a mesh with all axes of `AXES`. Axes that `sizes` does not name have size 1.
 
+    If the devices belong to several TPU slices, `data` spans the slices, and all other axes lie inside of them.
+
     Args:
         sizes: sizes such as "data=2,fsdp=-1", or a mapping such as {"data": 2, "fsdp": -1}. Size -1 stands for all
             devices that the other axes leave.
@@ -24,8 +27,8 @@ def make_mesh(sizes: str | Mapping[str, int], devices: Sequence[jax.Device] | No
 
     Raises:
         Emu3Error: an axis is unknown, a size is not legal, the product of the sizes does not divide the number of
-            devices, a mesh over several hosts does not use all devices, or the sizes do not fit the sides of a TPU
-            slice.
+            devices, a mesh over several hosts does not use all devices, the sizes do not fit the sides of a TPU
+            slice, or with several slices `data` is not a multiple of their number.
     """
     parsed = {**dict.fromkeys(AXES, 1), **_parse(sizes)}
     devices = list(jax.devices() if devices is None else devices)
@@ -46,9 +49,19 @@ def make_mesh(sizes: str | Mapping[str, int], devices: Sequence[jax.Device] | No
             f"mesh {described} uses {count} of {len(devices)} devices: a mesh over several hosts must use all; "
             "set one axis to -1"
         )
+    slices = len({getattr(device, "slice_index", 0) for device in devices[:count]})
+    if parsed["data"] % slices:
+        raise Emu3Error(
+            f"mesh {described} has data={parsed['data']} for {slices} slices: only data may span slices, so it must be "
+            f"a multiple of {slices}"
+        )
     # Auto: the compiler inserts collectives as the model's sharding constraints require.
     types = (AxisType.Auto,) * len(AXES)
     try:
+        if slices > 1:
+            inside = (parsed["data"] // slices, *tuple(parsed.values())[1:])
+            placed = create_hybrid_device_mesh(inside, (slices, 1, 1, 1), devices[:count])
+            return Mesh(placed, AXES, axis_types=types)
         return jax.make_mesh(tuple(parsed.values()), AXES, axis_types=types, devices=devices[:count])
     except NotImplementedError as error:
         raise Emu3Error(

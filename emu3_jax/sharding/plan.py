@@ -21,16 +21,28 @@ from emu3_jax.sharding.bounds import Decoding, Peaks, Training, describe_bound, 
 from emu3_jax.sharding.chips import CHIPS, GIB, Chip
 from emu3_jax.sharding.collectives import collectives
 
+_MOST_SLICES = 64
+
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """Chips to compile for. A program may use `limit` bytes of HBM on each device. `sides`: chips along each side."""
+    """Chips to compile for: one slice, or several equal ones.
+
+    Attributes:
+        topology: generation and shape of each slice, such as "v5e:2x4".
+        chip: the generation.
+        devices: the devices of all slices.
+        limit: bytes of HBM that a program may use on each device.
+        sides: number of chips along each side of a slice.
+        count: number of slices.
+    """
 
     topology: str
     chip: Chip
     devices: tuple[Any, ...]
     limit: int
     sides: tuple[int, ...]
+    count: int = 1
 
     @property
     def peaks(self) -> Peaks:
@@ -61,15 +73,16 @@ class Program:
     runs: int = 1
 
 
-def tpu_slice(topology: str, limit: float | None = None) -> Slice:
-    """Describes the chips of a TPU slice for compilation.
+def tpu_slice(topology: str, limit: float | None = None, count: int = 1) -> Slice:
+    """Describes the chips of a TPU slice for compilation, or those of several equal slices.
 
     Args:
         topology: generation and shape, such as "v5p:4x4x4" or "v5e:2x4".
         limit: GiB of HBM per chip that programs may use; by default, all that XLA allows.
+        count: number of slices, which the data centre's network joins.
 
     Raises:
-        Emu3Error: the topology or the limit is not legal, or libtpu is not installed.
+        Emu3Error: the topology, the limit or the number is not legal, or libtpu is not installed.
     """
     kind, _, shape = topology.partition(":")
     legal = "write v5p:4x4x4 or v4:2x2x2 (three sides, like tpu7x:2x2x1), v5e:8x8 or v6e:2x4 (two sides)"
@@ -79,6 +92,8 @@ def tpu_slice(topology: str, limit: float | None = None) -> Slice:
     sides = tuple(int(side) for side in shape.split("x"))
     if math.prod(sides) > chip.pod:
         raise Emu3Error(f"topology {topology!r} has {math.prod(sides)} chips: the largest {kind} slice has {chip.pod}")
+    if not 1 <= count <= _MOST_SLICES:
+        raise Emu3Error(f"{count} slices cannot be planned: the number of slices must be from 1 to {_MOST_SLICES}")
     usable = chip.usable
     if limit is not None:
         if not 0 < limit * GIB <= chip.usable:
@@ -97,13 +112,15 @@ def tpu_slice(topology: str, limit: float | None = None) -> Slice:
     from jax.experimental import topologies
 
     options = dict(chip.options)
+    if count > 1:
+        options["num_slices"] = count
     if math.prod(sides) < 4:
         options["chips_per_host_bounds"] = [*sides, 1, 1][:3]
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         raise Emu3Error(f"topology {topology!r} is not legal: {error}: {legal}") from error
-    return Slice(topology, chip, tuple(described.devices), usable, sides)
+    return Slice(topology, chip, tuple(described.devices), usable, sides, count)
 
 
 def compile_plan(slice_: Slice, mesh: Mesh, programs: Sequence[Program]) -> dict[str, Any]:
@@ -127,6 +144,7 @@ def compile_plan(slice_: Slice, mesh: Mesh, programs: Sequence[Program]) -> dict
     compiled = [_compile(program, slice_, len(mesh.devices.flat)) for program in programs]
     return {
         "topology": slice_.topology,
+        "slices": slice_.count,
         "device": slice_.devices[0].device_kind,
         "devices": len(mesh.devices.flat),
         "chips": len(mesh.devices.flat) // slice_.chip.devices,
@@ -223,8 +241,9 @@ def describe(plan: dict[str, Any]) -> Iterator[str]:
     mesh = ",".join(f"{axis}={size}" for axis, size in plan["mesh"].items() if size > 1) or "of one device"
     each = "chip" if plan["devices"] == plan["chips"] else "device"
     pairs = "" if each == "chip" else f" of {plan['devices'] // plan['chips']} devices each"
+    several = f"{plan['slices']} slices of " if plan["slices"] > 1 else ""
     yield (
-        f"{plan['topology']}: {plan['chips']} chips {plan['device']}{pairs}, mesh {mesh}, "
+        f"{several}{plan['topology']}: {plan['chips']} chips {plan['device']}{pairs}, mesh {mesh}, "
         f"{plan['hbm_bytes'] / 1e9:.0f} GB of HBM per {each}, of which programs can use {_gib(plan['usable_bytes'])}"
     )
     for program in plan["programs"]:
