@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from emu3_jax.models.capability import takes_tf32
+from emu3_jax.models.vision_bands import in_bands, over_bands
 
 HIGHEST = jax.lax.Precision.HIGHEST
 GROUPS = 32
@@ -152,7 +153,8 @@ class GroupNorm(nn.Module):
     """Group normalisation of [B, H, W, C] over rows, columns and the channels of each of 32 groups."""
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, by_rows: bool = False) -> Any:
+        """Normalises x. With `by_rows`, returns the function that normalises some rows of x as part of the whole."""
         channels = x.shape[-1]
         scale = self.param("scale", _ones_init, (channels,), jnp.float32)
         bias = self.param("bias", _channels_init, (channels,), jnp.float32)
@@ -163,11 +165,15 @@ class GroupNorm(nn.Module):
             per_group = per_channel.reshape(len(values), GROUPS, -1).mean(-1)
             return jnp.repeat(per_group, channels // GROUPS, axis=-1)[:, None, None]
 
-        dtype, x = x.dtype, x.astype(jnp.float32)
-        centred = x - group_mean(x)
-        variance = group_mean(centred**2)  # E[x^2] - E[x]^2 would lose digits by cancellation
-        normed = centred * jax.lax.rsqrt(variance + GROUP_NORM_EPS)
-        return (normed * per_channel(scale, x) + per_channel(bias, x)).astype(dtype)
+        dtype, whole = x.dtype, x.astype(jnp.float32)
+        mean = group_mean(whole)
+        variance = group_mean((whole - mean) ** 2)  # E[x^2] - E[x]^2 would lose digits by cancellation
+
+        def normalise(rows: jax.Array, first: jax.Array | int) -> jax.Array:
+            normed = (rows.astype(jnp.float32) - mean) * jax.lax.rsqrt(variance + GROUP_NORM_EPS)
+            return (normed * per_channel(scale, x) + per_channel(bias, x)).astype(dtype)
+
+        return normalise if by_rows else normalise(x, 0)
 
 
 class SpatialNorm(nn.Module):
@@ -176,17 +182,31 @@ class SpatialNorm(nn.Module):
     numerics: Numerics
 
     @nn.compact
-    def __call__(self, x: jax.Array, zq: jax.Array) -> jax.Array:
-        """Normalises x [B, H, W, C] with vectors zq [B, h, w, embed]; H and W are the same multiple of h and w."""
+    def __call__(self, x: jax.Array, zq: jax.Array, by_rows: bool = False) -> Any:
+        """Normalises x [B, H, W, C] with vectors zq [B, h, w, embed]; H and W are the same multiple of h and w.
+
+        With `by_rows`, returns the function that normalises some rows of x, which all belong to one row of zq, or are
+        all rows of some rows of zq.
+        """
         b, height, width, channels = x.shape
-        rows, columns = zq.shape[1:3]
+        cells, columns = zq.shape[1:3]
         # Nearest up-sampling commutes with a 1x1 convolution. So the convolutions run on the small grid; their results
         # are broadcast.
         gain = conv1x1(self.numerics, channels, name="conv_y")(zq)[:, :, None, :, None]
         shift = conv1x1(self.numerics, channels, name="conv_b")(zq)[:, :, None, :, None]
-        x = GroupNorm(name="norm_layer")(x)
-        cells = x.reshape(b, rows, height // rows, columns, width // columns, channels)
-        return (cells * gain + shift).reshape(x.shape)
+        normalise_group = GroupNorm(name="norm_layer")(x, by_rows=True)
+
+        def normalise(rows: jax.Array, first: jax.Array | int) -> jax.Array:
+            of_cell = height // cells
+            taken = -(-rows.shape[1] // of_cell)
+            gains, shifts = (
+                vectors if taken == cells else jax.lax.dynamic_slice_in_dim(vectors, first // of_cell, taken, axis=1)
+                for vectors in (gain, shift)
+            )
+            x = normalise_group(rows, first).reshape(b, taken, -1, columns, width // columns, channels)
+            return (x * gains + shifts).reshape(rows.shape)
+
+        return normalise if by_rows else normalise(x, 0)
 
 
 class BatchNorm(nn.Module):
@@ -223,9 +243,53 @@ class BatchNorm(nn.Module):
         return (normed * per_channel(scale, x) + per_channel(bias, x)).astype(dtype)
 
 
-def norm(numerics: Numerics, name: str, x: jax.Array, zq: jax.Array | None) -> jax.Array:
+def norm(numerics: Numerics, name: str, x: jax.Array, zq: jax.Array | None, by_rows: bool = False) -> Any:
     """The norm of a block: `GroupNorm` in the encoder, `SpatialNorm` with codebook vectors `zq` in the decoder."""
-    return GroupNorm(name=name)(x) if zq is None else SpatialNorm(numerics, name=name)(x, zq)
+    if zq is None:
+        return GroupNorm(name=name)(x, by_rows)
+    return SpatialNorm(numerics, name=name)(x, zq, by_rows)
+
+
+class _Weights(nn.Module):
+    """The kernel and the bias of the convolution that `conv` makes under the same name."""
+
+    kernel: tuple[int, ...]
+    features: int
+
+    @nn.compact
+    def __call__(self, channels: int) -> tuple[jax.Array, jax.Array]:
+        axes = _CONV_AXES[3 - len(self.kernel) :]
+        kernel = self.param("kernel", kernel_init(*axes), (*self.kernel, channels, self.features), jnp.float32)
+        return kernel, self.param("bias", _channels_init, (self.features,), jnp.float32)
+
+
+def activated_conv3x3(
+    numerics: Numerics, features: int, x: jax.Array, zq: jax.Array | None, names: tuple[str, str]
+) -> jax.Array:
+    """Norm, SiLU and 3x3 convolution of x [B, H, W, C], with the names of norm and convolution."""
+    before, after = names
+    if numerics.differentiated or not in_bands(x.shape, features):
+        return conv3x3(numerics, features, name=after)(nn.silu(norm(numerics, before, x, zq)))
+    normalise = norm(numerics, before, x, zq, by_rows=True)
+    kernel, bias = _Weights((3, 3), features, name=after)(x.shape[-1])
+    dtype = numerics.dtype or x.dtype
+
+    def convolve_rows(rows: jax.Array, first: jax.Array | int) -> jax.Array:
+        out = numerics.convolve(
+            rows.astype(dtype),
+            kernel.astype(dtype),
+            window_strides=(1, 1),
+            padding=((0, 0), (1, 1)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision=numerics.precision,
+        )
+        return out + per_channel(bias.astype(dtype), out)
+
+    def activate(rows: jax.Array, first: jax.Array | int) -> jax.Array:
+        return nn.silu(normalise(rows, first))
+
+    cells = x.shape[1] if zq is None else zq.shape[1]
+    return over_bands(convolve_rows, x, cells, features, activate=activate)
 
 
 class ResnetBlock(nn.Module):
@@ -237,8 +301,8 @@ class ResnetBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, zq: jax.Array | None = None) -> jax.Array:
         numerics = self.numerics
-        h = conv3x3(numerics, self.features, name="conv1")(nn.silu(norm(numerics, "norm1", x, zq)))
-        h = conv3x3(numerics, self.features, name="conv2")(nn.silu(norm(numerics, "norm2", h, zq)))
+        h = activated_conv3x3(numerics, self.features, x, zq, ("norm1", "conv1"))
+        h = activated_conv3x3(numerics, self.features, h, zq, ("norm2", "conv2"))
         if x.shape[-1] != self.features:
             if numerics.tf32_pairs and takes_tf32():
                 # The barrier delays the shortcut until h exists. Otherwise the TF32 parts of both convolutions would
@@ -320,7 +384,7 @@ class UpsampleConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        b, height, width, channels = x.shape
+        _, height, width, channels = x.shape
         kernel = self.param("kernel", kernel_init(*_CONV_AXES[1:]), (3, 3, channels, channels), jnp.float32)
         bias = self.param("bias", _channels_init, (channels,), jnp.float32)
         taps = jnp.einsum("prk,qsl,klio->rsipqo", _PHASES, _PHASES, kernel, precision=HIGHEST)
@@ -333,20 +397,37 @@ class UpsampleConv(nn.Module):
                 for r in (0, 1)
                 for s in (0, 1)
             )
+            out = _interleaved(out)
         else:
-            out = self.numerics.convolve(
-                x,
-                taps,
-                window_strides=(1, 1),
-                padding=((1, 1), (1, 1)),
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-                precision=precision,
-            )
-        out = out.reshape(b, height + 1, width + 1, 2, 2, channels)
-        # Row i of `out` saw pixels i - 1 and i. For pixel i, phase 0 needs row i of `out`, phase 1 needs row i + 1.
-        rows = [jnp.stack([out[:, p : p + height, q : q + width, p, q] for q in (0, 1)], axis=3) for p in (0, 1)]
-        out = jnp.stack(rows, axis=2).reshape(b, 2 * height, 2 * width, channels)
+
+            def upsample(rows: jax.Array, outside: int) -> jax.Array:
+                """From rows, and so many rows of zeros above and below them."""
+                out = self.numerics.convolve(
+                    rows,
+                    taps,
+                    window_strides=(1, 1),
+                    padding=((outside, outside), (1, 1)),
+                    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                    precision=precision,
+                )
+                return _interleaved(out)
+
+            if in_bands(x.shape, 4 * channels):
+                out = over_bands(
+                    lambda rows, _: upsample(rows, 0), x, height, 4 * channels, activate=lambda rows, _: rows
+                )
+            else:
+                out = upsample(x, 1)
         return out + per_channel(bias.astype(x.dtype), x)
+
+
+def _interleaved(out: jax.Array) -> jax.Array:
+    """Pixels [B, 2H, 2W, C] of the four phases [B, H + 1, W + 1, 4C] that `UpsampleConv` computes."""
+    b, height, width = out.shape[0], out.shape[1] - 1, out.shape[2] - 1
+    out = out.reshape(b, height + 1, width + 1, 2, 2, -1)
+    # Row i of `out` saw pixels i - 1 and i. For pixel i, phase 0 needs row i of `out`, phase 1 needs row i + 1.
+    rows = [jnp.stack([out[:, p : p + height, q : q + width, p, q] for q in (0, 1)], axis=3) for p in (0, 1)]
+    return jnp.stack(rows, axis=2).reshape(b, 2 * height, 2 * width, -1)
 
 
 class CausalConv3d(nn.Module):
