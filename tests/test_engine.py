@@ -230,6 +230,6 @@ def test_what_a_session_lowers_is_what_it_runs(mesh, narrow):
 
     abstract = decoding.abstract_state(decoding.state.cache.slots)
     assert described(abstract) == described(decoding.state)
-    assert list(decoding.shapes.cache_sizes()) == [decoding.state.cache.slots]
+    assert decoding.shapes.cache_sizes() == [decoding.state.cache.slots]
     assert "while" in decoding.lower_decode(decoding.state.cache.slots).as_text()
     assert decoding.lower_prefill().as_text() and decoding.lower_growth(64, 128).as_text()

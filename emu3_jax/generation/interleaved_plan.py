@@ -1,6 +1,5 @@
 """The programs of rows that write texts and pictures in turn. `sharding.plan` compiles them for a TPU slice."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -14,7 +13,14 @@ from emu3_jax.generation.defaults import MOST_PARALLEL
 from emu3_jax.generation.grammar import Grammar, GrammarState
 from emu3_jax.generation.parallel import choose_window
 from emu3_jax.generation.sampling import RowSettings
-from emu3_jax.generation.shapes import bucket, cache_slots, fill_rows, spare_slots
+from emu3_jax.generation.shapes import (
+    bucket,
+    cache_slots,
+    fill_rows,
+    passes_by_size,
+    sizes_while_growing,
+    spare_slots,
+)
 from emu3_jax.models.attention import choose_kernels
 from emu3_jax.models.cache import KVCache
 from emu3_jax.models.quantization import narrows_cache
@@ -47,7 +53,9 @@ def interleaved_programs(config: GenerateConfig, mesh: Mesh, params: Any) -> lis
     grammar, narrow = Grammar.of(decoder, range(1, 11), 11), narrows_cache(config.quantize)
     options = interleaving.Options(grammar, contexts, width, True, False, kernels, narrow, window)
     final = width + steps + spare_slots(window)
-    sizes = list(_sizes(width + window, final, kernels))
+    sizes = sizes_while_growing(
+        cache_slots(width + window, final, kernels), lambda needed: cache_slots(needed, final, kernels)
+    )
 
     whole = NamedSharding(mesh, PartitionSpec())
 
@@ -96,7 +104,7 @@ def interleaved_programs(config: GenerateConfig, mesh: Mesh, params: Any) -> lis
     carried = (last.tokens, last.step, last.passes, last.ended, last.inside, last.grammar)
     at_once = f", {window} tokens at once in pictures," if window > 1 else ""
     made = f"{counted(rows, 'row')} of texts and pictures"
-    rates = Decoding("row", rows, tuple(_passes(sizes, width, config.interleave))) if window == 1 else None
+    rates = Decoding("row", rows, passes_by_size(sizes, width, config.interleave)) if window == 1 else None
     result = [
         Program(
             f"prefill of {contexts * rows} rows of {width} tokens", lower_prefill,
@@ -115,21 +123,3 @@ def interleaved_programs(config: GenerateConfig, mesh: Mesh, params: Any) -> lis
             )
         )  # fmt: skip
     return result
-
-
-def _sizes(needed: int, final: int, kernels: str) -> Iterator[int]:
-    """Yields the sizes of the cache in slots, as it grows."""
-    size = cache_slots(needed, final, kernels)
-    yield size
-    while (larger := cache_slots(size + 1, final, kernels)) > size:
-        size = larger
-        yield size
-
-
-def _passes(sizes: list[int], width: int, steps: int) -> Iterator[tuple[int, int]]:
-    """Yields each size of the cache and the number of passes with it. A pass takes one token of each row."""
-    done = 0
-    for slots in sizes:
-        passes = max((steps if slots == sizes[-1] else min(slots - width, steps)) - done, 0)
-        yield slots, passes
-        done += passes

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -19,7 +19,7 @@ from emu3_jax.generation.interleaved_plan import interleaved_programs
 from emu3_jax.generation.rows import Sampling
 from emu3_jax.generation.schedule import text_schedule
 from emu3_jax.generation.session import DecodeSession, Row
-from emu3_jax.generation.shapes import Shapes
+from emu3_jax.generation.shapes import Shapes, passes_by_size
 from emu3_jax.models.decoder import Decoder
 from emu3_jax.models.quantization import (
     codes_and_scales_shapes,
@@ -138,7 +138,7 @@ class PlannedSession:
         """
         session, shapes, beside = self.session, self.shapes, dict(beside or {})
         rows, width, window = shapes.computed_rows, shapes.width, shapes.variant.window
-        sizes = list(shapes.cache_sizes())
+        sizes = shapes.cache_sizes()
         full = session.abstract_state(sizes[-1])
         prompts, start, plan = session.abstract_inputs()
         inputs = (plan, full.tokens, full.step, full.passes, full.ended)
@@ -157,7 +157,7 @@ class PlannedSession:
                 {"weights": self.params, "cache": full.cache, "inputs": inputs},
                 beside=beside,
                 flops=self._flops(rows * window, rows * window * sizes[-1], rows * window),
-                rates=Decoding(self.noun, shapes.rows, tuple(self._passes(sizes)), window),
+                rates=Decoding(self.noun, shapes.rows, passes_by_size(sizes, width, self.last, window), window),
             ),
         ]
         if len(sizes) > 1:
@@ -171,14 +171,6 @@ class PlannedSession:
                 )
             )
         return result
-
-    def _passes(self, sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """Yields each size of the cache and the number of passes with it, if all guesses of a pass are right."""
-        done, window = 0, self.shapes.variant.window
-        for slots in sizes:
-            steps = max(min(slots - self.shapes.width, self.last) - done, 0) if slots != sizes[-1] else self.last - done
-            yield slots, -(-steps // window)
-            done += steps
 
     def _flops(self, tokens: int, attended: float, heads: int) -> float:
         """Operations of layers and head. `tokens` see `attended` keys in total, `heads` tokens get logits."""

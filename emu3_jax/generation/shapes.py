@@ -5,7 +5,7 @@ B rows; T steps of the longest schedule.
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jax.sharding import Mesh
@@ -69,6 +69,29 @@ def fill_rows(count: int, mesh: Mesh | None, guided: bool) -> int:
     return -(-count // multiple) * multiple
 
 
+def sizes_while_growing(first: int, slots: Callable[[int], int]) -> list[int]:
+    """The sizes of a cache, from the first one on. `slots` gives the size while so many slots are in use."""
+    sizes = [first]
+    while (larger := slots(sizes[-1] + 1)) > sizes[-1]:
+        sizes.append(larger)
+    return sizes
+
+
+def passes_by_size(sizes: Sequence[int], width: int, steps: int, window: int = 1) -> tuple[tuple[int, int], ...]:
+    """Each size of the cache and the number of passes with it, if all guesses of a pass are right.
+
+    Args:
+        sizes: the sizes in slots, as the cache grows.
+        width: number of slots of the prompt.
+        steps: number of tokens that each row writes.
+        window: number of tokens of a pass.
+    """
+    ends = [*(min(size - width, steps) for size in sizes[:-1]), steps]
+    return tuple(
+        (size, -(-max(end - begin, 0) // window)) for size, begin, end in zip(sizes, [0, *ends], ends, strict=False)
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Shapes:
     """The shapes and options that a session's programs are compiled for.
@@ -112,10 +135,6 @@ class Shapes:
         """The size of the cache in slots during prefill."""
         return self.slots(self.width + self.variant.window)
 
-    def cache_sizes(self) -> Iterator[int]:
-        """Yields the sizes of the cache in slots, as it grows."""
-        size = self.first_slots
-        yield size
-        while (larger := self.slots(size + 1)) > size:
-            size = larger
-            yield size
+    def cache_sizes(self) -> list[int]:
+        """The sizes of the cache in slots, as it grows."""
+        return sizes_while_growing(self.first_slots, self.slots)
