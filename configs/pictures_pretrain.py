@@ -13,12 +13,17 @@ commands.
 As in the paper (arXiv 2409.18869, 3.2), all kinds of data are trained in one mixture.
 """
 
+import dataclasses
+import pathlib
+import runpy
+
 from emu3_jax.config import DecoderConfig
-from emu3_jax.data.config import DataConfig, Source
+from emu3_jax.data.config import Source
 from emu3_jax.data.sequences import ImageToText, Interleaved, NextFrame, TextOnly, TextToImage
 from emu3_jax.text.tokenizer import special_tokens
-from emu3_jax.training.config import ModelConfig, OptimizerConfig, SampleConfig, TrainConfig
+from emu3_jax.training.config import SampleConfig, TrainConfig
 
+EMOJI = runpy.run_path(str(pathlib.Path(__file__).with_name("emoji_pretrain.py")))
 TOKENS = "out/pictures_tokens"
 HELD_OUT = (
     ("t2i", Source(f"{TOKENS}/prompts_heldout", TextToImage())),
@@ -34,17 +39,14 @@ PROMPTS = ("a cat", "a red car", "flag of Japan", "two blue stars and one red ci
 def decoder() -> DecoderConfig:
     # 2,048 text tokens, see scripts/emoji_bundle.py; 4,096 codes, see configs/vision_pictures.py.
     tokens = special_tokens(2048, 4096)
-    return DecoderConfig(
+    return dataclasses.replace(
+        EMOJI["decoder"](),
         vocab_size=tokens.visual_end,
         hidden_size=448,
         intermediate_size=1216,
-        num_layers=8,
         num_heads=14,
-        num_kv_heads=2,
         max_positions=2048,
-        rope_theta=10_000.0,
         image_area=64 * 64,
-        clip_frames=8,
         tokens=tokens,
     )
 
@@ -71,23 +73,14 @@ def sources(loss: str) -> tuple[Source, ...]:
 
 
 def config() -> TrainConfig:
-    return TrainConfig(
+    emoji = EMOJI["config"]()
+    return dataclasses.replace(
+        emoji,
         directory="out/pictures_pretrain",
-        model=ModelConfig(
-            "out/pictures_start", decoder(), random=True, remat="none", dropout=0.1, noise=1.0, noise_in="auto"
-        ),
-        data=DataConfig(sources("all"), sequence_length=2112, packing=0, in_memory=True),
+        model=dataclasses.replace(emoji.model, bundle="out/pictures_start", decoder=decoder(), noise_in="auto"),
+        data=dataclasses.replace(emoji.data, sources=sources("all"), sequence_length=2112),
         batch_size=64,
-        mesh="data=-1",
         steps=12_000,
-        optimizer=OptimizerConfig(
-            learning_rate=1.5e-3, final_learning_rate=1.5e-4, warmup_steps=200, clip_norm=1.0, eps=1e-8
-        ),
-        # A picture has 256 visual targets, an answer about ten tokens.
-        vision_weight=0.1,
-        log_every=20,
-        checkpoint_every=2_000,
-        keep=1,
         evaluation=HELD_OUT,
         evaluate_every=3_000,
         samples=SampleConfig(PROMPTS, every=6_000),
