@@ -22,7 +22,8 @@ from emu3_jax.data.pixels import PixelData
 from emu3_jax.errors import Emu3Error
 from emu3_jax.media.clips import save_clip
 from emu3_jax.models.vision import VisionTokenizer
-from emu3_jax.models.vision_layers import CausalConv3d, Numerics, TemporalDownsample, TemporalUpsample
+from emu3_jax.models.vision_layers import Numerics
+from emu3_jax.models.vision_temporal import CausalConv3d, TemporalDownsample, TemporalUpsample
 from emu3_jax.sharding.mesh import make_mesh
 from emu3_jax.training import vision as vision_loop
 from emu3_jax.training import vision_step

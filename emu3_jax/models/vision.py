@@ -19,19 +19,15 @@ from emu3_jax.config import IbqConfig, VisionConfig, VisionTokenizerConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.models.ibq import IbqTokenizer
 from emu3_jax.models.quantizer import Quantizer
-from emu3_jax.models.vision_layers import (
-    HIGHEST,
+from emu3_jax.models.vision_layers import HIGHEST, GroupNorm, Numerics, SpatialNorm, conv3x3
+from emu3_jax.models.vision_stages import Middle, down_stages, over_frames, up_stages
+from emu3_jax.models.vision_temporal import (
     PAST,
     CausalConv3d,
-    GroupNorm,
-    Numerics,
-    SpatialNorm,
     TemporalDownsample,
     TemporalResnetBlock,
     TemporalUpsample,
-    conv3x3,
 )
-from emu3_jax.models.vision_stages import Middle, down_stages, over_frames, up_stages
 
 
 class VisionEncoder(nn.Module):

@@ -8,6 +8,7 @@ Axes: B batch, H W rows and columns of pixels, C channels, R rows of a band.
 
 from collections.abc import Callable
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -26,12 +27,15 @@ def in_bands(shape: tuple[int, ...], features: int) -> bool:
     return target_platform() == "tpu" and 4 * b * height * width * max(channels, features) > WHOLE_BYTES
 
 
-def over_bands(function: OfRows, x: jax.Array, cells: int, features: int, *, activate: OfRows) -> jax.Array:
+def over_bands(
+    network: Callable[..., jax.Array], module: nn.Module, x: jax.Array, cells: int, features: int, *, activate: OfRows
+) -> jax.Array:
     """Applies a convolution that looks one row up and down to activated rows of x, band by band.
 
     Args:
-        function: from the activated rows [B, R + 2, W, C] of a band, and the number of its first row without the row
-            above it, to the band's result [B, R', W', C'].
+        network: called with `module` and the activated rows [B, R + 2, W, C] of a band, with the row above it and the
+            row below it. Returns the band's result [B, R', W', C'].
+        module: holds the parameters of `network`.
         x: [B, H, W, C].
         cells: H is a multiple of it, and each band has rows of whole cells of H / cells rows.
         features: channels of the result.
@@ -47,15 +51,14 @@ def over_bands(function: OfRows, x: jax.Array, cells: int, features: int, *, act
     def taken(first: jax.Array, count: int) -> jax.Array:
         return activate(lax.dynamic_slice_in_dim(x, first, count, axis=1), first)
 
-    def band(first: jax.Array) -> jax.Array:
-        above, below = jnp.maximum(first - 1, 0), jnp.minimum(first + rows, height - 1)
-        edges = [
-            jnp.where(inside, taken(place, 1), 0)
-            for place, inside in ((above, first > 0), (below, first + rows < height))
-        ]
-        return function(jnp.concatenate([edges[0], taken(first, rows), edges[1]], axis=1), first)
+    def band(module: nn.Module, carry: tuple[()], first: jax.Array) -> tuple[tuple[()], jax.Array]:
+        above = jnp.where(first > 0, taken(jnp.maximum(first - 1, 0), 1), 0)
+        below = jnp.where(first + rows < height, taken(jnp.minimum(first + rows, height - 1), 1), 0)
+        return carry, network(module, jnp.concatenate([above, taken(first, rows), below], axis=1))
 
-    found = jnp.moveaxis(lax.map(band, jnp.arange(0, height, rows)), 0, 1)  # [B, bands, R', W', C']
+    loop = nn.scan(band, variable_broadcast="params", split_rngs={"params": False})
+    _, found = loop(module, (), jnp.arange(0, height, rows))
+    found = jnp.moveaxis(found, 0, 1)  # [B, bands, R', W', C']
     return found.reshape(b, -1, *found.shape[3:])
 
 

@@ -24,20 +24,16 @@ from emu3_jax.models.vision_bands import in_bands, over_bands
 HIGHEST = jax.lax.Precision.HIGHEST
 GROUPS = 32
 GROUP_NORM_EPS = 1e-6
-BATCH_NORM_EPS = 1e-5
 # Most attention scores in memory at once: 64 MiB in float32. A picture of up to 512x512 pixels is one block.
 MAX_SCORES = 2**24
 
 # [phase, pixel, tap]: which taps of a kernel of 3 fall on which of two neighbour pixels, for even and odd output rows.
 _PHASES = np.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], np.float32)
 
-_FRAMES_BEFORE = 2  # frames of zeros before the first frame of a causal convolution
-PAST = "past"  # Flax collection: the last frames of the previous part of a clip, one array per causal convolution
-
-_CONV_AXES = ("conv_time", "conv_rows", "conv_columns", "conv_in", "conv_out")
+CONV_AXES = ("conv_time", "conv_rows", "conv_columns", "conv_in", "conv_out")
 _conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # upstream's Kaiming initialisation
-_channels_init = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("channels",))
-_ones_init = nn.with_logical_partitioning(nn.initializers.ones_init(), ("channels",))
+channels_init = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("channels",))
+ones_init = nn.with_logical_partitioning(nn.initializers.ones_init(), ("channels",))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +112,8 @@ def conv(
         tuple(kernel),
         strides=stride if stride is None else tuple(stride),
         padding=tuple(padding),
-        kernel_init=kernel_init(*_CONV_AXES[3 - len(kernel) :]),
-        bias_init=_channels_init,
+        kernel_init=kernel_init(*CONV_AXES[3 - len(kernel) :]),
+        bias_init=channels_init,
         conv_general_dilated=numerics.convolve,
         dtype=numerics.dtype,
         precision=numerics.precision,
@@ -137,7 +133,7 @@ def dense(numerics: Numerics, features: int, name: str | None = None) -> nn.Dens
     return nn.Dense(
         features,
         kernel_init=kernel_init("conv_in", "conv_out"),
-        bias_init=_channels_init,
+        bias_init=channels_init,
         dtype=numerics.dtype,
         precision=numerics.precision,
         name=name,
@@ -156,8 +152,8 @@ class GroupNorm(nn.Module):
     def __call__(self, x: jax.Array, by_rows: bool = False) -> Any:
         """Normalises x. With `by_rows`, returns the function that normalises some rows of x as part of the whole."""
         channels = x.shape[-1]
-        scale = self.param("scale", _ones_init, (channels,), jnp.float32)
-        bias = self.param("bias", _channels_init, (channels,), jnp.float32)
+        scale = self.param("scale", ones_init, (channels,), jnp.float32)
+        bias = self.param("bias", channels_init, (channels,), jnp.float32)
 
         def group_mean(values: jax.Array) -> jax.Array:
             """Group means [B, 1, 1, C] of [B, H, W, C]. Reducing per channel first is fast on every backend."""
@@ -209,58 +205,11 @@ class SpatialNorm(nn.Module):
         return normalise if by_rows else normalise(x, 0)
 
 
-class BatchNorm(nn.Module):
-    """Batch normalisation. The stored statistics are ordinary parameters."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array, batch_statistics: jax.Array | None = None) -> jax.Array:
-        """Normalises x over all axes but the last.
-
-        Args:
-            x: [..., C].
-            batch_statistics: float32 scalar from 0 to 1, the weight of the batch's statistics against the stored ones.
-                The batch's statistics are also sown into the collection "statistics". None (inference): use only the
-                stored statistics.
-
-        Returns:
-            [..., C] in the dtype of x.
-        """
-        shape = (x.shape[-1],)
-        scale = self.param("scale", _ones_init, shape, jnp.float32)
-        bias = self.param("bias", _channels_init, shape, jnp.float32)
-        mean = self.param("mean", _channels_init, shape, jnp.float32)
-        var = self.param("var", _ones_init, shape, jnp.float32)
-        dtype, x = x.dtype, x.astype(jnp.float32)
-        if batch_statistics is not None:
-            axes = tuple(range(x.ndim - 1))
-            batch_mean, batch_var = x.mean(axes), x.var(axes)
-            self.sow("statistics", "mean", batch_mean)
-            self.sow("statistics", "var", batch_var)
-            self.sow("statistics", "count", x.size // x.shape[-1])
-            mean = batch_statistics * batch_mean + (1 - batch_statistics) * jax.lax.stop_gradient(mean)
-            var = batch_statistics * batch_var + (1 - batch_statistics) * jax.lax.stop_gradient(var)
-        normed = (x - per_channel(mean, x)) * per_channel(jax.lax.rsqrt(var + BATCH_NORM_EPS), x)
-        return (normed * per_channel(scale, x) + per_channel(bias, x)).astype(dtype)
-
-
 def norm(numerics: Numerics, name: str, x: jax.Array, zq: jax.Array | None, by_rows: bool = False) -> Any:
     """The norm of a block: `GroupNorm` in the encoder, `SpatialNorm` with codebook vectors `zq` in the decoder."""
     if zq is None:
         return GroupNorm(name=name)(x, by_rows)
     return SpatialNorm(numerics, name=name)(x, zq, by_rows)
-
-
-class _Weights(nn.Module):
-    """The kernel and the bias of the convolution that `conv` makes under the same name."""
-
-    kernel: tuple[int, ...]
-    features: int
-
-    @nn.compact
-    def __call__(self, channels: int) -> tuple[jax.Array, jax.Array]:
-        axes = _CONV_AXES[3 - len(self.kernel) :]
-        kernel = self.param("kernel", kernel_init(*axes), (*self.kernel, channels, self.features), jnp.float32)
-        return kernel, self.param("bias", _channels_init, (self.features,), jnp.float32)
 
 
 def activated_conv3x3(
@@ -271,25 +220,11 @@ def activated_conv3x3(
     if numerics.differentiated or not in_bands(x.shape, features):
         return conv3x3(numerics, features, name=after)(nn.silu(norm(numerics, before, x, zq)))
     normalise = norm(numerics, before, x, zq, by_rows=True)
-    kernel, bias = _Weights((3, 3), features, name=after)(x.shape[-1])
-    dtype = numerics.dtype or x.dtype
-
-    def convolve_rows(rows: jax.Array, first: jax.Array | int) -> jax.Array:
-        out = numerics.convolve(
-            rows.astype(dtype),
-            kernel.astype(dtype),
-            window_strides=(1, 1),
-            padding=((0, 0), (1, 1)),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            precision=numerics.precision,
-        )
-        return out + per_channel(bias.astype(dtype), out)
-
-    def activate(rows: jax.Array, first: jax.Array | int) -> jax.Array:
-        return nn.silu(normalise(rows, first))
-
+    module = conv(numerics, features, (3, 3), ((0, 0), (1, 1)), name=after)
     cells = x.shape[1] if zq is None else zq.shape[1]
-    return over_bands(convolve_rows, x, cells, features, activate=activate)
+    return over_bands(
+        nn.Conv.__call__, module, x, cells, features, activate=lambda rows, first: nn.silu(normalise(rows, first))
+    )
 
 
 class ResnetBlock(nn.Module):
@@ -385,8 +320,8 @@ class UpsampleConv(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         _, height, width, channels = x.shape
-        kernel = self.param("kernel", kernel_init(*_CONV_AXES[1:]), (3, 3, channels, channels), jnp.float32)
-        bias = self.param("bias", _channels_init, (channels,), jnp.float32)
+        kernel = self.param("kernel", kernel_init(*CONV_AXES[1:]), (3, 3, channels, channels), jnp.float32)
+        bias = self.param("bias", channels_init, (channels,), jnp.float32)
         taps = jnp.einsum("prk,qsl,klio->rsipqo", _PHASES, _PHASES, kernel, precision=HIGHEST)
         taps, precision = taps.reshape(2, 2, channels, 4 * channels).astype(x.dtype), self.numerics.precision
         if self.numerics.differentiated:
@@ -414,7 +349,7 @@ class UpsampleConv(nn.Module):
 
             if in_bands(x.shape, 4 * channels):
                 out = over_bands(
-                    lambda rows, _: upsample(rows, 0), x, height, 4 * channels, activate=lambda rows, _: rows
+                    lambda _, rows: upsample(rows, 0), self, x, height, 4 * channels, activate=lambda rows, _: rows
                 )
             else:
                 out = upsample(x, 1)
@@ -428,104 +363,3 @@ def _interleaved(out: jax.Array) -> jax.Array:
     # Row i of `out` saw pixels i - 1 and i. For pixel i, phase 0 needs row i of `out`, phase 1 needs row i + 1.
     rows = [jnp.stack([out[:, p : p + height, q : q + width, p, q] for q in (0, 1)], axis=3) for p in (0, 1)]
     return jnp.stack(rows, axis=2).reshape(b, 2 * height, 2 * width, -1)
-
-
-class CausalConv3d(nn.Module):
-    """A 3D convolution that never uses later frames: [B, T, H, W, C] to [B, T', H, W, features].
-
-    As in upstream, two frames of zeros precede the first frame, even if the kernel is four frames long. If the
-    collection "past" is mutable, the last two frames of the previous call replace the zeros, so a clip may come in
-    parts.
-    """
-
-    numerics: Numerics
-    features: int
-    kernel: tuple[int, int, int] = (3, 1, 1)
-    stride: int = 1  # in time
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        padding = ((_FRAMES_BEFORE, 0), *((k // 2, k // 2) for k in self.kernel[1:]))
-        if self.is_mutable_collection(PAST):
-            b, _, *rest = x.shape
-            past = self.variable(PAST, "frames", jnp.zeros, (b, _FRAMES_BEFORE, *rest), x.dtype)
-            x = jnp.concatenate([past.value, x], axis=1)
-            past.value = x[:, -_FRAMES_BEFORE:]
-            padding = ((0, 0), *padding[1:])
-        elif self.numerics.differentiated:
-            return FoldedConv3d(self.numerics, self.features, self.kernel, self.stride, name="conv")(x)
-        stride = (self.stride, 1, 1)
-        return conv(self.numerics, self.features, self.kernel, padding, stride=stride, name="conv")(x)
-
-
-class FoldedConv3d(nn.Module):
-    """The convolution of `CausalConv3d` as one 2D convolution, with the channels of all frames side by side.
-
-    It multiplies with zeros where an output frame does not depend on an input frame. In return it is one 2D convolution
-    with many channels; libraries have few fast kernels for 3D convolutions with few channels. The gain in a training
-    step was not measured separately.
-    """
-
-    numerics: Numerics
-    features: int
-    kernel: tuple[int, int, int]
-    stride: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        numerics = self.numerics
-        x = x if numerics.dtype is None else x.astype(numerics.dtype)
-        b, frames, height, width, channels = x.shape
-        taps, *window = self.kernel
-        shape = (*self.kernel, channels, self.features)
-        kernel = self.param("kernel", kernel_init(*_CONV_AXES), shape, jnp.float32)
-        bias = self.param("bias", _channels_init, (self.features,), jnp.float32)
-        outputs = (frames + _FRAMES_BEFORE - taps) // self.stride + 1
-        # `falls` [frame, tap, output frame] is 1 if the tap of an output frame falls on the frame.
-        sees = np.arange(taps)[:, None] + self.stride * np.arange(outputs) - _FRAMES_BEFORE
-        falls = (np.arange(frames)[:, None, None] == sees).astype(np.float32)
-        folded = jnp.einsum("fto,trsck->rsfcok", falls, kernel, precision=HIGHEST).astype(x.dtype)
-        out = numerics.convolve(
-            x.transpose(0, 2, 3, 1, 4).reshape(b, height, width, frames * channels),
-            folded.reshape(*window, frames * channels, outputs * self.features),
-            window_strides=(1, 1),
-            padding=tuple((k // 2, k // 2) for k in window),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            precision=numerics.precision,
-        ).reshape(b, height, width, outputs, self.features)
-        return out.transpose(0, 3, 1, 2, 4) + per_channel(bias.astype(x.dtype), x)
-
-
-class TemporalDownsample(nn.Module):
-    """Halves the number of frames: [B, T, H, W, C] to [B, T/2, H, W, C]."""
-
-    numerics: Numerics
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return CausalConv3d(self.numerics, x.shape[-1], (4, 3, 3), stride=2, name="conv")(x)
-
-
-class TemporalUpsample(nn.Module):
-    """Repeats each frame, then applies a causal convolution: [B, T, H, W, C] to [B, 2T, H, W, C]."""
-
-    numerics: Numerics
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return CausalConv3d(self.numerics, x.shape[-1], (3, 3, 3), name="conv")(x.repeat(2, axis=1))
-
-
-class TemporalResnetBlock(nn.Module):
-    """A residual block of two causal 3x3x3 convolutions. Keeps the shape [B, T, H, W, C]."""
-
-    numerics: Numerics
-
-    @nn.compact
-    def __call__(self, x: jax.Array, batch_statistics: jax.Array | None = None) -> jax.Array:
-        """For `batch_statistics` see `BatchNorm`."""
-        h = x
-        for number in (1, 2):
-            h = nn.silu(BatchNorm(name=f"norm{number}")(h, batch_statistics))
-            h = CausalConv3d(self.numerics, x.shape[-1], (3, 3, 3), name=f"conv{number}")(h)
-        return x + h

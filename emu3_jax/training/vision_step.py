@@ -193,7 +193,7 @@ class VisionTrainer:
             params: parameters of the tokenizer.
             pixels: float32 `stills` [B, H, W, 3] and `clips` [b, T, H, W, 3] in -1..1.
             batch_statistics: float32 scalar, 1 if batch norms use the batch's statistics, 0 if they use the stored
-                ones. See `models.vision_layers.BatchNorm`.
+                ones. See `models.vision_temporal.BatchNorm`.
 
         Returns:
             (loss, reconstructed pixels [N, H, W, 3]), and a dict with metrics, batch statistics, latents and codes.
