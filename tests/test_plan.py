@@ -6,6 +6,7 @@ import json
 import pathlib
 
 import jax
+import numpy as np
 import pytest
 
 from emu3_jax.cli.main import main
@@ -267,11 +268,18 @@ def test_bad_input(small, capsys, config, arguments, message):
 
 
 @libtpu
-def test_a_mesh_that_does_not_fit_the_sides_of_a_slice():
-    with pytest.raises(
-        Emu3Error, match="mesh fsdp=2,tensor=8 does not fit this slice of 16 chips: each axis size must"
-    ):
-        make_mesh("fsdp=2,tensor=8", plan.tpu_slice("v6e:4x4").devices)
+@pytest.mark.parametrize(
+    ("topology", "sizes", "extent"),
+    [("v6e:4x4", "fsdp=2,tensor=8", [4, 2, 1]), ("v5p:8x16x16", "data=32,fsdp=64", [4, 16, 1])],
+)
+def test_axes_may_share_a_side_of_a_slice(topology, sizes, extent):
+    """No product of sides is 8 or 64. The chips of such an axis still make a block."""
+    mesh = make_mesh(sizes, plan.tpu_slice(topology).devices)
+    groups = mesh.devices.reshape(-1, int(sizes.rpartition("=")[2]))
+    assert len(set(mesh.devices.flat)) == mesh.size
+    for group in groups:
+        coordinates = np.array([device.coords for device in group])
+        assert (np.ptp(coordinates, axis=0) + 1).tolist() == extent
 
 
 def test_without_libtpu(small, capsys, monkeypatch):
@@ -320,6 +328,8 @@ def test_full_size_preference_pairs():
     assert plan.chip_bytes(step.arguments["inputs"]) == 2 * (8_704 * (3 * 4 + 1) + 4) + 4 + 8
     with pytest.raises(Emu3Error, match=r"batch_size is 16: it must be a multiple of 32, .* split it between pairs"):
         training_plan.programs(config, plan.tpu_slice("v5e:4x4"))
+    with pytest.raises(Emu3Error, match=r"--rows-per-chip 3 would split rows that .*: give a multiple of 2"):
+        training_plan.programs(config, plan.tpu_slice("v5e:4x4"), rows_per_chip=3)
 
 
 @libtpu

@@ -102,6 +102,7 @@ def untouched():
         ("fsdp=1", 4),
         ("data=8", 1),
         ("fsdp=4", 2),
+        ("data=2,fsdp=2,sequence=2", 1),
         ("tensor=2", 1),
         ("data=2,fsdp=2,tensor=2", 2),
         ("fsdp=2,sequence=2,tensor=2", 1),

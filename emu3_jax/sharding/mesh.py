@@ -1,10 +1,11 @@
 """Device meshes with four named axes, from sizes such as "data=2,tensor=4"."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
-from jax.experimental.mesh_utils import create_hybrid_device_mesh
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh
 
 from emu3_jax.errors import Emu3Error
@@ -27,8 +28,8 @@ def make_mesh(sizes: str | Mapping[str, int], devices: Sequence[jax.Device] | No
 
     Raises:
         Emu3Error: an axis is unknown, a size is not legal, the product of the sizes does not divide the number of
-            devices, a mesh over several hosts does not use all devices, the sizes do not fit the sides of a TPU
-            slice, or with several slices `data` is not a multiple of their number.
+            devices, a mesh over several hosts does not use all devices, or with several slices `data` is not a
+            multiple of their number.
     """
     parsed = {**dict.fromkeys(AXES, 1), **_parse(sizes)}
     devices = list(jax.devices() if devices is None else devices)
@@ -57,17 +58,22 @@ def make_mesh(sizes: str | Mapping[str, int], devices: Sequence[jax.Device] | No
         )
     # Auto: the compiler inserts collectives as the model's sharding constraints require.
     types = (AxisType.Auto,) * len(AXES)
+    shape = tuple(parsed.values())
+    if slices > 1:
+        inside = (parsed["data"] // slices, *shape[1:])
+        placed = _place(create_hybrid_device_mesh, inside, (slices, 1, 1, 1), devices[:count])
+    else:
+        placed = _place(create_device_mesh, shape, devices[:count])
+    return Mesh(placed, AXES, axis_types=types)
+
+
+def _place(create: Callable[..., Any], *arguments: Any) -> Any:
+    """Puts the devices of a slice in the order of a mesh. Where possible, an axis takes whole sides of the slice."""
     try:
-        if slices > 1:
-            inside = (parsed["data"] // slices, *tuple(parsed.values())[1:])
-            placed = create_hybrid_device_mesh(inside, (slices, 1, 1, 1), devices[:count])
-            return Mesh(placed, AXES, axis_types=types)
-        return jax.make_mesh(tuple(parsed.values()), AXES, axis_types=types, devices=devices[:count])
-    except NotImplementedError as error:
-        raise Emu3Error(
-            f"mesh {described} does not fit this slice of {len(devices)} chips: each axis size must be a product of "
-            "some of its sides, for example 4 or 16 on v6e:4x4"
-        ) from error
+        return create(*arguments)
+    except NotImplementedError:
+        # No product of sides has this size, for example fsdp=64 on 8x16x16 chips. So axes share a side.
+        return create(*arguments, allow_split_physical_axes=True)
 
 
 def _parse(sizes: str | Mapping[str, int]) -> dict[str, int]:

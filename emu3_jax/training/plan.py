@@ -49,6 +49,10 @@ def programs(config: TrainConfig, slice_: Slice, rows_per_chip: int | None = Non
     together = config.together
     shards = batch_shards(mesh) * config.accumulation * together
     if config.batch_size % shards:
+        if rows_per_chip is not None:
+            raise Emu3Error(
+                f"--rows-per-chip {rows_per_chip} would split rows that belong together: give a multiple of {together}"
+            )
         between = "" if together == 1 else " between pairs" if config.data.pairs else " between pictures of two rows"
         raise Emu3Error(
             f"TrainConfig field batch_size is {config.batch_size}: it must be a multiple of {shards}, because the mesh "
