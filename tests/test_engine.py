@@ -74,6 +74,14 @@ def test_a_cache_grows_through_few_sizes():
     assert shapes.cache_slots(1, 124_992, "pallas") == 124_992
 
 
+def test_slots_that_passes_read_on_tpus():
+    """The kernel reads blocks of 512 slots, from the one behind the prompt on; XLA's attention the whole cache."""
+    assert shapes.sizes_read([2048, 2624], 64, "xla") == [2048, 2624]
+    read = shapes.sizes_read([2624], 600, "pallas-tpu")
+    assert read == [1024, 1536, 2048, 2560, 2624]
+    assert shapes.passes_by_size(read, 600, 2000) == ((1024, 424), (1536, 512), (2048, 512), (2560, 512), (2624, 40))
+
+
 def test_tokens_are_told_while_the_device_has_its_next_call(monkeypatch):
     monkeypatch.setattr(session, "PASSES_PER_CALL", 4)
     asked, told = [0], []  # passes that the device was asked for

@@ -199,6 +199,16 @@ def test_quantised(small):
 
 
 @libtpu
+def test_the_kernel_for_tpus_reads_what_is_in_use(small):
+    """Its cache does not grow, and a pass reads blocks of 512 slots instead of all 2,624."""
+    config = load_config(small / "generate.py", ["kernels=pallas-tpu"])
+    _, (_, decode) = generation_plan.programs(config, plan.tpu_slice("v5e:2x2"))
+    slots, passes = zip(*decode.rates.passes, strict=True)
+    assert slots == (512, 1024, 1536, 2048, 2560, 2624)
+    assert passes == (448, 512, 512, 512, 48 * 49 - 448 - 3 * 512, 0)
+
+
+@libtpu
 def test_out_of_memory_is_a_plan(small, capsys):
     code = main(["plan", str(small / "train.py"), "--topology", "v5e:2x2", "--hbm-limit", "0.001"])
     shown = capsys.readouterr()

@@ -172,7 +172,7 @@ def arrays_of_slots(text):
 
 
 @libtpu
-@pytest.mark.parametrize("topology", ["v5e:1x1", "v5p:1x1x1"])
+@pytest.mark.parametrize("topology", ["v5e:1x1", "v5p:1x1x1", "v6e:1x1"])
 @pytest.mark.parametrize("kind", ["bfloat16", "int8"])
 @pytest.mark.parametrize("window", [1, 16, 32])
 def test_scores_stay_out_of_memory(topology, kind, window):

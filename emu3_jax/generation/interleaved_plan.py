@@ -18,6 +18,7 @@ from emu3_jax.generation.shapes import (
     cache_slots,
     fill_rows,
     passes_by_size,
+    sizes_read,
     sizes_while_growing,
     spare_slots,
 )
@@ -104,7 +105,8 @@ def interleaved_programs(config: GenerateConfig, mesh: Mesh, params: Any) -> lis
     carried = (last.tokens, last.step, last.passes, last.ended, last.inside, last.grammar)
     at_once = f", {window} tokens at once in pictures," if window > 1 else ""
     made = f"{counted(rows, 'row')} of texts and pictures"
-    rates = Decoding("row", rows, passes_by_size(sizes, width, config.interleave)) if window == 1 else None
+    passes = passes_by_size(sizes_read(sizes, width, kernels), width, config.interleave)
+    rates = Decoding("row", rows, passes) if window == 1 else None
     result = [
         Program(
             f"prefill of {contexts * rows} rows of {width} tokens", lower_prefill,

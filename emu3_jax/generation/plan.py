@@ -19,7 +19,7 @@ from emu3_jax.generation.interleaved_plan import interleaved_programs
 from emu3_jax.generation.rows import Sampling
 from emu3_jax.generation.schedule import text_schedule
 from emu3_jax.generation.session import DecodeSession, Row
-from emu3_jax.generation.shapes import Shapes, passes_by_size
+from emu3_jax.generation.shapes import Shapes, passes_by_size, sizes_read
 from emu3_jax.models.decoder import Decoder
 from emu3_jax.models.quantization import (
     codes_and_scales_shapes,
@@ -139,6 +139,7 @@ class PlannedSession:
         session, shapes, beside = self.session, self.shapes, dict(beside or {})
         rows, width, window = shapes.computed_rows, shapes.width, shapes.variant.window
         sizes = shapes.cache_sizes()
+        read = sizes_read(sizes, width, shapes.variant.kernels)
         full = session.abstract_state(sizes[-1])
         prompts, start, plan = session.abstract_inputs()
         inputs = (plan, full.tokens, full.step, full.passes, full.ended)
@@ -157,7 +158,7 @@ class PlannedSession:
                 {"weights": self.params, "cache": full.cache, "inputs": inputs},
                 beside=beside,
                 flops=self._flops(rows * window, rows * window * sizes[-1], rows * window),
-                rates=Decoding(self.noun, shapes.rows, passes_by_size(sizes, width, self.last, window), window),
+                rates=Decoding(self.noun, shapes.rows, passes_by_size(read, width, self.last, window), window),
             ),
         ]
         if len(sizes) > 1:

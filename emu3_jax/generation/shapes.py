@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from emu3_jax.generation import engine
+from emu3_jax.models.attention import TPU_SLOTS
 from emu3_jax.sharding.rules import batch_shards
 
 # XLA's attention reads all slots of the cache. So the cache grows in stages of this many slots. For long pictures, this
@@ -77,11 +78,26 @@ def sizes_while_growing(first: int, slots: Callable[[int], int]) -> list[int]:
     return sizes
 
 
+def sizes_read(sizes: Sequence[int], width: int, kernels: str) -> Sequence[int]:
+    """The numbers of slots that passes read on TPUs, in the passes' order, for `passes_by_size`.
+
+    XLA's attention reads the whole cache. The kernel reads only blocks of slots that are in use.
+
+    Args:
+        sizes: the sizes of the cache in slots, as it grows.
+        width: number of slots of the prompt.
+        kernels: implementation of attention, from `attention.KERNELS`, but not "auto".
+    """
+    if kernels == "xla":
+        return sizes
+    return [*range((width // TPU_SLOTS + 1) * TPU_SLOTS, sizes[-1], TPU_SLOTS), sizes[-1]]
+
+
 def passes_by_size(sizes: Sequence[int], width: int, steps: int, window: int = 1) -> tuple[tuple[int, int], ...]:
     """Each size of the cache and the number of passes with it, if all guesses of a pass are right.
 
     Args:
-        sizes: the sizes in slots, as the cache grows.
+        sizes: the sizes in slots, as the cache grows, from `sizes_read` if only what is read matters.
         width: number of slots of the prompt.
         steps: number of tokens that each row writes.
         window: number of tokens of a pass.

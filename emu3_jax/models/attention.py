@@ -134,6 +134,7 @@ KERNELS = (
 
 _MOST_TOKENS = 128  # more tokens per row come only in prefill, where XLA's attention computes larger products
 SLOTS = 64  # the kernels for NVIDIA GPUs read blocks of this many slots of the cache
+TPU_SLOTS = 512  # and the kernel for TPUs reads blocks of at most this many
 
 # JAX has deprecated Pallas' Triton backend, which compiles "pallas": since JAX 0.11, lowering the kernel gives a
 # DeprecationWarning. From JAX 0.12 on, "auto" does not choose the kernel.

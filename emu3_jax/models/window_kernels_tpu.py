@@ -21,12 +21,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from emu3_jax.models.attention import MASKED, matmul_precision
+from emu3_jax.models.attention import MASKED, TPU_SLOTS, matmul_precision
 
 # Limits of one step, which reads a block of slots of several KV heads. Keys and values, each twice, and the float32
 # scores then take at most 6 MiB of the 16 MiB of VMEM that a kernel may use.
 _KEY_BYTES = 2**19
-_MOST_SLOTS = 512
 _MOST_SCORES = 2**20
 _LANES = 128  # numbers in one row of a register
 
@@ -186,7 +185,7 @@ def _heads_first(q_bwkgh: jax.Array, queries: int) -> jax.Array:
 
 def _tiles(slots: int, queries: int, kv_heads: int, slot_bytes: int) -> tuple[int, int]:
     """The numbers of KV heads and of slots in one step. A slot of a KV head has `slot_bytes` of keys in VMEM."""
-    block = min(_MOST_SLOTS, max(_MOST_SCORES // queries // _LANES, 1) * _LANES, pl.cdiv(slots, _LANES) * _LANES)
+    block = min(TPU_SLOTS, max(_MOST_SCORES // queries // _LANES, 1) * _LANES, pl.cdiv(slots, _LANES) * _LANES)
     heads = max(1, min(_KEY_BYTES // (block * slot_bytes), _MOST_SCORES // (block * queries)))
     return next(n for n in range(heads, 0, -1) if kv_heads % n == 0), block
 

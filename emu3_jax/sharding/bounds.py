@@ -31,7 +31,7 @@ class Decoding:
     Attributes:
         noun: what a row makes, as a word.
         rows: number of rows that are made at once.
-        passes: for each size of the cache in slots, in the order in which it grows: size, and the number of passes.
+        passes: for each number of slots of the cache that is read, in rising order: the number, and how many passes.
             With guesses of several tokens a pass, the number if all guesses are right.
         window: number of tokens that a pass computes of each row.
     """
@@ -156,7 +156,8 @@ def _decoding(
 ) -> dict[str, Any]:
     """The least seconds, and the most pictures per minute and chip. Prefill and pixels are other programs.
 
-    The program starts once for each size of the cache. A step reads the cache once: a smaller one saves the difference.
+    The program starts at least once for each size of the cache. A step reads the cache once: where less of it is read,
+    that saves the difference.
     """
     largest = decoding.passes[-1][0]
     seconds = len(decoding.passes) * bound(once, peaks)["seconds"]
