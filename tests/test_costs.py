@@ -226,6 +226,33 @@ def test_a_collective_that_several_fusions_advance_counts_once():
     assert Program(CHAIN).partitions == 8
 
 
+SCATTER = """HloModule jit_step, num_partitions=4
+
+%all-reduce-scatter (input: f32[32]) -> f32[8] {
+  %input = f32[32]{0:T(128)} parameter(0)
+  %all-reduce.1 = f32[32]{0:T(128)} all-reduce(%input), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
+  %table = u32[4]{0:T(128)} constant({0,1,2,3})
+  %partition-id = u32[]{:T(128)} partition-id()
+  ROOT %part = f32[8]{0:T(128)} dynamic-slice(%all-reduce.1, %partition-id), dynamic_slice_sizes={8}
+}
+
+ENTRY %main (x: f32[32]) -> f32[32] {
+  %x = f32[32]{0:T(128)} parameter(0)
+  %f = f32[8]{0:T(128)} fusion(%x), kind=kCustom, calls=%all-reduce-scatter
+  ROOT %all-reduce.2 = f32[32]{0:T(128)} all-reduce(%x), channel_id=2, replica_groups={{0,1,2,3}}, to_apply=%add
+}
+"""
+
+
+def test_a_fusion_that_slices_an_all_reduce_scatters():
+    """Of 128 bytes, a device sends three quarters once. The second all-reduce sends them twice."""
+    costs, _ = count(SCATTER)
+    assert costs.collectives == (
+        Collective("all-reduce", 1, 128, 2 * 96, 0),
+        Collective("reduce-scatter", 1, 128, 96, 0),
+    )
+
+
 LOOP = """HloModule jit_step
 
 %body (state: (s32[], f32[8])) -> (s32[], f32[8]) {

@@ -77,7 +77,7 @@ def exchanges(program: Program, run: Run) -> Iterator[tuple[str, int, Instructio
     """Yields kind, bytes and instruction of each collective that a computation runs once, also inside its fusions.
 
     XLA for TPUs may advance one collective in several fusions that compute something else meanwhile. The same chain
-    is yielded once.
+    is yielded once. It writes a reduce-scatter as a fusion that slices the result of an all-reduce.
     """
     chains: set[str] = set()
 
@@ -94,6 +94,8 @@ def exchanges(program: Program, run: Run) -> Iterator[tuple[str, int, Instructio
                 operands = sum(instructions[o].bytes for o in instruction.operands if o in instructions)
                 # Asynchronous collectives return their operands along with the result. Subtract the operands.
                 started = instruction.opcode != kind and kind != "all-reduce"
+                if kind == "all-reduce" and name != run.name and _is_sliced(instruction, program.root(name)):
+                    kind = "reduce-scatter"
                 yield kind, max(operands, instruction.bytes - (operands if started else 0)), instruction
             elif instruction.opcode == "send" and (found := _BETWEEN_SLICES.search(instruction.rest)):
                 kind = found[2].lower().replace("_", "-")
@@ -105,6 +107,11 @@ def exchanges(program: Program, run: Run) -> Iterator[tuple[str, int, Instructio
                     yield from inside(called)
 
     yield from inside(run.name)
+
+
+def _is_sliced(all_reduce: Instruction, root: Instruction) -> bool:
+    """Whether a part of the all-reduce is all that its computation returns."""
+    return root.opcode == "dynamic-slice" and root.operands[0] == all_reduce.name
 
 
 def _slices_of(send: Instruction) -> int:
