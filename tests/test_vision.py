@@ -227,7 +227,7 @@ def test_parts_take_the_memory_of_a_short_clip():
     """What any number of frames takes is what 16 take, and the past."""
     params = nn.unbox(init_shapes(TINY))
     part = jax.ShapeDtypeStruct((1, 16, 64, 64, 3), jnp.float32)
-    step = vision._make_step(TINY, "encode", False)
+    step = vision._make_step(TINY, "encode", False, "cpu")
     past = jax.eval_shape(step, params, {}, part)[1]
 
     def size(function, *arguments):
@@ -316,6 +316,20 @@ def test_compiles_once_per_shape(params, golden):
     programs = make_decoder(CONFIG)._cache_size()
     make_decoder(VisionConfig.from_dict(CONFIG.to_dict()))(params, codes + 1)
     assert make_decoder(CONFIG)._cache_size() == programs
+
+
+def test_programs_for_tpus_are_their_own_and_compile_with_less_effort(monkeypatch):
+    here = make_encoder(TINY), make_decoder(TINY)
+    monkeypatch.setattr(vision, "target_platform", lambda: "tpu")
+    there = make_encoder(TINY), make_decoder(TINY)
+    assert not set(here) & set(there) and there == (make_encoder(TINY), make_decoder(TINY))
+    variables, pixels = nn.unbox(init_shapes(TINY)), jax.ShapeDtypeStruct((1, 2, 2, 3), jnp.float32)
+    codes = jax.eval_shape(there[0], variables, pixels)  # `bench vision` asks for shapes, too
+    for function, x in zip(there, (pixels, codes), strict=True):
+        with pytest.raises(ValueError, match="exec_time_optimization_effort"):  # JAX's words for a nested function
+            jax.eval_shape(lambda *arguments, function=function: function(*arguments), variables, x)
+    monkeypatch.undo()
+    assert here == (make_encoder(TINY), make_decoder(TINY))
 
 
 # ------------------------------------------------------------------------------------------------ bad input

@@ -30,6 +30,16 @@ def params(config: DecoderConfig = CONFIG, seed: int = 0):
     return jax.tree.map(lambda leaf: 3 * leaf if leaf.ndim > 1 else leaf, init)
 
 
+def vision_params(model: nn.Module, pixels):
+    """Random weights of a vision tokenizer, biases and norms included. Variances are positive."""
+    shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), pixels))
+    leaves, tree = jax.tree.flatten_with_path(shapes)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    found = [0.2 * jax.random.normal(key, leaf.shape) for key, (_, leaf) in zip(keys, leaves, strict=True)]
+    positive = [path[-1].key == "var" for path, _ in leaves]
+    return tree.unflatten([1 + leaf**2 if var else leaf for leaf, var in zip(found, positive, strict=True)])
+
+
 def mean_loss(sums):
     """Of `LossSums`."""
     return (sums.text + sums.vision) / sums.count
