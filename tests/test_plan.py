@@ -154,6 +154,19 @@ def test_generate(small, capsys):
 
 
 @libtpu
+def test_collectives_do_not_grow_with_the_data_axis(small):
+    """Twice as many chips and rows: each chip exchanges as many bytes, by whatever collectives XLA takes for sums."""
+    found = []
+    for topology, data in (("v5e:2x4", 2), ("v5e:4x4", 4)):
+        config = load_config(small / "train.py", [f"mesh=data={data},fsdp=4", "model.decoder.num_layers=1"])
+        slice_ = plan.tpu_slice(topology)
+        (step,) = plan.compile_plan(slice_, *training_plan.programs(config, slice_, rows_per_chip=1))["programs"]
+        assert step["name"] == f"training step of {4 * data} rows of 256 tokens"
+        found.append(sum(c["bytes"] for c in step["costs"]["collectives"]))
+    assert found[0] == found[1]
+
+
+@libtpu
 def test_context_parallelism(small, trained):
     """Two devices to a row: each holds half of its tokens, and trades them for heads in every layer."""
     slice_ = plan.tpu_slice("v5e:2x2")
