@@ -9,7 +9,8 @@ names another one.
 
 A step has 64 rows of 10,240 tokens, one row for each of 64 chips. By `emu3-jax plan`, a chip of a v5e:8x8 needs 13.5
 GiB. A chip of a v5p:4x4x4 needs 13.7 GiB with `--hbm-limit 15`; without the limit, XLA spends spare memory to save
-time: 19.7 GiB. For fewer chips add `--set accumulation=...`.
+time: 19.7 GiB. For fewer chips add `--set accumulation=...`. From 64 chips of v5p on, `--set mesh=data=-1,fsdp=32`
+sends less, see docs/planning.md; set `batch_size` to a multiple of the chips.
 """
 
 from emu3_jax.config import DecoderConfig
