@@ -1,9 +1,10 @@
 """Checks and times attention on this machine's accelerator. Run `python scripts/check_attention.py` in a checkout.
 
 The script compares the output and the gradients of each available implementation with XLA's in float32, with and
-without segments. It prints one JSON line per case. Differences are relative to the largest entry. Milliseconds and
-TFLOP/s are the best of five bfloat16 calls; only visible pairs of tokens count as work. Memory is the compiler's figure
-for temporaries of forward and backward pass. The exit code is 1 if a difference is too large for bfloat16.
+without segments. It prints one JSON line per case. Differences are relative to the largest entry; padding (segment 0)
+does not count. Milliseconds and TFLOP/s are the best of five bfloat16 calls; only visible pairs of tokens count as
+work. Memory is the compiler's figure for temporaries of forward and backward pass. The exit code is 1 if a difference
+is too large for bfloat16.
 """
 
 import argparse
@@ -31,6 +32,9 @@ def segments(kind: str, length: int) -> np.ndarray | None:
     if kind == "padded":  # as in the reference: one sequence, then padding that attends to it
         real = length * 3 // 4
         return np.repeat(np.asarray([1, -1], np.int32), [real, length - real])[None]
+    if kind == "parts":  # six parts of a row, each with padding behind it
+        part, inside = np.divmod(np.arange(length) * 6, length)
+        return np.where(inside < length * 3 // 4, part + 1, 0).astype(np.int32)[None]
     count = {"packed": 4, "many": 40}[kind]  # "many" is more than `CUDNN_RUNS`
     ends = np.sort(np.random.default_rng(length).choice(np.arange(1, length), count, replace=False))
     ids = np.searchsorted(ends, np.arange(length), side="right") + 1
@@ -78,9 +82,15 @@ def seconds(program, arrays, ids) -> float:
 
 def check(implementation: str, kind: str, length: int, timed: bool) -> dict:
     ids = segments(kind, length)
-    exact = inputs(length, jnp.float32)
+    real = np.ones((1, length, 1, 1, 1), bool) if ids is None else (ids != 0)[:, :, None, None, None]
+
+    def arguments(dtype):
+        *qkv, cotangent = inputs(length, dtype)
+        return *qkv, jnp.where(real, cotangent, 0).astype(dtype)
+
+    exact = arguments(jnp.float32)
     expected = compiled("xla", ids, exact)[1](*exact[:3], ids, exact[3])
-    arrays = inputs(length, jnp.bfloat16)
+    arrays = arguments(jnp.bfloat16)
     forward, both = compiled(implementation, ids, arrays)
     found = both(*arrays[:3], ids, arrays[3])
 
@@ -88,6 +98,7 @@ def check(implementation: str, kind: str, length: int, timed: bool) -> dict:
         a, b = np.asarray(a, np.float32), np.asarray(b)
         return float(np.abs(a - b).max() / np.abs(b).max())
 
+    found, expected = ([jnp.where(real, out, 0), *slopes] for out, *slopes in (found, expected))
     pairs = zip(("out", "dq", "dk", "dv"), found, expected, strict=True)
     differences = {name: difference(a, b) for name, a, b in pairs}
     line = {"implementation": implementation, "segments": kind, "length": length, **differences}
@@ -112,7 +123,7 @@ def main() -> int:
     print(json.dumps(machine), flush=True)
     failed = False
     for length in args.lengths:
-        for kind in ("none", "padded", "packed", "many"):
+        for kind in ("none", "padded", "packed", "parts", "many"):
             for implementation in ("xla", "cudnn", "splash"):
                 try:
                     choose(implementation, (1, length, *HEADS), jnp.bfloat16, kind != "none")

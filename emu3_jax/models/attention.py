@@ -41,9 +41,9 @@ def self_attention(
         k_bskh: [B, S, K, H] keys.
         v_bskh: [B, S, K, H] values.
         segments_bs: int32 [B, S], or None if each row is one segment. A token attends only to its own segment. A token
-            of segment -n attends to segment n, and no token attends to it; this is the reference's padding. A token
-            without visible keys gets a finite, meaningless result. For "cudnn" the tokens of a segment must be
-            contiguous, and -n must follow n directly.
+            of segment -n attends to segment n, and no token attends to it; this is the reference's padding. Segment 0
+            is padding of rows: no other token attends to it. It gets a finite, meaningless result, as do tokens
+            without visible keys. For "cudnn" the tokens of a segment must be contiguous, and -n must follow n directly.
         implementation: "xla", "cudnn", "splash", or "auto" for the best one on the program's platform; see `choose`.
 
     Returns:

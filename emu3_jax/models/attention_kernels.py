@@ -104,8 +104,8 @@ def cudnn(
         q_bskgh: [B, S, K, G, H] queries in bfloat16 or float16, as in `attention.self_attention`.
         k_bskh: [B, S, K, H] keys in the same dtype.
         v_bskh: [B, S, K, H] values in the same dtype.
-        segments_bs: int32 [B, S], or None. Segment n, and segment -n right after it, form one run: all its tokens are
-            queries, only the tokens of n are keys.
+        segments_bs: int32 [B, S], or None. Segment n, and what follows it of segment -n and of padding (0), form one
+            run: all its tokens are queries, only the tokens of n are keys.
         otherwise: attention as a function of (q, k, v, segments), for batches in which a row has more than `max_runs`
             runs. It runs row by row. Its memory for one row is always reserved.
         max_runs: largest number of runs per row, by default `CUDNN_RUNS`.
@@ -120,7 +120,7 @@ def cudnn(
     max_runs = max_runs or CUDNN_RUNS
     count, lengths = runs(segments_bs, max_runs)
     # cuDNN does not write the gradients of keys that belong to no run. Masking the keys makes these gradients 0.
-    key_bs11 = (segments_bs >= 0)[:, :, None, None]
+    key_bs11 = (segments_bs > 0)[:, :, None, None]
     k_bskh, v_bskh = (jnp.where(key_bs11, x, jnp.zeros((), x.dtype)) for x in (k_bskh, v_bskh))
 
     def packed(q: jax.Array, k: jax.Array, v: jax.Array, _: jax.Array) -> jax.Array:
@@ -139,12 +139,15 @@ def cudnn(
 def runs(segments_bs: jax.Array, max_runs: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
     """Finds the runs of each row, in the form of cuDNN's packed layout.
 
+    Padding is part of the run before it. So rows of several parts, each with padding behind it, need a run a part.
+
     Returns:
         The number of runs of each row, int32 [B]; and for the first M = `max_runs` runs, padded with -1: the numbers
         of queries [B, M], the numbers of keys [B, M], and the first slots [B, M + 1].
     """
     before = segments_bs[:, :-1]
-    joined = (segments_bs[:, 1:] == before) | ((segments_bs[:, 1:] == -before) & (before > 0))
+    after = segments_bs[:, 1:]
+    joined = (after == before) | (after == 0) | ((after == -before) & (before > 0))
     run_bs = jnp.pad(jnp.cumsum(~joined, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
     run = jnp.arange(max_runs + 1, dtype=jnp.int32)[:, None]
 
@@ -153,7 +156,7 @@ def runs(segments_bs: jax.Array, max_runs: int) -> tuple[jax.Array, tuple[jax.Ar
 
     inside = run_bs[:, None] == run[None, :-1]
     queries = tokens(inside)
-    keys = tokens(inside & (segments_bs >= 0)[:, None])
+    keys = tokens(inside & (segments_bs > 0)[:, None])
     keys = jnp.where(keys == 0, queries, keys)  # a run without keys gets some, or softmax gives NaN
     first = tokens(run_bs[:, None] < run[None])
     count = run_bs[:, -1] + 1
