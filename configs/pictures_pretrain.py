@@ -1,8 +1,7 @@
 """Pretrains the decoder of the embedded model of 64x64 pixels (19.8 M parameters) on everything that it does.
 
     python scripts/build_pictures.py out/pictures64
-    emu3-jax train configs/vision_pictures.py
-    python scripts/emoji_bundle.py out/vision_pictures/model -o out/pictures_start
+    python scripts/emoji_bundle.py scripts/picture_data/tokenizer -o out/pictures_start
     emu3-jax prepare out/pictures64/SET.jsonl --model out/pictures_start --keep-size -o out/pictures_tokens/SET
     emu3-jax train configs/pictures_pretrain.py
     emu3-jax train configs/pictures_sft.py

@@ -1,17 +1,23 @@
 #!/usr/bin/env bash
-# Trains the model of 64x64 pixels from scratch, under out/: data, vision tokenizer, token data, decoder, evaluation. You
-# may stop the script and start it again: steps whose result exists are skipped, and training resumes from its newest
-# checkpoint. VISION, PRETRAIN, SFT and EVALUATE may hold further options, for example:
-#     VISION="--set steps=100" bash scripts/pictures_model.sh
-# shellcheck disable=SC2086 # VISION and the others hold several words
+# Trains the model of 64x64 pixels, under out/: data, token data, decoder, evaluation. You may stop the script and start
+# it again: steps whose result exists are skipped, and training resumes from its newest checkpoint. PRETRAIN, SFT and
+# EVALUATE may hold further options, for example:
+#     PRETRAIN="--set steps=100" bash scripts/pictures_model.sh
+# The vision tokenizer is the one in scripts/picture_data/tokenizer. If VISION is set, even to nothing, the script trains
+# it anew, with these options.
+# shellcheck disable=SC2086 # PRETRAIN and the others hold several words
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 emu3_jax() { "$python" -m emu3_jax.cli.main "$@"; }
 
 [ -d out/pictures64 ] || "$python" scripts/build_pictures.py out/pictures64
-[ -d out/vision_pictures/model ] || emu3_jax train configs/vision_pictures.py ${VISION:-}
-[ -d out/pictures_start ] || "$python" scripts/emoji_bundle.py out/vision_pictures/model -o out/pictures_start
+tokenizer=scripts/picture_data/tokenizer
+if [ -n "${VISION+set}" ]; then
+    tokenizer=out/vision_pictures/model
+    [ -d $tokenizer ] || emu3_jax train configs/vision_pictures.py $VISION
+fi
+[ -d out/pictures_start ] || "$python" scripts/emoji_bundle.py $tokenizer -o out/pictures_start
 for set in {prompts,questions}_train prompts_heldout questions_heldout_style two_shapes/train \
     arrangements/{train,questions_train,heldout} stories/{stories,edits}_{train,heldout} \
     emoji/{t2i_upright,clip_train,clip_questions,text_train,clip_heldout}; do
