@@ -47,6 +47,14 @@ def test_products_of_integers_are_counted_apart():
 
 
 @libtpu
+@pytest.mark.parametrize("precision, passes", [("default", 1), ("high", 3), ("highest", 6)])
+def test_exact_products_are_several_of_bfloat16(precision, passes):
+    multiply = functools.partial(jnp.matmul, precision=precision)
+    costs, _ = counted(multiply, (256, 512), (512, 128), dtype=jnp.float32)
+    assert costs.flops == passes * 2 * 256 * 512 * 128
+
+
+@libtpu
 @pytest.mark.parametrize("batch, rows, inner, columns", [(16, 4, 128, 256), (3, 8, 64, 512)])
 def test_products_of_batches_do_not_count_padding(batch, rows, inner, columns):
     """XLA writes them as convolutions with one spatial axis per axis of the batch."""

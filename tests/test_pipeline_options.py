@@ -1,7 +1,9 @@
 """`Emu3` as its users call it: options per row, clips and what they go on from, models of which parts are missing."""
 
 import dataclasses
+import gc
 
+import jax
 import numpy as np
 import pytest
 from conftest import GOLDEN
@@ -9,10 +11,10 @@ from PIL import Image
 
 import emu3_jax
 from emu3_jax import Clip, Emu3Error
-from emu3_jax.generation import session
+from emu3_jax.generation import codec, session
 from emu3_jax.generation.schedule import clip_schedule
 from emu3_jax.media.images import normalise
-from emu3_jax.models.vision import make_encoder
+from emu3_jax.models.vision import make_decoder, make_encoder
 from emu3_jax.text.prompts import frame_ids, generation_prompt
 
 pytestmark = pytest.mark.compiled_quickly
@@ -45,6 +47,24 @@ def test_clips_are_cut_to_their_frames_and_a_seed_means_the_same_in_any_company(
     assert first.frames.shape == (4, 32, 32, 3)
     with pytest.raises(Emu3Error, match="frames is 0"):
         golden_model.generate_clips("a", **small(frames=0))
+
+
+def test_pixels_are_decoded_when_the_cache_is_gone(golden_model, monkeypatch):
+    golden_model.generate("a", **small())  # compiles, and caches what later calls keep
+    alive, seen = jax.live_arrays(), []
+    before = set(map(id, alive))
+
+    def spy(*arguments):
+        seen.append([array.shape for array in jax.live_arrays() if id(array) not in before])
+        return make_decoder(*arguments)
+
+    monkeypatch.setattr(codec, "make_decoder", spy)
+    gc.disable()  # a cycle of references must not keep the cache
+    try:
+        golden_model.generate(["a", "b"], **small(batch_size=1))
+    finally:
+        gc.enable()
+    assert seen == [[], []]
 
 
 def test_pictures_say_how_they_were_made(golden_model):

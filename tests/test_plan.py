@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from emu3_jax.cli.main import main
-from emu3_jax.config import EMU35_34B, DecoderConfig
+from emu3_jax.config import EMU35_34B, DecoderConfig, VisionConfig
 from emu3_jax.data.sequences import NextFrame
 from emu3_jax.errors import Emu3Error
 from emu3_jax.generation import plan as generation_plan
@@ -20,7 +20,7 @@ from emu3_jax.sharding import plan
 from emu3_jax.sharding.collectives import Collective, collectives
 from emu3_jax.sharding.mesh import make_mesh
 from emu3_jax.training import plan as training_plan
-from emu3_jax.training.config import load_config
+from emu3_jax.training.config import SampleConfig, load_config
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
@@ -40,7 +40,7 @@ from emu3_jax.config import DecoderConfig
 from emu3_jax.data.config import DataConfig, Source
 from emu3_jax.data.sequences import TextToImage
 from emu3_jax.generation.config import GenerateConfig
-from emu3_jax.training.config import ModelConfig, TrainConfig
+from emu3_jax.training.config import ModelConfig, SampleConfig, TrainConfig
 
 DECODER = DecoderConfig(
     vocab_size=512, hidden_size=256, intermediate_size=512, num_layers=3, num_heads=4, num_kv_heads=2,
@@ -203,7 +203,7 @@ def test_quantised(small):
     """int8 codes and float32 scales, of weights and cache; the program compiles."""
     slice_ = plan.tpu_slice("v5e:2x2")
     config = load_config(small / "generate.py", ["quantize=int8", "decoder.num_layers=1"])
-    mesh, (_, decode, _) = generation_plan.programs(config, slice_)
+    mesh, (_, decode, *_) = generation_plan.programs(config, slice_)
     (decode,) = plan.compile_plan(slice_, mesh, [decode])["programs"]
     assert decode["fits"] and decode["bytes"]["cache"] == 2 * (4 // 2) * (2 // 2) * 2624 * (64 + 4) + 2 * 4 + 4 * 4
     codes = (256 * 12 * 64 + 3 * 256 * 512) // 2 + 512 * 256 // 2  # over two chips; tables by their width
@@ -380,10 +380,12 @@ def test_full_size_clips_in_generation():
     config = load_config(CONFIGS / "generate_video_8b.py")
     assert config.steps == 124_832 == len(clip_schedule(30, 64, 64))
     assert config.decoder.max_positions == load_config(CONFIGS / "video_8b.py").model.decoder.max_positions
-    _, (prefill, decode, growth) = generation_plan.programs(config, plan.tpu_slice("v5p:2x2x1"))
+    _, (prefill, decode, growth, pixels) = generation_plan.programs(config, plan.tpu_slice("v5p:2x2x1"))
     assert prefill.name == "prefill of 2 rows of 64 tokens"
     assert decode.name == "decoding step 124832 of 1 clip of 30x64x64 tokens"
     assert growth.name == "growth of the cache to 124992 slots"
+    # Of 30 latent frames, four at once. They are decoded after the cache is gone.
+    assert (pixels.name, pixels.runs) == ("exact pixels of 4x64x64 codes", 8) and set(pixels.beside) == {"weights"}
     assert plan.chip_bytes(decode.arguments["cache"]) == 2 * 131_072 * 124_992 // 4 + 2 * 4 + 2 * 4
     assert plan.chip_bytes(growth.arguments["cache"]) == 2 * 131_072 * 56 * 2048 // 4 + 2 * 4 + 2 * 4
 
@@ -392,7 +394,7 @@ def test_full_size_clips_in_generation():
 def test_full_size_int8():
     """Half the weights and the cache of bfloat16, but for the embedding and the scales."""
     config = load_config(CONFIGS / "generate_8b_int8.py")
-    _, (_, decode, _) = generation_plan.programs(config, plan.tpu_slice("v5e:1x1"))
+    _, (_, decode, *_) = generation_plan.programs(config, plan.tpu_slice("v5e:1x1"))
     scales = 32 * (48 * 128 + 4096 + 2 * 14336 + 4096) + 184622
     embedding, norms = 184622 * 4096, 65 * 4096
     assert plan.chip_bytes(decode.arguments["weights"]) == EMU3_MATRICES + embedding + 2 * norms + 4 * scales
@@ -402,7 +404,7 @@ def test_full_size_int8():
 @libtpu
 def test_full_size_decoding_fits_v5e_2x4():
     slice_ = plan.tpu_slice("v5e:2x4")
-    mesh, (_, decode, _) = generation_plan.programs(load_config(CONFIGS / "generate_8b.py"), slice_)
+    mesh, (_, decode, *_) = generation_plan.programs(load_config(CONFIGS / "generate_8b.py"), slice_)
     result = plan.compile_plan(slice_, mesh, [decode])
     (decode,) = result["programs"]
     assert result["chips"] == 8 and result["fits"]
@@ -411,7 +413,7 @@ def test_full_size_decoding_fits_v5e_2x4():
     assert decode["bytes"]["cache"] == 2 * 32 * 2 * 8768 * 128 * 2 + 2 * 4 + 2 * 4
     # At least the visual rows of the head, cut out once.
     assert decode["bytes"]["temporaries"] > 32768 * 4096 * 2 // 8
-    assert decode["total_bytes"] < 4 * 2**30
+    assert decode["total_bytes"] - decode["bytes"]["vision tokenizer"] < 4 * 2**30
 
 
 def test_collectives_of_a_scan():
@@ -447,7 +449,7 @@ def test_the_grammar_of_emu35_is_planned_too():
     slice_ = plan.tpu_slice("v5e:2x2")
     for parallel in ("off", 4):
         config = GenerateConfig(decoder, mesh="tensor=2,data=2", parallel=parallel)
-        mesh, (*_, step, grammar) = generation_plan.programs(config, slice_)
+        mesh, (*_, step, grammar, _) = generation_plan.programs(config, slice_)
         step, grammar = plan.compile_plan(slice_, mesh, [step, grammar])["programs"]
         assert step["name"].startswith("decoding step") and grammar["name"].startswith("grammar of a step")
         assert (
@@ -472,6 +474,50 @@ def test_rows_of_texts_and_pictures(small, parallel):
         assert (step["decoding"]["noun"], step["decoding"]["rows"], step["decoding"]["steps"]) == ("row", 2, 200)
 
 
+@libtpu
+def test_pictures_are_planned_to_their_pixels(small):
+    """Two pictures of 8x8 codes, one after the other, on every device."""
+    config = load_config(small / "generate.py", ["area=4096"])
+    vision = VisionConfig(
+        codebook_size=8, base_channels=32, channel_multipliers=(1,), num_res_blocks=1, attention_stages=()
+    )
+    slice_ = plan.tpu_slice("v5e:2x2")
+    _, without = generation_plan.programs(config, slice_)  # there is no published tokenizer of 8 codes
+    config = dataclasses.replace(config, vision=vision, fast_pixels=True)
+    mesh, (*decoding, pixels) = generation_plan.programs(config, slice_)
+    assert [program.name for program in decoding] == [program.name for program in without]
+    weights = plan.chip_bytes(pixels.arguments["vision tokenizer"])
+    assert all(plan.chip_bytes(program.beside["vision tokenizer"]) == weights for program in decoding)
+    assert pixels.name == "fast pixels of 8x8 codes" and set(pixels.beside) == {"weights"}  # the cache is freed
+    found = plan.compile_plan(slice_, mesh, [pixels])
+    (program,) = found["programs"]
+    assert program["runs"] == 2 and found["least_seconds"] == 2 * program["bound"]["seconds"] > 0
+    assert program["bytes"]["vision tokenizer"] == weights and program["bytes"]["outputs"] >= 8 * 8 * 3 * 4
+
+
+@libtpu
+def test_answers_begin_with_the_codes_of_a_picture(small):
+    vision = VisionConfig(codebook_size=8, base_channels=32)
+    config = dataclasses.replace(load_config(small / "generate.py"), vision=vision, area=128 * 128)
+    answers = dataclasses.replace(config, max_new_tokens=40)
+    _, (codes, prefill, decode, *_) = generation_plan.programs(answers, plan.tpu_slice("v5e:2x2"))
+    assert codes.name == "codes of a picture of 128x128 pixels" and codes.runs == 2
+    assert decode.name == "decoding step 40 of 2 answers of 40 tokens" and set(codes.beside) == {"weights"}
+    assert prefill.name == "prefill of 2 rows of 384 tokens"  # 64, and 16 x 17 of the picture
+    _, (*_, pixels) = generation_plan.programs(dataclasses.replace(config, interleave=200), plan.tpu_slice("v5e:2x2"))
+    assert pixels.runs == 0 and set(pixels.beside) == {"weights", "cache"}  # rows go on while pixels are decoded
+
+
+@libtpu
+def test_samples_of_training_are_planned_to_their_pixels():
+    config = load_config(CONFIGS / "sft_t2i_8b.py")
+    sampled = dataclasses.replace(config, samples=SampleConfig(("a fox",)))
+    _, (step, pixels) = training_plan.programs(sampled, plan.tpu_slice("v5e:8x8"))
+    assert set(step.beside) == {"vision tokenizer"} and 1.0 < plan.chip_bytes(step.beside) / 2**30 < 1.02
+    assert pixels.name == "exact pixels of 90x90 codes" and pixels.runs == 0
+    assert set(pixels.beside) == {"weights", "optimizer", "weights for drawing"}
+
+
 def test_generate_config_is_validated():
     assert GenerateConfig().grid == (90, 90)
     for field, value in {
@@ -484,6 +530,9 @@ def test_generate_config_is_validated():
         "ratio": "9:1",
         "quantize": "int4",
         "interleave": 0,
+        "max_new_tokens": 0,
+        "vision": 8,
+        "fast_pixels": 1,
     }.items():
         with pytest.raises(Emu3Error, match=field.split("_")[0]):
             dataclasses.replace(GenerateConfig(), **{field: value})

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from emu3_jax.config import DecoderConfig
+from emu3_jax.config import DecoderConfig, VisionTokenizerConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.fields import check_field, is_number, is_whole
 from emu3_jax.generation import defaults
@@ -35,6 +35,11 @@ class GenerateConfig:
         kernels: implementation of attention over the cache, from `attention.KERNELS`.
         interleave: largest number of tokens that a row writes of texts and pictures in turn. `pictures` is then the
             number of rows, and the model chooses the sizes. None plans pictures or clips alone.
+        max_new_tokens: largest number of tokens of an answer. `pictures` is then the number of questions, each about
+            one picture, and `prompt_tokens` leaves the picture out. None plans pictures or clips.
+        vision: config of the vision tokenizer. None: the published one with as many codes as `decoder` has visual ids;
+            if there is none, a plan leaves the vision tokenizer out.
+        fast_pixels: decode pixels at the device's default precision, as `emu3_jax.load` takes it.
     """
 
     decoder: DecoderConfig = dataclasses.field(default_factory=DecoderConfig)
@@ -50,6 +55,9 @@ class GenerateConfig:
     parallel: int | str = "off"
     kernels: str = "xla"
     interleave: int | None = None
+    max_new_tokens: int | None = None
+    vision: VisionTokenizerConfig | None = None
+    fast_pixels: bool = False
 
     def __post_init__(self) -> None:
         for field in ("pictures", "temporal_factor", "prompt_tokens"):
@@ -62,6 +70,13 @@ class GenerateConfig:
         check_field(self, "kernels", self.kernels in KERNELS, f"one of {', '.join(KERNELS)}")
         check_field(self, "guidance", is_number(self.guidance) and self.guidance >= 0, "a number >= 0")
         check_field(self, "interleave", self.interleave is None or is_whole(self.interleave, 1), "a whole number >= 1")
+        check_field(self, "fast_pixels", isinstance(self.fast_pixels, bool), "True or False")
+        check_field(self, "vision", isinstance(self.vision, VisionTokenizerConfig | None), "a VisionConfig or None")
+        answers = self.max_new_tokens
+        check_field(self, "max_new_tokens", answers is None or is_whole(answers, 1), "a whole number >= 1, or None")
+        if answers is not None:
+            alone = self.frames is None and self.interleave is None
+            check_field(self, "max_new_tokens", alone, "None, because `frames` or `interleave` is given")
         if self.interleave is not None:
             check_field(self, "frames", self.frames is None, "None, because `interleave` is given")
             if self.prompt_tokens + self.interleave > self.decoder.max_positions:
@@ -70,7 +85,7 @@ class GenerateConfig:
                     f"decoder's {self.decoder.max_positions} positions: lower interleave or prompt_tokens"
                 )
             return
-        length = self.prompt_tokens + self.steps
+        length = self.prompt_tokens + self.steps + (answers or 0)
         if length > self.decoder.max_positions:
             what, less = ("picture", "") if self.frames is None else ("clip", "fewer frames, ")
             raise Emu3Error(

@@ -1,5 +1,6 @@
 """The programs of rows that write texts and pictures in turn. `sharding.plan` compiles them for a TPU slice."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -31,7 +32,7 @@ from emu3_jax.sharding.plan import Program
 from emu3_jax.sharding.rules import batch_shards, cache_shardings, use_mesh
 
 
-def interleaved_programs(config: GenerateConfig, mesh: Mesh, params: Any) -> list[Program]:
+def interleaved_programs(config: GenerateConfig, mesh: Mesh, params: Any, beside: Mapping[str, Any]) -> list[Program]:
     """Prefill, a pass with the largest cache, and the last growth of the cache, of `config.pictures` rows.
 
     With several tokens a pass, the program has a pass of one token for text beside that of several for pictures. Its
@@ -41,6 +42,7 @@ def interleaved_programs(config: GenerateConfig, mesh: Mesh, params: Any) -> lis
         config: what is generated. `interleave` is not None.
         mesh: the mesh.
         params: the decoder's weights, as abstract arrays with shardings.
+        beside: other arrays in memory during the session, as in `Program`.
     """
     assert config.interleave is not None
     decoder, contexts = config.decoder, 1 if config.guidance == 1 else 2
@@ -110,18 +112,19 @@ def interleaved_programs(config: GenerateConfig, mesh: Mesh, params: Any) -> lis
     result = [
         Program(
             f"prefill of {contexts * rows} rows of {width} tokens", lower_prefill,
-            {"weights": params, "inputs": (prompts, replicated(start), plan, written)},
+            {"weights": params, "inputs": (prompts, replicated(start), plan, written)}, beside=dict(beside),
         ),
         Program(
             f"decoding step {config.interleave}{at_once} of {made}", lower_decode,
-            {"weights": params, "cache": cache(sizes[-1]), "inputs": (plan, carried)}, rates=rates,
+            {"weights": params, "cache": cache(sizes[-1]), "inputs": (plan, carried)},
+            beside=dict(beside), rates=rates,
         ),
     ]  # fmt: skip
     if len(sizes) > 1:
         result.append(
             Program(
                 f"growth of the cache to {sizes[-1]} slots", lower_growth, {"cache": cache(sizes[-2])},
-                beside={"weights": params, "inputs": (plan, carried)},
+                beside={**beside, "weights": params, "inputs": (plan, carried)},
             )
         )  # fmt: skip
     return result

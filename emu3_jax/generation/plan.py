@@ -20,6 +20,7 @@ from emu3_jax.generation.rows import Sampling
 from emu3_jax.generation.schedule import text_schedule
 from emu3_jax.generation.session import DecodeSession, Row
 from emu3_jax.generation.shapes import Shapes, passes_by_size, sizes_read
+from emu3_jax.generation.vision_plan import PlannedVision, published_vision
 from emu3_jax.models.decoder import Decoder
 from emu3_jax.models.quantization import (
     codes_and_scales_shapes,
@@ -35,23 +36,46 @@ from emu3_jax.sharding.rules import decoder_shardings
 
 
 def programs(config: GenerateConfig, slice_: Slice) -> tuple[Mesh, list[Program]]:
-    """The programs of a session: prefill, a decoding step with the largest cache, and the last growth of the cache.
+    """The programs of a session: prefill, a decoding step with the largest cache, the last growth of the cache, pixels.
 
-    For pictures of Emu3.5 also the automaton of `interleaving`, whose cost comes on top of a decoding step. With
-    `interleave` they are the programs of `interleaved_plan`.
+    A session of answers begins with the picture's codes, and has no pixels. For pictures of Emu3.5 there is also the
+    automaton of `interleaving`, whose cost comes on top of a decoding step. With `interleave` the programs of the
+    decoder are those of `interleaved_plan`.
 
     Raises:
         Emu3Error: the mesh does not fit the chips or the decoder.
     """
     mesh = make_mesh(config.mesh, slice_.devices)
     params = _params(config.decoder, mesh, config.quantize)
+    known = published_vision(config.decoder) if config.vision is None else config.vision
+    vision = None if known is None else PlannedVision.of(known, mesh)
+    beside = {} if vision is None else vision.weights
+    weights = {"weights": params}
     if config.interleave is not None:
-        return mesh, interleaved_programs(config, mesh, params)
+        result = interleaved_programs(config, mesh, params, beside)
+        if vision is not None:
+            # Rows go on while a finished picture is decoded. How many pictures the model writes is unknown.
+            cache = {**weights, "cache": result[1].arguments["cache"]}
+            result.append(vision.decoding(config.grid, fast=config.fast_pixels, runs=0, beside=cache))
+        return mesh, result
+    if config.max_new_tokens is not None:
+        session = PlannedSession.of_answers(
+            config.decoder, mesh, params, Sampling(guidance=1.0), count=config.pictures,
+            prompt_tokens=config.prompt_tokens + config.steps, max_new_tokens=config.max_new_tokens,
+            parallel=config.parallel, narrow_cache=narrows_cache(config.quantize),
+        )  # fmt: skip
+        result = session.programs(beside)
+        if vision is not None:
+            result.insert(0, vision.encoding(config.grid, runs=config.pictures, beside=weights))
+        return mesh, result
     session = PlannedSession.of_grids(config, mesh, params, Sampling(guidance=config.guidance))
-    result, shapes = session.programs(), session.shapes
+    result, shapes = session.programs(beside), session.shapes
     # The models of Emu3.5 decide themselves where pictures begin.
     if config.frames is None and config.decoder.family == "emu3.5":
         result.append(_grammar(config, mesh, shapes.rows, shapes.variant.window))
+    if vision is not None:
+        # The session has freed its cache.
+        result.append(vision.decoding(config.grid, fast=config.fast_pixels, runs=config.pictures, beside=weights))
     return mesh, result
 
 
@@ -111,6 +135,7 @@ class PlannedSession:
         prompt_tokens: int,
         max_new_tokens: int,
         parallel: int | str,
+        narrow_cache: bool = False,
     ) -> "PlannedSession":
         """The session that generates `count` answers. Further arguments and errors: `of_grids`.
 
@@ -119,10 +144,13 @@ class PlannedSession:
             prompt_tokens: length of the longest prompt.
             max_new_tokens: largest number of tokens of an answer.
             parallel: see `generation.language.Batching`.
+            narrow_cache: store keys and values as int8.
         """
         row = Row([decoder.tokens.pad] * prompt_tokens, text_schedule(max_new_tokens))
         settings = sampling.settings(count)
-        session = DecodeSession(params, decoder, [row] * count, settings, mesh=mesh, parallel=parallel)
+        session = DecodeSession(
+            params, decoder, [row] * count, settings, mesh=mesh, parallel=parallel, narrow_cache=narrow_cache
+        )
         return cls(decoder, params, session, max_new_tokens, "answer", f"{max_new_tokens} tokens")
 
     @property

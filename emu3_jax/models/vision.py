@@ -313,7 +313,7 @@ def check_codes(codes: np.ndarray, config: VisionTokenizerConfig) -> None:
         )
 
 
-def make_encoder(config: VisionTokenizerConfig) -> Callable[[Any, jax.Array], jax.Array]:
+def make_encoder(config: VisionTokenizerConfig) -> jax.stages.Wrapped:
     """Returns the tokenizer's `encode` as a jitted `(params, pixels) -> codes`. It compiles once per shape.
 
     The function is for the current platform, see `capability.target_platform`. It cannot be called inside `jax.jit`.
@@ -321,7 +321,7 @@ def make_encoder(config: VisionTokenizerConfig) -> Callable[[Any, jax.Array], ja
     return _jitted(config, "encode", False, target_platform())
 
 
-def make_decoder(config: VisionTokenizerConfig, fast: bool = False) -> Callable[[Any, jax.Array], jax.Array]:
+def make_decoder(config: VisionTokenizerConfig, fast: bool = False) -> jax.stages.Wrapped:
     """Returns the tokenizer's `decode` as a jitted `(params, codes) -> pixels`, as `make_encoder` does.
 
     `fast` computes float32 products at the device's default precision: TF32 on recent GPUs, bfloat16 on TPUs; on CPUs
@@ -331,12 +331,10 @@ def make_decoder(config: VisionTokenizerConfig, fast: bool = False) -> Callable[
 
 
 @functools.cache
-def _jitted(
-    config: VisionTokenizerConfig, method: str, fast: bool, platform: str
-) -> Callable[[Any, jax.Array], jax.Array]:
+def _jitted(config: VisionTokenizerConfig, method: str, fast: bool, platform: str) -> jax.stages.Wrapped:
     model = vision_module(config, _inference(fast))
 
-    def run(params: Any, x: jax.Array) -> jax.Array:
+    def run(params: Any, x: jax.Array) -> Any:
         return model.apply({"params": params}, x, method=method)
 
     run.__name__ = method  # for profiles
@@ -367,19 +365,26 @@ class Stream:
             Emu3Error: the part has an illegal shape, see `VisionTokenizer`.
         """
         if self._past is None:
-            # The state is placed like the weights, because a step returns it there. Placed elsewhere, the second step
-            # would compile again, and on a mesh of several processes the first step would fail.
-            place = getattr(jax.tree.leaves(self._params)[0], "sharding", None)
-            shapes = jax.eval_shape(self._step, self._params, {}, part)[1]
-            self._past = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=place), shapes)
+            # Placed elsewhere, the second step would compile again, and on a mesh of several processes the first step
+            # would fail.
+            shapes = self._abstract_past(part)
+            self._past = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), shapes)
         result, self._past = self._step(self._params, self._past, part)
         return result
 
+    def lower(self, part: jax.ShapeDtypeStruct) -> jax.stages.Lowered:
+        """Lowers the program of a part. The weights may be abstract, with shardings."""
+        return self._step.lower(self._params, self._abstract_past(part), part)
+
+    def _abstract_past(self, part: Any) -> Any:
+        """The state between parts. It is placed like the weights, because a step returns it there."""
+        place = getattr(jax.tree.leaves(self._params)[0], "sharding", None)
+        shapes = jax.eval_shape(self._step, self._params, {}, part)[1]
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes)
+
 
 @functools.cache
-def _make_step(
-    config: VisionConfig, method: str, fast: bool, platform: str
-) -> Callable[[Any, Any, jax.Array], tuple[jax.Array, Any]]:
+def _make_step(config: VisionConfig, method: str, fast: bool, platform: str) -> jax.stages.Wrapped:
     """The jitted step `(params, past, part) -> (result, past)` of a stream."""
     model = VisionTokenizer(config, _inference(fast))
 

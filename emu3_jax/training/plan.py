@@ -6,21 +6,24 @@ import jax
 from jax.sharding import Mesh
 
 from emu3_jax.errors import Emu3Error
+from emu3_jax.generation.vision_plan import PlannedVision, published_vision
+from emu3_jax.media.sizes import generate_size
 from emu3_jax.sharding.bounds import Training
 from emu3_jax.sharding.mesh import make_mesh
 from emu3_jax.sharding.plan import Program, Slice
 from emu3_jax.sharding.rules import batch_shards, use_mesh
-from emu3_jax.training.config import TrainConfig
+from emu3_jax.training.config import SampleConfig, TrainConfig
 from emu3_jax.training.flops import step_flops
 from emu3_jax.training.grpo_plan import grpo_programs
 from emu3_jax.training.step import Trainer
+from emu3_jax.training.weights import abstract_inference_params
 
 
 def programs(config: TrainConfig, slice_: Slice, rows_per_chip: int | None = None) -> tuple[Mesh, list[Program]]:
     """The programs of one training step, on the config's mesh over all chips of the slice.
 
     With `grpo` these are the programs that draw pictures or answers, then those that compare and update the weights,
-    see `training.grpo_plan`. Otherwise there is one.
+    see `training.grpo_plan`. Otherwise there is one, and with `samples` the program of their pixels.
 
     Args:
         config: config of the run. `model.decoder` must not be None, because planning opens no bundle.
@@ -80,4 +83,22 @@ def programs(config: TrainConfig, slice_: Slice, rows_per_chip: int | None = Non
     attention = flops - step_flops(trainer.decoder, tokens, 0, frozen_too, config.visual_only)
     name = f"training step of {config.batch_size} rows of {length} tokens"
     step = Program(name, lower, arguments, flops=flops, rates=Training(tokens, attention))
-    return mesh, [step] if config.grpo is None else grpo_programs(config, config.grpo, mesh, trainer, step)
+    if config.grpo is not None:
+        return mesh, grpo_programs(config, config.grpo, mesh, trainer, step)
+    vision = None if config.samples is None else published_vision(decoder)
+    if config.samples is None or vision is None:
+        return mesh, [step]
+    return mesh, _with_samples(config.samples, PlannedVision.of(vision, mesh), trainer, step)
+
+
+def _with_samples(samples: SampleConfig, vision: PlannedVision, trainer: Trainer, step: Program) -> list[Program]:
+    """The program of a step, and that of the pixels of a sample. No step itself draws samples.
+
+    The vision tokenizer stays in memory from the first samples on.
+    """
+    area = trainer.decoder.image_area if samples.area is None else samples.area
+    grid = generate_size(samples.ratio, area, vision.config.spatial_factor, name="samples.area")
+    state = {name: tree for name, tree in step.arguments.items() if name != "inputs"}
+    drawing = {"weights for drawing": abstract_inference_params(trainer.decoder, vision.mesh)}
+    pixels = vision.decoding(grid, fast=False, runs=0, beside={**state, **drawing})
+    return [dataclasses.replace(step, beside=vision.weights), pixels]

@@ -1,0 +1,93 @@
+"""The vision tokenizer's programs, beside the decoder's. `sharding.plan` compiles them for a TPU slice."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from emu3_jax.config import DecoderConfig, IbqConfig, VisionConfig, VisionTokenizerConfig
+from emu3_jax.generation.codec import PART_FRAMES
+from emu3_jax.models.vision import Stream, make_decoder, make_encoder, vision_module
+from emu3_jax.sharding.plan import Program
+from emu3_jax.sharding.rules import use_mesh, vision_shardings
+
+WEIGHTS = "vision tokenizer"  # name of the weights in a plan
+
+
+def published_vision(decoder: DecoderConfig) -> VisionTokenizerConfig | None:
+    """The published vision tokenizer with as many codes as the decoder has visual ids, or None if there is none."""
+    published = (VisionConfig(), IbqConfig())
+    return next((config for config in published if config.codebook_size == decoder.tokens.visual_count), None)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PlannedVision:
+    """A vision tokenizer whose programs are compiled but not run. Each device has all weights.
+
+    Attributes:
+        config: its config.
+        mesh: the mesh.
+        params: its weights, as abstract arrays with shardings.
+    """
+
+    config: VisionTokenizerConfig
+    mesh: Mesh
+    params: Any
+
+    @classmethod
+    def of(cls, config: VisionTokenizerConfig, mesh: Mesh) -> "PlannedVision":
+        pixels = jnp.zeros((1, config.spatial_factor, config.spatial_factor, config.in_channels))
+        shapes = nn.unbox(jax.eval_shape(vision_module(config).init, jax.random.key(0), pixels))["params"]
+        params = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            shapes, vision_shardings(config, mesh),
+        )  # fmt: skip
+        return cls(config, mesh, params)
+
+    @property
+    def weights(self) -> dict[str, Any]:
+        """The weights by their name in a plan."""
+        return {WEIGHTS: self.params}
+
+    def decoding(self, grid: tuple[int, ...], *, fast: bool, runs: int, beside: Mapping[str, Any]) -> Program:
+        """The program that decodes the pixels of a picture [h, w], or of a part of a clip [t, h, w].
+
+        Args:
+            grid: size in codes.
+            fast: see `make_decoder`.
+            runs: number of pictures or clips.
+            beside: other arrays in memory, as in `Program`.
+        """
+        config, size, in_parts = self.config, grid, False
+        if isinstance(config, VisionConfig) and len(grid) == 3:
+            most = max(PART_FRAMES // config.temporal_factor, 1)
+            size, in_parts, runs = (min(most, grid[0]), *grid[1:]), grid[0] > most, runs * -(-grid[0] // most)
+        codes = self._replicated((1, *size), jnp.int32)
+
+        def lower() -> jax.stages.Lowered:
+            with use_mesh(self.mesh):
+                if in_parts and isinstance(config, VisionConfig):
+                    return Stream(config, self.params, "decode", fast).lower(codes)
+                return make_decoder(config, fast).lower(self.params, codes)
+
+        name = f"{'fast' if fast else 'exact'} pixels of {'x'.join(map(str, size))} codes"
+        return Program(name, lower, {**self.weights, "inputs": codes}, beside=dict(beside), runs=runs)
+
+    def encoding(self, grid: tuple[int, ...], *, runs: int, beside: Mapping[str, Any]) -> Program:
+        """The program that encodes a picture to codes [h, w]. `runs`, `beside`: as in `decoding`."""
+        height, width = (side * self.config.spatial_factor for side in grid)
+        pixels = self._replicated((1, height, width, self.config.in_channels), jnp.float32)
+
+        def lower() -> jax.stages.Lowered:
+            with use_mesh(self.mesh):
+                return make_encoder(self.config).lower(self.params, pixels)
+
+        name = f"codes of a picture of {height}x{width} pixels"
+        return Program(name, lower, {**self.weights, "inputs": pixels}, beside=dict(beside), runs=runs)
+
+    def _replicated(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, PartitionSpec()))
