@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from emu3_jax.benchmarks import peer, train, train_transformers
+from emu3_jax.benchmarks import peer, train, train_transformers, train_transformers_fsdp
 from emu3_jax.cli.main import main
 from emu3_jax.errors import Emu3Error
 from emu3_jax.models.adapters import Adapter, dequantise_matrix
@@ -64,6 +64,45 @@ def test_the_peer():
     # Random weights give about the same loss as knowing nothing, however it is computed.
     for figures in (plain, chunked):
         np.testing.assert_allclose(figures["losses"], np.log(tiny.CONFIG.vocab_size), rtol=0.1)
+
+
+@pytest.mark.oracle
+@pytest.mark.multiprocess
+@pytest.mark.slow
+def test_the_peer_on_two_devices():
+    chunked, plain = train_transformers_fsdp.run(tiny.CONFIG, devices=2, tokens=16, rows=2, steps=1)
+    assert "chunked" in chunked["program"] and plain["ms_per_step"] > 0 and plain["devices"] == 2
+    for figures in (chunked, plain):
+        np.testing.assert_allclose(figures["losses"], np.log(tiny.CONFIG.vocab_size), rtol=0.1)
+
+
+def test_a_mesh_of_two_devices_chooses_the_sharded_peer(monkeypatch):
+    asked = {}
+
+    def answering(module, decoder, **options):
+        asked.update(options, module=module)
+        yield {"program": "transformers, FSDP2", "device": "NVIDIA H200", "ms_per_step": 3.0}
+
+    monkeypatch.setattr(peer, "require", lambda *packages: None)
+    monkeypatch.setattr(peer, "in_a_process", answering)
+    monkeypatch.setattr(train, "_measure", lambda *arguments: {"ms_per_step": 2.0, "devices": 2})
+    theirs, _, ours = train.run("small", tokens=16, rows=2, mesh="data=1,fsdp=2", steps=1, compare="transformers")
+    assert (asked["module"], asked["devices"], asked["rows"]) == ("train_transformers_fsdp", 2, 2)
+    whole = train.rates(3.0, 32, step_flops(tiny.CONFIG, 32, 2 * 136), 2 * 989e12)
+    assert theirs.items() >= whole.items() and ours["speedup"] == 1.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"rows": 2, "adapter": 2}, "mesh fsdp=2: compare trains adapters on one"),
+        ({"rows": 3}, "rows is 3: compare needs a multiple of the 2"),
+    ],
+)
+def test_the_sharded_peer_refuses(monkeypatch, arguments, error):
+    monkeypatch.setattr(peer, "require", lambda *packages: None)
+    with pytest.raises(Emu3Error, match=error):
+        next(train.run("small", tokens=16, mesh="fsdp=2", compare="transformers", **arguments))
 
 
 def test_a_missing_package_stops_at_once(monkeypatch):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 import statistics
 import time
 from collections.abc import Iterator
@@ -75,7 +76,8 @@ def run(
             adds does not count as model FLOPs.
         mesh: mesh axes and their sizes.
         steps: number of steps to time.
-        compare: "transformers" to first run this peer, or None.
+        compare: "transformers" to first run this peer, or None. If the mesh names several devices, the peer uses as
+            many, by PyTorch's FSDP2. `speedup` divides the time of its fastest variant by ours.
         compiled: whether the peer also runs with its layers under `torch.compile`.
         profile: whether to profile `PROFILED` further steps and list the GPU's kernels.
 
@@ -83,8 +85,8 @@ def run(
         The peer's figures if `compare` is given; then the machine; then the figures of our step; then its kernels.
 
     Raises:
-        Emu3Error: the peer's packages are missing, or preference pairs need other options. If the peer fails, this is
-            raised at the end, after our figures.
+        Emu3Error: the peer's packages are missing, or preference pairs or the peer need other options. If the peer
+            fails, this is raised at the end, after our figures.
     """
     enable_persistent_cache()
     if preference and rows % 2:
@@ -94,16 +96,27 @@ def run(
     decoder = PRESETS[preset]
     decoder = dataclasses.replace(decoder, num_layers=layers or decoder.num_layers)
     flops = step_flops(decoder, rows * tokens, rows * tokens * (tokens + 1) / 2, frozen=adapter > 0)
-    failure = None
+    failure, fastest = None, math.inf
     if compare:
         peer.require(*(("peft",) if adapter else ()))
+        # Not the size of an axis -1: only JAX could count its devices, and would reserve their memory.
+        devices = math.prod(int(size) for size in re.findall(r"=(\d+)", mesh))
+        if devices > 1 and adapter:
+            raise Emu3Error(f"mesh {mesh}: compare trains adapters on one device only, so set fsdp=1")
+        if devices > 1 and rows % devices:
+            raise Emu3Error(f"rows is {rows}: compare needs a multiple of the {devices} devices of mesh {mesh}")
         # The peer runs first, because JAX reserves most of the GPU's memory once it has used the device.
         try:
-            options = {"tokens": tokens, "rows": rows, "rank": adapter, "steps": steps, "compiled": compiled}
-            for figures in peer.in_a_process("train_transformers", decoder, **options):
+            options = {"tokens": tokens, "rows": rows, "steps": steps, "compiled": compiled}
+            if devices > 1:
+                running = peer.in_a_process("train_transformers_fsdp", decoder, devices=devices, **options)
+            else:
+                running = peer.in_a_process("train_transformers", decoder, rank=adapter, **options)
+            for figures in running:
                 if "ms_per_step" in figures:
-                    peak = peak_flops(figures["device"])
+                    peak = devices * peak_flops(figures["device"])
                     figures |= rates(figures["ms_per_step"], rows * tokens, flops, peak)
+                    fastest = min(fastest, figures["ms_per_step"])
                 yield figures
         except Emu3Error as error:
             failure = error
@@ -137,7 +150,8 @@ def run(
         yield {**labels, "out_of_memory": str(error).split("\n", 1)[0][:200]}
     else:
         devices, kernels = figures.pop("devices"), figures.pop("kernels", None)
-        yield {**labels, **figures, **rates(figures["ms_per_step"], rows * tokens, flops, peak * devices)}
+        ratio = {} if math.isinf(fastest) else {"speedup": round(fastest / figures["ms_per_step"], 2)}
+        yield {**labels, **figures, **rates(figures["ms_per_step"], rows * tokens, flops, peak * devices), **ratio}
         if kernels:
             yield kernels
     if failure:

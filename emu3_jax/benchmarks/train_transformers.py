@@ -11,7 +11,7 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from emu3_jax.benchmarks import peer
@@ -30,23 +30,18 @@ def run(
     the chunked loss with compiled layers, if `compiled`.
     """
     import torch
-    import transformers
     from transformers.utils import is_flash_attn_2_available
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    described = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else device,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    described = versions()
     try:
-        model = _model(config, rank, device)
+        model = build_model(config, rank, device)
     except torch.OutOfMemoryError as error:
-        yield {"program": "transformers", **described, "out_of_memory": _first_sentence(error)}
+        yield {"program": "transformers", **described, "out_of_memory": first_sentence(error)}
         return
     base = model.get_base_model() if rank else model
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-5, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.1, fused=True)
+    optimizer = adamw(trained)
     ids = torch.randint(0, config.vocab_size, (rows, tokens), device=device)
     ways = ["SDPA", "SDPA, chunked loss"]
     ways += ["FlashAttention 2, chunked loss"] if device == "cuda" and is_flash_attn_2_available() else []
@@ -58,23 +53,10 @@ def run(
                 layer.compile()
         label = {"program": f"transformers, {way}", **described}
         try:
-            began = time.perf_counter()
-            step = functools.partial(_step, model, trained, optimizer, ids, chunked="chunked" in way, device=device)
-            taken = [step()]
-            first = time.perf_counter() - began
-            taken += [step() for _ in range(1 + steps)]
+            loss = functools.partial(_loss, model, ids, chunked="chunked" in way, device=device)
+            yield {**label, **timed(loss, trained, optimizer, steps, device)}
         except torch.OutOfMemoryError as error:
-            yield {**label, "out_of_memory": _first_sentence(error)}
-        else:
-            times, losses = zip(*taken, strict=True)
-            yield {
-                **label,
-                "ms_per_step": round(statistics.median(times[2:]) * 1e3, 1),
-                "best_ms": round(min(times[2:]) * 1e3, 1),
-                **({"peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2)} if device == "cuda" else {}),
-                "first_step_s": round(first, 1),
-                "losses": [round(losses[0], 3), round(losses[-1], 3)],
-            }
+            yield {**label, "out_of_memory": first_sentence(error)}
         optimizer.zero_grad(set_to_none=True)
         gc.collect()
         if device == "cuda":
@@ -82,7 +64,41 @@ def run(
             torch.cuda.reset_peak_memory_stats()
 
 
-def _model(config: DecoderConfig, rank: int, device: str):
+def versions() -> dict[str, str]:
+    """The device and the versions of the peer's packages."""
+    import torch
+    import transformers
+
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def adamw(trained: list[Any]) -> Any:
+    """Fused AdamW for these parameters."""
+    import torch
+
+    return torch.optim.AdamW(trained, lr=1e-5, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.1, fused=True)
+
+
+def timed(loss: Callable[[], Any], trained: list[Any], optimizer: Any, steps: int, device: str) -> dict[str, Any]:
+    """Figures of a variant: two steps warm up, then `steps` steps are timed. `loss` runs the forward pass."""
+    import torch
+
+    taken = [_step(loss, trained, optimizer, device) for _ in range(2 + steps)]
+    times, losses = zip(*taken, strict=True)
+    return {
+        "ms_per_step": round(statistics.median(times[2:]) * 1e3, 1),
+        "best_ms": round(min(times[2:]) * 1e3, 1),
+        **({"peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2)} if device == "cuda" else {}),
+        "first_step_s": round(times[0], 1),
+        "losses": [round(losses[0], 3), round(losses[-1], 3)],
+    }
+
+
+def build_model(config: DecoderConfig, rank: int, device: str) -> Any:
     """The model with random weights, ready to train: float32 weights or, with `rank`, LoRA over bfloat16 weights."""
     import torch
     import transformers
@@ -112,13 +128,19 @@ def _model(config: DecoderConfig, rank: int, device: str):
     return model.train()
 
 
-def _step(model, trained, optimizer, ids, *, chunked: bool, device: str) -> tuple[float, float]:
+def _loss(model, ids, *, chunked: bool, device: str):
+    import torch
+
+    with torch.autocast(device, dtype=torch.bfloat16):
+        return chunked_loss(model, ids) if chunked else model(ids, labels=ids).loss
+
+
+def _step(forward: Callable[[], Any], trained, optimizer, device: str) -> tuple[float, float]:
     """Seconds and loss of one step."""
     import torch
 
     began = time.perf_counter()
-    with torch.autocast(device, dtype=torch.bfloat16):
-        loss = _chunked_loss(model, ids) if chunked else model(ids, labels=ids).loss
+    loss = forward()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(trained, 5.0)
     optimizer.step()
@@ -131,7 +153,8 @@ def _step(model, trained, optimizer, ids, *, chunked: bool, device: str) -> tupl
     return time.perf_counter() - began, value
 
 
-def _chunked_loss(model, ids):
+def chunked_loss(model, ids):
+    """The next-token loss. Each chunk of logits is computed again in the backward pass."""
     import torch
     from torch.utils.checkpoint import checkpoint
 
@@ -149,7 +172,8 @@ def _chunked_loss(model, ids):
     return torch.stack(sums).sum() / len(labels)
 
 
-def _first_sentence(error: Exception) -> str:
+def first_sentence(error: Exception) -> str:
+    """What an error says first."""
     return str(error).split(". ", 1)[0][:120]
 
 

@@ -32,6 +32,7 @@ _TRAIN = """Time the train step: milliseconds per step, tokens per second, MFU a
 
 examples:
   emu3-jax bench train --preset small --tokens 1024
+  emu3-jax bench train --rows 2 --remat dots --mesh fsdp=2 --compare transformers
 """
 
 
@@ -184,7 +185,7 @@ def _add_train(command: argparse.ArgumentParser) -> None:
         "--mesh", default="fsdp=-1", metavar="AXIS=N[,...]", help="how devices are used (default: %(default)s)"
     )
     _add_steps(command, 5, "timed steps")
-    _add_compare(command)
+    _add_compare(command, "on the same device, or by FSDP2 on as many as --mesh says (not -1)")
     command.add_argument("--profile", action="store_true", help="also list the GPU kernels of two steps by their time")
     command.add_argument(
         "--compile",
@@ -217,11 +218,9 @@ def _add_steps(command: argparse.ArgumentParser, default: int, text: str) -> Non
     )
 
 
-def _add_compare(command: argparse.ArgumentParser) -> None:
+def _add_compare(command: argparse.ArgumentParser, where: str = "on the same device") -> None:
     command.add_argument(
-        "--compare",
-        choices=("transformers",),
-        help="also run transformers with the same shapes on the same device",
+        "--compare", choices=("transformers",), help=f"also run transformers with the same shapes {where}"
     )
 
 
