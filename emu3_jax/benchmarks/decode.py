@@ -77,9 +77,9 @@ def run(
     """Times the decode loop.
 
     A time is the shortest of three runs of `steps` steps. In parallel decoding a step is a pass of several tokens, of
-    which one is settled. `bytes_per_step` counts the bytes that a step must read:
-    weights of the layers, the visual rows of the head, and the used part of the KV cache. On a mesh, `bytes_per_step`
-    is the sum over all devices, but the bandwidths are those of one device.
+    which one is settled. `bytes_per_step` counts what a step must read: weights of the layers, the visual rows
+    of the head, and the used part of the KV cache (`cache_bytes`). On a mesh, it is the sum over all devices, but the
+    bandwidths are those of one device.
 
     Args:
         preset: name of the decoder shapes in `PRESETS`. The weights are random.
@@ -244,7 +244,8 @@ def _measure(
         compile_s += attempts[0]
         best = min(attempts) / passes
         seconds += best * (last - position)
-        moved = weight_bytes + slot_bytes * (PROMPT_TOKENS + middle + timed // 2)
+        cache_bytes = slot_bytes * (PROMPT_TOKENS + middle + timed // 2)
+        moved = weight_bytes + cache_bytes
         slots = decoding.state.cache.slots
         yield {
             **about,
@@ -252,6 +253,7 @@ def _measure(
             "cache_slots": slots,
             f"ms_per_{step}": round(best * 1e3, 3),
             f"bytes_per_{step}": moved,
+            "cache_bytes": cache_bytes,
             "gb_per_s": round(moved / best / 1e9, 1),
             "share_of_copy": round(moved / best / 1e9 / copy / devices, 3),
         }
