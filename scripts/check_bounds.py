@@ -31,7 +31,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from emu3_jax.sharding.costs import Costs, count
-from emu3_jax.sharding.hlo import Program
+from emu3_jax.sharding.hlo import Instruction, Program
 
 DECODE = ("decode", "--steps", "64", "--rows", "1", "8", "--profile")
 TRAIN = ("train", "--remat", "dots", "--profile", "--mesh")
@@ -202,8 +202,7 @@ def executed(program: Program, costs: Costs, head: dict[str, Any], rows: int) ->
     product = round(2 * decoder.num_heads * decoder.head_dim * pairs)
     products, attention = costs.flops, 0
     for run in program.runs():
-        instructions = program.computations[run.name]
-        for instruction in instructions.values():
+        for instruction, instructions in calls(program, run.name):
             if instruction.target.startswith("__cublas$"):
                 axes = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.rest)
                 sides = instructions[instruction.operands[0]].arrays[0].shape
@@ -212,6 +211,17 @@ def executed(program: Program, costs: Costs, head: dict[str, Any], rows: int) ->
             elif "$fmha" in instruction.target:
                 attention += run.times * product * (5 if "Backward" in instruction.target else 2)
     return products, attention
+
+
+def calls(program: Program, name: str) -> Iterator[tuple[Instruction, dict[str, Instruction]]]:
+    """Yields the custom calls of a computation and of its fusions, each with the instructions around it."""
+    instructions = program.computations[name]
+    for instruction in instructions.values():
+        if instruction.opcode == "custom-call":
+            yield instruction, instructions
+        elif instruction.opcode == "fusion":
+            for called in instruction.called:
+                yield from calls(program, called)
 
 
 def ratio(bound: float, measured: float) -> float:

@@ -12,17 +12,23 @@ from emu3_jax.sharding.hlo import Program
 
 pytestmark = pytest.mark.compiled_quickly
 
-# A step of two layers as XLA writes it for GPUs, shortened: a product by cuBLAS and attention by cuDNN.
+# A step of two layers as XLA writes it for GPUs, shortened: a product by cuBLAS, in a fusion, and attention by cuDNN.
 GPU = """HloModule jit__step, num_partitions=2
+
+%fused (left: bf16[64,32], right: bf16[32,16]) -> (bf16[64,16], s8[1024]) {
+  %left = bf16[64,32]{1,0} parameter(0)
+  %right = bf16[32,16]{1,0} parameter(1)
+  ROOT %gemm = (bf16[64,16]{1,0}, s8[1024]{0}) custom-call(%left, %right), custom_call_target="__cublas$gemm", \
+backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],\
+"rhs_contracting_dimensions":["0"],"lhs_batch_dimensions":[],"rhs_batch_dimensions":[]}}}
+}
 
 %body (p: (s32[], bf16[64,32], bf16[32,16])) -> (s32[], bf16[64,32], bf16[32,16]) {
   %p = (s32[], bf16[64,32]{1,0}, bf16[32,16]{1,0}) parameter(0)
   %i = s32[] get-tuple-element(%p), index=0
   %x = bf16[64,32]{1,0} get-tuple-element(%p), index=1
   %w = bf16[32,16]{1,0} get-tuple-element(%p), index=2
-  %product = (bf16[64,16]{1,0}, s8[1024]{0}) custom-call(%x, %w), custom_call_target="__cublas$gemm", \
-backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],\
-"rhs_contracting_dimensions":["0"],"lhs_batch_dimensions":[],"rhs_batch_dimensions":[]}}}
+  %product = (bf16[64,16]{1,0}, s8[1024]{0}) fusion(%x, %w), kind=kCustom, calls=%fused
   %made = bf16[64,16]{1,0} get-tuple-element(%product), index=0
   %mixed = (bf16[64,16]{1,0}, u8[0]{0}) custom-call(%made, %made), custom_call_target="__cudnn$fmhaSoftmax"
   %back = (bf16[64,16]{1,0}, u8[0]{0}) custom-call(%made, %made), custom_call_target="__cudnn$fmhaSoftmaxBackward"
