@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from emu3_jax.cli.main import main
-from emu3_jax.config import EMU35_34B, DecoderConfig, VisionConfig
+from emu3_jax.config import EMU35_34B, DecoderConfig, IbqConfig, VisionConfig
 from emu3_jax.data.sequences import NextFrame
 from emu3_jax.errors import Emu3Error
 from emu3_jax.generation import plan as generation_plan
@@ -483,7 +483,7 @@ def test_pictures_are_planned_to_their_pixels(small):
     )
     slice_ = plan.tpu_slice("v5e:2x2")
     _, without = generation_plan.programs(config, slice_)  # there is no published tokenizer of 8 codes
-    config = dataclasses.replace(config, vision=vision, fast_pixels=True)
+    config = dataclasses.replace(config, vision=vision, fast_pixels=True, area=64)  # a code has one pixel
     mesh, (*decoding, pixels) = generation_plan.programs(config, slice_)
     assert [program.name for program in decoding] == [program.name for program in without]
     weights = plan.chip_bytes(pixels.arguments["vision tokenizer"])
@@ -536,3 +536,16 @@ def test_generate_config_is_validated():
     }.items():
         with pytest.raises(Emu3Error, match=field.split("_")[0]):
             dataclasses.replace(GenerateConfig(), **{field: value})
+    legal = "choose a smaller max_new_tokens, a smaller area or prompt_tokens"
+    with pytest.raises(Emu3Error, match=f"an answer of 9999 tokens take 18256 positions, .*: {legal}"):
+        GenerateConfig(max_new_tokens=9999)
+
+
+def test_the_vision_tokenizer_of_a_config_belongs_to_the_decoder():
+    with pytest.raises(Emu3Error, match="vision has codebook_size 64, the decoder has 32768 visual ids: "):
+        GenerateConfig(vision=VisionConfig(codebook_size=64))
+    with pytest.raises(Emu3Error, match="field frames is 8: it must be None, because `vision` knows no clips"):
+        GenerateConfig(vision=IbqConfig(codebook_size=32768), frames=8)
+    with pytest.raises(Emu3Error, match="field temporal_factor is 4: it must be 2, as in `vision`"):
+        GenerateConfig(vision=VisionConfig(temporal_factor=2), frames=8)
+    assert GenerateConfig(vision=VisionConfig(channel_multipliers=(1, 1, 1, 1, 1))).grid == (45, 45)

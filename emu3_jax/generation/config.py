@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from emu3_jax.config import DecoderConfig, VisionTokenizerConfig
+from emu3_jax.config import DecoderConfig, VisionConfig, VisionTokenizerConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.fields import check_field, is_number, is_whole
 from emu3_jax.generation import defaults
@@ -13,6 +13,8 @@ from emu3_jax.generation.schedule import grid_length, grid_schedule
 from emu3_jax.media.sizes import generate_size
 from emu3_jax.models.attention import KERNELS
 from emu3_jax.models.quantization import KINDS
+
+_LEGAL_COUNT = "a whole number >= 1, or None"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,18 +64,20 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         for field in ("pictures", "temporal_factor", "prompt_tokens"):
             check_field(self, field, is_whole(getattr(self, field), 1), "a whole number >= 1")
-        check_field(self, "frames", self.frames is None or is_whole(self.frames, 1), "a whole number >= 1, or None")
+        check_field(self, "frames", self.frames is None or is_whole(self.frames, 1), _LEGAL_COUNT)
         check_field(self, "decoder", isinstance(self.decoder, DecoderConfig), "a DecoderConfig")
         kinds = (None, *KINDS)
         check_field(self, "quantize", self.quantize in kinds, f"None or one of {', '.join(KINDS)}")
         check_field(self, "parallel", is_window(self.parallel), defaults.LEGAL_PARALLEL)
         check_field(self, "kernels", self.kernels in KERNELS, f"one of {', '.join(KERNELS)}")
         check_field(self, "guidance", is_number(self.guidance) and self.guidance >= 0, "a number >= 0")
-        check_field(self, "interleave", self.interleave is None or is_whole(self.interleave, 1), "a whole number >= 1")
+        check_field(self, "interleave", self.interleave is None or is_whole(self.interleave, 1), _LEGAL_COUNT)
         check_field(self, "fast_pixels", isinstance(self.fast_pixels, bool), "True or False")
-        check_field(self, "vision", isinstance(self.vision, VisionTokenizerConfig | None), "a VisionConfig or None")
+        check_field(self, "vision", isinstance(self.vision, VisionTokenizerConfig | None), "a vision config or None")
+        if self.vision is not None:
+            self._check_vision(self.vision)
         answers = self.max_new_tokens
-        check_field(self, "max_new_tokens", answers is None or is_whole(answers, 1), "a whole number >= 1, or None")
+        check_field(self, "max_new_tokens", answers is None or is_whole(answers, 1), _LEGAL_COUNT)
         if answers is not None:
             alone = self.frames is None and self.interleave is None
             check_field(self, "max_new_tokens", alone, "None, because `frames` or `interleave` is given")
@@ -88,17 +92,34 @@ class GenerateConfig:
         length = self.prompt_tokens + self.steps + (answers or 0)
         if length > self.decoder.max_positions:
             what, less = ("picture", "") if self.frames is None else ("clip", "fewer frames, ")
+            of = f"a prompt of {self.prompt_tokens} tokens and a {what} of {'x'.join(map(str, self.grid))} tokens"
+            if answers is not None:
+                of, less = f"{of} and an answer of {answers} tokens", "a smaller max_new_tokens, "
             raise Emu3Error(
-                f"a prompt of {self.prompt_tokens} tokens and a {what} of {'x'.join(map(str, self.grid))} tokens take "
-                f"{length} positions, the decoder has {self.decoder.max_positions}: choose {less}a smaller area or "
-                "prompt_tokens"
+                f"{of} take {length} positions, the decoder has {self.decoder.max_positions}: choose {less}a smaller "
+                "area or prompt_tokens"
             )
+
+    def _check_vision(self, vision: VisionTokenizerConfig) -> None:
+        """Refuses a vision tokenizer that cannot belong to the decoder, or cannot make these clips."""
+        codes, ids = vision.codebook_size, self.decoder.tokens.visual_count
+        if codes != ids:
+            raise Emu3Error(
+                f"GenerateConfig field vision has codebook_size {codes}, the decoder has {ids} visual ids: give the "
+                "vision tokenizer that belongs to the decoder"
+            )
+        if self.frames is None:
+            return
+        check_field(self, "frames", isinstance(vision, VisionConfig), "None, because `vision` knows no clips")
+        factor = vision.temporal_factor
+        check_field(self, "temporal_factor", self.temporal_factor == factor, f"{factor}, as in `vision`")
 
     @property
     def grid(self) -> tuple[int, ...]:
         """(rows, columns) of tokens of a picture, or (latent frames, rows, columns) of a clip."""
         area = self.decoder.image_area if self.area is None else self.area
-        size = generate_size(self.ratio, area, 16 if self.decoder.family == "emu3.5" else 8)
+        factor = 16 if self.decoder.family == "emu3.5" else 8
+        size = generate_size(self.ratio, area, factor if self.vision is None else self.vision.spatial_factor)
         return size if self.frames is None else (-(-self.frames // self.temporal_factor), *size)
 
     @property
