@@ -491,6 +491,7 @@ def test_pictures_are_planned_to_their_pixels(small):
     assert pixels.name == "fast pixels of 8x8 codes" and set(pixels.beside) == {"weights"}  # the cache is freed
     found = plan.compile_plan(slice_, mesh, [pixels])
     (program,) = found["programs"]
+    assert "fast pixels of 8x8 codes, per chip, 2 runs:" in plan.describe(found)
     assert program["runs"] == 2 and found["least_seconds"] == 2 * program["bound"]["seconds"] > 0
     assert program["bytes"]["vision tokenizer"] == weights and program["bytes"]["outputs"] >= 8 * 8 * 3 * 4
 

@@ -17,6 +17,7 @@ import jax
 from jax.sharding import Mesh
 
 from emu3_jax.errors import Emu3Error
+from emu3_jax.printable import counted
 from emu3_jax.sharding.bounds import Decoding, Peaks, Training, describe_bound, least_seconds, measure
 from emu3_jax.sharding.chips import CHIPS, GIB, Chip
 from emu3_jax.sharding.collectives import collectives
@@ -243,11 +244,11 @@ def describe(plan: dict[str, Any]) -> Iterator[str]:
     pairs = "" if each == "chip" else f" of {plan['devices'] // plan['chips']} devices each"
     several = f"{plan['slices']} slices of " if plan["slices"] > 1 else ""
     yield (
-        f"{several}{plan['topology']}: {plan['chips']} chips {plan['device']}{pairs}, mesh {mesh}, "
+        f"{several}{plan['topology']}: {counted(plan['chips'], 'chip')} {plan['device']}{pairs}, mesh {mesh}, "
         f"{plan['hbm_bytes'] / 1e9:.0f} GB of HBM per {each}, of which programs can use {_gib(plan['usable_bytes'])}"
     )
     for program in plan["programs"]:
-        yield f"{program['name']}, per {each}:"
+        yield f"{program['name']}, per {each}{_often(program['runs'])}:"
         for name, size in program["bytes"].items():
             if size:
                 yield f"  {name:<20} {memory_size(size):>12}"
@@ -268,6 +269,13 @@ def describe(plan: dict[str, Any]) -> Iterator[str]:
     if any("bound" in program for program in plan["programs"]):
         yield "Least times are bounds from the chip's peaks. Nothing was run."
     yield "fits" if plan["fits"] else "does not fit"
+
+
+def _often(runs: int) -> str:
+    """How often a program runs, where the sum of all programs cannot be understood without it."""
+    if runs == 1:
+        return ""
+    return f", {runs} runs" if runs else ", not in the sum of all programs"
 
 
 def _flops(count: float) -> str:
