@@ -505,6 +505,9 @@ def test_answers_begin_with_the_codes_of_a_picture(small):
     assert codes.name == "codes of a picture of 128x128 pixels" and codes.runs == 2
     assert decode.name == "decoding step 40 of 2 answers of 40 tokens" and set(codes.beside) == {"weights"}
     assert prefill.name == "prefill of 2 rows of 384 tokens"  # 64, and 16 x 17 of the picture
+    longer = dataclasses.replace(answers, max_new_tokens=800, kernels="pallas-tpu")
+    _, (_, _, decode, *growth) = generation_plan.programs(longer, plan.tpu_slice("v5e:2x2"))
+    assert decode.rates.passes[0][0] == 512 and not growth  # the kernel reads blocks that are in use
     _, (*_, pixels) = generation_plan.programs(dataclasses.replace(config, interleave=200), plan.tpu_slice("v5e:2x2"))
     assert pixels.runs == 0 and set(pixels.beside) == {"weights", "cache"}  # rows go on while pixels are decoded
 

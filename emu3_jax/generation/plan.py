@@ -62,7 +62,7 @@ def programs(config: GenerateConfig, slice_: Slice) -> tuple[Mesh, list[Program]
         session = PlannedSession.of_answers(
             config.decoder, mesh, params, Sampling(guidance=1.0), count=config.pictures,
             prompt_tokens=config.prompt_tokens + config.steps, max_new_tokens=config.max_new_tokens,
-            parallel=config.parallel, narrow_cache=narrows_cache(config.quantize),
+            parallel=config.parallel, narrow_cache=narrows_cache(config.quantize), kernels=config.kernels,
         )  # fmt: skip
         result = session.programs(beside)
         if vision is not None:
@@ -136,6 +136,7 @@ class PlannedSession:
         max_new_tokens: int,
         parallel: int | str,
         narrow_cache: bool = False,
+        kernels: str = "auto",
     ) -> "PlannedSession":
         """The session that generates `count` answers. Further arguments and errors: `of_grids`.
 
@@ -145,12 +146,14 @@ class PlannedSession:
             max_new_tokens: largest number of tokens of an answer.
             parallel: see `generation.language.Batching`.
             narrow_cache: store keys and values as int8.
+            kernels: implementation of attention over the cache, from `attention.KERNELS`.
         """
         row = Row([decoder.tokens.pad] * prompt_tokens, text_schedule(max_new_tokens))
         settings = sampling.settings(count)
         session = DecodeSession(
-            params, decoder, [row] * count, settings, mesh=mesh, parallel=parallel, narrow_cache=narrow_cache
-        )
+            params, decoder, [row] * count, settings, mesh=mesh, kernels=kernels, narrow_cache=narrow_cache,
+            parallel=parallel,
+        )  # fmt: skip
         return cls(decoder, params, session, max_new_tokens, "answer", f"{max_new_tokens} tokens")
 
     @property
