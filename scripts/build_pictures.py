@@ -26,7 +26,7 @@ from emoji_data.concepts import Concept, load_concepts
 from emoji_data.manifests import write_lines
 from emoji_data.packages import Package, fetch
 from picture_data import debian, splits
-from picture_data.captions import caption, manifests
+from picture_data.captions import caption, manifests, people
 from picture_data.colours import main_colour
 from picture_data.debian import DebianPackage
 from picture_data.drawings import Drawing, load_clipart, load_icons
@@ -36,7 +36,7 @@ from picture_data.words import Things, phrase
 from PIL import Image
 
 from emu3_jax.errors import Emu3Error
-from emu3_jax.evaluation import procedural
+from emu3_jax.evaluation import people_prompts, procedural
 from emu3_jax.files import new_directory
 from emu3_jax.progress import each
 
@@ -112,6 +112,7 @@ def build(
         lines = manifests(items)
         for name, rows in lines.items():
             write_lines(target / f"{name}.jsonl", rows)
+        write_lines(target / people_prompts.FILE, people(lines["prompts_train"], items))
         drawn = _draw_scenes(target, amounts, size)
         (target / "NOTICE").write_bytes(NOTICE.read_bytes())
         summary = {

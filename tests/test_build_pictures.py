@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 from emu3_jax.data.manifest import Manifest
 from emu3_jax.errors import Emu3Error
 from emu3_jax.evaluation.items import Data
+from emu3_jax.evaluation.people_prompts import read_prompts
 
 SCRIPTS = pathlib.Path(__file__).parents[1] / "scripts"
 HEAD = '<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="20mm" viewBox="0 0 20 20">'
@@ -375,6 +376,8 @@ def test_the_whole_set(small, tmp_path):
             assert {splits[manifest[i].name.split("#")[0]] for i in range(count)} == {wanted}
     text = (data / "prompts_train.jsonl").read_text()
     assert '"a car"' in text and '"a red car"' in text and '"flat icon of a car"' in text
+    meant = dict(read_prompts(data))
+    assert len(meant) == 100 and meant["a red car"] == {"1f697"} and meant["pizza"] == set()
     for manifest in ("two_shapes/train", "arrangements/train", "arrangements/heldout", "stories/edits_train"):
         assert len(Manifest(data / f"{manifest}.jsonl")) == 3
     with Image.open(next((data / "stories" / "pictures").iterdir())) as picture:

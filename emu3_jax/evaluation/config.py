@@ -14,7 +14,9 @@ from emu3_jax.models.quantization import KINDS
 _MAX_BATCH = 2**12  # the last batch is padded to full size, so a huge batch would waste memory
 FIGURES = ("reconstruction", "text_to_image", "image_to_text", "procedural", "motion")
 JUDGE = "judge"  # the features that need no file, see `ReconstructionConfig`
-FURTHER_FIGURES = ("stories", "two_shapes", "arrangements")  # need no data, but a model that was trained for them
+SCENES = ("stories", "two_shapes", "arrangements")  # need no data, but a model that was trained for them
+PEOPLE_PROMPTS = "people_prompts"  # needs data of scripts/build_pictures.py
+FURTHER_FIGURES = (*SCENES, PEOPLE_PROMPTS)
 # Groups of emoji whose labels describe what the picture shows. The embedded model was trained on these.
 GROUPS = (
     "smileys & emotion", "animals & nature", "food & drink", "travel & places", "activities", "objects",
@@ -111,7 +113,8 @@ class EvaluateConfig:
         data: directory with items.jsonl, written by scripts/build_emoji.py. If "reconstruction" is the only figure
             that needs data, also a folder of pictures.
         figures: names of the figures to measure, from `FIGURES` and `FURTHER_FIGURES`.
-        groups: groups of emoji to generate, describe and judge. The figure "reconstruction" uses all groups.
+        groups: groups of emoji to generate, describe and judge. The figures "reconstruction" and "people_prompts" use
+            all groups.
         cases: largest number of cases per figure, chosen by `seed`, or None for all.
         codebook_cases: largest number of pictures, and of clips, over which codebook use is counted, or None for all.
             Fewer cases use fewer codes; the figures are not corrected for this.
@@ -198,12 +201,12 @@ class EvaluateConfig:
     @property
     def needs_data(self) -> bool:
         """Whether a figure needs `data`."""
-        return any(figure in FIGURES for figure in self.figures)
+        return any(figure not in SCENES for figure in self.figures)
 
     @property
     def needs_items(self) -> bool:
         """Whether a figure needs the items of scripts/build_emoji.py: a folder of pictures would not do."""
-        return any(figure in FIGURES and figure != "reconstruction" for figure in self.figures)
+        return any(figure not in (*SCENES, "reconstruction") for figure in self.figures)
 
     @property
     def sampling(self) -> dict[str, Any]:

@@ -207,7 +207,7 @@ def get_judge(
 def judge_of(
     data: Data,
     config: JudgeConfig,
-    groups: Sequence[str],
+    groups: Sequence[str] | None,
     reconstruct: Callable[[np.ndarray], np.ndarray],
     tokenizer: str,
     progress: bool | None = None,
@@ -217,7 +217,7 @@ def judge_of(
     Args:
         data: evaluation data.
         config: settings of the training.
-        groups: groups of the training pictures.
+        groups: groups of the training pictures, or None for all.
         reconstruct: the vision tokenizer: its reconstructions of pictures, see `get_judge`.
         tokenizer: hash of the vision tokenizer.
         progress: as in `progress.Progress`.

@@ -11,6 +11,7 @@ from emu3_jax.evaluation import (
     control,
     image_to_text,
     motion,
+    people_prompts,
     reconstruction,
     several_shapes,
     stories,
@@ -81,6 +82,7 @@ def evaluate(
         "stories": lambda: stories.measure(model, config, progress=progress),
         "two_shapes": lambda: two_shapes.measure(model, config, progress=progress),
         "arrangements": lambda: several_shapes.measure(model, config, progress=progress),
+        "people_prompts": lambda: people_prompts.measure(model, data, config, reconstruct, progress=progress),
     }.items():
         if name not in config.figures:
             if name in FIGURES:

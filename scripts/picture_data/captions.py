@@ -1,6 +1,8 @@
 """Lines of the manifests: short prompts as people write them, and questions with answers."""
 
 import itertools
+import pathlib
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
 from emoji_data.concepts import MAIN_GROUPS
@@ -12,6 +14,7 @@ GROUPS = (*MAIN_GROUPS, PEOPLE, FLAGS)
 _UNCOLOURED = ("smileys & emotion", PEOPLE, FLAGS)  # whose colour says nothing
 _STYLED, _PLAIN = 2, 3  # lines with and without the style, in which the prompt is all there is to go by
 _OTHER = 2  # lines with another name of the thing
+_LIST = pathlib.Path(__file__).with_name("people_prompts.txt")
 
 
 def caption(item: dict) -> str:
@@ -40,6 +43,14 @@ def manifests(items: Iterable[dict]) -> dict[str, list[dict]]:
         "questions_heldout_style": lines(_questions, "style"),
         "questions_heldout_concept": lines(_questions, "concept"),
     }
+
+
+def people(prompts: Iterable[dict], items: Iterable[dict]) -> list[dict]:
+    """The prompts of people_prompts.txt, each with the concepts of the pictures that training shows with it."""
+    concepts, shown = {item["name"]: item["concept"] for item in items}, defaultdict(set)
+    for line in prompts:
+        shown[line["text"]].add(concepts[line["name"].partition("#")[0]])
+    return [{"text": text, "concepts": sorted(shown[text])} for text in _LIST.read_text().splitlines()]
 
 
 def _files(item: dict) -> list[str]:
