@@ -1,7 +1,7 @@
 """Evaluates the 64-pixel model on pictures, clips, scenes and stories that are held out of its training.
 
     python scripts/build_pictures.py out/pictures64
-    emu3-jax evaluate configs/eval_pictures.py --set model=out/pictures_sft/model
+    emu3-jax evaluate configs/eval_pictures.py
 
 The command prints the figures as JSON. configs/eval_emoji.py says what they are. Two shapes, counts and rows of shapes,
 stories and edits are read exactly from the pixels.
@@ -14,7 +14,7 @@ def config() -> EvaluateConfig:
     return EvaluateConfig(
         directory="out/evaluation_pictures",
         data="out/pictures64",
-        model="out/pictures_sft/model",
+        model="out/pictures_grpo/model",
         figures=(*FIGURES, *FURTHER_FIGURES),
         cases=256,
         procedural_guidance=2.0,

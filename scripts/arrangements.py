@@ -3,8 +3,8 @@
 python scripts/arrangements.py out/arrangements
 
 The directory gets pictures/, the manifests train.jsonl and heldout.jsonl that `emu3-jax prepare` reads, with questions
-about the same pictures in questions_train.jsonl and questions_heldout.jsonl, held_out.txt with the captions of
-heldout.jsonl, and summary.json. No arrangement of heldout.jsonl is in train.jsonl.
+about the same pictures in questions_train.jsonl and questions_heldout.jsonl, the captions of both in prompts.txt and
+held_out.txt, and summary.json. No arrangement of heldout.jsonl is in train.jsonl.
 `evaluation.arrangements` draws the pictures and reads them back. The script downloads nothing.
 """
 
@@ -27,6 +27,7 @@ from emu3_jax.progress import each
 
 _SIZES = (SMALLEST_SIDE, 512)  # pixels
 HELD_OUT = 256  # pictures in heldout.jsonl
+PROMPTS = {"train": "prompts.txt", "heldout": "held_out.txt"}
 _MOST = 10**6  # pictures: file names have six digits
 _BYTES_PER_PICTURE = 8_192  # of the whole directory: two blocks of a file system, for the disk check
 
@@ -65,7 +66,8 @@ def build(directory: pathlib.Path, *, count: int = 12_000, size: int = 64, seed:
                     kinds[scene.order or f"{len(scene.things)} counted"] += 1
             write_lines(target / f"{name}.jsonl", lines)
             write_lines(target / f"questions_{name}.jsonl", questions)
-        (target / "held_out.txt").write_text("".join(f"{line['text']}\n" for line in lines))
+            captions = dict.fromkeys(line["text"] for line in lines)
+            (target / PROMPTS[name]).write_text("".join(f"{text}\n" for text in captions))
         summary = {
             "arguments": {"count": count, "size": size, "seed": seed},
             "held_out": HELD_OUT,

@@ -205,13 +205,17 @@ def _write(
 
 
 def _draw_scenes(target: pathlib.Path, amounts: Amounts, size: int) -> dict:
-    """Writes the procedural parts, and returns their summaries."""
+    """Writes the procedural parts, with the captions of all still scenes, and returns the parts' summaries."""
     stories.write(target / "stories", amounts.stories, amounts.edits, size=size)
-    return {
+    summaries = {
         "two_shapes": two_shapes.build(target / "two_shapes", count=amounts.two_shapes, size=size),
         "arrangements": arrangements.build(target / "arrangements", count=amounts.arrangements, size=size),
         "stories": {"stories": amounts.stories, "edits": amounts.edits},
     }
+    for name in ("prompts.txt", "held_out.txt"):
+        parts = [(target / part / name).read_text() for part in ("two_shapes", "arrangements")]
+        (target / f"scene_{name}").write_text("".join(parts))
+    return summaries
 
 
 def _count(items: Iterable[dict]) -> dict[str, dict[str, int]]:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains the model of 64x64 pixels, under out/: data, token data, decoder, evaluation. You may stop the script and start
-# it again: steps whose result exists are skipped, and training resumes from its newest checkpoint. PRETRAIN, SFT and
-# EVALUATE may hold further options, for example:
+# it again: steps whose result exists are skipped, and training resumes from its newest checkpoint. PRETRAIN, SFT, GRPO
+# and EVALUATE may hold further options, for example:
 #     PRETRAIN="--set steps=100" bash scripts/pictures_model.sh
 # The vision tokenizer is the one in scripts/picture_data/tokenizer. If VISION is set, even to nothing, the script trains
 # it anew, with these options.
@@ -26,4 +26,5 @@ for set in {prompts,questions}_train prompts_heldout questions_heldout_style two
 done
 [ -d out/pictures_pretrain/model ] || emu3_jax train configs/pictures_pretrain.py ${PRETRAIN:-}
 [ -d out/pictures_sft/model ] || emu3_jax train configs/pictures_sft.py ${SFT:-}
+[ -d out/pictures_grpo/model ] || emu3_jax train configs/grpo_pictures.py ${GRPO:-}
 emu3_jax evaluate configs/eval_pictures.py ${EVALUATE:-}

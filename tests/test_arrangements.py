@@ -127,7 +127,8 @@ def test_the_script(script, tmp_path, capsys, monkeypatch):
             scene = Arrangement.parse(line["text"])
             assert held_out(scene) == (name == "heldout")
             assert all(right(scene, read(np.asarray(Image.open(tmp_path / "a" / line["image"])))).values())
-    assert (tmp_path / "a" / "held_out.txt").read_text().splitlines() == [line["text"] for line in lines]
+        captions = (tmp_path / "a" / arrangements.PROMPTS[name]).read_text().splitlines()
+        assert captions == list(dict.fromkeys(line["text"] for line in lines))
     arrangements.build(tmp_path / "b", count=4)
     first = (tmp_path / "a" / "train.jsonl").read_text().splitlines()[:4]
     assert (tmp_path / "b" / "train.jsonl").read_text().splitlines() == first

@@ -15,8 +15,10 @@ from PIL import Image, ImageDraw
 
 from emu3_jax.data.manifest import Manifest
 from emu3_jax.errors import Emu3Error
+from emu3_jax.evaluation.arrangements import Arrangement
 from emu3_jax.evaluation.items import Data
 from emu3_jax.evaluation.people_prompts import read_prompts
+from emu3_jax.evaluation.relations import TwoShapes
 
 SCRIPTS = pathlib.Path(__file__).parents[1] / "scripts"
 HEAD = '<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="20mm" viewBox="0 0 20 20">'
@@ -380,6 +382,8 @@ def test_the_whole_set(small, tmp_path):
     assert len(meant) == 100 and meant["a red car"] == {"1f697"} and meant["pizza"] == set()
     for manifest in ("two_shapes/train", "arrangements/train", "arrangements/heldout", "stories/edits_train"):
         assert len(Manifest(data / f"{manifest}.jsonl")) == 3
+    prompts = (data / "scene_prompts.txt").read_text().splitlines()
+    assert 2 < len(prompts) <= 6 and TwoShapes.parse(prompts[0]) and Arrangement.parse(prompts[-1])
     with Image.open(next((data / "stories" / "pictures").iterdir())) as picture:
         assert picture.size == (64, 64)
     assert "public domain" in (data / "NOTICE").read_text() and not list(data.rglob("*passwd*"))

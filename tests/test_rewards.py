@@ -14,6 +14,8 @@ from emu3_jax import Emu3Error
 from emu3_jax.checkpoints.bundle import Bundle
 from emu3_jax.cli.main import main
 from emu3_jax.data.encoder import bundle_codebook
+from emu3_jax.evaluation.arrangements import Arrangement
+from emu3_jax.evaluation.arrangements import rasterise as rasterise_arrangement
 from emu3_jax.evaluation.procedural import Still, rasterise_still
 from emu3_jax.preference import rewards as pools
 from emu3_jax.preference.rewards import Group, Reward, RewardPool
@@ -291,6 +293,9 @@ def test_procedural_is_the_share_of_attributes_that_are_right():
     assert procedural(["A small red circle on a gray background."] * 2, pictures[:2]) == [1.0, 0.75]
     centre = Still("red", "circle", "small", "gray", "center")
     assert procedural([centre.caption, still.caption], [rasterise_still(centre, 64)] * 2) == [1.0, 0.8]
+    several = Arrangement.parse("two red circles and one blue square on a white background")
+    drawn = rasterise_arrangement(several, 64, np.random.default_rng(0))
+    assert procedural([several.caption, several.caption.replace("two", "three")], [drawn] * 2) == [1.0, 0.25]
     with pytest.raises(ValueError, match="the prompt 'a cat' describes no procedural scene"):
         procedural(["a cat"], pictures[:1])
     with pytest.raises(ValueError, match="the picture has 32x64 pixels, it must be square"):

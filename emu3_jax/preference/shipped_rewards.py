@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from emu3_jax.evaluation import arrangements, relations
 from emu3_jax.evaluation.procedural import Motion, Still, all_clips, all_stills, plain, read_clip, read_still
-from emu3_jax.evaluation.relations import TwoShapes, read, right
 from emu3_jax.preference.answer_rewards import answer_format, answer_length, answer_match
 
 _JUDGED_AT_ONCE = 32
@@ -26,8 +26,9 @@ def procedural(prompts: Sequence[str], pictures: Sequence[np.ndarray]) -> list[f
     Args:
         prompts: captions of scenes such as "a small red circle on the left of a gray background". Without a place ("on
             a gray background") the position does not count. Or captions of two shapes such as "a red circle above a
-            blue square on a gray background"; then the relation counts, too. For clips, captions such as "a small red
-            circle moves right on a gray background".
+            blue square on a gray background"; then the relation counts, too. Or captions of several shapes, see
+            `evaluation.arrangements`. For clips, captions such as "a small red circle moves right on a gray
+            background".
         pictures: square pictures, uint8 [side, side, 3], or clips of three frames or more, uint8 [T, side, side, 3].
 
     Raises:
@@ -42,8 +43,9 @@ def _share(prompt: str, picture: np.ndarray) -> float:
         raise ValueError(f"the picture has {width}x{height} pixels, it must be square")
     if picture.ndim == 4:
         return _share_of_clip(prompt, picture)
-    if (two := TwoShapes.parse(prompt)) is not None:
-        return float(np.mean(list(right(two, read(picture)).values())))
+    for module, kind in ((relations, relations.TwoShapes), (arrangements, arrangements.Arrangement)):
+        if (scene := kind.parse(prompt)) is not None:
+            return float(np.mean(list(module.right(scene, module.read(picture)).values())))
     wanted = _scenes().get(plain(prompt))
     if wanted is None:
         example = "a small red circle on the left of a gray background"
