@@ -162,7 +162,10 @@ def test_meshes_and_microbatches_change_nothing(base, whole, tmp_path, mesh, acc
     for found, wanted in zip(lines(tmp_path), lines(whole)[:3], strict=True):
         assert found.keys() == wanted.keys()
         for name, value in wanted.items():
+            if name == "accuracy" and wanted["margin"] == pytest.approx(0, abs=2e-5):
+                continue  # the model still equals its reference, so which side it prefers is rounding
             assert found[name] == pytest.approx(value, rel=1e-4, abs=2e-5), name
+    assert abs(wanted["margin"]) > 1e-3, "the last step compares accuracies"
 
 
 @pytest.fixture(scope="module")
