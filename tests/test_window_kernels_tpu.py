@@ -1,6 +1,5 @@
 """The TPU kernel for windows of tokens: interpreted, it equals plain attention; and it compiles for TPUs."""
 
-import importlib.util
 import re
 
 import jax
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding
+from markers import libtpu
 
 from emu3_jax.models.attention import cached_attention
 from emu3_jax.models.quantization import narrow_rows
@@ -141,12 +141,6 @@ def test_on_a_mesh(kind):
 # ------------------------------------------------------------------------------------------------ TPUs
 
 SLOTS = 8704
-
-
-def libtpu(test):
-    """Marks a test that compiles for a TPU, and is skipped without libtpu."""
-    absent = importlib.util.find_spec("libtpu") is None
-    return pytest.mark.libtpu(pytest.mark.skipif(absent, reason="libtpu is not installed")(test))
 
 
 def compiled(attention, topology, axes, window, kind, shape=(8, 4, 128)):

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import re
 import statistics
 import time
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from emu3_jax.data.config import DataConfig, Source
 from emu3_jax.data.sequences import Preference, TextOnly
 from emu3_jax.errors import Emu3Error
 from emu3_jax.models.adapters import Adapter
-from emu3_jax.sharding.mesh import make_mesh
+from emu3_jax.sharding.mesh import make_mesh, parse
 from emu3_jax.sharding.rules import use_mesh
 from emu3_jax.training.config import ModelConfig, TrainConfig
 from emu3_jax.training.flops import peak_flops, step_flops
@@ -100,7 +99,7 @@ def run(
     if compare:
         peer.require(*(("peft",) if adapter else ()))
         # Not the size of an axis -1: only JAX could count its devices, and would reserve their memory.
-        devices = math.prod(int(size) for size in re.findall(r"=(\d+)", mesh))
+        devices = math.prod(size for size in parse(mesh).values() if size > 0)
         if devices > 1 and adapter:
             raise Emu3Error(f"mesh {mesh}: compare trains adapters on one device only, so set fsdp=1")
         if devices > 1 and rows % devices:

@@ -15,8 +15,7 @@ _MAX_BATCH = 2**12  # the last batch is padded to full size, so a huge batch wou
 FIGURES = ("reconstruction", "text_to_image", "image_to_text", "procedural", "motion")
 JUDGE = "judge"  # the features that need no file, see `ReconstructionConfig`
 SCENES = ("stories", "two_shapes", "arrangements")  # need no data, but a model that was trained for them
-PEOPLE_PROMPTS = "people_prompts"  # needs data of scripts/build_pictures.py
-FURTHER_FIGURES = (*SCENES, PEOPLE_PROMPTS)
+FURTHER_FIGURES = (*SCENES, "people_prompts")  # the last needs data of scripts/build_pictures.py
 # Groups of emoji whose labels describe what the picture shows. The embedded model was trained on these.
 GROUPS = (
     "smileys & emotion", "animals & nature", "food & drink", "travel & places", "activities", "objects",

@@ -31,7 +31,7 @@ def make_mesh(sizes: str | Mapping[str, int], devices: Sequence[jax.Device] | No
             devices, a mesh over several hosts does not use all devices, or with several slices `data` is not a
             multiple of their number.
     """
-    parsed = {**dict.fromkeys(AXES, 1), **_parse(sizes)}
+    parsed = {**dict.fromkeys(AXES, 1), **parse(sizes)}
     devices = list(jax.devices() if devices is None else devices)
     described = ",".join(f"{axis}={size}" for axis, size in parsed.items() if size != 1) or "of one device"
     fixed = math.prod(size for size in parsed.values() if size != -1)
@@ -76,7 +76,12 @@ def _place(create: Callable[..., Any], *arguments: Any) -> Any:
         return create(*arguments, allow_split_physical_axes=True)
 
 
-def _parse(sizes: str | Mapping[str, int]) -> dict[str, int]:
+def parse(sizes: str | Mapping[str, int]) -> dict[str, int]:
+    """The sizes of the axes that a mesh names, as `make_mesh` takes them; -1 stays. Uses no device.
+
+    Raises:
+        Emu3Error: an axis is unknown or named twice, a size is not legal, or several are -1.
+    """
     if not isinstance(sizes, str | Mapping):
         raise Emu3Error(f"mesh {shown(sizes)} is neither text nor a mapping: {_LEGAL}; for example data=2,tensor=4")
     if isinstance(sizes, str):
