@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from test_plan import libtpu
+from markers import libtpu
 
 from emu3_jax.errors import Emu3Error
 from emu3_jax.sharding import bounds, plan

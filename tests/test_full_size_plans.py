@@ -1,8 +1,7 @@
 """Plans of the 8 B configs at full size."""
 
-import pathlib
-
 import pytest
+from full_size import CONFIGS, EMU3_MATRICES
 from markers import libtpu
 
 from emu3_jax.data.sequences import NextFrame
@@ -12,11 +11,6 @@ from emu3_jax.generation.schedule import clip_schedule
 from emu3_jax.sharding import plan
 from emu3_jax.training import plan as training_plan
 from emu3_jax.training.config import load_config
-
-CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
-
-# Weights of the 8 B model's layers and tables, without norms.
-EMU3_MATRICES = 32 * (4096 * (2 * 32 + 2 * 8) * 128 + 3 * 4096 * 14336) + 2 * 184622 * 4096
 
 
 @libtpu

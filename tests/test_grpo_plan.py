@@ -4,7 +4,8 @@ import dataclasses
 import json
 
 import pytest
-from test_plan import CONFIGS, EMU3_MATRICES, libtpu
+from full_size import CONFIGS, EMU3_MATRICES
+from markers import libtpu
 
 from emu3_jax.cli.main import main
 from emu3_jax.sharding import plan

@@ -3,11 +3,11 @@
 import dataclasses
 import importlib.util
 import json
-import pathlib
 
 import jax
 import numpy as np
 import pytest
+from full_size import CONFIGS
 from markers import libtpu
 
 from emu3_jax.cli.main import main
@@ -21,9 +21,6 @@ from emu3_jax.sharding.collectives import Collective, collectives
 from emu3_jax.sharding.mesh import make_mesh
 from emu3_jax.training import plan as training_plan
 from emu3_jax.training.config import SampleConfig, load_config
-
-CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
-
 
 SMALL = """
 import tiny
