@@ -3,10 +3,12 @@
 import pathlib
 
 import pytest
+from full_size import CONFIGS
 from grpo_runs import change, compare_policy_with_sampler, job, lines
 
 from emu3_jax import Emu3Error, train
 from emu3_jax.checkpoints.bundle import Bundle
+from emu3_jax.cli.main import main
 from emu3_jax.data.config import DataConfig
 from emu3_jax.preference.shipped_rewards import procedural
 from emu3_jax.sharding.mesh import make_mesh
@@ -103,6 +105,7 @@ def test_the_shipped_reward_reads_clips():
         ({"frames": 2.5}, "frames is 2.5: it must be a whole number from 1 to"),
         ({"max_new_tokens": 4}, "frames is 6: it must be None where max_new_tokens is set"),
         ({"reward": "judge", "judge_data": "x"}, "frames is 6: it must be None where the reward is judge"),
+        ({"reward": "procedural", "frames": 2}, "frames is 2: it must be 3 or more where the reward is procedural"),
         ({"n": 3}, "it must be a multiple of 3: 3 clips per prompt"),
         ({"frames": 80}, r"prompts.txt line 1: the prompt and its clip take \d+ tokens, a row has 64: .*grpo.frames"),
     ],
@@ -111,6 +114,17 @@ def test_bad_configs(base, tmp_path: pathlib.Path, grpo, message):
     with pytest.raises(Emu3Error, match=message):
         train(change(base, tmp_path / "run", grpo), progress=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_clips_without_motion_are_refused_with_the_config(tmp_path, monkeypatch, capsys):
+    """The shipped reward reads motion from three frames. The error comes before anything is compiled or written."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", str(CONFIGS / "grpo_emoji.py"), "--set", "grpo.frames=2"]) == 2
+    shown = capsys.readouterr()
+    assert (
+        shown.err.count("\n") == 1 and "frames is 2: it must be 3 or more where the reward is procedural" in shown.err
+    )
+    assert not shown.out and not list(tmp_path.iterdir())
 
 
 def test_a_reward_of_another_length_is_named(base, tmp_path):

@@ -14,6 +14,7 @@ LEVELS = ("token", "sequence")
 AVERAGES = ("sequence", "token", "length")
 _MOST_TOKENS = 1 << 20  # of an answer
 _MOST_PATTERN = 1000  # characters
+_LEAST_FRAMES = 3  # of a clip whose motion the reward "procedural" reads, see `preference.shipped_rewards`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,8 @@ class GrpoConfig:
         reward: FILE.py:NAME, or a shipped reward: "procedural" or "judge" for pictures; "answer_length",
             "answer_format" or "answer_match" for answers. See `preference.rewards`.
         n: number of pictures or answers per prompt.
-        frames: number of frames of a clip, which is drawn in one pass; None for pictures.
+        frames: number of frames of a clip, which is drawn in one pass; None for pictures. The reward "procedural"
+            needs three or more.
         max_new_tokens: largest number of tokens of an answer; None for pictures. Answers are drawn from the whole
             vocabulary. The token that ends an answer counts as drawn.
         guidance: guidance scale that pictures are drawn with. 1 means no guidance.
@@ -156,6 +158,9 @@ class GrpoConfig:
         check_field(self, "frames", ok, "None where max_new_tokens is set: answers have no frames")
         ok = frames is None or self.reward != "judge"
         check_field(self, "frames", ok, "None where the reward is judge, which knows pictures only")
+        ok = frames is None or self.reward != "procedural" or frames >= _LEAST_FRAMES
+        legal = f"{_LEAST_FRAMES} or more where the reward is procedural, which reads motion, or None for pictures"
+        check_field(self, "frames", ok, legal)
 
     def _check_answers(self) -> None:
         most = self.max_new_tokens
