@@ -3,12 +3,15 @@
 import json
 import types
 
+import jax
 import numpy as np
 import pytest
 
 from emu3_jax.errors import Emu3Error
 from emu3_jax.evaluation import people_prompts
 from emu3_jax.evaluation.config import EvaluateConfig
+from emu3_jax.evaluation.judge import Judge as TrainedJudge
+from emu3_jax.evaluation.judge import Network
 
 CONCEPTS = ("cat", "dog", "fox", "hen")
 
@@ -18,16 +21,12 @@ class Judge:
 
     concepts = CONCEPTS
 
-    def _likelihoods(self, pictures):
-        return pictures[:, 0, : len(CONCEPTS), 0].astype(int)
+    def __init__(self):
+        self.judged = []  # number of pictures of each call
 
-    def ranks(self, pictures, concepts, batch_size):
-        found = self._likelihoods(pictures)
-        truth = found[np.arange(len(found)), [CONCEPTS.index(concept) for concept in concepts]]
-        return (found > truth[:, None]).sum(axis=1)
-
-    def verdicts(self, pictures, batch_size):
-        return [CONCEPTS[place] for place in self._likelihoods(pictures).argmax(axis=1)]
+    def logits(self, pictures, batch_size):
+        self.judged.append(len(pictures))
+        return pictures[:, 0, : len(CONCEPTS), 0].astype(np.float32)
 
 
 def drawn(*likelihoods):
@@ -50,7 +49,8 @@ def data(tmp_path):
 
 
 def test_a_picture_is_recognised_by_any_concept_that_its_prompt_may_mean(data, monkeypatch):
-    monkeypatch.setattr(people_prompts, "judge_of", lambda *_: (Judge(), np.zeros((4, 8, 8, 3), np.uint8)))
+    judge = Judge()
+    monkeypatch.setattr(people_prompts, "judge_of", lambda *_: (judge, np.zeros((4, 8, 8, 3), np.uint8)))
     wrong, pirate = (0, 0, 0, 9), (0, 0, 9, 0)
     made = {1.0: drawn(wrong, (0, 5, 9, 0), pirate), 3.0: drawn((9, 0, 0, 0), (0, 9, 0, 0), pirate)}
 
@@ -70,9 +70,34 @@ def test_a_picture_is_recognised_by_any_concept_that_its_prompt_may_mean(data, m
         "best_guidance": 3.0,
         "guidance": [{"scale": 1.0, "top1": 0.0, "top5": 1.0}, {"scale": 3.0, "top1": 1.0, "top5": 1.0}],
     }
+    assert judge.judged == [3, 3]  # once for each picture, whatever its prompt may mean
     cells = [row.cells[0] for row in section.rows]
     assert [cell.right for cell in cells] == [True, True, None]
     assert [cell.caption for cell in cells] == ["judge: the cat", "judge: the dog", "judge: the fox"]
+
+
+def test_a_rank_is_the_best_of_all_concepts_that_a_prompt_may_mean():
+    """With a real judge, the rank from one pass equals the least of the ranks of each concept alone."""
+    names = [f"concept {number}" for number in range(12)]
+    zeros = np.zeros((1, 16, 16, 3), np.float32)
+    params = Network(8, len(names)).init(jax.random.key(0), zeros)["params"]
+    judge = TrainedJudge(tuple(names), 8, params, None, 0)
+    random = np.random.default_rng(0)
+    pictures = random.integers(0, 256, (24, 16, 16, 3), np.uint8)
+    known = [sorted(random.choice(12, random.integers(1, 5), replace=False).tolist()) for _ in pictures]
+    alone = [judge.ranks(pictures, [name] * len(pictures), 10) for name in names]
+    expected = [min(alone[place][number] for place in places) for number, places in enumerate(known)]
+    found = people_prompts._ranks(judge.logits(pictures, 10), known)
+    np.testing.assert_array_equal(found, expected)
+    assert len(set(expected)) > 3  # the judge does not find all pictures alike
+
+
+def test_prompts_that_the_judge_does_not_know_are_refused(data, monkeypatch):
+    monkeypatch.setattr(people_prompts, "judge_of", lambda *_: (Judge(), np.zeros((4, 8, 8, 3), np.uint8)))
+    (data.directory / people_prompts.FILE).write_text('{"text": "a pirate", "concepts": []}\n')
+    config = EvaluateConfig("out", figures=("people_prompts",))
+    with pytest.raises(Emu3Error, match="no training picture shows what its prompts may mean; build the data again"):
+        people_prompts.measure(None, data, config, types.SimpleNamespace(digest=lambda: ""), progress=False)
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,11 @@ class Judge:
         """The number of parameters."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.params))
 
+    def logits(self, pictures: np.ndarray, batch_size: int = 128) -> np.ndarray:
+        """What the network says of each picture, float32 [N, K], for uint8 [N, H, W, 3]; K as in `concepts`."""
+        forward = _make_forward(self.width, len(self.concepts))
+        return in_batches(lambda rows: forward(self.params, rows), pictures, batch_size)
+
     def ranks(self, pictures: np.ndarray, concepts: Sequence[str], batch_size: int = 128) -> np.ndarray:
         """The rank of each picture's true concept: the number of concepts that the judge finds likelier.
 
@@ -127,14 +132,14 @@ class Judge:
         Returns:
             int64 [N].
         """
-        logits = self._logits(pictures, batch_size)
+        logits = self.logits(pictures, batch_size)
         index = {concept: i for i, concept in enumerate(self.concepts)}
         truth = np.array([index[concept] for concept in concepts])
         return (logits > logits[np.arange(len(truth)), truth][:, None]).sum(axis=1)
 
     def probabilities(self, pictures: np.ndarray, concepts: Sequence[str], batch_size: int = 128) -> np.ndarray:
         """The probability that the judge gives to each picture's true concept, float64 [N]. Arguments: `ranks`."""
-        logits = self._logits(pictures, batch_size).astype(np.float64)
+        logits = self.logits(pictures, batch_size).astype(np.float64)
         index = {concept: i for i, concept in enumerate(self.concepts)}
         chances = np.exp(logits - logits.max(axis=1, keepdims=True))
         truth = np.array([index[concept] for concept in concepts])
@@ -142,16 +147,12 @@ class Judge:
 
     def verdicts(self, pictures: np.ndarray, batch_size: int = 128) -> list[str]:
         """The likeliest concept of each picture, for uint8 [N, H, W, 3]."""
-        return [self.concepts[i] for i in self._logits(pictures, batch_size).argmax(axis=1)]
+        return [self.concepts[i] for i in self.logits(pictures, batch_size).argmax(axis=1)]
 
     def features(self, pictures: np.ndarray, batch_size: int = 128) -> np.ndarray:
         """What the last layer gets, float64 [N, 16 * width], for uint8 [N, H, W, 3]."""
         forward = _make_forward(self.width, len(self.concepts), features=True)
         return in_batches(lambda rows: forward(self.params, rows), pictures, batch_size).astype(np.float64)
-
-    def _logits(self, pictures: np.ndarray, batch_size: int) -> np.ndarray:
-        forward = _make_forward(self.width, len(self.concepts))
-        return in_batches(lambda rows: forward(self.params, rows), pictures, batch_size)
 
 
 def get_judge(

@@ -13,7 +13,7 @@ from emu3_jax.data.records import check_text
 from emu3_jax.errors import Emu3Error
 from emu3_jax.evaluation.config import EvaluateConfig
 from emu3_jax.evaluation.items import Data
-from emu3_jax.evaluation.judge import Judge, judge_of
+from emu3_jax.evaluation.judge import judge_of
 from emu3_jax.evaluation.page import Cell, Curve, Row, Section
 from emu3_jax.evaluation.reconstruction import Reconstructor
 from emu3_jax.evaluation.text_to_image import generate
@@ -62,32 +62,34 @@ def measure(
         top1 and top5 are shares of them.
 
     Raises:
-        Emu3Error: as `read_prompts` and `judge_of`.
+        Emu3Error: as `read_prompts` and `judge_of`; or the judge knows a concept of no prompt.
     """
     prompts = read_prompts(data.directory)
     judge, training = judge_of(data, config.judge, None, reconstruct, reconstruct.digest(), progress)
-    known = [sorted(meant & set(judge.concepts)) for _, meant in prompts]
-    named = [number for number, concepts in enumerate(known) if concepts]
+    known = [[place for place, concept in enumerate(judge.concepts) if concept in meant] for _, meant in prompts]
+    named = [number for number, places in enumerate(known) if places]
+    if not named:
+        raise Emu3Error(f"{data.directory / FILE}: no training picture shows what its prompts may mean; {_BUILD}")
     side, texts = training.shape[1:3], [text for text, _ in prompts]
-    curve, pictures = [], {}
+    curve, pictures, verdicts = [], {}, {}
     for scale in config.guidance:
         drawn = generate(model, texts, side, guidance=scale, config=config, progress=progress)
-        ranks = _ranks(judge, drawn[named], [known[number] for number in named], 4 * config.batch_size)
+        logits = judge.logits(drawn, 4 * config.batch_size)
+        ranks = _ranks(logits[named], [known[number] for number in named])
         curve.append({"scale": scale, "top1": float((ranks < 1).mean()), "top5": float((ranks < 5).mean())})
-        pictures[scale] = drawn
+        pictures[scale], verdicts[scale] = drawn, logits.argmax(axis=1)
     best = max(curve, key=lambda point: point["top1"])["scale"]
     figures = {
         "cases": len(prompts),
         "named": len(named),
-        "not_named": [texts[number] for number, concepts in enumerate(known) if not concepts],
+        "not_named": [texts[number] for number, places in enumerate(known) if not places],
         "best_guidance": best,
         "guidance": curve,
     }
     labels = {item.concept: item.label for item in data.where("picture", "train")}
-    verdicts = judge.verdicts(pictures[best], 4 * config.batch_size)
     rows = [
-        Row(text, [Cell(f"judge: {labels[verdict]}", picture, verdict in concepts if concepts else None)])
-        for text, picture, verdict, concepts in zip(texts, pictures[best], verdicts, known, strict=True)
+        Row(text, [Cell(f"judge: {labels[judge.concepts[verdict]]}", picture, verdict in places if places else None)])
+        for text, picture, verdict, places in zip(texts, pictures[best], verdicts[best], known, strict=True)
     ]
     lines = {name: tuple(point[name] for point in curve) for name in ("top1", "top5")}
     text = f"Guidance {best:g}. A green frame means that the judge names what the prompt may mean."
@@ -95,8 +97,12 @@ def measure(
     return figures, [Section("Prompts as people write them", text, tuple(rows), chart)]
 
 
-def _ranks(judge: Judge, pictures: np.ndarray, concepts: list[list[str]], batch_size: int) -> np.ndarray:
-    """The rank of the likeliest of each picture's concepts, int64 [N], as `Judge.ranks`."""
-    most = max(map(len, concepts))
-    choices = ([names[min(place, len(names) - 1)] for names in concepts] for place in range(most))
-    return np.min([judge.ranks(pictures, chosen, batch_size) for chosen in choices], axis=0)
+def _ranks(logits_nk: np.ndarray, known: list[list[int]]) -> np.ndarray:
+    """The rank of the likeliest concept that each picture may show, int64 [N], as `Judge.ranks`.
+
+    Args:
+        logits_nk: float32 [N, K], from `Judge.logits`.
+        known: for each picture, which of the K concepts it may show: one or more.
+    """
+    likeliest = np.array([logits[places].max() for logits, places in zip(logits_nk, known, strict=True)])
+    return (logits_nk > likeliest[:, None]).sum(axis=1)
