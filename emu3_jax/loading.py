@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from emu3_jax.checkpoints.adapter import SavedAdapter
 from emu3_jax.checkpoints.bundle import Bundle
+from emu3_jax.checkpoints.dequantized import full_bundle
 from emu3_jax.checkpoints.embedded import embedded_bundle
 from emu3_jax.checkpoints.merged import load_merged
 from emu3_jax.compilation import check_backend, enable_persistent_cache
@@ -55,7 +56,8 @@ def load(
             change; in narrower dtypes sums round in another order.
         quantize: "int8" keeps the decoder's matrices and the KV cache as int8, "int8-weights" the matrices alone, "fp8"
             the matrices as float8 (e4m3) and the cache as int8: half the memory, and other results. By default as the
-            bundle is stored: a full bundle is not quantised, and a quantised one stays as it is.
+            bundle is stored: a full bundle is not quantised, and a quantised one stays as it is (with an adapter, the
+            merged weights are not quantised).
         fast_pixels: decode codes at the device's default precision (TF32 on GPUs, bfloat16 on TPUs). This is faster and
             changes pixels slightly. Encoding is always exact.
         verify: first check all files of the bundles and the adapter against their checksums, as `emu3-jax doctor`
@@ -80,7 +82,10 @@ def load(
     if mesh is not None and not isinstance(mesh, Mesh):
         mesh = make_mesh(mesh)
     language, name = None, bundle.path.name
-    saved = None if adapter is None else SavedAdapter.open(adapter, bundle, verify=verify)
+    saved = None
+    if adapter is not None:
+        bundle = full_bundle(bundle, "the adapted model")
+        saved = SavedAdapter.open(adapter, bundle, verify=verify)
     if bundle.has("decoder"):
         config = bundle.decoder_config if saved is None else saved.decoder
         with use_mesh(mesh):

@@ -1,5 +1,6 @@
 """Quantised bundles: the arrays and pictures that quantising at loading gives, their size, damage and refusals."""
 
+import dataclasses
 import json
 import shutil
 import weakref
@@ -11,16 +12,23 @@ import pytest
 from tiny_bundle import DECODER
 
 import emu3_jax
-from emu3_jax.checkpoints import quantized
+from emu3_jax.checkpoints import dequantized, quantized
+from emu3_jax.checkpoints.adapter import write_adapter
 from emu3_jax.checkpoints.bundle import Bundle
 from emu3_jax.checkpoints.convert import convert
+from emu3_jax.checkpoints.dequantized import full_bundle
 from emu3_jax.checkpoints.doctor import doctor
+from emu3_jax.checkpoints.export import export
 from emu3_jax.checkpoints.layouts import decoder_params
+from emu3_jax.checkpoints.merged import merge_bundle
 from emu3_jax.checkpoints.parts import LazyArray, write_part
 from emu3_jax.cli.main import main
 from emu3_jax.errors import Emu3Error
 from emu3_jax.generation import plan
+from emu3_jax.models.adapters import Adapter
 from emu3_jax.models.quantization import KINDS, is_quantised
+from emu3_jax.sharding.mesh import make_mesh
+from emu3_jax.sharding.rules import decoder_shardings
 
 pytestmark = pytest.mark.compiled_quickly
 
@@ -140,17 +148,17 @@ def test_other_parts_are_copied(tiny_bundle, quantised):
 
 def test_each_matrix_is_read_once_and_alone(tiny_bundle, tmp_path, monkeypatch):
     """A matrix is freed before the next one is read."""
-    original, read, matrices = quantized.read_array, [], []
+    original, read, matrices = Bundle.decoder_array, [], []
 
-    def spy(directory, path):
+    def spy(bundle, path):
         assert not any(matrix() is not None for matrix in matrices)
-        array = original(directory, path)
+        array = original(bundle, path)
         read.append(path)
         if is_quantised(path):
             matrices.append(weakref.ref(array))
         return array
 
-    monkeypatch.setattr(quantized, "read_array", spy)
+    monkeypatch.setattr(Bundle, "decoder_array", spy)
     quantized.quantize_bundle(Bundle.open(tiny_bundle), tmp_path / "narrow", progress=False)
     assert sorted(read) == sorted(param.path for param in decoder_params(DECODER)) and len(matrices) == 9
 
@@ -203,7 +211,7 @@ def test_sound_ones(quantised, kind):
     findings = doctor(quantised / kind, progress=False)
     assert [what for what in complaints(quantised / kind) if "batch norms" not in what] == []  # those are random
     kinds = [finding.what for finding in findings if "quantised" in finding.what]
-    assert kinds == [f"the decoder is quantised ({kind}): for generation, not for training, merge or export"]
+    assert kinds == [f"the decoder is quantised ({kind}): training, merge and export have rounded weights"]
     assert "the rest of the decoder is stored in float32" in [finding.what for finding in findings]
 
 
@@ -257,6 +265,114 @@ def test_flipped_bits_are_found(copy, capsys):
     assert "is damaged, its checksum differs" in capsys.readouterr().err
 
 
+# ------------------------------------------------------------------------------------------------ full weights
+
+
+@pytest.fixture(scope="module")
+def widened(quantised, tmp_path_factory):
+    """By kind, full bundles with the weights that the codes and scales stand for; not to be changed."""
+    root = tmp_path_factory.mktemp("widened")
+    for kind in KINDS:
+        narrow = Bundle.open(quantised / kind)
+        arrays, leaves = [], stored_arrays(narrow)
+        for param in narrow.params("decoder"):
+            wide = leaves[param.path] if param.path in leaves else product(param.path, leaves)
+            arrays.append(LazyArray(param.path, wide.shape, wide.dtype, lambda wide=wide: wide))
+        narrow.write_with_decoder(root / kind, narrow.decoder_config, arrays)
+    return root
+
+
+def product(path, leaves):
+    """Codes times scales, by the shapes alone: scales belong to the first axes of the codes, which come last."""
+    codes, scales = (leaves[*path[:-1], path[-1] + end] for end in ("_codes", "_scales"))
+    wide = np.einsum("oi,o->oi" if path[-1] == "kernel" else "oi,o->io", *flat(codes, scales), dtype=np.float32)
+    if path[-1] == "kernel":
+        return wide
+    return wide.reshape(*codes.shape[scales.ndim :], *scales.shape)
+
+
+def flat(codes, scales):
+    return codes.reshape(scales.size, -1).astype(np.float32), scales.reshape(-1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_full_weights_are_codes_times_scales(quantised, widened, kind):
+    full, expected = full_bundle(Bundle.open(quantised / kind), "this"), Bundle.open(widened / kind)
+    assert full.quantize is None and full.stored("decoder") == expected.stored("decoder")
+    for (param, array), (same, wide) in zip(full.arrays("decoder"), expected.arrays("decoder"), strict=True):
+        assert param.path == same.path and array.dtype == wide.dtype
+        np.testing.assert_array_equal(array, wide)
+        np.testing.assert_array_equal(full.decoder_array(param.path), wide)
+
+
+@pytest.mark.parametrize("mesh", [None, "fsdp=2,tensor=2"])
+@pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}, {"quantize": "int8-weights"}])
+def test_full_weights_load_as_those_of_a_full_bundle(quantised, widened, mesh, options):
+    full, expected = full_bundle(Bundle.open(quantised / "int8"), "this"), Bundle.open(widened / "int8")
+    places = None if mesh is None else decoder_shardings(DECODER, make_mesh(mesh))
+    loaded, wanted = (bundle.load_decoder(places, **options) for bundle in (full, expected))
+    assert_same_params(loaded, wanted)
+
+
+def test_full_weights_have_the_decoders_dtype(quantised, tmp_path):
+    """Also where they are loaded wider: a full bundle has no more bits."""
+    narrow = Bundle.open(quantised / "int8")
+    config = dataclasses.replace(narrow.decoder_config, dtype="bfloat16")
+    lazy = [LazyArray(path, a.shape, a.dtype, lambda a=a: a) for path, a in narrow.stored_arrays("decoder")]
+    narrow.write_with_decoder(tmp_path / "bf16", config, lazy, quantize="int8")
+    full = full_bundle(Bundle.open(tmp_path / "bf16"), "this")
+    path = ("layers_1", "mlp", "down")
+    expected = product(path, stored_arrays(narrow)).astype(ml_dtypes.bfloat16)
+    assert full.stored("decoder")[path].dtype == expected.dtype
+    np.testing.assert_array_equal(full.decoder_array(path), expected)
+    loaded = full.load_decoder(dtype=np.float32)["layers_1"]["mlp"]["down"]
+    np.testing.assert_array_equal(loaded, expected.astype(np.float32))
+
+
+def test_what_works_with_full_weights(quantised, widened, tmp_path, caplog):
+    """Export, merging and adapters give what they give for a full bundle of the same weights; a line says so."""
+    narrow, full = quantised / "int8", widened / "int8"
+    adapter, draw = Adapter(rank=2, targets=("down",)), np.random.default_rng(0)
+    down = [param for param in decoder_params(DECODER) if param.path[-1] == "down"]
+    pairs = [half for param in down for half in param.low_rank(1, 2)]
+    sides = {half.path: draw.standard_normal(half.shape, np.float32) for half in pairs}
+    write_adapter(tmp_path / "adapter", adapter, DECODER, lambda path: sides[path], bundle=Bundle.open(full), step=1)
+    for name, model in (("narrow", narrow), ("full", full)):
+        export(model, tmp_path / f"{name}-export", "upstream", progress=False)
+        merge_bundle(Bundle.open(model), tmp_path / "adapter", tmp_path / f"{name}-merged", progress=False)
+    for kind in ("export", "merged"):
+        one, other = (tmp_path / f"{name}-{kind}" for name in ("narrow", "full"))
+        files = sorted(file.relative_to(one) for file in one.rglob("*.safetensors"))
+        assert [file.relative_to(other) for file in sorted(other.rglob("*.safetensors"))] == files
+        assert all((one / file).read_bytes() == (other / file).read_bytes() for file in files)
+    merged, same = (stored_arrays(Bundle.open(tmp_path / f"{name}-merged")) for name in ("narrow", "full"))
+    for path, array in merged.items():
+        np.testing.assert_array_equal(array, same[path])
+    loaded, wanted = (language(model, adapter=tmp_path / "adapter") for model in (narrow, full))
+    assert loaded.quantize is None
+    assert_same_params(loaded.params, wanted.params)
+    uses = ("the exported checkpoint", "the merged model", "the adapted model")
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{narrow} is quantised (int8), so {use} works with rounded weights; the bundle that it was made from is more "
+        "exact" for use in uses
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("adapter", ["None", "Adapter()"])
+def test_training_starts_from_full_weights(quantised, tmp_path, monkeypatch, capsys, caplog, adapter):
+    """Here it gets as far as the data, which are absent."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.py").write_text(TRAINING.format(bundle=quantised / "int8", adapter=adapter))
+    assert main(["train", "config.py"]) == 2
+    assert "absent has no index.json" in capsys.readouterr().err
+    assert "so the training works with rounded weights" in caplog.text
+
+
+def test_the_embedded_model_has_no_other_weights(quantised, monkeypatch, caplog):
+    monkeypatch.setattr(dequantized, "DIRECTORY", quantised / "int8")
+    assert full_bundle(Bundle.open(quantised / "int8"), "this").quantize is None and not caplog.records
+
+
 # ------------------------------------------------------------------------------------------------ refusals
 
 TRAINING = """
@@ -272,31 +388,14 @@ def config():
 """
 
 
-@pytest.mark.parametrize(
-    ("command", "reason"),
-    [
-        ("export MODEL -o out --layout upstream", "export needs the full weights"),
-        ("merge MODEL --adapter adapter -o out", "merging an adapter needs the full weights"),
-        ("generate cat --model MODEL --adapter adapter -o out", "an adapter needs the full weights"),
-        ("quantize MODEL -o out", "quantize needs the full weights"),
-        ("train config.py", "training needs the full weights"),
-        ("train config.py --set adapter.rank=4", "training needs the full weights"),
-    ],
-)
-def test_where_a_full_bundle_is_needed(quantised, tmp_path, monkeypatch, capsys, command, reason):
-    monkeypatch.chdir(tmp_path)
+def test_a_quantised_bundle_is_not_quantised_again(quantised, tmp_path, capsys):
     model = quantised / "int8"
-    (tmp_path / "adapter").mkdir()
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        (tmp_path / "adapter" / name).touch()
-    adapter = "Adapter()" if "adapter.rank" in command else None
-    (tmp_path / "config.py").write_text(TRAINING.format(bundle=model, adapter=adapter))
-    before = sorted(tmp_path.iterdir())
-    assert main(command.replace("MODEL", str(model)).split()) == 2
-    error = capsys.readouterr().err
+    assert main(["quantize", str(model), "-o", str(tmp_path / "out")]) == 2
     remedy = "give the bundle that it was made from, or convert the checkpoint without --quantize\n"
-    assert error == f"emu3-jax: error: {model} is quantised (int8), and {reason}: {remedy}"
-    assert sorted(tmp_path.iterdir()) == before
+    assert capsys.readouterr().err == (
+        f"emu3-jax: error: {model} is quantised (int8), and quantize needs the full weights: {remedy}"
+    )
+    assert not any(tmp_path.iterdir())
 
 
 def test_other_kinds_are_refused(quantised, tmp_path, capsys):

@@ -173,7 +173,7 @@ class SavedAdapter:
         _check_directory(path)
         if verify:
             _verify(path)
-        bundle.require_full("an adapter")
+        bundle.require("decoder")
         config = _PeftConfig(path / CONFIG)
         base, decoder = "float32", bundle.decoder_config
         if os.path.lexists(path / OWN):  # `lexists`: a broken link is damage, not an adapter from PEFT

@@ -4,7 +4,8 @@ Each part has a `config.json`. Weights are an ordinary Orbax checkpoint, `weight
 package. `SHA256SUMS`, beside the parts, holds the checksums of all files.
 
 In a quantised bundle the decoder's matrices are stored as codes and scales (see `models.quantization`), and the field
-`quantize` of `decoder/config.json` names the kind. Such a bundle generates; it cannot be trained, merged or exported.
+`quantize` of `decoder/config.json` names the kind. Such a bundle is there to generate. For training, merging and export
+see `checkpoints.dequantized`.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ from flax import traverse_util
 from emu3_jax import storage
 from emu3_jax.checkpoints.checksums import verify_checksums, write_checksums
 from emu3_jax.checkpoints.layouts import Param, decoder_params, vision_params
-from emu3_jax.checkpoints.parts import FORMAT, LazyArray, alone_options, in_groups, size_on_disk, write_part
+from emu3_jax.checkpoints.parts import FORMAT, LazyArray, alone_options, in_groups, read_array, size_on_disk, write_part
 from emu3_jax.compilation import check_backend
 from emu3_jax.config import (
     AreaConfig,
@@ -59,7 +60,7 @@ TEMPLATES = ("chat", "stage1")
 VOCABULARY = "emu3.tiktoken"
 ADAPTER_CONFIG = "adapter_config.json"  # file of a LoRA adapter, see `checkpoints.adapter`
 QUANTIZE = "quantize"  # field of `decoder/config.json` in a quantised bundle
-_READ_BYTES = 256 << 20  # arrays are read in groups of this size when a part is read on the host
+READ_BYTES = 256 << 20  # arrays are read in groups of this size when a part is read on the host
 
 
 def _nbytes(array: Any) -> int:
@@ -95,7 +96,7 @@ class Bundle:
         self.path, self.files = path, files
         self._weights_bytes = {part: config.pop("weights_bytes", None) for part, config in configs.items()}
         self._quantize = configs.get("decoder", {}).pop(QUANTIZE, None)
-        self._configs = configs
+        self.configs = configs
 
     @classmethod
     def open(cls, path: str | os.PathLike, *, verify: bool = False) -> "Bundle":
@@ -150,7 +151,7 @@ class Bundle:
 
     def has(self, part: str) -> bool:
         """Whether the bundle holds `part`: "decoder", "vision" or "tokenizer"."""
-        return part in self._configs
+        return part in self.configs
 
     def require(self, part: str) -> None:
         """Raises an `Emu3Error` that says how to get `part`, if the bundle does not have it."""
@@ -225,7 +226,7 @@ class Bundle:
         self.require(part)
         with read_from(self.path / part / "config.json"):
             try:
-                yield self._configs[part]
+                yield self.configs[part]
             except KeyError as error:
                 raise Emu3Error(f"has no field {error}: convert the model again") from error
 
@@ -280,21 +281,21 @@ class Bundle:
                 "give the full bundle"
             )
         if quantize is None or self.quantize is not None:
-            return self._restore("decoder", shardings, dtype)
+            return self.restore("decoder", shardings, dtype)
         stored = self.stored("decoder")
         params: dict[TreePath, jax.Array] = {}
-        for group in in_groups(stored, lambda path: _nbytes(stored[path]), _READ_BYTES):
+        for group in in_groups(stored, lambda path: _nbytes(stored[path]), READ_BYTES):
             some = {path: stored[path] for path in group}
-            wide = traverse_util.flatten_dict(self._restore("decoder", shardings, dtype, some, keep=is_quantised))
+            wide = traverse_util.flatten_dict(self.restore("decoder", shardings, dtype, some, keep=is_quantised))
             for path in group:
                 params |= codes_and_scales(path, wide.pop(path), quantize)
         return traverse_util.unflatten_dict(params)
 
     def load_vision(self, shardings: Any = None) -> dict[str, Any]:
         """Loads the vision tokenizer's parameters in float32, like `load_decoder`."""
-        return self._restore("vision", shardings, np.float32)
+        return self.restore("vision", shardings, np.float32)
 
-    def _restore(
+    def restore(
         self,
         part: str,
         shardings: Any,
@@ -338,11 +339,15 @@ class Bundle:
     def stored_arrays(self, part: str) -> Iterator[tuple[TreePath, np.ndarray]]:
         """Yields a part's arrays as they are stored, including codes and scales of a quantised decoder."""
         stored = self.stored(part)
-        for group in in_groups(self._expected(part), lambda path: _nbytes(stored[path]), _READ_BYTES):
+        for group in in_groups(self._expected(part), lambda path: _nbytes(stored[path]), READ_BYTES):
             targets = {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in group}
             arrays = traverse_util.flatten_dict(self._read(part, traverse_util.unflatten_dict(targets)))
             for path in group:
                 yield path, arrays.pop(path)
+
+    def decoder_array(self, path: TreePath) -> np.ndarray:
+        """Reads one array of the decoder, as it is stored, and nothing else. `stored` finds damage beforehand."""
+        return read_array(self.weights("decoder"), path)
 
     def array(self, part: str, path: tuple[str, ...]) -> np.ndarray:
         """Reads one array of a part, as it is stored, and nothing else."""

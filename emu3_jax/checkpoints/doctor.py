@@ -112,7 +112,7 @@ def _bundle(path: Path, progress: bool | None) -> _Patient:
         patient.decoder = bundle.decoder_config
         if bundle.quantize is not None:
             findings = patient.findings
-            what = f"the decoder is quantised ({bundle.quantize}): for generation, not for training, merge or export"
+            what = f"the decoder is quantised ({bundle.quantize}): training, merge and export have rounded weights"
             findings.append(Finding(OK, what))
     patient.codes = bundle.vision_config.codebook_size if bundle.has("vision") else None
     if bundle.has("tokenizer"):

@@ -14,6 +14,7 @@ import numpy as np
 
 from emu3_jax.checkpoints import layouts
 from emu3_jax.checkpoints.bundle import VOCABULARY, Bundle
+from emu3_jax.checkpoints.dequantized import full_bundle
 from emu3_jax.checkpoints.layouts import Layout
 from emu3_jax.checkpoints.published_config import (
     decoder_to_published,
@@ -57,7 +58,7 @@ def export(
       shard_bytes: largest size of a safetensors file, in bytes.
 
     Raises:
-      Emu3Error: bad arguments, a damaged bundle, or a quantised one. No files are left behind.
+      Emu3Error: bad arguments, or a damaged bundle. No files are left behind.
     """
     if layout not in LAYOUTS:
         raise Emu3Error(f"layout is {shown(layout)}: it must be {' or '.join(LAYOUTS)}")
@@ -67,7 +68,7 @@ def export(
     if not parts:
         raise Emu3Error(f"{bundle.path} has neither a decoder nor a vision part: there are no weights to export")
     if "decoder" in parts:
-        bundle.require_full("export")
+        bundle = full_bundle(bundle, "the exported checkpoint")
     if layout == "transformers" and "vision" in parts:
         _emu3_vision(bundle)
     total = sum(a.size * a.dtype.itemsize for part in parts for a in bundle.stored(part).values())

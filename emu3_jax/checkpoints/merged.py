@@ -12,8 +12,9 @@ from flax import traverse_util
 
 from emu3_jax.checkpoints.adapter import SavedAdapter
 from emu3_jax.checkpoints.bundle import Bundle
+from emu3_jax.checkpoints.dequantized import full_bundle
 from emu3_jax.checkpoints.layouts import Param
-from emu3_jax.checkpoints.parts import LazyArray, read_array
+from emu3_jax.checkpoints.parts import LazyArray
 from emu3_jax.files import require_outside
 from emu3_jax.models.quantization import codes_and_scales
 from emu3_jax.models.stacking import Path as TreePath
@@ -80,15 +81,15 @@ def merge_bundle(
     Raises:
         Emu3Error: the adapter does not fit the bundle, or a file cannot be read or written. No files are left behind.
     """
-    bundle.require_full("merging an adapter")
+    bundle = full_bundle(bundle, "the merged model")
     require_outside(target, bundle.path, adapter)
     saved = SavedAdapter.open(adapter, bundle, verify=verify)
     bundle.stored("decoder")  # raises on damage before anything is written
     decoder = saved.decoder if dtype is None else dataclasses.replace(saved.decoder, dtype=dtype)
-    weights, new = bundle.weights("decoder"), np.dtype(decoder.dtype)
+    new = np.dtype(decoder.dtype)
 
     def load(param: Param) -> Callable[[], np.ndarray]:
-        return lambda: np.asarray(saved.merged(param.path, read_array(weights, param.path), new))
+        return lambda: np.asarray(saved.merged(param.path, bundle.decoder_array(param.path), new))
 
     arrays = [LazyArray(param.path, param.shape, new, load(param)) for param in bundle.params("decoder")]
     total = sum(array.nbytes for array in arrays)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from emu3_jax.checkpoints.bundle import Bundle
-from emu3_jax.checkpoints.parts import LazyArray, read_array
+from emu3_jax.checkpoints.parts import LazyArray
 from emu3_jax.compilation import check_backend, own_settings
 from emu3_jax.models.quantization import (
     check_kind,
@@ -43,9 +43,8 @@ def quantize_bundle(bundle: Bundle, target: Path, kind: str = "int8", *, progres
     check_kind(kind)
     bundle.require_full("quantize")
     stored = bundle.stored("decoder")  # damage is refused before anything is written
-    weights = bundle.weights("decoder")
     wide = [
-        LazyArray(path, array.shape, np.dtype(array.dtype), functools.partial(read_array, weights, path))
+        LazyArray(path, array.shape, np.dtype(array.dtype), functools.partial(bundle.decoder_array, path))
         for path, array in stored.items()
     ]
     arrays = quantised_arrays(wide, kind)

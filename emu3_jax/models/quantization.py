@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from emu3_jax.errors import Emu3Error
@@ -66,6 +67,22 @@ def quantise(name: str, matrix: jax.Array, kind: str) -> dict[str, jax.Array]:
     matrix = jnp.transpose(matrix.astype(jnp.float32), outputs + inputs)
     codes, scales = _narrow(matrix, tuple(range(len(outputs), matrix.ndim)), KINDS[kind][0])
     return {name + CODES: codes, name + SCALES: scales}
+
+
+def dequantise(name: str, codes: Any, scales: Any) -> Any:
+    """The matrix that codes and scales stand for, in float32: the inverse of `quantise`, but for its rounding.
+
+    Args:
+        name: name of the matrix's leaf.
+        codes: [out..., in...], of NumPy or JAX.
+        scales: float32 [out...], likewise.
+
+    Returns:
+        float32 [in..., out...], or [V, D] for the head.
+    """
+    outputs, inputs = _axes(name)
+    wide = codes.astype(np.float32) * scales.reshape(*scales.shape, *(1,) * len(inputs))
+    return wide.transpose(tuple((outputs + inputs).index(axis) for axis in range(wide.ndim)))
 
 
 def _axes(name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -18,6 +18,7 @@ from PIL import Image
 
 from emu3_jax.checkpoints.bundle import Bundle
 from emu3_jax.checkpoints.checksums import part_digest
+from emu3_jax.checkpoints.dequantized import full_bundle
 from emu3_jax.checkpoints.layouts import decoder_params
 from emu3_jax.compilation import enable_persistent_cache
 from emu3_jax.config import FREE_FIELDS, DecoderConfig, other_field
@@ -94,6 +95,8 @@ def train(
     require_outside(config.directory, config.model.bundle)
     bundle = Bundle.open(config.model.bundle, verify=verify)
     decoder = _decoder(config, bundle)
+    if not config.model.random:
+        bundle = full_bundle(bundle, "the training")
     mesh = make_mesh(config.mesh)
     with contextlib.ExitStack() as stack:
         stack.enter_context(use_mesh(mesh))
@@ -115,8 +118,6 @@ def _decoder(config: TrainConfig, bundle: Bundle) -> DecoderConfig:
     if config.model.random and wanted is not None:
         return wanted
     bundle.require("decoder")
-    if not config.model.random:
-        bundle.require_full("training")
     found = bundle.decoder_config
     if wanted is None:
         return found

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from emu3_jax.checkpoints.adapter import write_adapter
 from emu3_jax.checkpoints.bundle import Bundle
+from emu3_jax.checkpoints.dequantized import full_bundle
 from emu3_jax.checkpoints.layouts import decoder_params
 from emu3_jax.checkpoints.parts import LazyArray, read_array
 from emu3_jax.config import DecoderConfig
@@ -151,7 +152,7 @@ class _Run:
             self.adapter = from_json(Adapter, parts["adapter"]) if parts["adapter"] else None
         self.bundle = Bundle.open(parts["bundle"])
         if self.adapter is not None:
-            self.bundle.require_full("a run with an adapter")
+            self.bundle = full_bundle(self.bundle, "the exported model")
 
     def trained(self, path: Path) -> np.ndarray:
         """A trained array, by its path with separate layers: an array of the decoder, or one side of an adapter."""
@@ -160,7 +161,7 @@ class _Run:
 
     def frozen(self, path: Path) -> np.ndarray:
         """An array of the decoder in the run's bundle."""
-        return read_array(self.bundle.weights("decoder"), path)
+        return self.bundle.decoder_array(path)
 
 
 def _load(run: _Run, path: Path, dtype: np.dtype) -> np.ndarray:
