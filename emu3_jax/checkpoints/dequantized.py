@@ -53,7 +53,7 @@ class _FullBundle(Bundle):
         self._narrow, self._kind = narrow, str(narrow.quantize)
 
     @property
-    def quantize(self) -> None:  # type: ignore[override]
+    def quantize(self) -> None:
         return None
 
     def stored(self, part: str) -> dict[TreePath, jax.ShapeDtypeStruct]:
