@@ -91,20 +91,20 @@ def test_a_small_vocabulary_beside_a_vision_tokenizer(scripts, vocabulary, golde
 
 @pytest.mark.slow
 def test_assets_are_a_whole_model_with_card_and_checksums(scripts, golden_bundle, golden_model, tmp_path, monkeypatch):
-    import emoji_assets
+    import embedded_assets
 
     target = tmp_path / "assets" / "emoji"
     with pytest.raises(Emu3Error, match="the limit is 1"):
-        monkeypatch.setattr(emoji_assets, "LIMIT", 1_000_000)
-        emoji_assets.write_assets(golden_bundle, {}, target)
+        monkeypatch.setattr(embedded_assets, "LIMIT", 1_000_000)
+        embedded_assets.write_assets(golden_bundle, {}, target)
     assert not target.exists()
-    monkeypatch.setattr(emoji_assets, "LIMIT", 10**9)
+    monkeypatch.setattr(embedded_assets, "LIMIT", 10**9)
     curve = [{"scale": scale, "top1_share_of_truth": share} for scale, share in ((1.0, 0.31), (3.0, 0.774))]
     figures = {"text_to_image": {"best_guidance": 3.0, "guidance": curve}}
-    assert emoji_assets.write_assets(golden_bundle, figures, target) > 0
+    assert embedded_assets.write_assets(golden_bundle, figures, target) > 0
     figures["reconstruction"] = {"pictures": {"psnr_db": 27.52}}
     figures |= {"procedural": {"extensions": {"all_right": 0.914}}, "motion": {"ratio": 0.876}}
-    assert emoji_assets.write_assets(golden_bundle, figures, target) > 0  # once more, over the first
+    assert embedded_assets.write_assets(golden_bundle, figures, target) > 0  # once more, over the first
     card = (target / "CARD.md").read_text()
     assert "| Reconstruction of unseen concepts: PSNR | 26.0 dB | 27.5 dB |" in card and '"psnr_db": 27.52' in card
     assert "top-1 on true pictures | 70.0% | 77.4% |" in card and "| 31.0% |" in card and "SSIM" not in card
