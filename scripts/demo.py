@@ -9,6 +9,7 @@ import pathlib
 import shlex
 import sys
 import textwrap
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -38,7 +39,7 @@ CLIPS = ("animated emoji of beating heart", "a large yellow heart moves right on
 # The first half of a clip. Its triple of colour, shape and motion was not in training.
 HALF, GOES_ON = "star-moves-down.webp", "a large purple star moves down on a white background"
 QUESTIONS = ("Describe the image.", "What category is this?")
-_SIDE, _STRIP, _LINE, _MARGIN, _COLUMNS = 128, 44, 26, 8, 4
+_STRIP, _LINE, _MARGIN = 44, 26, 8
 
 
 def run(output: pathlib.Path, model: pathlib.Path | None = None) -> None:
@@ -71,8 +72,10 @@ def run(output: pathlib.Path, model: pathlib.Path | None = None) -> None:
         "--max-new-tokens", 32, *chosen,
     )  # fmt: skip
 
-    tiles = [(f"{prompt} ({note})" if note else prompt, pictures / f"{index:03d}.png") for index, (prompt, note) in
-             enumerate(PROMPTS.items())]  # fmt: skip
+    tiles = []
+    for index, (prompt, note) in enumerate(PROMPTS.items()):
+        with Image.open(pictures / f"{index:03d}.png") as picture:
+            tiles.append((f"{prompt} ({note})" if note else prompt, picture.convert("RGB")))
     shown = [(prompt, clips / f"{index:03d}.webp") for index, prompt in enumerate(CLIPS)]
     shown.append((f"{GOES_ON} (the first four frames were given)", extended / "000.webp"))
     strips = [(name, load_clip(file).frames) for name, file in shown]
@@ -90,25 +93,26 @@ def emu3_jax(command: str, *arguments: object) -> None:
         sys.exit(code)
 
 
-def contact_sheet(tiles: list[tuple[str, pathlib.Path]], clips: list[tuple[str, np.ndarray]]) -> Image.Image:
+def contact_sheet(
+    tiles: Sequence[tuple[str, Image.Image]], clips: Sequence[tuple[str, np.ndarray]], columns: int = 4, side: int = 128
+) -> Image.Image:
     """A sheet with the pictures in rows, their names below them, and then the frames [T, H, W, 3] of each clip."""
-    font, width = ImageFont.load_default(), _COLUMNS * (_SIDE + _MARGIN) + _MARGIN
-    rows = -(-len(tiles) // _COLUMNS)
+    font, width = ImageFont.load_default(), columns * (side + _MARGIN) + _MARGIN
+    rows = -(-len(tiles) // columns)
     strips = []
     for name, frames in clips:
         strip = Image.fromarray(frames.swapaxes(0, 1).reshape(frames.shape[1], -1, 3))
         size = (width - 2 * _MARGIN, round(strip.height * (width - 2 * _MARGIN) / strip.width))
         strips.append((name, strip.resize(size, Image.Resampling.BICUBIC)))
-    height = rows * (_SIDE + _STRIP) + sum(strip.height + _LINE for _, strip in strips) + 2 * _MARGIN
+    height = rows * (side + _STRIP) + sum(strip.height + _LINE for _, strip in strips) + 2 * _MARGIN
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
-    for index, (name, file) in enumerate(tiles):
-        row, column = divmod(index, _COLUMNS)
-        left, top = _MARGIN + column * (_SIDE + _MARGIN), _MARGIN + row * (_SIDE + _STRIP)
-        with Image.open(file) as image:
-            sheet.paste(image.convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.BICUBIC), (left, top))
-        draw.text((left, top + _SIDE + 3), textwrap.fill(name, 22), "black", font)
-    top = _MARGIN + rows * (_SIDE + _STRIP)
+    for index, (name, picture) in enumerate(tiles):
+        row, column = divmod(index, columns)
+        left, top = _MARGIN + column * (side + _MARGIN), _MARGIN + row * (side + _STRIP)
+        sheet.paste(picture.resize((side, side), Image.Resampling.BICUBIC), (left, top))
+        draw.text((left, top + side + 3), textwrap.fill(name, side // 6 + 1), "black", font)
+    top = _MARGIN + rows * (side + _STRIP)
     for name, strip in strips:
         sheet.paste(strip, (_MARGIN, top))
         draw.text((_MARGIN, top + strip.height + 3), name, "black", font)

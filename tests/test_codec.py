@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from embedded_side import embedded_side
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -273,18 +274,19 @@ def test_the_largest_program_is_a_tiles(vision, monkeypatch):
 @pytest.mark.slow
 def test_tiles_of_the_embedded_model_are_near_the_whole():
     """Of a picture four times as large as those that it was trained on."""
-    model = emu3_jax.load().vision
+    model, side = emu3_jax.load().vision, 2 * embedded_side()
     model = dataclasses.replace(model, image=dataclasses.replace(model.image, min_pixels=64, max_pixels=2**20))
+    tile = 3 * side // 4
 
     def error(picture, other):
         return np.abs(np.asarray(picture, float) - np.asarray(other, float)).mean()
 
     for still in list(all_stills())[100::700]:
-        picture = rasterise_still(still, 64)
+        picture = rasterise_still(still, side)
         codes = encode(model, picture)
         whole = decode(model, codes)
-        assert 0 < error(decode(model, codes, tile=48), whole) < 5  # of 255
-        tiled = encode(model, picture, tile=48)
+        assert 0 < error(decode(model, codes, tile=tile), whole) < 5  # of 255
+        tiled = encode(model, picture, tile=tile)
         assert tiled.shape == codes.shape and (tiled != codes).any()
         assert error(decode(model, tiled), picture) < 1.5 * error(whole, picture)
 

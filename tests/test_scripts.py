@@ -1,5 +1,6 @@
 """The demo does what it promises, and the shell scripts and the Dockerfile are sound."""
 
+import json
 import os
 import pathlib
 import re
@@ -65,6 +66,19 @@ def test_demo_stops_at_the_first_command_that_fails(scripts, tmp_path, capsys):
         demo.run(tmp_path, tmp_path / "absent")
     assert stop.value.code == 2
     assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("$ ")]) == 1
+
+
+def test_sheets_leave_no_sample_out(scripts, tiny_bundle, tmp_path):
+    from sample_sheets import chosen_prompts, draw
+
+    manifest = tmp_path / "prompts.jsonl"
+    manifest.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("a", "b", "b", "c", "d")))
+    prompts = chosen_prompts(manifest, 4, seed=0)
+    assert sorted(prompts) == ["a", "b", "c", "d"] and prompts != chosen_prompts(manifest, 4, seed=1)
+    with pytest.raises(Emu3Error, match="has 4 different texts, 5 are wanted"):
+        chosen_prompts(manifest, 5, seed=0)
+    draw(emu3_jax.load(tiny_bundle), prompts, tmp_path / "sheets", per_sheet=3, seed=0, guidance=3.0)
+    assert sorted(file.name for file in (tmp_path / "sheets").iterdir()) == ["sheet-1.webp", "sheet-2.webp"]
 
 
 @pytest.mark.slow
