@@ -20,6 +20,9 @@ import numpy as np
 import pytest
 from jax._src import compiler
 
+# Asserts of helper modules show values, as those of test modules do.
+pytest.register_assert_rewrite(*(file.stem for file in pathlib.Path(__file__).parent.glob("*.py")))
+
 # A busy machine is no reason to fail: hypothesis' deadline of 200 ms an example would make one.
 hypothesis.settings.register_profile("suite", deadline=None)
 hypothesis.settings.load_profile("suite")
@@ -227,6 +230,36 @@ def shared_models():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(emu3_jax, "load", functools.cache(emu3_jax.load))
         yield
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, golden_model):
+    """An empty folder. Commands get the golden model without loading it anew."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("emu3_jax.load", lambda *_, **__: golden_model)
+    return tmp_path
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys):
+    """The line of a command that must fail before a model is loaded, and must write nothing."""
+    from commands import run
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("emu3_jax.load", lambda *_, **__: pytest.fail("a model was loaded"))
+
+    def state() -> list[tuple[str, bytes]]:
+        return sorted((str(file), file.read_bytes()) for file in tmp_path.rglob("*") if file.is_file())
+
+    def fail(*words: object) -> str:
+        before = state(), sorted(os.listdir(tmp_path))
+        assert run(*words) == 2
+        out, line = capsys.readouterr()
+        assert out == "" and line.startswith("emu3-jax: error: ") and line.count("\n") == 1 and len(line) <= 320
+        assert (state(), sorted(os.listdir(tmp_path))) == before
+        return line
+
+    return fail
 
 
 @pytest.fixture(scope="module")

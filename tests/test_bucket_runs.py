@@ -12,7 +12,7 @@ import time
 import pytest
 from bucket_cases import STEPS, assert_same_arrays, digests, photos, run, stored, write_config
 from gcs_stand_in import Store
-from test_two_processes import Pair
+from two_processes import Pair
 
 import emu3_jax
 from emu3_jax import Emu3Error, storage

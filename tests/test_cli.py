@@ -7,21 +7,13 @@ import shutil
 
 import numpy as np
 import pytest
+from commands import run
 from conftest import GOLDEN, golden_npz
 from PIL import Image
 
 import emu3_jax
 from emu3_jax.checkpoints import embedded
-from emu3_jax.cli.main import main
 from emu3_jax.media.clips import load_clip, save_clip
-
-
-def run(*arguments) -> int:
-    """The exit code of one command."""
-    try:
-        return main([str(argument) for argument in arguments])
-    except SystemExit as stop:  # argparse's own errors
-        return stop.code
 
 
 def picture(path) -> np.ndarray:

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from test_sampling import CRITICAL, chi_squared, softmax
+from frequencies import CRITICAL, chi_squared, softmax
+from session_cases import mixed_rows, run_rows
 
 from emu3_jax.errors import Emu3Error
 from emu3_jax.generation import engine, session, shapes
@@ -18,25 +19,6 @@ from emu3_jax.sharding.rules import decoder_shardings
 pytestmark = pytest.mark.compiled_quickly
 
 SPECIAL = tiny.TOKENS
-
-
-def mixed_rows():
-    """Rows that differ in everything: prompt, negative prompt, grid, guidance, temperature, filters, seed."""
-    prompts = [[17, 1, 2, 20, 19], [17, 20, 19], [17, *range(12), 20, 19], [17, 3, 20, 19]]
-    negatives = [[17, 20, 19], [17, 5, 6, 7, 20, 19], [17, 1, 20, 19], [17, 9, 20, 19]]
-    schedules = [image_schedule(3, 4), image_schedule(2, 2), image_schedule(4, 3), image_schedule(1, 5)]
-    settings = tiny.settings(
-        4, guidance=[3.0, 1.0, 2.0, 0.5], temperature=[1.0, 0.7, 0.0, 1.3], top_k=[8, 3, 5, 2], top_p=[1, 0.9, 1, 0.8],
-        seed=[7, 7, 8, 9],
-    )  # fmt: skip
-    return prompts, negatives, schedules, settings
-
-
-def run_rows(order, **changes):
-    prompts, negatives, schedules, settings = mixed_rows()
-    rows = tiny.rows(prompts, schedules, negatives)
-    picked = settings.take(np.asarray(order))
-    return session.run(tiny.params(), tiny.CONFIG, [rows[i] for i in order], picked, **changes).ids
 
 
 def test_generated_tokens_obey_the_schedule():

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from commands import OPTIONS, run
 from PIL import Image
 
 from emu3_jax import Emu3Error, loading
-from emu3_jax.cli.main import main
 from emu3_jax.cli.outputs import Outputs
 from emu3_jax.generation import session
 from emu3_jax.media.codes import load_codes, save_codes
@@ -22,42 +22,6 @@ from emu3_jax.text import prompt_files
 pytestmark = pytest.mark.compiled_quickly
 
 SMALL = {"area": 1024, "temperature": 1.0}
-OPTIONS = ("--area", "1024", "-o", "out", "--quiet")
-
-
-def run(*words: object) -> int:
-    try:
-        return main([str(word) for word in words])
-    except SystemExit as stop:
-        return stop.code
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch, golden_model):
-    """An empty folder. Commands get the golden model without loading it anew."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("emu3_jax.load", lambda *_, **__: golden_model)
-    return tmp_path
-
-
-@pytest.fixture
-def refused(tmp_path, monkeypatch, capsys):
-    """The line of a command that must fail before a model is loaded, and must write nothing."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("emu3_jax.load", lambda *_, **__: pytest.fail("a model was loaded"))
-
-    def state() -> list[tuple[str, bytes]]:
-        return sorted((str(file), file.read_bytes()) for file in tmp_path.rglob("*") if file.is_file())
-
-    def fail(*words: object) -> str:
-        before = state(), sorted(os.listdir(tmp_path))
-        assert run(*words) == 2
-        out, line = capsys.readouterr()
-        assert out == "" and line.startswith("emu3-jax: error: ") and line.count("\n") == 1 and len(line) <= 320
-        assert (state(), sorted(os.listdir(tmp_path))) == before
-        return line
-
-    return fail
 
 
 def pixels(path) -> np.ndarray:

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import tiny
 from conftest import golden_json, golden_npz
-from test_engine import SPECIAL, mixed_rows, run_rows
-from test_parallel import MIXED, started
-from test_parallel import run as run_case
+from session_cases import MIXED, mixed_rows, run_rows, started
+from session_cases import run as run_case
 
 from emu3_jax.generation import session
 from emu3_jax.generation.schedule import image_schedule, text_schedule
@@ -60,7 +59,7 @@ def test_a_row_does_not_depend_on_its_batch_mates():
     for row, schedule in enumerate(mixed_rows()[2]):
         alone = run_rows([row])[0]
         np.testing.assert_array_equal(together[row, : len(schedule)], alone)
-        assert (together[row, len(schedule) :] == SPECIAL.pad).all()
+        assert (together[row, len(schedule) :] == tiny.TOKENS.pad).all()
     np.testing.assert_array_equal(run_rows([3, 1, 0, 2])[2, :18], together[0, :18])
 
 
@@ -88,7 +87,7 @@ def test_rows_of_all_kinds_equal_those_alone(parallel):
     together = run_case(MIXED, parallel=parallel).ids
     for row, schedule in enumerate(MIXED["schedules"]):
         np.testing.assert_array_equal(together[row, : len(schedule)], run_case(MIXED, [row], parallel=parallel).ids[0])
-        assert (together[row, len(schedule) :] == SPECIAL.pad).all()
+        assert (together[row, len(schedule) :] == tiny.TOKENS.pad).all()
 
 
 def test_the_cache_of_rows_of_all_ages_is_never_copied():

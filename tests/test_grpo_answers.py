@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from grpo_runs import change, job, lines
 from PIL import Image
-from test_two_processes import Pair
+from two_processes import Pair
 
 from emu3_jax import Emu3Error, train
 from emu3_jax.checkpoints.bundle import Bundle

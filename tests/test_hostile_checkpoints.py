@@ -11,7 +11,7 @@ from conftest import golden_json
 from hostile import damaged, damaged_json, examples, gives_or_refuses
 from hypothesis import given
 from hypothesis import strategies as st
-from test_config import IMAGE, TRANSFORMERS_4, TRANSFORMERS_5, UPSTREAM_DECODER, UPSTREAM_VISION, VQ
+from published_configs import IMAGE, TRANSFORMERS_4, TRANSFORMERS_5, UPSTREAM_DECODER, UPSTREAM_VISION, VQ
 
 from emu3_jax.checkpoints.convert import convert
 from emu3_jax.checkpoints.doctor import doctor

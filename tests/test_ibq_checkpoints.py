@@ -9,6 +9,7 @@ import emu35_vision
 import huggingface_hub
 import numpy as np
 import pytest
+from commands import run
 from conftest import GOLDEN, golden_json, golden_npz
 from emu35 import weights, write_decoder
 from hostile import damaged, damaged_json, examples, gives_or_refuses
@@ -16,7 +17,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.numpy import load_file
-from test_cli import run
 
 import emu3_jax
 from emu3_jax.checkpoints.bundle import Bundle

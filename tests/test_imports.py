@@ -132,6 +132,17 @@ def load(name):
         imported("emu3_jax.text.prompts", "from . import tokenizer")
 
 
+def test_no_module_imports_a_test_module():
+    """What test modules share lives in the other modules of tests/: a test module changes freely."""
+    against = []
+    for file in sorted(pathlib.Path(__file__).parent.glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            against += [f"{file.name} imports {name}" for name in names if name.startswith("test_")]
+    assert against == []
+
+
 def test_circles_are_found():
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
     assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from test_two_processes import Pair
+from two_processes import Pair
 
 import emu3_jax
 from emu3_jax import Clip, Emu3Error

@@ -7,6 +7,7 @@ import pytest
 import tiny
 from conftest import golden_npz
 from jax.sharding import NamedSharding
+from loss_cases import case
 
 from emu3_jax.models.decoder import Decoder
 from emu3_jax.sharding.mesh import make_mesh
@@ -14,14 +15,6 @@ from emu3_jax.sharding.rules import spec, use_mesh
 from emu3_jax.training.losses import LossSums, chunked_cross_entropy, next_tokens
 
 VISUAL = (20, 37)
-
-
-def case(dtype="float32"):
-    """hidden [4, 24, 16], head [37, 16], labels, mask."""
-    rng = np.random.default_rng(0)
-    hidden = jnp.asarray(rng.standard_normal((4, 24, 16)), dtype)
-    head = jnp.asarray(rng.standard_normal((37, 16)), jnp.float32)
-    return hidden, head, rng.integers(0, 37, (4, 24)).astype(np.int32), rng.random((4, 24)) < 0.7
 
 
 def plain(hidden, head, labels, mask, visual=VISUAL):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from test_engine import mixed_rows
+from session_cases import CASES, GUIDED, MIXED, finish, run, started
 
 from emu3_jax.errors import Emu3Error
 from emu3_jax.generation import parallel, session
@@ -18,9 +18,7 @@ from emu3_jax.generation.schedule import (
     SAMPLED_FREE,
     SAMPLED_VISUAL,
     TokenClass,
-    clip_schedule,
     image_schedule,
-    text_schedule,
 )
 from emu3_jax.models import capability
 from emu3_jax.models.quantization import quantise_params
@@ -30,36 +28,6 @@ from emu3_jax.sharding.rules import decoder_shardings
 pytestmark = pytest.mark.compiled_quickly
 
 SPECIAL = tiny.TOKENS
-GUIDED = dict(zip(("prompts", "negatives", "schedules", "settings"), mixed_rows(), strict=True))
-CLIPS = {
-    "prompts": [[17, 1, 2, 20, 19], [17, 20, 19], [17, 4, 20, 19]],
-    "negatives": None,
-    "schedules": [clip_schedule(3, 2, 3), clip_schedule(2, 3, 3), image_schedule(4, 4)],
-    "settings": tiny.settings(3, seed=[1, 2, 3], temperature=[1.0, 0.8, 1.5], top_k=[8, 4, 8]),
-}
-TEXTS = {
-    "prompts": [[17, 1, 2], [17, 3], [17, 4, 5, 6]],
-    "negatives": None,
-    "schedules": [text_schedule(20), text_schedule(33), text_schedule(1)],
-    "settings": tiny.settings(3, seed=[1, 2, 3], temperature=[1.0, 0.0, 1.5], top_p=[1.0, 1.0, 0.8]),
-}
-# A picture with guidance, a clip, and two answers: of different kinds, lengths and settings.
-MIXED = {
-    "prompts": [[17, 1, 2, 20, 19], [17, 20, 19], [17, 1, 2], [17, 3]],
-    "negatives": [[17, 20, 19], None, None, None],
-    "schedules": [image_schedule(3, 4), clip_schedule(2, 2, 3), text_schedule(25), text_schedule(9)],
-    "settings": tiny.settings(
-        4, seed=[1, 2, 3, 4], guidance=[3, 1, 1, 1], top_k=[6, 8, 20, 32], top_p=[1, 0.9, 1, 0.9]
-    ),
-}
-CASES = {"guided": GUIDED, "clips": CLIPS, "texts": TEXTS, "mixed": MIXED}
-
-
-def run(case, only=None, params=None, **options):
-    rows = tiny.rows(case["prompts"], case["schedules"], case["negatives"])
-    only = range(len(rows)) if only is None else only
-    settings = case["settings"].take(np.asarray(only))
-    return session.run(params or tiny.params(), tiny.CONFIG, [rows[i] for i in only], settings, **options)
 
 
 @pytest.mark.parametrize(("name", "window"), [("guided", 2), ("guided", 16), ("clips", 5), ("texts", 3)])
@@ -103,22 +71,6 @@ def test_a_window_larger_than_the_whole_schedule():
 
 
 # ------------------------------------------------------------------------------------------------ passes and guesses
-
-
-def started(window, schedule, **options):
-    rows = [session.Row([17, 1, 2, 20, 19], schedule, [17, 20, 19])] * 2
-    decoding = session.DecodeSession(
-        tiny.params(), tiny.CONFIG, rows, tiny.settings(2, seed=[5, 6]), parallel=window, **options
-    )
-    decoding.start()
-    return decoding
-
-
-def finish(decoding):
-    """The last reading, and the ids."""
-    while (snapshot := decoding.advance()) is not None:
-        reading = decoding.read(snapshot)
-    return reading, decoding.results(reading)
 
 
 def guided_by(decoding, guesses):

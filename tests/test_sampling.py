@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from frequencies import CRITICAL, chi_squared, softmax
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,14 +15,6 @@ from emu3_jax.generation import sampling
 
 DRAWS = 20_000
 keep_top_k, keep_top_p = jax.jit(sampling.keep_top_k), jax.jit(sampling.keep_top_p)
-
-
-def chi_squared(counts: np.ndarray, probabilities: np.ndarray) -> float:
-    """Pearson's statistic over the candidates that can be drawn; anything else drawn is an error at once."""
-    assert counts[probabilities == 0].sum() == 0
-    possible = probabilities > 0
-    expected = counts.sum() * probabilities[possible]
-    return float(((counts[possible] - expected) ** 2 / expected).sum())
 
 
 def draw(logits: np.ndarray, **columns) -> np.ndarray:
@@ -38,14 +31,7 @@ def draw(logits: np.ndarray, **columns) -> np.ndarray:
     return np.bincount(np.asarray(drawn), minlength=len(logits))
 
 
-def softmax(x: np.ndarray) -> np.ndarray:
-    e = np.exp(x - x.max())
-    return e / e.sum()
-
-
 LOGITS = np.array([2.0, 1.5, 1.5, 0.3, -0.2, -1.0, -1.1, -4.0])
-# 99.9th percentile of chi-squared for 1 to 7 degrees of freedom (NIST/SEMATECH handbook, table 1.3.6.7.4).
-CRITICAL = {1: 10.828, 2: 13.816, 3: 16.266, 4: 18.467, 5: 20.515, 6: 22.458, 7: 24.322}
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save, save_file
+from tensor_files import assert_read_back
 
 from emu3_jax.checkpoints.tensors import read_safetensors_header, write_safetensors
 from emu3_jax.errors import Emu3Error
@@ -19,14 +20,6 @@ ARRAYS = {
     "scalar": np.asarray(12, np.int64),
     "empty": np.zeros((0, 3), np.float32),
 }
-
-
-def assert_read_back(tensors, arrays):
-    assert {t.name for t in tensors} == set(arrays)
-    for t in tensors:
-        expected = arrays[t.name]
-        assert (t.shape, t.dtype) == (expected.shape, expected.dtype)
-        np.testing.assert_array_equal(t.read(), expected)
 
 
 def test_safetensors_are_read_as_safetensors_wrote_them(tmp_path):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
-from test_losses import case
+from loss_cases import case
 
 from emu3_jax.sharding.mesh import make_mesh
 from emu3_jax.sharding.rules import spec, use_mesh

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from test_tensors import assert_read_back
+from tensor_files import assert_read_back
 
 from emu3_jax.checkpoints.torch_pickle import read_torch_file
 from emu3_jax.errors import Emu3Error

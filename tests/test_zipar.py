@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from test_generate_command import OPTIONS, here, refused  # noqa: F401
-from test_generate_command import run as command
-from test_parallel import CASES, GUIDED, MIXED, finish, run
+from commands import OPTIONS
+from commands import run as command
+from session_cases import CASES, GUIDED, MIXED, finish, run
 
 from emu3_jax.errors import Emu3Error
 from emu3_jax.evaluation.config import EvaluateConfig
@@ -244,7 +244,7 @@ def test_answers_are_refused():
         run(MIXED, zipar=3)
 
 
-def test_the_command(here, capsys):  # noqa: F811
+def test_the_command(here, capsys):
     assert command("generate", "a", "b", "--zipar", 2, "--json", "--save-tokens", *OPTIONS) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["zipar"] for line in lines] == [2, 2] and [line["passes"] for line in lines] == [1 + 3 + 3 * 2] * 2
@@ -258,7 +258,7 @@ def test_the_command(here, capsys):  # noqa: F811
         assert len(out[name]) == len(exact[name])
 
 
-def test_clips_by_the_command(here, capsys):  # noqa: F811
+def test_clips_by_the_command(here, capsys):
     options = ("--frames", 4, *OPTIONS)
     assert command("video", "a", "--zipar", 2, "--live", "live", *options) == 0
     assert command("video", "a", "--zipar", 100, *options, "-o", "whole") == 0
@@ -268,7 +268,7 @@ def test_clips_by_the_command(here, capsys):  # noqa: F811
 
 
 @pytest.mark.parametrize("verb", ["generate", "video"])
-def test_bad_options(refused, verb):  # noqa: F811
+def test_bad_options(refused, verb):
     for value in ("0", "-1", "2.5", "x", "100001", "9" * 30):
         assert "is not a whole number from 1 to 100000: " in refused(verb, "a", "--zipar", value, *OPTIONS)
     line = refused(verb, "a", "--zipar", 3, "--parallel", 8, *OPTIONS)
