@@ -25,7 +25,8 @@ from emu3_jax.config import DecoderConfig, VisionConfig
 from emu3_jax.generation import session
 from emu3_jax.generation.rows import Sampling
 from emu3_jax.generation.schedule import image_schedule, text_schedule
-from emu3_jax.generation.session import DecodeSession, Row
+from emu3_jax.generation.session import DecodeSession
+from emu3_jax.generation.session_rows import Row
 from emu3_jax.models.cache import KVCache
 from emu3_jax.models.capability import AMPERE, cuda_at_least
 from emu3_jax.models.decoder import Decoder

@@ -106,7 +106,7 @@ def _generate(
 
     from emu3_jax.generation import session
     from emu3_jax.generation.rows import Sampling
-    from emu3_jax.generation.session import Row
+    from emu3_jax.generation.session_rows import Row
     from emu3_jax.models.cache import KVCache
 
     config = language.config

@@ -11,7 +11,7 @@ from emu3_jax.cli.main import main
 from emu3_jax.data.pipeline import DataConfig, Source, training_batches
 from emu3_jax.data.sequences import Interleaved
 from emu3_jax.evaluation.config import EvaluateConfig
-from emu3_jax.generation.pipeline import Document
+from emu3_jax.generation.pieces import Document
 
 CONFIG = """
 from emu3_jax.data.config import DataConfig, Source

@@ -10,7 +10,7 @@ from flax import traverse_util
 
 from emu3_jax.config import DecoderConfig, SpecialTokens
 from emu3_jax.generation.sampling import RowSettings
-from emu3_jax.generation.session import Row
+from emu3_jax.generation.session_rows import Row
 from emu3_jax.models import stacking
 from emu3_jax.models.decoder import Decoder
 

@@ -32,7 +32,8 @@ from emu3_jax.generation.defaults import GUIDANCE, TOP_K
 from emu3_jax.generation.pipeline import Emu3
 from emu3_jax.generation.rows import Sampling
 from emu3_jax.generation.schedule import TokenClass, image_schedule
-from emu3_jax.generation.session import DecodeSession, Row
+from emu3_jax.generation.session import DecodeSession
+from emu3_jax.generation.session_rows import Row
 from emu3_jax.generation.shapes import cache_slots
 from emu3_jax.loading import decoder_dtype, load
 from emu3_jax.media.sizes import generate_size

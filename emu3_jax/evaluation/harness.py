@@ -27,7 +27,8 @@ from emu3_jax.fields import is_count
 from emu3_jax.files import new_file
 from emu3_jax.foreign import file_name, parse_json, read_bytes, read_object, reading
 from emu3_jax.generation import defaults
-from emu3_jax.generation.pipeline import Emu3, Generation
+from emu3_jax.generation.pictures import Generation
+from emu3_jax.generation.pipeline import Emu3
 from emu3_jax.media.images import save_png
 from emu3_jax.printable import printable, shown
 from emu3_jax.text.prompt_files import naming_rows

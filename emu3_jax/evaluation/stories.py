@@ -15,7 +15,8 @@ from emu3_jax.evaluation.config import EvaluateConfig
 from emu3_jax.evaluation.page import Cell, Row, Section
 from emu3_jax.evaluation.procedural import rasterise_still
 from emu3_jax.evaluation.scenes import Edit, Grade, Story, draw_edit, draw_story, grade_edit, grade_story
-from emu3_jax.generation.pipeline import Document, Emu3
+from emu3_jax.generation.pieces import Document
+from emu3_jax.generation.pipeline import Emu3
 
 _CASES = 256  # of each task, if the config does not say
 _TEXTS = {

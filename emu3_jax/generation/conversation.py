@@ -1,8 +1,11 @@
 """Answers questions about pictures and clips, alone or as turns of a conversation."""
 
+# `help(Emu3)` shows annotations as they are written here, `Media` and not the union that it stands for.
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -89,6 +92,18 @@ class Asking:
         return answer(
             language, inputs, self.sampling, max_new_tokens=self.max_new_tokens, batching=self.batching, kept=kept
         )
+
+
+class Model(Protocol):
+    """What a conversation needs of an `Emu3`."""
+
+    @property
+    def language(self) -> Language:
+        """The decoder."""
+
+    @property
+    def vision(self) -> Vision:
+        """The vision tokenizer."""
 
 
 def _codes(
@@ -192,3 +207,114 @@ class Conversation:
         self._ids += [*turn, *ids, eos]
         self.turns.append((text, language.tokenizer.decode(ids, skip_special=True)))
         return self.turns[-1][1]
+
+
+def chat(
+    self: Model,
+    images: Media | Sequence[Media | Sequence[Media]],
+    prompts: str | Sequence[str],
+    *,
+    clips_as: str = "auto",
+    frames: int | None = None,
+    fps: float | None = None,
+    max_new_tokens: int = defaults.MAX_NEW_TOKENS,
+    temperature: float | Sequence[float] = 0.0,
+    top_k: int | Sequence[int] = defaults.TOP_K,
+    top_p: float | Sequence[float] = defaults.TOP_P,
+    seed: int | Sequence[int] = defaults.SEED,
+    allow_special: bool = False,
+    batch_size: int = defaults.BATCH_SIZE,
+    deterministic: bool = False,
+    parallel: int | str = defaults.PARALLEL,
+    progress: bool | None = None,
+) -> list[str]:
+    """Answers one prompt per picture or clip (upstream `multimodal_understanding.py`).
+
+    Args:
+        images: one picture or clip (PIL image, `Clip` or file), or a sequence with one entry per row. An entry may
+            be a sequence of pictures and clips, which are shown in order, or an empty sequence.
+        prompts: one question for all rows, or one per row.
+        clips_as: "clip" shows a clip as a clip, "images" shows its frames as pictures, "auto" does what the model
+            was trained for.
+        frames: number of frames to show per clip; by default the training length, or 8 if shown as pictures.
+        fps: frames to show per second of a clip; by default `frames` frames are spread over the whole clip.
+        max_new_tokens: largest number of tokens of an answer. Answers also end at the model's last position.
+        temperature: sampling temperature. 0, the default, always takes the likeliest token, as the reference does.
+        top_k: sample from this number of likeliest tokens.
+        top_p: sample from the smallest set of likeliest tokens with this total probability.
+        seed: seed of the first row; each next row adds 1. Or one seed per row.
+        allow_special: whether control tokens in prompts, such as `<|image start|>`, take effect. If False, such
+            prompts are refused.
+        batch_size: number of rows to compute at once, at most 4096. Device memory grows with it.
+        deterministic: whether a row's result must not depend on the other rows, in any dtype. Each batch is padded
+            to `batch_size` rows, which takes time. Results still depend on `batch_size`, `parallel`, the device,
+            and the versions of JAX and XLA.
+        parallel: number of tokens, 2 to 128, that a pass of the decoder checks per row. "off" decodes one token per
+            pass. "auto" chooses a number on NVIDIA GPUs from Ampere on, and is "off" elsewhere. In float32 the
+            result is that of "off", up to rounding.
+        progress: True shows a progress bar on a terminal and lines in a log, None shows only the bar, False
+            nothing.
+
+    Returns:
+        The answers, one per row.
+
+    Raises:
+        Emu3Error: bad input. The message says what is wrong and what to do.
+    """
+    asking = Asking(
+        Showing(clips_as, frames, fps),
+        Sampling(temperature, top_k, top_p, guidance=1.0, seed=seed),
+        Batching(batch_size, progress, deterministic, parallel),
+        max_new_tokens,
+        allow_special,
+    )
+    return answer_questions(self.language, lambda: self.vision, images, prompts, asking)
+
+
+def converse(
+    self: Model,
+    *,
+    clips_as: str = "auto",
+    frames: int | None = None,
+    fps: float | None = None,
+    max_new_tokens: int = defaults.MAX_NEW_TOKENS,
+    temperature: float = 0.0,
+    top_k: int = defaults.TOP_K,
+    top_p: float = defaults.TOP_P,
+    seed: int = defaults.SEED,
+    allow_special: bool = False,
+    parallel: int | str = defaults.PARALLEL,
+    progress: bool | None = None,
+) -> Conversation:
+    """Starts a conversation of several turns, each with any number of pictures and clips.
+
+    Call `conversation = model.converse()`, then `conversation.ask(text, media)` for each turn. Each answer is
+    computed in a batch of its own, so other rows cannot change it.
+
+    Args:
+        clips_as: "clip" shows a clip as a clip, "images" shows its frames as pictures, "auto" does what the model
+            was trained for.
+        frames: number of frames to show per clip; by default the training length, or 8 if shown as pictures.
+        fps: frames to show per second of a clip; by default `frames` frames are spread over the whole clip.
+        max_new_tokens: largest number of tokens of an answer. Answers also end at the model's last position.
+        temperature: sampling temperature. 0, the default, always takes the likeliest token, as the reference does.
+        top_k: sample from this number of likeliest tokens.
+        top_p: sample from the smallest set of likeliest tokens with this total probability.
+        seed: seed of the answers.
+        allow_special: control tokens in prompts, such as `<|image start|>`, act as such. By default they are
+            refused.
+        parallel: see `chat`.
+        progress: True shows a progress bar on a terminal and lines in a log, None shows only the bar, False
+            nothing.
+
+    Raises:
+        Emu3Error: bad input. The message says what is wrong and what to do.
+    """
+    asking = Asking(
+        Showing(clips_as, frames, fps),
+        Sampling(temperature, top_k, top_p, guidance=1.0, seed=seed),
+        Batching(1, progress, parallel=parallel),
+        max_new_tokens,
+        allow_special,
+    )
+    return Conversation(self.language, lambda: self.vision, asking)

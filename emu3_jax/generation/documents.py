@@ -3,6 +3,9 @@
 `turns` makes conversations of them.
 """
 
+# `help(Emu3)` shows annotations as they are written here, `Media` and not the union that it stands for.
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -13,14 +16,14 @@ from emu3_jax.errors import Emu3Error, RowError
 from emu3_jax.fields import is_count, is_number
 from emu3_jax.generation import defaults, grammar, interleaving
 from emu3_jax.generation.codec import Vision, encode
-from emu3_jax.generation.conversation import Showing
+from emu3_jax.generation.conversation import Model, Showing
 from emu3_jax.generation.grammar import Grammar
 from emu3_jax.generation.interleaving import InterleavedRow
 from emu3_jax.generation.kept import Kept
 from emu3_jax.generation.language import Language
 from emu3_jax.generation.parallel import check_window
-from emu3_jax.generation.pieces import Document, Growing, Piece, Reader
-from emu3_jax.generation.rows import Sampling
+from emu3_jax.generation.pieces import Document, Growing, Piece, Reader, check_callbacks, deliver
+from emu3_jax.generation.rows import Sampling, prompt_list
 from emu3_jax.generation.sampling import RowSettings
 from emu3_jax.media.inputs import Media
 from emu3_jax.printable import shown
@@ -351,3 +354,97 @@ def settings_of_rows(writing: Writing, task: Task | None, count: int) -> tuple[R
     except Emu3Error as error:
         raise Emu3Error(f"text_{error}") from error  # it begins with the argument's name
     return text.settings(count), visual.settings(count)
+
+
+def interleave(
+    self: Model,
+    texts: str | Sequence[str],
+    images: Media | Sequence[Media] | Sequence[Sequence[Media]] = (),
+    *,
+    task: str | None = None,
+    size: tuple[int, int] | None = None,
+    max_size: tuple[int, int] | None = None,
+    guidance: float | None = None,
+    image_guidance: float | None = None,
+    max_new_tokens: int | None = None,
+    text_temperature: float | None = None,
+    text_top_k: int | None = None,
+    text_top_p: float | None = None,
+    temperature: float = defaults.TEMPERATURE,
+    top_k: int | None = None,
+    top_p: float = defaults.TOP_P,
+    seed: int = defaults.SEED,
+    batch_size: int = defaults.BATCH_SIZE,
+    parallel: int | str = defaults.PARALLEL,
+    clips_as: str = "auto",
+    frames: int | None = None,
+    fps: float | None = None,
+    allow_special: bool = False,
+    on_piece: OnPiece | None = None,
+    on_rows: OnRows | None = None,
+    on_text: OnText | None = None,
+    progress: bool | None = None,
+) -> list[Document]:
+    """Writes texts and pictures in turn: one document per text.
+
+    The model decides where a picture begins, what size it has and when the document ends. In float32 a document
+    does not depend on the other rows of its batch.
+
+    Args:
+        texts: prompts.
+        images: pictures and clips to show with every prompt, or one list of them per prompt. Models of Emu3.5 know
+            no clips.
+        task: "t2i", "x2i", "story", "howto" or "explore": decides on the prompt of a model of Emu3.5, which needs
+            one, and on its settings. None below stands for the task's value.
+        size: rows and columns of visual tokens of all pictures. None: the size of the last of `images`, or else
+            the model chooses.
+        max_size: largest rows and columns that the model may choose. None: what fits into
+            `max_new_tokens`.
+        guidance: classifier-free guidance scale of visual tokens; 1 means no guidance. Without a task, None is 3.
+        image_guidance: scale of guidance towards the given pictures, or None for guidance with one scale.
+        max_new_tokens: largest number of new tokens of a document. Without a task, None is 1,024.
+        text_temperature: temperature of text and of sizes; 0 is greedy. Without a task, None is 1.
+        text_top_k: number of likeliest text tokens to sample from. Without a task, None is all.
+        text_top_p: total probability of the likeliest text tokens to sample from. Without a task, None is 1.
+        temperature: temperature of visual tokens; 0 is greedy.
+        top_k: number of likeliest visual tokens to sample from. Without a task, None is 2,048.
+        top_p: total probability of the likeliest visual tokens to sample from.
+        seed: seed of the first document; each next one adds 1.
+        batch_size: number of documents to compute at once.
+        parallel: number of tokens that a pass of the decoder checks per row within pictures, from 2 to 128, or
+            "off" or "auto"; see `generate`.
+        clips_as: "clip", "images" or "auto": how a clip is shown, see `chat`.
+        frames: number of frames to show per clip, see `chat`.
+        fps: frames to show per second of a clip, see `chat`.
+        allow_special: whether control tokens in texts take effect. By default they are refused.
+        on_piece: called with a row's number and a text or picture (`Piece`) as soon as it is complete.
+        on_rows: called with a row's number and a picture that is being written (`Growing`) when it has more
+            finished rows. Each time, the picture is decoded.
+        on_text: called with a row's number and a text that is being written, as far as it is written.
+        progress: True shows a progress bar on a terminal and lines in a log, None only the bar, False nothing.
+
+    Returns:
+        A document for each text.
+
+    Raises:
+        Emu3Error: bad input. The message says what is wrong and what to do.
+    """
+    check_callbacks(on_piece=on_piece, on_rows=on_rows, on_text=on_text)
+    prompts = prompt_list(texts)
+    given: list[Any] = list(images) if isinstance(images, list | tuple) else [images]
+    each = given if given and isinstance(given[0], list | tuple) else [given] * len(prompts)
+    if len(each) != len(prompts):
+        raise Emu3Error(f"{len(each)} lists of images for {len(prompts)} texts: give one list for each text")
+    writing = Writing(
+        task, size, guidance, image_guidance, max_new_tokens, text_temperature, text_top_k, text_top_p, temperature,
+        top_k, top_p, seed, batch_size, allow_special, progress, parallel, Showing(clips_as, frames, fps),
+        max_size,
+    )  # fmt: skip
+    found: dict[int, Document] = {}
+    growing = on_rows is not None
+    for row, item in stream_documents(self.language, lambda: self.vision, prompts, each, writing, growing):
+        if isinstance(item, Document):
+            found[row] = item
+        else:
+            deliver(item, on_piece, on_rows, on_text, row)
+    return [found[row] for row in range(len(found))]

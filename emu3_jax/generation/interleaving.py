@@ -35,7 +35,7 @@ from emu3_jax.generation.kept import Kept
 from emu3_jax.generation.parallel import check_window, choose_window
 from emu3_jax.generation.sampling import RowSettings
 from emu3_jax.generation.schedule import SAMPLED_FREE, SAMPLED_VISUAL
-from emu3_jax.generation.session import check_positions
+from emu3_jax.generation.session_rows import check_positions
 from emu3_jax.generation.shapes import align_right, bucket, cache_slots, fill_rows, roomy_slots, spare_slots
 from emu3_jax.models.attention import choose_kernels
 from emu3_jax.models.cache import KVCache

@@ -17,7 +17,8 @@ from emu3_jax.generation.parallel import check_window
 from emu3_jax.generation.rows import Sampling
 from emu3_jax.generation.sampling import RowSettings
 from emu3_jax.generation.schedule import TokenClass, grid_length, grid_schedule, text_schedule
-from emu3_jax.generation.session import DecodeSession, Row
+from emu3_jax.generation.session import DecodeSession
+from emu3_jax.generation.session_rows import Row, check_positions
 from emu3_jax.generation.zipar import check_zipar
 from emu3_jax.models.quantization import narrows_cache
 from emu3_jax.printable import shown
@@ -214,7 +215,7 @@ def grid_rows(language: Language, grids: Sequence[Grid], allow_special: bool = F
         grid_length((grid.size[0] - count, *grid.size[1:]) if count else grid.size, layout)
         for grid, count in zip(grids, given, strict=True)
     ]
-    session.check_positions(language.config, zip((max(map(len, pair)) for pair in prompts), lengths, strict=True))
+    check_positions(language.config, zip((max(map(len, pair)) for pair in prompts), lengths, strict=True))
     return [
         Row(prompt, schedule(grid.size, count), negative)
         for (prompt, negative), grid, count in zip(prompts, grids, given, strict=True)

@@ -20,7 +20,7 @@ from emu3_jax.generation.engine import Program
 from emu3_jax.generation.language import Language
 from emu3_jax.generation.sampling import RowSettings, guide, keep_top_k, keep_top_p
 from emu3_jax.generation.schedule import TokenClass
-from emu3_jax.generation.session import Row
+from emu3_jax.generation.session_rows import Row
 from emu3_jax.generation.shapes import bucket, fill_rows
 from emu3_jax.models.decoder import Decoder, visual_head_params
 from emu3_jax.sharding.rules import use_mesh

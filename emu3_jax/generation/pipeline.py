@@ -4,21 +4,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from emu3_jax.errors import Emu3Error
-from emu3_jax.generation import defaults, turns
+from emu3_jax.generation import conversation, defaults, documents, turns
 from emu3_jax.generation.clips import OnFrames, generate_clips
 from emu3_jax.generation.codec import Vision, decode, encode
-from emu3_jax.generation.conversation import Asking, Conversation, Showing, answer_questions
-from emu3_jax.generation.documents import OnPiece, OnRows, OnText, Writing, stream_documents
 from emu3_jax.generation.language import Batching, Language
 from emu3_jax.generation.pictures import Generation, stream_pictures
-from emu3_jax.generation.pieces import Document, check_callbacks, deliver
-from emu3_jax.generation.rows import Sampling, prompt_list
+from emu3_jax.generation.rows import Sampling
 from emu3_jax.media.clips import Clip
 from emu3_jax.media.inputs import Media
 
@@ -413,206 +409,8 @@ class Emu3:
             on_frames=on_frames,
         )  # fmt: skip
 
-    def chat(
-        self,
-        images: Media | Sequence[Media | Sequence[Media]],
-        prompts: str | Sequence[str],
-        *,
-        clips_as: str = "auto",
-        frames: int | None = None,
-        fps: float | None = None,
-        max_new_tokens: int = defaults.MAX_NEW_TOKENS,
-        temperature: float | Sequence[float] = 0.0,
-        top_k: int | Sequence[int] = defaults.TOP_K,
-        top_p: float | Sequence[float] = defaults.TOP_P,
-        seed: int | Sequence[int] = defaults.SEED,
-        allow_special: bool = False,
-        batch_size: int = defaults.BATCH_SIZE,
-        deterministic: bool = False,
-        parallel: int | str = defaults.PARALLEL,
-        progress: bool | None = None,
-    ) -> list[str]:
-        """Answers one prompt per picture or clip (upstream `multimodal_understanding.py`).
-
-        Args:
-            images: one picture or clip (PIL image, `Clip` or file), or a sequence with one entry per row. An entry may
-                be a sequence of pictures and clips, which are shown in order, or an empty sequence.
-            prompts: one question for all rows, or one per row.
-            clips_as: "clip" shows a clip as a clip, "images" shows its frames as pictures, "auto" does what the model
-                was trained for.
-            frames: number of frames to show per clip; by default the training length, or 8 if shown as pictures.
-            fps: frames to show per second of a clip; by default `frames` frames are spread over the whole clip.
-            max_new_tokens: largest number of tokens of an answer. Answers also end at the model's last position.
-            temperature: sampling temperature. 0, the default, always takes the likeliest token, as the reference does.
-            top_k: sample from this number of likeliest tokens.
-            top_p: sample from the smallest set of likeliest tokens with this total probability.
-            seed: seed of the first row; each next row adds 1. Or one seed per row.
-            allow_special: whether control tokens in prompts, such as `<|image start|>`, take effect. If False, such
-                prompts are refused.
-            batch_size: number of rows to compute at once, at most 4096. Device memory grows with it.
-            deterministic: whether a row's result must not depend on the other rows, in any dtype. Each batch is padded
-                to `batch_size` rows, which takes time. Results still depend on `batch_size`, `parallel`, the device,
-                and the versions of JAX and XLA.
-            parallel: number of tokens, 2 to 128, that a pass of the decoder checks per row. "off" decodes one token per
-                pass. "auto" chooses a number on NVIDIA GPUs from Ampere on, and is "off" elsewhere. In float32 the
-                result is that of "off", up to rounding.
-            progress: True shows a progress bar on a terminal and lines in a log, None shows only the bar, False
-                nothing.
-
-        Returns:
-            The answers, one per row.
-
-        Raises:
-            Emu3Error: bad input. The message says what is wrong and what to do.
-        """
-        asking = Asking(
-            Showing(clips_as, frames, fps),
-            Sampling(temperature, top_k, top_p, guidance=1.0, seed=seed),
-            Batching(batch_size, progress, deterministic, parallel),
-            max_new_tokens,
-            allow_special,
-        )
-        return answer_questions(self.language, lambda: self.vision, images, prompts, asking)
-
-    def converse(
-        self,
-        *,
-        clips_as: str = "auto",
-        frames: int | None = None,
-        fps: float | None = None,
-        max_new_tokens: int = defaults.MAX_NEW_TOKENS,
-        temperature: float = 0.0,
-        top_k: int = defaults.TOP_K,
-        top_p: float = defaults.TOP_P,
-        seed: int = defaults.SEED,
-        allow_special: bool = False,
-        parallel: int | str = defaults.PARALLEL,
-        progress: bool | None = None,
-    ) -> Conversation:
-        """Starts a conversation of several turns, each with any number of pictures and clips.
-
-        Call `conversation = model.converse()`, then `conversation.ask(text, media)` for each turn. Each answer is
-        computed in a batch of its own, so other rows cannot change it.
-
-        Args:
-            clips_as: "clip" shows a clip as a clip, "images" shows its frames as pictures, "auto" does what the model
-                was trained for.
-            frames: number of frames to show per clip; by default the training length, or 8 if shown as pictures.
-            fps: frames to show per second of a clip; by default `frames` frames are spread over the whole clip.
-            max_new_tokens: largest number of tokens of an answer. Answers also end at the model's last position.
-            temperature: sampling temperature. 0, the default, always takes the likeliest token, as the reference does.
-            top_k: sample from this number of likeliest tokens.
-            top_p: sample from the smallest set of likeliest tokens with this total probability.
-            seed: seed of the answers.
-            allow_special: control tokens in prompts, such as `<|image start|>`, act as such. By default they are
-                refused.
-            parallel: see `chat`.
-            progress: True shows a progress bar on a terminal and lines in a log, None shows only the bar, False
-                nothing.
-
-        Raises:
-            Emu3Error: bad input. The message says what is wrong and what to do.
-        """
-        asking = Asking(
-            Showing(clips_as, frames, fps),
-            Sampling(temperature, top_k, top_p, guidance=1.0, seed=seed),
-            Batching(1, progress, parallel=parallel),
-            max_new_tokens,
-            allow_special,
-        )
-        return Conversation(self.language, lambda: self.vision, asking)
-
+    # Methods that live beside what they call.
+    chat = conversation.chat
+    converse = conversation.converse
+    interleave = documents.interleave
     interleave_turns = turns.interleave_turns
-
-    def interleave(
-        self,
-        texts: str | Sequence[str],
-        images: Media | Sequence[Media] | Sequence[Sequence[Media]] = (),
-        *,
-        task: str | None = None,
-        size: tuple[int, int] | None = None,
-        max_size: tuple[int, int] | None = None,
-        guidance: float | None = None,
-        image_guidance: float | None = None,
-        max_new_tokens: int | None = None,
-        text_temperature: float | None = None,
-        text_top_k: int | None = None,
-        text_top_p: float | None = None,
-        temperature: float = defaults.TEMPERATURE,
-        top_k: int | None = None,
-        top_p: float = defaults.TOP_P,
-        seed: int = defaults.SEED,
-        batch_size: int = defaults.BATCH_SIZE,
-        parallel: int | str = defaults.PARALLEL,
-        clips_as: str = "auto",
-        frames: int | None = None,
-        fps: float | None = None,
-        allow_special: bool = False,
-        on_piece: OnPiece | None = None,
-        on_rows: OnRows | None = None,
-        on_text: OnText | None = None,
-        progress: bool | None = None,
-    ) -> list[Document]:
-        """Writes texts and pictures in turn: one document per text.
-
-        The model decides where a picture begins, what size it has and when the document ends. In float32 a document
-        does not depend on the other rows of its batch.
-
-        Args:
-            texts: prompts.
-            images: pictures and clips to show with every prompt, or one list of them per prompt. Models of Emu3.5 know
-                no clips.
-            task: "t2i", "x2i", "story", "howto" or "explore": decides on the prompt of a model of Emu3.5, which needs
-                one, and on its settings. None below stands for the task's value.
-            size: rows and columns of visual tokens of all pictures. None: the size of the last of `images`, or else
-                the model chooses.
-            max_size: largest rows and columns that the model may choose. None: what fits into
-                `max_new_tokens`.
-            guidance: classifier-free guidance scale of visual tokens; 1 means no guidance. Without a task, None is 3.
-            image_guidance: scale of guidance towards the given pictures, or None for guidance with one scale.
-            max_new_tokens: largest number of new tokens of a document. Without a task, None is 1,024.
-            text_temperature: temperature of text and of sizes; 0 is greedy. Without a task, None is 1.
-            text_top_k: number of likeliest text tokens to sample from. Without a task, None is all.
-            text_top_p: total probability of the likeliest text tokens to sample from. Without a task, None is 1.
-            temperature: temperature of visual tokens; 0 is greedy.
-            top_k: number of likeliest visual tokens to sample from. Without a task, None is 2,048.
-            top_p: total probability of the likeliest visual tokens to sample from.
-            seed: seed of the first document; each next one adds 1.
-            batch_size: number of documents to compute at once.
-            parallel: number of tokens that a pass of the decoder checks per row within pictures, from 2 to 128, or
-                "off" or "auto"; see `generate`.
-            clips_as: "clip", "images" or "auto": how a clip is shown, see `chat`.
-            frames: number of frames to show per clip, see `chat`.
-            fps: frames to show per second of a clip, see `chat`.
-            allow_special: whether control tokens in texts take effect. By default they are refused.
-            on_piece: called with a row's number and a text or picture (`Piece`) as soon as it is complete.
-            on_rows: called with a row's number and a picture that is being written (`Growing`) when it has more
-                finished rows. Each time, the picture is decoded.
-            on_text: called with a row's number and a text that is being written, as far as it is written.
-            progress: True shows a progress bar on a terminal and lines in a log, None only the bar, False nothing.
-
-        Returns:
-            A document for each text.
-
-        Raises:
-            Emu3Error: bad input. The message says what is wrong and what to do.
-        """
-        check_callbacks(on_piece=on_piece, on_rows=on_rows, on_text=on_text)
-        prompts = prompt_list(texts)
-        given: list[Any] = list(images) if isinstance(images, list | tuple) else [images]
-        each = given if given and isinstance(given[0], list | tuple) else [given] * len(prompts)
-        if len(each) != len(prompts):
-            raise Emu3Error(f"{len(each)} lists of images for {len(prompts)} texts: give one list for each text")
-        writing = Writing(
-            task, size, guidance, image_guidance, max_new_tokens, text_temperature, text_top_k, text_top_p, temperature,
-            top_k, top_p, seed, batch_size, allow_special, progress, parallel, Showing(clips_as, frames, fps),
-            max_size,
-        )  # fmt: skip
-        found: dict[int, Document] = {}
-        growing = on_rows is not None
-        for row, item in stream_documents(self.language, lambda: self.vision, prompts, each, writing, growing):
-            if isinstance(item, Document):
-                found[row] = item
-            else:
-                deliver(item, on_piece, on_rows, on_text, row)
-        return [found[row] for row in range(len(found))]

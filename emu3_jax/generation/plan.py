@@ -18,7 +18,8 @@ from emu3_jax.generation.grammar import one_pass as grammar_pass
 from emu3_jax.generation.interleaved_plan import interleaved_programs
 from emu3_jax.generation.rows import Sampling
 from emu3_jax.generation.schedule import text_schedule
-from emu3_jax.generation.session import DecodeSession, Row
+from emu3_jax.generation.session import DecodeSession
+from emu3_jax.generation.session_rows import Row
 from emu3_jax.generation.shapes import Shapes, passes_by_size, sizes_read
 from emu3_jax.generation.vision_plan import PlannedVision, published_vision
 from emu3_jax.models.decoder import Decoder

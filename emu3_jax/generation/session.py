@@ -7,7 +7,7 @@ B rows; T steps of the longest schedule; W tokens of a pass per row (see `parall
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from emu3_jax.config import DecoderConfig
-from emu3_jax.errors import Emu3Error, RowError
+from emu3_jax.errors import Emu3Error
 from emu3_jax.generation import engine
 from emu3_jax.generation import zipar as wavefront
 from emu3_jax.generation.defaults import MOST_PARALLEL
@@ -25,6 +25,7 @@ from emu3_jax.generation.kept import Kept
 from emu3_jax.generation.parallel import check_window, choose_window
 from emu3_jax.generation.sampling import RowSettings
 from emu3_jax.generation.schedule import TokenClass, forced_ids, sampled_steps, stack_schedules
+from emu3_jax.generation.session_rows import Made, Reading, Row, Snapshot, check_positions, computed_prompts
 from emu3_jax.generation.shapes import Shapes, align_right, bucket, fill_rows, spare_slots
 from emu3_jax.generation.zipar import check_zipar
 from emu3_jax.models.attention import choose_kernels
@@ -35,61 +36,6 @@ from emu3_jax.sharding.rules import batch_shards, cache_shardings, use_mesh
 # progress and checks whether all rows are done.
 PASSES_PER_CALL = 128
 WIDE_PASSES_PER_CALL = 32
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """What one row must generate.
-
-    Attributes:
-        prompt: ids of the prompt.
-        schedule: `TokenClass` of each token after the prompt. Pictures, clips and texts may share a session.
-        negative: ids of the unconditional prompt for guidance, or None for no guidance. In a session with guided rows,
-            a row without guidance is computed twice, which does not change its distribution.
-    """
-
-    prompt: Sequence[int]
-    schedule: np.ndarray
-    negative: Sequence[int] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Snapshot:
-    """The device's result of one call. `DecodeSession.read` waits for it and brings it to the host.
-
-    Attributes:
-        rows: the rows of the call, with those that fill the session.
-        goal: see `engine.Plan`.
-        tokens, step, passes, ended: see `engine.DecodeState`.
-    """
-
-    rows: tuple[Row, ...]
-    goal: np.ndarray
-    tokens: jax.Array
-    step: jax.Array
-    passes: jax.Array
-    ended: jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class Reading:
-    """What the rows have after a call.
-
-    Attributes:
-        tokens: the ids of each row so far, int32 [steps of the row].
-        step: int32 [B], steps taken. A row that is done may have taken steps after its schedule.
-        passes: int32 [B], passes of the decoder that each row took part in, with prefill.
-        ended: bool [B], whether a row has emitted the end of its text.
-        taken: number of steps taken, as a mean over the rows: from 0 to the session's `steps`.
-        done: bool [B], whether a row has all its sampled tokens. Only forced ones may follow.
-    """
-
-    tokens: list[np.ndarray]
-    step: np.ndarray
-    passes: np.ndarray
-    ended: np.ndarray
-    taken: int
-    done: np.ndarray
 
 
 class DecodeSession:
@@ -159,7 +105,7 @@ class DecodeSession:
         filled = (*rows, *[rows[-1]] * (fill_rows(max(len(rows), least_rows), mesh, guided) - len(rows)))
         self._count, self._filled = len(rows), filled
         settings = settings.take(np.minimum(np.arange(len(filled)), len(rows) - 1))
-        prompts = _prompts(filled, guided)
+        prompts = computed_prompts(filled, guided)
         width = bucket(max(map(len, prompts)))
         self._kept, self._prompt_slots = kept, width
         self._tail = None if kept is None else kept.take(prompts, config.tokens.pad)
@@ -250,7 +196,7 @@ class DecodeSession:
         tokens, step = np.asarray(state.tokens), np.asarray(state.step)
         written = [ids[:count].tolist() for ids, count in zip(tokens, step, strict=True)]
         guided = self.shapes.variant.guided
-        prompts = _prompts(self._filled, guided)
+        prompts = computed_prompts(self._filled, guided)
         ids = [[*prompt, *made] for prompt, made in zip(prompts, written * (1 + guided), strict=True)]
         self._kept.put(state.cache, self._start, self._prompt_slots, ids)
 
@@ -358,7 +304,7 @@ class DecodeSession:
         # After `resize` to rows without guidance, a row still begins with the program of guided ones.
         variant = dataclasses.replace(shapes.variant, guided=self._guided)
         count = fill_rows(1, self._mesh, variant.guided)
-        alike = _prompts([row] * count, variant.guided)
+        alike = computed_prompts([row] * count, variant.guided)
         prompts, start = align_right(alike, width, self._config.tokens.pad)
         known = self._prompt_slots  # the end of the prompt, in which guesses are looked up
         looked_up, _ = align_right([ids[-known:] for ids in alike], known, self._config.tokens.pad)
@@ -477,27 +423,8 @@ class DecodeSession:
         return jax.tree.map(lambda leaf: _abstract(leaf, place), tree)
 
 
-def _prompts(rows: Sequence[Row], guided: bool) -> list[Sequence[int]]:
-    """The prompts of all computed rows: the conditional ones, then with guidance the unconditional ones."""
-    prompts = [row.prompt for row in rows]
-    return prompts + [row.prompt if row.negative is None else row.negative for row in rows] if guided else prompts
-
-
 def _abstract(leaf: Any, place: NamedSharding | None) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-
-
-@dataclasses.dataclass(frozen=True)
-class Made:
-    """The result of `run`.
-
-    Attributes:
-        ids: the generated ids, int32 [B, longest schedule]. Rows that end earlier are padded.
-        passes: int32 [B], passes of the decoder that each row took part in, with prefill.
-    """
-
-    ids: np.ndarray
-    passes: np.ndarray
 
 
 def run(
@@ -556,19 +483,3 @@ def run(
             session.keep()
             return Made(session.results(reading), reading.passes)
         latest = following
-
-
-def check_positions(config: DecoderConfig, rows: Iterable[tuple[int, int]]) -> None:
-    """Raises `Emu3Error` if a row does not fit into the positions that the model was trained for.
-
-    Args:
-        config: config of the decoder.
-        rows: per row, the length of its longer prompt and the number of tokens to generate.
-    """
-    for index, (prompt, steps) in enumerate(rows):
-        if prompt + steps > config.max_positions:
-            raise RowError(
-                index,
-                f"a prompt of {prompt} tokens and {steps} tokens to generate exceed the model's "
-                f"{config.max_positions} positions: shorten the prompt, or ask for a smaller picture or answer",
-            )

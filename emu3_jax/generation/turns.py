@@ -2,12 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from emu3_jax.errors import Emu3Error, RowError
 from emu3_jax.generation import defaults, grammar
 from emu3_jax.generation.codec import Vision
-from emu3_jax.generation.conversation import Showing
+from emu3_jax.generation.conversation import Model, Showing
 from emu3_jax.generation.documents import (
     Writing,
     encoded,
@@ -148,18 +148,6 @@ class Turns:
             [*prompts.conditional, *ids.tolist(), eos], [*prompts.unconditional, *ids[inside].tolist(), eos],
             prompts.empty,
         )  # fmt: skip
-
-
-class Model(Protocol):
-    """What a conversation needs of a model."""
-
-    @property
-    def language(self) -> Language:
-        """The decoder."""
-
-    @property
-    def vision(self) -> Vision:
-        """The vision tokenizer."""
 
 
 def interleave_turns(

@@ -25,7 +25,7 @@ from emu3_jax.generation.codec import PART_FRAMES, Vision, decode_pictures
 from emu3_jax.generation.language import Batching, GeneratedGrid, Grid, Language, generate_grids, grid_rows
 from emu3_jax.generation.sampling import RowSettings
 from emu3_jax.generation.schedule import TokenClass
-from emu3_jax.generation.session import Row
+from emu3_jax.generation.session_rows import Row
 from emu3_jax.media.sizes import generate_size
 from emu3_jax.preference.questions import Question, QuestionFile
 from emu3_jax.preference.rewards import AnswerGroup, AnyGroup, Group, RewardPool

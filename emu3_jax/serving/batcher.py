@@ -18,7 +18,7 @@ from emu3_jax.errors import Emu3Error
 from emu3_jax.fields import is_count
 from emu3_jax.generation import defaults
 from emu3_jax.generation.pipeline import Emu3
-from emu3_jax.generation.session import Row
+from emu3_jax.generation.session_rows import Row
 from emu3_jax.media.sizes import generate_size
 from emu3_jax.printable import shown
 from emu3_jax.serving.documents import Lane, document_bytes

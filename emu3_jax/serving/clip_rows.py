@@ -18,7 +18,7 @@ from emu3_jax.generation.clips import (
 from emu3_jax.generation.codec import encode_end
 from emu3_jax.generation.language import Grid, grid_rows
 from emu3_jax.generation.pipeline import Emu3
-from emu3_jax.generation.session import Row
+from emu3_jax.generation.session_rows import Row
 from emu3_jax.media.clips import check_fps, resize_frames
 from emu3_jax.media.images import to_rgb
 from emu3_jax.media.sizes import generate_size

@@ -17,7 +17,8 @@ from emu3_jax.generation.language import Language
 from emu3_jax.generation.rows import Sampling
 from emu3_jax.generation.sampling import RowSettings
 from emu3_jax.generation.schedule import TokenClass, grid_length
-from emu3_jax.generation.session import DecodeSession, Reading, Row, Snapshot
+from emu3_jax.generation.session import DecodeSession
+from emu3_jax.generation.session_rows import Reading, Row, Snapshot
 from emu3_jax.generation.shapes import bucket
 from emu3_jax.media.sizes import MAX_ELONGATION, generate_size
 from emu3_jax.models.cache import KVCache

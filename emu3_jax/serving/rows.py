@@ -14,7 +14,7 @@ from emu3_jax.generation.pictures import metadata
 from emu3_jax.generation.pipeline import Emu3
 from emu3_jax.generation.rows import Sampling, describe, prompt_list, texts_per_row
 from emu3_jax.generation.sampling import RowSettings
-from emu3_jax.generation.session import Row
+from emu3_jax.generation.session_rows import Row
 from emu3_jax.media.images import resize, to_rgb
 from emu3_jax.media.sizes import generate_size
 from emu3_jax.printable import shown
@@ -57,7 +57,7 @@ class Work(abc.ABC):
 
     @abc.abstractmethod
     def finish(self, ids: np.ndarray, ended: bool, passes: int) -> list[Later]:
-        """The last events of the row, given all its sampled ids. `ended` is that of `session.Reading`."""
+        """The last events of the row, given all its sampled ids. `ended` is that of `session_rows.Reading`."""
 
 
 def settings_of(job: Job, guidance: float) -> RowSettings:
