@@ -43,7 +43,7 @@ def train(
     """
     _require_extra()
     if isinstance(config, TrainConfig):
-        from emu3_jax.training.loop import DecoderJob
+        from emu3_jax.training.decoder_job import DecoderJob
         from emu3_jax.training.loop import train as train_decoder
 
         job = DecoderJob

@@ -202,20 +202,20 @@ def vouched(tiny_bundle, tmp_path_factory) -> pathlib.Path:
 @pytest.fixture(scope="module")
 def shared_trainers():
     """Runs of this process take their `Trainer` from here: configs with the same programs compile them once."""
-    from emu3_jax.training import loop
+    from emu3_jax.training import decoder_job
 
     # What a run reads, writes and rewards is in none of its programs.
     elsewhere = {"directory": "", "evaluation": (), "samples": None, "profile": None}
     elsewhere |= {"checkpoint_every": 1, "evaluate_every": 1, "log_every": 1, "keep": 1}
     rewarded = {"prompts": "-", "reward": "rewards.py:reward", "held_out": "", "judge_data": "", "timeout": 1.0}
-    made = functools.cache(loop.Trainer)
+    made = functools.cache(decoder_job.Trainer)
 
     def trainer(config, decoder, mesh):
         grpo = config.grpo and dataclasses.replace(config.grpo, **rewarded)
         return made(dataclasses.replace(config, grpo=grpo, **elsewhere), decoder, mesh)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "Trainer", trainer)
+        patch.setattr(decoder_job, "Trainer", trainer)
         yield
 
 

@@ -16,7 +16,7 @@ from emu3_jax.data.encoder import bundle_codebook
 from emu3_jax.data.pairs import write_pairs
 from emu3_jax.data.sequences import Preference, TextToImage
 from emu3_jax.models.adapters import Adapter
-from emu3_jax.training import loop, references, runner
+from emu3_jax.training import decoder_job, references, runner
 from emu3_jax.training.config import ModelConfig, OptimizerConfig, TrainConfig
 from emu3_jax.training.loop import train
 from emu3_jax.training.metrics import read_metrics
@@ -126,7 +126,7 @@ def test_a_stopped_run_resumes_exactly(base, whole, tmp_path, monkeypatch):
         patch.setattr(runner._Loop, "_stopping", lambda at, _: at.step == 7)
         assert train(config, progress=False).step == 7
     np.testing.assert_array_equal(np.load(file), np.load(next((whole / "reference").iterdir())))
-    monkeypatch.setattr(loop.DecoderJob, "_load_params", kill)  # nothing is computed again
+    monkeypatch.setattr(decoder_job.DecoderJob, "_load_params", kill)  # nothing is computed again
     train(config, progress=False)
     assert lines(tmp_path / "run") == lines(whole)
     trained = [Bundle.open(run / "model").arrays("decoder") for run in (tmp_path / "run", whole)]
@@ -136,7 +136,7 @@ def test_a_stopped_run_resumes_exactly(base, whole, tmp_path, monkeypatch):
 
 def test_another_reference_is_refused(base, whole, tmp_path, tiny_bundle, monkeypatch):
     run = shutil.copytree(whole, tmp_path / "run")
-    monkeypatch.setattr(loop, "part_digest", lambda *_: "0" * 64)
+    monkeypatch.setattr(decoder_job, "part_digest", lambda *_: "0" * 64)
     with pytest.raises(Emu3Error, match="holds checkpoints of another model: its reference has decoder"):
         train(dataclasses.replace(base, directory=str(run)), progress=False)
 

@@ -26,7 +26,7 @@ from emu3_jax.data.encoder import bundle_codebook
 from emu3_jax.data.prepare import prepare
 from emu3_jax.data.sequences import TextToImage
 from emu3_jax.models.adapters import Adapter
-from emu3_jax.training import loop, stopping
+from emu3_jax.training import decoder_job, loop, stopping
 from emu3_jax.training.config import ModelConfig, OptimizerConfig, SampleConfig, TrainConfig, load_config
 from emu3_jax.training.loop import train
 from emu3_jax.training.metrics import read_metrics
@@ -141,14 +141,14 @@ def test_ctrl_c_is_heard_and_the_second_interrupts(monkeypatch, capfd):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_after_the_step_with_a_checkpoint(base, whole, tmp_path, monkeypatch, number):
     directory = tmp_path / "run"
-    step = loop.DecoderJob.step
+    step = decoder_job.DecoderJob.step
 
     def interrupted(job, state, batch):
         if not losses(directory):  # before the first step has been reported, as while it compiles
             signal.raise_signal(number)
         return step(job, state, batch)
 
-    monkeypatch.setattr(loop.DecoderJob, "step", interrupted)
+    monkeypatch.setattr(decoder_job.DecoderJob, "step", interrupted)
     outcome = train(dataclasses.replace(base, directory=str(directory)), progress=False)
     assert (outcome.step, outcome.model, outcome.signal) == (1, None, number)
     assert [path.name for path in (directory / "checkpoints").iterdir()] == ["1"]
@@ -322,7 +322,7 @@ def test_a_run_of_version_0_1_0_goes_on_in_its_order(base, tmp_path, monkeypatch
     """It needs as many processes as before, because that order depends on their number."""
     config = dataclasses.replace(base, directory=str(tmp_path / "run"), steps=6, checkpoint_every=2, keep=3)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "ORDERS", (1,))
+        patch.setattr(decoder_job, "ORDERS", (1,))
         train(config, progress=False)
     wanted = losses(tmp_path / "run")
     checkpoints = tmp_path / "run" / "checkpoints"

@@ -21,7 +21,7 @@ from emu3_jax.data.encoder import bundle_codebook
 from emu3_jax.models.quantizer import CODEBOOK
 from emu3_jax.sharding.mesh import make_mesh
 from emu3_jax.sharding.rules import use_mesh
-from emu3_jax.training import loop
+from emu3_jax.training import decoder_job
 from emu3_jax.training.config import load_config
 from emu3_jax.training.loop import train
 from emu3_jax.training.metrics import read_metrics
@@ -176,7 +176,7 @@ def log_of(capsys) -> list[str]:
 
 
 def test_what_a_run_says_in_a_log(command, tiny_bundle, root, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(loop, "peak_flops", lambda kind: 1e12)
+    monkeypatch.setattr(decoder_job, "peak_flops", lambda kind: 1e12)
     run = tmp_path / "run"
     arguments = command(log_every=2, evaluate_every=4, checkpoint_every=2)
     count = sum(math.prod(param.shape) for param in Bundle.open(tiny_bundle).params("decoder"))
@@ -228,7 +228,7 @@ def test_what_a_run_says_in_a_log(command, tiny_bundle, root, tmp_path, capsys, 
 def test_how_a_model_is_used_follows_from_its_task(command, tiny_bundle, task, data, usage):
     bundle, mesh = Bundle.open(tiny_bundle), make_mesh("fsdp=1")
     config = config_of(command(task, data))
-    with use_mesh(mesh), contextlib.closing(loop.DecoderJob(config, bundle, bundle.decoder_config, mesh)) as job:
+    with use_mesh(mesh), contextlib.closing(decoder_job.DecoderJob(config, bundle, bundle.decoder_config, mesh)) as job:
         assert job.usage(pathlib.Path("out/my run/model")) == f"emu3-jax {usage}"
         job.product = "adapter"
         options = f"--model {tiny_bundle} --adapter 'out/my run/adapter'"
@@ -238,13 +238,13 @@ def test_how_a_model_is_used_follows_from_its_task(command, tiny_bundle, task, d
 
 
 def test_a_run_that_is_stopped_says_how_it_goes_on(command, tmp_path, capsys, monkeypatch):
-    step = loop.DecoderJob.step
+    step = decoder_job.DecoderJob.step
 
     def interrupted(job, state, batch):
         signal.raise_signal(signal.SIGTERM)
         return step(job, state, batch)
 
-    monkeypatch.setattr(loop.DecoderJob, "step", interrupted)
+    monkeypatch.setattr(decoder_job.DecoderJob, "step", interrupted)
     assert main(command()) == 143
     assert log_of(capsys)[-2:] == [
         f"train: stopped after TIME with a checkpoint of step 1 in {tmp_path}/run",

@@ -26,9 +26,9 @@ from emu3_jax.preference.scoring import judge_settings
 from emu3_jax.printable import printable, shown
 from emu3_jax.text.prompt_files import PromptFile, read_prompts
 from emu3_jax.training import grpo
+from emu3_jax.training.decoder_job import DecoderJob
 from emu3_jax.training.examples import example_prompt
 from emu3_jax.training.grpo_config import GrpoConfig
-from emu3_jax.training.loop import DecoderJob
 from emu3_jax.training.runner import Batch, Evaluation
 from emu3_jax.training.step import BATCH_DTYPES, TrainState
 from emu3_jax.training.summary import counted

@@ -1,6 +1,7 @@
 """The training loop of every run: steps, stop signals, reports, checkpoints, evaluations, sample pictures, export.
 
-A `Job` says what is trained. `training.loop` defines the decoder's job, `training.vision` the vision tokenizer's.
+A `Job` says what is trained. `training.decoder_job` defines the decoder's job, `training.vision` that of the vision
+tokenizer.
 """
 
 import contextlib
