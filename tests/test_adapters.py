@@ -10,6 +10,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from config_files import write_config
 from flax import traverse_util
 from PIL import Image
 from prepare_entries import Entries
@@ -64,16 +65,7 @@ def config(tiny_bundle, tmp_path_factory) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def config_file(config, tmp_path_factory) -> pathlib.Path:
-    file = tmp_path_factory.mktemp("config") / "lora.py"
-    names = {
-        "emu3_jax.training.config": "ModelConfig, OptimizerConfig, TrainConfig",
-        "emu3_jax.data.config": "DataConfig, Source",
-        "emu3_jax.data.sequences": "TextToImage",
-        "emu3_jax.models.adapters": "Adapter",
-    }
-    lines = [f"from {module} import {what}" for module, what in names.items()]
-    file.write_text("\n".join([*lines, "", "def config():", f"    return {config!r}", ""]))
-    return file
+    return write_config(tmp_path_factory.mktemp("config") / "lora.py", config)
 
 
 @pytest.fixture(scope="module")

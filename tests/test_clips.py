@@ -3,13 +3,13 @@
 import os
 import pathlib
 import sys
-import tracemalloc
 import zlib
 from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
+from grey_clips import GREYS, grey_frames, save_frames
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -20,37 +20,23 @@ from emu3_jax.media.clips import Clip, load_clip, resample, save_clip
 from emu3_jax.media.frames import is_animated, open_clip
 
 CORPUS = pathlib.Path(__file__).parent / "corpus"
-GREYS = (10, 60, 110, 160)
-
-
-def _frames(levels=GREYS, height=16, width=24):
-    frames = np.zeros((len(levels), height, width, 3), np.uint8)
-    frames[:] = np.array(levels, np.uint8)[:, None, None, None]
-    frames[:, :4, :4] = (200, 0, 0)
-    return frames
-
-
-def _save(path, frames, **options):
-    first, *rest = (f if isinstance(f, Image.Image) else Image.fromarray(f) for f in frames)
-    first.save(path, save_all=True, append_images=rest, **options)
-    return path
 
 
 @pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
 def test_animated_files(tmp_path, suffix):
     options = {"lossless": True} if suffix == "webp" else {}
-    path = _save(tmp_path / f"x.{suffix}", _frames(), duration=40, loop=0, **options)
+    path = save_frames(tmp_path / f"x.{suffix}", grey_frames(), duration=40, loop=0, **options)
     clip = load_clip(path)
     assert is_animated(path)
     assert clip.frames.dtype == np.uint8 and clip.fps == 25.0
-    np.testing.assert_array_equal(clip.frames, _frames())
+    np.testing.assert_array_equal(clip.frames, grey_frames())
 
 
 @pytest.mark.parametrize("suffix", [".webp", ".gif", ".GIF"])
 @pytest.mark.parametrize("levels", [GREYS, (10,), (10, 10, 60, 60, 60, 110), (10, 60, 60), (10, 10)])
 def test_saved_clips_come_back(tmp_path, suffix, levels):
     """Also where encoders merge equal frames, unless all are equal: a single frame has no rate to compare with."""
-    frames = _frames(levels)
+    frames = grey_frames(levels)
     save_clip(frames, tmp_path / f"x{suffix}", 25.0)
     clip = load_clip(tmp_path / f"x{suffix}")
     np.testing.assert_array_equal(clip.frames, frames if len(set(levels)) > 1 else frames[:1])
@@ -63,7 +49,7 @@ def test_saved_clips_come_back(tmp_path, suffix, levels):
     "suffix, fps, expected", [("webp", 24, 1000 / 42), ("gif", 24, 25), ("gif", 50, 50), ("webp", 0.5, 0.5)]
 )
 def test_rates_are_whole_milliseconds_or_hundredths(tmp_path, suffix, fps, expected):
-    save_clip(_frames(), tmp_path / f"x.{suffix}", fps)
+    save_clip(grey_frames(), tmp_path / f"x.{suffix}", fps)
     assert load_clip(tmp_path / f"x.{suffix}").fps == pytest.approx(expected, rel=1e-12)
 
 
@@ -74,17 +60,17 @@ def test_webp_is_lossless(tmp_path):
 
 
 def test_longer_frames_are_repeated(tmp_path):
-    path = _save(tmp_path / "x.png", _frames(), duration=[40, 80, 40, 200])
+    path = save_frames(tmp_path / "x.png", grey_frames(), duration=[40, 80, 40, 200])
     clip = load_clip(path)
-    np.testing.assert_array_equal(clip.frames, _frames((10, 60, 60, 110, 160, 160, 160, 160, 160)))
+    np.testing.assert_array_equal(clip.frames, grey_frames((10, 60, 60, 110, 160, 160, 160, 160, 160)))
     assert clip.fps == 25.0
 
 
 @pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
 def test_frames_without_duration_last_a_tenth(tmp_path, suffix):
-    path = _save(tmp_path / f"x.{suffix}", _frames(), duration=0)
+    path = save_frames(tmp_path / f"x.{suffix}", grey_frames(), duration=0)
     assert load_clip(path).fps == open_clip(path).fps == 10.0
-    path = _save(tmp_path / f"y.{suffix}", _frames(), duration=[50, 0, 50, 0])
+    path = save_frames(tmp_path / f"y.{suffix}", grey_frames(), duration=[50, 0, 50, 0])
     assert [len(load_clip(path).frames), load_clip(path).fps] == [6, 20.0]
 
 
@@ -96,42 +82,42 @@ def test_transparency_becomes_white(tmp_path, suffix):
         frame.paste((0, 200, 0, 0), (8, 8, 24, 16))
         frames.append(frame)
     options = {"webp": {"lossless": True, "exact": True}, "gif": {"disposal": 2}, "png": {"disposal": 1}}[suffix]
-    clip = load_clip(_save(tmp_path / f"x.{suffix}", frames, duration=40, **options))
+    clip = load_clip(save_frames(tmp_path / f"x.{suffix}", frames, duration=40, **options))
     assert clip.frames[:, 0, 0, 0].tolist() == list(GREYS)
     assert (clip.frames[:, 8:, 8:] == 255).all()
 
 
 def test_png_that_begins_with_a_still_for_other_viewers(tmp_path):
-    path = _save(tmp_path / "x.png", _frames(), default_image=True, duration=40)
-    np.testing.assert_array_equal(load_clip(path).frames, _frames()[1:])
-    path = _save(tmp_path / "y.png", _frames()[:2], default_image=True, duration=40)
+    path = save_frames(tmp_path / "x.png", grey_frames(), default_image=True, duration=40)
+    np.testing.assert_array_equal(load_clip(path).frames, grey_frames()[1:])
+    path = save_frames(tmp_path / "y.png", grey_frames()[:2], default_image=True, duration=40)
     assert not is_animated(path)
 
 
 def test_stills_pages_and_previews_are_not_animated(tmp_path):
     for suffix in ("png", "jpg", "gif", "webp", "tif"):
-        Image.fromarray(_frames()[0]).save(tmp_path / f"x.{suffix}")
+        Image.fromarray(grey_frames()[0]).save(tmp_path / f"x.{suffix}")
         assert not is_animated(tmp_path / f"x.{suffix}")
     for name, form in (("pages.tif", "TIFF"), ("preview.jpg", "MPO")):
-        assert not is_animated(_save(tmp_path / name, _frames(), format=form))
+        assert not is_animated(save_frames(tmp_path / name, grey_frames(), format=form))
         with Image.open(tmp_path / name) as image:
             assert image.n_frames == 4
 
 
 def test_a_still_is_a_clip_of_one_frame(tmp_path):
-    Image.fromarray(_frames()[0]).save(tmp_path / "x.png")
-    np.testing.assert_array_equal(load_clip(tmp_path / "x.png").frames, _frames()[:1])
+    Image.fromarray(grey_frames()[0]).save(tmp_path / "x.png")
+    np.testing.assert_array_equal(load_clip(tmp_path / "x.png").frames, grey_frames()[:1])
 
 
 def test_folder_in_natural_order(tmp_path):
     names = ["frame1.png", "frame2.png", "frame10.png", "frame11b.png"]
-    for name, frame in zip(names, _frames(), strict=True):
+    for name, frame in zip(names, grey_frames(), strict=True):
         Image.fromarray(frame).save(tmp_path / name)
     (tmp_path / "notes.txt").write_text("not a frame")
     (tmp_path / ".hidden.png").write_text("not a frame")
     assert is_animated(tmp_path)
     clip = load_clip(tmp_path)
-    np.testing.assert_array_equal(clip.frames, _frames())
+    np.testing.assert_array_equal(clip.frames, grey_frames())
     assert clip.fps == 24.0
 
 
@@ -154,7 +140,7 @@ def test_bad_folders(tmp_path):
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.9])
 def test_truncated_files(tmp_path, suffix, share):
     frames = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
-    path = _save(tmp_path / f"x.{suffix}", frames, duration=40)
+    path = save_frames(tmp_path / f"x.{suffix}", frames, duration=40)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
     with pytest.raises(Emu3Error, match=rf"x\.{suffix}"):
         load_clip(path)
@@ -173,13 +159,13 @@ def test_missing_files(tmp_path):
 
 def test_clips_too_large_for_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(clips, "MAX_CLIP_BYTES", 5 * 16 * 24 * 3)
-    assert len(load_clip(_save(tmp_path / "a.gif", _frames(), duration=40)).frames) == 4
+    assert len(load_clip(save_frames(tmp_path / "a.gif", grey_frames(), duration=40)).frames) == 4
     with pytest.raises(Emu3Error, match=r"b\.gif: the clip has 7 frames of 24x16 pixels"):
-        load_clip(_save(tmp_path / "b.gif", _frames(), duration=[40, 40, 40, 160]))
+        load_clip(save_frames(tmp_path / "b.gif", grey_frames(), duration=[40, 40, 40, 160]))
     with pytest.raises(Emu3Error, match=r"c\.gif: the clip has 8 frames"):
-        load_clip(_save(tmp_path / "c.gif", _frames(range(0, 160, 20)), duration=40))
+        load_clip(save_frames(tmp_path / "c.gif", grey_frames(range(0, 160, 20)), duration=40))
     (tmp_path / "d").mkdir()
-    for number, frame in enumerate(_frames(range(6))):
+    for number, frame in enumerate(grey_frames(range(6))):
         Image.fromarray(frame).save(tmp_path / "d" / f"{number}.png")
     with pytest.raises(Emu3Error, match=r"the clip .*d has 6 frames"):
         load_clip(tmp_path / "d")
@@ -218,7 +204,7 @@ def test_bad_clips(frames, fps, message, tmp_path):
 )
 def test_clips_that_cannot_be_saved(tmp_path, name, fps, message):
     with pytest.raises(Emu3Error, match=message):
-        save_clip(_frames(), tmp_path / name, fps)
+        save_clip(grey_frames(), tmp_path / name, fps)
     assert os.listdir(tmp_path) == []
 
 
@@ -226,7 +212,7 @@ def test_clips_that_cannot_be_saved(tmp_path, name, fps, message):
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=8), st.integers(1, 50))
 def test_round_trip_of_any_levels_and_rate(tmp_path_factory, levels, fps):
     """Held frames come back as often as they were, where one frame is not held and so tells the rate."""
-    frames = _frames([60 * level for level in levels] + [255])
+    frames = grey_frames([60 * level for level in levels] + [255])
     path = tmp_path_factory.getbasetemp() / "clip.webp"
     save_clip(frames, path, fps)
     clip = load_clip(path)
@@ -256,7 +242,7 @@ def shades(clip: Clip) -> list[int]:
 @pytest.mark.parametrize("suffix", [".png", ".mp4", ".webm"])
 def test_resampling(tmp_path, suffix, fps, frames, expected, rate):
     """The same for files that hold frames as they are, and for videos, which are resampled while they are read."""
-    save_clip(_frames(height=32, width=48), tmp_path / f"x{suffix}", 8.0)
+    save_clip(grey_frames(height=32, width=48), tmp_path / f"x{suffix}", 8.0)
     clip = load_clip(tmp_path / f"x{suffix}", fps=fps, frames=frames)
     assert clip.fps == pytest.approx(rate)
     np.testing.assert_allclose(shades(clip), expected, atol=0 if suffix == ".png" else 3)
@@ -278,7 +264,7 @@ def test_resampled_clips_last_as_long(total, own, fps, frames):
 
 
 def test_videos_of_odd_sizes_and_without_sound_come_back(tmp_path):
-    frames = _frames(height=33, width=47)
+    frames = grey_frames(height=33, width=47)
     save_clip(frames, tmp_path / "x.mp4", 24000 / 1001)
     clip = load_clip(tmp_path / "x.mp4")
     assert is_animated(tmp_path / "x.mp4") and clip.frames.shape == frames.shape
@@ -363,7 +349,7 @@ def test_videos_need_pyav(tmp_path, monkeypatch):
     with pytest.raises(Emu3Error, match=r"x\.mp4: video files need PyAV: pip install 'emu3-jax\[video\]'"):
         load_clip(tmp_path / "x.mp4")
     with pytest.raises(Emu3Error, match="need PyAV"):
-        save_clip(_frames(), tmp_path / "x.webm", 8.0)
+        save_clip(grey_frames(), tmp_path / "x.webm", 8.0)
     assert os.listdir(tmp_path) == []
 
 
@@ -384,7 +370,7 @@ def test_rates_and_numbers_that_are_none(tmp_path, options, message):
     ({"fps": float("inf")}, "fps is inf"),
 ])  # fmt: skip
 def test_rates_and_numbers_beyond_all_bounds(tmp_path, options, message):
-    path = _save(tmp_path / "x.gif", _frames(), duration=40)
+    path = save_frames(tmp_path / "x.gif", grey_frames(), duration=40)
     for read in (load_clip, open_clip):
         with pytest.raises(Emu3Error, match=message):
             read(path, **options)
@@ -399,11 +385,11 @@ def test_a_frame_that_is_held_long_is_resampled_or_refused(tmp_path):
     assert load_clip(path, frames=4).frames[:, 0, 0, 0].tolist() == [0, 255, 255, 255]
     assert [frame[0, 0, 0] for frame in open_clip(path, fps=0.1)] == [0] + [255] * 65
     with pytest.raises(Emu3Error, match="the clip would have 60,000,030 frames; the limit is 1,000,000"):
-        open_clip(_save(tmp_path / "x.png", _frames(), duration=[10, 60_000_000, 10, 10]), fps=1000)
+        open_clip(save_frames(tmp_path / "x.png", grey_frames(), duration=[10, 60_000_000, 10, 10]), fps=1000)
 
 
 def test_absurd_numbers_of_frames_are_refused_by_the_header(tmp_path):
-    data = bytearray(_save(tmp_path / "x.png", _frames(), duration=40).read_bytes())
+    data = bytearray(save_frames(tmp_path / "x.png", grey_frames(), duration=40).read_bytes())
     place = data.index(b"acTL") + 4
     data[place : place + 4] = (2**31 - 1).to_bytes(4, "big")
     data[place + 8 : place + 12] = zlib.crc32(data[place - 4 : place + 8]).to_bytes(4, "big")
@@ -417,88 +403,3 @@ def test_sides_that_a_format_cannot_hold(tmp_path):
     with pytest.raises(Emu3Error, match=r"x\.webp: a side has 16,384 pixels; the limit of \.webp is 16,383"):
         save_clip(np.zeros((2, 1, 16384, 3), np.uint8), tmp_path / "x.webp", 8.0)
     assert os.listdir(tmp_path) == []
-
-
-# ------------------------------------------------------------------------------------------------ frame by frame
-
-
-@pytest.mark.parametrize("options", [{}, {"fps": 3.0}, {"fps": 20.0}, {"fps": 20.0, "frames": 5}, {"frames": 3},
-                                     {"frames": 30}])  # fmt: skip
-@pytest.mark.parametrize("kind", ["gif", "webp", "png", "mp4", "webm", "folder"])
-def test_frames_one_by_one_are_those_of_the_loaded_clip(tmp_path, kind, options):
-    frames = _frames(range(0, 250, 25), 32, 48)
-    path = tmp_path / ("x" if kind == "folder" else f"x.{kind}")
-    if kind == "folder":
-        path.mkdir()
-        for number, frame in enumerate(frames):
-            Image.fromarray(frame).save(path / f"{number}.png")
-    elif kind in ("mp4", "webm"):
-        save_clip(frames, path, 8.0)
-    else:
-        _save(
-            path,
-            frames,
-            duration=[40, 80, 40, 40, 120, 40, 40, 40, 40, 80],
-            **{"lossless": True} if kind == "webp" else {},
-        )
-    reader = open_clip(path, **options)
-    assert reader.count is None or reader.count == len(list(reader))
-    clip = Clip(np.stack(list(reader)), reader.fps)  # read a second time
-    loaded, plain = load_clip(path, **options), load_clip(path)
-    np.testing.assert_array_equal(clip.frames, loaded.frames)
-    assert clip.fps == loaded.fps
-    if kind not in ("mp4", "webm") or "fps" not in options:  # a video's frames have instants of their own
-        np.testing.assert_array_equal(clip.frames, resample(plain, **options).frames)
-
-
-@pytest.mark.parametrize("kind", ["gif", "webp", "mp4", "folder"])
-def test_reading_frame_by_frame_holds_a_few(tmp_path, kind):
-    frames = np.random.default_rng(0).integers(0, 256, (48, 8, 8, 3), np.uint8).repeat(16, axis=1).repeat(16, axis=2)
-    path = tmp_path / ("x" if kind == "folder" else f"x.{kind}")
-    if kind == "folder":
-        path.mkdir()
-        for number, frame in enumerate(frames):
-            Image.fromarray(frame).save(path / f"{number}.png")
-    else:
-        save_clip(frames, path, 8.0)
-
-    def peak(read) -> float:  # in frames
-        read()  # what is imported on first use
-        tracemalloc.start()
-        try:
-            read()
-            return tracemalloc.get_traced_memory()[1] / frames[0].nbytes
-        finally:
-            tracemalloc.stop()
-
-    for options in ({}, {"fps": 16.0}, {"frames": 40}):
-        assert peak(lambda options=options: all(frame.any() for frame in open_clip(path, **options))) < 10
-    assert peak(lambda: load_clip(path)) > 48
-
-
-def test_clips_beyond_the_limit_are_read_frame_by_frame(tmp_path, monkeypatch):
-    monkeypatch.setattr(clips, "MAX_CLIP_BYTES", 5 * 16 * 24 * 3)
-    path = _save(tmp_path / "x.gif", _frames(range(0, 160, 20)), duration=40)
-    assert sum(1 for _ in open_clip(path)) == 8
-    assert load_clip(path, frames=4).frames[:, -1, -1, 0].tolist() == [0, 40, 80, 120]
-    with pytest.raises(Emu3Error, match=r"the clip .*x\.gif has 6 frames of 24x16 pixels"):
-        load_clip(path, frames=6)
-
-
-def test_a_file_of_one_frame_is_a_picture_a_folder_or_video_a_clip(tmp_path):
-    for suffix in ("gif", "webp", "png"):
-        assert not is_animated(_save(tmp_path / f"x.{suffix}", _frames()[:1], duration=40))
-    save_clip(_frames(height=32, width=48)[:1], tmp_path / "x.mp4", 8.0)
-    (tmp_path / "x").mkdir()
-    Image.fromarray(_frames()[0]).save(tmp_path / "x" / "0.png")
-    for path in (tmp_path / "x.mp4", tmp_path / "x"):
-        assert is_animated(path) and len(load_clip(path).frames) == 1 == len(list(open_clip(path)))
-
-
-def test_a_folder_of_different_sizes_is_found_while_it_is_read(tmp_path):
-    for number in range(3):
-        Image.new("RGB", (24, 16 + number // 2)).save(tmp_path / f"{number}.png")
-    reader = iter(open_clip(tmp_path))
-    assert next(reader).shape == next(reader).shape == (16, 24, 3)
-    with pytest.raises(Emu3Error, match=r"2\.png is 24x17 pixels, but the clip's first frame is 24x16"):
-        next(reader)

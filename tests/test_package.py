@@ -147,3 +147,10 @@ def test_commits_are_checked_by_the_same_ruff():
     (ruff,) = (line for line in PROJECT["project"]["optional-dependencies"]["test-quick"] if line.startswith("ruff"))
     hooks = (ROOT / ".pre-commit-config.yaml").read_text()
     assert hooks.count(f'additional_dependencies: ["{ruff}"]') == hooks.count("- id: ruff") == 2
+
+
+def test_no_python_file_is_longer_than_500_lines():
+    """A longer one is two modules, or two files of tests."""
+    files = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True)
+    lengths = {name: len((ROOT / name).read_bytes().splitlines()) for name in files.stdout.splitlines()}
+    assert {name: length for name, length in lengths.items() if length > 500} == {}

@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+from config_files import write_config
 from pair_cases import picture_pairs
 
 from emu3_jax import Emu3Error
@@ -55,16 +56,7 @@ def base(tiny_bundle, data) -> TrainConfig:
 @pytest.fixture(scope="module")
 def config_file(base, tmp_path_factory) -> pathlib.Path:
     """A file that holds `base`."""
-    file = tmp_path_factory.mktemp("config") / "pairs.py"
-    names = {
-        "emu3_jax.training.config": "ModelConfig, OptimizerConfig, TrainConfig",
-        "emu3_jax.training.preference_config": "PreferenceConfig",
-        "emu3_jax.data.config": "DataConfig, Source",
-        "emu3_jax.data.sequences": "Preference",
-    }
-    lines = [f"from {module} import {what}" for module, what in names.items()]
-    file.write_text("\n".join([*lines, "", "def config():", f"    return {base!r}", ""]))
-    return file
+    return write_config(tmp_path_factory.mktemp("config") / "pairs.py", base)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import sys
 
 import numpy as np
 import pytest
+from config_files import write_config
 from pair_cases import picture_pairs
 from PIL import Image
 from prepare_entries import Entries
@@ -83,15 +84,7 @@ def base(tiny_bundle, tmp_path_factory) -> TrainConfig:
 @pytest.fixture(scope="module")
 def config_file(base, tmp_path_factory) -> pathlib.Path:
     """A file that holds `base`."""
-    file = tmp_path_factory.mktemp("config") / "two.py"
-    names = {
-        "emu3_jax.training.config": "ModelConfig, OptimizerConfig, TrainConfig",
-        "emu3_jax.data.config": "DataConfig, Source",
-        "emu3_jax.data.sequences": "TextToImage",
-    }
-    lines = [f"from {module} import {what}" for module, what in names.items()]
-    file.write_text("\n".join([*lines, "", "def config():", f"    return {base!r}", ""]))
-    return file
+    return write_config(tmp_path_factory.mktemp("config") / "two.py", base)
 
 
 @pytest.fixture(scope="module")
