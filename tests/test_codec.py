@@ -1,6 +1,7 @@
 """Pictures and clips to codes and back: files of any length in bounded memory, resampling, and tiles."""
 
 import dataclasses
+import functools
 import gc
 import itertools
 import tracemalloc
@@ -14,6 +15,7 @@ import pytest
 from embedded_side import embedded_side
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
 import emu3_jax
@@ -26,6 +28,8 @@ from emu3_jax.generation.tiles import _spans, check_tile, tiled_decoder, tiled_e
 from emu3_jax.media.clips import Clip, load_clip, resample, save_clip
 from emu3_jax.media.frames import FrameReader
 from emu3_jax.models.vision import VisionTokenizer, make_decoder, make_encoder
+from emu3_jax.sharding.mesh import make_mesh
+from emu3_jax.sharding.rules import use_mesh
 
 pytestmark = pytest.mark.compiled_quickly
 
@@ -233,6 +237,51 @@ def test_a_batch_of_clips_is_decoded_as_each_alone(vision):
             assert clip.shape == alone.shape
             # Rows of a batch may add up in another order: at most the last step of rounding to uint8 differs.
             assert np.abs(clip.astype(int) - alone).max() <= 1
+
+
+@pytest.mark.parametrize("shape", [(8, 4, 6), (4, 2, 4, 6), (4, 5, 4, 6)])
+def test_devices_share_the_decoding(vision, shape):
+    """Of pictures, of clips at once, and in parts: each device computes its own only, and nothing is exchanged."""
+    mesh = make_mesh("data=2,tensor=2", jax.devices()[:4])
+    codes = np.random.default_rng(0).integers(0, CONFIG.codebook_size, shape).astype(np.int32)
+    at_once, place = codec.batches_on(mesh, CONFIG, shape[1:], len(codes))
+    whole = NamedSharding(mesh, PartitionSpec())
+    params = jax.device_put(vision.params, whole)
+    with use_mesh(mesh):
+        shared = codec.decode_pictures(
+            dataclasses.replace(vision, params=params), codes, at_once=at_once, place=place,
+            gather=jax.jit(lambda pixels: pixels, out_shardings=whole),
+        )  # fmt: skip
+        step = codec._step(
+            dataclasses.replace(vision, params=params), "decode", in_parts=shape[1:2] == (5,), place=place
+        )
+        part = jax.ShapeDtypeStruct((at_once, *shape[1:]), np.int32, sharding=place)
+        lower = step.lower if shape[1:2] == (5,) else functools.partial(step.func.lower, params)
+        text = lower(part).compile().as_text()
+    alone = codec.decode_pictures(vision, codes, at_once=1)
+    assert shared.shape == alone.shape and np.abs(shared.astype(int) - alone).max() <= 1
+    assert not any(f" {kind}" in text for kind in ("all-gather", "all-reduce", "collective-permute", "all-to-all"))
+
+
+def test_the_batches_of_a_mesh():
+    """Pictures of 64x64 pixels, up to 16 on a device; axes that no picture is left for do not split them."""
+    mesh = make_mesh("data=2,sequence=2,tensor=2", jax.devices()[:8])
+    split = {
+        count: (size, place.spec)
+        for count in (1, 3, 4, 8, 200)
+        for size, place in [codec.batches_on(mesh, CONFIG, (32, 32), count)]
+    }
+    rows = ("data", "fsdp")
+    assert split == {
+        1: (2, PartitionSpec(rows)),
+        3: (4, PartitionSpec(rows)),
+        4: (4, PartitionSpec((*rows, "sequence"))),
+        8: (8, PartitionSpec((*rows, "sequence", "tensor"))),
+        200: (8 * 16, PartitionSpec((*rows, "sequence", "tensor"))),
+    }
+    side = 720 // CONFIG.spatial_factor
+    assert codec.batches_on(mesh, CONFIG, (side, side), 200)[0] == 8  # a large picture alone
+    assert codec.batches_on(mesh, CONFIG, (2, 128, 128), 200)[0] == 8 * 1
 
 
 @pytest.mark.slow

@@ -4,12 +4,14 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
 from emu3_jax.config import AreaConfig, PictureConfig, VisionConfig, VisionTokenizerConfig
@@ -23,8 +25,12 @@ from emu3_jax.media.inputs import Media, open_media
 from emu3_jax.media.sizes import MAX_AREA, MAX_PIXELS
 from emu3_jax.models.vision import Stream, check_codes, make_decoder, make_encoder
 from emu3_jax.printable import shown
+from emu3_jax.sharding.rules import LOGICAL_AXES, batch_shards
 
 PART_FRAMES = 16  # frames of a clip that the vision tokenizer processes at once
+# Most pictures, and most pixels unless one picture has more, that a device decodes at once. On a GPU, a picture of
+# 720x720 needs 6 GiB beside the weights.
+_PICTURES_AT_ONCE, _PIXELS_AT_ONCE = 16, 2**19
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,8 +154,39 @@ def decoding_picture(vision: Vision, codes: np.ndarray, *, tile: int | None = No
     return lambda: Image.fromarray(postprocess(np.asarray(pixels)[0], vision.image))
 
 
+def batches_on(
+    mesh: Mesh, config: VisionTokenizerConfig, grid: tuple[int, ...], count: int
+) -> tuple[int, NamedSharding]:
+    """The size and the sharding of the batches in which `decode_pictures` decodes many pictures or clips on a mesh.
+
+    All devices share a batch, but where there are fewer pictures, no more of the axes `sequence` and `tensor` split it
+    than there are pictures for.
+
+    Args:
+        mesh: the mesh.
+        config: config of the vision tokenizer.
+        grid: size of each picture or clip in codes, (h, w) or (t, h, w).
+        count: number of pictures or clips.
+    """
+    axes, parts = [*(LOGICAL_AXES["batch"] or ())], batch_shards(mesh)
+    for axis in mesh.axis_names:
+        if axis not in axes and parts * mesh.shape[axis] <= count:
+            axes.append(axis)
+            parts *= mesh.shape[axis]
+    pixels = math.prod(grid[-2:]) * config.spatial_factor**2
+    if isinstance(config, VisionConfig) and len(grid) == 3:
+        pixels *= min(PART_FRAMES, grid[0] * config.temporal_factor)  # are decoded at once
+    most = min(_PICTURES_AT_ONCE, max(1, _PIXELS_AT_ONCE // pixels))
+    return parts * min(most, -(-count // parts)), NamedSharding(mesh, PartitionSpec(tuple(axes)))
+
+
 def decode_pictures(
-    vision: Vision, codes: np.ndarray, *, at_once: int, place: Any = None, gather: Callable[[Any], Any] | None = None
+    vision: Vision,
+    codes: np.ndarray,
+    *,
+    at_once: int,
+    place: NamedSharding | None = None,
+    gather: Callable[[Any], Any] | None = None,
 ) -> np.ndarray:
     """Decodes pictures, or clips, of equal size in batches.
 
@@ -157,7 +194,7 @@ def decode_pictures(
         vision: the vision tokenizer.
         codes: int32 [N, h, w] of pictures, or [N, t, h, w] of clips.
         at_once: number of pictures or clips of a batch. Copies of the last one fill the last batch.
-        place: sharding of a batch of codes over a mesh, or None.
+        place: sharding of a batch over a mesh, or None. Each device decodes its share.
         gather: makes an array that all processes can read of a batch of pixels, or None where they are local.
 
     Returns:
@@ -175,7 +212,7 @@ def decode_pictures(
         in_parts = len(parts) > 1
     for first in range(0, count, at_once):
         batch = codes[np.minimum(np.arange(first, first + at_once), count - 1)].astype(np.int32)
-        step, made = _step(vision, "decode", in_parts=in_parts), []
+        step, made = _step(vision, "decode", in_parts=in_parts, place=place), []
         for axis in parts:
             part = batch[:, *axis]
             placed: Any = part if place is None else jax.make_array_from_callback(part.shape, place, part.__getitem__)
@@ -221,13 +258,23 @@ def _parts(frames: Iterable[np.ndarray], size: int) -> Iterator[tuple[np.ndarray
         yield part, first is None
 
 
-def _step(vision: Vision, method: str, *, in_parts: bool = False, tile: int | None = None) -> Step:
-    """The function of `method` "encode" or "decode". With `in_parts` it continues from the previous part of a clip."""
+def _step(
+    vision: Vision,
+    method: str,
+    *,
+    in_parts: bool = False,
+    tile: int | None = None,
+    place: NamedSharding | None = None,
+) -> Step:
+    """The function of `method` "encode" or "decode". With `in_parts` it continues from the previous part of a clip.
+
+    `place`: see `make_decoder`, for decoding alone.
+    """
 
     def new_step() -> Step:
         if in_parts:
-            return Stream(vision.clips(), vision.params, method, method == "decode" and vision.fast)
-        make = make_encoder(vision.config) if method == "encode" else make_decoder(vision.config, vision.fast)
+            return Stream(vision.clips(), vision.params, method, method == "decode" and vision.fast, place)
+        make = make_encoder(vision.config) if method == "encode" else make_decoder(vision.config, vision.fast, place)
         return functools.partial(make, vision.params)
 
     if tile is None:

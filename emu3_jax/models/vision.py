@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from emu3_jax.config import IbqConfig, VisionConfig, VisionTokenizerConfig
 from emu3_jax.errors import Emu3Error
@@ -321,23 +322,34 @@ def make_encoder(config: VisionTokenizerConfig) -> jax.stages.Wrapped:
     return _jitted(config, "encode", False, target_platform())
 
 
-def make_decoder(config: VisionTokenizerConfig, fast: bool = False) -> jax.stages.Wrapped:
+def make_decoder(
+    config: VisionTokenizerConfig, fast: bool = False, place: NamedSharding | None = None
+) -> jax.stages.Wrapped:
     """Returns the tokenizer's `decode` as a jitted `(params, codes) -> pixels`, as `make_encoder` does.
 
     `fast` computes float32 products at the device's default precision: TF32 on recent GPUs, bfloat16 on TPUs; on CPUs
     nothing changes. Encoding has no such option, because codes could change.
+
+    `place` is how a mesh splits the batch: each device decodes its own rows, and has all weights. Without it, XLA
+    gathers a split batch, because the spatial network loops over its pictures.
     """
-    return _jitted(config, "decode", fast, target_platform())
+    return _jitted(config, "decode", fast, target_platform(), place)
 
 
 @functools.cache
-def _jitted(config: VisionTokenizerConfig, method: str, fast: bool, platform: str) -> jax.stages.Wrapped:
+def _jitted(
+    config: VisionTokenizerConfig, method: str, fast: bool, platform: str, place: NamedSharding | None = None
+) -> jax.stages.Wrapped:
     model = vision_module(config, _inference(fast))
 
     def run(params: Any, x: jax.Array) -> Any:
         return model.apply({"params": params}, x, method=method)
 
     run.__name__ = method  # for profiles
+    if place is not None:
+        run = jax.shard_map(
+            run, mesh=place.mesh, in_specs=(PartitionSpec(), place.spec), out_specs=place.spec, check_vma=False
+        )
     return jax.jit(run, compiler_options=_COMPILER_OPTIONS.get(platform))
 
 
@@ -352,10 +364,12 @@ class Stream:
     memory does not grow with the length of the clip. Parts of equal size share a compiled program.
     """
 
-    def __init__(self, config: VisionConfig, params: Any, method: str, fast: bool = False):
-        """Starts a stream. `method` is "encode" or "decode"; for `fast` see `make_decoder`."""
-        self._step = _make_step(config, method, fast, target_platform())
-        self._params = params
+    def __init__(
+        self, config: VisionConfig, params: Any, method: str, fast: bool = False, place: NamedSharding | None = None
+    ):
+        """Starts a stream. `method` is "encode" or "decode"; for `fast` and `place` see `make_decoder`."""
+        self._step = _make_step(config, method, fast, target_platform(), place)
+        self._params, self._place = params, place
         self._past = None
 
     def __call__(self, part: jax.Array | np.ndarray) -> jax.Array:
@@ -377,14 +391,16 @@ class Stream:
         return self._step.lower(self._params, self._abstract_past(part), part)
 
     def _abstract_past(self, part: Any) -> Any:
-        """The state between parts. It is placed like the weights, because a step returns it there."""
-        place = getattr(jax.tree.leaves(self._params)[0], "sharding", None)
+        """The state between parts. It is placed like the batch or else the weights, because a step returns it there."""
+        place = self._place or getattr(jax.tree.leaves(self._params)[0], "sharding", None)
         shapes = jax.eval_shape(self._step, self._params, {}, part)[1]
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes)
 
 
 @functools.cache
-def _make_step(config: VisionConfig, method: str, fast: bool, platform: str) -> jax.stages.Wrapped:
+def _make_step(
+    config: VisionConfig, method: str, fast: bool, platform: str, place: NamedSharding | None = None
+) -> jax.stages.Wrapped:
     """The jitted step `(params, past, part) -> (result, past)` of a stream."""
     model = VisionTokenizer(config, _inference(fast))
 
@@ -392,6 +408,11 @@ def _make_step(config: VisionConfig, method: str, fast: bool, platform: str) -> 
         result, changed = model.apply({"params": params, PAST: past}, part, method=method, mutable=[PAST])
         return result, changed[PAST]
 
+    if place is not None:
+        rows = place.spec
+        step = jax.shard_map(
+            step, mesh=place.mesh, in_specs=(PartitionSpec(), rows, rows), out_specs=(rows, rows), check_vma=False
+        )
     return jax.jit(step, donate_argnums=1, compiler_options=_COMPILER_OPTIONS.get(platform))
 
 

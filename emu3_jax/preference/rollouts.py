@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -21,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from emu3_jax import distributed
 from emu3_jax.errors import Emu3Error, RowError
 from emu3_jax.fields import is_whole
-from emu3_jax.generation.codec import PART_FRAMES, Vision, decode_pictures
+from emu3_jax.generation.codec import Vision, batches_on, decode_pictures
 from emu3_jax.generation.language import Batching, GeneratedGrid, Grid, Language, generate_grids, grid_rows
 from emu3_jax.generation.sampling import RowSettings
 from emu3_jax.generation.schedule import TokenClass
@@ -29,13 +28,8 @@ from emu3_jax.generation.session_rows import Row
 from emu3_jax.media.sizes import generate_size
 from emu3_jax.preference.questions import Question, QuestionFile
 from emu3_jax.preference.rewards import AnswerGroup, AnyGroup, Group, RewardPool
-from emu3_jax.sharding.rules import batch_shards, spec
 from emu3_jax.text.prompt_files import PromptFile
 from emu3_jax.training.grpo_config import GrpoConfig
-
-# Most pictures, and most pixels unless one picture has more, that the vision tokenizer decodes at once on a device. A
-# picture of 720x720 needs 6 GiB beside the weights.
-DECODED_AT_ONCE, _PIXELS = 16, 2**19
 
 
 class PromptOrder:
@@ -196,19 +190,9 @@ class Artist:
 
         Devices share the decoding.
         """
-        parts, count = batch_shards(self._mesh), len(drawn.grids)
         codes = np.stack([grid.codes for grid in drawn.grids])
-        area = math.prod(codes.shape[-2:]) * self._vision.config.spatial_factor**2
-        if self._config.frames is not None:
-            area *= min(PART_FRAMES, codes.shape[1] * self._vision.clips().temporal_factor)  # are decoded at once
-        most = min(DECODED_AT_ONCE, max(1, _PIXELS // area))
-        pixels = decode_pictures(
-            self._vision,
-            codes,
-            at_once=parts * min(most, -(-count // parts)),
-            place=NamedSharding(self._mesh, spec("batch")),
-            gather=self._replicate,
-        )
+        at_once, place = batches_on(self._mesh, self._vision.config, codes.shape[1:], len(codes))
+        pixels = decode_pictures(self._vision, codes, at_once=at_once, place=place, gather=self._replicate)
         return pixels if self._config.frames is None else pixels[:, : self._config.frames]
 
     def batch_rows(self, drawn: Drawn, kept: np.ndarray, mine: Sequence[int], length: int) -> dict[str, np.ndarray]:
