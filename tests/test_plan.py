@@ -43,6 +43,9 @@ def generate():
     return GenerateConfig(DECODER, pictures=2, area=384 * 384, mesh="data=2,tensor=2")
 """
 
+# Why the vision tokenizer is left out where the decoder is `DECODER`.
+NONE_PUBLISHED = "because no published vision tokenizer has 8 codes, as the decoder has visual ids"
+
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
@@ -118,6 +121,9 @@ def test_generate(small, capsys):
     shown = capsys.readouterr()
     result = json.loads(shown.out)
     assert code == 0 and result["fits"] and "compiled in" in shown.err
+    line = f"the vision tokenizer and the pixels of pictures, {NONE_PUBLISHED}; set `vision`"
+    assert result["left_out"] == [line]
+    assert "\n".join(plan.describe(result)).endswith(f"\nleft out: {line}\nfits")
     prefill, decode, growth = result["programs"]
     # A prompt of 64 tokens and 48 x 49 more, in whole buckets; 4 rows over 2 chips, 2 KV heads over the other 2.
     starts_lengths = 2 * 4 + 4 * 4
@@ -403,6 +409,18 @@ def test_samples_of_training_are_planned_to_their_pixels():
     assert set(step.beside) == {"vision tokenizer"} and 1.0 < plan.chip_bytes(step.beside) / 2**30 < 1.02
     assert pixels.name == "exact pixels of 90x90 codes" and pixels.runs == 0
     assert set(pixels.beside) == {"weights", "optimizer", "weights for drawing"}
+
+
+def test_what_a_plan_leaves_out(small):
+    config = load_config(small / "generate.py", ["max_new_tokens=40"])
+    line = f"the vision tokenizer and the codes of pictures, {NONE_PUBLISHED}; set `vision`"
+    assert generation_plan.left_out(config) == [line]
+    assert not generation_plan.left_out(dataclasses.replace(config, vision=VisionConfig(codebook_size=8)))
+    assert not generation_plan.left_out(GenerateConfig())
+    config = load_config(small / "train.py")
+    assert not training_plan.left_out(config)  # such a run decodes nothing
+    sampled = dataclasses.replace(config, samples=SampleConfig(("a fox",)))
+    assert training_plan.left_out(sampled) == [f"the vision tokenizer and the pixels of samples, {NONE_PUBLISHED}"]
 
 
 def test_generate_config_is_validated():

@@ -60,25 +60,25 @@ def run(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.set)
     slice_ = plan.tpu_slice(options.topology, options.hbm_limit, options.slices)
     if isinstance(config, TrainConfig):
-        from emu3_jax.training.plan import programs
+        from emu3_jax.training.plan import left_out, programs
 
-        mesh, compiled = programs(config, slice_, options.rows_per_chip)
+        (mesh, compiled), missing = programs(config, slice_, options.rows_per_chip), left_out(config)
     elif isinstance(config, VisionTrainConfig):
         from emu3_jax.training.vision_plan import programs
 
-        mesh, compiled = programs(config, slice_, options.rows_per_chip)
+        (mesh, compiled), missing = programs(config, slice_, options.rows_per_chip), []
     elif isinstance(config, GenerateConfig):
-        from emu3_jax.generation.plan import programs
+        from emu3_jax.generation.plan import left_out, programs
 
         if options.rows_per_chip is not None:
             raise Emu3Error("--rows-per-chip is for training: set `pictures` of a GenerateConfig instead")
-        mesh, compiled = programs(config, slice_)
+        (mesh, compiled), missing = programs(config, slice_), left_out(config)
     else:
         raise Emu3Error(
             f"{options.config}: config() returns a {type(config).__name__}, "
             "a plan needs a TrainConfig, VisionTrainConfig or GenerateConfig"
         )
-    result = plan.compile_plan(slice_, mesh, compiled)
+    result = plan.compile_plan(slice_, mesh, compiled, missing)
     for program in result["programs"]:
         print(f"{program['name']}: compiled in {program['compile_seconds']} s", file=sys.stderr)
     print(json.dumps(result, indent=2) if options.json else "\n".join(plan.describe(result)))

@@ -21,7 +21,7 @@ from emu3_jax.generation.schedule import text_schedule
 from emu3_jax.generation.session import DecodeSession
 from emu3_jax.generation.session_rows import Row
 from emu3_jax.generation.shapes import Shapes, passes_by_size, sizes_read
-from emu3_jax.generation.vision_plan import PlannedVision, published_vision
+from emu3_jax.generation.vision_plan import PlannedVision, none_published, published_vision
 from emu3_jax.models.decoder import Decoder
 from emu3_jax.models.quantization import (
     codes_and_scales_shapes,
@@ -78,6 +78,14 @@ def programs(config: GenerateConfig, slice_: Slice) -> tuple[Mesh, list[Program]
         # The session has freed its cache.
         result.append(vision.decoding(config.grid, fast=config.fast_pixels, runs=config.pictures, beside=weights))
     return mesh, result
+
+
+def left_out(config: GenerateConfig) -> list[str]:
+    """What `programs` leaves out, and why: a line each, empty if nothing is left out."""
+    if config.vision is not None or published_vision(config.decoder) is not None:
+        return []
+    what = "pixels" if config.max_new_tokens is None else "codes"
+    return [f"the vision tokenizer and the {what} of pictures, {none_published(config.decoder)}; set `vision`"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -24,6 +24,12 @@ def published_vision(decoder: DecoderConfig) -> VisionTokenizerConfig | None:
     return next((config for config in published if config.codebook_size == decoder.tokens.visual_count), None)
 
 
+def none_published(decoder: DecoderConfig) -> str:
+    """Why a plan leaves the vision tokenizer out where `published_vision` finds none, to follow what is left out."""
+    count = decoder.tokens.visual_count
+    return f"because no published vision tokenizer has {count} codes, as the decoder has visual ids"
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class PlannedVision:
     """A vision tokenizer whose programs are compiled but not run. Each device has all weights.

@@ -124,7 +124,9 @@ def tpu_slice(topology: str, limit: float | None = None, count: int = 1) -> Slic
     return Slice(topology, chip, tuple(described.devices), usable, sides, count)
 
 
-def compile_plan(slice_: Slice, mesh: Mesh, programs: Sequence[Program]) -> dict[str, Any]:
+def compile_plan(
+    slice_: Slice, mesh: Mesh, programs: Sequence[Program], left_out: Sequence[str] = ()
+) -> dict[str, Any]:
     """Compiles the programs of a config and reports their memory, FLOPs, traffic, collectives and least time.
 
     All figures are per device: per chip, except on TPU7x, whose chips are two devices each. `flops` comes from a
@@ -135,6 +137,7 @@ def compile_plan(slice_: Slice, mesh: Mesh, programs: Sequence[Program]) -> dict
         slice_: from `tpu_slice`.
         mesh: a mesh of its devices.
         programs: the programs to compile.
+        left_out: what the programs leave out and why, a line each.
 
     Returns:
         The plan, made of JSON types.
@@ -156,6 +159,7 @@ def compile_plan(slice_: Slice, mesh: Mesh, programs: Sequence[Program]) -> dict
         # Of all runs of all programs of a training step, or of a batch of pictures.
         "least_seconds": sum(map(least_seconds, compiled)) if all("bound" in each for each in compiled) else None,
         "programs": compiled,
+        "left_out": list(left_out),
     }
 
 
@@ -268,6 +272,8 @@ def describe(plan: dict[str, Any]) -> Iterator[str]:
         yield f"all programs: at least {plan['least_seconds']:.2f} s"
     if any("bound" in program for program in plan["programs"]):
         yield "Least times are bounds from the chip's peaks. Nothing was run."
+    for line in plan["left_out"]:
+        yield f"left out: {line}"
     yield "fits" if plan["fits"] else "does not fit"
 
 

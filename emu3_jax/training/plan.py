@@ -6,7 +6,7 @@ import jax
 from jax.sharding import Mesh
 
 from emu3_jax.errors import Emu3Error
-from emu3_jax.generation.vision_plan import PlannedVision, published_vision
+from emu3_jax.generation.vision_plan import PlannedVision, none_published, published_vision
 from emu3_jax.media.sizes import generate_size
 from emu3_jax.sharding.bounds import Training
 from emu3_jax.sharding.mesh import make_mesh
@@ -89,6 +89,18 @@ def programs(config: TrainConfig, slice_: Slice, rows_per_chip: int | None = Non
     if config.samples is None or vision is None:
         return mesh, [step]
     return mesh, _with_samples(config.samples, PlannedVision.of(vision, mesh), trainer, step)
+
+
+def left_out(config: TrainConfig) -> list[str]:
+    """What `programs` leaves out, and why: a line each, empty if nothing is left out."""
+    grpo, decoder = config.grpo, config.model.decoder
+    assert decoder is not None  # `programs` refuses it
+    if grpo is not None and grpo.max_new_tokens is not None:
+        return ["the vision tokenizer and the codes of the questions' pictures, because a plan reads no questions"]
+    if (grpo is None and config.samples is None) or published_vision(decoder) is not None:
+        return []
+    drawn = "samples" if grpo is None else f"{grpo.noun}s"
+    return [f"the vision tokenizer and the pixels of {drawn}, {none_published(decoder)}"]
 
 
 def _with_samples(samples: SampleConfig, vision: PlannedVision, trainer: Trainer, step: Program) -> list[Program]:
