@@ -8,7 +8,13 @@ from full_size import CONFIGS, EMU3_MATRICES
 from markers import libtpu
 
 from emu3_jax.cli.main import main
+from emu3_jax.config import IbqConfig, VisionConfig
+from emu3_jax.errors import Emu3Error
+from emu3_jax.generation import codec
+from emu3_jax.generation.vision_plan import WEIGHTS
 from emu3_jax.sharding import plan
+from emu3_jax.training import grpo_plan
+from emu3_jax.training import plan as training_plan
 from emu3_jax.training.config import load_config
 from emu3_jax.training.plan import programs
 
@@ -159,6 +165,53 @@ def test_the_programs_of_a_step_of_answers(small, capsys):
 
 
 @libtpu
+@pytest.mark.parametrize(
+    ("mesh", "frames", "most", "name", "runs", "earlier"),
+    [
+        ("data=4", None, 1, "4 pictures of 12x12", 2, 4),
+        ("data=2,tensor=2", None, 1, "4 pictures of 12x12", 2, 4),
+        ("data=2,tensor=2", None, 3, "8 pictures of 12x12", 1, 0),  # two on each device
+        ("data=2,tensor=2", 8, 1, "4 clips of 2x12x12", 2, 4),
+        ("data=2,tensor=2", 20, 1, "4 clips of 4x12x12", 4, 4),  # in two parts each
+    ],
+)
+def test_pictures_are_planned_to_the_pixels_for_their_reward(
+    small, monkeypatch, mesh, frames, most, name, runs, earlier
+):
+    """With as many pictures at a time as a run decodes: `most` on a device."""
+    monkeypatch.setattr(grpo_plan, "published_vision", lambda _: VisionConfig(codebook_size=8, base_channels=32))
+    monkeypatch.setattr(codec, "_PIXELS_AT_ONCE", most * min(16, frames or 1) * 96 * 96)
+    config = load_config(small, [f"mesh={mesh}", f"grpo.frames={frames}", "data.sequence_length=1024"])
+    merge, prefill, decode, *_, pixels, reference, update = planned(config)
+    assert (pixels.name, pixels.runs) == (f"exact pixels of {name} codes", runs)
+    for program in (merge, prefill, decode, reference, update):
+        assert plan.chip_bytes(program.beside[WEIGHTS]) == plan.chip_bytes(pixels.arguments[WEIGHTS]) > 2**20
+    # The weights for drawing and the cache are freed before.
+    assert {"trained weights", "optimizer", "reference weights"} == set(pixels.beside) - {"earlier pixels"}
+    made = 1 if frames is None else -(-frames // 4) * 4
+    assert plan.chip_bytes(pixels.beside.get("earlier pixels")) == earlier * made * 96 * 96 * 3 * 4
+
+
+@libtpu
+def test_clips_by_a_vision_tokenizer_that_knows_none_are_refused(small, monkeypatch):
+    monkeypatch.setattr(grpo_plan, "published_vision", lambda _: IbqConfig(codebook_size=8))
+    with pytest.raises(Emu3Error, match=r"grpo\.frames: .* knows pictures alone; set grpo\.frames=None"):
+        planned(load_config(small, ["grpo.frames=8", "data.sequence_length=512"]))
+
+
+@libtpu
+def test_what_a_plan_leaves_out(small):
+    config = load_config(small)
+    why = "because no published vision tokenizer has 8 codes, as the decoder has visual ids"
+    assert training_plan.left_out(config) == [f"the vision tokenizer and the pixels of pictures, {why}"]
+    clips = dataclasses.replace(config, grpo=dataclasses.replace(config.grpo, frames=8))
+    assert training_plan.left_out(clips) == [f"the vision tokenizer and the pixels of clips, {why}"]
+    (line,) = training_plan.left_out(load_config(small, ["grpo.max_new_tokens=40"]))
+    assert line == "the vision tokenizer and the codes of the questions' pictures, because a plan reads no questions"
+    assert not training_plan.left_out(load_config(CONFIGS / "grpo_t2i_8b.py"))
+
+
+@libtpu
 def test_a_large_picture_grows_its_cache(small):
     config = load_config(small, ["grpo.area=147456", "data.sequence_length=2816"])
     _, _, decode, growth, *_ = planned(config)
@@ -221,7 +274,7 @@ def test_full_size():
     """The 8 B model on v5e:2x4, where `tensor` splits the weights."""
     sets = ["mesh=tensor=8", "accumulation=64", "grpo.draw_at_once=16"]
     config = load_config(CONFIGS / "grpo_t2i_8b.py", sets)
-    mesh, (merge, prefill, decode, growth, reference, update) = programs(config, plan.tpu_slice("v5e:2x4"))
+    mesh, (merge, prefill, decode, growth, pixels, reference, update) = programs(config, plan.tpu_slice("v5e:2x4"))
     assert mesh.shape["tensor"] == 8 and prefill.name == "prefill of 16 rows of 512 tokens"
     weights = 2 * (EMU3_MATRICES // 8 + 65 * 4096)
     assert plan.chip_bytes(decode.arguments["weights"]) == weights
@@ -229,5 +282,9 @@ def test_full_size():
         assert plan.chip_bytes(program.beside["frozen weights"]) == weights
     # A KV head of 16 rows, in each layer.
     assert plan.chip_bytes(decode.arguments["cache"]) == 2 * 32 * 16 * 9216 * 128 * 2 + 16 * 4 + 16 * 4
-    assert reference.name == "log-probabilities by the reference of 64 rows of 8704 tokens" and not update.beside
+    assert reference.name == "log-probabilities by the reference of 64 rows of 8704 tokens"
+    assert set(update.beside) == {"vision tokenizer"} and 1.0 < plan.chip_bytes(update.beside) / 2**30 < 1.02
     assert set(merge.arguments) == {"frozen weights", "adapters"}
+    # A device decodes one picture of 720x720 pixels at a time.
+    assert pixels.name == "exact pixels of 8 pictures of 90x90 codes" and pixels.runs == 8
+    assert plan.chip_bytes(pixels.beside["earlier pixels"]) == 56 * 720 * 720 * 3 * 4

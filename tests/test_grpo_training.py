@@ -87,6 +87,20 @@ def test_it_learns_the_reward(whole):
     assert evaluated["reward"] > rewards[0]
 
 
+def test_the_weights_for_drawing_are_gone_when_pixels_are_decoded(base, tmp_path):
+    """`emu3-jax plan` counts on it."""
+    with use_mesh(make_mesh(base.mesh)):
+        made = job(change(base, tmp_path))
+        state = made.initial_state()
+        made.start(0, None)
+        alive = jax.live_arrays()
+        before = {id(array) for array in alive}
+        drawn = made._artist.draw(made._language(state), ["text 0"] * 4, np.arange(4, dtype=np.uint32))
+        left = [array.shape for array in jax.live_arrays() if id(array) not in before and array.ndim > 1]
+        made.close()
+    assert not left and len(drawn.grids) == 4
+
+
 def test_a_stopped_run_resumes_exactly(base, whole, tmp_path, monkeypatch):
     config = change(base, tmp_path / "run", {"held_out": base.grpo.prompts}, evaluate_every=STEPS)
     with monkeypatch.context() as patch:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from emu3_jax.config import DecoderConfig, IbqConfig, VisionConfig, VisionTokenizerConfig
-from emu3_jax.generation.codec import PART_FRAMES
+from emu3_jax.generation.codec import PART_FRAMES, batches_on
 from emu3_jax.models.vision import Stream, make_decoder, make_encoder, vision_module
 from emu3_jax.sharding.plan import Program
 from emu3_jax.sharding.rules import use_mesh, vision_shardings
@@ -59,29 +59,57 @@ class PlannedVision:
         """The weights by their name in a plan."""
         return {WEIGHTS: self.params}
 
-    def decoding(self, grid: tuple[int, ...], *, fast: bool, runs: int, beside: Mapping[str, Any]) -> Program:
+    def decoding(
+        self,
+        grid: tuple[int, ...],
+        *,
+        fast: bool,
+        runs: int,
+        beside: Mapping[str, Any],
+        at_once: int = 1,
+        place: NamedSharding | None = None,
+    ) -> Program:
         """The program that decodes the pixels of a picture [h, w], or of a part of a clip [t, h, w].
 
         Args:
             grid: size in codes.
             fast: see `make_decoder`.
-            runs: number of pictures or clips.
+            runs: number of pictures or clips, or of batches of them.
             beside: other arrays in memory, as in `Program`.
+            at_once: number of pictures or clips of a batch.
+            place: sharding of a batch, see `make_decoder`; None: each device decodes all.
         """
         config, size, in_parts = self.config, grid, False
         if isinstance(config, VisionConfig) and len(grid) == 3:
             most = max(PART_FRAMES // config.temporal_factor, 1)
             size, in_parts, runs = (min(most, grid[0]), *grid[1:]), grid[0] > most, runs * -(-grid[0] // most)
-        codes = self._replicated((1, *size), jnp.int32)
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        codes = jax.ShapeDtypeStruct((at_once, *size), jnp.int32, sharding=place or whole)
 
         def lower() -> jax.stages.Lowered:
             with use_mesh(self.mesh):
                 if in_parts and isinstance(config, VisionConfig):
-                    return Stream(config, self.params, "decode", fast).lower(codes)
-                return make_decoder(config, fast).lower(self.params, codes)
+                    return Stream(config, self.params, "decode", fast, place).lower(codes)
+                return make_decoder(config, fast, place).lower(self.params, codes)
 
-        name = f"{'fast' if fast else 'exact'} pixels of {'x'.join(map(str, size))} codes"
+        several = f"{at_once} {'pictures' if len(grid) == 2 else 'clips'} of " if at_once > 1 else ""
+        name = f"{'fast' if fast else 'exact'} pixels of {several}{'x'.join(map(str, size))} codes"
         return Program(name, lower, {**self.weights, "inputs": codes}, beside=dict(beside), runs=runs)
+
+    def decoding_for_rewards(self, grid: tuple[int, ...], count: int, beside: Mapping[str, Any]) -> Program:
+        """The program that decodes the `count` pictures or clips of a step of GRPO, as `preference.rollouts` does.
+
+        Pixels stay on the devices until all are decoded. `grid`, `beside`: as in `decoding`.
+        """
+        config = self.config
+        at_once, place = batches_on(self.mesh, config, grid, count)
+        batches = -(-count // at_once)
+        height, width = (side * config.spatial_factor for side in grid[-2:])
+        frames = (grid[0] * config.temporal_factor,) if isinstance(config, VisionConfig) and len(grid) == 3 else ()
+        shape = ((batches - 1) * at_once, *frames, height, width, config.out_channels)
+        earlier = {"earlier pixels": self._replicated(shape, jnp.float32)} if batches > 1 else {}
+        together = {**beside, **earlier}
+        return self.decoding(grid, fast=False, runs=batches, beside=together, at_once=at_once, place=place)
 
     def encoding(self, grid: tuple[int, ...], *, runs: int, beside: Mapping[str, Any]) -> Program:
         """The program that encodes a picture to codes [h, w]. `runs`, `beside`: as in `decoding`."""

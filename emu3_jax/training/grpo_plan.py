@@ -6,11 +6,12 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from emu3_jax.config import DecoderConfig
+from emu3_jax.config import DecoderConfig, VisionConfig
 from emu3_jax.errors import Emu3Error
 from emu3_jax.generation.config import GenerateConfig
 from emu3_jax.generation.plan import PlannedSession
 from emu3_jax.generation.rows import Sampling
+from emu3_jax.generation.vision_plan import PlannedVision, published_vision
 from emu3_jax.sharding.plan import Program
 from emu3_jax.sharding.rules import use_mesh
 from emu3_jax.training.config import TrainConfig
@@ -25,8 +26,9 @@ def grpo_programs(
 ) -> list[Program]:
     """The programs of a step: weights for drawing, drawing, the log-probabilities of other policies, and the update.
 
-    The largest caches belong to the longest prompt that fits in a row. The vision tokenizer and the reward are left
-    out, because their sizes are not part of the config.
+    The largest caches belong to the longest prompt that fits in a row. Every reward of pictures gets their pixels, so
+    the published vision tokenizer that belongs to the decoder is planned, too, if there is one. The reward itself runs
+    in processes of the host.
 
     Args:
         config: config of the run.
@@ -36,46 +38,62 @@ def grpo_programs(
         update: the program of an update. Its arguments are the state, the frozen weights and a batch.
 
     Raises:
-        Emu3Error: a picture or an answer does not fit in a row.
+        Emu3Error: a picture or an answer does not fit in a row; or there are clips, which the vision tokenizer does not
+            know.
     """
+    decoder = trainer.decoder
     state, frozen = trainer.abstract_state(), trainer.abstract_frozen()
     trained = {"adapters" if config.adapter else "trained weights": state.params}
     if config.adapter:
         trained = {"frozen weights": frozen, **trained}
-    optimizer = {"optimizer": state.opt_state}
+    known = published_vision(decoder) if grpo.max_new_tokens is None else None
+    if grpo.frames is not None and known is not None and not isinstance(known, VisionConfig):
+        raise Emu3Error("grpo.frames: the vision tokenizer of Emu3.5 knows pictures alone; set grpo.frames=None")
+    vision = None if known is None else PlannedVision.of(known, mesh)
+    tokenizer = {} if vision is None else vision.weights
+    held = {"optimizer": state.opt_state, **tokenizer}
     reference: dict[str, Any] = {}
     if grpo.reference and not config.adapter:
         reference = {"reference weights": trainer.abstract_reference()}
 
-    merge = make_inference_params(trainer.decoder, config.adapter, mesh, gathered=grpo.gather_weights)
-    merged = abstract_inference_params(trainer.decoder, mesh, gathered=grpo.gather_weights)
+    merge = make_inference_params(decoder, config.adapter, mesh, gathered=grpo.gather_weights)
+    merged = abstract_inference_params(decoder, mesh, gathered=grpo.gather_weights)
 
     def lower_merge() -> jax.stages.Lowered:
         with use_mesh(mesh):
             return merge.lower(state.params, frozen)
 
-    make_session = _pictures if grpo.max_new_tokens is None else _answers
-    session = make_session(config, grpo, trainer.decoder, mesh, merged)
+    drawn = config.batch_size // grpo.rows
+    seen = []
+    if grpo.max_new_tokens is None:
+        pictures = _pictures(config, grpo, decoder)
+        sampling = Sampling(grpo.temperature, decoder.tokens.visual_count, 1.0, grpo.guidance)
+        session = PlannedSession.of_grids(pictures, mesh, merged, sampling)
+        if vision is not None:
+            others = {**trained, "optimizer": state.opt_state, **reference}
+            seen = [vision.decoding_for_rewards(pictures.grid, drawn, others)]
+    else:
+        session = _answers(config, grpo, decoder, mesh, merged)
     whole = config.adapter is None
     passes = []
     if grpo.reference:
         weights, others = (reference, trained) if whole else (trained, {})
-        passes.append(_policy(config, trainer, mesh, "reference", weights, {**others, **optimizer}, adapters=whole))
+        passes.append(_policy(config, trainer, mesh, "reference", weights, {**others, **held}, adapters=whole))
     if grpo.iterations > 1:
-        passes.append(_policy(config, trainer, mesh, "old policy", trained, {**optimizer, **reference}, adapters=True))
-    drawn = config.batch_size // grpo.rows
+        passes.append(_policy(config, trainer, mesh, "old policy", trained, {**held, **reference}, adapters=True))
     draws = -(-drawn // grpo.at_once(drawn))
-    drawing = session.programs(beside={**trained, **optimizer, **reference})
+    drawing = session.programs(beside={**trained, **held, **reference})
     return [
-        Program("weights for drawing", lower_merge, trained, beside={**optimizer, **reference}),
+        Program("weights for drawing", lower_merge, trained, beside={**held, **reference}),
         *(dataclasses.replace(program, runs=draws) for program in drawing),
+        *seen,
         *passes,
-        dataclasses.replace(update, beside=reference, runs=grpo.iterations),
+        dataclasses.replace(update, beside={**tokenizer, **reference}, runs=grpo.iterations),
     ]
 
 
-def _pictures(config: TrainConfig, grpo: GrpoConfig, decoder: DecoderConfig, mesh: Mesh, params: Any) -> PlannedSession:
-    """The session that draws pictures or clips, as `preference.rollouts` does, with the longest prompts that fit."""
+def _pictures(config: TrainConfig, grpo: GrpoConfig, decoder: DecoderConfig) -> GenerateConfig:
+    """The pictures or clips that `preference.rollouts` draws at once, with the longest prompts that fit."""
     pictures = config.batch_size // grpo.rows
     one = GenerateConfig(
         decoder, pictures=grpo.at_once(pictures), frames=grpo.frames, ratio=grpo.ratio, area=grpo.area,
@@ -87,8 +105,7 @@ def _pictures(config: TrainConfig, grpo: GrpoConfig, decoder: DecoderConfig, mes
             f"a {grpo.noun} of {'x'.join(map(str, one.grid))} tokens takes {one.steps} tokens of a row, a row has "
             f"{room}: raise data.sequence_length, or lower {'' if grpo.frames is None else 'grpo.frames or '}grpo.area"
         )
-    sampling = Sampling(grpo.temperature, decoder.tokens.visual_count, 1.0, grpo.guidance)
-    return PlannedSession.of_grids(dataclasses.replace(one, prompt_tokens=room - one.steps), mesh, params, sampling)
+    return dataclasses.replace(one, prompt_tokens=room - one.steps)
 
 
 def _answers(config: TrainConfig, grpo: GrpoConfig, decoder: DecoderConfig, mesh: Mesh, params: Any) -> PlannedSession:
