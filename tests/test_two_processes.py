@@ -175,17 +175,13 @@ def test_one_model_over_both_is_as_one_process(base, config_file, tmp_path):
     assert_near(losses(two), losses(one))
 
 
-def test_preference_pairs_are_those_of_one_process(base, config_file, tiny_bundle, tmp_path):
+def test_preference_pairs_are_those_of_one_process(base, tiny_bundle, tmp_path):
     """Each process reads its share of the pairs. One writes the reference's log-probabilities, both get them."""
     write_pairs(picture_pairs(), tmp_path / "pairs", bundle_codebook(Bundle.open(tiny_bundle)))
     changes = {"batch_size": 8, "steps": 3, "preference": PreferenceConfig()}
     data = DataConfig((Source(str(tmp_path / "pairs"), Preference()),), 48, packing=0)
     one, two = (dataclasses.replace(base, directory=str(tmp_path / name), data=data, **changes) for name in "12")
-    file = tmp_path / "pairs.py"
-    text = config_file.read_text().replace("import TextToImage", "import Preference")
-    imports = "from emu3_jax.training.preference_config import PreferenceConfig"
-    file.write_text(f"{imports}\n{text.split('    return ')[0]}    return {two!r}\n")
-    Pair("train", file).succeed()
+    Pair("train", write_config(tmp_path / "pairs.py", two)).succeed()
     train(one, progress=False)
     assert_near(losses(two.directory), losses(one.directory))
     (found,), (wanted,) = (pathlib.Path(run.directory, "reference").iterdir() for run in (two, one))
