@@ -42,13 +42,22 @@ class Pair:
         ]
 
     def end(self) -> list[tuple[int, str, str]]:
-        """(exit code, stdout, stderr) of each, without what the collectives' library prints."""
+        """(exit code, stdout, stderr) of each, without what the collectives' library prints.
+
+        No process is left, even if one does not end in time.
+        """
         ends = []
-        for process in self.processes:
-            out, errors = process.communicate(timeout=240)
-            # Its threads write into each other's lines.
-            lines = [x for x in out.splitlines() if not re.search("Gloo|peer ranks", x) and x.strip("0123456789 ")]
-            ends.append((process.returncode, "\n".join(lines), errors))
+        try:
+            for process in self.processes:
+                out, errors = process.communicate(timeout=240)
+                # Its threads write into each other's lines.
+                lines = [x for x in out.splitlines() if not re.search("Gloo|peer ranks", x) and x.strip("0123456789 ")]
+                ends.append((process.returncode, "\n".join(lines), errors))
+        finally:
+            for process in self.processes:
+                if process.poll() is None:
+                    process.kill()
+                    process.communicate()  # also closes its pipes
         return ends
 
     def succeed(self) -> str:
