@@ -10,6 +10,7 @@ import pathlib
 from collections.abc import Iterator
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from emu3_jax.errors import Emu3Error
 from emu3_jax.printable import shown
@@ -25,8 +26,18 @@ def enable_persistent_cache() -> None:
     `XDG_CACHE_HOME`, `JAX_COMPILATION_CACHE_DIR` or `jax.config` choose another directory.
     `JAX_ENABLE_COMPILATION_CACHE=false` turns the cache off. If the directory cannot be written, or the user has no
     home directory, each process compiles its programs again. In the default directory, small programs are kept too.
+
+    Runs of several processes on CPUs have no cache, whatever the user configured: their programs can hang. Call
+    `distributed.start` first.
     """
     if not jax.config.jax_enable_compilation_cache:
+        return
+    if _several_cpu_processes():
+        # XLA runs the collectives of a program in one order, because all of them use the same `Resource`. A CPU program
+        # from the cache has another `Resource` for each loop and call (ThunkSequenceSerDesProtobuf, jaxlib 0.10). Then
+        # devices enter a loop's collectives and those around it in different orders, and Gloo matches calls by order.
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()  # JAX reads the setting once, at its first compilation
         return
     if jax.config.jax_compilation_cache_dir is None:
         try:
@@ -51,6 +62,11 @@ def enable_persistent_cache() -> None:
         jax.config.update("jax_enable_compilation_cache", False)
         reason = getattr(error, "strerror", None) or error
         _log.warning("compiled programs are not kept, cannot write to %s: %s; set XDG_CACHE_HOME", shown(place), reason)
+
+
+def _several_cpu_processes() -> bool:
+    # Before `jax.distributed.initialize`, to ask for their number would start the backend.
+    return jax.distributed.is_initialized() and jax.process_count() > 1 and jax.default_backend() == "cpu"
 
 
 @contextlib.contextmanager

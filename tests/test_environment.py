@@ -205,7 +205,8 @@ def test_where_compiled_programs_are_kept(tmp_path, monkeypatch, home, cache, ex
         setattr(config, name, value)
 
     config.update = update
-    monkeypatch.setattr(compilation, "jax", types.SimpleNamespace(config=config))
+    alone = types.SimpleNamespace(is_initialized=lambda: False)
+    monkeypatch.setattr(compilation, "jax", types.SimpleNamespace(config=config, distributed=alone))
     monkeypatch.setenv("XDG_CACHE_HOME", cache and str(tmp_path / cache))
     monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", raising=False)
     if least is not None:

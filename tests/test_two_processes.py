@@ -131,8 +131,12 @@ def test_stopped_and_killed_processes_go_on(config_file, whole, tmp_path):
 def test_an_adapter_is_merged_by_one_process(config_file, tiny_bundle, tmp_path):
     """The other one waits: nothing of the merging may be spread over the mesh of both."""
     directory, adapter = tmp_path / "run", "adapter=Adapter(rank=2, base='nf4')"
-    pair = Pair("train", config_file, "--set", "steps=3", "--set", adapter, "--set", f"directory={directory}")
+    arguments = ("--set", "steps=3", "--set", adapter, "--set", f"directory={directory}")
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    pair = Pair("train", config_file, *arguments, **cache)
     pair.succeed()
+    # With programs from the cache, the next pair can hang; see `enable_persistent_cache`.
+    assert not (tmp_path / "cache").exists() or not os.listdir(tmp_path / "cache")
     assert "devices: 4 (cpu), mesh fsdp=4, 2 processes" in pair.log
     assert sum(line.startswith("step ") for line in pair.log) == 3
     export_adapter(directory, tmp_path / "adapter")

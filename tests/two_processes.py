@@ -24,8 +24,6 @@ class Pair:
         common = {
             **os.environ,
             "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2",
-            # Small programs too: every pair compiles nearly the same ones.
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             distributed.COORDINATOR: f"localhost:{port}",
             distributed.COUNT: "2",
             **environment,
