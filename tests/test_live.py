@@ -116,7 +116,7 @@ def test_parts_share_one_program(golden_model):
         stream = Stream(part.config, part.params, "decode")
         for _ in range(2):
             stream(np.zeros((1, 1, 4, 4), np.int32))
-    assert vision._make_step(part.config, "decode", False, "cpu")._cache_size() == 1
+    assert vision._make_step(part.config, "decode", False, "cpu", None)._cache_size() == 1
 
 
 def test_a_vision_tokenizer_of_one_device_beside_a_decoder_on_a_mesh(golden_bundle, golden_model):
