@@ -15,6 +15,8 @@ from demo import contact_sheet
 
 import emu3_jax
 from emu3_jax import Emu3Error
+from emu3_jax.cli.common import whole
+from emu3_jax.data.config import MAX_SEED
 from emu3_jax.files import new_directory
 
 COLUMNS, SIDE = 10, 96  # of a sheet; pixels of a picture on it
@@ -24,9 +26,12 @@ def chosen_prompts(manifest: pathlib.Path, count: int, seed: int) -> list[str]:
     """`count` different texts of the manifest, in random order.
 
     Raises:
-        Emu3Error: the manifest has fewer.
+        Emu3Error: the manifest has fewer, or a line without a text.
     """
-    texts = sorted({json.loads(line)["text"] for line in manifest.read_text().splitlines()})
+    try:
+        texts = sorted({json.loads(line)["text"] for line in manifest.read_text().splitlines()})
+    except (KeyError, TypeError) as error:
+        raise Emu3Error(f"{manifest} has a line that is no object with the field text: correct it") from error
     if len(texts) < count:
         raise Emu3Error(f"{manifest} has {len(texts)} different texts, {count} are wanted: correct --count")
     return [texts[place] for place in np.random.default_rng(seed).permutation(len(texts))[:count]]
@@ -49,9 +54,11 @@ if __name__ == "__main__":
     parser.add_argument("manifest", type=pathlib.Path, metavar="JSONL", help="its objects have the field text")
     parser.add_argument("-o", "--output", type=pathlib.Path, required=True, metavar="DIR", help="new directory")
     parser.add_argument("--model", type=pathlib.Path, metavar="BUNDLE", help="default: the embedded model")
-    parser.add_argument("--count", type=int, default=200, help="number of prompts (default: %(default)s)")
-    parser.add_argument("--per-sheet", type=int, default=100, help="pictures on a sheet (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--count", type=whole(1, 10_000), default=200, help="number of prompts (default: %(default)s)")
+    parser.add_argument(
+        "--per-sheet", type=whole(1, 10_000), default=100, help="pictures on a sheet (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=whole(0, MAX_SEED), default=0, help="default: %(default)s")
     parser.add_argument("--guidance", type=float, default=3.0, help="default: %(default)s")
     options = parser.parse_args()
     try:

@@ -370,7 +370,9 @@ def test_training_starts_from_full_weights(quantised, tmp_path, monkeypatch, cap
 
 def test_the_embedded_model_has_no_other_weights(quantised, monkeypatch, caplog):
     monkeypatch.setattr(dequantized, "DIRECTORY", quantised / "int8")
-    assert full_bundle(Bundle.open(quantised / "int8"), "this").quantize is None and not caplog.records
+    monkeypatch.chdir(quantised)
+    for path in (quantised / "int8", "int8"):
+        assert full_bundle(Bundle.open(path), "this").quantize is None and not caplog.records
 
 
 # ------------------------------------------------------------------------------------------------ refusals

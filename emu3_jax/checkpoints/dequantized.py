@@ -14,9 +14,8 @@ from flax import traverse_util
 
 from emu3_jax.checkpoints.bundle import READ_BYTES, Bundle
 from emu3_jax.checkpoints.embedded import DIRECTORY
-from emu3_jax.checkpoints.layouts import Param
 from emu3_jax.checkpoints.parts import in_groups
-from emu3_jax.models.quantization import codes_and_scales, codes_and_scales_shapes, dequantise, is_quantised
+from emu3_jax.models.quantization import codes_and_scales, codes_and_scales_paths, dequantise, is_quantised
 from emu3_jax.models.stacking import Path as TreePath
 
 _log = logging.getLogger("emu3_jax")
@@ -37,7 +36,7 @@ def full_bundle(bundle: Bundle, use: str) -> Bundle:
     bundle.require("decoder")
     if bundle.quantize is None:
         return bundle
-    if bundle.path != DIRECTORY:
+    if bundle.files.resolve() != DIRECTORY.resolve():  # a config may name it by a relative path
         _log.warning(
             "%s is quantised (%s), so %s works with rounded weights; the bundle that it was made from is more exact",
             bundle.path, bundle.quantize, use,
@@ -50,7 +49,7 @@ class _FullBundle(Bundle):
 
     def __init__(self, narrow: Bundle):
         super().__init__(narrow.path, narrow.files, narrow.configs)
-        self._narrow, self._kind = narrow, str(narrow.quantize)
+        self._narrow = narrow
 
     @property
     def quantize(self) -> None:
@@ -72,10 +71,10 @@ class _FullBundle(Bundle):
         places = traverse_util.flatten_dict(flat)
         params: dict[TreePath, jax.Array] = {}
         for group in in_groups(self.params("decoder"), lambda param: 4 * np.prod(param.shape), READ_BYTES):
-            some = {path: narrow[path] for param in group for path in self._leaves(param)}
+            some = {path: narrow[path] for param in group for path in _leaves(param.path)}
             read = traverse_util.flatten_dict(self._narrow.restore("decoder", shardings, dtype, some))
             for param in group:
-                path, leaves = param.path, [read.pop(leaf) for leaf in self._leaves(param)]
+                path, leaves = param.path, [read.pop(leaf) for leaf in _leaves(param.path)]
                 if is_quantised(path):
                     wide = _dequantise(path[-1], *leaves, own).astype(dtype or own)
                     place = places.get(path, leaves[0].sharding)
@@ -90,23 +89,21 @@ class _FullBundle(Bundle):
             yield from arrays
             return
         for param in self.params(part):
-            leaves = [next(arrays)[1] for _ in self._leaves(param)]
+            leaves = [next(arrays)[1] for _ in _leaves(param.path)]
             yield param.path, self._wide(param.path, leaves)
 
     def decoder_array(self, path: TreePath) -> np.ndarray:
-        (param,) = (param for param in self.params("decoder") if param.path == path)
-        return self._wide(path, [self._narrow.decoder_array(leaf) for leaf in self._leaves(param)])
-
-    def _leaves(self, param: Param) -> list[TreePath]:
-        """The paths of a parameter's arrays in the quantised bundle, in the order of writing."""
-        if not is_quantised(param.path):
-            return [param.path]
-        return list(codes_and_scales_shapes(param.path, param.shape, self._kind))
+        return self._wide(path, [self._narrow.decoder_array(leaf) for leaf in _leaves(path)])
 
     def _wide(self, path: TreePath, leaves: list[np.ndarray]) -> np.ndarray:
         if not is_quantised(path):
             return leaves[0]
         return dequantise(path[-1], *leaves).astype(self.decoder_config.dtype)
+
+
+def _leaves(path: TreePath) -> tuple[TreePath, ...]:
+    """The paths of a parameter's arrays in the quantised bundle, in the order of writing."""
+    return codes_and_scales_paths(path) if is_quantised(path) else (path,)
 
 
 @functools.partial(jax.jit, static_argnames=("name", "dtype"))

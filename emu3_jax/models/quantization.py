@@ -115,7 +115,7 @@ def codes_and_scales_shapes(path: Path, shape: tuple[int, ...], kind: str) -> di
     outputs, inputs = _axes(path[-1])
     codes, scales = (tuple(shape[axis] for axis in axes) for axes in (outputs + inputs, outputs))
     shapes = jax.ShapeDtypeStruct(codes, KINDS[kind][0]), jax.ShapeDtypeStruct(scales, jnp.float32)
-    return dict(zip(_leaves(path), shapes, strict=True))
+    return dict(zip(codes_and_scales_paths(path), shapes, strict=True))
 
 
 def codes_and_scales_shardings(path: Path, sharding: Sharding) -> dict[Path, Sharding]:
@@ -128,10 +128,10 @@ def codes_and_scales_shardings(path: Path, sharding: Sharding) -> dict[Path, Sha
             NamedSharding(sharding.mesh, PartitionSpec(*(split[axis] for axis in axes)))
             for axes in (outputs + inputs, outputs)
         )
-    return dict(zip(_leaves(path), (codes, scales), strict=True))
+    return dict(zip(codes_and_scales_paths(path), (codes, scales), strict=True))
 
 
-def _leaves(path: Path) -> tuple[Path, Path]:
+def codes_and_scales_paths(path: Path) -> tuple[Path, Path]:
     """The paths of the codes and of the scales of the matrix at `path`."""
     *parent, name = path
     return (*parent, name + CODES), (*parent, name + SCALES)
