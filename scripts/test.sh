@@ -26,5 +26,6 @@ in_venv "$extra" install
 # the lock. A cache entry that a killed run left unfinished only gives a warning, and the program is compiled again.
 JAX_COMPILATION_CACHE_DIR=$(realpath "$VENV")/compiled
 export JAX_COMPILATION_CACHE_DIR JAX_COMPILATION_CACHE_MAX_SIZE=2000000000
-exec "$VENV/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+# A worker that crashes ends the run and names its test. With a new worker in its place, pytest-xdist would wait for ever.
+exec "$VENV/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 \
     --durations=20 -W "default:Error reading persistent compilation cache" -W "default:Error writing persistent compilation cache" "$@"
