@@ -2,6 +2,7 @@
 
 import pathlib
 
+import numpy as np
 import pytest
 from full_size import CONFIGS
 from grpo_runs import change, compare_policy_with_sampler, job, lines
@@ -10,7 +11,7 @@ from emu3_jax import Emu3Error, train
 from emu3_jax.checkpoints.bundle import Bundle
 from emu3_jax.cli.main import main
 from emu3_jax.data.config import DataConfig
-from emu3_jax.preference.shipped_rewards import procedural
+from emu3_jax.preference.shipped_rewards import MOVING_EXAMPLE, STILL_EXAMPLE, describes_scene, procedural
 from emu3_jax.sharding.mesh import make_mesh
 from emu3_jax.sharding.rules import use_mesh
 from emu3_jax.training.config import ModelConfig, OptimizerConfig, TrainConfig
@@ -19,6 +20,9 @@ from emu3_jax.training.grpo_config import GrpoConfig
 pytestmark = [pytest.mark.compiled_quickly, pytest.mark.slow]
 
 LENGTH, FRAMES = 64, 6
+TWO_SHAPES = "a red circle above a blue square on a gray background"
+SEVERAL = "two red circles and one blue square on a white background"
+PLACELESS = "a small red circle on a gray background"
 REWARDS = f"""
 def redder(prompts, clips):
     assert all(clip.shape == ({FRAMES}, 16, 16, 3) for clip in clips)
@@ -96,6 +100,64 @@ def test_the_shipped_reward_reads_clips():
         procedural(["a dog"], [frames])
     with pytest.raises(ValueError, match="has 2 frames, its motion is read from 3 or more"):
         procedural([clip.caption], [frames[:2]])
+
+
+@pytest.mark.parametrize("prompt", [STILL_EXAMPLE, MOVING_EXAMPLE, TWO_SHAPES, SEVERAL, PLACELESS, "a dog", ""])
+@pytest.mark.parametrize("moving", [False, True])
+def test_a_scene_is_what_the_shipped_reward_scores(prompt, moving):
+    white = np.full((3, 64, 64, 3) if moving else (64, 64, 3), 255, np.uint8)
+    assert describes_scene(prompt, moving=moving) == (
+        (prompt == MOVING_EXAMPLE) == moving and prompt not in ("a dog", "")
+    )
+    if describes_scene(prompt, moving=moving):
+        assert 0 <= procedural([prompt], [white])[0] < 1
+    else:
+        with pytest.raises(ValueError, match="describes no procedural"):
+            procedural([prompt], [white])
+
+
+@pytest.mark.parametrize("field", ["prompts", "held_out"])
+@pytest.mark.parametrize(
+    ("frames", "good", "bad", "found", "remedy"),
+    [
+        (8, MOVING_EXAMPLE, STILL_EXAMPLE, "a still scene, but the run draws clips", "grpo.frames=None"),
+        (8, MOVING_EXAMPLE, TWO_SHAPES, "a still scene, but the run draws clips", "grpo.frames=None"),
+        (8, MOVING_EXAMPLE, "a dog", "no scene that the reward procedural reads", "choose another reward"),
+        (None, TWO_SHAPES, MOVING_EXAMPLE, "a moving scene, but the run draws pictures", "grpo.frames=8"),
+        (None, STILL_EXAMPLE, "a dog", "no scene that the reward procedural reads", "choose another reward"),
+    ],
+)
+def test_prompts_that_the_shipped_reward_cannot_score_are_refused(
+    tiny_bundle, tmp_path, monkeypatch, capsys, field, frames, good, bad, found, remedy
+):
+    """The error names the line. It comes before weights are loaded or anything is written."""
+    monkeypatch.setattr(Bundle, "load_vision", None)
+    monkeypatch.chdir(tmp_path)
+    files = {"prompts": "good.txt", "held_out": "good.txt", field: "bad.txt"}
+    pathlib.Path("good.txt").write_text(f"{good}\n")
+    pathlib.Path("bad.txt").write_text(f"{good}\n\n{bad}\n{bad}\n")
+    settings = {
+        "model.bundle": tiny_bundle,
+        "grpo.frames": frames,
+        **{f"grpo.{key}": name for key, name in files.items()},
+    }
+    sets = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
+    assert main(["train", str(CONFIGS / "grpo_emoji.py"), *sets]) == 2
+    shown = capsys.readouterr()
+    assert (
+        shown.err.count("\n") == 1 and f"bad.txt line 3: the prompt '{bad}' describes {found}: write one" in shown.err
+    )
+    assert repr(STILL_EXAMPLE if frames is None else MOVING_EXAMPLE) in shown.err and remedy in shown.err
+    assert not shown.out and sorted(path.name for path in tmp_path.iterdir()) == ["bad.txt", "good.txt"]
+
+
+@pytest.mark.parametrize("frames", [None, FRAMES])
+def test_the_shipped_reward_of_oblong_pictures_is_refused(base, tmp_path, frames):
+    (tmp_path / "prompts.txt").write_text(STILL_EXAMPLE if frames is None else MOVING_EXAMPLE)
+    grpo = {"prompts": str(tmp_path / "prompts.txt"), "reward": "procedural", "frames": frames, "ratio": "2:1"}
+    with pytest.raises(Emu3Error, match=r"grpo\.ratio is 2:1, and the reward procedural reads square .* to 1:1"):
+        train(change(base, tmp_path / "run", grpo | {"area": 32 * 16}), progress=False)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

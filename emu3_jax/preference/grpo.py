@@ -23,6 +23,7 @@ from emu3_jax.preference.questions import Question, QuestionFile, read_questions
 from emu3_jax.preference.rewards import FOR_ANSWERS, SHIPPED, Reward, RewardPool
 from emu3_jax.preference.rollouts import Artist, PromptOrder, Rollouts, rewards_of
 from emu3_jax.preference.scoring import judge_settings
+from emu3_jax.preference.shipped_rewards import MOVING_EXAMPLE, STILL_EXAMPLE, describes_scene
 from emu3_jax.printable import printable, shown
 from emu3_jax.text.prompt_files import PromptFile, read_prompts
 from emu3_jax.training import grpo
@@ -49,8 +50,8 @@ class GrpoJob(DecoderJob):
         """Arguments: those of `DecoderJob`."""
         super().__init__(*arguments, **named)
         settings = self._grpo
-        self._artist = self._rollouts()
         self._held_out = self._read(settings.held_out) if settings.held_out else None
+        self._artist = self._rollouts()
         language = Language(self._trainer.decoder, None, self._tokenizer, self._templates, self._mesh)
         for prompts in (self._prompts, self._held_out):
             if prompts is not None:
@@ -75,7 +76,12 @@ class GrpoJob(DecoderJob):
         return Artist(self._grpo, self._vision, self._mesh)
 
     def _read(self, path: str) -> PromptFile | QuestionFile:
-        return read_questions(path) if self._answers else read_prompts(path)
+        if self._answers:
+            return read_questions(path)
+        prompts = read_prompts(path)
+        if self._grpo.reward == "procedural":
+            check_scenes(prompts, self._grpo.frames)
+        return prompts
 
     def _parse_reward(self) -> Reward:
         """The reward with all settings but those of the judge."""
@@ -280,3 +286,25 @@ class GrpoJob(DecoderJob):
 def trainer_arrays(rows: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """The arrays of a batch that every objective reads."""
     return {name: rows[name] for name in BATCH_DTYPES}
+
+
+def check_scenes(prompts: PromptFile, frames: int | None) -> None:
+    """Raises `Emu3Error` for a prompt that the reward `procedural` cannot score, which would fail in every step.
+
+    Args:
+        prompts: the prompts.
+        frames: number of frames of the clips that are drawn, or None for pictures.
+    """
+    moving = frames is not None
+    for number, prompt in enumerate(prompts.prompts):
+        if describes_scene(prompt, moving=moving):
+            continue
+        found, example = "no scene that the reward procedural reads", MOVING_EXAMPLE if moving else STILL_EXAMPLE
+        remedy = "choose another reward"
+        if describes_scene(prompt, moving=not moving):
+            found = "a still scene, but the run draws clips" if moving else "a moving scene, but the run draws pictures"
+            remedy = "set grpo.frames=None" if moving else "set grpo.frames=8"
+        raise Emu3Error(
+            f"{prompts.place(number)}: the prompt {shown(prompt)} describes {found}: write one such as {example!r}, "
+            f"or {remedy}"
+        )

@@ -138,10 +138,17 @@ class Artist:
     def check(self, language: Language, prompts: PromptFile, length: int) -> None:
         """Raises `Emu3Error` for a prompt that is not legal, or whose picture does not fit into a row of `length`.
 
-        Also for clips by a vision tokenizer that knows none.
+        Also for clips by a vision tokenizer that knows none, and for a ratio that the reward cannot score.
         """
         noun, less = self._config.noun, "" if self._config.frames is None else "grpo.frames or "
-        for number, grid in enumerate(self._grids(language, prompts.prompts)):
+        grids = self._grids(language, prompts.prompts)
+        height, width = grids[0].size[-2:]
+        if self._config.reward == "procedural" and height != width:
+            raise Emu3Error(
+                f"grpo.ratio is {self._config.ratio}, and the reward procedural reads square {noun}s alone: set it "
+                "to 1:1, or choose another reward"
+            )
+        for number, grid in enumerate(grids):
             try:
                 (row,) = grid_rows(language, [grid])
             except RowError as error:

@@ -16,8 +16,13 @@ from emu3_jax.evaluation import arrangements, relations
 from emu3_jax.evaluation.procedural import Motion, Still, all_clips, all_stills, plain, read_clip, read_still
 from emu3_jax.preference.answer_rewards import answer_format, answer_length, answer_match
 
+# Prompts that `procedural` can score.
+STILL_EXAMPLE = "a small red circle on the left of a gray background"
+MOVING_EXAMPLE = "a small red circle moves right on a gray background"
+
 _JUDGED_AT_ONCE = 32
 _LEAST_FRAMES = 3
+_SEVERAL_SHAPES = ((relations, relations.TwoShapes), (arrangements, arrangements.Arrangement))
 
 
 def procedural(prompts: Sequence[str], pictures: Sequence[np.ndarray]) -> list[float]:
@@ -37,19 +42,25 @@ def procedural(prompts: Sequence[str], pictures: Sequence[np.ndarray]) -> list[f
     return [_share(prompt, picture) for prompt, picture in zip(prompts, pictures, strict=True)]
 
 
+def describes_scene(prompt: str, *, moving: bool) -> bool:
+    """Whether `procedural` can score a prompt's clips (`moving`) or its pictures."""
+    if moving:
+        return plain(prompt) in _motions()
+    return plain(prompt) in _scenes() or any(kind.parse(prompt) is not None for _, kind in _SEVERAL_SHAPES)
+
+
 def _share(prompt: str, picture: np.ndarray) -> float:
     height, width = picture.shape[-3:-1]
     if height != width:
         raise ValueError(f"the picture has {width}x{height} pixels, it must be square")
     if picture.ndim == 4:
         return _share_of_clip(prompt, picture)
-    for module, kind in ((relations, relations.TwoShapes), (arrangements, arrangements.Arrangement)):
+    for module, kind in _SEVERAL_SHAPES:
         if (scene := kind.parse(prompt)) is not None:
             return float(np.mean(list(module.right(scene, module.read(picture)).values())))
     wanted = _scenes().get(plain(prompt))
     if wanted is None:
-        example = "a small red circle on the left of a gray background"
-        raise ValueError(f"the prompt {prompt!r} describes no procedural scene, such as {example!r}")
+        raise ValueError(f"the prompt {prompt!r} describes no procedural scene, such as {STILL_EXAMPLE!r}")
     seen = read_still(picture)
     return float(np.mean([getattr(seen, name) == value for name, value in wanted.items()]))
 
@@ -57,8 +68,7 @@ def _share(prompt: str, picture: np.ndarray) -> float:
 def _share_of_clip(prompt: str, clip: np.ndarray) -> float:
     wanted = _motions().get(plain(prompt))
     if wanted is None:
-        example = "a small red circle moves right on a gray background"
-        raise ValueError(f"the prompt {prompt!r} describes no procedural clip, such as {example!r}")
+        raise ValueError(f"the prompt {prompt!r} describes no procedural clip, such as {MOVING_EXAMPLE!r}")
     if len(clip) < _LEAST_FRAMES:
         raise ValueError(f"the clip has {len(clip)} frames, its motion is read from {_LEAST_FRAMES} or more")
     seen = read_clip(clip)

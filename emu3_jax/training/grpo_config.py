@@ -40,7 +40,7 @@ class GrpoConfig:
             takes two rows of the batch: with the prompt and without. If not, the model without guidance is trained on
             pictures that were drawn with it.
         temperature: temperature that pictures or answers are drawn with, and of the policy that is trained.
-        ratio: width:height of the pictures.
+        ratio: width:height of the pictures. The reward "procedural" needs square ones.
         area: area of a drawn picture in pixels, or None for the area that the model was trained for. For answers: area
             that the questions' pictures are resized to, or None to leave them as they are.
         draw_at_once: most pictures or answers that are drawn at the same time, or None for all of a step.
