@@ -239,6 +239,31 @@ def test_a_batch_of_clips_is_decoded_as_each_alone(vision):
             assert np.abs(clip.astype(int) - alone).max() <= 1
 
 
+@pytest.mark.parametrize(("shape", "pieces"), [((9, 4, 6), 5), ((9, 2, 4, 6), 5), ((5, 9, 4, 6), 9)])
+def test_devices_hold_the_pixels_of_two_batches_at_most(vision, monkeypatch, shape, pieces):
+    """Of pictures, of clips at once, and in parts. The devices compute a batch while the host fetches the last one."""
+    codes = np.random.default_rng(0).integers(0, CONFIG.codebook_size, shape)
+    wanted = codec.decode_pictures(vision, codes, at_once=2)
+    events, held, before = [], [], {id(array) for array in jax.live_arrays()}
+    convert = codec.postprocess
+
+    def gather(pixels):
+        found = jax.jit(jnp.copy)(pixels)
+        alive = [array for array in jax.live_arrays() if id(array) not in before and array.shape[-1] == 3]
+        held.append(len(alive) - 1)  # `pixels` goes after this call
+        events.append("dispatch")
+        return found
+
+    def postprocess(*arguments):
+        events.append("fetch")
+        return convert(*arguments)
+
+    monkeypatch.setattr(codec, "postprocess", postprocess)
+    np.testing.assert_array_equal(codec.decode_pictures(vision, codes, at_once=2, gather=gather), wanted)
+    assert held == [1] + [2] * (pieces - 1)
+    assert events == ["dispatch", *["dispatch", "fetch"] * (pieces - 1), "fetch"]
+
+
 @pytest.mark.parametrize("shape", [(8, 4, 6), (4, 2, 4, 6), (4, 5, 4, 6)])
 def test_devices_share_the_decoding(vision, shape):
     """Of pictures, of clips at once, and in parts: each device computes its own only, and nothing is exchanged."""

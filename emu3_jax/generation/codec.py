@@ -190,6 +190,9 @@ def decode_pictures(
 ) -> np.ndarray:
     """Decodes pictures, or clips, of equal size in batches.
 
+    Devices hold the pixels of two batches at most (or of two parts of clips): the host fetches those of one while the
+    devices compute the next.
+
     Args:
         vision: the vision tokenizer.
         codes: int32 [N, h, w] of pictures, or [N, t, h, w] of clips.
@@ -204,22 +207,34 @@ def decode_pictures(
         Emu3Error: a code is outside the codebook, or the tokenizer knows no clips.
     """
     check_codes(codes, vision.config)
-    count, batches, in_parts = len(codes), [], False
+    count, in_parts = len(codes), False
     parts: list[tuple[slice, ...]] = [()]  # places of the second axis on
     if codes.ndim == 4:
         size = max(PART_FRAMES // vision.clips("codes of clips").temporal_factor, 1)
         parts = [(slice(start, start + size),) for start in range(0, codes.shape[1], size)]
         in_parts = len(parts) > 1
+
+    def dispatched(step: Step, part: np.ndarray) -> Any:
+        placed: Any = part if place is None else jax.make_array_from_callback(part.shape, place, part.__getitem__)
+        pixels = step(placed)
+        return pixels if gather is None else gather(pixels)
+
+    # Devices keep an array as long as a name holds it, so nothing else may hold these pixels.
+    computing: list[Any] = []
+    fetched: list[np.ndarray] = []
+
+    def fetch() -> None:
+        fetched.append(postprocess(np.asarray(computing.pop(0)), vision.image))
+
     for first in range(0, count, at_once):
         batch = codes[np.minimum(np.arange(first, first + at_once), count - 1)].astype(np.int32)
-        step, made = _step(vision, "decode", in_parts=in_parts, place=place), []
+        step = _step(vision, "decode", in_parts=in_parts, place=place)
         for axis in parts:
-            part = batch[:, *axis]
-            placed: Any = part if place is None else jax.make_array_from_callback(part.shape, place, part.__getitem__)
-            pixels = step(placed)
-            made.append(pixels if gather is None else gather(pixels))
-        batches.append(made)
-    whole = [[postprocess(np.asarray(pixels), vision.image) for pixels in made] for made in batches]
+            computing.append(dispatched(step, batch[:, *axis]))
+            if len(computing) > 1:
+                fetch()
+    fetch()
+    whole = [fetched[first : first + len(parts)] for first in range(0, len(fetched), len(parts))]
     return np.concatenate([one[0] if len(one) == 1 else np.concatenate(one, axis=1) for one in whole])[:count]
 
 

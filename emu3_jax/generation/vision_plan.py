@@ -79,35 +79,41 @@ class PlannedVision:
             at_once: number of pictures or clips of a batch.
             place: sharding of a batch, see `make_decoder`; None: each device decodes all.
         """
-        config, size, in_parts = self.config, grid, False
-        if isinstance(config, VisionConfig) and len(grid) == 3:
-            most = max(PART_FRAMES // config.temporal_factor, 1)
-            size, in_parts, runs = (min(most, grid[0]), *grid[1:]), grid[0] > most, runs * -(-grid[0] // most)
+        config, (size, parts) = self.config, self._parts(grid)
         whole = NamedSharding(self.mesh, PartitionSpec())
         codes = jax.ShapeDtypeStruct((at_once, *size), jnp.int32, sharding=place or whole)
 
         def lower() -> jax.stages.Lowered:
             with use_mesh(self.mesh):
-                if in_parts and isinstance(config, VisionConfig):
+                if parts > 1 and isinstance(config, VisionConfig):
                     return Stream(config, self.params, "decode", fast, place).lower(codes)
                 return make_decoder(config, fast, place).lower(self.params, codes)
 
         several = f"{at_once} {'pictures' if len(grid) == 2 else 'clips'} of " if at_once > 1 else ""
         name = f"{'fast' if fast else 'exact'} pixels of {several}{'x'.join(map(str, size))} codes"
-        return Program(name, lower, {**self.weights, "inputs": codes}, beside=dict(beside), runs=runs)
+        return Program(name, lower, {**self.weights, "inputs": codes}, beside=dict(beside), runs=runs * parts)
+
+    def _parts(self, grid: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
+        """The size in codes of the largest part that is decoded at once, and the number of parts."""
+        if not isinstance(self.config, VisionConfig) or len(grid) == 2:
+            return grid, 1
+        most = max(PART_FRAMES // self.config.temporal_factor, 1)
+        return (min(most, grid[0]), *grid[1:]), -(-grid[0] // most)
 
     def decoding_for_rewards(self, grid: tuple[int, ...], count: int, beside: Mapping[str, Any]) -> Program:
         """The program that decodes the `count` pictures or clips of a step of GRPO, as `preference.rollouts` does.
 
-        Pixels stay on the devices until all are decoded. `grid`, `beside`: as in `decoding`.
+        While a batch or a part of clips is decoded, the pixels of the one before are on the devices, until the host
+        has fetched them. `grid`, `beside`: as in `decoding`.
         """
         config = self.config
         at_once, place = batches_on(self.mesh, config, grid, count)
         batches = -(-count // at_once)
+        size, parts = self._parts(grid)
         height, width = (side * config.spatial_factor for side in grid[-2:])
-        frames = (grid[0] * config.temporal_factor,) if isinstance(config, VisionConfig) and len(grid) == 3 else ()
-        shape = ((batches - 1) * at_once, *frames, height, width, config.out_channels)
-        earlier = {"earlier pixels": self._replicated(shape, jnp.float32)} if batches > 1 else {}
+        frames = (size[0] * config.temporal_factor,) if isinstance(config, VisionConfig) and len(grid) == 3 else ()
+        shape = (at_once, *frames, height, width, config.out_channels)
+        earlier = {"earlier pixels": self._replicated(shape, jnp.float32)} if batches * parts > 1 else {}
         together = {**beside, **earlier}
         return self.decoding(grid, fast=False, runs=batches, beside=together, at_once=at_once, place=place)
 
