@@ -50,15 +50,15 @@ def decoder() -> DecoderConfig:
     )
 
 
-def sources(loss: str) -> tuple[Source, ...]:
-    """All training data. `loss` is that of captioned pictures and clips."""
+def sources(loss: str, *, drawn: float = 1.0) -> tuple[Source, ...]:
+    """All training data. `loss` is that of captioned pictures and clips, `drawn` multiplies the weight of drawings."""
     captioned = TextToImage(loss=loss, prompt_dropout=0.1, eos=True)
     documents = Interleaved(loss="answers" if loss == "vision" else loss, prompt_dropout=0.1)
     # A row holds six pictures with text (at most 341 tokens each), three edits or clips (687), four pictures with
     # several questions (480), or two stories (990).
     return (
-        Source(f"{TOKENS}/prompts_train", captioned, weight=3.0, parts=6),
-        Source(f"{TOKENS}/emoji/t2i_upright", captioned, weight=2.0, parts=6),
+        Source(f"{TOKENS}/prompts_train", captioned, weight=3.0 * drawn, parts=6),
+        Source(f"{TOKENS}/emoji/t2i_upright", captioned, weight=2.0 * drawn, parts=6),
         Source(f"{TOKENS}/two_shapes/train", captioned, weight=0.5, parts=6),
         Source(f"{TOKENS}/arrangements/train", captioned, weight=1.0, parts=6),
         Source(f"{TOKENS}/questions_train", ImageToText(), weight=3.5, parts=6),
@@ -79,7 +79,7 @@ def config() -> TrainConfig:
         model=dataclasses.replace(emoji.model, bundle="out/pictures_start", decoder=decoder(), noise_in="auto"),
         data=dataclasses.replace(emoji.data, sources=sources("all"), sequence_length=2112),
         batch_size=64,
-        steps=12_000,
+        steps=6_500,
         evaluation=HELD_OUT,
         evaluate_every=3_000,
         samples=SampleConfig(PROMPTS, every=6_000),

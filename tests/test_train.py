@@ -170,6 +170,19 @@ def test_another_mesh_goes_on(base, whole, tmp_path):
     np.testing.assert_allclose(losses(directory), losses(whole), rtol=1e-4)
 
 
+def test_muon_goes_on_exactly(base, tmp_path):
+    """Weights of AdamW have no place in Muon's state, nor the other way round. Checkpoints keep both."""
+    optimizer = dataclasses.replace(base.optimizer, algorithm="muon")
+    config = dataclasses.replace(base, optimizer=optimizer, steps=6, checkpoint_every=3)
+    configs = [dataclasses.replace(config, directory=str(tmp_path / name)) for name in ("whole", "again")]
+    train(configs[0], progress=False)
+    shutil.copytree(tmp_path / "whole", tmp_path / "again", ignore=shutil.ignore_patterns("6", "model"))
+    assert train(configs[1], progress=False).step == 6
+    assert losses(tmp_path / "again") == losses(tmp_path / "whole")
+    for name, array in weights_of(tmp_path / "whole" / "model").items():
+        np.testing.assert_array_equal(weights_of(tmp_path / "again" / "model")[name], array, err_msg=name)
+
+
 def test_only_the_newest_checkpoints_are_kept(whole):
     assert sorted(int(p.name) for p in (whole / "checkpoints").iterdir()) == [STEPS - EVERY, STEPS]
 

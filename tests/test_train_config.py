@@ -102,6 +102,7 @@ def test_config_files_and_overrides(config_file, tmp_path):
         ("batch_size=1000000000", "batch_size is 1000000000: it must be less than"),
         ("model.dtype=[]", "dtype is"),
         ("evaluation=[[]]", "evaluation is"),
+        ("optimizer.algorithm=sgd", "algorithm is 'sgd': it must be adamw or muon"),
         ("profile={1, 2}", "profile is"),
         ("\x1b[31m=1", "has no field"),
         ("." * 1000 + "=1", "has no field ''"),
@@ -138,6 +139,13 @@ def test_what_a_config_prints_goes_to_standard_error(tmp_path, capsys):
 def test_the_command_names_the_culprit(config_file, capsys):
     assert main(["train", str(config_file), "--set", "model.remat=some"]) == 2
     assert "model.remat=some: ModelConfig field remat is 'some'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("config", ["lora_t2i_8b", "vision_emoji"])
+def test_muon_is_for_all_weights_of_a_decoder(config):
+    file = pathlib.Path(__file__).parent.parent / "configs" / f"{config}.py"
+    with pytest.raises(Emu3Error, match="algorithm is 'muon': it must be adamw for"):
+        load_config(file, ["optimizer.algorithm=muon"])
 
 
 @pytest.mark.parametrize("file", sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py")), ids=str)

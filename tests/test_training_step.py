@@ -119,6 +119,16 @@ def test_meshes_and_accumulation_change_nothing(plain, mesh, accumulation):
     np.testing.assert_array_equal(state.key, plain[1].key)
 
 
+@pytest.mark.parametrize("mesh", ["data=2,fsdp=2,tensor=2", "fsdp=4,sequence=2"])
+def test_muon_is_the_same_on_meshes(mesh):
+    config = dataclasses.replace(CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, algorithm="muon"))
+    (metrics, state, _), (alone, alone_state, _) = run(config, mesh), run(config)
+    assert alone[-1]["loss"] < alone[0]["loss"]
+    for found, wanted in zip(metrics, alone, strict=True):
+        np.testing.assert_allclose(list(found.values()), list(wanted.values()), rtol=2e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-4), state.params, alone_state.params)
+
+
 def test_clips_over_the_sequence():
     """Packed clips whose frames lie on several devices. Two KV heads to four devices: each goes to two."""
     metrics, state, sums = run(steps=2, batch=clips)

@@ -90,15 +90,17 @@ def shardings(abstract: Any, mesh: Mesh, *, gathered: bool = False) -> Any:
         gathered: whether only `tensor` splits weights. Then each device of `fsdp` and `sequence` has a copy.
 
     Returns:
-        The same tree, with a `NamedSharding` in place of each array or box.
+        The same tree, with a `NamedSharding` in place of each array or box. Boxes without an array lose their box.
 
     Raises:
         Emu3Error: the mesh does not divide an axis of a weight evenly.
     """
 
-    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    def place(path: tuple[Any, ...], leaf: Any) -> Any:
         if not isinstance(leaf, nn.LogicallyPartitioned):
             return NamedSharding(mesh, P())
+        if not hasattr(leaf.value, "shape"):  # optax's mark of a weight that another optimiser updates
+            return leaf.value
         _check_even("/".join(_key(entry) for entry in path), leaf.names, leaf.value.shape, mesh)
         place = spec(*leaf.names)
         return NamedSharding(mesh, P(*map(_gathered, place)) if gathered else place)

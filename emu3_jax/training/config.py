@@ -30,7 +30,7 @@ _MAX_FILE = 16 << 20  # largest config file, in bytes
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay.
+    """AdamW or Muon, with linear warm-up and cosine decay.
 
     The defaults are the reference's fine-tuning recipe (`scripts/t2i_sft.sh` of the Emu3 repository).
 
@@ -44,6 +44,9 @@ class OptimizerConfig:
         weight_decay: decoupled weight decay, multiplied by the learning rate. The scales of norms do not decay.
         clip_norm: largest global norm of the gradients. Larger gradients are scaled down to this norm.
         first_moment_dtype: "float32" or "bfloat16". bfloat16 saves two bytes per weight.
+        algorithm: "adamw" or "muon". Muon (https://kellerjordan.github.io/posts/muon/) makes the momentum of each
+            matrix of the layers orthogonal. It has momentum 0.95, no second moment, and updates of the size of AdamW's,
+            so AdamW's learning rates suit it (arXiv 2502.16982). AdamW updates the other weights.
     """
 
     learning_rate: float = 1e-5
@@ -55,6 +58,7 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     clip_norm: float = 5.0
     first_moment_dtype: str = "float32"
+    algorithm: str = "adamw"
 
     def __post_init__(self) -> None:
         for field in ("learning_rate", "eps", "clip_norm"):
@@ -69,6 +73,7 @@ class OptimizerConfig:
         legal = ("float32", "bfloat16")
         check_field(self, "warmup_steps", self.warmup_steps <= MAX_STEPS, f"at most {MAX_STEPS}")
         check_field(self, "first_moment_dtype", self.first_moment_dtype in legal, " or ".join(legal))
+        check_field(self, "algorithm", self.algorithm in ("adamw", "muon"), "adamw or muon")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,6 +233,8 @@ class TrainConfig:
         check_field(self, "adapter", isinstance(self.adapter, Adapter | None), "an Adapter or None")
         ok = self.adapter is None or not self.model.random
         check_field(self, "adapter", ok, "None where the model starts from random weights")
+        ok = self.adapter is None or self.optimizer.algorithm == "adamw"
+        check_field(self.optimizer, "algorithm", ok, "adamw for adapters")
         ok = isinstance(self.evaluation, tuple) and all(
             isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) and isinstance(item[1], Source)
             for item in self.evaluation

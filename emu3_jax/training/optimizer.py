@@ -1,11 +1,23 @@
-"""optax's AdamW with the settings of an `OptimizerConfig`."""
+"""optax's AdamW and Muon with the settings of an `OptimizerConfig`."""
 
+import math
 from typing import Any
 
 import jax
 import optax
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from emu3_jax.training.config import OptimizerConfig
+
+# The matrices of a layer, with the axes that a product sums over and those of its result, counted from the end: other
+# axes count matrices. The projections to queries, keys and values of all heads are one matrix, gate and up are two.
+_MATRICES = {
+    "qkv": MuonDimensionNumbers((-4,), (-3, -2, -1)),
+    "out": MuonDimensionNumbers((-4, -3, -2), (-1,)),
+    "gate_up": MuonDimensionNumbers((-3,), (-1,)),
+    "down": MuonDimensionNumbers((-2,), (-1,)),
+}
+_MUON_MOMENTUM, _MUON_RMS = 0.95, 0.2
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -19,24 +31,71 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW. All weights decay except the scales of norms, as in the reference."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            learning_rate(config, steps),
-            b1=config.beta1,
-            b2=config.beta2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            mask=_decays,
-            mu_dtype=config.first_moment_dtype,
+    """Clipping by global norm, then AdamW. All weights decay except the scales of norms, as in the reference.
+
+    With `algorithm="muon"`, Muon updates the matrices of the layers, and AdamW the rest.
+    """
+    rate = learning_rate(config, steps)
+    adamw = optax.adamw(
+        rate,
+        b1=config.beta1,
+        b2=config.beta2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=_decays,
+        mu_dtype=config.first_moment_dtype,
+    )
+    if config.algorithm == "adamw":
+        return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+    muon = optax.chain(
+        scale_by_muon(
+            beta=_MUON_MOMENTUM, mu_dtype=config.first_moment_dtype, weight_dimension_numbers=_dimension_numbers
         ),
+        optax.stateless(_scaled),
+        optax.add_decayed_weights(config.weight_decay),
+        optax.scale_by_learning_rate(rate),
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm), optax.partition({"muon": muon, "adamw": adamw}, _algorithms)
     )
 
 
 def _decays(params: Any) -> Any:
     """A tree of bools: which leaves decay. All do but scales."""
-    # Leaves in Flax boxes have further path entries after their name, so every entry is compared.
+    return jax.tree_util.tree_map_with_path(lambda path, _: "scale" not in _names(path), params)
+
+
+def _algorithms(params: Any) -> Any:
+    """A tree of names: the algorithm that updates each leaf."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: all(getattr(entry, "key", None) != "scale" for entry in path), params
+        lambda path, _: "muon" if "layers" in _names(path) and _MATRICES.keys() & _names(path) else "adamw", params
     )
+
+
+def _dimension_numbers(matrices: Any) -> Any:
+    """A tree with the axes of each leaf. All leaves are in `_MATRICES`."""
+
+    def numbers(path: tuple[Any, ...], _: Any) -> MuonDimensionNumbers:
+        (name,) = _MATRICES.keys() & _names(path)
+        return _MATRICES[name]
+
+    return jax.tree_util.tree_map_with_path(numbers, matrices)
+
+
+def _scaled(updates: Any, _: Any) -> Any:
+    """Orthogonal matrices, scaled to the root mean square of AdamW's updates (arXiv 2502.16982, 2.2).
+
+    So AdamW's learning rate and weight decay suit Muon too.
+    """
+
+    def scaled(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
+        (name,) = _MATRICES.keys() & _names(path)
+        sides = (math.prod(update.shape[axis] for axis in axes) for axes in _MATRICES[name])
+        return update * (_MUON_RMS * math.sqrt(max(sides)))
+
+    return jax.tree_util.tree_map_with_path(scaled, updates)
+
+
+def _names(path: tuple[Any, ...]) -> set[str]:
+    """The names in a leaf's path. Leaves in Flax boxes have further entries after their own name."""
+    return {entry.key for entry in path if hasattr(entry, "key")}

@@ -154,6 +154,7 @@ class VisionTrainConfig:
         ok = self.optimizer.warmup_steps < self.steps
         legal = f"less than steps ({self.steps}), for example --set optimizer.warmup_steps={self.steps // 2}"
         check_field(self.optimizer, "warmup_steps", ok, legal)
+        check_field(self.optimizer, "algorithm", self.optimizer.algorithm == "adamw", "adamw for a vision tokenizer")
         check_field(self, "dtype", self.dtype in ("float32", "bfloat16"), "float32 or bfloat16")
         check_field(self, "export_dtype", self.export_dtype in ("float32", "bfloat16"), "float32 or bfloat16")
         check_field(self, "precision", self.precision in ("default", "highest"), "default or highest")
