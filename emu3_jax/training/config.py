@@ -45,8 +45,8 @@ class OptimizerConfig:
         clip_norm: largest global norm of the gradients. Larger gradients are scaled down to this norm.
         first_moment_dtype: "float32" or "bfloat16". bfloat16 saves two bytes per weight.
         algorithm: "adamw" or "muon". Muon (https://kellerjordan.github.io/posts/muon/) makes the momentum of each
-            matrix of the layers orthogonal. It has momentum 0.95, no second moment, and updates of the size of AdamW's,
-            so AdamW's learning rates suit it (arXiv 2502.16982). AdamW updates the other weights.
+            matrix of the layers orthogonal. It has momentum 0.95, no second moment, and updates of the size of AdamW's
+            (arXiv 2502.16982). AdamW updates the other weights, at the same learning rate.
     """
 
     learning_rate: float = 1e-5

@@ -1,11 +1,10 @@
 """optax's AdamW and Muon with the settings of an `OptimizerConfig`."""
 
-import math
 from typing import Any
 
 import jax
 import optax
-from optax.contrib import MuonDimensionNumbers, scale_by_muon
+from optax.contrib import MuonDimensionNumbers, muon
 
 from emu3_jax.training.config import OptimizerConfig
 
@@ -17,7 +16,7 @@ _MATRICES = {
     "gate_up": MuonDimensionNumbers((-3,), (-1,)),
     "down": MuonDimensionNumbers((-2,), (-1,)),
 }
-_MUON_MOMENTUM, _MUON_RMS = 0.95, 0.2
+_RMS = 0.2  # of Muon's updates, as of AdamW's (arXiv 2502.16982, 2.2)
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -47,16 +46,15 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     )
     if config.algorithm == "adamw":
         return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
-    muon = optax.chain(
-        scale_by_muon(
-            beta=_MUON_MOMENTUM, mu_dtype=config.first_moment_dtype, weight_dimension_numbers=_dimension_numbers
-        ),
-        optax.stateless(_scaled),
-        optax.add_decayed_weights(config.weight_decay),
-        optax.scale_by_learning_rate(rate),
+    orthogonal = muon(
+        rate,
+        weight_decay=config.weight_decay,
+        mu_dtype=config.first_moment_dtype,
+        muon_weight_dimension_numbers=_dimension_numbers,
+        consistent_rms=_RMS,
     )
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm), optax.partition({"muon": muon, "adamw": adamw}, _algorithms)
+        optax.clip_by_global_norm(config.clip_norm), optax.partition({"muon": orthogonal, "adamw": adamw}, _algorithms)
     )
 
 
@@ -68,7 +66,7 @@ def _decays(params: Any) -> Any:
 def _algorithms(params: Any) -> Any:
     """A tree of names: the algorithm that updates each leaf."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: "muon" if "layers" in _names(path) and _MATRICES.keys() & _names(path) else "adamw", params
+        lambda path, _: "muon" if _MATRICES.keys() & _names(path) else "adamw", params
     )
 
 
@@ -80,20 +78,6 @@ def _dimension_numbers(matrices: Any) -> Any:
         return _MATRICES[name]
 
     return jax.tree_util.tree_map_with_path(numbers, matrices)
-
-
-def _scaled(updates: Any, _: Any) -> Any:
-    """Orthogonal matrices, scaled to the root mean square of AdamW's updates (arXiv 2502.16982, 2.2).
-
-    So AdamW's learning rate and weight decay suit Muon too.
-    """
-
-    def scaled(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
-        (name,) = _MATRICES.keys() & _names(path)
-        sides = (math.prod(update.shape[axis] for axis in axes) for axes in _MATRICES[name])
-        return update * (_MUON_RMS * math.sqrt(max(sides)))
-
-    return jax.tree_util.tree_map_with_path(scaled, updates)
 
 
 def _names(path: tuple[Any, ...]) -> set[str]:
