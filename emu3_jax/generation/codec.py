@@ -28,6 +28,13 @@ from emu3_jax.printable import shown
 from emu3_jax.sharding.rules import LOGICAL_AXES, batch_shards
 
 PART_FRAMES = 16  # frames of a clip that the vision tokenizer processes at once
+
+
+def part_grids(temporal_factor: int) -> int:
+    """Number of grids of codes of a clip that the vision tokenizer decodes at once."""
+    return max(PART_FRAMES // temporal_factor, 1)
+
+
 # Most pictures, and most pixels unless one picture has more, that a device decodes at once. On a GPU, a picture of
 # 720x720 needs 6 GiB beside the weights.
 _PICTURES_AT_ONCE, _PIXELS_AT_ONCE = 16, 2**19
@@ -133,7 +140,7 @@ def decode(
     if codes.ndim == 2:
         return decode_picture(vision, codes, tile=tile)
     factor = vision.clips("codes of a clip").temporal_factor
-    size = 1 if independent else max(PART_FRAMES // factor, 1)
+    size = 1 if independent else part_grids(factor)
     step = _step(vision, "decode", in_parts=len(codes) > size and not independent, tile=tile)
     parts = [np.asarray(step(codes[None, first : first + size]))[0] for first in range(0, len(codes), size)]
     return Clip(np.concatenate([postprocess(part, vision.image) for part in parts])[:frames], defaults.FPS)
@@ -207,12 +214,11 @@ def decode_pictures(
         Emu3Error: a code is outside the codebook, or the tokenizer knows no clips.
     """
     check_codes(codes, vision.config)
-    count, in_parts = len(codes), False
+    count = len(codes)
     parts: list[tuple[slice, ...]] = [()]  # places of the second axis on
     if codes.ndim == 4:
-        size = max(PART_FRAMES // vision.clips("codes of clips").temporal_factor, 1)
+        size = part_grids(vision.clips("codes of clips").temporal_factor)
         parts = [(slice(start, start + size),) for start in range(0, codes.shape[1], size)]
-        in_parts = len(parts) > 1
 
     def dispatched(step: Step, part: np.ndarray) -> Any:
         placed: Any = part if place is None else jax.make_array_from_callback(part.shape, place, part.__getitem__)
@@ -228,7 +234,7 @@ def decode_pictures(
 
     for first in range(0, count, at_once):
         batch = codes[np.minimum(np.arange(first, first + at_once), count - 1)].astype(np.int32)
-        step = _step(vision, "decode", in_parts=in_parts, place=place)
+        step = _step(vision, "decode", in_parts=len(parts) > 1, place=place)
         for axis in parts:
             computing.append(dispatched(step, batch[:, *axis]))
             if len(computing) > 1:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from emu3_jax.config import DecoderConfig, IbqConfig, VisionConfig, VisionTokenizerConfig
-from emu3_jax.generation.codec import PART_FRAMES, batches_on
+from emu3_jax.generation.codec import batches_on, part_grids
 from emu3_jax.models.vision import Stream, make_decoder, make_encoder, vision_module
 from emu3_jax.sharding.plan import Program
 from emu3_jax.sharding.rules import use_mesh, vision_shardings
@@ -97,7 +97,7 @@ class PlannedVision:
         """The size in codes of the largest part that is decoded at once, and the number of parts."""
         if not isinstance(self.config, VisionConfig) or len(grid) == 2:
             return grid, 1
-        most = max(PART_FRAMES // self.config.temporal_factor, 1)
+        most = part_grids(self.config.temporal_factor)
         return (min(most, grid[0]), *grid[1:]), -(-grid[0] // most)
 
     def decoding_for_rewards(self, grid: tuple[int, ...], count: int, beside: Mapping[str, Any]) -> Program:
