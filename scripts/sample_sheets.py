@@ -30,7 +30,7 @@ def chosen_prompts(manifest: pathlib.Path, count: int, seed: int) -> list[str]:
     """
     try:
         texts = sorted({json.loads(line)["text"] for line in manifest.read_text().splitlines()})
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise Emu3Error(f"{manifest} has a line that is no object with the field text: correct it") from error
     if len(texts) < count:
         raise Emu3Error(f"{manifest} has {len(texts)} different texts, {count} are wanted: correct --count")

@@ -77,9 +77,10 @@ def test_sheets_leave_no_sample_out(scripts, tiny_bundle, tmp_path):
     assert sorted(prompts) == ["a", "b", "c", "d"] and prompts != chosen_prompts(manifest, 4, seed=1)
     with pytest.raises(Emu3Error, match="has 4 different texts, 5 are wanted"):
         chosen_prompts(manifest, 5, seed=0)
-    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n[1]\n')
-    with pytest.raises(Emu3Error, match=r"bad\.jsonl has a line that is no object with the field text"):
-        chosen_prompts(tmp_path / "bad.jsonl", 1, seed=0)
+    for line in ("[1]", '{"txt": "b"}', '{"text'):
+        (tmp_path / "bad.jsonl").write_text(f'{{"text": "a"}}\n{line}\n')
+        with pytest.raises(Emu3Error, match=r"bad\.jsonl has a line that is no object with the field text"):
+            chosen_prompts(tmp_path / "bad.jsonl", 1, seed=0)
     draw(emu3_jax.load(tiny_bundle), prompts, tmp_path / "sheets", per_sheet=3, seed=0, guidance=3.0)
     assert sorted(file.name for file in (tmp_path / "sheets").iterdir()) == ["sheet-1.webp", "sheet-2.webp"]
 
