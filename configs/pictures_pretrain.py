@@ -76,7 +76,9 @@ def config() -> TrainConfig:
     return dataclasses.replace(
         emoji,
         directory="out/pictures_pretrain",
-        model=dataclasses.replace(emoji.model, bundle="out/pictures_start", decoder=decoder(), noise_in="auto"),
+        model=dataclasses.replace(
+            emoji.model, bundle="out/pictures_start", decoder=decoder(), unroll=decoder().num_layers, noise_in="auto"
+        ),
         data=dataclasses.replace(emoji.data, sources=sources("all"), sequence_length=2112),
         batch_size=64,
         steps=6_500,

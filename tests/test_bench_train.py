@@ -30,7 +30,11 @@ def lines(capsys, *arguments):
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--rows", "2", "--mesh", "fsdp=2"), ("--adapter", "2", "--base", "nf4", "--mesh", "fsdp=1")]
+    "arguments",
+    [
+        ("--rows", "2", "--mesh", "fsdp=2"),
+        ("--adapter", "2", "--base", "nf4", "--remat", "none", "--unroll", "2", "--mesh", "fsdp=1"),
+    ],
 )
 @pytest.mark.slow
 def test_our_side(capsys, arguments):

@@ -30,6 +30,7 @@ from emu3_jax.training import decoder_job, loop, stopping
 from emu3_jax.training.config import ModelConfig, OptimizerConfig, SampleConfig, TrainConfig
 from emu3_jax.training.loop import train
 from emu3_jax.training.metrics import read_metrics
+from emu3_jax.training.overrides import override
 
 pytestmark = [pytest.mark.compiled_quickly, pytest.mark.usefixtures("shared_trainers")]
 
@@ -161,12 +162,13 @@ def test_signals_write_a_checkpoint(config_file, whole, tmp_path, number, code):
     assert losses(tmp_path / "run") == losses(whole)[:step]
 
 
-def test_another_mesh_goes_on(base, whole, tmp_path):
+@pytest.mark.parametrize("change", ["mesh=data=2,tensor=2", "model.unroll=3"])
+def test_another_mesh_or_unrolled_layers_go_on(base, whole, tmp_path, change):
     """The same numbers but for the order of sums."""
     directory = tmp_path / "run"
     shutil.copytree(whole, directory)
     shutil.rmtree(directory / "checkpoints" / str(STEPS))
-    train(dataclasses.replace(base, directory=str(directory), mesh="data=2,tensor=2"), progress=False)
+    train(override(base, [f"directory={directory}", change]), progress=False)
     np.testing.assert_allclose(losses(directory), losses(whole), rtol=1e-4)
 
 

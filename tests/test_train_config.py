@@ -101,6 +101,8 @@ def test_config_files_and_overrides(config_file, tmp_path):
         ("data.sequence_length=1000000000", "sequence_length is 1000000000"),
         ("batch_size=1000000000", "batch_size is 1000000000: it must be less than"),
         ("model.dtype=[]", "dtype is"),
+        ("model.unroll=0", "unroll is 0: it must be a whole number >= 1"),
+        ("model.unroll=all", "unroll is 'all': it must be a whole number >= 1"),
         ("evaluation=[[]]", "evaluation is"),
         ("optimizer.algorithm=sgd", "algorithm is 'sgd': it must be adamw or muon"),
         ("profile={1, 2}", "profile is"),

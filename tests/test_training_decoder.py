@@ -37,7 +37,7 @@ def hidden(params, tokens, positions=None, segments=None, config=CONFIG, stacked
 def mean_loss(params, tokens, target, model):
     """What a train step differentiates."""
     labels, mask = next_tokens(tokens, target)
-    states = model.apply({"params": params}, tokens, method="hidden")
+    states = model.apply({"params": params}, tokens, method="hidden", rngs={"dropout": jax.random.key(0)})
     special = model.config.tokens
     visual = (special.visual_start, special.visual_end)
     total, sums = chunked_cross_entropy(states, params["head"]["kernel"], labels, mask, visual, chunk=16)
@@ -104,6 +104,15 @@ def test_remat_changes_no_gradient(remat, stacked):
     assert_close(again, plain, 1e-5)
 
 
+@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("unroll", [2, 3, 99])
+def test_unrolling_the_scan_changes_no_gradient(unroll, remat):
+    config = dataclasses.replace(CONFIG, num_layers=3)
+    params = tiny.stack_layers(tiny.params(config), config)
+    scanned = Decoder(config, stacked=True, dropout=0.1, remat=remat)
+    assert_close(gradients(params, batch(), scanned.clone(unroll=unroll)), gradients(params, batch(), scanned), 1e-5)
+
+
 def test_remat_saves_memory_in_the_order_it_promises():
     # Wide and deep enough that what is kept of the layers outweighs what one layer needs for itself.
     config = dataclasses.replace(CONFIG, num_layers=16, hidden_size=128, intermediate_size=512)
@@ -116,6 +125,15 @@ def test_remat_saves_memory_in_the_order_it_promises():
         return jax.jit(jax.grad(loss)).lower(abstract, tokens).compile().memory_analysis().temp_size_in_bytes
 
     assert peak("full") < 0.7 * peak("dots") and peak("dots") < 0.8 * peak("none")
+
+
+@pytest.mark.parametrize("unroll", [1, 2])
+def test_xla_may_not_merge_the_recomputation_of_unrolled_layers(unroll):
+    """It would merge some of it, for TPUs at least. Then "full" saves less memory."""
+    model = Decoder(CONFIG, stacked=True, remat="full", unroll=unroll)
+    loss = functools.partial(mean_loss, target=jnp.ones((2, 24), bool), model=model)
+    program = str(jax.make_jaxpr(jax.grad(loss))(tiny.stack_layers(tiny.params(), CONFIG), batch()))
+    assert ("prevent_cse=False" in program) is (unroll < CONFIG.num_layers)
 
 
 # ------------------------------------------------------------------------------------------------ segments
@@ -153,10 +171,11 @@ def test_a_segment_moves_no_gradient_into_another():
 # ------------------------------------------------------------------------------------------------ meshes
 
 
+@pytest.mark.parametrize("unroll", [1, CONFIG.num_layers])
 @pytest.mark.parametrize(
     "sizes", ["data=8", "fsdp=4", "data=2,fsdp=2,tensor=2", "data=2,sequence=4", "fsdp=2,sequence=2,tensor=2"]
 )
-def test_loss_and_gradients_over_a_mesh(sizes):
+def test_loss_and_gradients_over_a_mesh(sizes, unroll):
     model = Decoder(CONFIG, stacked=True, remat="full")
     # Weights as they are initialised: three times as large, they amplify the rounding of other orders twentyfold.
     params = jax.tree.map(lambda leaf: leaf / 3 if leaf.ndim > 1 else leaf, tiny.params())
@@ -165,7 +184,8 @@ def test_loss_and_gradients_over_a_mesh(sizes):
     mesh = make_mesh(sizes)
     places = decoder_shardings(CONFIG, mesh, stacked=True)
     with use_mesh(mesh):
-        found = gradients(jax.device_put(params, places), jax.device_put(tokens, batch_sharding(mesh)), model)
+        arguments = jax.device_put(params, places), jax.device_put(tokens, batch_sharding(mesh))
+        found = gradients(*arguments, model.clone(unroll=unroll))
     assert_close(found, expected, 1e-5)
 
 

@@ -46,6 +46,7 @@ def run(
     tokens: int = 10240,
     rows: int = 1,
     remat: str = "full",
+    unroll: int = 1,
     attention: str = "auto",
     adapter: int = 0,
     base: str = "bfloat16",
@@ -67,6 +68,7 @@ def run(
         tokens: length of a row.
         rows: rows per step.
         remat: what the backward pass recomputes, see `ModelConfig`.
+        unroll: layers that one iteration of the loop over layers computes, see `ModelConfig`.
         attention: implementation of attention, see `models.attention`.
         adapter: rank of the adapters, or 0 to train all weights.
         base: dtype or quantisation of the frozen weights beside adapters, see `Adapter`.
@@ -123,7 +125,9 @@ def run(
     peak = peak_flops(jax.devices()[0].device_kind)
     config = TrainConfig(
         directory="",
-        model=ModelConfig("", decoder, random=adapter == 0 and not preference, remat=remat, attention=attention),
+        model=ModelConfig(
+            "", decoder, random=adapter == 0 and not preference, remat=remat, unroll=unroll, attention=attention
+        ),
         data=DataConfig(
             (Source("", Preference() if preference else TextOnly()),), tokens, packing=0 if preference else 8
         ),
@@ -136,6 +140,7 @@ def run(
     labels = {
         "program": "emu3-jax",
         "remat": remat,
+        "unroll": unroll,
         "attention": attention,
         "rows": rows,
         **({"rank": adapter, "base": base} if adapter else {}),

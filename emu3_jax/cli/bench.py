@@ -158,6 +158,13 @@ def _add_train(command: argparse.ArgumentParser) -> None:
         help="what the backward pass computes again instead of keeping it (default: %(default)s)",
     )
     command.add_argument(
+        "--unroll",
+        type=common.whole(1, 1024),
+        default=1,
+        metavar="N",
+        help="layers that one iteration of the loop over layers computes (default: %(default)s)",
+    )
+    command.add_argument(
         "--attention",
         choices=("auto", "cudnn", "splash", "xla"),
         default="auto",

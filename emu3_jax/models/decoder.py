@@ -310,6 +310,8 @@ class Decoder(nn.Module):
         stacked: whether to scan over stacked layers. Compile time does not grow with their number. Not with a cache.
         remat: what the backward pass recomputes in each layer: "none", "full" (everything) or "dots" (everything but
             products with weights, and attention if a fused kernel computes it).
+        unroll: number of layers that one iteration of the scan computes. The number of layers or more: no loop, so XLA
+            need not copy each layer's weights and kept results out of and into the stacks.
         attention: implementation of attention for whole sequences, see `attention.self_attention`.
         adapter: low-rank adapters beside frozen matrices. `training.lora` makes their parameters.
         kernels: implementation of attention over the cache, see `attention.choose_kernels`, and of products with
@@ -321,6 +323,7 @@ class Decoder(nn.Module):
     visual_head: bool = False
     stacked: bool = False
     remat: str = "none"
+    unroll: int = 1
     attention: str = "auto"
     adapter: Adapter | None = None
     kernels: str = "auto"
@@ -329,11 +332,11 @@ class Decoder(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.embed = Embedding(c, "embedding", c.vocab_size, self.adapter)
-        block = Block
+        block, looped = Block, self.stacked and self.unroll < c.num_layers
         if self.remat != "none":
-            # Outside a scan, `prevent_cse` keeps XLA from merging the recomputation with the forward pass. Inside a
-            # scan XLA cannot merge them.
-            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.stacked)
+            # Outside a loop, `prevent_cse` keeps XLA from merging the recomputation with the forward pass. Inside a
+            # loop XLA cannot merge them.
+            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=not looped)
         if self.stacked:
             scanned = nn.scan(
                 block,
@@ -341,6 +344,7 @@ class Decoder(nn.Module):
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(nn.broadcast, nn.broadcast),
                 length=c.num_layers,
+                unroll=min(self.unroll, c.num_layers),
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
             self.layers = scanned(c, self.attention, self.adapter, dropout=self.dropout)

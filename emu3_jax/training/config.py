@@ -89,6 +89,10 @@ class ModelConfig:
         random: start from random weights instead of the bundle's weights (pretraining).
         dtype: dtype of activations and matrix products, "bfloat16" or "float32". Trained weights are float32.
         remat: what the backward pass recomputes in each layer: "none", "dots" or "full". See `Decoder`.
+        unroll: number of layers that one iteration of the loop over layers computes. The number of layers or more: no
+            loop. Then a step of a small decoder takes less time, but each layer adds to the time of compilation, and
+            on CPUs `remat` saves hardly any memory. Results are equal up to rounding, and a run may resume with
+            another value.
         attention: implementation of attention. See `models.attention`.
         dropout: share of activations that training sets to zero. See `Decoder`. The published models used 0. Use
             dropout when training reads the same data many times.
@@ -107,6 +111,7 @@ class ModelConfig:
     random: bool = False
     dtype: str = "bfloat16"
     remat: str = "full"
+    unroll: int = 1
     attention: str = "auto"
     dropout: float = 0.0
     noise: float = 0.0
@@ -120,6 +125,7 @@ class ModelConfig:
         check_field(self, "dtype", self.dtype in ("bfloat16", "float32"), "bfloat16 or float32")
         legal = ("none", *REMAT_POLICIES)
         check_field(self, "remat", self.remat in legal, " or ".join(legal))
+        check_field(self, "unroll", is_whole(self.unroll, 1), "a whole number >= 1")
         ok = is_number(self.dropout) and 0 <= self.dropout < 1
         check_field(self, "dropout", ok, "a number from 0 to below 1")
         check_field(self, "noise", is_number(self.noise) and 0 <= self.noise <= 1, "a number from 0 to 1")

@@ -72,6 +72,7 @@ class Trainer:
             self.decoder,
             stacked=True,
             remat=config.model.remat,
+            unroll=config.model.unroll,
             attention=config.model.attention,
             adapter=config.adapter,
         )
