@@ -1,10 +1,10 @@
-"""The last stage of the 64-pixel model: GRPO on scenes of shapes, rewarded by what the pictures show.
+"""Tunes the embedded model by GRPO on scenes of shapes, rewarded by what the pictures show.
 
     emu3-jax train configs/grpo_pictures.py
-    emu3-jax evaluate configs/eval_pictures.py
+    emu3-jax evaluate configs/eval_pictures.py --set model=out/pictures_grpo/model
 
 configs/grpo_emoji.py says how the reward is computed. Here the scenes have two shapes, several that are counted, or a
-row. No prompt is one that the evaluation asks for.
+row. No prompt is one that the evaluation asks for. The embedded model is not tuned so; docs/embedded_model.md says why.
 """
 
 import dataclasses

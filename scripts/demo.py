@@ -1,6 +1,6 @@
-"""Shows the embedded model: pictures from prompts, descriptions of unseen pictures, and clips.
+"""Shows the embedded model: pictures from prompts, descriptions, an edit, a story, and clips.
 
-One decoder does all three. It is small, was trained by this project on emoji, and is part of the package.
+One decoder does all this. It is small, was trained by this project on drawings, and is part of the package.
 """
 
 import argparse
@@ -22,19 +22,21 @@ ASSETS = pathlib.Path(__file__).parent / "assets" / "emoji"
 # Prompts marked "unseen" are pairs of a thing and a style that training did not contain; it contained the thing and the
 # style in other pairs. The prompts are hand-picked; the figures in the model's card cover all cases.
 PROMPTS = {
+    "a cat": "",
+    "a red car": "",
+    "flag of Japan": "",
+    "pizza": "",
     "noto emoji of hamburger": "unseen",
     "twemoji emoji of pineapple": "unseen",
-    "3d emoji of rainbow": "unseen",
-    "vintage emoji of avocado": "unseen",
     "flat emoji of tiger face": "unseen",
-    "vintage emoji of hammer": "unseen",
-    "vintage emoji of sailboat": "unseen",
-    "vintage emoji of mushroom": "unseen",
-    "3d emoji of rocket": "",
-    "noto emoji of volcano": "",
-    "flat emoji of cactus": "",
-    "twemoji emoji of strawberry": "",
+    "3d emoji of rainbow": "unseen",
+    "clipart of a house": "",
+    "a blue star above a red heart on a white background": "unseen",
+    "three green circles on a black background": "",
+    "a large red square in the middle of a white background": "",
 }
+EDITED, REQUEST = "a large red square in the middle of a white background", "Make it green"
+STORY = "Tell a story in three pictures about a large purple triangle"
 CLIPS = ("animated emoji of beating heart", "a large yellow heart moves right on a black background")
 # The first half of a clip. Its triple of colour, shape and motion was not in training.
 HALF, GOES_ON = "star-moves-down.webp", "a large purple star moves down on a white background"
@@ -45,9 +47,9 @@ _STRIP, _LINE, _MARGIN = 44, 26, 8
 def run(output: pathlib.Path, model: pathlib.Path | None = None) -> None:
     """Runs all commands, with the embedded model or with `model`."""
     chosen = () if model is None else ("--model", model)
-    pictures, clips, extended = output / "pictures", output / "clips", output / "extended"
+    pictures, clips, extended, edit, story = (output / d for d in ("pictures", "clips", "extended", "edit", "story"))
     files, half = [os.path.relpath(file) for file in sorted(ASSETS.glob("*.webp")) if file.name != HALF], ASSETS / HALF
-    print("# Text to pictures: eight of these things appeared in training only in other styles")
+    print("# Text to pictures: prompts as people write them, things that training showed in other styles, and scenes")
     emu3_jax("generate", *PROMPTS, "--seed", 13, "--batch-size", len(PROMPTS), "-o", pictures, *chosen)
     print("# Pictures to text: two questions about each of four pictures that were not in training")
     print("# The pictures show:")
@@ -59,6 +61,11 @@ def run(output: pathlib.Path, model: pathlib.Path | None = None) -> None:
         "chat", *(file for file, _ in asked), "--prompt", *(question for _, question in asked), "--max-new-tokens", 32,
         *chosen,
     )  # fmt: skip
+    print("# A picture and a request")
+    before = pictures / f"{list(PROMPTS).index(EDITED):03d}.png"
+    emu3_jax("interleave", REQUEST, "--image", before, "-o", edit, *chosen)
+    print("# Pictures and text in turn: the model decides when a picture begins and when the story ends")
+    emu3_jax("interleave", STORY, "--seed", 2, "-o", story, *chosen)
     # Passes of eight tokens: on a CPU that is faster for a few clips, and slower for many pictures at once.
     print("# Text to clips: eight frames each. A pass of the decoder checks eight guessed tokens")
     emu3_jax("video", *CLIPS, "--seed", 1, "--parallel", 8, "-o", clips, *chosen)
@@ -76,6 +83,10 @@ def run(output: pathlib.Path, model: pathlib.Path | None = None) -> None:
     for index, (prompt, note) in enumerate(PROMPTS.items()):
         with Image.open(pictures / f"{index:03d}.png") as picture:
             tiles.append((f"{prompt} ({note})" if note else prompt, picture.convert("RGB")))
+    for name, folder in ((REQUEST, edit), (STORY, story)):
+        for file in sorted(folder.glob("000_*.png")):
+            with Image.open(file) as picture:
+                tiles.append((name, picture.convert("RGB")))
     shown = [(prompt, clips / f"{index:03d}.webp") for index, prompt in enumerate(CLIPS)]
     shown.append((f"{GOES_ON} (the first four frames were given)", extended / "000.webp"))
     strips = [(name, load_clip(file).frames) for name, file in shown]

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Trains the model of 64x64 pixels, under out/: data, token data, decoder, evaluation. You may stop the script and start
-# it again: steps whose result exists are skipped, and training resumes from its newest checkpoint. PRETRAIN, SFT, GRPO
-# and EVALUATE may hold further options, for example:
+# Trains the embedded model, of 64x64 pixels, under out/: data, token data, decoder, evaluation. You may stop the script
+# and start it again: steps whose result exists are skipped, and training resumes from its newest checkpoint. PRETRAIN,
+# SFT and EVALUATE may hold further options, for example:
 #     PRETRAIN="--set steps=100" bash scripts/pictures_model.sh
 # The vision tokenizer is the one in scripts/picture_data/tokenizer. If VISION is set, even to nothing, the script trains
-# it anew, with these options.
+# it anew, with these options. If GRPO is set, the script also tunes the decoder by GRPO, with these options. This did
+# not improve it, see docs/embedded_model.md.
 # shellcheck disable=SC2086 # PRETRAIN and the others hold several words
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -26,5 +27,9 @@ for set in {prompts,questions}_train prompts_heldout questions_heldout_style two
 done
 [ -d out/pictures_pretrain/model ] || emu3_jax train configs/pictures_pretrain.py ${PRETRAIN:-}
 [ -d out/pictures_sft/model ] || emu3_jax train configs/pictures_sft.py ${SFT:-}
-[ -d out/pictures_grpo/model ] || emu3_jax train configs/grpo_pictures.py ${GRPO:-}
-emu3_jax evaluate configs/eval_pictures.py ${EVALUATE:-}
+model=out/pictures_sft/model
+if [ -n "${GRPO+set}" ]; then
+    model=out/pictures_grpo/model
+    [ -d $model ] || emu3_jax train configs/grpo_pictures.py $GRPO
+fi
+emu3_jax evaluate configs/eval_pictures.py --set model=$model ${EVALUATE:-}

@@ -219,9 +219,21 @@ def test_rows_that_a_session_has_no_room_for():
 # ------------------------------------------------------------------------------------------------ the choice of W
 
 
-@pytest.mark.parametrize(("choice", "expected"), [("off", 1), ("auto", 1), (2, 2), (128, 128)])
-def test_the_choice_of_the_window_on_a_cpu(choice, expected):
-    assert choose_window(choice, 2) == expected
+@pytest.mark.parametrize(
+    ("choice", "rows", "visual", "width", "expected"),
+    [
+        ("off", 2, True, 448, 1),
+        (2, 2, True, 448, 2),
+        (128, 64, False, 4096, 128),
+        ("auto", 1, True, 448, 8),
+        ("auto", 2, True, 448, 8),
+        ("auto", 3, True, 448, 1),
+        ("auto", 2, False, 448, 1),
+        ("auto", 1, True, 4096, 1),
+    ],
+)
+def test_the_choice_of_the_window_on_a_cpu(choice, rows, visual, width, expected):
+    assert choose_window(choice, rows, visual=visual, hidden_size=width) == expected
 
 
 @pytest.mark.parametrize(

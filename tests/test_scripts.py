@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+from embedded_side import embedded_side
 from PIL import Image
 
 import emu3_jax
@@ -44,16 +45,19 @@ def test_demo(scripts, tmp_path, capsys):
         assert load_clip(tmp_path / file).frames.shape[0] == 8
     given = load_clip(demo.ASSETS / demo.HALF).frames
     np.testing.assert_array_equal(load_clip(tmp_path / "extended" / "000.webp").frames[:4], given)
-    whole = rasterise_clip(Motion("purple", "star", "large", "white", "moves down"), 32)
+    whole = rasterise_clip(Motion("purple", "star", "large", "white", "moves down"), embedded_side())
     np.testing.assert_array_equal(given, whole[:4])
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width == 4 * 136 + 8
-        first, clip = sheet.crop((8, 8, 136, 136)), sheet.crop((8, 524, 536, 590))
-        assert sheet.height > 524 + 3 * 66
+        # Four rows of four pictures, then three clips.
+        first, clip = sheet.crop((8, 8, 136, 136)), sheet.crop((8, 696, 536, 762))
+        assert sheet.height > 696 + 3 * 66
         assert np.asarray(first).std() > 1 and np.asarray(clip).std() > 1
     told = capsys.readouterr().out
     commands = [line.split()[2] for line in told.splitlines() if line.startswith("$ emu3-jax ")]
-    assert commands == ["generate", "chat", "video", "video", "chat"]
+    assert commands == ["generate", "chat", "interleave", "interleave", "video", "video", "chat"]
+    shown = [tmp_path / "edit" / "000_0.png", *(tmp_path / "story" / f"000_{index}.png" for index in range(3))]
+    assert all(file.exists() for file in shown)
     assert "\nmoves down\n" in told
     assert "\n#   scripts/assets/emoji/koala-3d.webp: 3d emoji of koala\n" in told
     assert sum(line.startswith("scripts/assets/emoji/koala-3d.webp: ") for line in told.splitlines()) == 2

@@ -336,8 +336,8 @@ def add_sampling(command: argparse.ArgumentParser, what: str, temperature: float
         default=defaults.PARALLEL,
         metavar="W",
         help="tokens that a pass of the decoder checks at once (2 to 128), or off; auto chooses for pictures and clips "
-        "on NVIDIA GPUs from Ampere on, and is off elsewhere; in float32 the result stays the same, up to rounding "
-        "(default: %(default)s)",
+        "on NVIDIA GPUs from Ampere on, is 8 for one picture or clip of a small model on CPUs, and off elsewhere; in "
+        "float32 the result stays the same, up to rounding (default: %(default)s)",
     )
     group.add_argument(
         "--allow-special",

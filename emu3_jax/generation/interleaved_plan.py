@@ -50,7 +50,9 @@ def interleaved_programs(config: GenerateConfig, mesh: Mesh, params: Any, beside
     width, steps = bucket(config.prompt_tokens), bucket(config.interleave)
     with use_mesh(mesh):
         several = choose_kernels(config.kernels, decoder.head_dim, decoder.dtype, window=MOST_PARALLEL)
-        window = choose_window(config.parallel, contexts * rows // batch_shards(mesh), several)
+        window = choose_window(
+            config.parallel, contexts * rows // batch_shards(mesh), several, hidden_size=decoder.hidden_size
+        )
         kernels = choose_kernels(config.kernels, decoder.head_dim, decoder.dtype, window=window)
     # Which ids the digits have makes no difference to the cost.
     grammar, narrow = Grammar.of(decoder, range(1, 11), 11), narrows_cache(config.quantize)

@@ -44,24 +44,35 @@ def check_window(parallel: int | str) -> None:
 _HOPPER_LIMITS = (32, 256)
 _XLA_LIMITS = (16, 64)
 _LEAST_WINDOW = 8
+# Limits of "auto" on CPUs: tokens of a pass, rows, and widths of the decoder. Measured with the embedded model, of
+# width 448, on two cores (docs/performance.md). With four rows a pass already costs more than the passes that it saves.
+_CPU_WINDOW, _CPU_ROWS, _CPU_WIDTHS = 8, 2, range(256, 513)
 
 
-def choose_window(parallel: int | str, rows: int = 1, kernels: str = "xla", visual: bool = True) -> int:
+def choose_window(
+    parallel: int | str, rows: int = 1, kernels: str = "xla", visual: bool = True, hidden_size: int = 0
+) -> int:
     """The number of tokens W of a pass per row. 1 means that rows are decoded sequentially.
 
     "auto" is a power of two on NVIDIA GPUs from Ampere on, and smaller for more rows, because products of many rows
-    wait for the matrix units and not for the memory. It is 1 elsewhere. On CPUs a pass of several tokens costs about
-    as much as the passes that it saves. TPUs have not been measured.
+    wait for the matrix units and not for the memory. On CPUs it is 8 for small decoders and one or two rows: with
+    more rows, a pass of several tokens costs about as much as the passes that it saves, and larger decoders have not
+    been measured. It is 1 elsewhere. TPUs have not been measured.
 
     Args:
         parallel: "auto", "off" or W, see `is_window`.
         rows: the number of rows that a device computes; with guidance, two per picture.
         kernels: implementation of attention over the cache for several tokens per row, from `attention.KERNELS`.
         visual: whether there are visual steps. "auto" is 1 without them: guesses of free text are rarely right.
+        hidden_size: the decoder's width; only CPUs ask for it.
     """
     if parallel not in ("auto", "off"):
         return int(parallel)
-    if parallel == "off" or not visual or target_platform() != "gpu" or not cuda_at_least(AMPERE):
+    if parallel == "off" or not visual:
+        return 1
+    if (platform := target_platform()) == "cpu":
+        return _CPU_WINDOW if rows <= _CPU_ROWS and hidden_size in _CPU_WIDTHS else 1
+    if platform != "gpu" or not cuda_at_least(AMPERE):
         return 1
     most, budget = _HOPPER_LIMITS if kernels == "pallas-hopper" else _XLA_LIMITS
     largest = min(most, budget // rows)

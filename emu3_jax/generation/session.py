@@ -118,7 +118,7 @@ class DecodeSession:
         with use_mesh(mesh):
             several = choose_kernels(kernels, config.head_dim, config.dtype, window=MOST_PARALLEL)
             computed = len(filled) * (2 if guided else 1) // batch_shards(mesh)
-            window = choose_window(parallel, computed, several, visual)
+            window = choose_window(parallel, computed, several, visual, config.hidden_size)
         if zipar is not None:
             self._order = wavefront.order([row.schedule for row in filled], steps, int(zipar))
             window, kernels = self._order.steps.shape[2], "xla"
