@@ -431,9 +431,7 @@ def stream(
     )
     with use_mesh(mesh):
         several = choose_kernels(kernels, config.head_dim, config.dtype, window=MOST_PARALLEL)
-        window = choose_window(
-            parallel, len(prompts) // batch_shards(mesh), several, hidden_size=config.hidden_size
-        )
+        window = choose_window(parallel, len(prompts) // batch_shards(mesh), several, hidden_size=config.hidden_size)
         chosen = choose_kernels(kernels, config.head_dim, config.dtype, window=window)
     options = Options(grammar, contexts, width, *_filters(config, text, visual), chosen, narrow_cache, window)
 
