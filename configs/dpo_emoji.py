@@ -7,7 +7,8 @@
     emu3-jax generate "noto emoji of pizza" --model out/dpo_emoji/run/model -o out/pictures
 
 PROMPTS.txt has one prompt a line: with 1,000 lines there are up to 4,000 pairs, and 150 steps see each about once.
-docs/preference.md lists rewards, says what training prints, and what these values did to emoji in unseen styles.
+docs/preference.md lists rewards, says what training prints, and what these values did to emoji in unseen styles, with
+the former embedded model.
 
 All weights are trained. The log-probabilities of the pairs under the embedded model are computed before the first step.
 """
@@ -23,7 +24,7 @@ def config() -> TrainConfig:
     return TrainConfig(
         directory="out/dpo_emoji/run",
         model=ModelConfig(str(embedded_bundle()), dtype="float32", remat="none"),
-        # A picture of 32x32 pixels takes about 285 tokens. The rest of a row is for the prompt.
+        # A picture takes about 285 tokens. The rest of a row is for the prompt.
         data=DataConfig((Source("out/dpo_emoji/pairs", Preference()),), 320, packing=0, in_memory=True),
         batch_size=64,
         steps=150,

@@ -1,4 +1,4 @@
-"""Pretrains the decoder of the embedded model (15.5 M parameters) on emoji: pictures, clips, questions and texts.
+"""Pretrains the decoder of the former embedded model (15.5 M parameters): emoji, clips, questions and texts.
 
     python scripts/build_emoji.py out/emoji
     emu3-jax train configs/vision_emoji.py

@@ -1,4 +1,4 @@
-"""Fine-tunes the embedded model after configs/emoji_pretrain.py. The loss counts only pictures, clips and answers.
+"""Fine-tunes the decoder of configs/emoji_pretrain.py. The loss counts only pictures, clips and answers.
 
 emu3-jax train configs/emoji_sft.py
 emu3-jax evaluate configs/eval_emoji.py --set model=out/emoji_sft/model

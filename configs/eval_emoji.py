@@ -1,8 +1,12 @@
-"""Evaluates the embedded model, or a model trained like it, on emoji that are held out of its training.
+"""Evaluates the former embedded model, of 32x32 pixels, on emoji that are held out of its training.
 
-    python scripts/build_emoji.py out/emoji
+    bash scripts/emoji_model.sh
     emu3-jax evaluate configs/eval_emoji.py
-    emu3-jax evaluate configs/eval_emoji.py --set model=out/emoji_sft/model --set cases=64 --set codebook_cases=500
+    emu3-jax evaluate configs/eval_emoji.py --set cases=64 --set codebook_cases=500
+
+configs/eval_pictures.py measures the embedded model on more. On emoji alone, at its size of 64x64 pixels:
+
+    emu3-jax evaluate configs/eval_emoji.py --set model=None --set data=out/pictures64/emoji
 
 The command prints the figures as JSON. It writes them to out/evaluation, with a page of pictures. The figures are:
 
@@ -19,4 +23,6 @@ from emu3_jax.evaluation.config import EvaluateConfig
 
 
 def config() -> EvaluateConfig:
-    return EvaluateConfig(directory="out/evaluation", data="out/emoji", cases=256, procedural_guidance=2.0)
+    return EvaluateConfig(
+        directory="out/evaluation", model="out/emoji_sft/model", data="out/emoji", cases=256, procedural_guidance=2.0
+    )

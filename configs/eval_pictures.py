@@ -1,7 +1,8 @@
-"""Evaluates the 64-pixel model on pictures, clips, scenes and stories that are held out of its training.
+"""Evaluates the embedded model on pictures, clips, scenes and stories that are held out of its training.
 
     python scripts/build_pictures.py out/pictures64
-    emu3-jax evaluate configs/eval_pictures.py
+    emu3-jax evaluate configs/eval_pictures.py                     # what scripts/pictures_model.sh trains
+    emu3-jax evaluate configs/eval_pictures.py --set model=None    # the bundle in the package
 
 The command prints the figures as JSON. configs/eval_emoji.py says what they are. Two shapes, counts and rows of shapes,
 stories and edits are read exactly from the pixels.

@@ -1,12 +1,13 @@
-"""Tunes the embedded model by GRPO: pictures of two coloured shapes, rewarded by what they show.
+"""Tunes the former embedded model, of 32x32 pixels, by GRPO: pictures of two shapes, rewarded by what they show.
 
     emu3-jax train configs/two_shapes_sft.py
     emu3-jax train configs/grpo_emoji.py
     emu3-jax evaluate configs/eval_two_shapes.py --set model=out/grpo_emoji/model
 
-The first command and its data are in configs/two_shapes_sft.py: the embedded model has never seen two shapes, and a
-reward teaches nothing to a model that is never right. The reward is the share of colours, shapes, relation and
-background that are right. No prompt names a pair of shapes that the evaluation asks for.
+The first command and its data are in configs/two_shapes_sft.py: that model has never seen two shapes, and a reward
+teaches nothing to a model that is never right. configs/grpo_pictures.py is for the embedded model. The reward is the
+share of colours, shapes, relation and background that are right. No prompt names a pair of shapes that the evaluation
+asks for.
 """
 
 from emu3_jax.data.config import DataConfig
@@ -18,7 +19,7 @@ def config() -> TrainConfig:
     return TrainConfig(
         directory="out/grpo_emoji",
         model=ModelConfig("out/two_shapes_sft/model", dtype="float32", remat="none"),
-        # A picture of 32x32 pixels takes about 285 tokens. The rest of a row is for the prompt.
+        # A picture takes about 285 tokens. The rest of a row is for the prompt.
         data=DataConfig((), 320, packing=0),
         batch_size=256,
         steps=400,

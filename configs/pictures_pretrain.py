@@ -1,4 +1,4 @@
-"""Pretrains the decoder of the embedded model of 64x64 pixels (22.4 M parameters) on everything that it does.
+"""Pretrains the decoder of the embedded model, of 64x64 pixels (22.4 M parameters), on everything that it does.
 
     python scripts/build_pictures.py out/pictures64
     python scripts/emoji_bundle.py scripts/picture_data/tokenizer -o out/pictures_start

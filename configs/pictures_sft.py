@@ -1,4 +1,4 @@
-"""Fine-tunes the 64-pixel model after configs/pictures_pretrain.py. The loss counts only what the model is asked for.
+"""Fine-tunes the embedded model after configs/pictures_pretrain.py. The loss counts only what the model is asked for.
 
 emu3-jax train configs/pictures_sft.py
 emu3-jax evaluate configs/eval_pictures.py --set model=out/pictures_sft/model

@@ -1,4 +1,4 @@
-"""Trains the vision tokenizer of the embedded model (2.9 M parameters) on emoji of 32x32 pixels and clips.
+"""Trains the vision tokenizer of the former embedded model (2.9 M parameters) on emoji of 32x32 pixels and clips.
 
 python scripts/build_emoji.py out/emoji
 emu3-jax train configs/vision_emoji.py

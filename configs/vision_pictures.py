@@ -1,4 +1,4 @@
-"""Trains the vision tokenizer of the next embedded model on pictures of 64x64 pixels and clips.
+"""Trains the vision tokenizer of the embedded model (4.1 M parameters) on pictures of 64x64 pixels and clips.
 
 python scripts/build_pictures.py out/pictures64
 emu3-jax train configs/vision_pictures.py

@@ -43,7 +43,7 @@ def load(
 
     Args:
         model: directory of a bundle (`emu3-jax convert` makes one), or None for the embedded model, a small model that
-            generates and describes emoji.
+            generates and describes emoji, drawings and coloured shapes.
         adapter: directory of a LoRA adapter, from `emu3-jax train --adapter-only` or PEFT. It is merged into the
             decoder's weights in float32, one array at a time, and needs no memory afterwards.
         vision: source of the vision tokenizer, if not `model`: another bundle, or a loaded model, which then shares its

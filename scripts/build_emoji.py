@@ -1,10 +1,11 @@
-"""Builds the data of the embedded model: captioned emoji pictures and clips from open packages, and coloured shapes.
+"""Builds captioned emoji pictures and clips from open packages, and coloured shapes.
 
 python scripts/build_emoji.py out/emoji
 
-The directory gets pictures/, clips/, procedural/, items.jsonl, manifests (*.jsonl), NOTICE and summary.json. The script
-needs the extra `emoji`, and npm to download packages that are not in the cache (about 760 MB in all; 30 MB with
---no-clips).
+At 32x32 pixels these were the data of the former embedded model. scripts/build_pictures.py makes those of the one that
+the package has; they include what this script makes with --size 64. The directory gets pictures/, clips/, procedural/,
+items.jsonl, manifests (*.jsonl), NOTICE and summary.json. The script needs the extra `emoji`, and npm to download
+packages that are not in the cache (about 760 MB in all; 30 MB with --no-clips).
 """
 
 import argparse

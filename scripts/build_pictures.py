@@ -1,4 +1,4 @@
-"""Builds the larger data set: emoji at 64x64 pixels, open icons and clip art, scenes of shapes, edits and stories.
+"""Builds the data of the embedded model: emoji at 64x64 pixels, icons, clip art, scenes of shapes, edits and stories.
 
 python scripts/build_pictures.py out/pictures64
 

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Trains the embedded model from scratch, under out/: data, vision tokenizer, token data, decoder, evaluation. You may
-# stop the script and start it again: steps whose result exists are skipped, and training resumes from its newest
-# checkpoint. Training the vision tokenizer takes some minutes on one H100. VISION, PRETRAIN, SFT and EVALUATE may hold
-# further options, for example: VISION="--set steps=100" bash scripts/emoji_model.sh
+# Trains the former embedded model, of 32x32 pixels, from scratch, under out/: data, vision tokenizer, token data,
+# decoder, evaluation. scripts/pictures_model.sh trains the one that the package has. You may stop the script and start
+# it again: steps whose result exists are skipped, and training resumes from its newest checkpoint. Training the vision
+# tokenizer takes some minutes on one H100. VISION, PRETRAIN, SFT and EVALUATE may hold further options, for example:
+#     VISION="--set steps=100" bash scripts/emoji_model.sh
 # shellcheck disable=SC2086 # VISION and the others hold several words
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -25,7 +25,7 @@ from emu3_jax.evaluation.procedural import BACKGROUNDS, COLOURS, Still, Variatio
 from emu3_jax.files import new_directory
 from emu3_jax.progress import each
 
-SIDE = 32  # pixels of the embedded model's pictures
+SIDE = 64  # pixels of the embedded model's pictures
 _SIZES = (16, 512)
 HELD_OUT = 256  # documents of each held-out set
 # With exact drawings alone, a model learns the 1,440 pictures by heart, and reads a given picture of a new subject as

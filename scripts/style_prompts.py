@@ -1,11 +1,12 @@
 """Writes prompts for preference tuning of the embedded model: emoji in styles that its training did not show.
 
-    python scripts/style_prompts.py out/emoji -o out/style_prompts.txt
-    python scripts/style_prompts.py out/emoji --kinds held-out undrawn seen --count 1000 -o out/style_prompts.txt
+    python scripts/style_prompts.py DIR -o out/style_prompts.txt
+    python scripts/style_prompts.py DIR --kinds held-out undrawn seen --count 1000 -o out/style_prompts.txt
     emu3-jax sample out/style_prompts.txt -n 8 -o out/style_samples
-    emu3-jax score out/style_samples --reward judge --data out/emoji
+    emu3-jax score out/style_samples --reward judge --data DIR
 
-DIR is the data of scripts/build_emoji.py. The kinds of prompts are:
+DIR is the data of scripts/build_emoji.py at the size of the model's pictures. For the embedded model that is
+out/pictures64/emoji, which scripts/build_pictures.py writes. The kinds of prompts are:
 
 - held-out: the thing has a picture in this style, but training did not see it
 - undrawn: the thing has no picture in this style

@@ -1,11 +1,12 @@
-"""Builds captioned pictures of two coloured shapes, to fine-tune the embedded model on.
+"""Builds captioned pictures of two coloured shapes, to fine-tune a small model on.
 
 python scripts/two_shapes.py out/two_shapes
 
 The directory gets pictures/, a manifest train.jsonl that `emu3-jax prepare` reads, and summary.json. The places, sizes
 and colours of the shapes vary a little. The pairs of shapes that configs/eval_two_shapes.py asks for are never drawn.
 For configs/grpo_emoji.py it gets prompts.txt, the captions of the pictures, and held_out.txt, captions of pairs that
-are never drawn. configs/two_shapes_sft.py says how to train on the result. The script downloads nothing.
+are never drawn. configs/two_shapes_sft.py says how to train a model of 32x32 pixels on the result; for other models
+give --size. The script downloads nothing.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Data that teach the embedded model more: pictures of two shapes, and prompts in styles that training did not show."""
+"""Data that teach a small model more: pictures of two shapes, and prompts in styles that training did not show."""
 
 import importlib
 import json
@@ -97,7 +97,7 @@ def test_the_stage_keeps_the_emoji_data():
     (new, *others), total = stage.data.sources, sum(source.weight for source in stage.data.sources)
     assert new.path == "out/two_shapes_tokens/train" and tuple(others) == before.data.sources
     assert 0.2 < new.weight / total < 0.3
-    assert not stage.model.random and pathlib.Path(stage.model.bundle).is_dir() and stage.steps < before.steps
+    assert not stage.model.random and stage.model.bundle == f"{before.directory}/model" and stage.steps < before.steps
 
 
 # ------------------------------------------------------------------------------------------------ prompts in styles

@@ -3,7 +3,8 @@
 Give one question for all files, or one question per file. With --together, or without --prompt, all files are shown in
 one conversation. Without --prompt, questions are read from standard input, one a line.
 
-The small embedded model was trained on few questions, such as "Describe the image.". Its answers are often wrong.
+The small embedded model was trained on few questions: "Describe the image.", "What is this?", "What category is this?",
+"What style is this?", "What colour is it?", and questions about shapes and clips. Its answers are often wrong.
 
 examples:
   emu3-jax chat out/000.png --prompt "Describe the image."

@@ -8,7 +8,7 @@ own scorer reads them. Run the same command again after an interruption: it keep
 slice or under Slurm, start it on every host; elsewhere give each host --host and --hosts.
 
 examples:
-  emu3-jax evaluate configs/eval_emoji.py -o evaluation
+  emu3-jax evaluate configs/eval_two_shapes.py -o evaluation
   emu3-jax evaluate configs/eval_reconstruction.py --set data=photos
   emu3-jax evaluate --harness geneval --prompts evaluation_metadata.jsonl -o geneval
 """

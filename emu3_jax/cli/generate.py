@@ -1,13 +1,14 @@
 """Generate pictures from prompts: DIR/000.png and so on.
 
-The small embedded model knows two kinds of prompts: "STYLE emoji of THING" (styles: 3d, flat, noto, twemoji, vintage),
-and shapes such as "a large blue star on a white background".
+The small embedded model knows prompts such as "a cat", "flag of Japan", "clipart of a house", "noto emoji of pizza" (or
+3d, flat, twemoji, vintage), "a large blue star on a white background" and "a blue star above a red heart on a white
+background". It was trained on no photographs.
 
 With -n N, the first N pictures show the first prompt, the next N the second one. The first picture has the seed --seed,
 and each next one adds 1. To make one picture again, pass its seed: --seed plus its number.
 
 examples:
-  emu3-jax generate "3d emoji of red heart" "a large blue star on a white background" -o out
+  emu3-jax generate "a cat" "a large blue star on a white background" -o out
   emu3-jax generate "twemoji emoji of strawberry" -n 4 --seed 7 --guidance 5 -o strawberries
   emu3-jax generate --prompts-file prompts.txt --format webp --json -o out
 """

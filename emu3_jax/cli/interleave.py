@@ -1,9 +1,10 @@
 """Write texts and pictures in turn: DIR/000.md with its pictures DIR/000_0.png and so on, one document per TEXT.
 
-It needs a model that was trained to write them, such as Emu3.5. The model decides where a picture begins and when the
-document ends.
+It needs a model that was trained to write them, such as Emu3.5. The small embedded model tells stories of coloured
+shapes, and edits pictures of one shape. The model decides where a picture begins and when the document ends.
 
 examples:
+  emu3-jax interleave "Tell a story in three pictures about a large purple triangle" -o out
   emu3-jax interleave "How to cook dumplings" --task howto --model emu35 -o out
   emu3-jax interleave "Make it green" --task x2i --image photo.png --model emu35-image -o out
 """

@@ -46,7 +46,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--data",
         type=common.path,
         metavar="DIR",
-        help="evaluation data of the reward judge, from scripts/build_emoji.py (default: out/emoji)",
+        help="evaluation data of the reward judge, from scripts/build_emoji.py; its pictures need the size of the "
+        "model's (default: out/emoji)",
     )
     add_hosts(command)
     group = common.section(command, "model")

@@ -1,6 +1,7 @@
 """Generate a clip for each prompt, or continue a clip: DIR/000.webp and so on.
 
-No published weights generate clips. Use the embedded model, or one that you trained on clips.
+No published weights generate clips. Use the embedded model, or one that you trained on clips. The embedded model knows
+"animated emoji of THING" and moving shapes, in clips of eight frames.
 
 examples:
   emu3-jax video "a small blue circle moves right on a white background" -o clips

@@ -109,8 +109,8 @@ class EvaluateConfig:
         model: directory of the bundle, or None for the embedded model.
         adapter: directory of a LoRA adapter to merge into the model, or None.
         quantize: quantisation of the decoder's weights and KV cache, as in `emu3_jax.load`, or None.
-        data: directory with items.jsonl, written by scripts/build_emoji.py. If "reconstruction" is the only figure
-            that needs data, also a folder of pictures.
+        data: directory with items.jsonl, written by scripts/build_emoji.py or scripts/build_pictures.py. If
+            "reconstruction" is the only figure that needs data, also a folder of pictures.
         figures: names of the figures to measure, from `FIGURES` and `FURTHER_FIGURES`.
         groups: groups of emoji to generate, describe and judge. The figures "reconstruction" and "people_prompts" use
             all groups.

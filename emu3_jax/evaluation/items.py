@@ -18,7 +18,7 @@ from emu3_jax.progress import Progress, each
 
 ITEMS = "items.jsonl"
 _KINDS = {"picture": (), "clip": (), "procedural_picture": ("position",), "procedural_clip": ("motion",)}
-_MAX_BYTES = 1 << 28  # largest items.jsonl; the embedded model's data has 6 MB
+_MAX_BYTES = 1 << 28  # largest items.jsonl; that of the embedded model's data has 9 MB
 _SCENE = ("colour", "shape")
 T = TypeVar("T")
 _BUILD = "build the data again (python scripts/build_emoji.py DIR)"

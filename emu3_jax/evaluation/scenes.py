@@ -15,7 +15,7 @@ import numpy as np
 from emu3_jax.evaluation import procedural
 from emu3_jax.evaluation.procedural import Still
 
-NUMBERS = {2: "two", 3: "three"}  # pictures of a story; three take about 950 of the embedded model's 1,024 positions
+NUMBERS = {2: "two", 3: "three"}  # pictures of a story; three take about 950 of the embedded model's 2,048 positions
 
 # Colour and shape of the subjects that training does not see in stories and edits.
 UNSEEN = (
