@@ -338,18 +338,15 @@ def test_kernel_restarts_and_the_cell_passes(tmp_path, kernel):
 
 
 def test_generate_and_chat(tmp_path, kernel):
-    from emu3_jax.evaluation.procedural import Still
-
     expression = "[prompts, answers, [p.info['guidance'] for p in guided], [list(p.getdata())[:9] for p in guided]]"
     # In bfloat16 a CPU that multiplies bfloat16 draws other pictures than one that does not.
     exact = {"model = emu3_jax.load()": 'model = emu3_jax.load(dtype="float32")'}
     done = Executed("01_generate_and_chat", tmp_path, kernel, expression, exact)
     prompts, answers, guidance, pixels = done.values
-    assert Still("red", "heart", "small", "black", "top").caption == prompts[3] == answers[3]
-    assert "rainbow" in answers[0] and "tiger" in answers[2]
+    assert answers[3] == prompts[3] and "hamburger" in answers[1] and "tiger" in answers[2]
     assert guidance == ["1", "2", "3", "5"] and len({str(row) for row in pixels}) > 1
-    assert "Describe the image. -> a large blue circle on the left of a white background" in done.printed
-    assert "What colour is the shape? -> blue" in done.printed
+    seen = "from left to right: a blue circle, a red square and a green circle on a white background"
+    assert f"Describe the image. -> {seen}" in done.printed and "How many shapes are there? -> three" in done.printed
     assert done.images == 3
 
 
@@ -427,7 +424,7 @@ def test_finetune(tmp_path, kernel):
     expression = "[losses, distance(before), distance(after), size, list(shown.values())]"
     done = Executed("03_finetune", tmp_path, kernel, expression)
     losses, before, after, size, captions = done.values
-    assert len(losses) == 20 and losses[0] > 5 and losses[-1] < 1
+    assert len(losses) == 20 and losses[0] > 3 and losses[-1] < 1
     assert before > 60 and after < 15  # of 255 levels: emoji before, the flags after
     assert 1e6 < size < 10e6
     assert f"before {before:.1f}, after {after:.1f}" in done.printed
