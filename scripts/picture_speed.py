@@ -7,6 +7,7 @@ The prompts suit the embedded models of this project. The script prints the medi
 """
 
 import argparse
+import functools
 import pathlib
 import statistics
 import time
@@ -14,7 +15,8 @@ import time
 import emu3_jax
 from emu3_jax.cli.common import parallel, whole
 
-PICTURE, CLIP, FRAMES = "3d emoji of rainbow", "a large yellow heart moves right on a black background", 8
+PICTURES = ("3d emoji of rainbow", "a red car", "a dog", "flag of Japan")
+CLIPS, FRAMES = ("a large yellow heart moves right on a black background",), 8
 
 
 def main() -> None:
@@ -30,21 +32,18 @@ def main() -> None:
         model, name = emu3_jax.load(bundle), str(bundle or "embedded")
         for window in options.parallel:
             settings = {"parallel": window, "progress": False}
-            jobs[f"{name}: picture, {window}"] = lambda seed, model=model, settings=settings: model.generate(
-                PICTURE, seed=seed, **settings
-            )
-            jobs[f"{name}: clip, {window}"] = lambda seed, model=model, settings=settings: model.generate_clips(
-                CLIP, frames=FRAMES, seed=seed, **settings
-            )
+            jobs[f"{name}: picture, {window}"] = PICTURES, functools.partial(model.generate, **settings)
+            jobs[f"{name}: clip, {window}"] = CLIPS, functools.partial(model.generate_clips, frames=FRAMES, **settings)
     seconds = {name: [] for name in jobs}
-    for run in range(options.runs + 1):  # the first run warms up
-        for name, job in jobs.items():
-            began = time.perf_counter()
-            job(run)
-            seconds[name].append(time.perf_counter() - began)
+    for run in range(options.runs + 1):
+        for name, (prompts, make) in jobs.items():
+            for prompt in prompts:
+                began = time.perf_counter()
+                make(prompt, seed=run)
+                if run:  # the first run warms up
+                    seconds[name].append(time.perf_counter() - began)
     for name, found in seconds.items():
-        after = found[1:]
-        print(f"{name}: {statistics.median(after):.2f} s ({min(after):.2f} to {max(after):.2f})")
+        print(f"{name}: {statistics.median(found):.2f} s ({min(found):.2f} to {max(found):.2f})")
 
 
 if __name__ == "__main__":
