@@ -172,7 +172,7 @@ def test_a_negative_prompt_that_is_not_legal_is_no_lines_fault(model, geneval_fi
 def test_illegal_options_leave_no_claim(model, geneval_file, tmp_path):
     """Else the corrected command would be told that the directory holds pictures of another run."""
     items = read_items("geneval", geneval_file)
-    with pytest.raises(Emu3Error, match="area is 7: at ratio 1:1 it must be at least 9 pixels"):
+    with pytest.raises(Emu3Error, match="area is 7: at ratio 1:1 it must be at least 36 pixels"):
         draw(model, "geneval", items, tmp_path / "out", **OPTIONS, area=7)
     assert not (tmp_path / "out").exists()
 
