@@ -1,8 +1,7 @@
 """Makes a trained bundle the embedded model of the package.
 
     emu3-jax quantize out/pictures_sft/model --quantize int8-weights -o out/pictures_int8
-    python scripts/embedded_assets.py out/evaluation_pictures/evaluation.json --bundle out/pictures_int8 \\
-        --about scripts/picture_data
+    python scripts/embedded_assets.py out/evaluation_pictures/evaluation.json --bundle out/pictures_int8
 
 The script writes emu3_jax/assets/emoji: the compressed bundle, CARD.md with the figures, NOTICE and SHA256SUMS. Commit
 the directory only if you want to keep these weights. Without --bundle, the script keeps the weights and writes only
@@ -30,7 +29,8 @@ from emu3_jax.errors import Emu3Error
 from emu3_jax.files import new_directory
 
 LIMIT = 30_000_000  # largest size of the whole directory, in bytes
-ABOUT = pathlib.Path(__file__).parent / "emoji_data"
+EMOJI = pathlib.Path(__file__).parent / "emoji_data"  # about the former embedded model, of 32x32 pixels
+ABOUT = EMOJI.with_name("picture_data")
 NOTICE_OF_WEIGHTS = "The weights in this directory were learned from a data set. Its sources:\n\n"
 
 CARD = """{about}## Figures on data that it never saw
@@ -225,9 +225,9 @@ def write_card(assets: pathlib.Path, figures: dict[str, Any], about: pathlib.Pat
 def _notice(about: pathlib.Path) -> str:
     """What the data's notice says. All data hold emoji, whose notice follows."""
     notice = (about / "notice.txt").read_text()
-    if about == ABOUT:
+    if about == EMOJI:
         return notice
-    return notice.replace("emoji/NOTICE", "the notice below") + "\n" + (ABOUT / "notice.txt").read_text()
+    return notice.replace("emoji/NOTICE", "the notice below") + "\n" + (EMOJI / "notice.txt").read_text()
 
 
 def _held(path: tuple[str, ...], array: np.ndarray) -> LazyArray:

@@ -46,8 +46,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--data",
         type=common.path,
         metavar="DIR",
-        help="evaluation data of the reward judge, from scripts/build_emoji.py; its pictures need the size of the "
-        "model's (default: out/emoji)",
+        help="evaluation data of the reward judge, from scripts/build_pictures.py or scripts/build_emoji.py; its "
+        "pictures need the size of the model's (default: out/pictures64/emoji)",
     )
     add_hosts(command)
     group = common.section(command, "model")
@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> None:
     samples = Samples(options.samples)
     vision = load_encoder(open_bundle(options.model, verify=options.verify)).vision
     if options.reward == "judge":
-        settings = judge_settings(options.data or pathlib.Path("out/emoji"), vision, progress=progress)
+        settings = judge_settings(options.data or pathlib.Path("out/pictures64/emoji"), vision, progress=progress)
         reward = Reward.parse(options.reward, options.name, settings)
     with RewardPool(reward, workers=options.workers, timeout=options.timeout, batch_size=options.batch_size) as pool:
         outcome = score(

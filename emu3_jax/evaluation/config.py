@@ -137,7 +137,7 @@ class EvaluateConfig:
     model: str | None = None
     adapter: str | None = None
     quantize: str | None = None
-    data: str = "out/emoji"
+    data: str = "out/pictures64"
     figures: tuple[str, ...] = FIGURES
     groups: tuple[str, ...] = GROUPS
     cases: int | None = None
