@@ -13,6 +13,7 @@ python=${PYTHON:-.venv/bin/python}
 emu3_jax() { "$python" -m emu3_jax.cli.main "$@"; }
 
 [ -d out/pictures64 ] || "$python" scripts/build_pictures.py out/pictures64
+[ -f out/pictures64/views_questions.jsonl ] || "$python" scripts/picture_views.py out/pictures64
 tokenizer=scripts/picture_data/tokenizer
 if [ -n "${VISION+set}" ]; then
     tokenizer=out/vision_pictures/model
@@ -21,7 +22,7 @@ fi
 [ -d out/pictures_start ] || "$python" scripts/emoji_bundle.py $tokenizer -o out/pictures_start
 for set in {prompts,questions}_train prompts_heldout questions_heldout_style two_shapes/train \
     arrangements/{train,questions_train,heldout} stories/{stories,edits}_{train,heldout} \
-    emoji/{t2i_upright,clip_train,clip_questions,text_train,clip_heldout}; do
+    emoji/{t2i_upright,clip_train,clip_questions,text_train,clip_heldout} views_{questions,clips,clip_questions}; do
     [ -f out/pictures_tokens/$set/index.json ] ||
         emu3_jax prepare out/pictures64/$set.jsonl --model out/pictures_start --keep-size -o out/pictures_tokens/$set
 done

@@ -239,6 +239,8 @@ def test_from_end_to_end(evaluate, config, capsys, tmp_path):
     said = figures["image_to_text"]
     assert said["description"]["cases"] == said["category"]["cases"] == 3
     assert said["description"]["label_exact"] == 0 and said["category"]["always_the_commonest"] == 1
+    assert said["shapes"]["cases"] == said["clips"]["cases"] == 1
+    assert "position_right" in said["shapes"] and "motion_right" in said["clips"]
     drawn = figures["procedural"]
     assert list(drawn) == ["stills", "clips", "extensions"]
     for name, part in drawn.items():

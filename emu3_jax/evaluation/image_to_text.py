@@ -25,7 +25,7 @@ def parse(answer: str) -> tuple[str, str]:
 def measure(
     model: Emu3, data: Data, config: EvaluateConfig, *, skipped: dict[str, str], progress: bool | None
 ) -> tuple[dict[str, Any], list[Section]]:
-    """Measures answers on held-out data: descriptions of pictures, categories of pictures, descriptions of clips.
+    """Measures answers on held-out data: descriptions and categories of pictures, descriptions of shapes and clips.
 
     Args:
         model: model to evaluate.
@@ -42,7 +42,7 @@ def measure(
 
     def ask(name: str, kind: str, split: str, question: str) -> tuple[list[Item], list[str]]:
         moving = kind == "procedural_clip"
-        groups = None if moving else config.groups
+        groups = None if kind.startswith("procedural") else config.groups
         cases = choose(data.where(kind, split, groups), config.cases, config.seed, f"image_to_text.{name}")
         if not cases:
             skipped[f"image_to_text.{name}"] = (
@@ -79,14 +79,19 @@ def measure(
             "always_the_commonest": float(counts.max() / len(cases)),
         }
         show(CATEGORY, "Pictures of held-out concepts. Green: the category is right.", cases, answers, right)
-    cases, answers = ask("clips", "procedural_clip", "triple", DESCRIBE_CLIP)
-    if cases:
-        right = [answer == item.label for item, answer in zip(cases, answers, strict=True)]
-        figures["clips"] = {"cases": len(cases), "caption_exact": float(np.mean(right))}
-        for name in cases[0].scene:
-            said = [item.scene[name] in answer for item, answer in zip(cases, answers, strict=True)]
-            figures["clips"][f"{name}_right"] = float(np.mean(said))
-        show(DESCRIBE_CLIP, "Clips of held-out triples. Green: the whole answer is right.", cases, answers, right)
+    for name, kind, question in (
+        ("shapes", "procedural_picture", DESCRIBE),
+        ("clips", "procedural_clip", DESCRIBE_CLIP),
+    ):
+        cases, answers = ask(name, kind, "triple", question)
+        if cases:
+            right = [answer == item.label for item, answer in zip(cases, answers, strict=True)]
+            figures[name] = {"cases": len(cases), "caption_exact": float(np.mean(right))}
+            for part in cases[0].scene:
+                said = [item.scene[part] in answer for item, answer in zip(cases, answers, strict=True)]
+                figures[name][f"{part}_right"] = float(np.mean(said))
+            text = f"Held-out {name}: no training has this colour, shape and {part}. Green: the whole answer is right."
+            show(question, text, cases, answers, right)
     return figures, sections
 
 

@@ -123,7 +123,7 @@ def rasterise_still(still: Still, side: int, variation: Variation = Variation())
     return _paint(still, mask, variation.tint, variation.ground_tint)
 
 
-def rasterise_clip(clip: Motion, side: int) -> np.ndarray:
+def rasterise_clip(clip: Motion, side: int, variation: Variation = Variation()) -> np.ndarray:
     """Rasterises a clip to uint8 [FRAMES, side, side, 3]. A growing shape has its named size in the first frame."""
     radius = SIZES[clip.size]
     frames = []
@@ -132,9 +132,10 @@ def rasterise_clip(clip: Motion, side: int) -> np.ndarray:
         x, y = _place(_DIRECTIONS.get(clip.motion, (0, 0)), radius)
         x, y = (0.5 + (2 * share - 1) * (x - 0.5), 0.5 + (2 * share - 1) * (y - 0.5))
         scale = 1 + (_GROWTH - 1) * share if clip.motion == "grows" else 1.0
-        mask = _mask(clip.shape, side, x, y, radius * scale)
+        x, y = x + variation.shift[0], y + variation.shift[1]
+        mask = _mask(clip.shape, side, x, y, radius * scale * variation.scale)
         hidden = clip.motion == "blinks" and not _BLINK[number]
-        frames.append(_paint(clip, np.zeros_like(mask) if hidden else mask))
+        frames.append(_paint(clip, np.zeros_like(mask) if hidden else mask, variation.tint, variation.ground_tint))
     return np.stack(frames)
 
 

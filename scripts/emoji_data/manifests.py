@@ -83,6 +83,20 @@ def caption(item: Item) -> str:
     return item["label"] if item["kind"].startswith("procedural") else f"{item['style']} emoji of {item['label']}"
 
 
+def about(item: Item) -> dict[str, str]:
+    """The questions about a picture or clip, with their answers."""
+    moving = item["kind"].endswith("clip")
+    asked = {_DESCRIBE_CLIP if moving else _DESCRIBE: caption(item)}
+    if item["kind"].startswith("procedural"):
+        asked |= {"What colour is the shape?": item["colour"], "What shape is this?": item["shape"]}
+        asked |= {"What does the shape do?": item["motion"]} if moving else {"Where is the shape?": item["position"]}
+        return asked
+    asked["What category is this?"] = item["group"]
+    if not moving:
+        asked["What style is this?"] = item["style"]
+    return asked
+
+
 def _line(item: Item, ending: str, file: str, **content) -> Line:
     medium = "clip" if item["kind"].endswith("clip") else "image"
     return {medium: file, **content, "name": item["name"] + ending}
@@ -111,19 +125,7 @@ def _caption_lines(item: Item, seed: int, views: list[str]) -> Iterator[Line]:
 
 def _question_lines(item: Item, views: list[str]) -> Iterator[Line]:
     """A conversation for each question that the item answers, over each of `views`."""
-    if item["kind"] == "procedural_picture":
-        asked = {
-            _DESCRIBE: caption(item),
-            "What colour is the shape?": item["colour"],
-            "What shape is this?": item["shape"],
-            "Where is the shape?": item["position"],
-        }
-    else:
-        asked = {
-            _DESCRIBE: caption(item),
-            "What category is this?": item["group"],
-            "What style is this?": item["style"],
-        }
+    asked = about(item)
     pairs = itertools.product(views, asked.items())
     for number, (file, (question, answer)) in enumerate(pairs):
         turns = [{"role": "user", "text": question}, {"role": "assistant", "text": answer}]
@@ -132,15 +134,7 @@ def _question_lines(item: Item, views: list[str]) -> Iterator[Line]:
 
 def _clip_conversations(item: Item, seed: int) -> Iterator[Line]:
     """All questions about a clip, one after the other in one conversation, each time in another order."""
-    if item["kind"] == "procedural_clip":
-        asked = {
-            _DESCRIBE_CLIP: caption(item),
-            "What colour is the shape?": item["colour"],
-            "What shape is this?": item["shape"],
-            "What does the shape do?": item["motion"],
-        }
-    else:
-        asked = {_DESCRIBE_CLIP: caption(item), "What category is this?": item["group"]}
+    asked = about(item)
     orders = list(itertools.permutations(asked.items()))
     random.Random(f"{seed} {item['name']} questions").shuffle(orders)
     for number, pairs in enumerate(orders[:_CLIP_CONVERSATIONS]):

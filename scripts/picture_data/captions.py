@@ -83,8 +83,9 @@ def _prompts(item: dict) -> Iterator[dict]:
         yield {"image": files[number % len(files)], "text": text, "name": f"{item['name']}#{number}"}
 
 
-def _questions(item: dict) -> Iterator[dict]:
-    asked = {
+def asked(item: dict) -> dict[str, str]:
+    """The questions about a picture, with their answers."""
+    questions = {
         "Describe the image.": caption(item),
         "What is this?": item["phrase"],
         "What category is this?": item["group"],
@@ -92,8 +93,12 @@ def _questions(item: dict) -> Iterator[dict]:
     }
     colour = _colour(item)
     if colour:
-        asked["What colour is it?"] = colour
-    for number, (file, (question, answer)) in enumerate(itertools.product(_files(item), asked.items())):
+        questions["What colour is it?"] = colour
+    return questions
+
+
+def _questions(item: dict) -> Iterator[dict]:
+    for number, (file, (question, answer)) in enumerate(itertools.product(_files(item), asked(item).items())):
         turns = [{"role": "user", "text": question}, {"role": "assistant", "text": answer}]
         yield {"image": file, "conversation": turns, "name": f"{item['name']}#{number}"}
 
