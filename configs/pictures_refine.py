@@ -5,7 +5,7 @@
     emu3-jax train configs/pictures_refine.py
     emu3-jax evaluate configs/eval_pictures.py --set model=out/pictures_refine/model
 
-SET stands for views_questions, views_clips and views_clip_questions.
+SET stands for views_questions and views_clips.
 """
 
 import dataclasses
@@ -19,17 +19,16 @@ from emu3_jax.training.config import OptimizerConfig, TrainConfig
 PRETRAINING = runpy.run_path(str(pathlib.Path(__file__).with_name("pictures_pretrain.py")))
 SFT = runpy.run_path(str(pathlib.Path(__file__).with_name("pictures_sft.py")))
 TOKENS = PRETRAINING["TOKENS"]
-REPLACED = [f"{TOKENS}/{name}" for name in ("questions_train", "emoji/clip_train", "emoji/clip_questions")]
+WEIGHTS = {f"{TOKENS}/questions_train": 1.0, f"{TOKENS}/emoji/clip_train": 0.5}  # of what now has further views
 
 
 def sources() -> tuple[Source, ...]:
-    """The sources of the fine-tuning before, with views in place of those `REPLACED`."""
+    """The sources of the fine-tuning before, and the views."""
     kept = PRETRAINING["sources"]("vision", drawn=1.5)
     return (
-        *(source for source in kept if source.path not in REPLACED),
-        Source(f"{TOKENS}/views_questions", ImageToText(), weight=8.0, parts=5),
-        Source(f"{TOKENS}/views_clips", NextFrame(loss="vision", prompt_dropout=0.1, eos=True), weight=2.5, parts=3),
-        Source(f"{TOKENS}/views_clip_questions", ImageToText(), weight=0.5, parts=3),
+        *(dataclasses.replace(source, weight=WEIGHTS.get(source.path, source.weight)) for source in kept),
+        Source(f"{TOKENS}/views_questions", ImageToText(), weight=7.0, parts=5),
+        Source(f"{TOKENS}/views_clips", NextFrame(loss="vision", prompt_dropout=0.1, eos=True), weight=2.0, parts=3),
     )
 
 

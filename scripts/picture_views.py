@@ -2,23 +2,27 @@
 
 python scripts/picture_views.py out/pictures64
 
-The directory gets views/ with pictures and clips, and three manifests: views_questions.jsonl (all questions about a
-picture in one conversation, in random order), views_clips.jsonl and views_clip_questions.jsonl. Only items of the
-training have views, with the captions and answers of the items. A view is turned by at most 12 degrees, moved, larger
-or smaller, with other gamma and saturation. Views of shapes are drawn anew, with `procedural.Variation`.
+The directory gets views/ with pictures and clips, and two manifests: views_questions.jsonl, with all questions about a
+picture in one conversation, in random order, and views_clips.jsonl. Only items of the training have views, with the
+captions and answers of the items. A view is turned by at most 12 degrees, moved, larger or smaller, with other gamma
+and saturation. Views of shapes are drawn anew, with `procedural.Variation`.
 """
 
 import argparse
+import concurrent.futures
+import contextlib
 import dataclasses
+import functools
 import itertools
 import json
+import multiprocessing
+import os
 import pathlib
 import random
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
-from build_emoji import PROCEDURAL_FPS
 from emoji_data.manifests import about, caption, write_lines
 from picture_data.captions import GROUPS, asked
 from PIL import Image, ImageEnhance
@@ -27,86 +31,72 @@ from emu3_jax.errors import Emu3Error
 from emu3_jax.evaluation import procedural
 from emu3_jax.files import new_directory
 from emu3_jax.foreign import read_bytes
-from emu3_jax.media.clips import load_clip, save_clip
-from emu3_jax.progress import each
+from emu3_jax.media.clips import Clip, load_clip, save_clip
+from emu3_jax.media.images import load_image
+from emu3_jax.progress import Progress
 
 DIRECTORY = "views"
+# Views to add of each item.
+AMOUNTS = {"picture": 16, "procedural_picture": 4, "clip": 4, "procedural_clip": 3}
 _BYTES_PER_VIEW = 20_000  # a generous bound for the disk check
 _TURN = 12.0  # degrees
-_SIZE = (0.72, 1.12)
+_SIZE = (0.7, 1.4)
 _SATURATION = (0.6, 1.4)
 _GAMMA = (0.75, 1.33)
 
 
-@dataclasses.dataclass(frozen=True)
-class Amounts:
-    """How many views to add of each item."""
-
-    pictures: int = 10
-    shapes: int = 4
-    clips: int = 4
-    moving_shapes: int = 3
-
-
-def build(data: pathlib.Path, *, amounts: Amounts = Amounts(), seed: int = 1) -> dict[str, int]:
-    """Writes all views and manifests, or nothing, and returns the number of lines of each manifest.
+def build(
+    data: pathlib.Path, *, amounts: Mapping[str, int] = AMOUNTS, seed: int = 1, workers: int = 1
+) -> dict[str, int]:
+    """Writes all views and manifests, and returns the number of lines of each manifest.
 
     Args:
         data: directory that scripts/build_pictures.py wrote.
-        amounts: views of each item.
+        amounts: views to add of each item of a kind.
         seed: of the views and of the order of questions.
+        workers: processes that draw.
 
     Raises:
         Emu3Error: `data` is no such directory, has views already, or cannot be written.
     """
     text = read_bytes(data / "items.jsonl", 1 << 28, "build the data first (python scripts/build_pictures.py DIR)")
     items = [item for item in map(json.loads, text.splitlines()) if item["split"] == "train"]
-    kinds = {kind: [item for item in items if item["kind"] == kind] for kind in {item["kind"] for item in items}}
-    drawings = [item for item in kinds.get("picture", ()) if item["group"] in GROUPS]
-    count = len(drawings) * amounts.pictures + sum(map(len, kinds.values())) * 8
-    lines: dict[str, list[dict]] = {"questions": [], "clips": [], "clip_questions": []}
-    with new_directory(data / DIRECTORY, count * _BYTES_PER_VIEW) as target:
-        for folder in ("pictures", "shapes", "clips", "moving_shapes"):
-            (target / folder).mkdir()
-        for number, item in enumerate(each(drawings, True, "drawings", name="pictures")):
-            chance = random.Random(f"{seed} {item['name']}")
-            shown = [item["file"], *item.get("views", ()), *item.get("closeups", ())]
-            with Image.open(data / item["file"]) as picture:
-                picture = picture.convert("RGB")
-            for view in range(amounts.pictures):
-                file = f"pictures/{number:05}_{view}.webp"
-                View.draw(chance).apply(picture).save(target / file, lossless=True, method=0)
-                shown.append(f"{DIRECTORY}/{file}")
-            lines["questions"] += _conversations(item["name"], "image", shown, asked(item), chance)
-        for item in each(kinds.get("procedural_picture", ()), True, "scenes", name="shapes"):
-            chance, shown = random.Random(f"{seed} {item['name']}"), [item["file"]]
-            still = procedural.Still(**{field.name: item[field.name] for field in dataclasses.fields(procedural.Still)})
-            for view in range(amounts.shapes):
-                file = f"shapes/{pathlib.PurePath(item['name']).name}_{view}.webp"
-                pixels = procedural.rasterise_still(still, _side(data, item), _variation(chance))
-                Image.fromarray(pixels).save(target / file, lossless=True, method=0)
-                shown.append(f"{DIRECTORY}/{file}")
-            lines["questions"] += _conversations(item["name"], "image", shown, about(item), chance)
-        for kind, amount in (("clip", amounts.clips), ("procedural_clip", amounts.moving_shapes)):
-            for item in each(kinds.get(kind, ()), True, "clips", name="clips"):
-                chance = random.Random(f"{seed} {item['name']}")
-                shown = [item["file"]]
-                for view, (frames, fps) in enumerate(_clips(data, item, amount, chance)):
-                    folder = "clips" if kind == "clip" else "moving_shapes"
-                    file = f"{folder}/{pathlib.PurePath(item['name']).name}_{view}.webp"
-                    save_clip(frames, target / file, fps)
-                    if np.array_equal(load_clip(target / file).frames, frames):
-                        shown.append(f"{DIRECTORY}/{file}")
-                    else:  # encoders merge equal frames, which may lose their number
-                        (target / file).unlink()
-                lines["clips"] += [
-                    {"clip": file, "text": caption(item), "name": f"{item['name']}@{number}"}
-                    for number, file in enumerate(shown)
-                ]
-                lines["clip_questions"] += _conversations(item["name"], "clip", shown, about(item), chance)
+    items = [item for item in items if item["kind"] != "picture" or item["group"] in GROUPS]
+    lines: dict[str, list[dict]] = {"questions": [], "clips": []}
+    with new_directory(data / DIRECTORY, sum(amounts[item["kind"]] for item in items) * _BYTES_PER_VIEW) as target:
+        for kind in amounts:
+            (target / kind).mkdir()
+        draw = functools.partial(_draw, data, target, amounts, seed)
+        with contextlib.ExitStack() as stack:
+            apply = map
+            if workers > 1:
+                context = multiprocessing.get_context("spawn")
+                pool = stack.enter_context(concurrent.futures.ProcessPoolExecutor(workers, context))
+                apply = functools.partial(pool.map, chunksize=16)
+            with Progress(True, len(items), "items", name="views") as progress:
+                for name, rows in apply(draw, enumerate(items)):
+                    lines[name] += rows
+                    progress.update()
     for name, rows in lines.items():
         write_lines(data / f"{DIRECTORY}_{name}.jsonl", rows)
     return {name: len(rows) for name, rows in lines.items()}
+
+
+def _draw(
+    data: pathlib.Path, target: pathlib.Path, amounts: Mapping[str, int], seed: int, numbered: tuple[int, dict]
+) -> tuple[str, list[dict]]:
+    """Writes the views of one item, and returns its lines and the name of their manifest."""
+    number, item = numbered
+    chance, shown = random.Random(f"{seed} {item['name']}"), [item["file"]]
+    for view, frames in enumerate(_views(data / item["file"], item, amounts[item["kind"]], chance)):
+        file = f"{item['kind']}/{number:05}_{view}.webp"
+        if _save(frames, target / file):
+            shown.append(f"{DIRECTORY}/{file}")
+    if item["kind"].endswith("clip"):
+        rows = [{"clip": file, "text": caption(item), "name": f"{item['name']}@{i}"} for i, file in enumerate(shown)]
+        return "clips", rows
+    told = asked(item) if item["kind"] == "picture" else about(item)
+    return "questions", list(_conversations(item["name"], shown, told, chance))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,46 +140,58 @@ class View:
         return ImageEnhance.Color(turned).enhance(self.saturation).point(table)
 
 
-def _variation(chance: random.Random) -> procedural.Variation:
-    return procedural.Variation.draw(np.random.default_rng(chance.randrange(1 << 32)))
-
-
-def _side(data: pathlib.Path, item: dict) -> int:
-    with Image.open(data / item["file"]) as picture:
-        return picture.width
-
-
-def _clips(data: pathlib.Path, item: dict, amount: int, chance: random.Random) -> Iterator[tuple[np.ndarray, float]]:
-    """Frames and frames per second of each view. All frames of a clip have the same view."""
-    if item["kind"] == "clip":
-        clip = load_clip(data / item["file"])
-        for _ in range(amount):
-            view = View.draw(chance)
-            yield np.stack([np.asarray(view.apply(Image.fromarray(frame))) for frame in clip.frames]), clip.fps
-        return
-    motion = procedural.Motion(**{field.name: item[field.name] for field in dataclasses.fields(procedural.Motion)})
+def _views(file: pathlib.Path, item: dict, amount: int, chance: random.Random) -> Iterator[Clip]:
+    """Yields views of an item. A picture is one frame. All frames of a clip have the same view."""
+    whole = load_clip(file) if item["kind"].endswith("clip") else Clip(np.asarray(load_image(file))[None])
+    if item["kind"].startswith("procedural"):
+        scene_class = procedural.Motion if item["kind"] == "procedural_clip" else procedural.Still
+        scene = scene_class(**{field.name: item[field.name] for field in dataclasses.fields(scene_class)})
     for _ in range(amount):
-        yield procedural.rasterise_clip(motion, _side(data, item), _variation(chance)), PROCEDURAL_FPS
+        if not item["kind"].startswith("procedural"):
+            view = View.draw(chance)
+            frames = np.stack([np.asarray(view.apply(Image.fromarray(frame))) for frame in whole.frames])
+        else:
+            variation = procedural.Variation.draw(np.random.default_rng(chance.randrange(1 << 32)))
+            side = whole.frames.shape[1]
+            if item["kind"] == "procedural_clip":
+                frames = procedural.rasterise_clip(scene, side, variation)
+            else:
+                frames = procedural.rasterise_still(scene, side, variation)[None]
+        yield Clip(frames, whole.fps)
 
 
-def _conversations(
-    name: str, medium: str, files: Iterable[str], asked: dict[str, str], chance: random.Random
-) -> Iterator[dict]:
+def _save(view: Clip, path: pathlib.Path) -> bool:
+    """Writes a picture, or a clip if it can be read back: encoders merge equal frames, which may lose their number."""
+    if len(view.frames) == 1:
+        Image.fromarray(view.frames[0]).save(path, lossless=True, method=0)
+        return True
+    save_clip(view.frames, path, view.fps)
+    if np.array_equal(load_clip(path).frames, view.frames):
+        return True
+    path.unlink()
+    return False
+
+
+def _conversations(name: str, files: Iterable[str], asked: dict[str, str], chance: random.Random) -> Iterator[dict]:
     """A conversation about each file with all questions, in random order."""
     for number, file in enumerate(files):
         pairs = list(asked.items())
         chance.shuffle(pairs)
         roles = itertools.cycle(("user", "assistant"))
         turns = [{"role": next(roles), "text": text} for pair in pairs for text in pair]
-        yield {medium: file, "conversation": turns, "name": f"{name}@{number}"}
+        yield {"image": file, "conversation": turns, "name": f"{name}@{number}"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=pathlib.Path, metavar="DIR", help="directory that build_pictures.py wrote")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes that draw (default: all CPUs)"
+    )
+    given = parser.parse_args(arguments)
     try:
-        counts = build(parser.parse_args(arguments).data)
+        counts = build(given.data, workers=given.workers)
     except Emu3Error as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

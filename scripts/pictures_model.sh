@@ -22,7 +22,7 @@ fi
 [ -d out/pictures_start ] || "$python" scripts/emoji_bundle.py $tokenizer -o out/pictures_start
 for set in {prompts,questions}_train prompts_heldout questions_heldout_style two_shapes/train \
     arrangements/{train,questions_train,heldout} stories/{stories,edits}_{train,heldout} \
-    emoji/{t2i_upright,clip_train,clip_questions,text_train,clip_heldout} views_{questions,clips,clip_questions}; do
+    emoji/{t2i_upright,clip_train,clip_questions,text_train,clip_heldout} views_{questions,clips}; do
     [ -f out/pictures_tokens/$set/index.json ] ||
         emu3_jax prepare out/pictures64/$set.jsonl --model out/pictures_start --keep-size -o out/pictures_tokens/$set
 done

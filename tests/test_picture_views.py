@@ -25,12 +25,12 @@ def views(monkeypatch):
 
 @pytest.fixture
 def data(tmp_path):
-    """A drawing with a view, a shape, a clip and a moving shape; and a drawing that training must not see."""
+    """A drawing, a shape, a clip and a moving shape; and a drawing that training must not see."""
     said = {"style": "3d", "label": "dog face", "phrase": "a dog face", "group": "animals & nature", "source": "emoji"}
     drawing = {"kind": "picture", **said, "look": "3d emoji", "colour": "brown"}
     items = [
-        {"name": "dog", "file": "dog.webp", "split": "train", "views": ["dog_1.webp"], "closeups": [], **drawing},
-        {"name": "unseen", "file": "unseen.webp", "split": "style", "views": [], "closeups": [], **drawing},
+        {"name": "dog", "file": "dog.webp", "split": "train", **drawing},
+        {"name": "unseen", "file": "unseen.webp", "split": "style", **drawing},
         {"name": "still", "file": "still.webp", "split": "train", "kind": "procedural_picture", "label": STILL.caption}
         | dataclasses.asdict(STILL),
         {"name": "clip", "file": "clip.webp", "split": "train", "kind": "clip", **said},
@@ -38,7 +38,7 @@ def data(tmp_path):
         | dataclasses.asdict(MOTION),
     ]
     still, frames = procedural.rasterise_still(STILL, 64), procedural.rasterise_clip(MOTION, 64)
-    for name in ("dog", "dog_1", "unseen", "still"):
+    for name in ("dog", "unseen", "still"):
         Image.fromarray(still).save(tmp_path / f"{name}.webp", lossless=True)
     for name in ("clip", "motion"):
         save_clip(frames, tmp_path / f"{name}.webp", 4.0)
@@ -47,8 +47,8 @@ def data(tmp_path):
 
 
 def test_all_kinds(views, data):
-    counts = views.build(data, amounts=views.Amounts(3, 2, 2, 2))
-    assert counts == {"questions": 5 + 3, "clips": 3 + 3, "clip_questions": 3 + 3}
+    counts = views.build(data, amounts={"picture": 3, "procedural_picture": 2, "clip": 2, "procedural_clip": 2})
+    assert counts == {"questions": 4 + 3, "clips": 3 + 3}
     for name, count in counts.items():
         assert len(Manifest(data / f"views_{name}.jsonl")) == count
     lines = [json.loads(line) for line in (data / "views_questions.jsonl").read_text().splitlines()]
