@@ -27,7 +27,7 @@ def sources() -> tuple[Source, ...]:
     kept = PRETRAINING["sources"]("vision", drawn=1.5)
     return (
         *(dataclasses.replace(source, weight=WEIGHTS.get(source.path, source.weight)) for source in kept),
-        Source(f"{TOKENS}/views_questions", ImageToText(), weight=7.0, parts=5),
+        Source(f"{TOKENS}/views_questions", ImageToText(), weight=7.0, parts=4),
         Source(f"{TOKENS}/views_clips", NextFrame(loss="vision", prompt_dropout=0.1, eos=True), weight=2.0, parts=3),
     )
 
@@ -39,7 +39,7 @@ def config() -> TrainConfig:
         directory="out/pictures_refine",
         model=dataclasses.replace(sft.model, bundle="out/pictures_sft/model"),
         data=dataclasses.replace(sft.data, sources=sources(), seed=2),
-        steps=8_000,
+        steps=7_000,
         optimizer=OptimizerConfig(
             learning_rate=1e-3, final_learning_rate=1e-5, warmup_steps=100, clip_norm=1.0, eps=1e-8
         ),

@@ -79,6 +79,11 @@ _ROWS = (
     ("Descriptions of unseen pictures: label exact", "{:.1%}", "image_to_text.description.label_exact"),
     ("Category of unseen concepts right", "{:.1%}", "image_to_text.category.right"),
     (
+        "Descriptions of single shapes in unseen combinations: caption exact",
+        "{:.1%}",
+        "image_to_text.shapes.caption_exact",
+    ),
+    (
         "Descriptions of moving shapes in unseen combinations: caption exact",
         "{:.1%}",
         "image_to_text.clips.caption_exact",
