@@ -57,8 +57,10 @@ def build(
         workers: processes that draw.
 
     Raises:
-        Emu3Error: `data` is no such directory, has views already, or cannot be written.
+        Emu3Error: `workers` is below 1, or `data` is no such directory, has views already, or cannot be written.
     """
+    if workers < 1:
+        raise Emu3Error(f"workers is {workers}: it must be 1 or more")
     text = read_bytes(data / "items.jsonl", 1 << 28, "build the data first (python scripts/build_pictures.py DIR)")
     items = [item for item in map(json.loads, text.splitlines()) if item["split"] == "train"]
     items = [item for item in items if item["kind"] != "picture" or item["group"] in GROUPS]
@@ -77,8 +79,8 @@ def build(
                 for name, rows in apply(draw, enumerate(items)):
                     lines[name] += rows
                     progress.update()
-    for name, rows in lines.items():
-        write_lines(data / f"{DIRECTORY}_{name}.jsonl", rows)
+        for name, rows in lines.items():
+            write_lines(data / f"{DIRECTORY}_{name}.jsonl", rows)
     return {name: len(rows) for name, rows in lines.items()}
 
 

@@ -32,7 +32,7 @@ done
 [ -d out/pictures_sft/model ] || emu3_jax train configs/pictures_sft.py ${SFT:-}
 model=out/pictures_sft/model
 if [ -n "${REFINE+set}" ]; then
-    [ -f out/pictures64/views_questions.jsonl ] || "$python" scripts/picture_views.py out/pictures64
+    [ -d out/pictures64/views ] || "$python" scripts/picture_views.py out/pictures64
     for set in views_{questions,clips}; do
         prepare "$set"
     done

@@ -82,6 +82,8 @@ def test_a_view_stays_on_white(views):
 def test_trouble(views, data, tmp_path, capsys):
     assert views.main([str(tmp_path / "none")]) == 2
     assert "items.jsonl" in capsys.readouterr().err
-    assert views.main([str(data)]) == 0
+    assert views.main([str(data), "--workers", "0"]) == 2
+    assert "it must be 1 or more" in capsys.readouterr().err
+    assert views.main([str(data), "--workers", "2"]) == 0
     assert views.main([str(data)]) == 2
     assert "views" in capsys.readouterr().err.splitlines()[-1]
