@@ -1,7 +1,8 @@
 """Checks the bounds of `emu3-jax plan` against steps that this machine runs.
 
     python scripts/check_bounds.py                     # needs an NVIDIA GPU with 80 GB; for `fsdp`, two with 141 GB
-    python scripts/check_bounds.py decode --keep out   # keeps the text of the compiled programs in out/
+    python scripts/check_bounds.py decode --keep out   # keeps figures and compiled programs in out/
+    python scripts/check_bounds.py --from out          # prints the tables from them, without a GPU
 
 Each part is a run of `emu3-jax bench`, in its own process. XLA writes down the program that it compiles for the GPU,
 and the arithmetic of a plan counts the bytes and FLOPs in it. Their peaks are measured: the bandwidth of a large copy,
@@ -30,7 +31,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from emu3_jax.sharding.costs import Costs, count
+from emu3_jax.sharding.costs import Costs, count, executed_runs
 from emu3_jax.sharding.hlo import Instruction, Program
 
 DECODE = ("decode", "--steps", "64", "--rows", "1", "8", "--profile")
@@ -48,6 +49,7 @@ TINY: dict[str, tuple[str, ...]] = {
     "fsdp": ("train", *SMALL, "--adapter", "2", "--rows", "2", "--mesh", "fsdp=2"),
 }
 AIM = 0.15  # how far the bound of a decode step may be from its time
+FIGURES, PEAKS = "figures.jsonl", "peaks.json"  # files of each part, and of all
 Figures = list[dict[str, Any]]
 
 
@@ -56,32 +58,51 @@ def main() -> int:
     parser.add_argument(
         "parts", nargs="*", metavar="PART", help=f"parts to run: {', '.join(PARTS)} (default: all that fit the machine)"
     )
-    parser.add_argument("--keep", type=pathlib.Path, metavar="DIR", help="keep the text of the compiled programs here")
+    kept = parser.add_mutually_exclusive_group()
+    kept.add_argument("--keep", type=pathlib.Path, metavar="DIR", help="keep figures and compiled programs in DIR")
+    kept.add_argument(
+        "--from", dest="source", type=pathlib.Path, metavar="DIR", help="run nothing: print what --keep left in DIR"
+    )
     parser.add_argument("--tiny", action="store_true", help="small shapes that a CPU can run, to test this script")
     options = parser.parse_args()
     known = TINY if options.tiny else PARTS
     for part in options.parts:
         if part not in known:
             parser.error(f"part {part!r} is unknown: choose from {', '.join(known)}")
+    if options.source:
+        parts = options.parts or [part for part in known if (options.source / part / FIGURES).exists()]
+        for file in [options.source / PEAKS, *(options.source / part / FIGURES for part in parts or ["PART"])]:
+            if not file.exists():
+                parser.error(f"{file} does not exist: give a directory that --keep filled")
+        report(parts, known, options.source)
+        return 0
     if options.keep and options.keep.exists() and (options.keep.is_file() or any(options.keep.iterdir())):
         parser.error(f"{options.keep} holds something: give an empty or new directory")
     parts = options.parts or [part for part in known if part != "fsdp" or options.tiny or gpus() > 1]
-    results, failed = {}, False
     with tempfile.TemporaryDirectory() as temporary:
-        for part in parts:
-            directory = (options.keep or pathlib.Path(temporary)) / part
-            figures, ok = run(known[part], directory, options.tiny)
-            failed |= not ok
-            results[part] = figures, [file.read_text() for file in dumped(directory)]
-    peaks = measured_peaks(options.tiny)  # at the end, because JAX reserves the GPU's memory
-    show(peaks)
+        root = options.keep or pathlib.Path(temporary)
+        succeeded = [run(known[part], root / part, options.tiny) for part in parts]
+        peaks = measured_peaks(options.tiny)  # at the end, because JAX reserves the GPU's memory
+        show(peaks)
+        (root / PEAKS).write_text(json.dumps(peaks) + "\n")
+        report(parts, known, root)
+    return int(not all(succeeded))
+
+
+def report(parts: list[str], known: dict[str, tuple[str, ...]], root: pathlib.Path) -> None:
+    """Prints the peaks and the tables of what `run` and `main` left in a directory."""
+    peaks = json.loads((root / PEAKS).read_text())
     print(", ".join(f"{key} {value}" for key, value in peaks.items()))
     decoded, trained = [], []
-    for part, (figures, texts) in results.items():
-        (trained if known[part][0] == "train" else decoded).append((part, figures, texts))
-    table(DECODED, [line for item in decoded for line in decode_lines(*item, peaks)])
-    table(TRAINED, [line for item in trained for line in train_lines(*item, peaks)])
-    return int(failed)
+    for part in parts:
+        figures = [json.loads(line) for line in (root / part / FIGURES).read_text().splitlines()]
+        texts = [file.read_text() for file in dumped(root / part)]
+        if known[part][0] == "train":
+            trained += train_lines(part, figures, texts, peaks)
+        else:
+            decoded += decode_lines(part, figures, texts, peaks)
+    table(DECODED, decoded)
+    table(TRAINED, trained)
 
 
 def gpus() -> int:
@@ -90,26 +111,30 @@ def gpus() -> int:
     return int(subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 
-def run(arguments: tuple[str, ...], directory: pathlib.Path, tiny: bool) -> tuple[Figures, bool]:
-    """The figures of `emu3-jax bench`, and whether it succeeded. XLA writes its main programs into `directory`."""
+def run(arguments: tuple[str, ...], directory: pathlib.Path, tiny: bool) -> bool:
+    """Runs `emu3-jax bench`, and says whether it succeeded. `directory` gets its figures and XLA's main programs."""
     flags = [os.environ.get("XLA_FLAGS", ""), f"--xla_dump_to={directory}", "--xla_dump_hlo_as_text"]
     flags += ["--xla_dump_hlo_module_re=jit_(decode|_step)"]
     flags += ["--xla_force_host_platform_device_count=2"] if tiny else []
     # Programs from JAX's persistent cache are not compiled, so XLA does not write them down.
     environment = {**os.environ, "XLA_FLAGS": " ".join(flags), "JAX_ENABLE_COMPILATION_CACHE": "false"}
     command = [sys.executable, "-m", "emu3_jax.cli.main", "bench", *arguments]
-    figures = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    directory.mkdir(parents=True)
+    with (
+        open(directory / FIGURES, "w") as kept,
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process,
+    ):
         for line in process.stdout:
             if line.startswith("{"):
                 print(line, end="", file=sys.stderr, flush=True)
-                figures.append(json.loads(line))
-    return figures, process.returncode == 0
+                kept.write(line)
+    return process.returncode == 0
 
 
 def dumped(directory: pathlib.Path) -> list[pathlib.Path]:
     """The optimised programs that XLA wrote down, in the order of their compilation."""
-    return sorted(directory.glob("*.jit_*after_optimizations.txt"))
+    files = directory.glob("module_*.jit_*after_optimizations.txt")
+    return sorted(files, key=lambda file: int(re.match(r"module_(\d+)", file.name)[1]))
 
 
 def measured_peaks(tiny: bool) -> dict[str, float]:
@@ -135,14 +160,19 @@ def measured_peaks(tiny: bool) -> dict[str, float]:
 
 
 def decode_lines(part: str, figures: Figures, texts: list[str], peaks: dict[str, float]) -> Iterator[dict[str, Any]]:
-    """Yields the figures of each decode step."""
+    """Yields the figures of each decode step.
+
+    Each number of pictures and size of the cache has a program, which several lengths share.
+    """
     steps = [line for line in figures if "bytes_per_step" in line]
-    kernels = [line for line in figures if "busy_ms" in line]
+    sizes = list(dict.fromkeys((line["pictures"], line["cache_slots"]) for line in steps))
+    programs = dict(zip(sizes, [count(text)[1] for text in texts], strict=True)) if len(texts) == len(sizes) else {}
+    busy = [line["busy_ms"] for line in figures if "busy_ms" in line]
     skips = bool(figures) and figures[0].get("kernels", "xla") != "xla"
     for place, line in enumerate(steps):
         length, slots, measured = line["cache_length"], line["cache_slots"], line["ms_per_step"]
         moved = {"shapes": line["bytes_per_step"]}
-        if len(texts) == len(steps) and (step := count(texts[place])[1]):
+        if step := programs.get((line["pictures"], slots)):
             skipped = line["cache_bytes"] * (slots - length) / length if skips else 0
             moved["program"] = round(step.read + step.written - skipped)
         yield {
@@ -154,7 +184,8 @@ def decode_lines(part: str, figures: Figures, texts: list[str], peaks: dict[str,
             **{
                 f"bound_by_{name}": ratio(size / peaks["copy_gb_per_s"] / 1e6, measured) for name, size in moved.items()
             },
-            **({"idle_ms": round(measured - kernels[place]["busy_ms"], 3)} if len(kernels) == len(steps) else {}),
+            # Kernels are a little slower under the profiler.
+            **({"idle_ms": round(max(measured - busy[place], 0), 3)} if len(busy) == len(steps) else {}),
         }
 
 
@@ -201,7 +232,7 @@ def executed(program: Program, costs: Costs, head: dict[str, Any], rows: int) ->
     pairs = rows * head["tokens"] * (head["tokens"] + 1) / 2
     product = round(2 * decoder.num_heads * decoder.head_dim * pairs)
     products, attention = costs.flops, 0
-    for run in program.runs():
+    for run in executed_runs(program):
         for instruction, instructions in calls(program, run.name):
             if instruction.target.startswith("__cublas$"):
                 axes = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.rest)

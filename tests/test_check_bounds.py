@@ -64,6 +64,30 @@ def test_flops_of_a_gpu_program(check_bounds):
     assert attention == 2 * (2 + 5) * 2 * decoder.num_heads * decoder.head_dim * 64 * 65 / 2
 
 
+def test_flops_of_a_choice_are_those_of_one_branch(check_bounds):
+    """Attention chooses between cuDNN and products by cuBLAS that move more bytes."""
+    branches = """%few (t: bf16[64,16]) -> bf16[64,16] {
+  %t = bf16[64,16]{1,0} parameter(0)
+  ROOT %u = bf16[64,16]{1,0} custom-call(%t), custom_call_target="__cudnn$fmhaSoftmax"
+}
+
+%many (t: bf16[64,16]) -> bf16[64,16] {
+  %t = bf16[64,16]{1,0} parameter(0)
+  %s = bf16[64,64]{1,0} custom-call(%t, %t), custom_call_target="__cublas$gemm", \
+backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}}
+  ROOT %v = bf16[64,16]{1,0} custom-call(%s, %t), custom_call_target="__cublas$gemm", \
+backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}}
+}
+
+"""
+    choice = "  %c = bf16[64,16]{1,0} conditional(%i, %made, %made), branch_computations={%many, %few}\n"
+    text = GPU.replace("%body", branches + "%body", 1).replace("  ROOT %out", choice + "  ROOT %out")
+    head = {"preset": "8b", "tokens": 64}
+    products, attention = check_bounds.executed(Program(GPU), count(GPU)[0], head, rows=1)
+    chosen, more = check_bounds.executed(Program(text), count(text)[0], head, rows=1)
+    assert chosen == products and more == attention * 9 / 7  # two products more than five and two
+
+
 def test_a_decode_step_leaves_out_skipped_slots(check_bounds):
     """With a kernel, the program names the whole cache, of which a step reads the used part."""
     figures = [{"kernels": "pallas"}]
@@ -74,6 +98,25 @@ def test_a_decode_step_leaves_out_skipped_slots(check_bounds):
     (line,) = check_bounds.decode_lines("decode", figures, [text], {"copy_gb_per_s": 1000.0})
     assert line["bound_by_shapes"] == 0.9
     assert line["bound_by_program"] == pytest.approx((step.read + step.written - 300) / 1000)
+
+
+def test_steps_of_several_lengths_share_a_program(check_bounds):
+    """XLA compiles one program for each number of pictures and size of the cache."""
+    shapes = [(1, 40, 10), (1, 40, 20), (8, 40, 10), (8, 80, 50)]
+    names = ("pictures", "cache_slots", "cache_length")
+    figures = [{"kernels": "xla"}]
+    figures += [
+        {"bytes_per_step": 900, "cache_bytes": 100, "ms_per_step": 1, **dict(zip(names, shape, strict=True))}
+        for shape in shapes
+    ]
+    text = GPU.replace("known_trip_count", "unknown")
+    texts = [text.replace("64,", f"{rows},") for rows in (64, 6400, 12800)]
+    lines = list(check_bounds.decode_lines("decode", figures, texts, {"copy_gb_per_s": 1.0}))
+    sizes = [line["gb_by_program"] for line in lines]
+    steps = [count(text)[1] for text in texts]
+    assert sizes == [round((steps[n].read + steps[n].written) / 1e9, 3) for n in (0, 0, 1, 2)]
+    assert sizes[0] == sizes[1] < sizes[2] < sizes[3]
+    assert "gb_by_program" not in next(check_bounds.decode_lines("decode", figures, texts[:2], {"copy_gb_per_s": 1.0}))
 
 
 @pytest.mark.multiprocess
@@ -88,12 +131,23 @@ def test_the_tables(check_bounds, monkeypatch, capsys, tmp_path):
     assert {each["kind"] for each in fsdp["collectives"]} >= {"all-gather"}
     assert told.out.count("\n| decode, pictures at once: 1 | ") == told.out.count("\n| fsdp | ") == 1
     assert len(check_bounds.dumped(tmp_path / "fsdp")) == 1
+    monkeypatch.setattr(sys, "argv", ["check_bounds.py", "--tiny", "--from", str(tmp_path)])
+    assert check_bounds.main() == 0
+    assert capsys.readouterr().out == told.out
+
+
+def test_programs_are_in_the_order_of_their_numbers(check_bounds, tmp_path):
+    names = [f"module_{number}.jit_decode.gpu_after_optimizations.txt" for number in ("0007", "99999", "100000")]
+    for name in reversed(names):
+        (tmp_path / name).touch()
+    assert [file.name for file in check_bounds.dumped(tmp_path)] == names
 
 
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
         (["lora"], "part 'lora' is unknown: choose from decode, fsdp"),
+        (["--from", "nowhere"], "nowhere/peaks.json does not exist: give a directory that --keep filled"),
         (["--keep", __file__], f"{__file__} holds something: give an empty or new directory"),
     ],
 )

@@ -290,6 +290,64 @@ ENTRY %main (x0: f32[8]) -> (s32[], f32[8]) {
 """
 
 
+# A loop of 3 trips as XLA for GPUs dumps it. `state#1` stands for a get-tuple-element. Each trip slices one layer of
+# 4 KiB of the stacked weights, multiplies with it, and puts the product, with a workspace, into a stack.
+DUMPED = """HloModule jit_step
+
+%fused_slice (stack: f32[3,32,32], n: s32[]) -> f32[32,32] {
+  %stack = f32[3,32,32]{2,1,0} parameter(0)
+  %n = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %layer = f32[1,32,32]{2,1,0} dynamic-slice(%stack, %n, %zero, %zero), dynamic_slice_sizes={1,32,32}
+  ROOT %flat = f32[32,32]{1,0} bitcast(%layer)
+}
+
+%fused_put (left: f32[32,32], right: f32[32,32], kept: f32[3,32,32], m: s32[]) -> (f32[3,32,32], s8[65536]) {
+  %left = f32[32,32]{1,0} parameter(0)
+  %right = f32[32,32]{1,0} parameter(1)
+  %kept = f32[3,32,32]{2,1,0} parameter(2)
+  %m = s32[] parameter(3)
+  %none = s32[] constant(0)
+  %gemm = (f32[32,32]{1,0}, s8[65536]{0}) custom-call(%left, %right), custom_call_target="__cublas$lt$matmul"
+  %row = f32[1,32,32]{2,1,0} bitcast(%gemm#0)
+  %put = f32[3,32,32]{2,1,0} dynamic-update-slice(%kept, %row, %m, %none, %none)
+  ROOT %both = (f32[3,32,32]{2,1,0}, s8[65536]{0}) tuple(%put, %gemm#1)
+}
+
+%body (state: (s32[], f32[3,32,32], (f32[32,32], f32[3,32,32]))) -> (s32[], f32[3,32,32], (f32[32,32], f32[3,32,32])) {
+  %state = (s32[], f32[3,32,32]{2,1,0}, /*index=2*/(f32[32,32]{1,0}, f32[3,32,32]{2,1,0})) parameter(0)
+  %sliced = f32[32,32]{1,0} fusion(%state#1, %state#0), kind=kLoop, calls=%fused_slice
+  %product = (f32[3,32,32]{2,1,0}, s8[65536]{0}) fusion(%state#2#0, %sliced, %state#2#1, %state#0), kind=kCustom, \
+calls=%fused_put
+  %sum = (f32[32,32]{1,0}, s8[65536]{0}) custom-call(%state#2#0, %sliced, %state#2#0), \
+custom_call_target="__cublas$lt$matmul", output_to_operand_aliasing={{0}: (2, {})}, metadata={}
+  %inner = (f32[32,32]{1,0}, f32[3,32,32]{2,1,0}) tuple(%sum#0, %product#0)
+  ROOT %after = (s32[], f32[3,32,32]{2,1,0}, (f32[32,32]{1,0}, f32[3,32,32]{2,1,0})) tuple(%state#0, %state#1, %inner)
+}
+
+%condition (old: (s32[], f32[3,32,32], (f32[32,32], f32[3,32,32]))) -> pred[] {
+  %old = (s32[], f32[3,32,32]{2,1,0}, (f32[32,32]{1,0}, f32[3,32,32]{2,1,0})) parameter(0)
+  %limit = s32[] constant(3)
+  ROOT %less = pred[] compare(%old#0, %limit), direction=LT
+}
+
+ENTRY %main (x: (s32[], f32[3,32,32], (f32[32,32], f32[3,32,32]))) -> (s32[], f32[3,32,32], (f32[32,32], \
+f32[3,32,32])) {
+  %x = (s32[], f32[3,32,32]{2,1,0}, (f32[32,32]{1,0}, f32[3,32,32]{2,1,0})) parameter(0)
+  ROOT %loop = (s32[], f32[3,32,32]{2,1,0}, (f32[32,32]{1,0}, f32[3,32,32]{2,1,0})) while(%x), condition=%condition, \
+body=%body, backend_config={"known_trip_count":{"n":"3"}}
+}
+"""
+
+
+def test_dumped_programs_name_elements_of_tuples_by_number():
+    """No tuple is read whole. Of a stack, a trip reads the slice and writes the update. No workspace is written."""
+    costs, step = count(DUMPED)
+    assert step is None
+    sliced, product, addition = (4 * KIB + 4, 4 * KIB), (8 * KIB + 4, 4 * KIB), (8 * KIB, 4 * KIB)
+    assert (costs.read, costs.written) == tuple(3 * sum(sides) for sides in zip(sliced, product, addition, strict=True))
+
+
 @pytest.mark.parametrize("begin, step, trips", [(1, 2, 4), (0, 2, 4), (0, 1, 8), (0, 3, 3)])
 def test_trips_of_a_loop_that_counts_in_steps(begin, step, trips):
     """XLA unrolls the loops that it makes of products and their collectives: their counters take steps of two."""

@@ -11,6 +11,7 @@ a lower bound:
 - Of the branches of a choice, the one that moves least counts.
 - Matrix products in float32 at the highest precision count six times, because TPUs compute six products of bfloat16.
 - Asynchronous copies and slices count where they start. The chain of fusions that advances a collective counts once.
+- The workspaces of cuBLAS and cuDNN do not count.
 """
 
 import dataclasses
@@ -33,6 +34,7 @@ _SLICES = ("slice", "dynamic-slice", "gather")
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # and which operand is the update
 # Custom calls that rename, reserve or synchronise. The other ones are kernels.
 _FREE_CALLS = re.compile(r"ConcatBitcast|AllocateBuffer|AssumeGatherIndicesInBound|AsyncCollective|Sharding|X64")
+_LIBRARIES = ("__cublas$", "__cudnn$")  # targets of custom calls that GPUs leave to NVIDIA's libraries
 _CONVOLUTION = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 _ESTIMATE = re.compile(r'"cost_estimate":\{"flops":"?(\d+)')
 
@@ -69,14 +71,18 @@ def count(hlo: str, slices: Sequence[int] = ()) -> tuple[Costs, Costs | None]:
         The costs outside of loops whose trip count is unknown, and those of one trip of such loops, or None if there
         is none.
     """
-    program = Program(hlo)
-    counter = _Counter(program)
-    runs = program.runs(choose=counter.cheapest)
+    counter = _Counter(Program(hlo))
+    runs = counter.runs()
     steps = [run for run in runs if run.step]
     return (
         counter.total([run for run in runs if not run.step], slices),
         counter.total(steps, slices) if steps else None,
     )
+
+
+def executed_runs(program: Program) -> list[Run]:
+    """The computations that `count` counts: of the branches of a choice, the one that moves least."""
+    return _Counter(program).runs()
 
 
 class _Counter:
@@ -86,13 +92,16 @@ class _Counter:
         self._program = program
         self._demands = functools.cache(self._demands_of)
 
-    def cheapest(self, branches: list[str]) -> list[str]:
+    def runs(self) -> list[Run]:
+        return self._program.runs(choose=self._cheapest)
+
+    def _cheapest(self, branches: list[str]) -> list[str]:
         """The branch that moves least through HBM, if there is any."""
 
         def moved(branch: str) -> int:
             return sum(
                 run.times * sum(self._traffic(instruction, instructions))
-                for run in self._program.runs(branch, self.cheapest)
+                for run in self._program.runs(branch, self._cheapest)
                 for instructions in [self._program.computations[run.name]]
                 for instruction in instructions.values()
             )
@@ -142,9 +151,9 @@ class _Counter:
         if opcode in _UPDATES:
             update = around[instruction.operands[_UPDATES[opcode]]]
             return _hbm(update.arrays), update.bytes if _hbm(results) else 0
-        aliased = _aliased(instruction)
+        unwritten = _unwritten(instruction)
         read = sum(_hbm(around[name].arrays) for name in dict.fromkeys(instruction.operands) if name in around)
-        return read, _hbm([result for place, result in enumerate(results) if place not in aliased])
+        return read, _hbm([result for place, result in enumerate(results) if place not in unwritten])
 
     def _fusion_traffic(self, fusion: Instruction, around: dict[str, Instruction]) -> tuple[int, int]:
         (name,) = fusion.called
@@ -177,10 +186,14 @@ class _Counter:
         sizes: list[int] = []
         for result in self._results(name):
             made = instructions.get(result.operands[0]) if result.opcode == "get-tuple-element" else result
+            found = re.search(r"index=(\d+)", result.rest) if made is not result else None
+            place = int(found[1]) if found else None
             if made is not None and made.opcode == "fusion":
-                place = re.search(r"index=(\d+)", result.rest) if made is not result else None
                 inner = self._written(made.called[0])
-                sizes += [inner[int(place[1])]] if place else inner
+                sizes += inner if place is None else [inner[place]]
+            elif made is not None and made.target.startswith(_LIBRARIES):
+                written = [0 if n in _unwritten(made) else array.bytes for n, array in enumerate(made.arrays)]
+                sizes += written if place is None else [written[place]]
             elif result.name in passed or _is_exchange(result):
                 sizes += [0] * len(result.arrays)
             elif self._in_place(result, instructions):
@@ -263,9 +276,16 @@ def _is_exchange(instruction: Instruction) -> bool:
     return instruction.opcode.removesuffix("-start") in KINDS
 
 
-def _aliased(instruction: Instruction) -> set[int]:
-    """The results that share the memory of an operand: kernels update them in place."""
-    found = re.search(r"output_to_operand_aliasing=\{(.*?)\}, \w", instruction.rest)
+def _unwritten(call: Instruction) -> set[int]:
+    """The results of a kernel that do not count as written.
+
+    Kernels update in place what shares the memory of an operand. cuBLAS writes all of it. The last result of cuBLAS and
+    cuDNN, of bytes, is a workspace.
+    """
+    if call.target.startswith(_LIBRARIES):
+        last = len(call.arrays) - 1
+        return {last} if last and call.arrays[last].dtype in ("s8", "u8") else set()
+    found = re.search(r"output_to_operand_aliasing=\{(.*?)\}, \w", call.rest)
     return {int(place or 0) for place in re.findall(r"\{(\d*)\}: \(", found[1])} if found else set()
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\(")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
+_COMMENT = re.compile(r"/\*.*?\*/")
 _SPACE = re.compile(r"S\((\d+)\)")
 _BITS = re.compile(r"[a-z]+(\d+)")
 _CALLED = re.compile(r"\b(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
@@ -134,7 +135,9 @@ class Program:
             elif match := _INSTRUCTION.match(line):
                 root, name, type_, opcode = match.groups()
                 rest = line[match.end() :]
-                operands = tuple(re.findall(r"%([\w.\-]+)", rest.partition(")")[0]))
+                operands = tuple(re.findall(r"%([\w.\-#]+)", rest.partition(")")[0]))
+                for operand in operands:
+                    _name_element(operand, current)
                 current[name] = Instruction(name, opcode, type_, operands, rest, bool(root))
 
     def runs(self, start: str = "", choose: Callable[[list[str]], list[str]] = list) -> list[Run]:
@@ -199,6 +202,31 @@ class Program:
         """The instruction whose result is that of a computation."""
         instructions = self.computations[computation]
         return next((i for i in instructions.values() if i.root), list(instructions.values())[-1])
+
+
+def _name_element(operand: str, instructions: dict[str, Instruction]) -> None:
+    """Adds the get-tuple-element that an operand such as "state#3" stands for: newer versions of XLA write it so."""
+    source, sign, index = operand.rpartition("#")
+    if not sign or operand in instructions:
+        return
+    _name_element(source, instructions)
+    if source in instructions:
+        type_ = _elements(instructions[source].type)[int(index)]
+        rest = f"%{source}), index={index}"
+        instructions[operand] = Instruction(operand, "get-tuple-element", type_, (source,), rest, False)
+
+
+@functools.lru_cache(maxsize=64)
+def _elements(type_: str) -> list[str]:
+    """The types of a tuple's elements."""
+    found, depth = [""], 0
+    for character in _COMMENT.sub("", type_)[1:-1]:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and not depth:
+            found.append("")
+        else:
+            found[-1] += character
+    return [element.strip() for element in found]
 
 
 def _constant(instruction: Instruction | None, around: dict[str, Instruction]) -> int | None:
