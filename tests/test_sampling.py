@@ -15,13 +15,14 @@ from emu3_jax.generation import sampling
 
 DRAWS = 20_000
 keep_top_k, keep_top_p = jax.jit(sampling.keep_top_k), jax.jit(sampling.keep_top_p)
+sample = jax.jit(sampling.sample, static_argnames=("use_top_k", "use_top_p"))
 
 
 def draw(logits: np.ndarray, **columns) -> np.ndarray:
     """How often each candidate comes in `DRAWS` rows of the same logits, each with a seed of its own."""
     columns.setdefault("seed", np.arange(DRAWS))
     rows = tiny.settings(DRAWS, **columns)
-    drawn = sampling.sample(
+    drawn = sample(
         jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (DRAWS, len(logits))),
         jnp.full(DRAWS, 3),
         jax.tree.map(jnp.asarray, rows),
@@ -114,9 +115,7 @@ def test_a_row_draws_by_its_seed_and_step_alone():
     def draws(order, step):
         picked = jax.tree.map(lambda leaf: leaf[jnp.asarray(order)], rows)
         return np.asarray(
-            sampling.sample(
-                logits[jnp.asarray(order)], jnp.full(len(order), step), picked, use_top_k=True, use_top_p=False
-            )
+            sample(logits[jnp.asarray(order)], jnp.full(len(order), step), picked, use_top_k=True, use_top_p=False)
         )
 
     everyone = draws(range(6), 7)
@@ -130,7 +129,7 @@ def test_a_row_draws_by_its_seed_and_step_alone():
 def test_rows_that_are_asked_for_draw_as_if_all_were(asked):
     logits = jnp.asarray(np.random.default_rng(2).standard_normal((3, 50)), jnp.float32)
     settings = tiny.settings(3, top_k=[50, 3, 50], top_p=[1.0, 1.0, 0.4], seed=[1, 2, 3])
-    draw = functools.partial(sampling.sample, use_top_k=True, use_top_p=True)
+    draw = functools.partial(sample, use_top_k=True, use_top_p=True)
     for step in range(20):
         everyone = draw(logits, jnp.full(3, step), settings)
         some = draw(logits, jnp.full(3, step), settings, asked=jnp.asarray(asked))
