@@ -1,8 +1,7 @@
-"""The decoder's training form: stacked, rematerialised, packed, over meshes; gradients as torch's."""
+"""The decoder's training form: stacked, rematerialised, packed, over meshes; and its gradients."""
 
 import dataclasses
 import functools
-import json
 
 import flax.linen as nn
 import jax
@@ -10,16 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from gradient_cases import assert_close, mean_loss
 
-from emu3_jax.checkpoints.bundle import Bundle
-from emu3_jax.checkpoints.convert import convert
 from emu3_jax.models.decoder import Decoder
 from emu3_jax.models.stacking import unstack_layers
 from emu3_jax.sharding.mesh import make_mesh
 from emu3_jax.sharding.rules import batch_sharding, decoder_shardings, use_mesh
-from emu3_jax.training.losses import chunked_cross_entropy, next_tokens
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.compiled_quickly]
 
 CONFIG = tiny.CONFIG
 
@@ -34,30 +31,18 @@ def hidden(params, tokens, positions=None, segments=None, config=CONFIG, stacked
     return model.apply({"params": params}, tokens, positions, segments, method="hidden")
 
 
-def mean_loss(params, tokens, target, model):
-    """What a train step differentiates."""
-    labels, mask = next_tokens(tokens, target)
-    states = model.apply({"params": params}, tokens, method="hidden", rngs={"dropout": jax.random.key(0)})
-    special = model.config.tokens
-    visual = (special.visual_start, special.visual_end)
-    total, sums = chunked_cross_entropy(states, params["head"]["kernel"], labels, mask, visual, chunk=16)
-    return total / sums.count
+@functools.cache
+def compiled_gradients(model, mesh=""):
+    """The jitted loss and gradients: tests of the same model on the same mesh, or on none, compile them once."""
+
+    def loss(params, tokens):
+        return mean_loss(params, tokens, jnp.ones(tokens.shape, bool), model)
+
+    return jax.jit(jax.value_and_grad(loss))
 
 
-def gradients(params, tokens, model):
-    loss = functools.partial(mean_loss, target=jnp.ones(tokens.shape, bool), model=model)
-    return jax.jit(jax.value_and_grad(loss))(params, tokens)
-
-
-def assert_close(found, wanted, relative):
-    """Each leaf within `relative` of the largest entry of the wanted one."""
-
-    def check(path, a, b):
-        a, b = np.asarray(a), np.asarray(b)
-        worst = np.abs(a - b).max() / np.abs(b).max()
-        assert worst <= relative, f"{jax.tree_util.keystr(path)}: {worst}"
-
-    jax.tree_util.tree_map_with_path(check, found, wanted)
+def gradients(params, tokens, model, mesh=""):
+    return compiled_gradients(model, mesh)(params, tokens)
 
 
 # ------------------------------------------------------------------------------------------------ forms
@@ -111,20 +96,6 @@ def test_unrolling_the_scan_changes_no_gradient(unroll, remat):
     params = tiny.stack_layers(tiny.params(config), config)
     scanned = Decoder(config, stacked=True, dropout=0.1, remat=remat)
     assert_close(gradients(params, batch(), scanned.clone(unroll=unroll)), gradients(params, batch(), scanned), 1e-5)
-
-
-def test_remat_saves_memory_in_the_order_it_promises():
-    # Wide and deep enough that what is kept of the layers outweighs what one layer needs for itself.
-    config = dataclasses.replace(CONFIG, num_layers=16, hidden_size=128, intermediate_size=512)
-    tokens = jax.ShapeDtypeStruct((2, 256), jnp.int32)
-
-    def peak(remat):
-        model = Decoder(config, stacked=True, remat=remat)
-        abstract = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
-        loss = functools.partial(mean_loss, target=jnp.ones(tokens.shape, bool), model=model)
-        return jax.jit(jax.grad(loss)).lower(abstract, tokens).compile().memory_analysis().temp_size_in_bytes
-
-    assert peak("full") < 0.7 * peak("dots") and peak("dots") < 0.8 * peak("none")
 
 
 @pytest.mark.parametrize("unroll", [1, 2])
@@ -185,62 +156,5 @@ def test_loss_and_gradients_over_a_mesh(sizes, unroll):
     places = decoder_shardings(CONFIG, mesh, stacked=True)
     with use_mesh(mesh):
         arguments = jax.device_put(params, places), jax.device_put(tokens, batch_sharding(mesh))
-        found = gradients(*arguments, model.clone(unroll=unroll))
+        found = gradients(*arguments, model.clone(unroll=unroll), sizes)
     assert_close(found, expected, 1e-5)
-
-
-# ------------------------------------------------------------------------------------------------ torch
-
-
-@pytest.mark.oracle
-def test_loss_and_gradients_are_torchs(tmp_path):
-    import torch
-    import transformers
-
-    torch.manual_seed(0)
-    peer = transformers.Emu3ForCausalLM(
-        transformers.Emu3TextConfig(
-            vocab_size=320,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=3,
-            num_attention_heads=8,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-            rms_norm_eps=1e-5,
-            initializer_range=0.1,
-            pad_token_id=40,
-            bos_token_id=251,
-            eos_token_id=252,
-            attention_dropout=0.0,
-        )
-    )
-
-    def converted(name):
-        """The peer's weights as ours."""
-        peer.save_pretrained(tmp_path / name / "torch")
-        file = tmp_path / name / "torch" / "config.json"
-        file.write_text(json.dumps({**json.loads(file.read_text()), "vq_config": {"codebook_size": 64}}))
-        convert([tmp_path / name / "torch"], tmp_path / name / "bundle", progress=False)
-        bundle = Bundle.open(tmp_path / name / "bundle")
-        return dataclasses.replace(bundle.decoder_config, dtype="float32"), bundle.load_decoder()
-
-    config, params = converted("weights")
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, 320, (3, 40)).astype(np.int32)
-    target = rng.random((3, 40)) < 0.8
-    labels = torch.from_numpy(np.where(target, tokens, -100)).long()
-    peer.train()
-    loss = peer(torch.from_numpy(tokens).long(), labels=labels).loss
-    loss.backward()
-    with torch.no_grad():  # gradients take the way of weights: names and layouts are converted by the same table
-        for parameter in peer.parameters():
-            parameter.copy_(parameter.grad)
-    _, expected = converted("gradients")
-
-    model = Decoder(config, stacked=True, remat="full")
-    value, found = jax.jit(jax.value_and_grad(functools.partial(mean_loss, target=target, model=model)))(
-        tiny.stack_layers(params, config), tokens
-    )
-    np.testing.assert_allclose(value, loss.item(), rtol=1e-5)
-    assert_close(found, tiny.stack_layers(expected, config), 1e-4)
