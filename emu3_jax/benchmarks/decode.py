@@ -219,7 +219,8 @@ def _measure(
     window = decoding.shapes.variant.window
     rate = rates[0] if window > 1 else None
     decoding = DecodeSession(params, config, pictures, settings, settled_per_pass=rate, **options)
-    passes = max(int(min(steps, total - 1) / (rate or 1)), 1)  # that are timed
+    goal = int(decoding.plan.goal.max())  # the step at which the device stops
+    passes = max(int(min(steps, goal - 1) / (rate or 1)), 1)  # that are timed
     timed = max(int(passes * (rate or 1)), 1)  # the steps that they take
     about: dict[str, Any] = {"pictures": count}
     if window > 1:
@@ -240,7 +241,7 @@ def _measure(
     while position < total:  # times the middle of each stage of a growing cache
         needed, final = PROMPT_TOKENS + position + 1, decoding.shapes.slots(2**30)
         last = min(cache_slots(needed, final, "xla") - PROMPT_TOKENS, total)
-        middle = max((position + last - timed) // 2, 1)
+        middle = max(min((position + last - timed) // 2, goal - timed), 1)
         attempts = [_timed(decoding, middle, passes) for _ in range(3)]  # the first one may compile
         compile_s += attempts[0]
         best = min(attempts) / passes
