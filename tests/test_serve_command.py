@@ -16,6 +16,8 @@ import pytest
 from emu3_jax.cli.main import main
 from emu3_jax.serving.memory import cache_budget
 
+pytestmark = pytest.mark.compiled_quickly
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 

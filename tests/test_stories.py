@@ -13,6 +13,8 @@ from emu3_jax.data.sequences import Interleaved
 from emu3_jax.evaluation.config import EvaluateConfig
 from emu3_jax.generation.pieces import Document
 
+pytestmark = pytest.mark.compiled_quickly
+
 CONFIG = """
 from emu3_jax.data.config import DataConfig, Source
 from emu3_jax.data.sequences import Interleaved

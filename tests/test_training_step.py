@@ -1,6 +1,7 @@
 """The step: the same on every mesh and however accumulated; dropout, noise and figures."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -70,10 +71,16 @@ def clips():
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
+@functools.cache
+def trainer_of(config, mesh):
+    """One for all runs of a config on a mesh: its programs are compiled once."""
+    return Trainer(config, tiny.CONFIG, mesh)
+
+
 def run(config=CONFIG, mesh="fsdp=1", steps=3, batch=batch):
     """Metrics of some steps, and the parameters after them."""
     mesh = make_mesh(mesh)
-    trainer = Trainer(config, tiny.CONFIG, mesh)
+    trainer = trainer_of(config, mesh)
     with use_mesh(mesh):
         state, metrics = trainer.initial_state(), []
         rows = HostRows(mesh, ROWS)
