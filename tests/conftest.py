@@ -71,25 +71,27 @@ if jax.__version_info__ < (0, 11):  # JAX 0.12 refuses the option
     compiler.get_compile_options = quick_compile_options
 
 
-# Files that take minutes, the longest first. Two workers share the files: one that begins late ends alone.
+# Files that take longest, the longest first. Two workers share the files: one that begins late ends alone.
 LONG = (
-    "notebooks", "scripts", "two_processes", "vision_training", "interleaved_rows", "interleave_command", "turns",
-    "grpo_training", "grpo_answers", "pipeline", "train", "preference_training", "engine", "attention", "documentation",
-    "recipes", "lora", "plan", "grpo_plan", "bucket_runs", "pipeline_options", "bench_automaton", "evaluation",
-    "cli", "harness",
+    "notebooks", "scripts", "two_processes", "vision_training", "interleaved_rows", "vision", "grpo_training",
+    "interleaving", "training_step", "train", "recipes", "sharding", "turns", "bucket_runs", "documentation",
+    "golden_sessions", "parallel", "window_kernels_tpu", "live", "plan", "grpo_answers", "cli",
+    "training_decoder", "stories", "buckets", "interleave_command", "deterministic", "window_kernels_hopper",
+    "serve_command",
 )  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begins with the long files. The others compiled as for users come before the others compiled quickly.
+    """Files compiled as for users come before those compiled quickly, and in both groups the long ones begin.
 
-    So programs of the models that modules share are kept from module to module; see `optimisation`.
+    Each change between the two ways drops all compiled programs, see `optimisation`. With one change in a worker,
+    programs of the models that modules share are kept from module to module.
     """
     places = {f"test_{name}": place for place, name in enumerate(LONG)}
 
-    def place(item: pytest.Item) -> tuple[int, bool]:
+    def place(item: pytest.Item) -> tuple[bool, int]:
         quick = item.get_closest_marker("compiled_quickly") is not None
-        return (places[item.path.stem], False) if item.path.stem in places else (len(places), quick)
+        return quick, places.get(item.path.stem, len(places))
 
     items.sort(key=place)
 
