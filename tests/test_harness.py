@@ -19,8 +19,8 @@ GENEVAL = [
     {"tag": "counting", "include": [{"class": "cow", "count": 2}], "prompt": "a photo of two cows"},
     {"tag": "colors", "include": [{"class": "car", "count": 1}], "prompt": "a photo of a ü car"},
 ]
-# One shape of batches: few programs.
-OPTIONS = {"guidance": 1.0, "batch_size": 4, "deterministic": True, "progress": False}
+# One shape of batches: few programs. Small pictures: what is drawn does not matter.
+OPTIONS = {"area": 32 * 32, "guidance": 1.0, "batch_size": 4, "deterministic": True, "progress": False}
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_t2icompbench_by_the_command(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "color_val.txt").write_text("a green bench and a blue bowl\ta note\n\na red apple.\n")
     command = ["evaluate", "--harness", "t2icompbench", "--prompts", "color_val.txt", "-n", "2", "-o", "out"]
-    command += ["--guidance", "1", "--batch-size", "4"]
+    command += ["--area", "1024", "--guidance", "1", "--batch-size", "4"]
     assert main(command) == 0
     captured = capsys.readouterr()
     assert "out: 4 pictures of 2 prompts" in captured.out and f"--out_dir={tmp_path}/out" in captured.out
@@ -173,7 +173,7 @@ def test_illegal_options_leave_no_claim(model, geneval_file, tmp_path):
     """Else the corrected command would be told that the directory holds pictures of another run."""
     items = read_items("geneval", geneval_file)
     with pytest.raises(Emu3Error, match="area is 7: at ratio 1:1 it must be at least 36 pixels"):
-        draw(model, "geneval", items, tmp_path / "out", **OPTIONS, area=7)
+        draw(model, "geneval", items, tmp_path / "out", **(OPTIONS | {"area": 7}))
     assert not (tmp_path / "out").exists()
 
 
