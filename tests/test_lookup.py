@@ -11,6 +11,8 @@ from emu3_jax.generation import session
 from emu3_jax.generation.lookup import MOST_MATCHED, look_up
 from emu3_jax.generation.schedule import clip_schedule, text_schedule
 
+pytestmark = pytest.mark.compiled_quickly
+
 ROOM = 24
 LOOK_UP = jax.jit(look_up, static_argnums=2)
 

@@ -126,12 +126,12 @@ def test_golden_cases_in_pairs_of_tf32(params, golden, case, monkeypatch):
     """What GPUs compute: each operand in two parts that TF32 holds, whose products float32 holds."""
     monkeypatch.setattr(vision_layers, "takes_tf32", lambda: True)
     encode, decode = (
-        jax.jit(lambda x, method=method: VisionTokenizer(CONFIG).apply({"params": params}, x, method=method))
+        jax.jit(lambda params, x, method=method: VisionTokenizer(CONFIG).apply({"params": params}, x, method=method))
         for method in ("encode", "decode")
     )
     codes = golden[f"{case}/codes"]
-    np.testing.assert_array_equal(encode(channels_last(golden[f"{case}/pixels"])), codes)
-    close(decode(codes), channels_last(golden[f"{case}/reconstruction"]))
+    np.testing.assert_array_equal(encode(params, channels_last(golden[f"{case}/pixels"])), codes)
+    close(decode(params, codes), channels_last(golden[f"{case}/reconstruction"]))
 
 
 def test_pairs_of_tf32_are_as_good_as_float32():
