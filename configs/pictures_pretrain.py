@@ -5,6 +5,7 @@
     emu3-jax prepare out/pictures64/SET.jsonl --model out/pictures_start --keep-size -o out/pictures_tokens/SET
     emu3-jax train configs/pictures_pretrain.py
     emu3-jax train configs/pictures_sft.py
+    emu3-jax train configs/pictures_refine.py
 
 SET stands for each data set below, such as arrangements/train. `bash scripts/pictures_model.sh` runs all these
 commands.

@@ -33,9 +33,9 @@ PROMPTS = {
     "a Christmas tree": "",
     "a blue star above a red heart on a white background": "unseen",
     "three green circles on a black background": "",
-    "a large red square in the middle of a white background": "",
+    "a large red square in the center of a white background": "",
 }
-EDITED, REQUEST = "a large red square in the middle of a white background", "Make it green"
+EDITED, REQUEST = "a large red square in the center of a white background", "Make it green"
 STORY = "Tell a story in three pictures about a large purple triangle"
 CLIPS = ("animated emoji of beating heart", "a large yellow heart moves right on a black background")
 # The first half of a clip. Its triple of colour, shape and motion was not in training.
@@ -50,7 +50,7 @@ def run(output: pathlib.Path, model: pathlib.Path | None = None) -> None:
     pictures, clips, extended, edit, story = (output / d for d in ("pictures", "clips", "extended", "edit", "story"))
     files, half = [os.path.relpath(file) for file in sorted(ASSETS.glob("*.webp")) if file.name != HALF], ASSETS / HALF
     print("# Text to pictures: prompts as people write them, things that training showed in other styles, and scenes")
-    emu3_jax("generate", *PROMPTS, "--seed", 70, "--batch-size", len(PROMPTS), "-o", pictures, *chosen)
+    emu3_jax("generate", *PROMPTS, "--seed", 1, "--batch-size", len(PROMPTS), "-o", pictures, *chosen)
     print("# Pictures to text: two questions about each of four pictures that were not in training")
     print("# The pictures show:")
     for file in files:

@@ -1,6 +1,6 @@
 """Makes a trained bundle the embedded model of the package.
 
-    emu3-jax quantize out/pictures_sft/model --quantize int8-weights -o out/pictures_int8
+    emu3-jax quantize out/pictures_refine/model --quantize int8-weights -o out/pictures_int8
     python scripts/embedded_assets.py out/evaluation_pictures/evaluation.json --bundle out/pictures_int8
 
 The script writes emu3_jax/assets/emoji: the compressed bundle, CARD.md with the figures, NOTICE and SHA256SUMS. Commit
