@@ -13,24 +13,22 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
-import itertools
-import json
 import multiprocessing
 import os
 import pathlib
 import random
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
-from emoji_data.manifests import about, caption, write_lines
+from emoji_data.manifests import about, caption, turns, write_lines
 from picture_data.captions import GROUPS, asked
 from PIL import Image, ImageEnhance
 
 from emu3_jax.errors import Emu3Error
 from emu3_jax.evaluation import procedural
 from emu3_jax.files import new_directory
-from emu3_jax.foreign import read_bytes
+from emu3_jax.foreign import parse_json, read_bytes
 from emu3_jax.media.clips import Clip, load_clip, save_clip
 from emu3_jax.media.images import load_image
 from emu3_jax.progress import Progress
@@ -61,8 +59,7 @@ def build(
     """
     if workers < 1:
         raise Emu3Error(f"workers is {workers}: it must be 1 or more")
-    text = read_bytes(data / "items.jsonl", 1 << 28, "build the data first (python scripts/build_pictures.py DIR)")
-    items = [item for item in map(json.loads, text.splitlines()) if item["split"] == "train"]
+    items = [item for item in _items(data / "items.jsonl") if item["split"] == "train"]
     items = [item for item in items if item["kind"] != "picture" or item["group"] in GROUPS]
     lines: dict[str, list[dict]] = {"questions": [], "clips": []}
     with new_directory(data / DIRECTORY, sum(amounts[item["kind"]] for item in items) * _BYTES_PER_VIEW) as target:
@@ -84,6 +81,21 @@ def build(
     return {name: len(rows) for name, rows in lines.items()}
 
 
+def _items(file: pathlib.Path) -> list[dict]:
+    """The items that build_pictures.py wrote. Drawings of other data have no `look`, which questions ask for."""
+    remedy = "give a directory that scripts/build_pictures.py wrote"
+    found = []
+    for number, line in enumerate(read_bytes(file, 1 << 28, remedy).splitlines(), start=1):
+        item = parse_json(line, f"{file} line {number}", remedy)
+        if not isinstance(item, dict):
+            raise Emu3Error(f"{file} line {number} is no JSON object: {remedy}")
+        needed = ("name", "file", "kind", "split", *(("group", "look") if item.get("kind") == "picture" else ()))
+        if missing := [field for field in needed if field not in item]:
+            raise Emu3Error(f"{file} line {number} has no {missing[0]}: {remedy}")
+        found.append(item)
+    return found
+
+
 def _draw(
     data: pathlib.Path, target: pathlib.Path, amounts: Mapping[str, int], seed: int, numbered: tuple[int, dict]
 ) -> tuple[str, list[dict]]:
@@ -95,10 +107,14 @@ def _draw(
         if _save(frames, target / file):
             shown.append(f"{DIRECTORY}/{file}")
     if item["kind"].endswith("clip"):
-        rows = [{"clip": file, "text": caption(item), "name": f"{item['name']}@{i}"} for i, file in enumerate(shown)]
-        return "clips", rows
-    told = asked(item) if item["kind"] == "picture" else about(item)
-    return "questions", list(_conversations(item["name"], shown, told, chance))
+        text = caption(item)
+        return "clips", [{"clip": file, "text": text, "name": f"{item['name']}@{i}"} for i, file in enumerate(shown)]
+    told, rows = asked(item) if item["kind"] == "picture" else about(item), []
+    for place, file in enumerate(shown):
+        pairs = list(told.items())
+        chance.shuffle(pairs)
+        rows.append({"image": file, "conversation": turns(pairs), "name": f"{item['name']}@{place}"})
+    return "questions", rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,23 +159,26 @@ class View:
 
 
 def _views(file: pathlib.Path, item: dict, amount: int, chance: random.Random) -> Iterator[Clip]:
-    """Yields views of an item. A picture is one frame. All frames of a clip have the same view."""
+    """Yields views of an item. A picture is a clip of one frame. All frames of a clip have the same view."""
     whole = load_clip(file) if item["kind"].endswith("clip") else Clip(np.asarray(load_image(file))[None])
-    if item["kind"].startswith("procedural"):
-        scene_class = procedural.Motion if item["kind"] == "procedural_clip" else procedural.Still
-        scene = scene_class(**{field.name: item[field.name] for field in dataclasses.fields(scene_class)})
     for _ in range(amount):
-        if not item["kind"].startswith("procedural"):
+        if item["kind"].startswith("procedural"):
+            frames = _redrawn(item, whole.frames.shape[1], chance)
+        else:
             view = View.draw(chance)
             frames = np.stack([np.asarray(view.apply(Image.fromarray(frame))) for frame in whole.frames])
-        else:
-            variation = procedural.Variation.draw(np.random.default_rng(chance.randrange(1 << 32)))
-            side = whole.frames.shape[1]
-            if item["kind"] == "procedural_clip":
-                frames = procedural.rasterise_clip(scene, side, variation)
-            else:
-                frames = procedural.rasterise_still(scene, side, variation)[None]
         yield Clip(frames, whole.fps)
+
+
+def _redrawn(item: dict, side: int, chance: random.Random) -> np.ndarray:
+    """The frames of a scene, varied: uint8 [T, side, side, 3], one frame of a still."""
+    moving = item["kind"] == "procedural_clip"
+    scene = procedural.Motion if moving else procedural.Still
+    drawn = scene(**{field.name: item[field.name] for field in dataclasses.fields(scene)})
+    variation = procedural.Variation.draw(np.random.default_rng(chance.randrange(1 << 32)))
+    if moving:
+        return procedural.rasterise_clip(drawn, side, variation)
+    return procedural.rasterise_still(drawn, side, variation)[None]
 
 
 def _save(view: Clip, path: pathlib.Path) -> bool:
@@ -172,16 +191,6 @@ def _save(view: Clip, path: pathlib.Path) -> bool:
         return True
     path.unlink()
     return False
-
-
-def _conversations(name: str, files: Iterable[str], asked: dict[str, str], chance: random.Random) -> Iterator[dict]:
-    """A conversation about each file with all questions, in random order."""
-    for number, file in enumerate(files):
-        pairs = list(asked.items())
-        chance.shuffle(pairs)
-        roles = itertools.cycle(("user", "assistant"))
-        turns = [{"role": next(roles), "text": text} for pair in pairs for text in pair]
-        yield {"image": file, "conversation": turns, "name": f"{name}@{number}"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

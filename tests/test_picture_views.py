@@ -87,3 +87,12 @@ def test_trouble(views, data, tmp_path, capsys):
     assert views.main([str(data), "--workers", "2"]) == 0
     assert views.main([str(data)]) == 2
     assert "views" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_other_data_are_refused(views, tmp_path, capsys):
+    """scripts/build_emoji.py writes items.jsonl, too."""
+    item = {"name": "a", "file": "a.webp", "kind": "picture", "split": "train", "group": ""}
+    (tmp_path / "items.jsonl").write_text(json.dumps(item))
+    assert views.main([str(tmp_path)]) == 2
+    assert "line 1 has no look: give a directory that scripts/build_pictures.py wrote" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["items.jsonl"]

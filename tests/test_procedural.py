@@ -34,11 +34,13 @@ def test_every_still_reads_back():
 
 def test_variations_read_as_the_exact_drawing():
     rng = np.random.default_rng(0)
-    stills = list(all_stills())
+    stills, clips = list(all_stills()), list(all_clips())
     for number in range(40):
         variation = procedural.Variation.draw(rng)
         for still in stills[number::40]:
             assert procedural.read_still(rasterise_still(still, 32, variation)) == still, variation
+        clip = clips[number * 43]
+        assert procedural.read_clip(rasterise_clip(clip, 64, variation)) == clip, variation
 
 
 def test_every_clip_reads_back():

@@ -90,8 +90,7 @@ def measure(
             for part in cases[0].scene:
                 said = [item.scene[part] in answer for item, answer in zip(cases, answers, strict=True)]
                 figures[name][f"{part}_right"] = float(np.mean(said))
-            text = f"Held-out {name}: no training has this colour, shape and {part}. Green: the whole answer is right."
-            show(question, text, cases, answers, right)
+            show(question, f"Held-out {name}. Green: the whole answer is right.", cases, answers, right)
     return figures, sections
 
 

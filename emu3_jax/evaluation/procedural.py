@@ -93,7 +93,7 @@ def all_clips() -> Iterator[Motion]:
 
 @dataclasses.dataclass(frozen=True)
 class Variation:
-    """How a drawing differs from the exact one, so little that `read_still` reads the same.
+    """How a drawing differs from the exact one, so little that `read_still` and `read_clip` read the same.
 
     Attributes:
         shift: (right, down), as shares of the side.

@@ -97,6 +97,12 @@ def about(item: Item) -> dict[str, str]:
     return asked
 
 
+def turns(pairs: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
+    """The conversation of questions and their answers."""
+    roles = itertools.cycle(("user", "assistant"))
+    return [{"role": next(roles), "text": text} for pair in pairs for text in pair]
+
+
 def _line(item: Item, ending: str, file: str, **content) -> Line:
     medium = "clip" if item["kind"].endswith("clip") else "image"
     return {medium: file, **content, "name": item["name"] + ending}
@@ -128,8 +134,7 @@ def _question_lines(item: Item, views: list[str]) -> Iterator[Line]:
     asked = about(item)
     pairs = itertools.product(views, asked.items())
     for number, (file, (question, answer)) in enumerate(pairs):
-        turns = [{"role": "user", "text": question}, {"role": "assistant", "text": answer}]
-        yield _line(item, f"#{number}", file, conversation=turns)
+        yield _line(item, f"#{number}", file, conversation=turns([(question, answer)]))
 
 
 def _clip_conversations(item: Item, seed: int) -> Iterator[Line]:
@@ -138,9 +143,7 @@ def _clip_conversations(item: Item, seed: int) -> Iterator[Line]:
     orders = list(itertools.permutations(asked.items()))
     random.Random(f"{seed} {item['name']} questions").shuffle(orders)
     for number, pairs in enumerate(orders[:_CLIP_CONVERSATIONS]):
-        roles = itertools.cycle(("user", "assistant"))
-        turns = [{"role": next(roles), "text": text} for pair in pairs for text in pair]
-        yield _line(item, f"#{number}", item["file"], conversation=turns)
+        yield _line(item, f"#{number}", item["file"], conversation=turns(pairs))
 
 
 def _text_lines(concept: Concept, seed: int) -> Iterator[Line]:

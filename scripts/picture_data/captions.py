@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
 from emoji_data.concepts import MAIN_GROUPS
+from emoji_data.manifests import turns
 
 from picture_data.words import coloured, named_colour, other_names, phrase, thing
 
@@ -98,9 +99,8 @@ def asked(item: dict) -> dict[str, str]:
 
 
 def _questions(item: dict) -> Iterator[dict]:
-    for number, (file, (question, answer)) in enumerate(itertools.product(_files(item), asked(item).items())):
-        turns = [{"role": "user", "text": question}, {"role": "assistant", "text": answer}]
-        yield {"image": file, "conversation": turns, "name": f"{item['name']}#{number}"}
+    for number, (file, pair) in enumerate(itertools.product(_files(item), asked(item).items())):
+        yield {"image": file, "conversation": turns([pair]), "name": f"{item['name']}#{number}"}
 
 
 def _colour(item: dict) -> str | None:
