@@ -59,6 +59,14 @@ def test_windows_change_nothing(contexts, window, narrow_cache):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_windows_of_a_single_row_change_nothing(place):
+    """Its passes of several tokens are all within pictures and known sizes."""
+    rows = tiny_rows(2)
+    expected, found = tiny_run(rows, [place], 2), tiny_run(rows, [place], 2, parallel=5)
+    np.testing.assert_array_equal(found[0], expected[0])
+
+
 def test_windows_save_passes():
     """Sizes, ends of lines, EOF and EOI are guesses that are always right; greedy codes that repeat are, too."""
     rows = [InterleavedRow([17, 1, 2], size=(4, 1), steps=60)]

@@ -15,7 +15,7 @@ from emu3_jax.checkpoints.convert import convert
 from emu3_jax.errors import Emu3Error
 from emu3_jax.generation import engine, interleaving, session
 from emu3_jax.generation.documents import grammar_of
-from emu3_jax.generation.grammar import Grammar, Picture, picture_ids, split
+from emu3_jax.generation.grammar import Grammar, Picture, inside_pictures, picture_ids, split
 from emu3_jax.generation.interleaving import InterleavedRow
 from emu3_jax.generation.kept import Kept
 from emu3_jax.generation.schedule import text_schedule
@@ -73,7 +73,7 @@ def later_rows(rows, written):
         pieces = split(ids.tolist(), TINY, strict=False)
         if isinstance(pieces[-1], Picture) and not pieces[-1].whole:
             ids = ids[: len(ids) - 1 - ids[::-1].tolist().index(TINY.tokens.boi)]
-        pictures = ids[interleaving.inside_pictures(ids, TINY)].tolist()
+        pictures = ids[inside_pictures(ids, TINY)].tolist()
         found.append(
             dataclasses.replace(
                 row,
@@ -129,6 +129,14 @@ def test_a_narrow_cache_that_grows_and_passes_of_several_tokens(fed, monkeypatch
     monkeypatch.setattr(Kept, "put", noted)
     assert_turns_are_equal(first_rows(2), fed, narrow_cache=True, parallel=4)
     assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
+
+
+def test_conversations_that_begin_differently_share_a_program():
+    interleaving.decode.jitted.clear_cache()
+    rows = first_rows(contexts=3, count=1)
+    for prompt in (rows[0].prompt, [*rows[0].prompt, *[3, 4] * 40]):  # 64 and 128 slots
+        tiny_run([dataclasses.replace(rows[0], prompt=prompt)], kept=Kept())
+    assert interleaving.decode.jitted._cache_size() == 1
 
 
 def test_turns_on_a_mesh(fed):
@@ -283,7 +291,7 @@ def test_a_conversation_is_what_its_whole_prompts_give(model, fed, monkeypatch):
     assert prompt == [*first.ids.tolist(), tokenizer.special.eos, *question]
     answer = first.ids[first.prompt_length :]
     empty = tokenizer.encode("You are a helpful assistant. USER:  ASSISTANT: ")
-    drawn = answer[interleaving.inside_pictures(answer, rule)].tolist()
+    drawn = answer[inside_pictures(answer, rule)].tolist()
     unconditional = [
         tokenizer.special.bos, *empty, begins, *drawn, tokenizer.special.eos,
         *tokenizer.encode("USER: "), *shown, *tokenizer.encode(" ASSISTANT: "), begins,

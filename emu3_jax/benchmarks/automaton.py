@@ -63,9 +63,11 @@ class Interleaved:
         goal = grammar.picture_length(side, side)  # then rows are done, so all passes are within pictures
         self.window, self._config, self._params, self._side, self._count = window, config, params, side, count
         self._prompt, self._head = prompt, len(f"{side}*{side}") + 2
-        self._plan = interleaving.Plan(np.full(count, goal, np.int32), settings, settings, np.ones(count, np.float32))
+        self._plan = interleaving.Plan(
+            np.full(count, goal, np.int32), settings, settings, np.ones(count, np.float32), np.int32(prompt)
+        )
         self._options = interleaving.Options(
-            grammar, 2, prompt, use_top_k, False, kernels, narrow_cache=narrow_cache, window=window
+            grammar, 2, use_top_k, False, kernels, narrow_cache=narrow_cache, window=window
         )
         self._state = interleaving.prefill(
             params, np.ones((2 * count, prompt), np.int32), np.zeros(2 * count, np.int32), self._plan,

@@ -26,7 +26,7 @@ from emu3_jax.generation.schedule import SAMPLED_FREE, SAMPLED_VISUAL
 # are part of a size: a digit from 1 to 9, a digit, and a digit or what ends this side of the size.
 FIRST_DIGIT, DIGIT, DIGIT_OR_END = -3, -4, -5
 
-TEXT, SIZE, PICTURE = 0, 1, 2  # modes
+MODES = TEXT, SIZE, PICTURE = 0, 1, 2
 MOST_DIGITS = 4  # of a side that is known beforehand
 _NO_LIMIT = 1 << 30
 
@@ -413,6 +413,16 @@ def picture_ids(codes: np.ndarray, grammar: Grammar) -> list[int]:
     body[body == SAMPLED_VISUAL] = codes.reshape(-1).astype(np.int64) + special.visual_start
     size = [grammar.times if character == "*" else grammar.digits[int(character)] for character in f"{rows}*{columns}"]
     return [special.boi, *size, special.img, *body.tolist()]
+
+
+def inside_pictures(ids: np.ndarray, grammar: Grammar) -> np.ndarray:
+    """Which ids that a row wrote belong to pictures, from BOI to EOI: bool [n]."""
+    found, inside = np.zeros(len(ids), bool), False
+    for place, token in enumerate(ids.tolist()):
+        inside = inside or token == grammar.tokens.boi
+        found[place] = inside
+        inside = inside and token != grammar.tokens.eoi
+    return found
 
 
 def _unfit(position: int, token: int, where: str) -> Emu3Error:

@@ -56,7 +56,7 @@ def interleaved_programs(config: GenerateConfig, mesh: Mesh, params: Any, beside
         kernels = choose_kernels(config.kernels, decoder.head_dim, decoder.dtype, window=window)
     # Which ids the digits have makes no difference to the cost.
     grammar, narrow = Grammar.of(decoder, range(1, 11), 11), narrows_cache(config.quantize)
-    options = interleaving.Options(grammar, contexts, width, True, False, kernels, narrow, window)
+    options = interleaving.Options(grammar, contexts, True, False, kernels, narrow, window)
     final = width + steps + spare_slots(window)
     sizes = sizes_while_growing(
         cache_slots(width + window, final, kernels), lambda needed: cache_slots(needed, final, kernels)
@@ -69,7 +69,7 @@ def interleaved_programs(config: GenerateConfig, mesh: Mesh, params: Any, beside
 
     settings = RowSettings.of(rows, temperature=1.0, top_k=2048, top_p=1.0, guidance=config.guidance, seed=0)
     goal = np.full(rows, config.interleave, np.int32)
-    plan = replicated(interleaving.Plan(goal, settings, settings, np.ones(rows, np.float32)))
+    plan = replicated(interleaving.Plan(goal, settings, settings, np.ones(rows, np.float32), np.int32(width)))
     written = replicated(GrammarState.of([None] * rows, [config.interleave] * rows))
     start = np.zeros(contexts * rows, np.int32)
     prompts = replicated(np.zeros((contexts * rows, width), np.int32))

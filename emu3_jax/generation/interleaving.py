@@ -93,6 +93,7 @@ class Plan(flax.struct.PyTreeNode):
     text: RowSettings  # its guidance has no effect
     visual: RowSettings
     image_guidance: sampling.Array  # float32 [B], see `InterleavedRow.empty`
+    width: sampling.Array | np.int32  # scalar: P
 
 
 class State(flax.struct.PyTreeNode):
@@ -114,7 +115,6 @@ class Options:
     Attributes:
         grammar: the model's grammar.
         contexts: N.
-        width: P.
         kernels: from `attention.KERNELS`, but not "auto".
         use_top_k: whether `top_k` has an effect on any row.
         use_top_p: whether `top_p` has an effect on any row.
@@ -124,7 +124,6 @@ class Options:
 
     grammar: Grammar
     contexts: int
-    width: int
     use_top_k: bool = True
     use_top_p: bool = True
     kernels: str = "xla"
@@ -195,7 +194,8 @@ def _begun(
         grammar=jax.tree.map(jnp.asarray, grammar),
     )
     answers = rules.upcoming(state.grammar, options.grammar, 1)
-    return replicated(_settle(state, None, choose(logits, answers, state, plan, options), answers, plan, options))
+    computed = choose(logits, answers, state, plan, options, [rules.TEXT])  # all rows begin in text
+    return replicated(_settle(state, None, computed, answers, plan, options))
 
 
 @functools.partial(Program, static_argnames=("config", "options"), donate_argnames=("state",))
@@ -213,6 +213,10 @@ def decode(
     def take(carry: tuple[State, jax.Array], width: int) -> tuple[State, jax.Array]:
         state, left = carry
         count, cache = plan.goal.shape[0], state.cache
+        # Where there are passes of two widths, the narrow ones are only for rows outside of pictures.
+        modes = rules.MODES if width == options.window else [rules.TEXT, rules.SIZE]
+        if width > 1 and count == 1:
+            modes = [rules.PICTURE]
         fed = parallel.window(state.tokens, state.step - 1, width)
         answers = rules.upcoming(state.grammar, options.grammar, 2 * width - 1)
         forced = answers[:, : width - 1]  # guesses that are always right
@@ -220,11 +224,11 @@ def decode(
         if options.contexts > 2:
             # The context without text and pictures restarts at each picture.
             restarts = state.inside & (fed[:, 0] == config.tokens.boi)
-            own = jnp.where(restarts, options.width, cache.length[2 * count :])
+            own = jnp.where(restarts, plan.width, cache.length[2 * count :])
             cache = cache.replace(length=cache.length.at[2 * count :].set(own))
         before, inside, step = cache.length, state.inside, state.step
         logits, cache = forward({"params": params}, jnp.tile(fed, (options.contexts, 1)), cache)
-        computed = choose(logits, answers[:, :width], state, plan, options)
+        computed = choose(logits, answers[:, :width], state, plan, options, modes)
         state = _settle(state, fed, computed, answers, plan, options)
         settled = state.step - step
         # The tokens that were fed up to the last certain one. Of text, only the first context has them.
@@ -292,12 +296,15 @@ def _settle(
     )
 
 
-def choose(logits: jax.Array, answers: jax.Array, state: State, plan: Plan, options: Options) -> jax.Array:
+def choose(
+    logits: jax.Array, answers: jax.Array, state: State, plan: Plan, options: Options, modes: Sequence[int]
+) -> jax.Array:
     """The tokens of the steps from step[b] on, int32 [B, W].
 
-    It takes the logits of all contexts, float32 [R, W, V], and what is legal, int32 [B, W], from `grammar.upcoming`.
-    Outside of pictures only the first column is chosen; what is not chosen is negative. Text and visual tokens are
-    drawn among their own ids, with their own settings. So masks come before top-k and top-p.
+    It takes the logits of all contexts, float32 [R, W, V]; what is legal, int32 [B, W], from `grammar.upcoming`; and
+    the modes in which active rows may sample. A mode that is left out saves time of compilation. Outside of pictures
+    only the first column is chosen; what is not chosen is negative. Text and visual tokens are drawn among their own
+    ids, with their own settings. So masks come before top-k and top-p.
     """
     special, count, width = options.grammar.tokens, plan.goal.shape[0], logits.shape[1]
     contexts = logits.reshape(options.contexts, count, width, -1)
@@ -326,12 +333,12 @@ def choose(logits: jax.Array, answers: jax.Array, state: State, plan: Plan, opti
 
     # A kind of token that no row needs is not drawn.
     token, alone = answers, (jnp.arange(width) == 0)[None]
-    kinds = (
-        ((answers == SAMPLED_FREE) & alone, text, 1),
-        (answers == SAMPLED_VISUAL, visual, width),
-        ((answers <= rules.FIRST_DIGIT) & alone, size, 1),
-    )
-    for wanted, drawn, columns in kinds:
+    kinds = {
+        rules.TEXT: ((answers == SAMPLED_FREE) & alone, text, 1),
+        rules.SIZE: ((answers <= rules.FIRST_DIGIT) & alone, size, 1),
+        rules.PICTURE: (answers == SAMPLED_VISUAL, visual, width),
+    }
+    for wanted, drawn, columns in (kinds[mode] for mode in modes):
         nothing = functools.partial(jnp.zeros, (count, columns), jnp.int32)
         token = jnp.where(wanted, jax.lax.cond((wanted & active[:, None]).any(), drawn, nothing), token)
     return nn.with_logical_constraint(token, (None, None))
@@ -420,12 +427,12 @@ def stream(
     goal = np.asarray([row.steps for row in filled], np.int32)
     if kept is None:
         goal[len(rows) :] = 1  # what fills the batch up need not be written
-    plan = Plan(goal, text, visual, scales[places])
     prompts = [row.contexts[index] for index in range(contexts) for row in filled]
     steps = bucket(int(goal.max()))
     tail = None if kept is None else kept.take(prompts, config.tokens.pad)
     width = bucket(max(map(len, prompts))) if tail is None else tail.width
     end = width if tail is None else tail.end  # the slot after all prompts
+    plan = Plan(goal, text, visual, scales[places], np.int32(width))
     state_of_rows = GrammarState.of(
         [row.size for row in filled], [row.steps for row in filled], [row.max_size for row in filled]
     )
@@ -433,7 +440,7 @@ def stream(
         several = choose_kernels(kernels, config.head_dim, config.dtype, window=MOST_PARALLEL)
         window = choose_window(parallel, len(prompts) // batch_shards(mesh), several, hidden_size=config.hidden_size)
         chosen = choose_kernels(kernels, config.head_dim, config.dtype, window=window)
-    options = Options(grammar, contexts, width, *_filters(config, text, visual), chosen, narrow_cache, window)
+    options = Options(grammar, contexts, *_filters(config, text, visual), chosen, narrow_cache, window)
 
     def slots(used: int) -> int:
         # Guesses of the last passes are written after the last step.
@@ -478,20 +485,10 @@ def _held(
     prompts: Sequence[Sequence[int]], written: Sequence[np.ndarray], grammar: Grammar, contexts: int
 ) -> list[Sequence[int]]:
     """The ids of each computed row: its prompt, and what was appended to it."""
-    pictures = [ids[inside_pictures(ids, grammar)] for ids in written]
+    pictures = [ids[rules.inside_pictures(ids, grammar)] for ids in written]
     appended = [written, pictures, [()] * len(written)][:contexts]  # the third context restarts at each picture
     flat = [ids for context in appended for ids in context]
     return [[*prompt, *map(int, ids)] for prompt, ids in zip(prompts, flat, strict=True)]
-
-
-def inside_pictures(ids: np.ndarray, grammar: Grammar) -> np.ndarray:
-    """Which ids that a row wrote belong to pictures, from BOI to EOI: bool [n]."""
-    found, inside = np.zeros(len(ids), bool), False
-    for place, token in enumerate(ids.tolist()):
-        inside = inside or token == grammar.tokens.boi
-        found[place] = inside
-        inside = inside and token != grammar.tokens.eoi
-    return found
 
 
 def run(*arguments: Any, **options: Any) -> list[np.ndarray]:

@@ -18,7 +18,7 @@ from emu3_jax.generation.documents import (
     stream_rows,
     task_of,
 )
-from emu3_jax.generation.interleaving import InterleavedRow, inside_pictures
+from emu3_jax.generation.interleaving import InterleavedRow
 from emu3_jax.generation.kept import Kept
 from emu3_jax.generation.language import Language
 from emu3_jax.generation.pieces import Document, Growing, Piece, check_callbacks, deliver
@@ -140,7 +140,7 @@ class Turns:
         if document.ended:
             ids = ids[:-1]
         parts = grammar.split(ids.tolist(), self._rule, strict=False)
-        inside = inside_pictures(ids, self._rule)
+        inside = grammar.inside_pictures(ids, self._rule)
         if parts and isinstance(parts[-1], grammar.Picture) and not parts[-1].whole:
             opened = len(ids) - 1 - ids[::-1].tolist().index(self._rule.tokens.boi)
             ids, inside = ids[:opened], inside[:opened]
