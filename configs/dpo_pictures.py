@@ -10,8 +10,8 @@
     emu3-jax pairs out/dpo_drawings --per-prompt 4 -o out/dpo_drawing_pairs
     emu3-jax train configs/dpo_pictures.py --set model.bundle=MODEL
 
-MODEL is out/pictures_refine/model. The scenes are rewarded by what they show, the drawings by a judge. No prompt is one
-that the evaluation asks for.
+MODEL is out/pictures_further/model. The scenes are rewarded by what they show, the drawings by a judge. No prompt is
+one that the evaluation asks for.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ def config() -> TrainConfig:
     return dataclasses.replace(
         emoji,
         directory="out/pictures_dpo",
-        model=dataclasses.replace(emoji.model, bundle="out/pictures_refine/model"),
+        model=dataclasses.replace(emoji.model, bundle="out/pictures_further/model"),
         # A picture takes about 285 tokens, the longest prompt 70.
         data=dataclasses.replace(emoji.data, sources=sources, sequence_length=384),
         steps=200,

@@ -15,7 +15,7 @@ def config() -> EvaluateConfig:
     return EvaluateConfig(
         directory="out/evaluation_pictures",
         data="out/pictures64",
-        model="out/pictures_refine/model",
+        model="out/pictures_further/model",
         figures=(*FIGURES, *FURTHER_FIGURES),
         cases=256,
         procedural_guidance=2.0,

@@ -23,7 +23,7 @@ def config() -> TrainConfig:
     return dataclasses.replace(
         emoji,
         directory="out/pictures_grpo",
-        model=dataclasses.replace(emoji.model, bundle="out/pictures_refine/model"),
+        model=dataclasses.replace(emoji.model, bundle="out/pictures_further/model"),
         # A picture takes about 285 tokens, the longest prompt 70.
         data=dataclasses.replace(emoji.data, sequence_length=384),
         steps=200,

@@ -6,6 +6,7 @@
     emu3-jax train configs/pictures_pretrain.py
     emu3-jax train configs/pictures_sft.py
     emu3-jax train configs/pictures_refine.py
+    emu3-jax train configs/pictures_further.py
 
 SET stands for each data set below, such as arrangements/train. `bash scripts/pictures_model.sh` runs all these
 commands.

@@ -50,7 +50,7 @@ def run(output: pathlib.Path, model: pathlib.Path | None = None) -> None:
     pictures, clips, extended, edit, story = (output / d for d in ("pictures", "clips", "extended", "edit", "story"))
     files, half = [os.path.relpath(file) for file in sorted(ASSETS.glob("*.webp")) if file.name != HALF], ASSETS / HALF
     print("# Text to pictures: prompts as people write them, things that training showed in other styles, and scenes")
-    emu3_jax("generate", *PROMPTS, "--seed", 1, "--batch-size", len(PROMPTS), "-o", pictures, *chosen)
+    emu3_jax("generate", *PROMPTS, "--seed", 13, "--batch-size", len(PROMPTS), "-o", pictures, *chosen)
     print("# Pictures to text: two questions about each of four pictures that were not in training")
     print("# The pictures show:")
     for file in files:

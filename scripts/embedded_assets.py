@@ -1,6 +1,6 @@
 """Makes a trained bundle the embedded model of the package.
 
-    emu3-jax quantize out/pictures_refine/model --quantize int8-weights -o out/pictures_int8
+    emu3-jax quantize out/pictures_further/model --quantize int8-weights -o out/pictures_int8
     python scripts/embedded_assets.py out/evaluation_pictures/evaluation.json --bundle out/pictures_int8
 
 The script writes emu3_jax/assets/emoji: the compressed bundle, CARD.md with the figures, NOTICE and SHA256SUMS. Commit
@@ -162,6 +162,8 @@ def write_assets(
 ) -> int:
     """Replaces `target` by the bundle `source`, whole or quantised, with its card. Returns its size in bytes.
 
+    The files of a part whose weights stay the same stay the same, too: the repository would keep both versions.
+
     Raises:
         Emu3Error: the bundle lacks a part, or the directory would be larger than `LIMIT`.
     """
@@ -183,6 +185,9 @@ def write_assets(
     with new_directory(new, LIMIT) as temporary:
         for part, config in configs.items():
             arrays = [_held(path, array) for path, array in bundle.stored_arrays(part)]
+            if _unchanged(target, part, config, arrays):
+                shutil.copytree(target / part, temporary / part)
+                continue
             write_part(temporary / part, config, arrays, compressed=True)
         shutil.copytree(bundle.path / "tokenizer", temporary / "tokenizer")
         (temporary / "NOTICE").write_text(NOTICE_OF_WEIGHTS + _notice(about))
@@ -233,6 +238,22 @@ def _notice(about: pathlib.Path) -> str:
     if about == EMOJI:
         return notice
     return notice.replace("emoji/NOTICE", "the notice below") + "\n" + (EMOJI / "notice.txt").read_text()
+
+
+def _unchanged(target: pathlib.Path, part: str, config: dict[str, Any], arrays: list[LazyArray]) -> bool:
+    """Whether the bundle `target` has this part already, with this config and these weights."""
+    if not target.exists():
+        return False
+    bundle = Bundle.open(target)
+    if not bundle.has(part):
+        return False
+    written = json.loads((target / part / "config.json").read_text())  # has further entries, of the files
+    if any(written.get(name) != value for name, value in json.loads(json.dumps(config)).items()):
+        return False
+    there = dict(bundle.stored_arrays(part))
+    return there.keys() == {array.path for array in arrays} and all(
+        there[array.path].dtype == array.dtype and np.array_equal(there[array.path], array.load()) for array in arrays
+    )
 
 
 def _held(path: tuple[str, ...], array: np.ndarray) -> LazyArray:

@@ -1,11 +1,12 @@
 """Adds further views of the drawings and clips to the data of scripts/build_pictures.py, for the last fine-tuning.
 
 python scripts/picture_views.py out/pictures64
+python scripts/picture_views.py out/pictures64 --name further --seed 2 --keep-colours
 
-The directory gets views/ with pictures and clips, and two manifests: views_questions.jsonl, with all questions about a
-picture in one conversation, in random order, and views_clips.jsonl. Only items of the training have views, with the
+The directory gets NAME/ with pictures and clips, and two manifests: NAME_questions.jsonl, with all questions about a
+picture in one conversation, in random order, and NAME_clips.jsonl. Only items of the training have views, with the
 captions and answers of the items. A view is turned by at most 12 degrees, moved, larger or smaller, with other gamma
-and saturation. Views of shapes are drawn anew, with `procedural.Variation`.
+and saturation unless colours are kept. Views of shapes are drawn anew, with `procedural.Variation`.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import multiprocessing
 import os
 import pathlib
 import random
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -33,7 +35,7 @@ from emu3_jax.media.clips import Clip, load_clip, save_clip
 from emu3_jax.media.images import load_image
 from emu3_jax.progress import Progress
 
-DIRECTORY = "views"
+NAME = "views"
 # Views to add of each item.
 AMOUNTS = {"picture": 16, "procedural_picture": 4, "clip": 4, "procedural_clip": 3}
 _BYTES_PER_VIEW = 20_000  # a generous bound for the disk check
@@ -44,28 +46,39 @@ _GAMMA = (0.75, 1.33)
 
 
 def build(
-    data: pathlib.Path, *, amounts: Mapping[str, int] = AMOUNTS, seed: int = 1, workers: int = 1
+    data: pathlib.Path,
+    *,
+    name: str = NAME,
+    amounts: Mapping[str, int] = AMOUNTS,
+    seed: int = 1,
+    keep_colours: bool = False,
+    workers: int = 1,
 ) -> dict[str, int]:
     """Writes all views and manifests, and returns the number of lines of each manifest.
 
     Args:
         data: directory that scripts/build_pictures.py wrote.
+        name: of the directory in `data`, and start of the manifests' names.
         amounts: views to add of each item of a kind.
         seed: of the views and of the order of questions.
+        keep_colours: whether drawings keep their gamma and saturation.
         workers: processes that draw.
 
     Raises:
-        Emu3Error: `workers` is below 1, or `data` is no such directory, has views already, or cannot be written.
+        Emu3Error: `workers` is below 1, `name` is no plain name, or `data` is no such directory, has views of that name
+            already, or cannot be written.
     """
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise Emu3Error(f"name is {name!r}: use letters, digits, _ and - only")
     if workers < 1:
         raise Emu3Error(f"workers is {workers}: it must be 1 or more")
     items = [item for item in _items(data / "items.jsonl") if item["split"] == "train"]
     items = [item for item in items if item["kind"] != "picture" or item["group"] in GROUPS]
     lines: dict[str, list[dict]] = {"questions": [], "clips": []}
-    with new_directory(data / DIRECTORY, sum(amounts[item["kind"]] for item in items) * _BYTES_PER_VIEW) as target:
+    with new_directory(data / name, sum(amounts[item["kind"]] for item in items) * _BYTES_PER_VIEW) as target:
         for kind in amounts:
             (target / kind).mkdir()
-        draw = functools.partial(_draw, data, target, amounts, seed)
+        draw = functools.partial(_draw, _Task(data, name, target, amounts, seed, keep_colours))
         with contextlib.ExitStack() as stack:
             apply = map
             if workers > 1:
@@ -73,12 +86,12 @@ def build(
                 pool = stack.enter_context(concurrent.futures.ProcessPoolExecutor(workers, context))
                 apply = functools.partial(pool.map, chunksize=16)
             with Progress(True, len(items), "items", name="views") as progress:
-                for name, rows in apply(draw, enumerate(items)):
-                    lines[name] += rows
+                for manifest, rows in apply(draw, enumerate(items)):
+                    lines[manifest] += rows
                     progress.update()
-        for name, rows in lines.items():
-            write_lines(data / f"{DIRECTORY}_{name}.jsonl", rows)
-    return {name: len(rows) for name, rows in lines.items()}
+        for manifest, rows in lines.items():
+            write_lines(data / f"{name}_{manifest}.jsonl", rows)
+    return {manifest: len(rows) for manifest, rows in lines.items()}
 
 
 def _items(file: pathlib.Path) -> list[dict]:
@@ -96,16 +109,26 @@ def _items(file: pathlib.Path) -> list[dict]:
     return found
 
 
-def _draw(
-    data: pathlib.Path, target: pathlib.Path, amounts: Mapping[str, int], seed: int, numbered: tuple[int, dict]
-) -> tuple[str, list[dict]]:
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """The arguments of `build`. `target` is where views are written before they get their place."""
+
+    data: pathlib.Path
+    name: str
+    target: pathlib.Path
+    amounts: Mapping[str, int]
+    seed: int
+    keep_colours: bool
+
+
+def _draw(task: _Task, numbered: tuple[int, dict]) -> tuple[str, list[dict]]:
     """Writes the views of one item, and returns its lines and the name of their manifest."""
     number, item = numbered
-    chance, shown = random.Random(f"{seed} {item['name']}"), [item["file"]]
-    for view, frames in enumerate(_views(data / item["file"], item, amounts[item["kind"]], chance)):
+    chance, shown = random.Random(f"{task.seed} {item['name']}"), [item["file"]]
+    for view, frames in enumerate(_views(task, item, chance)):
         file = f"{item['kind']}/{number:05}_{view}.webp"
-        if _save(frames, target / file):
-            shown.append(f"{DIRECTORY}/{file}")
+        if _save(frames, task.target / file):
+            shown.append(f"{task.name}/{file}")
     if item["kind"].endswith("clip"):
         text = caption(item)
         return "clips", [{"clip": file, "text": text, "name": f"{item['name']}@{i}"} for i, file in enumerate(shown)]
@@ -158,14 +181,17 @@ class View:
         return ImageEnhance.Color(turned).enhance(self.saturation).point(table)
 
 
-def _views(file: pathlib.Path, item: dict, amount: int, chance: random.Random) -> Iterator[Clip]:
+def _views(task: _Task, item: dict, chance: random.Random) -> Iterator[Clip]:
     """Yields views of an item. A picture is a clip of one frame. All frames of a clip have the same view."""
+    file = task.data / item["file"]
     whole = load_clip(file) if item["kind"].endswith("clip") else Clip(np.asarray(load_image(file))[None])
-    for _ in range(amount):
+    for _ in range(task.amounts[item["kind"]]):
         if item["kind"].startswith("procedural"):
             frames = _redrawn(item, whole.frames.shape[1], chance)
         else:
             view = View.draw(chance)
+            if task.keep_colours:
+                view = dataclasses.replace(view, saturation=1.0, gamma=1.0)
             frames = np.stack([np.asarray(view.apply(Image.fromarray(frame))) for frame in whole.frames])
         yield Clip(frames, whole.fps)
 
@@ -198,11 +224,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=pathlib.Path, metavar="DIR", help="directory that build_pictures.py wrote")
     parser.add_argument(
+        "--name", default=NAME, help=f"of the directory and manifests in DIR (default: {NAME})", metavar="NAME"
+    )
+    parser.add_argument("--seed", type=int, default=1, metavar="N", help="of the views (default: 1)")
+    parser.add_argument("--keep-colours", action="store_true", help="do not change gamma and saturation of drawings")
+    parser.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes that draw (default: all CPUs)"
     )
     given = parser.parse_args(arguments)
     try:
-        counts = build(given.data, workers=given.workers)
+        counts = build(
+            given.data,
+            name=given.name,
+            seed=given.seed,
+            keep_colours=given.keep_colours,
+            workers=given.workers,
+        )
     except Emu3Error as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains the embedded model, of 64x64 pixels, under out/: data, token data, decoder, evaluation. You may stop the script
 # and start it again: steps whose result exists are skipped, and training resumes from its newest checkpoint. PRETRAIN,
-# SFT, REFINE and EVALUATE may hold further options, for example:
+# SFT, REFINE, FURTHER and EVALUATE may hold further options, for example:
 #     PRETRAIN="--set steps=100" bash scripts/pictures_model.sh
 # The vision tokenizer is the one in scripts/picture_data/tokenizer. If VISION is set, even to nothing, the script
 # trains it anew, with these options. If GRPO is set, the script also tunes the decoder by GRPO, with these options. The
@@ -14,6 +14,8 @@ emu3_jax() { "$python" -m emu3_jax.cli.main "$@"; }
 
 [ -d out/pictures64 ] || "$python" scripts/build_pictures.py out/pictures64
 [ -d out/pictures64/views ] || "$python" scripts/picture_views.py out/pictures64
+[ -d out/pictures64/further ] ||
+    "$python" scripts/picture_views.py out/pictures64 --name further --seed 2 --keep-colours
 tokenizer=scripts/picture_data/tokenizer
 if [ -n "${VISION+set}" ]; then
     tokenizer=out/vision_pictures/model
@@ -22,14 +24,15 @@ fi
 [ -d out/pictures_start ] || "$python" scripts/emoji_bundle.py $tokenizer -o out/pictures_start
 for set in {prompts,questions}_train prompts_heldout questions_heldout_style two_shapes/train \
     arrangements/{train,questions_train,heldout} stories/{stories,edits}_{train,heldout} \
-    emoji/{t2i_upright,clip_train,clip_questions,text_train,clip_heldout} views_{questions,clips}; do
+    emoji/{t2i_upright,clip_train,clip_questions,text_train,clip_heldout} {views,further}_{questions,clips}; do
     [ -f out/pictures_tokens/$set/index.json ] ||
         emu3_jax prepare out/pictures64/$set.jsonl --model out/pictures_start --keep-size -o out/pictures_tokens/$set
 done
 [ -d out/pictures_pretrain/model ] || emu3_jax train configs/pictures_pretrain.py ${PRETRAIN:-}
 [ -d out/pictures_sft/model ] || emu3_jax train configs/pictures_sft.py ${SFT:-}
 [ -d out/pictures_refine/model ] || emu3_jax train configs/pictures_refine.py ${REFINE:-}
-model=out/pictures_refine/model
+[ -d out/pictures_further/model ] || emu3_jax train configs/pictures_further.py ${FURTHER:-}
+model=out/pictures_further/model
 if [ -n "${GRPO+set}" ]; then
     [ -d out/pictures_grpo/model ] || emu3_jax train configs/grpo_pictures.py $GRPO
     model=out/pictures_grpo/model

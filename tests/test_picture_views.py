@@ -71,6 +71,21 @@ def test_all_kinds(views, data):
             assert line["text"] == MOTION.caption and procedural.read_clip(frames) == MOTION
 
 
+def test_kept_colours(views, data):
+    """The place of a view does not depend on whether colours are kept."""
+    drawn = {}
+    for name, keep in (("changed", False), ("kept", True)):
+        views.build(data, name=name, amounts=dict.fromkeys(views.AMOUNTS, 2), seed=2, keep_colours=keep)
+        assert len(Manifest(data / f"{name}_questions.jsonl")) == 3 + 3
+        [file, _] = sorted((data / name / "picture").iterdir())
+        drawn[name] = np.asarray(Image.open(file))
+    reds = {tuple(colour) for colour in np.asarray(Image.open(data / "dog.webp")).reshape(-1, 3)} - {(255, 255, 255)}
+    held = {name: any((view == red).all(-1).any() for red in reds) for name, view in drawn.items()}
+    assert held == {"changed": False, "kept": True}
+    inside = {name: (view < 200).any(-1) for name, view in drawn.items()}
+    assert (inside["changed"] == inside["kept"]).mean() > 0.97
+
+
 def test_a_view_stays_on_white(views):
     picture = Image.fromarray(procedural.rasterise_still(STILL, 64))
     turned = np.asarray(views.View(10.0, 0.8, (0.05, 0.0), 0.5, 1.2).apply(picture))
@@ -84,6 +99,8 @@ def test_trouble(views, data, tmp_path, capsys):
     assert "items.jsonl" in capsys.readouterr().err
     assert views.main([str(data), "--workers", "0"]) == 2
     assert "it must be 1 or more" in capsys.readouterr().err
+    assert views.main([str(data), "--name", "../views"]) == 2
+    assert "name is '../views': use letters, digits, _ and - only" in capsys.readouterr().err
     assert views.main([str(data), "--workers", "2"]) == 0
     assert views.main([str(data)]) == 2
     assert "views" in capsys.readouterr().err.splitlines()[-1]

@@ -127,8 +127,10 @@ def test_assets_are_a_whole_model_with_card_and_checksums(scripts, golden_bundle
     assert "Open Clipart" in (target / "NOTICE").read_text() and "Twemoji" in (target / "NOTICE").read_text()
     figures["reconstruction"] = {"pictures": {"psnr_db": 27.52}}
     figures |= {"procedural": {"extensions": {"all_right": 0.914}}, "motion": {"ratio": 0.876}}
-    # Once more, over the first, now with the aims of the former model.
+    # Once more, over the first, now with the aims of the former model. The weights' files have random names.
+    weights = sorted(target.rglob("weights/**/*"))
     assert embedded_assets.write_assets(golden_bundle, figures, target, about=embedded_assets.EMOJI) > 0
+    assert sorted(target.rglob("weights/**/*")) == weights
     card = (target / "CARD.md").read_text()
     assert "| Reconstruction of unseen concepts: PSNR | 26.0 dB | 27.5 dB |" in card and '"psnr_db": 27.52' in card
     assert "top-1 on true pictures | 70.0% | 77.4% |" in card and "| 31.0% |" in card and "SSIM" not in card
