@@ -151,7 +151,9 @@ def test_long_files_take_the_memory_of_short_ones(vision, tmp_path, name):
         finally:
             tracemalloc.stop()
 
-    assert peak(long) < 1.2 * peak(short)
+    # The least of three, because memory is counted over all threads, also those that other tests left.
+    least_long, least_short = (min(peak(path) for _ in range(3)) for path in (long, short))
+    assert least_long < 1.2 * least_short
 
 
 def test_what_was_filled_up_is_cut_off(vision):
