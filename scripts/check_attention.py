@@ -32,6 +32,8 @@ def segments(kind: str, length: int) -> np.ndarray | None:
     if kind == "padded":  # as in the reference: one sequence, then padding that attends to it
         real = length * 3 // 4
         return np.repeat(np.asarray([1, -1], np.int32), [real, length - real])[None]
+    if kind == "alone":  # one sequence, then padding that is no part of it
+        return (np.arange(length) < length * 3 // 4).astype(np.int32)[None]
     if kind == "parts":  # six parts of a row, each with padding behind it
         part, inside = np.divmod(np.arange(length) * 6, length)
         return np.where(inside < length * 3 // 4, part + 1, 0).astype(np.int32)[None]
@@ -123,7 +125,7 @@ def main() -> int:
     print(json.dumps(machine), flush=True)
     failed = False
     for length in args.lengths:
-        for kind in ("none", "padded", "packed", "parts", "many"):
+        for kind in ("none", "alone", "padded", "packed", "parts", "many"):
             for implementation in ("xla", "cudnn", "splash"):
                 try:
                     choose(implementation, (1, length, *HEADS), jnp.bfloat16, kind != "none")

@@ -174,24 +174,70 @@ def test_cudnn_is_given_the_definition(kind, monkeypatch):
     assert_close([found * real], [reference(q, k, v, ids) * real], 1e-5)
 
 
-def test_more_runs_than_cudnn_takes_go_another_way(monkeypatch):
-    monkeypatch.setattr(attention_kernels, "_cudnn_packed", lambda q, *_: jnp.full(q.shape, jnp.nan))
+def kernel(out_of):
+    """`out_of(q, k, v, ids)` as a function that keeps its result for the backward pass, as cuDNN does."""
+
+    @jax.custom_vjp
+    def attend(*arrays):
+        return out_of(*arrays)
+
+    def forward(*arrays):
+        out, back = jax.vjp(out_of, *arrays)
+        return out, (arrays, out, jnp.sum(out, axis=-1), jnp.zeros(0), back)
+
+    def backward(kept, cotangent):
+        return kept[-1](cotangent)
+
+    attend.defvjp(forward, backward)
+    return attend
+
+
+def plain(q, k, v, ids):
+    """XLA's attention of queries [B, S, N, H], as cuDNN's kernels take them."""
+    groups = q.shape[2] // k.shape[2]
+    q_bskgh = q.reshape(*q.shape[:2], -1, groups, q.shape[3])
+    return attention._xla_attention(q_bskgh, k, v, q_segments=ids, k_segments=ids, first_query=0).reshape(q.shape)
+
+
+def branches(monkeypatch, ids):
+    """A program of ids and the largest number of runs, with XLA's attention in place of cuDNN's kernels.
+
+    The kernels' results are multiplied by 2 (causal) and 3 (packed), to tell which one was taken.
+    """
     *qkv, cotangent = inputs(2, 36)
-    ids = segments("packed", 2, 36)  # three runs
-    real = (ids != 0)[:, :, None, None, None]
-    cotangent = jnp.where(real, cotangent, 0)  # what padding gets means nothing
+    # What padding gets means nothing.
+    cotangent = jnp.where((ids != 0)[:, :, None, None, None], cotangent, 0)
+    monkeypatch.setattr(attention_kernels, "_cudnn_causal", kernel(lambda *qkv: 2 * plain(*qkv, None)))
+    packed = kernel(lambda *qkv: 3 * plain(*qkv, ids))
+    monkeypatch.setattr(attention_kernels, "_cudnn_packed", lambda *qkv_lengths: packed(*qkv_lengths[:3]))
     otherwise = lambda *arrays: self_attention(*arrays, "xla")  # noqa: E731
+    real = (ids != 0)[:, :, None, None, None]
 
-    @functools.partial(jax.jit, static_argnames="max_runs")
-    def run(ids, max_runs):
+    @functools.partial(jax.jit, static_argnames=("max_runs", "keeps"))
+    def run(ids, max_runs, keeps="all"):
         part = functools.partial(attention_kernels.cudnn, segments_bs=ids, otherwise=otherwise, max_runs=max_runs)
+        if keeps == "names":
+            named = jax.checkpoint_policies.save_only_these_names(attention_kernels.ATTENTION)
+            part = jax.checkpoint(part, policy=named)
         out, back = jax.vjp(part, *qkv)
-        return out, *back(cotangent)
+        return out * real, *back(cotangent)
 
-    assert np.isnan(run(ids, 3)[0]).all()
-    found, wanted = run(ids, 2), with_gradients(*qkv, cotangent, ids, "xla")
-    assert np.isfinite(found[0]).all()
-    assert_close([found[0] * real, *found[1:]], [wanted[0] * real, *wanted[1:]], 1e-5)
+    out, *slopes = with_gradients(*qkv, cotangent, ids, "xla")
+    return run, [out * real, *slopes]
+
+
+@pytest.mark.parametrize("keeps", ["all", "names"])
+def test_cudnn_takes_the_kernel_that_serves(keeps, monkeypatch):
+    alone = np.ones((2, 36), np.int32)
+    alone[1, 30:] = 0  # padding behind a single segment
+    run, wanted = branches(monkeypatch, alone)
+    assert_close(run(alone, 8, keeps), [2 * x for x in wanted], 1e-5)
+    for kind in ("packed", "padded"):
+        ids = segments(kind, 2, 36)
+        run, wanted = branches(monkeypatch, ids)
+        assert_close(run(ids, 3, keeps), [3 * x for x in wanted], 1e-5)
+        if kind == "packed":  # three runs, more than two
+            assert_close(run(ids, 2, keeps), wanted, 1e-5)
 
 
 # ------------------------------------------------------------------------------------------------ choosing
@@ -276,6 +322,32 @@ def test_a_mesh_changes_nothing(sizes, heads, implementation):
         if implementation == "xla":
             arrays = inputs(4, 48, *heads)
             assert_close(with_gradients(*arrays, None, "xla")[:1], [reference(*arrays[:3], None)], 1e-5)
+
+
+@pytest.mark.parametrize("sizes", ["data=2,fsdp=2,tensor=2", "data=2,sequence=2"])
+def test_each_device_of_a_mesh_takes_the_kernel_that_serves_its_rows(sizes, monkeypatch):
+    """One device's rows are one segment each, the others' are not: they take causal attention, and row by row."""
+    ids = np.ones((4, 48), np.int32)
+    ids[2:] = segments("packed", 1, 48)
+    *qkv, cotangent = inputs(4, 48)
+    cotangent = jnp.where((ids != 0)[:, :, None, None, None], cotangent, 0)
+    expected = with_gradients(*qkv, cotangent, ids, "xla")
+    monkeypatch.setattr(attention_kernels, "_cudnn_causal", kernel(lambda *qkv: 2 * plain(*qkv, None)))
+    monkeypatch.setattr(attention_kernels, "_cudnn_packed", lambda q, *_: jnp.full(q.shape, jnp.nan))
+    monkeypatch.setattr(attention_kernels, "CUDNN_RUNS", 1)
+    monkeypatch.setattr(attention, "choose", lambda *_, **__: "cudnn")
+
+    @jax.jit  # its own: other tests trace the same functions with other kernels
+    def both(q, k, v, cotangent, ids):
+        out, back = jax.vjp(lambda *qkv: self_attention(*qkv, ids, "auto"), q, k, v)
+        return out, *back(cotangent)
+
+    with use_mesh(make_mesh(sizes)):
+        found = both(*qkv, cotangent, jnp.asarray(ids))
+    times = np.where(np.arange(4) < 2, 2.0, 1.0)[:, None, None, None]
+    real = np.asarray(ids != 0)[:, :, None, None, None]
+    wanted = [x * times.reshape(4, *(1,) * (x.ndim - 1)) for x in expected]
+    assert_close([found[0] * real, *found[1:]], [wanted[0] * real, *wanted[1:]], 1e-5)
 
 
 def test_heads_that_cannot_be_dealt_out_gather_keys_instead():

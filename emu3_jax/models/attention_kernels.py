@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from emu3_jax.models.switching import switch
+
 ATTENTION = "attention"  # checkpoint name of the kernels' residuals, for remat policies
 
 # ------------------------------------------------------------------------------------------------ Splash
@@ -97,8 +99,9 @@ def cudnn(
 ) -> jax.Array:
     """`attention.self_attention` of one NVIDIA GPU's rows and heads. The tokens of a segment must be contiguous.
 
-    Rows with segments use cuDNN's layout for packed sequences, which takes a bounded number of segments. If a row has
-    more, the whole batch uses `otherwise`. This is decided at run time.
+    If each row is one segment, perhaps with padding behind it, causal attention is right without knowing more. Other
+    rows use cuDNN's layout for packed sequences, which takes a bounded number of segments. If a row has more, the whole
+    batch uses `otherwise`. This is decided at run time.
 
     Args:
         q_bskgh: [B, S, K, G, H] queries in bfloat16 or float16, as in `attention.self_attention`.
@@ -115,25 +118,32 @@ def cudnn(
     """
     q_bsnh = q_bskgh.reshape(*q_bskgh.shape[:2], -1, q_bskgh.shape[-1])
     if segments_bs is None:
-        out = jax.nn.dot_product_attention(q_bsnh, k_bskh, v_bskh, is_causal=True, implementation="cudnn")
-        return out.reshape(q_bskgh.shape)
+        return _cudnn_causal(q_bsnh, k_bskh, v_bskh).reshape(q_bskgh.shape)
     max_runs = max_runs or CUDNN_RUNS
     count, lengths = runs(segments_bs, max_runs)
-    # cuDNN does not write the gradients of keys that belong to no run. Masking the keys makes these gradients 0.
-    key_bs11 = (segments_bs > 0)[:, :, None, None]
-    k_bskh, v_bskh = (jnp.where(key_bs11, x, jnp.zeros((), x.dtype)) for x in (k_bskh, v_bskh))
 
-    def packed(q: jax.Array, k: jax.Array, v: jax.Array, _: jax.Array) -> jax.Array:
+    def causal(q: jax.Array, k: jax.Array, v: jax.Array, *_: jax.Array) -> jax.Array:
+        return _cudnn_causal(q, k, v)
+
+    def packed(q: jax.Array, k: jax.Array, v: jax.Array, _: jax.Array, *lengths: jax.Array) -> jax.Array:
         if jax.__version_info__ < (0, 11, 2):
             # Before JAX 0.11.2, offsets of keys are computed with the number of query heads.
             k, v = (jnp.repeat(x, q_bskgh.shape[3], axis=2) for x in (k, v))
-        return _cudnn_packed(q.reshape(q_bsnh.shape), k, v, lengths).reshape(q.shape)
+        return _cudnn_packed(q, k, v, lengths)
 
-    def row_by_row(*arrays: jax.Array) -> jax.Array:
+    @jax.checkpoint
+    def row_by_row(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, *_: jax.Array) -> jax.Array:
         row = jax.checkpoint(lambda parts: otherwise(*(x[None] for x in parts))[0])
-        return lax.map(row, arrays)
+        return lax.map(row, (q.reshape(q_bskgh.shape), k, v, segments)).reshape(q.shape)
 
-    return lax.cond(jnp.max(count) <= max_runs, packed, row_by_row, q_bskgh, k_bskh, v_bskh, segments_bs)
+    # cuDNN does not write the gradients of keys that belong to no run. Masking the keys makes these gradients 0. Only
+    # padding sees them, if anything does.
+    key_bs11 = (segments_bs > 0)[:, :, None, None]
+    k_bskh, v_bskh = (jnp.where(key_bs11, x, jnp.zeros((), x.dtype)) for x in (k_bskh, v_bskh))
+    one = jnp.all(count == 1) & jnp.all(segments_bs >= 0)
+    index = jnp.where(jnp.max(count) > max_runs, 2, jnp.where(one, 0, 1))
+    branches, operands = (causal, packed, row_by_row), (q_bsnh, k_bskh, v_bskh)
+    return switch(index, branches, operands, (segments_bs, *lengths), name=ATTENTION).reshape(q_bskgh.shape)
 
 
 def runs(segments_bs: jax.Array, max_runs: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
@@ -165,9 +175,11 @@ def runs(segments_bs: jax.Array, max_runs: int) -> tuple[jax.Array, tuple[jax.Ar
     return count, (queries, keys, jnp.where(exists, first, -1))
 
 
-def _cudnn_packed(
-    q_bsnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, lengths: tuple[jax.Array, jax.Array, jax.Array]
-) -> jax.Array:
+def _cudnn_causal(q_bsnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array) -> jax.Array:
+    return jax.nn.dot_product_attention(q_bsnh, k_bskh, v_bskh, is_causal=True, implementation="cudnn")
+
+
+def _cudnn_packed(q_bsnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, lengths: tuple[jax.Array, ...]) -> jax.Array:
     # A private function of JAX, because `jax.nn.dot_product_attention` takes no offsets.
     from jax._src.cudnn import fused_attention_stablehlo as fused
 
