@@ -160,7 +160,8 @@ FOREIGN = re.findall(
     "--build-arg --check --count --file-share --from-literal --keep-going --logdir --network --no-deps --nodes "
     "--ntasks-per-node --gpus-per-node --port --quick --recursive --requeue --signal --tag --target --tier --wait "
     "--zone --project --model_args --tasks --batch_size --output_path --gen_kwargs --data --model-args "
-    "--gpu --fid --input1 --input2",
+    "--gpu --fid --input1 --input2 "
+    "--xla_gpu_enable_command_buffer --xla_gpu_enable_dynamic_slice_fusion --xla_gpu_enable_triton_gemm",
 )
 
 

@@ -9,6 +9,7 @@ from conftest import golden_npz
 from jax.sharding import NamedSharding
 from loss_cases import case
 
+from emu3_jax.data.sequences import TokenSequence, padded_row
 from emu3_jax.models.decoder import Decoder
 from emu3_jax.sharding.mesh import make_mesh
 from emu3_jax.sharding.rules import spec, use_mesh
@@ -121,17 +122,20 @@ def test_golden_losses(vision_only, golden_model):
     }
     language = golden_model.language
     special = language.config.tokens
-    tokens = jnp.asarray(golden["input_ids"][None], jnp.int32)
-    real = golden["attention_mask"][None] == 1
+    size, labelled = int(golden["attention_mask"].sum()), golden["labels"] != -100
+    sequence = TokenSequence(golden["input_ids"][:size].astype(np.int32), labelled[:size])
+    row = padded_row(sequence, len(labelled), special.pad, loss_on_padding=not vision_only)
+    np.testing.assert_array_equal(row["tokens"], golden["input_ids"])
+    np.testing.assert_array_equal(row["loss_mask"], labelled)
+    batch = {name: jnp.asarray(array[None]) for name, array in row.items()}
     is_visual = (golden["input_ids"] >= special.visual_start) & (golden["input_ids"] < special.visual_end)
     np.testing.assert_array_equal(golden["labels"], np.where(is_visual | (not vision_only), golden["input_ids"], -100))
 
     @jax.jit
     def loss(params):
-        labels, mask = next_tokens(tokens, jnp.asarray(golden["labels"][None] != -100))
-        hidden = Decoder(language.config).apply(
-            {"params": params}, tokens, segments_bs=np.where(real, 1, -1), method="hidden"
-        )
+        labels, mask = next_tokens(batch["tokens"], batch["loss_mask"])
+        arrays = (batch["tokens"], batch["positions"], batch["segment_ids"])
+        hidden = Decoder(language.config).apply({"params": params}, *arrays, method="hidden")
         return chunked_cross_entropy(
             hidden, params["head"]["kernel"], labels, mask, (special.visual_start, special.visual_end), chunk=32
         )[1]

@@ -355,14 +355,20 @@ def test_every_task_in_one_mixture(write, start, pictures, documents, tokenizer)
     assert [SPECIAL.visual_start + 5] * 8 in answers
 
 
-def test_the_golden_sample_as_a_batch(write, tokenizer, start):
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_the_golden_sample_as_a_batch(in_memory, write, tokenizer, start):
     golden, case = golden_npz("train.npz"), golden_json("prompts.json")["train"]
     directory = write([Record("golden", case["text"], golden["codes"].astype(np.int32))])
     for vision_only in (True, False):
         task = TextToImage(loss="vision" if vision_only else "all", prompt_dropout=0.0)
         batch = next(
             start(
-                Source(directory, task), packing=0, batch_size=1, sequence_length=128, loss_on_padding=not vision_only
+                Source(directory, task),
+                packing=0,
+                batch_size=1,
+                sequence_length=128,
+                in_memory=in_memory,
+                loss_on_padding=not vision_only,
             )
         )
         prefix = f"vision_only={vision_only}"
@@ -370,6 +376,9 @@ def test_the_golden_sample_as_a_batch(write, tokenizer, start):
         labels = np.where(batch["loss_mask"][0], batch["tokens"][0], -100)
         # The reference labels BOS too, and shifts it out of its loss.
         np.testing.assert_array_equal(labels[1:], golden[f"{prefix}/labels"][1:])
+        real = golden[f"{prefix}/attention_mask"]
+        np.testing.assert_array_equal(batch["segment_ids"][0], real if vision_only else np.where(real == 1, 1, -1))
+        np.testing.assert_array_equal(batch["positions"][0], np.arange(128) * (real if vision_only else 1))
 
 
 @pytest.mark.parametrize("processes", [1, 3])

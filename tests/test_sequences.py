@@ -59,7 +59,10 @@ def test_golden_training_sample(tokenizer, vision_only):
     prefix = f"vision_only={vision_only}"
     np.testing.assert_array_equal(row["tokens"], golden[f"{prefix}/input_ids"])
     np.testing.assert_array_equal(np.where(row["loss_mask"], row["tokens"], -100), golden[f"{prefix}/labels"])
-    np.testing.assert_array_equal(row["segment_ids"], golden[f"{prefix}/attention_mask"])
+    real = golden[f"{prefix}/attention_mask"]
+    np.testing.assert_array_equal(row["segment_ids"], real if vision_only else np.where(real == 1, 1, -1))
+    if not vision_only:
+        np.testing.assert_array_equal(row["positions"], np.arange(case["max_length"]))
 
 
 def test_padding_is_no_target_unless_the_defect_is_asked_for(tokenizer):

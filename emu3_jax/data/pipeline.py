@@ -14,6 +14,9 @@ needed. A batch is a dict of arrays [B, S]:
     positions    int32   from 0 in each segment
     loss_mask    bool    token i is a target, predicted at i - 1. Never the first token of a segment, never padding
 
+With `loss_on_padding`, padding is a target. Its segment id is -1, so it attends to the row, and it goes on counting
+positions.
+
 A batch of preference pairs has the chosen side of a pair in row 2i and the rejected one in row 2i + 1. It has one array
 more, [B]:
 

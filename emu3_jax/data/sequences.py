@@ -283,10 +283,12 @@ def padded_row(
         length: S, the length of the row.
         pad: id that fills the row on the right.
         loss_on_padding: makes padding tokens targets. The reference does so by mistake, except with its vision-only
-            loss. Use it only to reproduce the reference's numbers.
+            loss. Use it only to reproduce the reference's numbers. Then padding sees the sequence and goes on counting
+            positions, as in the reference.
 
     Returns:
-        `tokens`, `segment_ids` (1, and 0 on padding), `positions` and `loss_mask`, each [S].
+        `tokens`, `segment_ids` (1, and on padding 0, or -1 with `loss_on_padding`), `positions` and `loss_mask`, each
+        [S].
     """
     # Assignments take a tenth of the time of np.pad. This function runs for every record.
     size = len(sequence)
@@ -294,6 +296,8 @@ def padded_row(
     segment_ids, positions = np.zeros(length, np.int32), np.zeros(length, np.int32)
     tokens[:size], loss_mask[:size] = sequence.tokens, sequence.loss_mask
     segment_ids[:size], positions[:size] = 1, np.arange(size)
+    if loss_on_padding:
+        segment_ids[size:], positions[size:] = -1, np.arange(size, length)
     return {"tokens": tokens, "segment_ids": segment_ids, "positions": positions, "loss_mask": loss_mask}
 
 

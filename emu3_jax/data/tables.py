@@ -44,8 +44,8 @@ class Table:
             loss_on_padding: see `sequences.padded_row`.
             parts: number of this table's rows in a row of a batch.
         """
-        self.parts, self.pad = parts, pad
-        self._build, self._records, self._loss_on_padding = build, records, loss_on_padding
+        self.parts, self.pad, self.loss_on_padding = parts, pad, loss_on_padding
+        self._build, self._records = build, records
         self._epochs = Epochs(records, key)
         self._dropped: PerEpoch[np.ndarray] = PerEpoch(lambda epoch: drops_prompts(key, epoch, records, dropout))
         rows = records * (2 if dropout else 1)  # the second half holds the rows without prompts
@@ -64,7 +64,7 @@ class Table:
             drop, record = divmod(row, self._records)
             sequence = self._build(record, bool(drop))
             length = self.tokens.shape[1]
-            padded = padded_row(sequence, length, self.pad, loss_on_padding=self._loss_on_padding)
+            padded = padded_row(sequence, length, self.pad, loss_on_padding=self.loss_on_padding)
             self.tokens[row], self.loss_mask[row] = padded["tokens"], padded["loss_mask"]
             self.sizes[row] = len(sequence)
         return rows
@@ -132,11 +132,13 @@ class _TableIterator(grain.DatasetIterator):
             slots, ids = np.arange(length, dtype=np.int32), np.arange(1, parts + 1, dtype=np.int32)
             rows = table.rows((places[here, None] + np.arange(parts)).ravel())
             filled = (slots < table.sizes[rows, None]).reshape(-1, parts, length)
+            # As in `padded_row`.
+            padding = -1 if table.loss_on_padding else 0
             for batch, of_table in (
                 (tokens, table.tokens[rows]),
                 (loss_mask, table.loss_mask[rows]),
-                (segment_ids, filled * ids[:, None]),
-                (positions, filled * slots),
+                (segment_ids, np.where(filled, ids[:, None], padding)),
+                (positions, (filled | table.loss_on_padding) * slots),
             ):
                 batch[here, : parts * length] = of_table.reshape(-1, parts * length)
         self._number += 1
