@@ -10,10 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
+from test_switching import conditionals
 
 from emu3_jax.errors import Emu3Error
 from emu3_jax.models import attention, attention_kernels, capability
 from emu3_jax.models.attention import choose, self_attention
+from emu3_jax.models.decoder import Decoder
 from emu3_jax.sharding.mesh import make_mesh
 from emu3_jax.sharding.rules import use_mesh
 
@@ -238,6 +241,26 @@ def test_cudnn_takes_the_kernel_that_serves(keeps, monkeypatch):
         assert_close(run(ids, 3, keeps), [3 * x for x in wanted], 1e-5)
         if kind == "packed":  # three runs, more than two
             assert_close(run(ids, 2, keeps), wanted, 1e-5)
+
+
+@pytest.mark.parametrize("remat", ["none", "full", "dots"])
+def test_the_backward_pass_of_dots_does_not_choose_again(remat, monkeypatch):
+    """The decoder's loops hold one choice forward and one backward. "full" runs the forward one once more."""
+    monkeypatch.setattr(attention_kernels, "_cudnn_causal", kernel(lambda *qkv: plain(*qkv, None)))
+    monkeypatch.setattr(attention_kernels, "_cudnn_packed", kernel(lambda *qkv: plain(*qkv[:3], None)))
+    monkeypatch.setattr(attention, "choose", lambda *_, **__: "cudnn")
+    tokens, ids = jnp.zeros((2, 16), jnp.int32), jnp.ones((2, 16), jnp.int32)
+    model = Decoder(tiny.CONFIG, stacked=True, remat=remat)
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), tokens)["params"])
+
+    def loss(params):
+        return model.apply({"params": params}, tokens, None, ids, method="hidden").sum()
+
+    query = (2, 16, tiny.CONFIG.num_heads, tiny.CONFIG.head_dim)
+    program = jax.make_jaxpr(jax.grad(loss))(params).jaxpr
+    loops = [equation.params["jaxpr"].jaxpr for equation in program.eqns if equation.primitive.name == "scan"]
+    choices = [[shapes for shapes in conditionals(loop) if query in shapes] for loop in loops]
+    assert [len(found) for found in choices] == [1, 2 if remat == "full" else 1]
 
 
 # ------------------------------------------------------------------------------------------------ choosing
