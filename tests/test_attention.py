@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from test_switching import conditionals
+from conditionals import conditionals
 
 from emu3_jax.errors import Emu3Error
 from emu3_jax.models import attention, attention_kernels, capability

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import jaxprs_in_params
+from conditionals import conditionals
 
 from emu3_jax.models.switching import switch
 
@@ -63,17 +63,6 @@ def test_without_gradients_it_is_the_switch():
     for index, branch in enumerate(PLAIN):
         out = jax.jit(lambda index: switch(index, BRANCHES, operands, (n,), name="kept"))(index)
         np.testing.assert_allclose(out, branch(*operands, n), rtol=1e-6)
-
-
-def conditionals(jaxpr):
-    """The shapes that each conditional of a program returns, in order."""
-    found = []
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "cond":
-            found.append([out.aval.shape for out in equation.outvars])
-        for inner in jaxprs_in_params(equation.params):
-            found += conditionals(inner)
-    return found
 
 
 def test_branches_return_their_result_and_what_they_alone_know():
