@@ -288,7 +288,8 @@ class Embedding(nn.Module):
 def _products(primitive: Any, *avals: Any, **params: Any) -> bool:
     """The remat policy "dots": keeps the results of projections (with the adapter's part added) and of attention."""
     named = jax.checkpoint_policies.save_only_these_names(PROJECTION, ATTENTION)
-    # cuDNN's residuals have no checkpoint names, because JAX makes them inside its own differentiation rule.
+    # Without segments, cuDNN's residuals have no checkpoint names, because JAX makes them inside its own rule for
+    # differentiation. With segments, `models.switching` names them.
     return primitive.name.startswith("dot_product_attention_fwd") or named(primitive, *avals, **params)
 
 
